@@ -1,0 +1,45 @@
+"""The binary batches of CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+
+A batch is a row of records, each one byte of label and then 32 × 32 bytes of red, of green and of blue.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from dlref.runtime.errors import UserError
+
+SHAPE = (3, 32, 32)
+RECORD = 1 + 3 * 32 * 32
+CLASSES = 10
+
+
+def read_cifar_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read one batch: images (N, 3, 32, 32) and labels (N,), both uint8."""
+    content = _read_bytes(path)
+    if not content or len(content) % RECORD:
+        raise UserError(f"{path}: {len(content)} bytes; expected records of {RECORD}, 10,000 as published")
+    records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, RECORD)
+    labels, images = records[:, 0], records[:, 1:].reshape(-1, *SHAPE)
+    if labels.max() >= CLASSES:
+        at = int(np.argmax(labels >= CLASSES))
+        raise UserError(f"{path}: label {labels[at]} at record {at}; expected 0 to {CLASSES - 1}")
+    return images, labels
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Read batches.meta.txt: the ten class names, one a line."""
+    try:
+        names = _read_bytes(path).decode().split()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text; expected {CLASSES} class names, one a line") from None
+    if len(names) != CLASSES:
+        raise UserError(f"{path}: {len(names)} class names; expected {CLASSES}, one a line")
+    return names
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; expected a binary file of CIFAR-10") from None

@@ -1,0 +1,28 @@
+"""Published files, fetched once and checked."""
+
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+
+from torchvision.datasets.utils import download_url
+
+from dlref.runtime.errors import UserError
+
+
+def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
+    """Download `path` from the first of its mirrors that delivers a file with that MD5 sum.
+
+    It arrives under another name, so that `path` is never a part of a file nor a broken one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    failures = []
+    for url in urls:
+        try:
+            download_url(url, path.parent, part.name, md5)
+        except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
+            failures.append(f"{url} ({' '.join(str(error).split())})")
+        else:
+            part.replace(path)
+            return
+    raise UserError(f"{path}: not downloaded from {', '.join(failures)}; expected a mirror that has it")

@@ -1,0 +1,68 @@
+"""The idx format of MNIST: LeCun, Cortes and Burges, "The MNIST database of handwritten digits", 1998.
+
+Big-endian: two zero bytes, a type code (8: unsigned byte), the number of dimensions, the size of each as 32
+bits, then the values, last dimension fastest. Published gzipped; both forms are read.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from dlref.runtime.errors import UserError
+
+CHUNK = 1 << 20
+CONTENTS = {1: "labels, idx1", 3: "images, idx3"}
+
+
+def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
+    """Read an idx file of unsigned bytes, gzipped if its name ends in .gz, with that many dimensions."""
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            return _read(file, path, dimensions)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: broken gzip file ({error}); expected a whole one") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; expected a readable idx file") from None
+
+
+def _read(file: BinaryIO, path: str | Path, dimensions: int) -> np.ndarray:
+    header = file.read(4 + 4 * dimensions)
+    if len(header) < 4 + 4 * dimensions:
+        raise UserError(f"{path}: {len(header)} bytes; expected a header of {4 + 4 * dimensions}")
+    magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
+    expected = 0x0800 + dimensions
+    if magic != expected:
+        contents = CONTENTS.get(dimensions, f"idx{dimensions}")
+        raise UserError(f"{path}: magic number {magic}; expected {expected} ({contents})")
+    size = math.prod(shape)
+    sizes = " x ".join(map(str, shape))
+    if size == 0:
+        raise UserError(f"{path}: sizes {sizes} in the header; expected at least one value")
+    # By chunks: memory follows what the file holds, not what its header claims.
+    values = bytearray()
+    while len(values) <= size and (chunk := file.read(CHUNK)):
+        values += chunk
+    if len(values) != size:
+        held = f"more than {size}" if len(values) > size else f"only {len(values)}"
+        raise UserError(f"{path}: {held} bytes after the header; expected {sizes} = {size}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def read_idx_pair(images_path: str | Path, labels_path: str | Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read images (N, H, W) and their labels (N,), and check each against the other.
+
+    Raises:
+        UserError: the files are not idx, their counts differ or a label is not a class.
+    """
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        raise UserError(f"{labels_path}: {len(labels)} labels; expected {len(images)}, as in {images_path}")
+    if labels.max() >= classes:
+        at = int(np.argmax(labels >= classes))
+        raise UserError(f"{labels_path}: label {labels[at]} at record {at}; expected 0 to {classes - 1}")
+    return images, labels

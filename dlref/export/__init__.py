@@ -1,0 +1,4 @@
+"""A trained task -> a verified bundle for one target: `bundle.export`. Devices are in `targets`.
+
+Importing this package imports nothing heavy, so that `export.py --list-targets` answers at once.
+"""

@@ -1,0 +1,81 @@
+"""One graph of a task -> one ONNX file. `graph` is a `Graph` of what the task's `deployable()` answers."""
+
+from itertools import count
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from dlref.export.targets import Target
+from dlref.runtime import UserError
+
+LARGEST = 2**31 - 1  # bytes in a single protobuf
+
+
+def write_onnx(graph, path: Path, target: Target) -> None:
+    """Export `graph` to `path`, one file, its declared axes dynamic. Raises UserError where that fails."""
+    inputs = example_at(graph, trace_sizes(graph))
+    axes = {name: dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
+    try:
+        program = torch.onnx.export(
+            graph.module.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs),
+            opset_version=target.opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{path.name}: torch.export refuses the graph: {reason}") from error
+    model = program.model_proto
+    model.ir_version = min(model.ir_version, target.ir_version)
+    name_axes(model, axes, path.name)
+    if model.ByteSize() > LARGEST:
+        raise UserError(f"{path.name}: {model.ByteSize()} bytes; expected less than 2 GB in a single file")
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def trace_sizes(graph) -> dict[str, int]:
+    """For each symbol a size to trace at that no other has and that is verified nowhere.
+
+    Equal sizes could be taken for one axis, and sizes 0 and 1 for constants.
+    """
+    taken = {size for sizes in graph.sizes.values() for size in sizes}
+    chosen = {}
+    for symbol, sizes in graph.sizes.items():
+        chosen[symbol] = next(size for size in count(sizes[0] + 1) if size > 1 and size not in taken)
+        taken.add(chosen[symbol])
+    return chosen
+
+
+def example_at(graph, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """The example inputs cut, or repeated from their start, to `sizes` along their dynamic axes."""
+    inputs = {}
+    for name, tensor in graph.inputs.items():
+        for axis, symbol in graph.dynamic_axes.get(name, {}).items():
+            tensor = tensor.index_select(axis, torch.arange(sizes[symbol]) % tensor.shape[axis])
+        inputs[name] = tensor
+    return inputs
+
+
+def name_axes(model: onnx.ModelProto, axes: dict[str, dict[int, str]], name: str) -> None:
+    """Call the dynamic axes what the task calls them, and refuse one that the exporter froze."""
+    symbols = {}
+    for value in model.graph.input:
+        for axis, symbol in axes[value.name].items():
+            dimension = value.type.tensor_type.shape.dim[axis]
+            if not dimension.dim_param:
+                raise UserError(
+                    f"{name}: axis {axis} ({symbol}) of {value.name} was frozen to {dimension.dim_value}; expected "
+                    "it to stay dynamic"
+                )
+            symbols[dimension.dim_param] = symbol
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in symbols:
+                dimension.dim_param = symbols[dimension.dim_param]

@@ -1,0 +1,74 @@
+"""AlexNet: A. Krizhevsky, I. Sutskever and G. Hinton, "ImageNet Classification with Deep Convolutional
+Neural Networks", NeurIPS 2012; section 3.5 and figure 2. In the single-column form of A. Krizhevsky, "One
+weird trick for parallelizing convolutional neural networks", 2014, as torchvision has it, with its keys.
+
+Where it departs from 2012:
+
+- One column of 64, 192, 384, 256 and 256 kernels. The paper's 96, 256, 384, 384 and 256 are split over two
+  GPUs, and conv2, conv4 and conv5 see only the maps on their own GPU (section 3.2).
+- No local response normalisation (section 3.3).
+- Dropout acts on the inputs of the first two linear layers; in the paper on their outputs (section 4.2).
+- The maps are averaged to 6x6 before the classifier. At 224x224 they are 6x6 already; other sizes work too.
+
+61,100,840 parameters for 1000 classes.
+
+Legend of shapes: B batch, C channels, H W height and width (63 at least), K classes.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dlref.models.activations import ActivationName, make_activation
+
+
+class AlexNet(nn.Module):
+    """Five convolutions and three linear layers.
+
+    Args:
+        num_classes: K.
+        in_channels: C.
+        activation: after every layer but the last.
+        dropout: probability of dropping an input of the first two linear layers.
+    """
+
+    head = ("classifier.6",)
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        activation: ActivationName = "relu",
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, 64, kernel_size=11, stride=4, padding=2),
+            make_activation(activation),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(64, 192, kernel_size=5, padding=2),
+            make_activation(activation),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(192, 384, kernel_size=3, padding=1),
+            make_activation(activation),
+            nn.Conv2d(384, 256, kernel_size=3, padding=1),
+            make_activation(activation),
+            nn.Conv2d(256, 256, kernel_size=3, padding=1),
+            make_activation(activation),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(256 * 6 * 6, 4096),
+            make_activation(activation),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            make_activation(activation),
+            nn.Linear(4096, num_classes),
+        )
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Return the logits of each image."""
+        x = self.avgpool(self.features(x))  # 256 maps of 6x6
+        return self.classifier(torch.flatten(x, 1))

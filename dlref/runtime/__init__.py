@@ -1,0 +1,38 @@
+"""Bundle -> answers, with numpy, onnxruntime and pillow. No torch.
+
+    runner = dlref.runtime.load("bundles/lenet5_digits")
+    runner("seven.png")                       # {"label": "7", "probability": 0.998, "top": [...]}
+    runner([array, "eight.png"])              # a list in, a list out
+
+The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner` serves the bundle:
+`image-classification` is `dlref/runtime/runners/image_classification.py`. A new kind adds one module.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from dlref.runtime.bundle import open_graphs, read_manifest
+from dlref.runtime.errors import UserError
+
+__all__ = ["UserError", "load", "make_runner"]
+
+
+def load(folder: str | Path, threads: int | None = None):
+    """Open a bundle, every file checked against its hash, and return the runner of its kind.
+
+    `threads` bounds the cores that onnxruntime uses (default: all). Raises UserError for a folder that is
+    no bundle, a tampered or missing file, or a kind that this version does not know.
+    """
+    manifest = read_manifest(Path(folder))
+    return make_runner(manifest["kind"], open_graphs(Path(folder), manifest, threads), manifest["metadata"])
+
+
+def make_runner(kind: str, graphs: dict, metadata: dict):
+    """The runner of `kind` over `graphs`: name -> callable from named arrays to a dict of named arrays.
+
+    Nothing in a runner knows what executes its graphs, so the export step runs the same code over PyTorch.
+    """
+    module = kind.replace("-", "_")
+    if not (module.isidentifier() and (Path(__file__).parent / "runners" / f"{module}.py").is_file()):
+        raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")
+    return import_module(f"dlref.runtime.runners.{module}").Runner(graphs, metadata)

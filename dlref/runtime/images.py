@@ -1,0 +1,62 @@
+"""Images as they are: files and arrays of any size -> uint8 (H, W, C)."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dlref.runtime.errors import UserError
+
+BATCH = 32  # bounds the memory of a long list; larger batches gain nothing on a CPU
+
+
+def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
+    """One image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
+
+    `source` is a file that pillow opens (turned upright by its EXIF orientation; alpha is dropped) or a
+    uint8 array (H, W), (H, W, C) or (C, H, W). Raises UserError for anything else.
+    """
+    if isinstance(source, np.ndarray):
+        return _as_hwc(source, channels)
+    try:
+        with Image.open(source) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{source}: {image.mode} pixels; expected 8 bits a channel")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise UserError(f"{source}: not found; expected an image file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
+    return np.asarray(upright).reshape(upright.height, upright.width, channels)
+
+
+def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
+    if array.dtype != np.uint8 or array.size == 0:
+        raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1 and channels == 3:
+        array = array.repeat(3, axis=2)
+    if array.ndim != 3 or array.shape[2] != channels:
+        raise UserError(
+            f"array of shape {array.shape}: expected (H, W), (H, W, C) or (C, H, W) with {channels} channel(s)"
+        )
+    return array
+
+
+def batches(sources: Iterable, channels: int) -> Iterator[np.ndarray]:
+    """Read images in order and stack neighbours of one size into uint8 (B, H, W, C) with B <= BATCH."""
+    images = (read_image(source, channels) for source in sources)
+    for _, same_size in groupby(images, key=lambda image: image.shape):
+        batch = []
+        for image in same_size:
+            batch.append(image)
+            if len(batch) == BATCH:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)

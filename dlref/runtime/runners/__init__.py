@@ -1,0 +1,1 @@
+"""One module a kind of bundle, each with its `Runner`."""

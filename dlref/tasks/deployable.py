@@ -1,0 +1,52 @@
+"""What a task answers to `deployable()`: all that the export step ever learns of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network to export, with every axis that may change at run time.
+
+    Args:
+        module: takes the inputs in the order given, answers a tensor or a tuple of tensors.
+        inputs: example tensors by name, real data where there is some.
+        outputs: a name for each output.
+        dynamic_axes: input name -> axis -> symbol ("batch", "time", "height", ...); an axis that is not
+            named here is fixed to its example's size.
+        sizes: symbol -> the sizes at which the exported graph has to equal the module.
+        tolerance: largest error allowed, relative to outputs above 1 and absolute below.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Sequence[str]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    sizes: Mapping[str, Sequence[int]]
+    tolerance: float = 1e-5
+
+    @torch.inference_mode()
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """The module's own answer: the reference that every exported form is held against."""
+        results = self.module(*(torch.from_numpy(arrays[name]) for name in self.inputs))
+        results = results if isinstance(results, tuple) else (results,)
+        return {name: result.numpy() for name, result in zip(self.outputs, results, strict=True)}
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """The graphs of a task, the runner that serves them and what the runner has to know.
+
+    Args:
+        kind: names the runner, `dlref/runtime/runners/<kind>.py` with underscores.
+        graphs: by the names that the runner calls them.
+        metadata: plain JSON values: labels, vocabulary, quantile levels, ...
+    """
+
+    kind: str
+    graphs: Mapping[str, Graph]
+    metadata: Mapping[str, object]

@@ -1,0 +1,115 @@
+"""Pictures of a test. Each function draws one file and returns nothing."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import auc, roc_curve
+from torch import Tensor
+
+COLUMNS = 5  # of the grid of mistakes
+SHOWN = 12  # classes named in a legend; more would hide the curves
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def curves(path: Path, metrics: Path) -> None:
+    """Every metric of metrics.csv over the steps: one panel a metric, training and validation together."""
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    series: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for key in rows[0] if rows else []:
+        stage, _, name = key.partition("/")
+        points = [(float(row["step"]), float(row[key])) for row in rows if row[key]]
+        if stage in ("train", "val") and points:
+            series.setdefault(name, {})[stage] = points
+    if not series:
+        return
+    figure = Figure(figsize=(4.5 * len(series), 3.4), layout="constrained")
+    for axes, (name, stages) in zip(np.atleast_1d(figure.subplots(1, len(series))), series.items(), strict=True):
+        for stage, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+            if stage in stages:
+                style = {"marker": "o", "markersize": 3} if len(stages[stage]) < 60 else {}
+                axes.plot(*zip(*stages[stage], strict=True), color=colour, label=stage, **style)
+        axes.set(title=name, xlabel="optimiser step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def confusion(path: Path, matrix: Tensor, labels: list[str]) -> None:
+    """Heat map of a (K, K) confusion matrix, rows true and columns predicted, with each class's F1."""
+    counts = matrix.numpy().astype(float)
+    correct, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    f1 = 2 * correct / np.maximum(true + predicted, 1)
+    share = counts / np.maximum(true[:, None], 1)
+    classes = len(labels)
+    side = max(4.0, 0.45 * min(classes, 40))
+    figure = Figure(figsize=(side * 1.45, side), layout="constrained")
+    heat, bars = figure.subplots(1, 2, width_ratios=[4, 1], sharey=True)
+    heat.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if classes <= 20:
+        for row, column in np.ndindex(classes, classes):
+            if counts[row, column]:
+                colour = "white" if share[row, column] > 0.5 else "black"
+                heat.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, size=8)
+    ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
+    names = [labels[k] for k in ticks]
+    heat.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
+    heat.set_yticks(ticks, names)
+    heat.set(xlabel="predicted", ylabel="true", title="Confusion (colour: share of the true class)")
+    bars.barh(range(classes), f1, color="tab:blue")
+    bars.set(xlabel="F1", xlim=(max(f1.min() - 0.05, 0), 1), title=f"macro F1 {f1.mean():.3f}")
+    bars.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> None:
+    """One-against-the-rest ROC curves from probabilities (N, K) and targets (N,) or several labels (N, K).
+
+    All classes are drawn; with more than SHOWN the legend names the weakest.
+    """
+    probability, targets = probability.numpy(), targets.numpy()
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    rates = {}
+    for k in range(len(labels)):
+        positive = targets[:, k] if targets.ndim == 2 else targets == k
+        if 0 < positive.sum() < len(positive):  # otherwise there is no curve
+            rates[k] = roc_curve(positive, probability[:, k])[:2]
+    areas = {k: auc(false, true) for k, (false, true) in rates.items()}
+    weakest = sorted(areas, key=areas.get)[:SHOWN]
+    for k, (false, true) in rates.items():
+        label = f"{labels[k]}  {areas[k]:.4f}" if k in weakest else None
+        axes.step(false, true, where="post", label=label, linewidth=1.2 if k in weakest else 0.4)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1.01),
+        xlabel="false positive rate (log above 0.001)",
+        ylabel="true positive rate",
+    )
+    axes.set_title("ROC, each class against the rest")
+    axes.grid(alpha=0.3)
+    title = "area under the curve" if len(areas) <= SHOWN else f"area, the {SHOWN} weakest of {len(areas)}"
+    axes.legend(title=title, loc="lower right", fontsize=8)
+    _save(figure, path)
+
+
+def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: list[str]) -> None:
+    """The wrong answers given with most confidence: (confidence, uint8 image (C, H, W), predicted, true)."""
+    rows = max(1, -(-len(worst) // COLUMNS))
+    figure = Figure(figsize=(1.9 * COLUMNS, 2.1 * rows + 0.5), layout="constrained")
+    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (confidence, image, predicted, true) in zip(grid, worst, strict=False):
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{labels[predicted]} {confidence:.0%}\ntrue: {labels[true]}", fontsize=9)
+    figure.suptitle("Most confident mistakes" if worst else "No mistakes")
+    _save(figure, path)

@@ -1,0 +1,279 @@
+"""Image classification: one class an image, or several."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+    MultilabelAccuracy,
+    MultilabelAUROC,
+    MultilabelConfusionMatrix,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+    MultilabelPrecision,
+    MultilabelRecall,
+)
+
+from dlref.runtime import UserError
+from dlref.runtime.runners.image_classification import answers
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.preprocess import ImagePreprocess
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+MISTAKES = 25  # in the figure of the most confident ones
+
+
+class ImageClassifier(Task):
+    """Cross entropy over K classes, or K independent binary cross entropies where data has several labels.
+
+    The network answers logits (B, K), or a tuple of the logits and those of auxiliary heads.
+
+    Args:
+        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        label_smoothing: share of the target spread over all classes (Szegedy et al. 2015, section 7).
+        mixup: alpha of the Beta distribution that blends pairs (Zhang et al. 2018); 0 is off.
+        cutmix: alpha of the Beta distribution that pastes patches (Yun et al. 2019); 0 is off. With both,
+            each batch takes one of the two.
+        class_weights: one factor a class in the loss.
+        auxiliary_weight: of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
+        channels_last: keep the network's weights and activations in NHWC order in memory.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = ("labels", "multi_label")
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        preprocess: ImagePreprocess,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        class_weights: list[float] | None = None,
+        auxiliary_weight: float = 0.3,
+        channels_last: bool = False,
+        **task,
+    ):
+        super().__init__(**task)
+        self.preprocess = preprocess
+        self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
+        self.mixup, self.cutmix = mixup, cutmix
+        self.register_buffer("class_weights", class_weights and torch.tensor(class_weights), persistent=False)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+
+    def check(self) -> None:
+        """One black image through the network: a head of another width would train without a word."""
+        classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise UserError(f"class_weights has {len(self.class_weights)} factors; expected {classes}, one a class")
+        mode = self.network.training
+        try:
+            with torch.no_grad():
+                self.network.eval()
+                width = self(torch.zeros(1, channels, side, side, dtype=torch.uint8))[0].shape[-1]
+        except RuntimeError as error:
+            raise UserError(
+                f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "
+                f"({one_line(error)})"
+            ) from error
+        self.network.train(mode)
+        if width != classes:
+            raise UserError(
+                f"network answers {width} classes, the data has {classes}; expected "
+                f"model.init_args.network.init_args.num_classes to be {classes}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Once the classes are known, what counts over them."""
+        super().setup(stage)
+        labels, multi_label = self.known["labels"], self.known["multi_label"]
+        self.mix = mixing(self.mixup, self.cutmix, len(labels))
+        self.val_metrics = metrics(len(labels), multi_label).clone(prefix="val/")
+        self.test_metrics = test_metrics(len(labels), multi_label).clone(prefix="test/")
+
+    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        """Pixels -> logits (B, K) of the head and of the auxiliary heads."""
+        logits = self.network(self.preprocess(images))
+        return logits if isinstance(logits, tuple) else (logits,)
+
+    def loss(self, logits: Float[Tensor, "B K"], targets: Tensor) -> Tensor:
+        """Mean over the batch; `targets` are class indices (B,), or probabilities or several labels (B, K)."""
+        if self.known["multi_label"]:
+            return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
+        return F.cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Loss of the head plus the weighted losses of the auxiliary heads."""
+        images, targets = batch
+        pixels = self.preprocess(images)
+        if self.mix is not None:
+            pixels, targets = self.mix(pixels, targets)
+        outputs = self.network(pixels)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = self.loss(logits, targets)
+        for auxiliary_logits in auxiliary:
+            loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Loss and metrics of the head."""
+        images, targets = batch
+        logits = self(images)[0]
+        self.val_metrics.update(self.probability(logits), targets.long())
+        self.log("val/loss", self.loss(logits, targets), batch_size=len(images))
+        self.log_dict(self.val_metrics, prog_bar=True)
+
+    def on_test_start(self) -> None:
+        """Nothing seen yet."""
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.mistakes: list[tuple[float, Tensor, int, int]] = []
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Every metric; probabilities and the worst mistakes are kept for the figures."""
+        images, targets = batch
+        logits = self(images)[0]
+        probability = self.probability(logits)
+        self.test_metrics.update(probability, targets.long())
+        self.log("test/loss", self.loss(logits, targets), batch_size=len(images))
+        self.seen.append((probability.cpu(), targets.long().cpu()))
+        if not self.known["multi_label"]:
+            self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)
+
+    def on_test_epoch_end(self) -> None:
+        """Numbers go to the log; the matrix is for the figure alone."""
+        values = self.test_metrics.compute()
+        self.confusion = values.pop("test/confusion").cpu()
+        self.log_dict(values)
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[dict]:
+        """The answers that the bundle's runner gives."""
+        probability = self.probability(self(batch[0])[0])
+        return answers(probability.float().cpu().numpy(), self.metadata())
+
+    def probability(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+        """Softmax over the classes, or a sigmoid for each where there are several labels."""
+        return logits.float().sigmoid() if self.known["multi_label"] else logits.float().softmax(dim=-1)
+
+    # The contract with the export step
+
+    def metadata(self) -> dict:
+        """What the runner has to know."""
+        return {**self.known, "channels": self.preprocess.channels}
+
+    def deployable(self, batch: tuple[Tensor, Tensor]) -> Deployable:
+        """uint8 (B, H, W, C) of any size -> probabilities (B, K)."""
+        side = self.preprocess.size
+        graph = Graph(
+            module=_Classify(self),
+            inputs={"image": batch[0].permute(0, 2, 3, 1).contiguous()},
+            outputs=["probability"],
+            dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
+            sizes={"batch": (1, 2, 7), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
+        )
+        return Deployable("image-classification", {"classify": graph}, self.metadata())
+
+    def evaluate(self, runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Accuracy of a runner's probabilities over `batches`."""
+        accuracy = metrics(len(self.known["labels"]), self.known["multi_label"])["accuracy"]
+        for images, targets in batches:
+            probability = runner.probability(images.permute(0, 2, 3, 1).contiguous().numpy())
+            accuracy.update(torch.from_numpy(probability), targets.long())
+        return accuracy.compute().item()
+
+    def draw(self, folder: Path) -> None:
+        """Confusion matrix, ROC curves and the most confident mistakes."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        probability, targets = (torch.cat(part) for part in zip(*self.seen, strict=True))
+        labels = self.known["labels"]
+        if not self.known["multi_label"]:
+            figures.confusion(folder / "confusion.png", self.confusion, labels)
+            figures.mistakes(folder / "mistakes.png", self.mistakes, labels)
+        figures.roc(folder / "roc.png", probability, targets, labels)
+
+
+class _Classify(nn.Module):
+    """The graph that ships: centre crop, resize, normalise, network, softmax or sigmoid."""
+
+    def __init__(self, task: ImageClassifier):
+        super().__init__()
+        self.preprocess, self.network = task.preprocess, task.network
+        self.multi_label = task.known["multi_label"]
+
+    def forward(self, image: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B K"]:
+        images = self.preprocess.centre(image.permute(0, 3, 1, 2))
+        logits = self.network(self.preprocess(images))
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+
+
+def mixing(mixup: float, cutmix: float, classes: int):
+    """The blend of pairs in a batch that the two alphas ask for, or None."""
+    if not (mixup or cutmix):
+        return None
+    from torchvision.transforms import v2  # slow to import, and few configs blend
+
+    both = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    return v2.RandomChoice(both)
+
+
+def metrics(classes: int, multi_label: bool) -> MetricCollection:
+    """What validation reports. Several labels: accuracy counts the images whose labels are all right."""
+    if multi_label:
+        return MetricCollection(
+            {
+                "accuracy": MultilabelExactMatch(classes, validate_args=False),
+                "f1": MultilabelF1Score(classes, validate_args=False),
+            }
+        )
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "f1": MulticlassF1Score(classes, validate_args=False),
+        }
+    )
+
+
+def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
+    """What the test reports; averages over classes are macro averages."""
+    if multi_label:
+        more = {
+            "label_accuracy": MultilabelAccuracy(classes, validate_args=False),
+            "precision": MultilabelPrecision(classes, validate_args=False),
+            "recall": MultilabelRecall(classes, validate_args=False),
+            "roc_auc": MultilabelAUROC(classes, validate_args=False),
+            "confusion": MultilabelConfusionMatrix(classes, validate_args=False),
+        }
+    else:
+        more = {
+            "top5_accuracy": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
+            "precision": MulticlassPrecision(classes, validate_args=False),
+            "recall": MulticlassRecall(classes, validate_args=False),
+            "roc_auc": MulticlassAUROC(classes, validate_args=False),
+            "confusion": MulticlassConfusionMatrix(classes, validate_args=False),
+        }
+    collection = metrics(classes, multi_label)
+    collection.add_metrics(more)
+    return collection
+
+
+def worst_mistakes(worst: list, images: Tensor, probability: Tensor, targets: Tensor) -> list:
+    """The most confident wrong answers so far: (confidence, image, predicted, true), best first."""
+    confidence, predicted = probability.max(dim=-1)
+    wrong = (predicted != targets).nonzero().flatten()
+    fresh = [(confidence[i].item(), images[i].cpu(), predicted[i].item(), targets[i].item()) for i in wrong.tolist()]
+    return sorted(worst + fresh, key=lambda mistake: -mistake[0])[:MISTAKES]

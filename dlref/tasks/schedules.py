@@ -1,0 +1,50 @@
+"""Learning-rate schedules as functions of progress, stepped once an optimiser step.
+
+Each is built from the optimiser and the run's number of steps, so that a config states shares of the run
+("divide by ten at a half and at three quarters") and stays right when `--trainer.max_epochs` changes.
+`torch.optim.lr_scheduler.CosineAnnealingLR` fits the same place: its second argument is the step count.
+"""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Steps(LambdaLR):
+    """Multiply the rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, milestones: list[float], gamma: float = 0.1):
+        super().__init__(optimizer, lambda step: gamma ** sum(step >= m * total_steps for m in milestones))
+
+
+class WarmupCosine(LambdaLR):
+    """Rise linearly over the first `warmup` share of the run, then fall along half a cosine to `final`.
+
+    `final` is a share of the peak rate (Loshchilov and Hutter 2017, eq. 5, one period).
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0, final: float = 0.0):
+        rise = warmup * total_steps
+
+        def factor(step: int) -> float:
+            if step < rise:
+                return (step + 1) / (rise + 1)
+            progress = min((step - rise) / max(total_steps - rise, 1), 1.0)
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        super().__init__(optimizer, factor)
+
+
+class Triangle(LambdaLR):
+    """Rise linearly to the peak at the `peak` share of the run, then fall linearly to zero (Smith 2017)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, peak: float = 0.2):
+        top = peak * total_steps
+
+        def factor(step: int) -> float:
+            rising = (step + 1) / (top + 1)
+            falling = (total_steps - step) / max(total_steps - top, 1)
+            return max(min(rising, falling, 1.0), 0.0)
+
+        super().__init__(optimizer, factor)

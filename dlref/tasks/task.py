@@ -1,0 +1,150 @@
+"""What every task shares: optimiser and schedule, transfer, what is remembered of the data, the contract."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lightning import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dlref.runtime import UserError
+from dlref.tasks.deployable import Deployable
+from dlref.tasks.weights import load_weights
+
+
+class Task(LightningModule):
+    """A thin layer around a network: the subclass adds the loss, the metrics and what is deployed.
+
+    Args:
+        network: from `dlref.models`.
+        optimizer: built from the parameter groups; no default, so that the config says everything.
+        lr_scheduler: built from the optimiser and the run's number of steps, stepped once a step.
+        weights: start from these: a .safetensors or .pt state dict, or the folder of a run.
+        freeze: regular expression; parameters of the network whose names match it from their start stay
+            as they are, and norm layers all frozen keep their statistics.
+        decay_vectors: False spares biases and norms (every parameter with one axis) from weight decay.
+        compile_network: `torch.compile` the network in place.
+    """
+
+    # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
+    # weights, and held against those of any data the model meets later.
+    facts: tuple[str, ...] = ()
+    # The metric by which an exported bundle is compared with this task: a key of test.json.
+    metric: str
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[[Iterable], Optimizer],
+        lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        weights: str | None = None,
+        freeze: str | None = None,
+        decay_vectors: bool = True,
+        compile_network: bool = False,
+    ):
+        super().__init__()
+        self.network = network
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.weights, self.freeze_pattern = weights, freeze
+        self.decay_vectors, self.compile_network = decay_vectors, compile_network
+        self.known: dict[str, object] = {}
+
+    # What a subclass answers
+
+    def deployable(self, batch) -> Deployable:
+        """The graphs that leave for the edge; example inputs come from `batch`, one of validation data."""
+        raise NotImplementedError
+
+    def evaluate(self, runner, batches: Iterable) -> float:
+        """`metric` over `batches`, answered by a runner of this task's kind."""
+        raise NotImplementedError
+
+    def draw(self, folder: Path) -> None:
+        """Write the figures of the last test into `folder`."""
+
+    def check(self) -> None:
+        """Raise UserError where the network and the facts of the data do not fit together."""
+
+    # What the data said of itself
+
+    def learn(self, datamodule) -> None:
+        """Take the facts of the data, or hold them against those that came with the checkpoint."""
+        self.remember({name: getattr(datamodule, name) for name in self.facts})
+
+    def remember(self, facts: dict[str, object]) -> None:
+        """Raises UserError where `facts` contradict what is known."""
+        for name, value in facts.items():
+            if self.known.setdefault(name, value) != value:
+                raise UserError(
+                    f"{name} of the data and of the checkpoint differ: {_short(value)} and "
+                    f"{_short(self.known[name])}; expected the same, in the same order"
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the facts beside the weights."""
+        checkpoint["facts"] = self.known
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Hold a checkpoint's facts against those already known."""
+        self.remember(checkpoint["facts"])
+
+    # Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Once data and devices are known: facts, transfer, freezing, compilation."""
+        self.learn(self.trainer.datamodule)
+        self.check()
+        if stage == "fit":
+            resuming = self.trainer.ckpt_path is not None
+            if self.weights and not resuming:
+                load_weights(self.network, Path(self.weights))
+            if self.freeze_pattern:
+                freeze(self.network, self.freeze_pattern)
+        if self.compile_network:
+            self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
+
+    def configure_optimizers(self):
+        """The config's optimiser over the parameters that train, and its schedule stepped once a step."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if not parameters:
+            raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
+        groups = [{"params": parameters}]
+        if not self.decay_vectors:
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        optimizer = self.optimizer(groups)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def freeze(network: nn.Module, pattern: str) -> None:
+    """Stop the gradient of every parameter whose name matches `pattern` from its start.
+
+    A module whose own parameters are all frozen goes to evaluation mode, so that frozen batch norms keep
+    their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
+    """
+    try:
+        matches = re.compile(pattern).match
+    except re.error as error:
+        raise UserError(f"freeze {pattern!r}: {error}; expected a regular expression") from None
+    frozen = [p for name, p in network.named_parameters() if matches(name)]
+    if not frozen:
+        example = next(name for name, _ in network.named_parameters())
+        raise UserError(f"freeze {pattern!r} matches no parameter; expected names such as {example}")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

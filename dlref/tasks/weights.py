@@ -1,0 +1,63 @@
+"""Weights from elsewhere into a network: published state dicts and runs of this project."""
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dlref.runtime import UserError
+
+log = logging.getLogger(__name__)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict of a network, from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
+
+    Never unpickles code: PyTorch files are read with weights_only. Raises UserError.
+    """
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected a .safetensors or .pt state dict, or the folder of a run")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile and pickle each raise their own
+        raise UserError(f"{path}: unreadable ({one_line(error)}); expected a state dict of tensors") from None
+    if isinstance(state, dict) and "state_dict" in state:  # a checkpoint of this project
+        state = {
+            key.removeprefix("network."): value
+            for key, value in state["state_dict"].items()
+            if key.startswith("network.")
+        }
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict; expected names and tensors")
+    return state
+
+
+def load_weights(network: nn.Module, path: Path) -> list[str]:
+    """Load `path` into `network`; the names of the head's tensors that were left as initialised.
+
+    The modules in `network.head` depend on the classes: where their shapes differ they keep their fresh
+    weights, and the log says so. Any other difference is a UserError.
+    """
+    state, own = read_state_dict(path), network.state_dict()
+    differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
+    replaced = sorted(key for key in differing if key.startswith(tuple(f"{h}." for h in network.head)))
+    problems = sorted(own.keys() ^ state.keys()) + sorted(set(differing) - set(replaced))
+    if problems:
+        raise UserError(
+            f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({', '.join(problems[:3])}, "
+            f"...); expected the weights of this architecture"
+        )
+    network.load_state_dict(state | {key: own[key] for key in replaced})
+    log.warning("%s: loaded; new head for other classes: %s", path, ", ".join(replaced) or "none needed")
+    return replaced
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,54 @@
+"""Shared by all tests: shapes checked, one thread a worker, tiny data and a run made once."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
+
+from jaxtyping import install_import_hook
+
+# Before anything imports them: the shapes in their signatures are checked while the tests run.
+install_import_hook(["dlref.models", "dlref.tasks.preprocess"], "beartype.beartype")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the checks of annotations, as users run: what the code itself refuses comes to light."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def command():
+    """Run a program of this checkout in a process of its own, as a user would."""
+
+    def run(*arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        program = [str(argument) for argument in arguments]
+        program[0] = str(ROOT / program[0]) if program[0].endswith(".py") else program[0]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, *program], cwd=cwd, capture_output=True, text=True, env=environment, check=False
+        )
+
+    return run

@@ -1,0 +1,62 @@
+"""The rooms of the house: who may import whom, and what works without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Each room, the rooms of dlref it may import, and the packages that are not the standard library's.
+ROOMS = {
+    "runtime": ({"runtime"}, {"numpy", "onnxruntime", "PIL", "tokenizers"}),
+    "models": ({"models"}, {"torch", "torchvision.ops", "jaxtyping"}),
+    "data": ({"data", "runtime"}, None),
+    "tasks": ({"tasks", "models", "runtime"}, None),
+    "export": ({"export", "runtime"}, None),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / "dlref" / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("room", "path"), FILES, ids=lambda value: getattr(value, "name", value))
+def test_a_room_imports_only_what_its_arrows_allow(room, path):
+    rooms, packages = ROOMS[room]
+    for name in imports_of(path):
+        top, *rest = name.split(".")
+        if top == "dlref" and rest[0] != "__version__":
+            assert rest[0] in rooms, f"{path} imports {name}"
+        elif packages is not None and top not in sys.stdlib_module_names and top != "dlref":
+            assert any(f"{name}.".startswith(f"{package}.") for package in packages), f"{path} imports {name}"
+
+
+def test_the_commands_and_the_front_door_do_not_reach_into_models_or_runners():
+    for name in ("train.py", "export.py", "dlref/cli.py"):
+        reached = {i.split(".")[1] for i in imports_of(ROOT / name) if i.startswith("dlref.")}
+        assert reached <= {"cli", "tasks", "data", "export", "runtime"}
+        assert not {i for i in imports_of(ROOT / name) if i.startswith("dlref.runtime.runners")}
+
+
+def test_every_room_was_looked_at():
+    assert {path.name for path in (ROOT / "dlref").iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", ["dlref", "dlref.runtime", "dlref.runtime.runners.image_classification"])
+def test_importing_the_edge_side_imports_no_torch(module):
+    code = f"import sys, {module}; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'onnx')))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

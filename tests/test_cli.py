@@ -1,0 +1,177 @@
+"""What a person types: one line for a mistake, nothing written; runs that are kept, replaced and resumed."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from dlref.cli import TrainCLI, load_run, train
+
+DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
+SHORT = [
+    "--trainer.max_epochs",
+    "2",
+    "--trainer.limit_train_batches",
+    "3",
+    "--trainer.enable_progress_bar",
+    "false",
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # Lightning warns of arguments beside those of a test's own
+
+
+def fit(*arguments):
+    return train(["fit", "--config", DIGITS, *SHORT, *arguments])
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+MISTAKES = {
+    "an unknown key": (["--model.init_args.learning_rte", "1"], "model: 'learning_rte' is not an argument"),
+    "an unknown key of the network": (["--model.init_args.network.init_args.depht", "1"], "depht"),
+    "an unknown top-level key": (["--frobnicate", "1"], "unrecognized arguments: --frobnicate"),
+    "a function outside the allow-list": (
+        ["--model.init_args.network", "os.system"],
+        "'os.system' is not allowed",
+    ),
+    "torch.hub": (
+        ["--model.init_args.network.class_path", "torch.hub.load"],
+        "'torch.hub.load' is not allowed",
+    ),
+    "a class that is not there": (["--model.init_args.network.class_path", "dlref.models.LeNet6"], "LeNet6"),
+    "a class of another kind": (
+        ["--model.class_path", "dlref.models.LeNet5"],
+        "not correspond to a subclass of Task",
+    ),
+    "a value of another type": (["--trainer.max_epochs", "many"], "trainer.max_epochs: Expected a int"),
+    "a constructor's refusal": (
+        ["--model.init_args.preprocess.init_args.std", "[1, 2]"],
+        "mean has 1 channels",
+    ),
+    "a device that is not there": (["--trainer.accelerator", "abacus"], "abacus"),
+    "other classes than the data's": (
+        ["--model.init_args.network.init_args.num_classes", "7"],
+        "num_classes to be 10",
+    ),
+    "an image that does not fit": (["--model.init_args.preprocess.init_args.size", "28"], "28×28"),
+    "class weights of another length": (["--model.init_args.class_weights", "[1, 2]"], "class_weights has 2"),
+    "a batch of nothing": (["--data.init_args.batch_size", "0"], "batch_size: 0"),
+    "freezing nothing": (["--model.init_args.freeze", "zz"], "matches no parameter"),
+    "freezing everything": (["--model.init_args.freeze", ".*"], "leaves no parameter"),
+    "no regular expression": (["--model.init_args.freeze", "("], "regular expression"),
+    "weights that are not there": (["--model.init_args.weights", "gone.pt"], "gone.pt: not found"),
+    "files that are not there": (["--data", "dlref.data.MNIST", "--data.root", "gone"], "gone/train-images"),
+    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_2_and_writes_nothing(mistake, tmp_path, capsys):
+    arguments, message = MISTAKES[mistake]
+    assert fit(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "NestedArg" not in lines[0]
+    assert "NoneType" not in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_that_is_not_there(capsys, tmp_path):
+    assert train(["fit", "--config", "gone.yaml"]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"File does not exist: '{tmp_path}/gone.yaml'")
+    assert train(["test", "--config", DIGITS]) == 2
+    assert "runs/lenet5_digits/checkpoints/best.ckpt: no checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsys):
+    assert fit("--model.init_args.network.init_args.activation", "tanh") == 0
+    run = tmp_path / "runs" / "lenet5_digits"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if "tfevents" not in path.name}
+    assert names >= {
+        "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "test.json",
+        "figures/curves.png", "figures/confusion.png", "figures/roc.png", "figures/mistakes.png",
+    }  # fmt: skip
+    assert list(run.glob("events.out.tfevents.*"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["network"]["init_args"]["activation"] == "tanh"
+
+    first = json.loads((run / "test.json").read_text())
+    assert first.keys() >= {"accuracy", "top5_accuracy", "f1", "roc_auc"}
+    (run / "test.json").unlink()
+    moved = run.rename(tmp_path / "moved")  # a run's folder is all there is to it
+    assert train(["test", "--config", str(moved / "config.yaml")]) == 0
+    assert json.loads((moved / "test.json").read_text()) == first
+
+    assert train(["predict", "--config", str(moved / "config.yaml")]) == 0
+    answers = [json.loads(line) for line in (moved / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 360
+    assert answers[0].keys() == {"label", "probability", "top"}
+    assert train(["validate", "--config", str(moved / "config.yaml")]) == 0
+
+
+def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
+    assert fit("--run", "mine", "--final_test", "false") == 0
+    weights = (tmp_path / "mine/checkpoints/last.ckpt").read_bytes()
+    assert not (tmp_path / "mine/test.json").exists()
+    assert fit("--run", "mine") == 2
+    assert "mine already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "mine/checkpoints/last.ckpt").read_bytes() == weights
+    (tmp_path / "mine/notes.txt").write_text("keep me")
+    assert fit("--run", "mine", "--overwrite", "true", "--seed_everything", "1", "--final_test", "false") == 0
+    assert (tmp_path / "mine/checkpoints/last.ckpt").read_bytes() != weights
+    assert (tmp_path / "mine/notes.txt").exists()
+
+
+def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):
+    assert fit("--run", "mine", "--final_test", "false") == 0
+    before = rows(tmp_path / "mine/metrics.csv")
+    assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--final_test", "false") == 0
+    after = rows(tmp_path / "mine/metrics.csv")
+    assert [row["step"] for row in after][: len(before)] == [row["step"] for row in before]
+    assert len(after) > len(before)
+    state = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 9
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    states = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert fit("--run", name, "--seed_everything", seed, "--final_test", "false") == 0
+        states.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]["network.c1.weight"], states[2]["network.c1.weight"])
+
+
+def test_a_reloaded_run_holds_the_trained_weights_exactly(tmp_path):
+    assert fit("--run", "mine", "--final_test", "false") == 0
+    task, data = load_run(tmp_path / "mine", ["--data.init_args.batch_size", "7"])
+    state = torch.load(tmp_path / "mine/checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state[key]) for key, value in task.state_dict().items())
+    assert not task.training
+    assert data.batch_size == 7
+
+
+def test_a_default_optimiser_does_not_leak_into_another(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: seen.update(task=self.model))
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    Path("sgd.yaml").write_text(yaml.safe_dump(config))
+    assert train(["fit", "--config", "sgd.yaml"]) == 0
+    optimizer = seen["task"].optimizer(seen["task"].parameters())
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.defaults["weight_decay"] == 0

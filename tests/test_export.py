@@ -1,0 +1,231 @@
+"""Exported graphs against PyTorch: traced on one shape, compared on others; and what is refused."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_tasks import Linear, Pixels, classifier, sgd
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlref.export.bundle import export
+from dlref.export.graph import example_at, trace_sizes, write_onnx
+from dlref.export.targets import TARGETS
+from dlref.export.verify import Refused, parity
+from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
+from dlref.runtime import UserError, load
+from dlref.runtime.bundle import OnnxGraph
+from dlref.tasks import ImageClassifier, ImagePreprocess
+from dlref.tasks.deployable import Graph
+
+CPU = TARGETS["cpu"]
+NETWORKS = {
+    "lenet5": (lambda: LeNet5(3, in_channels=3), 32),
+    "resnet20": (lambda: CifarResNet(20, 3), 32),
+    "resnet18": (lambda: ResNet(18, 3, stem="cifar"), 32),
+    "resnet50": (lambda: ResNet(50, 3), 64),
+    "alexnet": (lambda: AlexNet(3), 64),
+    "googlenet": (lambda: GoogLeNet(3), 64),
+}
+
+
+class Photographs(Pixels):
+    """Three channels, the labels of `classifier`."""
+
+    def __init__(self, size, n=12):
+        super().__init__(n=n, size=size)
+        images, targets = self.set.tensors
+        self.set = TensorDataset(images.expand(-1, 3, -1, -1).contiguous(), targets)
+
+    def val_dataloader(self):
+        return DataLoader(self.set, batch_size=5)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.fixture(params=NETWORKS)
+def photographic(request):
+    make, size = NETWORKS[request.param]
+    preprocess = ImagePreprocess(size, mean=[0.4] * 3, std=[0.2] * 3, crop=0.875)
+    network = make()
+    with torch.no_grad():  # random networks answer much alike; spread their answers, so that errors show
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    task = ImageClassifier(network=network, preprocess=preprocess, optimizer=sgd).eval()
+    return task, Photographs(size)
+
+
+def test_every_network_answers_as_pytorch_does_at_shapes_it_was_not_traced_on(photographic, tmp_path):
+    task, data = photographic
+    manifest = export(task, data, CPU, tmp_path / "bundle")
+    shapes = [tuple(row["shape"]["image"]) for row in manifest["verification"]["parity"]]
+    assert {shape[0] for shape in shapes} == {1, 2, 7}
+    assert len({shape[1:3] for shape in shapes}) == 3
+    assert max(row["max_abs_error"] for row in manifest["verification"]["parity"]) <= 1e-5
+    # Once more from outside, on a size that nothing above has seen.
+    image = np.random.default_rng(0).integers(0, 256, (3, 91, 57, 3), dtype=np.uint8)
+    graph = task.deployable(next(iter(data.val_dataloader()))).graphs["classify"]
+    np.testing.assert_allclose(
+        load(tmp_path / "bundle").probability(image), graph(image=image)["probability"], atol=1e-5
+    )
+
+
+def test_a_bundle_says_what_it_is(tmp_path):
+    task, data = classifier().eval(), Pixels()
+    manifest = export(task, data, CPU, tmp_path / "bundle")
+    assert manifest == json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert manifest["kind"] == "image-classification"
+    assert manifest["metadata"] == {"labels": ["a", "b", "c"], "multi_label": False, "channels": 1}
+    graph = manifest["graphs"]["classify"]
+    assert graph["inputs"] == [{"name": "image", "type": "uint8", "shape": ["batch", "height", "width", 1]}]
+    assert graph["outputs"] == [{"name": "probability", "type": "float32", "shape": ["batch", 3]}]
+    assert set(manifest["files"]) == {"classify.onnx", "report.md"}
+    metric = manifest["verification"]["metric"]
+    assert (metric["name"], metric["split"], metric["n"]) == ("accuracy", "validation", 48)
+    assert metric["pytorch"] == metric["bundle"]
+    assert "| accuracy | validation | 48 |" in (tmp_path / "bundle/report.md").read_text()
+    model = onnx.load(tmp_path / "bundle/classify.onnx")
+    assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
+
+
+def test_several_labels_leave_through_sigmoids(tmp_path):
+    task, data = classifier(), Pixels(multi_label=True)
+    task.known["multi_label"] = True
+    export(task.eval(), data, CPU, tmp_path / "bundle")
+    images = data.set.tensors[0][:2]
+    with torch.no_grad():
+        expected = task(images)[0].sigmoid().numpy()
+    runner = load(tmp_path / "bundle")
+    np.testing.assert_allclose(runner.probability(images.permute(0, 2, 3, 1).numpy()), expected, atol=1e-5)
+    assert "labels" in runner(images[0].numpy())
+
+
+# The contract serves other kinds than images
+
+
+class Step(nn.Module):
+    """One step of a recurrent network: what forecasting and translation will export."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x, h, c):
+        y, (h, c) = self.cell(x, (h, c))
+        return y, h, c
+
+
+def recurrent(**options):
+    inputs = {"x": torch.randn(5, 6, 3), "h": torch.randn(1, 5, 4), "c": torch.randn(1, 5, 4)}
+    return Graph(
+        **{
+            "module": Step().eval(),
+            "inputs": inputs,
+            "outputs": ["y", "h_next", "c_next"],
+            "dynamic_axes": {"x": {0: "batch", 1: "time"}, "h": {1: "batch"}, "c": {1: "batch"}},
+            "sizes": {"batch": (1, 2, 7), "time": (1, 5, 11)},
+            **options,
+        }
+    )
+
+
+def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
+    graph = recurrent()
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    rows = parity("step", graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider))
+    assert [row["shape"]["x"][:2] for row in rows] == [[1, 1], [2, 5], [7, 11]]
+    assert max(row["max_abs_error"] for row in rows) < 1e-5
+
+
+def test_tracing_and_verifying_never_share_a_size():
+    sizes = trace_sizes(recurrent())
+    assert sizes == {"batch": 3, "time": 4}
+    assert example_at(recurrent(), sizes)["x"].shape == (3, 4, 3)
+
+
+def test_examples_are_cut_and_repeated():
+    graph = recurrent()
+    x = graph.inputs["x"]
+    cut = example_at(graph, {"batch": 7, "time": 2})["x"]
+    torch.testing.assert_close(cut[:5], x[:, :2])
+    torch.testing.assert_close(cut[5:], x[:2, :2])
+
+
+# Refusals
+
+
+class Constant(nn.Module):
+    """Adds a constant whose length is one example's time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(4, 3))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+def test_an_axis_that_would_be_frozen_is_refused(tmp_path):
+    graph = recurrent(
+        module=Constant().eval(),
+        inputs={"x": torch.randn(5, 6, 3)},
+        outputs=["y"],
+        dynamic_axes={"x": {0: "batch", 1: "time"}},
+    )
+    with pytest.raises(UserError, match=r"step\.onnx: .*static shape of 4"):
+        write_onnx(graph, tmp_path / "step.onnx", CPU)
+    assert not (tmp_path / "step.onnx").exists()
+
+
+class Skewed:
+    """A graph that answers almost as another does."""
+
+    def __init__(self, graph, change):
+        self.graph, self.change = graph, change
+
+    def __call__(self, **inputs):
+        return {name: self.change(array) for name, array in self.graph(**inputs).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a + 2e-4, "differs from PyTorch by 0.0002"),
+        (lambda a: a * np.nan, "differs from PyTorch"),
+        (lambda a: a[:, :1], "expected float32"),
+        (lambda a: a.astype(np.float64), "float64"),
+    ],
+)
+def test_another_answer_than_pytorch_s_is_refused(change, message):
+    graph = recurrent()
+    with pytest.raises(Refused, match=message):
+        parity("step", graph, Skewed(graph, change))
+
+
+def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
+    earlier = export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    monkeypatch.setattr(
+        OnnxGraph,
+        "__call__",
+        lambda self, **inputs: {"probability": np.zeros((len(inputs["image"]), 3), np.float32)},
+    )
+    with pytest.raises(Refused):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == earlier
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(UserError, match="holds other files"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):
+    with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
+        export(classifier(Linear()).eval(), Pixels(labels="xyz"), CPU, tmp_path / "bundle")

@@ -1,0 +1,124 @@
+"""The path from a config to answers at the edge: every config, and the commands of the README."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dlref.cli import TrainCLI, train
+from dlref.runtime import load
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EMBEDDED = ["lenet5_digits"]  # what needs no files
+FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+
+# What a device has: everything but torch and what comes with training.
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "lightning", "onnx", "onnxscript", "torchmetrics", "sklearn", "matplotlib"):
+    sys.modules[name] = None
+from dlref.runtime.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def by_name(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=by_name)
+def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path):
+    built = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: built.update(task=self.model))
+    arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
+    assert train(["fit", "--config", str(config), *arguments]) == 0
+    task = built["task"]
+    classes = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]["init_args"]["num_classes"]
+    task.remember({"labels": [str(k) for k in range(classes)], "multi_label": False})
+    task.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=by_name)
+def test_a_config_s_header_says_what_a_user_has_to_know(config):
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert f"python train.py fit --config configs/{config.name}" in text
+    for word in ("Data:", "Time:", "Score:"):
+        assert word in text, f"{config.name} has no line {word}"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    fitted = command("train.py", "fit", "--config", f"configs/{name}.yaml", "--run", run, *FEW_STEPS)
+    assert fitted.returncode == 0, fitted.stderr
+    tested = command("train.py", "test", "--config", run / "config.yaml")
+    assert tested.returncode == 0, tested.stderr
+    exported = command("export.py", run, "--target", "cpu", "--output", bundle)
+    assert exported.returncode == 0, exported.stderr
+
+    digit = np.round(load_digits().images[7] * 255 / 16).astype(np.uint8)
+    Image.fromarray(digit).save(tmp_path / "digit.png")
+    answered = command("-c", WITHOUT_TORCH, bundle, tmp_path / "digit.png", tmp_path / "digit.png")
+    assert answered.returncode == 0, answered.stderr
+    lines = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert len(lines) == 2
+    assert lines[0]["label"] in set("0123456789")
+    assert 0 < lines[0]["probability"] <= 1
+
+    accuracy = json.loads((run / "test.json").read_text())["accuracy"]
+    verification = json.loads((bundle / "manifest.json").read_text())["verification"]
+    assert verification["test"]["pytorch"] == pytest.approx(accuracy)
+    assert verification["test"]["bundle"] == pytest.approx(accuracy)
+    assert verification["test"]["n"] == 360
+    assert max(verification[part]["max_abs_error"] for part in ("metric", "test")) <= 1e-5
+
+    predicted = command("train.py", "predict", "--config", run / "config.yaml")
+    assert predicted.returncode == 0, predicted.stderr
+    by_pytorch = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    by_bundle = load(bundle)(list(digits_of_the_test_split()))
+    assert [row["label"] for row in by_bundle] == [row["label"] for row in by_pytorch]
+    np.testing.assert_allclose(
+        [row["probability"] for row in by_bundle], [row["probability"] for row in by_pytorch], atol=1e-5
+    )
+
+
+def digits_of_the_test_split():
+    from dlref.data import Digits
+
+    data = Digits()
+    data.setup("test")
+    return data.splits["test"].images.numpy()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected RUN --target TARGET --output FOLDER"),
+        (
+            ["runs/x", "--target", "abacus", "--output", "b"],
+            "target 'abacus' is unknown; expected one of cpu",
+        ),
+        (["runs/x", "--target", "cpu", "--output", "b"], "runs/x/checkpoints/best.ckpt: no checkpoint"),
+    ],
+)
+def test_export_says_what_it_needs(command, tmp_path, arguments, message):
+    result = command("export.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_are_listed(command):
+    listed = command("export.py", "--list-targets")
+    assert listed.returncode == 0
+    assert listed.stdout.startswith("cpu ")

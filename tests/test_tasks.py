@@ -1,0 +1,376 @@
+"""Losses, metrics, schedules, transfer and what a task remembers, against libraries and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from safetensors.torch import save_file
+from sklearn import metrics as sklearn_metrics
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+from dlref.models import CifarResNet, LeNet5
+from dlref.runtime import UserError
+from dlref.tasks import ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
+from dlref.tasks.task import freeze
+from dlref.tasks.weights import load_weights
+
+GREY = {"mean": [0.5], "std": [0.25]}
+
+
+class Pixels(LightningDataModule):
+    """Random images whose class is how bright they are."""
+
+    def __init__(self, labels="abc", multi_label=False, n=48, size=32):
+        super().__init__()
+        self.labels, self.multi_label = list(labels), multi_label
+        generator = torch.Generator().manual_seed(1)
+        targets = torch.arange(n) % len(labels)
+        noise = torch.randint(0, 60, (n, 1, size, size), generator=generator)
+        images = (noise + 80 * targets[:, None, None, None]).clamp(max=255).to(torch.uint8)
+        if multi_label:
+            targets = torch.stack([targets > 0, targets > 1, targets == 0], dim=1).float()
+        self.set = TensorDataset(images, targets)
+
+    def train_dataloader(self):
+        return DataLoader(self.set, batch_size=16)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Linear(nn.Module):
+    """The smallest classifier, with an auxiliary head."""
+
+    head = ("fc", "aux")
+
+    def __init__(self, classes=3, size=32):
+        super().__init__()
+        self.fc = nn.Linear(size * size, classes)
+        self.aux = nn.Linear(size * size, classes)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)), self.aux(x.flatten(1))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+def classifier(network=None, **options):
+    options = {"optimizer": sgd, **options}
+    task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=network or LeNet5(3), **options)
+    task.remember({"labels": ["a", "b", "c"], "multi_label": False})
+    return task
+
+
+def trainer(tmp_path, **options):
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
+    return Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+# Loss
+
+
+def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    task = classifier(label_smoothing=0.1, class_weights=[1.0, 2.0, 0.5])
+    log_p = logits.log_softmax(-1)
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    hard = -(weight[targets] * log_p[torch.arange(6), targets])
+    soft = -(weight * log_p).sum(-1) / 3
+    expected = (0.9 * hard + 0.1 * soft).sum() / weight[targets].sum()
+    torch.testing.assert_close(task.loss(logits, targets), expected)
+
+
+def test_several_labels_are_independent_binary_cross_entropies():
+    task = classifier()
+    task.known["multi_label"] = True
+    logits, targets = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
+    p = logits.sigmoid()
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    torch.testing.assert_close(task.loss(logits, targets), expected)
+    torch.testing.assert_close(task.probability(logits), p)
+
+
+def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
+    task = classifier(Linear(), auxiliary_weight=0.3)
+    task.mix = None
+    task.log = lambda *_, **__: None
+    images, targets = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    main, auxiliary = task(images)
+    expected = F.cross_entropy(main, targets) + 0.3 * F.cross_entropy(auxiliary, targets)
+    torch.testing.assert_close(task.training_step((images, targets), 0), expected)
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_blending_gives_every_image_targets_that_sum_to_one(options, tmp_path):
+    task = classifier(**options)
+    seen = []
+    task.loss = lambda logits, targets: seen.append(targets) or logits.sum()
+    trainer(tmp_path, limit_val_batches=0).fit(task, datamodule=Pixels())
+    assert all(targets.shape == (16, 3) for targets in seen)
+    torch.testing.assert_close(torch.cat(seen).sum(-1), torch.ones(48))
+    assert any(((targets > 0) & (targets < 1)).any() for targets in seen)
+
+
+# Metrics, against scikit-learn
+
+
+def test_test_metrics_are_scikit_learn_s(tmp_path):
+    task, data = classifier(), Pixels()
+    (results,) = trainer(tmp_path).test(task, data, verbose=False)
+    images, targets = data.set.tensors
+    with torch.no_grad():
+        probability = task(images)[0].softmax(-1).numpy()
+    predicted = probability.argmax(-1)
+    expected = {
+        "accuracy": sklearn_metrics.accuracy_score(targets, predicted),
+        "f1": sklearn_metrics.f1_score(targets, predicted, average="macro"),
+        "precision": sklearn_metrics.precision_score(targets, predicted, average="macro", zero_division=0),
+        "recall": sklearn_metrics.recall_score(targets, predicted, average="macro"),
+        "roc_auc": sklearn_metrics.roc_auc_score(targets, probability, multi_class="ovr"),
+        "top5_accuracy": 1.0,
+        "loss": sklearn_metrics.log_loss(targets, probability),
+    }
+    assert {key.removeprefix("test/"): value for key, value in results.items()} == pytest.approx(expected, abs=1e-5)
+    np.testing.assert_array_equal(task.confusion, sklearn_metrics.confusion_matrix(targets, predicted))
+
+
+def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
+    data = Pixels(multi_label=True)
+    task = classifier()
+    task.known["multi_label"] = True
+    (results,) = trainer(tmp_path).test(task, data, verbose=False)
+    images, targets = data.set.tensors
+    with torch.no_grad():
+        probability = task(images)[0].sigmoid().numpy()
+    predicted = probability > 0.5
+    assert results["test/accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(targets, predicted))
+    assert results["test/f1"] == pytest.approx(
+        sklearn_metrics.f1_score(targets, predicted, average="macro", zero_division=0), abs=1e-6
+    )
+    assert results["test/roc_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(targets, probability), abs=1e-5)
+    task.draw(tmp_path / "figures")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["roc.png"]
+
+
+def test_the_worst_mistakes_are_kept_in_order(tmp_path):
+    task = classifier()
+    trainer(tmp_path).test(task, Pixels(), verbose=False)
+    confidences = [confidence for confidence, *_ in task.mistakes]
+    assert confidences == sorted(confidences, reverse=True)
+    assert 0 < len(confidences) <= 25
+    assert all(predicted != true for _, _, predicted, true in task.mistakes)
+
+
+# Schedules
+
+
+def rates(schedule, steps, **options):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, steps, **options)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_steps_divide_at_shares_of_the_run():
+    assert rates(Steps, 8, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
+
+
+def test_cosine_without_warmup_is_torch_s():
+    expected = rates(torch.optim.lr_scheduler.CosineAnnealingLR, 20)
+    assert rates(WarmupCosine, 20) == pytest.approx(expected)
+
+
+def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
+    seen = rates(WarmupCosine, 100, warmup=0.1, final=0.2)
+    assert seen[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert max(seen) == seen[10] == 1
+    assert seen[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert seen[-1] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_triangle_rises_and_falls():
+    seen = rates(Triangle, 10, peak=0.2)
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_a_schedule_steps_once_an_optimiser_step_and_knows_the_run_s_length(tmp_path):
+    task = classifier(lr_scheduler=lambda optimizer, steps: Steps(optimizer, steps, milestones=[0.5]))
+    fitted = trainer(tmp_path, max_epochs=2)
+    fitted.fit(task, datamodule=Pixels())  # 3 batches, 2 epochs
+    assert fitted.lr_scheduler_configs[0].scheduler.last_epoch == 6
+    assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def test_decay_can_spare_vectors(tmp_path):
+    task = classifier(decay_vectors=False, optimizer=lambda g: torch.optim.SGD(g, lr=0.1, weight_decay=0.5))
+    decayed, spared = task.configure_optimizers().param_groups
+    assert decayed["weight_decay"] == 0.5
+    assert spared["weight_decay"] == 0
+    assert {p.ndim for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(task.network.parameters()))
+
+
+# Transfer
+
+
+def test_a_head_for_other_classes_is_replaced_and_the_rest_loaded(tmp_path, caplog):
+    source, network = LeNet5(10), LeNet5(3)
+    fresh = network.output.weight.clone()
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    for name in ("source.pt", "source.safetensors"):
+        assert load_weights(network, tmp_path / name) == ["output.bias", "output.weight"]
+        assert torch.equal(network.output.weight, fresh)
+        assert torch.equal(network.c3.weight, source.c3.weight)
+        assert "new head for other classes: output.bias, output.weight" in caplog.text
+    assert load_weights(LeNet5(10), tmp_path / "source.pt") == []
+
+
+def test_a_run_is_a_source_of_weights(tmp_path):
+    task = classifier()
+    state = {"state_dict": {f"network.{k}": v for k, v in task.network.state_dict().items()}, "epoch": 3}
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "run/checkpoints/best.ckpt")
+    network = LeNet5(3)
+    assert load_weights(network, tmp_path / "run") == []
+    assert torch.equal(network.f6.weight, task.network.f6.weight)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    torch.save(LeNet5(3).state_dict(), tmp_path / "other.pt")
+    torch.save({"a": "b"}, tmp_path / "text.pt")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pt")  # code in a pickle
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    for name, message in {
+        "other.pt": "do not fit CifarResNet",
+        "text.pt": "not a state dict",
+        "module.pt": "unreadable",
+        "noise.pt": "unreadable",
+        "noise.safetensors": "unreadable",
+        "gone.pt": "not found",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_weights(CifarResNet(20), tmp_path / name)
+        assert "\n" not in str(error.value)
+    wider = LeNet5(3).state_dict()
+    wider["c3.weight"] = torch.zeros(16, 7, 5, 5)
+    torch.save(wider, tmp_path / "wider.pt")
+    with pytest.raises(UserError, match=r"1 tensors do not fit LeNet5 \(c3\.weight"):
+        load_weights(LeNet5(3), tmp_path / "wider.pt")
+
+
+def test_frozen_parameters_and_their_statistics_stay(tmp_path):
+    task = classifier(CifarResNet(20, num_classes=3, in_channels=1), freeze=r"conv1|bn1|layer[12]\.")
+    before = {key: value.clone() for key, value in task.network.state_dict().items()}
+    trainer(tmp_path).fit(task, datamodule=Pixels())
+    frozen = ("conv1", "bn1", "layer1.", "layer2.")
+    for key, value in task.network.state_dict().items():
+        if key.startswith(frozen):
+            assert torch.equal(value, before[key]), key
+    assert not torch.equal(task.network.fc.weight, before["fc.weight"])
+    assert not torch.equal(task.network.layer3[0].bn1.running_mean, before["layer3.0.bn1.running_mean"])
+
+
+def test_freezing_matches_names_from_their_start():
+    network = LeNet5(3)
+    freeze(network, "c")
+    assert [n for n, p in network.named_parameters() if p.requires_grad] == [
+        "f6.weight", "f6.bias", "output.weight", "output.bias",
+    ]  # fmt: skip
+
+
+# What a task remembers
+
+
+def test_data_with_other_labels_is_refused(tmp_path):
+    task = classifier()
+    with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
+        trainer(tmp_path).test(task, Pixels(labels="acb"), verbose=False)
+    checkpoint = {}
+    task.on_save_checkpoint(checkpoint)
+    assert checkpoint["facts"] == {"labels": ["a", "b", "c"], "multi_label": False}
+    with pytest.raises(UserError, match="same order"):
+        classifier().on_load_checkpoint({"facts": {"labels": ["c", "b", "a"]}})
+
+
+def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
+    task, data = classifier(), Pixels()
+    fitted = trainer(tmp_path, max_epochs=2)
+    fitted.fit(task, datamodule=data)
+    (before,) = fitted.test(task, data, verbose=False)
+    fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    fresh = classifier()
+    (after,) = trainer(tmp_path).test(fresh, data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert after == before
+
+
+def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
+    task, data = classifier(), Pixels()
+    average = EMAWeightAveraging(decay=0.5)
+    fitted = trainer(tmp_path, max_epochs=1, callbacks=[average])
+    steps = []
+    task.on_before_zero_grad = lambda _: steps.append(task.network.output.bias.detach().clone())
+    fitted.fit(task, datamodule=data)
+    fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["network.output.bias"]
+    torch.testing.assert_close(saved, task.network.output.bias.detach())  # swapped in when training ends
+    last = [*steps, None]
+    assert not torch.equal(saved, last[-2])
+
+
+def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
+    task = classifier(compile_network=True, channels_last=True)
+    fitted = trainer(tmp_path)
+    fitted.test(task, Pixels(), verbose=False)
+    plain = classifier()
+    assert task.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(task.state_dict())
+    images = Pixels().set.tensors[0]
+    with torch.no_grad():
+        torch.testing.assert_close(task(images)[0], plain.eval()(images)[0], atol=1e-5, rtol=1e-4)
+
+
+# Pre-processing
+
+
+def test_pixels_are_normalised():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8)[None, None].expand(1, 1, 3, 3)
+    values = ImagePreprocess(3, **GREY)(images)[0, 0, 0]
+    torch.testing.assert_close(values, torch.tensor([-2.0, -1.2, 2.0]))
+
+
+def test_one_channel_stands_for_three_and_three_are_not_one():
+    grey, rgb = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    three = ImagePreprocess(4, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0])
+    torch.testing.assert_close(three(grey), three(rgb))
+    with pytest.raises(UserError, match="3 channels"):
+        ImagePreprocess(4, **GREY)(rgb)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (300, 260), (257, 401), (512, 300)])
+def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 9, 13, generator=generator)
+    images = (255 * F.interpolate(coarse, shape, mode="bicubic").clamp(0, 1)).to(torch.uint8)
+    loader = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    preprocess = ImagePreprocess(224, mean=[0.0] * 3, std=[1.0] * 3, crop=0.875)
+    difference = preprocess(preprocess.centre(images)) - preprocess(loader(images))
+    assert difference.abs().mean() < 0.01  # of the range 0 to 1: less than three grey levels
