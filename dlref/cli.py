@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -190,8 +189,7 @@ class TrainCLI(LightningCLI):
 
 def train(arguments: list[str] | None = None) -> int:
     """`train.py`: 0, or 2 with one line on stderr when something given is wrong."""
-
-    def command() -> None:
+    try:
         TrainCLI(
             Task,
             LightningDataModule,
@@ -205,14 +203,6 @@ def train(arguments: list[str] | None = None) -> int:
             parser_kwargs={"description": __doc__.splitlines()[0]},
             args=arguments,
         )
-
-    return guarded(command)
-
-
-def guarded(command: Callable[[], None]) -> int:
-    """Run a command; one line and 2 for what the user can mend."""
-    try:
-        command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
