@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dlref.data.image_classification import ImageTensors, InMemoryImages
+from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.models import LeNet5, ResNet
 from dlref.tasks import ImageClassifier, ImagePreprocess, WarmupCosine
 

@@ -1,13 +1,6 @@
 """Data modules: files on disk to checked, augmented batches."""
 
-from dlref.data.image_classification import (
-    CIFAR10,
-    MNIST,
-    Digits,
-    FashionMNIST,
-    ImageFolder,
-    ImageList,
-    ImageManifest,
-)
+from dlref.data.small_images import CIFAR10, MNIST, Digits, FashionMNIST
+from dlref.data.streamed_images import ImageFolder, ImageList, ImageManifest
 
 __all__ = ["CIFAR10", "MNIST", "Digits", "FashionMNIST", "ImageFolder", "ImageList", "ImageManifest"]

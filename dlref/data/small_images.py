@@ -1,0 +1,240 @@
+"""Data sets for image classification that are small enough to live, as uint8, on the device that trains."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.datasets.utils import extract_archive
+
+from dlref.data.augment import random_crop, random_erase, random_flip
+from dlref.data.cifar import read_cifar_batch, read_class_names
+from dlref.data.download import fetch
+from dlref.data.idx import read_idx_pair
+from dlref.data.image_classification import ImageClassificationData, check_at_least, list_folder
+from dlref.data.images import read_images
+from dlref.runtime.errors import UserError
+
+SPLIT_SEED = 0  # of the validation split, which must be the same whatever the run's own seed
+
+
+class ImageTensors(Dataset):
+    """Images and targets in memory. A batch of them is one indexing of each tensor."""
+
+    def __init__(self, images: Tensor, targets: Tensor):
+        self.images, self.targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
+        index = torch.tensor(indices).to(self.images.device, non_blocking=True)
+        return self.images[index], self.targets[index]
+
+    def to(self, device: torch.device) -> "ImageTensors":
+        """Return the same data on a device, copied only if it is elsewhere."""
+        return ImageTensors(self.images.to(device), self.targets.to(device))
+
+
+Splits = dict[str, ImageTensors]
+
+
+class InMemoryImages(ImageClassificationData):
+    """Images few and small enough to live, as uint8, on the device that trains on them.
+
+    Args:
+        batch_size: images in a batch.
+        pad_crop: pad each training image by this many black pixels on each side and crop it back at random.
+        flip: mirror half of the training images left to right.
+        cutout: blacken a square with this side in each training image.
+    """
+
+    def __init__(self, batch_size: int = 128, pad_crop: int = 0, flip: bool = False, cutout: int = 0):
+        super().__init__(batch_size)
+        self.pad_crop = pad_crop
+        self.flip = flip
+        self.cutout = cutout
+
+    def read(self) -> tuple[list[str], Splits]:
+        """Read the class names and the splits "train", "val" and "test"."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read everything, once, and move it to the trainer's device."""
+        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, pad_crop=self.pad_crop, cutout=self.cutout)
+        # Lightning recommends workers; here they could only copy from the device what is already on it.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        if not self.splits:
+            self.labels, self.splits = self.read()
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.splits = {name: split.to(device) for name, split in self.splits.items()}
+
+    def loader_options(self) -> dict[str, Any]:
+        """Return the options for a dataset that already answers in batches."""
+        return {"collate_fn": _already_a_batch}
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment training batches, on the device."""
+        images, targets = batch
+        if self.trainer is None or not self.trainer.training:
+            return images, targets
+        if self.pad_crop:
+            images = random_crop(images, self.pad_crop)
+        if self.flip:
+            images = random_flip(images)
+        if self.cutout:
+            images = random_erase(images, self.cutout)
+        return images, targets
+
+
+def _already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+class Digits(InMemoryImages):
+    """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; they come with it and need no file.
+
+    Split by class into 1,077 for training, 360 for validation and 360 for testing, always the same.
+    """
+
+    def __init__(self, batch_size: int = 64, **kwargs):
+        super().__init__(batch_size=batch_size, **kwargs)
+
+    def read(self) -> tuple[list[str], Splits]:
+        """Load the digits, and spread their 17 levels over 0 to 255."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = torch.from_numpy(np.round(digits.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
+        targets = torch.from_numpy(digits.target).long()
+        rest, test = train_test_split(
+            np.arange(len(targets)), test_size=360, stratify=digits.target, random_state=SPLIT_SEED
+        )
+        train, val = train_test_split(rest, test_size=360, stratify=digits.target[rest], random_state=SPLIT_SEED)
+        splits = {"train": train, "val": val, "test": test}
+        labels = [str(name) for name in digits.target_names]
+        return labels, {name: ImageTensors(images[index], targets[index]) for name, index in splits.items()}
+
+
+Arrays = tuple[np.ndarray | Tensor, np.ndarray | Tensor]
+
+
+class PublishedImages(InMemoryImages):
+    """A data set published as files, in a training and a test part.
+
+    Args:
+        root: the folder of the files.
+        validation: how many of the training images validate instead, always the same ones.
+        download: fetch what is missing.
+    """
+
+    def __init__(self, root: str | Path, validation: int = 5000, download: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.validation = validation
+        self.download = download
+
+    def split(self, train: Arrays, test: Arrays) -> Splits:
+        """Hold out validation images; `train` and `test` are images (N, C, H, W) with class ids (N,)."""
+        count, held_out = len(train[0]), self.validation
+        if not 0 <= held_out < count:
+            raise UserError(f"--data.init_args.validation: {held_out}; expected 0 to {count - 1}, of {count} images")
+        # RandomState, for NumPy never changes its numbers: later versions must hold out the same images.
+        order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
+        images, targets = torch.as_tensor(train[0]), torch.as_tensor(train[1]).long()
+        return {
+            "train": ImageTensors(images[order[held_out:]], targets[order[held_out:]]),
+            "val": ImageTensors(images[order[:held_out]], targets[order[:held_out]]),
+            "test": ImageTensors(torch.as_tensor(test[0]), torch.as_tensor(test[1]).long()),
+        }
+
+
+class MNIST(PublishedImages):
+    """LeCun's handwritten digits, 28 × 28: 60,000 and 10,000, in the four idx files, gzipped or not."""
+
+    published = datasets.MNIST  # for its mirrors, file names and checksums
+    classes: Sequence[str] = "0123456789"
+
+    def prepare_data(self) -> None:
+        """Download the files that are missing, if asked to."""
+        for name, md5 in self.published.resources:
+            if self.download and not self._find(name).is_file():
+                fetch([f"{mirror}{name}" for mirror in self.published.mirrors], self.root / name, md5)
+
+    def read(self) -> tuple[list[str], Splits]:
+        """Read the four files."""
+        files = [self._find(name) for name, _ in self.published.resources]
+        for path in files:
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; expected it there, or --data.init_args.download true")
+        (train, train_targets), (test, test_targets) = (
+            read_idx_pair(*pair, len(self.classes)) for pair in (files[:2], files[2:])
+        )
+        # idx has no channels: (N, H, W) becomes (N, 1, H, W)
+        return list(self.classes), self.split((train[:, None], train_targets), (test[:, None], test_targets))
+
+    def _find(self, name: str) -> Path:
+        """Return the file without .gz if there is one."""
+        plain = self.root / name.removesuffix(".gz")
+        return plain if plain.is_file() else self.root / name
+
+
+class FashionMNIST(MNIST):
+    """Zalando's articles of clothing, in MNIST's form: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017."""
+
+    published = datasets.FashionMNIST
+    classes = datasets.FashionMNIST.classes
+
+
+class CIFAR10(PublishedImages):
+    """Krizhevsky's small photographs, 32 × 32: 50,000 and 10,000 in ten classes.
+
+    Either the published binary version (`data_batch_1.bin` to `data_batch_5.bin`, `test_batch.bin` and
+    `batches.meta.txt`, in `root` or in `root/cifar-10-batches-bin`) or image files of one size in folders
+    (`train/<class>/*` and `test/<class>/*`, in `root` or in `root/CIFAR-10-images`).
+    """
+
+    url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    md5 = "c32a1d4ab5d03f1284b67883e8d87530"
+    train_batches = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+
+    def prepare_data(self) -> None:
+        """Download the binary version if there is no data, if asked to."""
+        if self.download and not self._binary_folder() and not self._image_folder():
+            archive = self.root / "cifar-10-binary.tar.gz"
+            fetch([self.url], archive, self.md5)
+            extract_archive(str(archive), str(self.root))
+
+    def read(self) -> tuple[list[str], Splits]:
+        """Read whichever form is there, the binary one first."""
+        if folder := self._binary_folder():
+            batches = [read_cifar_batch(folder / name) for name in self.train_batches]
+            images, targets = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+            splits = self.split((images, targets), read_cifar_batch(folder / "test_batch.bin"))
+            return read_class_names(folder / "batches.meta.txt"), splits
+        if folder := self._image_folder():
+            train = list_folder(folder / "train")
+            test = list_folder(folder / "test", train.classes)
+            pairs = ((read_images(listing.paths), listing.targets) for listing in (train, test))
+            return train.classes, self.split(*pairs)
+        raise UserError(
+            f"{self.root}: no CIFAR-10 in it; expected {self.train_batches[0]} and the other binary "
+            "files, or train/<class>/ and test/<class>/ with images, or --data.init_args.download true"
+        )
+
+    def _binary_folder(self) -> Path | None:
+        names = (*self.train_batches, "test_batch.bin", "batches.meta.txt")
+        folders = (self.root, self.root / "cifar-10-batches-bin")
+        return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
+
+    def _image_folder(self) -> Path | None:
+        folders = (self.root, self.root / "CIFAR-10-images")
+        return next((folder for folder in folders if (folder / "train").is_dir()), None)
