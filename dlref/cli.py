@@ -4,29 +4,27 @@ A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv, Ten
 a test test.json and figures/.
 """
 
-import csv
 import json
 import logging
-import os
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_text
 from dlref.runtime import UserError
 from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line, read_checkpoint
 
 # A config names classes, and a named class is code that runs: nothing else can be named.
 ALLOWED_CLASS_PATHS = [
@@ -81,6 +79,7 @@ def readable(message: str) -> str:
         (r" Given value type: <class '[^']*'>", ""),
         (r" Given value: Namespace\(.*", ""),
         (r" - Importing", " Importing"),
+        (r" Subclass types expect one of.*", ""),
         (r" Given value: NestedArg\(key='(.*?)', val=(.*)\)", r" (\1 = \2)"),
         (r" Given value:", "; got"),
         (r"<class '([^']*)'>", r"\1"),
@@ -97,6 +96,25 @@ def readable(message: str) -> str:
     return message
 
 
+class Start(Callback):
+    """Where a fit stops being refusable: after the sanity check, before the first step."""
+
+    def __init__(self, best: Best, claim: Claim):
+        self.best, self.claim = best, claim
+
+    def on_sanity_check_end(self, trainer: Trainer, task: Task) -> None:
+        """The metric of `best` has to be one that validation logs; found out now, not after an epoch."""
+        if self.best.metric not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"best.metric {self.best.metric!r} is not logged in validation; expected one of {logged}")
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """From here on the run is real."""
+        if not sum(trainer.num_val_batches):
+            raise UserError("nothing to validate on, so no checkpoint is the best; expected validation images")
+        self.claim.keep()
+
+
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict over one YAML file."""
 
@@ -105,28 +123,31 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--best", type=Best, required=True, help="what makes a checkpoint the best one")
         parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME of NAME.yaml)")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace a run that is there")
-        parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing its best checkpoint")
-        parser.set_defaults({"trainer.num_sanity_val_steps": 0})
+        parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing the best checkpoint")
+        parser.set_defaults({"trainer.num_sanity_val_steps": 1})
 
-    def before_instantiate_classes(self) -> None:
-        """Settle the run's folder, and what of it this command may read or replace."""
-        options = self.config[self.subcommand]
-        self.run = run_folder(options)
-        options.run = None  # a saved config names no folder: it is the one it lies in
-        self.options, self.created = (
-            options,
-            [path for path in (self.run, *self.run.parents) if not path.exists()],
-        )
-        options.weights_only = True  # a checkpoint is data; never unpickle code from one
-        if self.subcommand == "fit":
-            if options.ckpt_path is None:
-                make_way(self.run, options.overwrite)
-            else:
-                options.ckpt_path = str(checkpoint_of(self.run, options.ckpt_path))
-            options.overwrite = False
-        else:
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """Parse, and settle the run's folder and its checkpoint.
+
+        Neither is left in the config that a run saves: it may be moved, and is to be repeated from the start.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: not UTF-8 ({error.reason}); expected YAML") from None
+        command = self.config.subcommand
+        self.options = options = self.config[command]
+        for name in ("logger", "default_root_dir"):
+            if options.trainer[name] is not None:
+                raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+        self.run, self.checkpoint, self.overwrite = run_folder(options), None, options.overwrite
+        if command != "fit" or options.ckpt_path is not None:
+            self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
+            read_checkpoint(self.checkpoint)
+        if command != "fit":
             self.save_config_callback = None
-            options.ckpt_path = str(checkpoint_of(self.run, options.ckpt_path))
+        options.run, options.ckpt_path, options.overwrite = None, None, False
+        options.weights_only = True  # a checkpoint is data; never unpickle code from one
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is the user's to mend."""
@@ -136,54 +157,84 @@ class TrainCLI(LightningCLI):
             raise UserError(readable(str(error))) from error
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """A trainer that writes into the run's folder, if this command trains."""
-        quiet = self.options.trainer.enable_progress_bar is False
-        checkpoints = ModelCheckpoint(
-            dirpath=self.run / "checkpoints",
-            filename="best",
-            monitor=self.options.best.metric,
-            mode=self.options.best.mode,
-            save_last=True,
-            enable_version_counter=False,
-        )
-        self.trainer_defaults["callbacks"] = [checkpoints] if quiet else [checkpoints, RichProgressBar()]
-        if self.subcommand != "fit":
-            return super().instantiate_trainer(logger=False, default_root_dir=self.run, **kwargs)
+        """A trainer that, if this command trains, writes into the run's folder."""
+        trainer = self.options.trainer
+        self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [RichProgressBar()]
+        kwargs["default_root_dir"] = self.run
+        if self.subcommand != "fit" or trainer.fast_dev_run:
+            return super().instantiate_trainer(logger=False, **kwargs)
+        best = self.options.best
+        keep = {"dirpath": self.run / "checkpoints", "enable_version_counter": False}
+        self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
+        self.trainer_defaults["callbacks"] += [
+            ModelCheckpoint(filename="best", monitor=best.metric, mode=best.mode, **keep),
+            ModelCheckpoint(filename="last", **keep),  # `save_last` writes only when the best improves
+            Start(best, self.claim),
+        ]
         loggers = [
-            metrics_file(self.run, resuming=self.options.ckpt_path is not None),
+            metrics_file(self.run, resume=self.checkpoint is not None),
             TensorBoardLogger(self.run, name="", version=""),
         ]
-        return super().instantiate_trainer(logger=loggers, default_root_dir=self.run, **kwargs)
-
-    def fit(self, **arguments) -> None:
-        """Train, then test the best checkpoint unless told not to."""
         try:
-            self.trainer.fit(**arguments)
-        except UserError:
-            if self.created and not (self.run / "checkpoints").exists():
-                shutil.rmtree(self.created[-1])  # the loggers made it before the data was read
+            return super().instantiate_trainer(logger=loggers, **kwargs)
+        except (ValueError, MisconfigurationException):
+            self.claim.give_back()
             raise
-        if self.options.final_test and self.trainer.state.finished and not self.trainer.fast_dev_run:
-            self.test(self.model, self.datamodule, ckpt_path=str(checkpoint_of(self.run, None)), weights_only=True)
+
+    def fit(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
+        """Train, then test the best checkpoint unless told not to."""
+        if self.checkpoint:
+            arguments["ckpt_path"] = self.checkpoint
+            model.weights = None  # the checkpoint holds what became of them
+        if self.trainer.fast_dev_run:
+            self.trainer.fit(model, datamodule=datamodule, **arguments)
+            return
+        try:
+            self.trainer.fit(model, datamodule=datamodule, **arguments)
+        except UserError:
+            if not self.trainer.global_step:
+                self.claim.give_back()
+            raise
+        if self.options.final_test and self.trainer.state.finished:
+            # The weights alone: restoring callbacks too would put EMA's current weights over their average.
+            model.restore(checkpoint_of(self.run, None))
+            self.test(model, datamodule)
+
+    def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
+        """Print the validation metrics."""
+        model.restore(self.checkpoint)
+        self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
-        (results,) = self.trainer.test(model, datamodule, **arguments)
-        if self.trainer.is_global_zero:
-            write_json(self.run / "test.json", {k.removeprefix("test/"): v for k, v in results.items()})
-            model.draw(self.run / "figures")
-            if (self.run / "metrics.csv").is_file():
-                from dlref.tasks.figures import curves
+        if self.subcommand == "test":
+            model.restore(self.checkpoint)
+        (results,) = self.trainer.test(model, datamodule=datamodule)
+        if not self.trainer.is_global_zero:
+            return
+        values = {key.removeprefix("test/"): value for key, value in results.items()}
+        write_text(self.run / "test.json", json.dumps(values, indent=2) + "\n")
+        print(f"test.json is in {self.run}")
+        if self.trainer.world_size > 1:
+            print("no figures: each device saw a part; run test with --trainer.devices 1")
+            return
+        model.draw(self.run / "figures")
+        if (self.run / "metrics.csv").is_file():
+            from dlref.tasks.figures import curves
 
-                curves(self.run / "figures" / "curves.png", self.run / "metrics.csv")
-            print(f"test.json and figures are in {self.run}")
+            curves(self.run / "figures" / "curves.png", self.run / "metrics.csv")
+        print(f"figures are in {self.run / 'figures'}")
 
-    def predict(self, **arguments) -> None:
+    def predict(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write one JSON line for each input to predictions.jsonl."""
-        arguments["return_predictions"] = True
-        batches = self.trainer.predict(**arguments)
+        if self.trainer.world_size > 1:
+            raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
+        model.restore(self.checkpoint)
+        batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
+        answers = [answer for batch in batches for answer in batch]
+        rows = [{"input": name, **row} for name, row in zip(datamodule.sources(), answers, strict=True)]
         path = self.run / "predictions.jsonl"
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for rows in batches for row in rows))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"predictions are in {path}")
 
 
@@ -209,82 +260,23 @@ def train(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_folder(options) -> Path:
-    """--run, or the folder that a run's own config.yaml lies in, or runs/NAME for configs/NAME.yaml."""
-    if options.run:
-        return Path(options.run)
-    if not options.config:
-        raise UserError("no --config and no --run; expected one of them to name the run")
-    config = Path(str(options.config[-1]))
-    return config.parent if config.name == "config.yaml" else Path("runs") / config.stem
-
-
-def make_way(run: Path, overwrite: bool) -> None:
-    """Refuse to train over an earlier run, or remove what belongs to it."""
-    if not (run / "checkpoints").exists():
-        return
-    if not overwrite:
-        raise UserError(
-            f"{run} already holds a run; expected --run with another folder, --ckpt_path last to resume it, or "
-            "--overwrite true to replace it"
-        )
-    for folder in ("checkpoints", "figures"):
-        shutil.rmtree(run / folder, ignore_errors=True)
-    for pattern in ("metrics.csv", "test.json", "predictions.jsonl", "events.out.tfevents.*"):
-        for path in run.glob(pattern):
-            path.unlink()
-
-
-def checkpoint_of(run: Path, asked: str | None) -> Path:
-    """The checkpoint asked for: a file, "last", or by default the run's best."""
-    path = Path(asked) if asked not in (None, "best", "last") else run / "checkpoints" / f"{asked or 'best'}.ckpt"
-    if not path.is_file():
-        raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
-    return path
-
-
-def metrics_file(run: Path, resuming: bool) -> CSVLogger:
-    """The logger of metrics.csv. A fresh CSVLogger deletes the file; a resumed run keeps its rows."""
-    path = run / "metrics.csv"
-    earlier = []
-    if resuming and path.is_file():
-        with path.open(newline="") as file:
-            earlier = list(csv.DictReader(file))
-    logger = CSVLogger(run, name="", version="")
-    if run.exists():
-        with warnings.catch_warnings(action="ignore"):  # of the file being deleted: its rows are in `earlier`
-            logger.experiment.metrics.extend(earlier)
-        logger.save()
-    return logger
-
-
 def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
     """The task with its best weights, and its data, from a run's folder; without a trainer.
 
     `overrides` are command-line arguments such as --data.init_args.root DIR. Raises UserError.
     """
     config, checkpoint = run / "config.yaml", checkpoint_of(run, None)
-    if not config.is_file():
-        raise UserError(f"{config}: not found; expected the folder of a run that train.py wrote")
+    try:
+        parts = yaml.safe_load(config.read_text(encoding="utf-8"))
+        arguments = [word for key in ("model", "data") for word in (f"--{key}", json.dumps(parts[key]))]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{config}: {one_line(error)}; expected the config of a run that train.py wrote") from None
     parser = Parser()
-    parts = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for key, base in (("model", Task), ("data", LightningDataModule)):
-        parser.add_subclass_arguments(base, key, fail_untyped=False, required=True)
-        overrides = [f"--{key}", json.dumps(parts[key]), *overrides]
-    built = parser.instantiate(parser.parse_args(overrides))
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    built.model.on_load_checkpoint(state)
-    built.model.load_state_dict(state["state_dict"])
+    parser.add_subclass_arguments(Task, "model", fail_untyped=False, required=True)
+    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
+    try:
+        built = parser.instantiate(parser.parse_args([*arguments, *overrides]))
+    except ValueError as error:
+        raise UserError(readable(str(error))) from error
+    built.model.restore(checkpoint)
     return built.model.eval(), built.data
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON for people and programs."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

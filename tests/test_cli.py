@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 from dlref.cli import TrainCLI, load_run, train
+from dlref.models import LeNet5
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 SHORT = [
@@ -74,6 +75,16 @@ MISTAKES = {
     "weights that are not there": (["--model.init_args.weights", "gone.pt"], "gone.pt: not found"),
     "files that are not there": (["--data", "dlref.data.MNIST", "--data.root", "gone"], "gone/train-images"),
     "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
+    "a metric that is not logged": (
+        ["--best.metric", "val/acurracy"],
+        "expected one of val/accuracy, val/f1, val/loss",
+    ),
+    "no validation": (["--trainer.limit_val_batches", "0"], "nothing to validate on"),
+    "a rate below zero": (["--model.init_args.optimizer.init_args.lr", "-1"], "Invalid learning rate"),
+    "too much smoothing": (["--model.init_args.label_smoothing", "3"], "label_smoothing 3"),
+    "a blend below zero": (["--model.init_args.mixup", "-1"], "mixup -1"),
+    "a callback outside the allow-list": (["--trainer.callbacks+", "shutil.rmtree"], "'shutil.rmtree' is not allowed"),
+    "a logger of one's own": (["--trainer.logger", "false"], "trainer.logger: a run logs into its own folder"),
 }
 
 
@@ -88,6 +99,74 @@ def test_a_mistake_is_one_line_and_2_and_writes_nothing(mistake, tmp_path, capsy
     assert "NestedArg" not in lines[0]
     assert "NoneType" not in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_fit_leaves_a_folder_and_an_earlier_run_as_they_were(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert fit("--run", "empty", "--model.init_args.weights", "gone.pt") == 2
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert fit("--run", "mine") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    assert fit("--run", "mine", "--overwrite", "true", "--model.init_args.weights", "gone.pt") == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
+    resumed = ["--ckpt_path", "last", "--data.init_args.batch_size", "0", "--trainer.max_epochs", "5"]
+    assert fit("--run", "mine", *resumed) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+
+
+def test_files_in_the_way_and_files_that_are_something_else(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert fit("--run", "file/run") == 2
+    assert "file: a file; expected a folder" in capsys.readouterr().err
+    (tmp_path / "latin.yaml").write_bytes(b"best: \xe9")
+    assert train(["fit", "--config", "latin.yaml"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "code.ckpt")  # a pickle that names a class
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    for name, message in (("code", "unreadable"), ("junk", "unreadable"), ("other", "not a checkpoint of dlref")):
+        assert fit("--ckpt_path", f"{name}.ckpt") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_leaves_nothing_that_stands_in_the_way(tmp_path):
+    assert fit("--run", "mine", "--trainer.fast_dev_run", "true") == 0
+    assert not (tmp_path / "mine/checkpoints").exists()
+    assert fit("--run", "mine", "--final_test", "false") == 0
+
+
+AVERAGE = '{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}'
+
+
+def test_a_fit_tests_the_checkpoint_that_test_does(tmp_path):
+    """The best, not the last (here the one of most loss is asked for), and of the weights their average."""
+    worst = ["--best.metric", "val/loss", "--best.mode", "max", "--trainer.callbacks+", AVERAGE]
+    worst += ["--trainer.limit_train_batches", "20"]
+    assert fit("--run", "mine", *worst) == 0
+    by_fit = json.loads((tmp_path / "mine/test.json").read_text())
+    assert train(["test", "--config", "mine/config.yaml"]) == 0
+    assert json.loads((tmp_path / "mine/test.json").read_text()) == by_fit
+    epochs = {
+        name: torch.load(tmp_path / f"mine/checkpoints/{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 1}
+    assert train(["test", "--config", "mine/config.yaml", "--ckpt_path", "last"]) == 0
+    assert json.loads((tmp_path / "mine/test.json").read_text()) != by_fit
+
+
+def test_a_resumed_run_moves_and_still_tests_its_best(tmp_path):
+    torch.save(LeNet5(10, activation="relu").state_dict(), tmp_path / "start.pt")
+    start = ["--model.init_args.weights", "start.pt"]
+    assert fit("--run", "mine", "--final_test", "false", *start) == 0
+    (tmp_path / "start.pt").unlink()  # was needed once
+    assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", *start) == 0
+    by_fit = json.loads((tmp_path / "mine/test.json").read_text())
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert "ckpt_path: null" in (tmp_path / "moved/config.yaml").read_text()
+    assert train(["test", "--config", "moved/config.yaml"]) == 0
+    assert json.loads((tmp_path / "moved/test.json").read_text()) == by_fit
 
 
 def test_a_config_that_is_not_there(capsys, tmp_path):
@@ -119,7 +198,8 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     assert train(["predict", "--config", str(moved / "config.yaml")]) == 0
     answers = [json.loads(line) for line in (moved / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 360
-    assert answers[0].keys() == {"label", "probability", "top"}
+    assert answers[7].keys() == {"input", "label", "probability", "top"}
+    assert answers[7]["input"] == "7"
     assert train(["validate", "--config", str(moved / "config.yaml")]) == 0
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
-from dlref.export.graph import example_at, trace_sizes, write_onnx
+from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Refused, parity
 from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
@@ -48,7 +48,7 @@ class Photographs(Pixels):
 @pytest.fixture(params=NETWORKS)
 def photographic(request):
     make, size = NETWORKS[request.param]
-    preprocess = ImagePreprocess(size, mean=[0.4] * 3, std=[0.2] * 3, crop=0.875)
+    preprocess = ImagePreprocess(size, mean=[0.4] * 3, std=[0.2] * 3)
     network = make()
     with torch.no_grad():  # random networks answer much alike; spread their answers, so that errors show
         for module in network.modules():
@@ -79,7 +79,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     manifest = export(task, data, CPU, tmp_path / "bundle")
     assert manifest == json.loads((tmp_path / "bundle/manifest.json").read_text())
     assert manifest["kind"] == "image-classification"
-    assert manifest["metadata"] == {"labels": ["a", "b", "c"], "multi_label": False, "channels": 1}
+    assert manifest["metadata"] == {"labels": ["a", "b", "c"], "multi_label": False, "crop": None, "channels": 1}
     graph = manifest["graphs"]["classify"]
     assert graph["inputs"] == [{"name": "image", "type": "uint8", "shape": ["batch", "height", "width", 1]}]
     assert graph["outputs"] == [{"name": "probability", "type": "float32", "shape": ["batch", 3]}]
@@ -90,6 +90,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     assert "| accuracy | validation | 48 |" in (tmp_path / "bundle/report.md").read_text()
     model = onnx.load(tmp_path / "bundle/classify.onnx")
     assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
+    assert b".py" not in (tmp_path / "bundle/classify.onnx").read_bytes()  # no stack traces of the maker's machine
 
 
 def test_several_labels_leave_through_sigmoids(tmp_path):
@@ -204,6 +205,47 @@ def test_another_answer_than_pytorch_s_is_refused(change, message):
     graph = recurrent()
     with pytest.raises(Refused, match=message):
         parity("step", graph, Skewed(graph, change))
+
+
+def test_answers_on_real_data_are_compared_too(tmp_path, monkeypatch):
+    """Where parity has nothing to say, every answer over the splits still is held against PyTorch's."""
+    monkeypatch.setattr("dlref.export.bundle.parity", lambda *_: [])
+    run = OnnxGraph.__call__
+    monkeypatch.setattr(
+        OnnxGraph, "__call__", lambda self, **inputs: {"probability": run(self, **inputs)["probability"] + 1e-3}
+    )
+    with pytest.raises(Refused, match=r"differs from PyTorch by 0\.001"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+
+
+def test_a_frozen_axis_in_the_file_is_refused():
+    image = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 6, 3])
+    answer = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 6, 3])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [image], [answer]))
+    name_axes(model, {"x": {0: "batch"}}, "step.onnx")
+    assert [d.dim_param for d in model.graph.output[0].type.tensor_type.shape.dim] == ["batch", "", ""]
+    with pytest.raises(UserError, match=r"step\.onnx: axis 1 \(time\) of x was frozen to 6"):
+        name_axes(model, {"x": {0: "batch", 1: "time"}}, "step.onnx")
+
+
+def test_a_split_without_images_is_refused(tmp_path):
+    data = Pixels()
+    data.val_dataloader = lambda: DataLoader(TensorDataset(torch.zeros(0, 1, 32, 32)))
+    with pytest.raises(UserError, match="no validation data"):
+        export(classifier().eval(), data, CPU, tmp_path / "bundle")
+
+
+def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
+    (tmp_path / "bundle.part").mkdir()
+    (tmp_path / "bundle.part/precious").touch()
+    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert (tmp_path / "bundle.part/precious").exists()
+    (tmp_path / "file").touch()
+    for output in ("file", "file/bundle"):
+        with pytest.raises(UserError, match="file: a file; expected a folder"):
+            export(classifier().eval(), Pixels(), CPU, tmp_path / output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.part", "file"]
 
 
 def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from PIL import Image
 
 from dlref.runtime import UserError, load
 from dlref.runtime.__main__ import main
-from dlref.runtime.images import BATCH, batches, read_image
+from dlref.runtime.images import BATCH, batches, centre, read_image
 from dlref.runtime.runners.image_classification import answers
 
 LABELS = ["dark", "bright"]
+METADATA = {"labels": LABELS, "channels": 1, "multi_label": False, "crop": None}
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def write_manifest(folder, **changes):
         "kind": "image-classification",
         "target": {"provider": "CPUExecutionProvider"},
         "graphs": {"classify": {"file": "classify.onnx"}},
-        "metadata": {"labels": LABELS, "channels": 1, "multi_label": False},
+        "metadata": METADATA,
         "files": {"classify.onnx": hashlib.sha256((folder / "classify.onnx").read_bytes()).hexdigest()},
         "verification": {},
         **changes,
@@ -89,8 +90,17 @@ def test_answers_keep_the_order_of_images_of_many_sizes(bundle):
 
 
 def test_batches_are_bounded_and_of_one_size():
-    sizes = [batch.shape for batch in batches([grey(0)] * (BATCH + 3) + [grey(0, 9)], channels=1)]
-    assert sizes == [(BATCH, 4, 6, 1), (3, 4, 6, 1), (1, 9, 6, 1)]
+    sizes = [batch.shape for batch in batches([grey(0)] * (BATCH + 3) + [grey(0, 9)])]
+    assert sizes == [(BATCH, 4, 6), (3, 4, 6), (1, 9, 6)]
+
+
+def test_a_crop_keeps_the_centre(bundle):
+    framed = grey(0, 10, 20)
+    framed[1:9, 6:14] = 255  # what a crop of 0.8 leaves
+    assert load(bundle)(framed)["label"] == "dark"
+    write_manifest(bundle, metadata={**METADATA, "crop": 0.8})
+    assert load(bundle)(framed)["top"][0] == {"label": "bright", "probability": 1.0}
+    assert centre(grey(7, 1, 1), 0.1).shape == (1, 1)
 
 
 def test_arrays_are_taken_in_the_orders_people_have_them():
@@ -120,10 +130,16 @@ def test_files_are_turned_upright_and_converted(tmp_path):
     assert read_image(tmp_path / "palette.png", 1).shape == (3, 5, 1)
 
 
-def test_files_that_are_no_8_bit_images_are_named(tmp_path):
+def test_16_bits_are_read_by_their_high_byte(tmp_path):
+    Image.fromarray(np.full((3, 5), 0x80FF, np.uint16)).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 1), 0x80)
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 3), 0x80)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    Image.fromarray(np.zeros((3, 5), np.uint16)).save(tmp_path / "deep.png")
-    for name in ("text.png", "deep.png", "absent.png"):
+    Image.fromarray(np.zeros((3, 5), np.float32)).save(tmp_path / "float.tiff")
+    for name in ("text.png", "float.tiff", "absent.png"):
         with pytest.raises(UserError, match=name):
             read_image(tmp_path / name, 1)
 
@@ -142,9 +158,13 @@ def test_json_lines(bundle, tmp_path, capsys):
     assert lines[0]["input"] == str(tmp_path / "white.png")
 
 
-def test_a_wrong_input_is_one_line_and_2(bundle, capsys):
-    assert main([str(bundle), "absent.png"]) == 2
-    assert capsys.readouterr().err == "error: absent.png: not found; expected an image file\n"
+def test_a_wrong_input_is_one_line_and_2_after_the_answers_before_it(bundle, tmp_path, capsys):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    assert main([str(bundle), str(tmp_path / "white.png"), "absent.png"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["label"] == "bright"
+    assert printed.err == "error: absent.png: not found; expected an image file\n"
+    assert main([str(bundle), "absent.png", "--threads", "0"]) == 2
 
 
 def test_a_tampered_file_is_refused(bundle):
@@ -166,12 +186,42 @@ def test_a_tampered_file_is_refused(bundle):
         ({"files": {"../secret": "0"}}, "plain name"),
         ({"files": {"gone.onnx": "0"}}, "missing"),
         ({"files": {}}, "no hash"),
+        ({"files": []}, "not a manifest"),
+        ({"kind": 3}, "not a manifest"),
+        ({"target": "cpu"}, "not a manifest"),
+        ({"target": {}}, "needs None"),
+        ({"graphs": {"classify": {}}}, "no hash"),
+        ({"graphs": {"classify": "classify.onnx"}}, "no hash"),
+        ({"graphs": {}}, "expected a graph classify"),
+        ({"metadata": {"labels": LABELS}}, "expected a graph classify and channels"),
+        ({"metadata": {**METADATA, "channels": 7}}, "expected a graph classify"),
         ({"target": {"provider": "NoSuchProvider"}}, "NoSuchProvider"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused(bundle, changes, message):
     write_manifest(bundle, **changes)
     with pytest.raises(UserError, match=message):
+        load(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path):
+    (bundle / "classify.onnx").rename(tmp_path / "outside.onnx")
+    (bundle / "classify.onnx").symlink_to(tmp_path / "outside.onnx")
+    with pytest.raises(UserError, match="symbolic link"):
+        load(bundle)
+
+
+def test_what_onnxruntime_refuses_is_one_line(bundle):
+    write_manifest(bundle, metadata={**METADATA, "channels": 3})
+    with pytest.raises(UserError, match="onnxruntime refuses the input") as error:
+        load(bundle)(grey(7))
+    assert "\n" not in str(error.value)
+    write_manifest(bundle, metadata={**METADATA, "labels": ["one"]})
+    with pytest.raises(UserError, match="2 classes; expected 1"):
+        load(bundle)(grey(7))
+    (bundle / "classify.onnx").write_bytes(b"junk")
+    write_manifest(bundle)
+    with pytest.raises(UserError, match="onnxruntime refuses it"):
         load(bundle)
 
 

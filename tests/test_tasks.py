@@ -14,8 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
+from dlref.data.streamed_images import StreamedImages
 from dlref.models import CifarResNet, LeNet5
 from dlref.runtime import UserError
+from dlref.runtime.images import centre
 from dlref.tasks import ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
 from dlref.tasks.task import freeze
 from dlref.tasks.weights import load_weights
@@ -28,7 +30,7 @@ class Pixels(LightningDataModule):
 
     def __init__(self, labels="abc", multi_label=False, n=48, size=32):
         super().__init__()
-        self.labels, self.multi_label = list(labels), multi_label
+        self.labels, self.multi_label, self.crop = list(labels), multi_label, None
         generator = torch.Generator().manual_seed(1)
         targets = torch.arange(n) % len(labels)
         noise = torch.randint(0, 60, (n, 1, size, size), generator=generator)
@@ -64,7 +66,7 @@ def sgd(parameters):
 def classifier(network=None, **options):
     options = {"optimizer": sgd, **options}
     task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=network or LeNet5(3), **options)
-    task.remember({"labels": ["a", "b", "c"], "multi_label": False})
+    task.remember({"labels": ["a", "b", "c"], "multi_label": False, "crop": None})
     return task
 
 
@@ -94,11 +96,12 @@ def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
 
 
 def test_several_labels_are_independent_binary_cross_entropies():
-    task = classifier()
+    task = classifier(class_weights=[1.0, 3.0, 0.5])
     task.known["multi_label"] = True
     logits, targets = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
     p = logits.sigmoid()
-    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    weight = torch.tensor([1.0, 3.0, 0.5])
+    expected = -(weight * targets * p.log() + (1 - targets) * (1 - p).log()).mean()
     torch.testing.assert_close(task.loss(logits, targets), expected)
     torch.testing.assert_close(task.probability(logits), p)
 
@@ -116,12 +119,15 @@ def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_blending_gives_every_image_targets_that_sum_to_one(options, tmp_path):
     task = classifier(**options)
-    seen = []
+    seen, pixels = [], []
     task.loss = lambda logits, targets: seen.append(targets) or logits.sum()
+    task.network.register_forward_pre_hook(lambda _, inputs: pixels.append(inputs[0]))
     trainer(tmp_path, limit_val_batches=0).fit(task, datamodule=Pixels())
     assert all(targets.shape == (16, 3) for targets in seen)
     torch.testing.assert_close(torch.cat(seen).sum(-1), torch.ones(48))
     assert any(((targets > 0) & (targets < 1)).any() for targets in seen)
+    plain = task.preprocess(Pixels().set.tensors[0])
+    assert not torch.equal(torch.cat([batch for batch in pixels if len(batch) == 16]), plain)
 
 
 # Metrics, against scikit-learn
@@ -172,6 +178,20 @@ def test_the_worst_mistakes_are_kept_in_order(tmp_path):
     assert confidences == sorted(confidences, reverse=True)
     assert 0 < len(confidences) <= 25
     assert all(predicted != true for _, _, predicted, true in task.mistakes)
+
+
+def test_classes_without_test_images_do_not_count(tmp_path):
+    data = Pixels()
+    images, targets = data.set.tensors
+    data.set = TensorDataset(images[targets < 2], targets[targets < 2])
+    task = classifier()
+    with pytest.warns(UserWarning, match="No positive samples"):  # torchmetrics, of the class that is absent
+        (results,) = trainer(tmp_path).test(task, data, verbose=False)
+    images, targets = data.set.tensors
+    with torch.no_grad():
+        probability = task(images)[0].softmax(-1)
+    areas = [sklearn_metrics.roc_auc_score(targets == k, probability[:, k]) for k in (0, 1)]
+    assert results["test/roc_auc"] == pytest.approx(np.mean(areas), abs=1e-5)
 
 
 # Schedules
@@ -243,14 +263,31 @@ def test_a_head_for_other_classes_is_replaced_and_the_rest_loaded(tmp_path, capl
     assert load_weights(LeNet5(10), tmp_path / "source.pt") == []
 
 
+def test_weights_are_loaded_when_a_fit_starts(tmp_path):
+    source = LeNet5(3)
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    still = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0)}
+    task = classifier(weights=str(tmp_path / "source.pt"), **still)
+    trainer(tmp_path).fit(task, datamodule=Pixels())
+    assert torch.equal(task.network.c3.weight, source.c3.weight)
+
+
 def test_a_run_is_a_source_of_weights(tmp_path):
     task = classifier()
-    state = {"state_dict": {f"network.{k}": v for k, v in task.network.state_dict().items()}, "epoch": 3}
+    weights = {f"network.{k}": v for k, v in task.network.state_dict().items()}
+    state = {"state_dict": weights, "facts": {}}
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     torch.save(state, tmp_path / "run/checkpoints/best.ckpt")
     network = LeNet5(3)
     assert load_weights(network, tmp_path / "run") == []
     assert torch.equal(network.f6.weight, task.network.f6.weight)
+
+
+def test_a_foreign_checkpoint_is_a_source_of_weights(tmp_path):
+    source, network = LeNet5(3), LeNet5(3)
+    torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "foreign.pth")
+    assert load_weights(network, tmp_path / "foreign.pth") == []
+    assert torch.equal(network.f6.weight, source.f6.weight)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -306,7 +343,7 @@ def test_data_with_other_labels_is_refused(tmp_path):
         trainer(tmp_path).test(task, Pixels(labels="acb"), verbose=False)
     checkpoint = {}
     task.on_save_checkpoint(checkpoint)
-    assert checkpoint["facts"] == {"labels": ["a", "b", "c"], "multi_label": False}
+    assert checkpoint["facts"] == {"labels": ["a", "b", "c"], "multi_label": False, "crop": None}
     with pytest.raises(UserError, match="same order"):
         classifier().on_load_checkpoint({"facts": {"labels": ["c", "b", "a"]}})
 
@@ -338,8 +375,10 @@ def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
 
 def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
     task = classifier(compile_network=True, channels_last=True)
+    assert task.network.c3.weight.is_contiguous(memory_format=torch.channels_last)
     fitted = trainer(tmp_path)
     fitted.test(task, Pixels(), verbose=False)
+    assert task.network._compiled_call_impl is not None
     plain = classifier()
     assert task.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(task.state_dict())
@@ -371,6 +410,8 @@ def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
     coarse = torch.rand(1, 3, 9, 13, generator=generator)
     images = (255 * F.interpolate(coarse, shape, mode="bicubic").clamp(0, 1)).to(torch.uint8)
     loader = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
-    preprocess = ImagePreprocess(224, mean=[0.0] * 3, std=[1.0] * 3, crop=0.875)
-    difference = preprocess(preprocess.centre(images)) - preprocess(loader(images))
+    preprocess = ImagePreprocess(224, mean=[0.0] * 3, std=[1.0] * 3)
+    squares = [centre(image.permute(1, 2, 0).numpy(), StreamedImages().crop) for image in images]
+    edge = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    difference = preprocess(edge) - preprocess(loader(images))
     assert difference.abs().mean() < 0.01  # of the range 0 to 1: less than three grey levels

@@ -3,7 +3,8 @@
 What passes to a task: batches `(images, targets)`, images uint8 (B, C, H, W) and not normalised, for resizing
 and normalising are part of the deployed model and what trains is what ships; targets int64 (B,), or multi-hot
 float32 (B, K) where an image may have several labels. After `setup`, `labels` holds the K class names and
-`multi_label` says which form the targets have.
+`multi_label` says which form the targets have, and `crop` how evaluation cuts a picture before it is resized to
+the size of a batch: the share of its shorter side that a central square keeps, or None for a picture left whole.
 
 Small sets live on the training device (`small_images`), large ones stream from disk (`streamed_images`).
 """
@@ -24,6 +25,7 @@ class ImageClassificationData(LightningDataModule):
 
     labels: list[str]
     multi_label = False
+    crop: float | None = None
 
     def __init__(self, batch_size: int):
         super().__init__()
@@ -48,6 +50,11 @@ class ImageClassificationData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Every test image once, in order."""
         return DataLoader(self.splits["test"], batch_size=self.batch_size, **self.loader_options())
+
+    def sources(self) -> list[str]:
+        """Return a name for each test image, in order: its path, or its number."""
+        test = self.splits["test"]
+        return list(getattr(test, "paths", map(str, range(len(test)))))
 
     def predict_dataloader(self) -> DataLoader:
         """The test images."""

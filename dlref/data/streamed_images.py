@@ -59,6 +59,11 @@ class StreamedImages(ImageClassificationData):
         self.trivial_augment = trivial_augment
         self.num_workers = num_workers
 
+    @property
+    def crop(self) -> float:
+        """The share of the shorter side that evaluation keeps."""
+        return self.image_size / self.resize
+
     def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
         """List "train", "val" or "test" (None where there is no test split), with the classes of "train"."""
         raise NotImplementedError

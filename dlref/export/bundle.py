@@ -1,6 +1,7 @@
 """A trained task -> a verified bundle for one target: export, check, verify, write."""
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -34,7 +35,10 @@ def export(task, data, target: Target, output: Path) -> dict:
     data.setup("validate")
     data.setup("test")
     task.learn(data)
-    deployable = task.deployable(next(iter(data.val_dataloader())))
+    batch = next(iter(data.val_dataloader()), None)
+    if batch is None:
+        raise UserError("no validation data; expected some, to verify the bundle on")
+    deployable = task.deployable(batch)
     with staged(output) as folder:
         exported = {}
         for name, graph in deployable.graphs.items():
@@ -72,13 +76,17 @@ class Progress:
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when all went well and vanishes otherwise."""
-    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+    nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: a file; expected a folder for the bundle")
+    if nearest == output and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    beside = output.resolve().parent if nearest == output else nearest
+    part = beside / f".{output.name}.{os.getpid()}"
+    part.mkdir()
     try:
         yield part
+        output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
     finally:

@@ -31,6 +31,7 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{path.name}: torch.export refuses the graph: {reason}") from error
+    forget_origin(program.model)
     model = program.model_proto
     model.ir_version = min(model.ir_version, target.ir_version)
     name_axes(model, axes, path.name)
@@ -38,6 +39,15 @@ def write_onnx(graph, path: Path, target: Target) -> None:
         raise UserError(f"{path.name}: {model.ByteSize()} bytes; expected less than 2 GB in a single file")
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def forget_origin(model) -> None:
+    """Drop the exporter's notes from an onnx_ir model: they hold stack traces with the paths of this machine."""
+    graphs = [model.graph, *model.functions.values()]
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    nodes = [node for graph in graphs for node in graph.all_nodes()]
+    for noted in (model, *graphs, *nodes, *values, *(value for node in nodes for value in node.outputs)):
+        noted.metadata_props.clear()
 
 
 def trace_sizes(graph) -> dict[str, int]:

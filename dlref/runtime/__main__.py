@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from dlref.runtime import UserError, load
@@ -15,12 +16,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="cores to use (default: all)")
     options = parser.parse_args(arguments)
     try:
+        if options.threads is not None and options.threads < 1:
+            raise UserError(f"--threads {options.threads}; expected 1 or more")
         runner = load(options.folder, options.threads)
         for source, answer in zip(options.inputs, runner.stream(options.inputs), strict=True):
             print(json.dumps({"input": source, **answer}, ensure_ascii=False), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

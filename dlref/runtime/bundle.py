@@ -11,7 +11,15 @@ from dlref.runtime.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-KEYS = {"format", "kind", "target", "graphs", "metadata", "files", "verification"}
+KEYS = {
+    "format": int,
+    "kind": str,
+    "target": dict,
+    "graphs": dict,
+    "metadata": dict,
+    "files": dict,
+    "verification": dict,
+}
 
 
 def sha256(path: Path) -> str:
@@ -29,8 +37,8 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: not found; expected the folder of a bundle that export.py wrote") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}); expected JSON") from None
-    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:
-        raise UserError(f"{path}: not a manifest; expected the keys {', '.join(sorted(KEYS))}")
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), KEYS[key]) for key in KEYS):
+        raise UserError(f"{path}: not a manifest; expected {', '.join(f'{k} ({KEYS[k].__name__})' for k in KEYS)}")
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: format {manifest['format']}; this version of dlref.runtime reads {FORMAT}")
     check_files(folder, manifest)
@@ -43,13 +51,15 @@ def check_files(folder: Path, manifest: dict) -> None:
         if Path(name).name != name:
             raise UserError(f"{folder / MANIFEST}: file {name!r}; expected a plain name inside the bundle")
         path = folder / name
+        if path.is_symlink():
+            raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
         if not path.is_file():
             raise UserError(f"{path}: missing; expected the file that the manifest lists")
         if sha256(path) != expected:
             raise UserError(f"{path}: SHA-256 differs from the manifest's; expected the file as exported")
     for graph in manifest["graphs"].values():
-        if graph["file"] not in manifest["files"]:
-            raise UserError(f"{folder / MANIFEST}: graph {graph['file']!r} has no hash; expected one in files")
+        if not isinstance(graph, dict) or graph.get("file") not in manifest["files"]:
+            raise UserError(f"{folder / MANIFEST}: a graph whose file has no hash; expected one in files")
 
 
 class OnnxGraph:
@@ -60,15 +70,22 @@ class OnnxGraph:
         options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
         if provider not in onnxruntime.get_available_providers():
             raise UserError(f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it")
-        self.session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        self.path = path
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        except Exception as error:  # onnxruntime's own types have no public base
+            raise UserError(f"{path}: onnxruntime refuses it ({' '.join(str(error).split())})") from None
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run the graph."""
-        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+        try:
+            return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+        except Exception as error:
+            raise UserError(f"{self.path}: onnxruntime refuses the input ({' '.join(str(error).split())})") from None
 
 
 def open_graphs(folder: Path, manifest: dict, threads: int | None = None) -> dict[str, OnnxGraph]:
     """Every graph of a bundle, by name."""
-    provider = manifest["target"]["provider"]
+    provider = manifest["target"].get("provider")
     return {name: OnnxGraph(folder / graph["file"], provider, threads) for name, graph in manifest["graphs"].items()}

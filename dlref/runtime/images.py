@@ -1,7 +1,6 @@
 """Images as they are: files and arrays of any size -> uint8 (H, W, C)."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,10 @@ def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
         return _as_hwc(source, channels)
     try:
         with Image.open(source) as image:
+            if image.mode.startswith("I;16"):  # the high byte, as the training side takes it
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
-                raise UserError(f"{source}: {image.mode} pixels; expected 8 bits a channel")
+                raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"{source}: not found; expected an image file") from None
@@ -48,15 +49,31 @@ def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
     return array
 
 
-def batches(sources: Iterable, channels: int) -> Iterator[np.ndarray]:
-    """Read images in order and stack neighbours of one size into uint8 (B, H, W, C) with B <= BATCH."""
-    images = (read_image(source, channels) for source in sources)
-    for _, same_size in groupby(images, key=lambda image: image.shape):
-        batch = []
-        for image in same_size:
-            batch.append(image)
-            if len(batch) == BATCH:
+def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
+    """The central square of (H, W, C) whose side is `crop` of the shorter side; all of it for None."""
+    if crop is None:
+        return image
+    height, width = image.shape[:2]
+    side = max(1, round(crop * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stack neighbours of one size into (B, H, W, C) with B <= BATCH, in order.
+
+    Where `images` raises, what came before is still yielded first.
+    """
+    batch = []
+    try:
+        for image in images:
+            if batch and (image.shape != batch[0].shape or len(batch) == BATCH):
                 yield np.stack(batch)
                 batch = []
+            batch.append(image)
+    except UserError:
         if batch:
             yield np.stack(batch)
+        raise
+    if batch:
+        yield np.stack(batch)

@@ -46,9 +46,10 @@ def confusion(path: Path, matrix: Tensor, labels: list[str]) -> None:
     counts = matrix.numpy().astype(float)
     correct, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     f1 = 2 * correct / np.maximum(true + predicted, 1)
+    present = true + predicted > 0
     share = counts / np.maximum(true[:, None], 1)
     classes = len(labels)
-    side = max(4.0, 0.45 * min(classes, 40))
+    side = max(4.5, 0.45 * min(classes, 40))
     figure = Figure(figsize=(side * 1.45, side), layout="constrained")
     heat, bars = figure.subplots(1, 2, width_ratios=[4, 1], sharey=True)
     heat.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -61,9 +62,9 @@ def confusion(path: Path, matrix: Tensor, labels: list[str]) -> None:
     names = [labels[k] for k in ticks]
     heat.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
     heat.set_yticks(ticks, names)
-    heat.set(xlabel="predicted", ylabel="true", title="Confusion (colour: share of the true class)")
+    heat.set(xlabel="predicted", ylabel="true", title="Confusion")
     bars.barh(range(classes), f1, color="tab:blue")
-    bars.set(xlabel="F1", xlim=(max(f1.min() - 0.05, 0), 1), title=f"macro F1 {f1.mean():.3f}")
+    bars.set(xlabel="F1", xlim=(max(f1.min() - 0.05, 0), 1), title=f"F1, mean {f1[present].mean():.3f}")
     bars.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
@@ -97,7 +98,8 @@ def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> 
     axes.set_title("ROC, each class against the rest")
     axes.grid(alpha=0.3)
     title = "area under the curve" if len(areas) <= SHOWN else f"area, the {SHOWN} weakest of {len(areas)}"
-    axes.legend(title=title, loc="lower right", fontsize=8)
+    if areas:
+        axes.legend(title=title, loc="lower right", fontsize=8)
     _save(figure, path)
 
 

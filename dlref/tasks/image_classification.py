@@ -45,13 +45,13 @@ class ImageClassifier(Task):
         mixup: alpha of the Beta distribution that blends pairs (Zhang et al. 2018); 0 is off.
         cutmix: alpha of the Beta distribution that pastes patches (Yun et al. 2019); 0 is off. With both,
             each batch takes one of the two.
-        class_weights: one factor a class in the loss.
+        class_weights: one factor a class in the loss; with several labels, of the images that have the label.
         auxiliary_weight: of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
         channels_last: keep the network's weights and activations in NHWC order in memory.
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
-    facts = ("labels", "multi_label")
+    facts = ("labels", "multi_label", "crop")
     metric = "accuracy"
 
     def __init__(
@@ -78,6 +78,10 @@ class ImageClassifier(Task):
         classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise UserError(f"class_weights has {len(self.class_weights)} factors; expected {classes}, one a class")
+        if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.known["multi_label"]):
+            raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
+        if min(self.mixup, self.cutmix) < 0:
+            raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
         mode = self.network.training
         try:
             with torch.no_grad():
@@ -133,7 +137,7 @@ class ImageClassifier(Task):
         images, targets = batch
         logits = self(images)[0]
         self.val_metrics.update(self.probability(logits), targets.long())
-        self.log("val/loss", self.loss(logits, targets), batch_size=len(images))
+        self.log("val/loss", self.loss(logits, targets), batch_size=len(images), sync_dist=True)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_start(self) -> None:
@@ -147,7 +151,7 @@ class ImageClassifier(Task):
         logits = self(images)[0]
         probability = self.probability(logits)
         self.test_metrics.update(probability, targets.long())
-        self.log("test/loss", self.loss(logits, targets), batch_size=len(images))
+        self.log("test/loss", self.loss(logits, targets), batch_size=len(images), sync_dist=True)
         self.seen.append((probability.cpu(), targets.long().cpu()))
         if not self.known["multi_label"]:
             self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)
@@ -156,6 +160,13 @@ class ImageClassifier(Task):
         """Numbers go to the log; the matrix is for the figure alone."""
         values = self.test_metrics.compute()
         self.confusion = values.pop("test/confusion").cpu()
+        areas = values.pop("test/roc_auc").cpu()
+        # A class that no test image has, or all have, has no curve.
+        matrix = self.confusion  # (K, K), or with several labels (K, 2, 2)
+        positives = matrix[:, 1].sum(-1) if matrix.ndim == 3 else matrix.sum(-1)
+        has_curve = (positives > 0) & (positives < matrix[0].sum() if matrix.ndim == 3 else positives < matrix.sum())
+        if has_curve.any():
+            values["test/roc_auc"] = areas[has_curve].mean()
         self.log_dict(values)
         self.test_metrics.reset()
 
@@ -207,7 +218,7 @@ class ImageClassifier(Task):
 
 
 class _Classify(nn.Module):
-    """The graph that ships: centre crop, resize, normalise, network, softmax or sigmoid."""
+    """The graph that ships: resize, normalise, network, softmax or sigmoid."""
 
     def __init__(self, task: ImageClassifier):
         super().__init__()
@@ -215,8 +226,7 @@ class _Classify(nn.Module):
         self.multi_label = task.known["multi_label"]
 
     def forward(self, image: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B K"]:
-        images = self.preprocess.centre(image.permute(0, 3, 1, 2))
-        logits = self.network(self.preprocess(images))
+        logits = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
@@ -255,7 +265,7 @@ def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
             "label_accuracy": MultilabelAccuracy(classes, validate_args=False),
             "precision": MultilabelPrecision(classes, validate_args=False),
             "recall": MultilabelRecall(classes, validate_args=False),
-            "roc_auc": MultilabelAUROC(classes, validate_args=False),
+            "roc_auc": MultilabelAUROC(classes, average="none", validate_args=False),
             "confusion": MultilabelConfusionMatrix(classes, validate_args=False),
         }
     else:
@@ -263,7 +273,7 @@ def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
             "top5_accuracy": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
             "precision": MulticlassPrecision(classes, validate_args=False),
             "recall": MulticlassRecall(classes, validate_args=False),
-            "roc_auc": MulticlassAUROC(classes, validate_args=False),
+            "roc_auc": MulticlassAUROC(classes, average="none", validate_args=False),
             "confusion": MulticlassConfusionMatrix(classes, validate_args=False),
         }
     collection = metrics(classes, multi_label)

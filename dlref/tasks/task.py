@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
 from dlref.tasks.deployable import Deployable
-from dlref.tasks.weights import load_weights
+from dlref.tasks.weights import load_weights, one_line, read_checkpoint
 
 
 class Task(LightningModule):
@@ -90,6 +90,15 @@ class Task(LightningModule):
         """Hold a checkpoint's facts against those already known."""
         self.remember(checkpoint["facts"])
 
+    def restore(self, path: Path) -> None:
+        """Take weights and facts from a checkpoint. Raises UserError where they are not of this task."""
+        checkpoint = read_checkpoint(path)
+        self.on_load_checkpoint(checkpoint)
+        try:
+            self.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"{path}: {one_line(error)}; expected weights of this network") from None
+
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
@@ -97,8 +106,7 @@ class Task(LightningModule):
         self.learn(self.trainer.datamodule)
         self.check()
         if stage == "fit":
-            resuming = self.trainer.ckpt_path is not None
-            if self.weights and not resuming:
+            if self.weights:
                 load_weights(self.network, Path(self.weights))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
@@ -116,10 +124,13 @@ class Task(LightningModule):
                 {"params": [p for p in parameters if p.ndim > 1]},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
             ]
-        optimizer = self.optimizer(groups)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        try:
+            optimizer = self.optimizer(groups)
+            if self.lr_scheduler is None:
+                return optimizer
+            scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        except ValueError as error:  # a rate below zero, two rates too few, ...
+            raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -1,6 +1,7 @@
 """Weights from elsewhere into a network: published state dicts and runs of this project."""
 
 import logging
+import pickle
 from pathlib import Path
 
 import torch
@@ -12,27 +13,42 @@ from dlref.runtime import UserError
 log = logging.getLogger(__name__)
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict of a network, from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
-
-    Never unpickles code: PyTorch files are read with weights_only. Raises UserError.
-    """
-    if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
+def read(path: Path) -> object:
+    """What a PyTorch or safetensors file holds; never unpickles code. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a .safetensors or .pt state dict, or the folder of a run")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile and pickle each raise their own
-        raise UserError(f"{path}: unreadable ({one_line(error)}); expected a state dict of tensors") from None
-    if isinstance(state, dict) and "state_dict" in state:  # a checkpoint of this project
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message advises to load it all the same
+        raise UserError(f"{path}: unreadable, or holds code; expected tensors and plain values") from None
+    except Exception as error:  # safetensors and zipfile each raise their own
+        raise UserError(f"{path}: unreadable ({one_line(error)}); expected tensors and plain values") from None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of this project. Raises UserError."""
+    state = read(path)
+    if not (isinstance(state, dict) and {"state_dict", "facts"} <= state.keys()):
+        raise UserError(f"{path}: not a checkpoint of dlref; expected one that train.py wrote")
+    return state
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict of a network, from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
+
+    Raises UserError.
+    """
+    state = read(path / "checkpoints" / "best.ckpt" if path.is_dir() else path)
+    if isinstance(state, dict) and "facts" in state:  # a checkpoint of this project
         state = {
             key.removeprefix("network."): value
             for key, value in state["state_dict"].items()
             if key.startswith("network.")
         }
+    elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict; expected names and tensors")
     return state

@@ -5,18 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
-from dlref.runtime.images import batches
+from dlref.runtime.errors import UserError
+from dlref.runtime.images import batches, centre, read_image
 
 TOP = 5
+METADATA = {"labels", "channels", "multi_label", "crop"}
 
 
 class Runner:
     """Serves one graph: `image` uint8 (B, H, W, C) -> `probability` float32 (B, K).
 
-    `metadata` holds `labels` (K names), `channels` and `multi_label`.
+    `metadata` holds `labels` (K names), `channels` (1 or 3), `multi_label` and `crop`: the share of the shorter
+    side that a central square of each picture keeps, or None. Raises UserError for metadata that lack these.
     """
 
     def __init__(self, graphs: dict, metadata: dict):
+        if "classify" not in graphs or not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3):
+            raise UserError(f"not image classification; expected a graph classify and {', '.join(sorted(METADATA))}")
         self.classify = graphs["classify"]
         self.metadata = metadata
 
@@ -28,7 +33,8 @@ class Runner:
 
     def stream(self, sources: list) -> Iterator[dict]:
         """Answers one by one, in the order of `sources`, for lists too long to hold."""
-        for batch in batches(sources, self.metadata["channels"]):
+        images = (centre(read_image(source, self.metadata["channels"]), self.metadata["crop"]) for source in sources)
+        for batch in batches(images):
             yield from answers(self.probability(batch), self.metadata)
 
     def probability(self, image: np.ndarray) -> np.ndarray:
@@ -42,6 +48,8 @@ def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
     `top` lists the likeliest classes; with several labels an image, `labels` lists those of at least 1/2.
     """
     labels = metadata["labels"]
+    if probability.shape[-1] != len(labels):
+        raise UserError(f"graph answers {probability.shape[-1]} classes; expected {len(labels)}, as there are labels")
     rows = []
     for row in probability:
         order = np.argsort(-row, kind="stable")[:TOP]
