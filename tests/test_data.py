@@ -183,6 +183,38 @@ def test_only_training_batches_are_augmented():
     torch.testing.assert_close(plain.on_after_batch_transfer(batch, 0), batch)
 
 
+@pytest.mark.parametrize(
+    ("option", "augment"),
+    [
+        ({"pad_crop": 1}, lambda images: random_crop(images, 1)),
+        ({"flip": True}, random_flip),
+        ({"cutout": 2}, lambda images: random_erase(images, 2)),
+    ],
+    ids=str,
+)
+def test_each_option_does_its_own_augmentation(option, augment):
+    module = Digits(**option)
+    module.trainer = SimpleNamespace(training=True)
+    images = torch.randint(1, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(5)
+    augmented, _ = module.on_after_batch_transfer((images, torch.arange(64)), 0)
+    torch.manual_seed(5)
+    torch.testing.assert_close(augmented, augment(images))
+    assert not torch.equal(augmented, images)
+
+
+def test_trivial_augment_is_there_when_asked_for():
+    names = [type(step).__name__ for step in ImageFolder("x", trivial_augment=True).train_transform().transforms]
+    assert names == ["RandomResizedCrop", "RandomHorizontalFlip", "TrivialAugmentWide"]
+    assert len(ImageFolder("x").train_transform().transforms) == 2
+
+
+def test_sources_name_the_test_images(folders):
+    module = setup(ImageFolder(folders, **SMALL), "test")
+    assert module.sources() == module.splits["test"].paths
+    assert setup(Digits()).sources()[:2] == ["0", "1"]
+
+
 # In memory
 
 

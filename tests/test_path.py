@@ -91,6 +91,53 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
     )
 
 
+RINGS = """
+best: {metric: val/accuracy, mode: max}
+model:
+  class_path: dlref.tasks.ImageClassifier
+  init_args:
+    network: {class_path: dlref.models.LeNet5, init_args: {num_classes: 2, in_channels: 3, activation: relu}}
+    preprocess:
+      class_path: dlref.tasks.ImagePreprocess
+      init_args: {size: 32, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}
+data:
+  class_path: dlref.data.ImageFolder
+  init_args: {root: rings, batch_size: 16, image_size: 32, resize: 40, num_workers: 0}
+trainer: {max_epochs: 8, enable_progress_bar: false, log_every_n_steps: 1}
+"""
+
+
+def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(command, tmp_path):
+    """The class is a ring at the very border of what evaluation keeps: a second crop would lose it."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 16), ("test", 16)):
+        for number in range(count):
+            picture = generator.integers(90, 110, (100, 120, 3), dtype=np.uint8)
+            label = "ring" if number % 2 else "none"
+            if label == "ring":  # evaluation keeps rows 10 to 90, columns 20 to 100
+                picture[10:90, 20:100] = 255
+                picture[17:83, 27:93] = 100
+            (tmp_path / "rings" / split / label).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "rings" / split / label / f"{number}.png")
+    (tmp_path / "rings.yaml").write_text(RINGS)
+    for arguments in (
+        ["train.py", "fit", "--config", "rings.yaml"],
+        ["train.py", "predict", "--config", "runs/rings/config.yaml"],
+        ["export.py", "runs/rings", "--target", "cpu", "--output", "bundle"],
+    ):
+        result = command(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    accuracy = json.loads((tmp_path / "runs/rings/test.json").read_text())["accuracy"]
+    verification = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]
+    assert accuracy == 1
+    assert verification["test"]["pytorch"] == verification["test"]["bundle"] == accuracy
+    rows = [json.loads(line) for line in (tmp_path / "runs/rings/predictions.jsonl").read_text().splitlines()]
+    at_the_edge = load(tmp_path / "bundle")([tmp_path / row["input"] for row in rows])
+    assert [row["label"] for row in at_the_edge] == [row["label"] for row in rows]
+    assert [row["label"] for row in rows] == [row["input"].split("/")[-2] for row in rows]
+
+
 def digits_of_the_test_split():
     from dlref.data import Digits
 
