@@ -191,10 +191,8 @@ class TrainCLI(LightningCLI):
             return
         try:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-        except UserError:
-            if not self.trainer.global_step:
-                self.claim.give_back()
-            raise
+        finally:
+            self.claim.give_back()
         if self.options.final_test and self.trainer.state.finished:
             # The weights alone: restoring callbacks too would put EMA's current weights over their average.
             model.restore(checkpoint_of(self.run, None))

@@ -45,8 +45,8 @@ class Claim:
     """
 
     def __init__(self, run: Path, resume: bool, overwrite: bool):
-        self.run, self.first = run, rank_zero_only.rank == 0
-        if not self.first:
+        self.run, self.refusable = run, rank_zero_only.rank == 0
+        if not self.refusable:
             return
         blocked = next((path for path in (run, *run.parents) if path.exists()), run)
         if blocked.exists() and not blocked.is_dir():
@@ -71,12 +71,13 @@ class Claim:
 
     def keep(self) -> None:
         """Training starts: the earlier run is replaced for good."""
-        if self.first:
+        if self.refusable:
             shutil.rmtree(self.aside, ignore_errors=True)
+        self.refusable = False
 
     def give_back(self) -> None:
-        """The fit was refused: remove what it wrote, bring back what was set aside."""
-        if not self.first:
+        """Unless training has started: remove what the fit wrote, bring back what was set aside."""
+        if not self.refusable:
             return
         for path in set(self.own()) - set(self.there):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -53,6 +53,6 @@ class LeNet5(nn.Module):
         """Return the logits of each image."""
         x = self.s2(self.act1(self.c1(x)))  # 6 maps of 14x14
         x = self.s4(self.act3(self.c3(x)))  # 16 maps of 5x5
-        x = self.act5(self.c5(x))  # 120 maps of 1x1: on a larger image they would be larger, so C5 is a convolution
+        x = self.act5(self.c5(x))  # 120 maps of 1x1; of a larger image larger ones, so C5 is a convolution
         x = self.act6(self.f6(torch.flatten(x, 1)))
         return self.output(x)
