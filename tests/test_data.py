@@ -190,7 +190,7 @@ def test_only_training_batches_are_augmented():
         ({"flip": True}, random_flip),
         ({"cutout": 2}, lambda images: random_erase(images, 2)),
     ],
-    ids=str,
+    ids=["pad_crop", "flip", "cutout"],
 )
 def test_each_option_does_its_own_augmentation(option, augment):
     module = Digits(**option)

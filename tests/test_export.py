@@ -109,25 +109,26 @@ def test_several_labels_leave_through_sigmoids(tmp_path):
 
 
 class Step(nn.Module):
-    """One step of a recurrent network: what forecasting and translation will export."""
+    """One step of a recurrent decoder that attends to a memory: what translation will export."""
 
     def __init__(self):
         super().__init__()
-        self.cell = nn.LSTM(3, 4, batch_first=True)
+        self.cell = nn.GRUCell(3, 4)
 
-    def forward(self, x, h, c):
-        y, (h, c) = self.cell(x, (h, c))
-        return y, h, c
+    def forward(self, token, state, memory):
+        state = self.cell(token, state)
+        attention = (memory @ state[:, :, None]).softmax(dim=1)
+        return (attention * memory).sum(dim=1), state
 
 
 def recurrent(**options):
-    inputs = {"x": torch.randn(5, 6, 3), "h": torch.randn(1, 5, 4), "c": torch.randn(1, 5, 4)}
+    inputs = {"token": torch.randn(5, 3), "state": torch.randn(5, 4), "memory": torch.randn(5, 6, 4)}
     return Graph(
         **{
             "module": Step().eval(),
             "inputs": inputs,
-            "outputs": ["y", "h_next", "c_next"],
-            "dynamic_axes": {"x": {0: "batch", 1: "time"}, "h": {1: "batch"}, "c": {1: "batch"}},
+            "outputs": ["context", "next_state"],
+            "dynamic_axes": {"token": {0: "batch"}, "state": {0: "batch"}, "memory": {0: "batch", 1: "time"}},
             "sizes": {"batch": (1, 2, 7), "time": (1, 5, 11)},
             **options,
         }
@@ -138,22 +139,22 @@ def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
     graph = recurrent()
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     rows = parity("step", graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider))
-    assert [row["shape"]["x"][:2] for row in rows] == [[1, 1], [2, 5], [7, 11]]
+    assert [row["shape"]["memory"][:2] for row in rows] == [[1, 1], [2, 5], [7, 11]]
     assert max(row["max_abs_error"] for row in rows) < 1e-5
 
 
 def test_tracing_and_verifying_never_share_a_size():
     sizes = trace_sizes(recurrent())
     assert sizes == {"batch": 3, "time": 4}
-    assert example_at(recurrent(), sizes)["x"].shape == (3, 4, 3)
+    assert example_at(recurrent(), sizes)["memory"].shape == (3, 4, 4)
 
 
 def test_examples_are_cut_and_repeated():
     graph = recurrent()
-    x = graph.inputs["x"]
-    cut = example_at(graph, {"batch": 7, "time": 2})["x"]
-    torch.testing.assert_close(cut[:5], x[:, :2])
-    torch.testing.assert_close(cut[5:], x[:2, :2])
+    memory = graph.inputs["memory"]
+    cut = example_at(graph, {"batch": 7, "time": 2})["memory"]
+    torch.testing.assert_close(cut[:5], memory[:, :2])
+    torch.testing.assert_close(cut[5:], memory[:2, :2])
 
 
 # Refusals
