@@ -59,7 +59,7 @@ class Claim:
         self.created = [path for path in (run, *run.parents) if not path.exists()]
         self.there = self.own() if resume else []
         self.config = (run / "config.yaml").read_bytes() if run / "config.yaml" in self.there else None
-        self.aside = run.with_name(f".{run.name}.{os.getpid()}")
+        self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
             path.rename(self.aside / path.name)

@@ -130,6 +130,13 @@ def test_files_in_the_way_and_files_that_are_something_else(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_folder_one_stands_in_can_be_a_run(tmp_path):
+    assert fit("--run", ".", "--final_test", "false") == 0
+    assert fit("--run", ".", "--overwrite", "true", "--final_test", "false") == 0
+    assert (tmp_path / "checkpoints/best.ckpt").is_file()
+    assert not list(tmp_path.glob(".earlier*"))
+
+
 def test_a_dry_run_leaves_nothing_that_stands_in_the_way(tmp_path):
     assert fit("--run", "mine", "--trainer.fast_dev_run", "true") == 0
     assert not (tmp_path / "mine/checkpoints").exists()

@@ -378,7 +378,10 @@ def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
     assert task.network.c3.weight.is_contiguous(memory_format=torch.channels_last)
     fitted = trainer(tmp_path)
     fitted.test(task, Pixels(), verbose=False)
-    assert task.network._compiled_call_impl is not None
+    compiled = task.network._compiled_call_impl
+    assert compiled is not None
+    fitted.test(task, Pixels(), verbose=False)
+    assert task.network._compiled_call_impl is compiled  # once a process
     plain = classifier()
     assert task.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(task.state_dict())

@@ -184,7 +184,7 @@ def _parse_label(entry: dict[str, Any], name: str, metadata: dict[str, Any], whe
     label = entry.get(name)
     if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):  # as SageMaker's own examples have it
         return int(label)
-    if type(label) is int and label >= 0:  # type: True is an int too
+    if type(label) is int and label >= 0:  # not isinstance: True is an int too
         return label
     if isinstance(label, list) and all(type(value) is int and value >= 0 for value in label):
         # Ground Truth's [1, 0] means the classes 1 and 0; written by hand it means class 0 and not class 1.

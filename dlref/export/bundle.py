@@ -76,12 +76,13 @@ class Progress:
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when all went well and vanishes otherwise."""
-    nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
+    output = output.resolve()
+    nearest = next(path for path in (output, *output.parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
     if nearest == output and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
-    beside = output.resolve().parent if nearest == output else nearest
+    beside = output.parent if nearest == output else nearest
     part = beside / f".{output.name}.{os.getpid()}"
     part.mkdir()
     try:

@@ -50,6 +50,7 @@ class Task(LightningModule):
         self.weights, self.freeze_pattern = weights, freeze
         self.decay_vectors, self.compile_network = decay_vectors, compile_network
         self.known: dict[str, object] = {}
+        self.prepared = False
 
     # What a subclass answers
 
@@ -104,13 +105,15 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Once data and devices are known: facts, transfer, freezing, compilation."""
         self.learn(self.trainer.datamodule)
-        self.check()
+        first, self.prepared = not self.prepared, True
+        if first:  # not again in the test that ends a fit: it would run a compiled network at another size
+            self.check()
         if stage == "fit":
             if self.weights:
                 load_weights(self.network, Path(self.weights))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
-        if self.compile_network:
+        if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 
     def configure_optimizers(self):
