@@ -31,9 +31,15 @@ def main() -> int:
 
 
 def print_targets() -> None:
-    """A line for each device."""
+    """A table of the devices."""
+    rows = [("target", "precision", "provider", "file", "shapes", "for")]
     for target in TARGETS.values():
-        print(f"{target.name:10} {target.precision:10} {target.provider:24} {target.description}")
+        provider = target.provider.removesuffix("ExecutionProvider")
+        shapes = "fixed" if target.static else "free"
+        rows.append((target.name, target.precision, provider, f".{target.file_format}", shapes, target.description))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def export_run(run: Path | None, target: str | None, output: Path | None, overrides: list[str]) -> None:
@@ -45,11 +51,27 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
     from dlref.cli import load_run  # only now: torch takes seconds to import
     from dlref.export.bundle import export
 
-    metric = export(*load_run(run, overrides), TARGETS[target], output)["verification"]["metric"]
+    manifest = export(*load_run(run, overrides), TARGETS[target], output)
+    metric = manifest["verification"]["metric"]
     print(
-        f"{output}: {metric['name']} {metric['bundle']:.4f} on {metric['n']} {metric['split']} samples (PyTorch "
-        f"{metric['pytorch']:.4f}), largest difference {metric['max_abs_error']:.1e}"
+        f"{output}: {manifest['precision']}, {metric['name']} {metric['bundle']:.4f} on {metric['n']} "
+        f"{metric['split']} samples (PyTorch {metric['pytorch']:.4f})"
     )
+    measured = manifest["measurement"]["contenders"]
+    if {"bundle", "pytorch-eager"} <= measured.keys():
+        print(gains(measured["bundle"], measured["pytorch-eager"]))
+
+
+def gains(bundle: dict, eager: dict) -> str:
+    """The bundle beside PyTorch, in a line."""
+    words = {
+        "latency_ms": "faster",
+        "peak_rss_mb": "less memory",
+        "first_answer_s": "sooner to the first answer",
+        "installed_mb": "less to install",
+    }
+    known = [key for key in words if bundle[key] and eager[key]]
+    return "beside PyTorch: " + ", ".join(f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known)
 
 
 if __name__ == "__main__":

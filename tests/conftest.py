@@ -16,6 +16,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from handmade import make_bundle
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -37,6 +38,12 @@ def _seeded():
 def unchecked(monkeypatch):
     """Without the checks of annotations, as users run: what the code itself refuses comes to light."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle whose answer can be read off; see `handmade`."""
+    return make_bundle(tmp_path / "bundle")
 
 
 @pytest.fixture

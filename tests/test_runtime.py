@@ -1,68 +1,23 @@
 """Bundles at the edge: images in every form, answers, and what is refused."""
 
-import hashlib
 import json
+import sys
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+import torch
+import torch.nn.functional as F
+from handmade import METADATA, write_manifest
 from PIL import Image
 
 from dlref.runtime import UserError, load
-from dlref.runtime.__main__ import main
-from dlref.runtime.images import BATCH, batches, centre, read_image
+from dlref.runtime.__main__ import main, progress
+from dlref.runtime.images import ask, centre, read_image, resize
+from dlref.runtime.runner import BATCH
 from dlref.runtime.runners.image_classification import answers
-
-LABELS = ["dark", "bright"]
-METADATA = {"labels": LABELS, "channels": 1, "multi_label": False, "crop": None}
-
-
-@pytest.fixture
-def bundle(tmp_path):
-    """A bundle whose answer can be read off: P(bright) is the mean of the pixels over 255."""
-    nodes = [
-        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Div", ["mean", "white"], ["bright"]),
-        helper.make_node("Sub", ["one", "bright"], ["dark"]),
-        helper.make_node("Unsqueeze", ["dark", "last"], ["dark_column"]),
-        helper.make_node("Unsqueeze", ["bright", "last"], ["bright_column"]),
-        helper.make_node("Concat", ["dark_column", "bright_column"], ["probability"], axis=1),
-    ]
-    constants = [
-        helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]),
-        helper.make_tensor("last", TensorProto.INT64, [1], [1]),
-        helper.make_tensor("white", TensorProto.FLOAT, [], [255.0]),
-        helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "classify",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 1])],
-        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["batch", 2])],
-        constants,
-    )
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, folder / "classify.onnx")
-    write_manifest(folder)
-    return folder
-
-
-def write_manifest(folder, **changes):
-    manifest = {
-        "format": 1,
-        "kind": "image-classification",
-        "target": {"provider": "CPUExecutionProvider"},
-        "graphs": {"classify": {"file": "classify.onnx"}},
-        "metadata": METADATA,
-        "files": {"classify.onnx": hashlib.sha256((folder / "classify.onnx").read_bytes()).hexdigest()},
-        "verification": {},
-        **changes,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def grey(value, height=4, width=6):
@@ -89,9 +44,59 @@ def test_answers_keep_the_order_of_images_of_many_sizes(bundle):
     np.testing.assert_allclose(bright, np.array(values) / 255, atol=1e-6)
 
 
-def test_batches_are_bounded_and_of_one_size():
-    sizes = [batch.shape for batch in batches([grey(0)] * (BATCH + 3) + [grey(0, 9)])]
-    assert sizes == [(BATCH, 4, 6), (3, 4, 6), (1, 9, 6)]
+def test_batches_are_bounded_and_of_one_size(bundle):
+    runner, sizes = load(bundle), []
+    answer = runner.probability
+    runner.probability = lambda image: sizes.append(image.shape[:3]) or answer(image)
+    list(runner.stream([grey(0)] * (BATCH + 3) + [grey(0, 9)]))
+    list(runner.stream([grey(0)] * 5, batch_size=2))
+    assert sizes == [(BATCH, 4, 6), (3, 4, 6), (1, 9, 6), (2, 4, 6), (2, 4, 6), (1, 4, 6)]
+
+
+def test_a_bad_input_takes_its_place_in_the_stream_and_no_more(bundle, tmp_path):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    sources = [tmp_path / "white.png", tmp_path / "absent.png", grey(0), np.zeros(3), grey(255)]
+    answers = list(load(bundle).stream(sources))
+    assert [isinstance(answer, UserError) for answer in answers] == [False, True, False, True, False]
+    assert [answers[i]["label"] for i in (0, 2, 4)] == ["bright", "dark", "bright"]
+    with pytest.raises(UserError, match=r"absent\.png"):
+        load(bundle)(sources)
+
+
+def test_a_batch_that_is_refused_is_asked_again_one_by_one(bundle):
+    runner = load(bundle)
+    answer = runner.probability
+
+    def refuses_black(image):
+        if not image.any(axis=(1, 2, 3)).all():
+            raise UserError("black")
+        return answer(image)
+
+    runner.probability = refuses_black
+    answers = list(runner.stream([grey(255), grey(0), grey(204)]))
+    assert [str(a) if isinstance(a, UserError) else a["label"] for a in answers] == ["bright", "black", "bright"]
+
+
+def test_a_graph_with_fixed_shapes_gets_one_image_at_a_time_of_its_size():
+    class Fixed:
+        shape: ClassVar = {"image": [1, 8, 8, 3]}
+        seen: ClassVar = []
+
+        def __call__(self, image):
+            self.seen.append(image.shape)
+            return {"mean": image.mean(axis=(1, 2, 3))}
+
+    image = np.repeat(np.arange(4, dtype=np.uint8)[:, None, None, None] * 60, 48, axis=1).repeat(32, axis=2)
+    np.testing.assert_allclose(ask(Fixed(), image.repeat(3, axis=3))["mean"], np.arange(4) * 60)
+    assert Fixed.seen == [(1, 8, 8, 3)] * 4
+
+
+def test_resizing_is_that_of_the_graphs():
+    image = np.random.default_rng(0).integers(0, 256, (2, 37, 53, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float()
+    for size in ((16, 24), (64, 80)):
+        expected = F.interpolate(pixels, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+        assert np.abs(resize(image, *size) - expected).max() <= 1  # of 255: pillow rounds on the way
 
 
 def test_a_crop_keeps_the_centre(bundle):
@@ -150,6 +155,39 @@ def test_several_labels_are_those_of_at_least_one_half():
     assert row["labels"] == ["a", "c"]
 
 
+def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.png", "more/a.png", "a.png"):
+        Image.fromarray(grey(255)).save(folder / name)
+    (folder / ".hidden").touch()
+    (folder / "notes.txt").write_text("no image")
+    assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # for the notes
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [Path(line["input"]).relative_to(folder).as_posix() for line in lines] == [
+        "a.png",
+        "b.png",
+        "more/a.png",
+        "notes.txt",
+    ]
+    assert ["label" in line for line in lines] == [True, True, True, False]
+    assert "notes.txt: cannot be decoded" in lines[3]["error"]
+    assert printed.err.count("\n") == 1
+    assert "(1 of 4 inputs have no answer)" in printed.err
+    (tmp_path / "empty").mkdir()
+    assert main([str(bundle), str(tmp_path / "empty")]) == 2
+    assert "no file in it" in capsys.readouterr().err
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
+    assert list(progress([1, 2], 2)) == [1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress([1, 2], 2)) == [1, 2]
+    assert f"[{'#' * 30}] 2/2" in capsys.readouterr().err
+
+
 def test_json_lines(bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     assert main([str(bundle), str(tmp_path / "white.png"), str(tmp_path / "white.png")]) == 0
@@ -158,57 +196,30 @@ def test_json_lines(bundle, tmp_path, capsys):
     assert lines[0]["input"] == str(tmp_path / "white.png")
 
 
-def test_a_wrong_input_is_one_line_and_2_after_the_answers_before_it(bundle, tmp_path, capsys):
+def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
-    assert main([str(bundle), str(tmp_path / "white.png"), "absent.png"]) == 2
+    assert main([str(bundle), "absent.png", str(tmp_path / "white.png")]) == 2
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["label"] == "bright"
-    assert printed.err == "error: absent.png: not found; expected an image file\n"
-    assert main([str(bundle), "absent.png", "--threads", "0"]) == 2
+    bad, good = map(json.loads, printed.out.splitlines())
+    assert bad == {"input": "absent.png", "error": "absent.png: not found; expected an image file"}
+    assert good["label"] == "bright"
+    assert printed.err == "error: absent.png: not found; expected an image file (1 of 2 inputs have no answer)\n"
+    assert main([str(bundle), "absent.png"]) == 2
+    assert capsys.readouterr().err == "error: absent.png: not found; expected an image file\n"
+    for wrong in (["--threads", "0"], ["--batch-size", "-1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(bundle), "absent.png", *wrong])
+        assert stopped.value.code == 2
 
 
-def test_a_tampered_file_is_refused(bundle):
-    path = bundle / "classify.onnx"
-    changed = bytearray(path.read_bytes())
-    changed[len(changed) // 2] ^= 1
-    path.write_bytes(changed)
-    with pytest.raises(UserError, match=r"classify\.onnx: SHA-256 differs"):
-        load(bundle)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": 2}, "format 2"),
-        ({"kind": "os.path"}, "unknown"),
-        ({"kind": "bundle"}, "unknown"),
-        ({"kind": "../image-classification"}, "unknown"),
-        ({"files": {"../secret": "0"}}, "plain name"),
-        ({"files": {"gone.onnx": "0"}}, "missing"),
-        ({"files": {}}, "no hash"),
-        ({"files": []}, "not a manifest"),
-        ({"kind": 3}, "not a manifest"),
-        ({"target": "cpu"}, "not a manifest"),
-        ({"target": {}}, "needs None"),
-        ({"graphs": {"classify": {}}}, "no hash"),
-        ({"graphs": {"classify": "classify.onnx"}}, "no hash"),
-        ({"graphs": {}}, "expected a graph classify"),
-        ({"metadata": {"labels": LABELS}}, "expected a graph classify and channels"),
-        ({"metadata": {**METADATA, "channels": 7}}, "expected a graph classify"),
-        ({"target": {"provider": "NoSuchProvider"}}, "NoSuchProvider"),
-    ],
-)
-def test_a_manifest_that_is_wrong_is_refused(bundle, changes, message):
-    write_manifest(bundle, **changes)
-    with pytest.raises(UserError, match=message):
-        load(bundle)
-
-
-def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path):
-    (bundle / "classify.onnx").rename(tmp_path / "outside.onnx")
-    (bundle / "classify.onnx").symlink_to(tmp_path / "outside.onnx")
-    with pytest.raises(UserError, match="symbolic link"):
-        load(bundle)
+def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    write_manifest(bundle, target={"provider": "CUDAExecutionProvider"})
+    arguments = [str(bundle), str(tmp_path / "white.png")]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        assert main(arguments) == 2
+        assert "needs CUDAExecutionProvider, which this onnxruntime lacks" in capsys.readouterr().err
+    assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
 
 
 def test_what_onnxruntime_refuses_is_one_line(bundle):
@@ -222,14 +233,4 @@ def test_what_onnxruntime_refuses_is_one_line(bundle):
     (bundle / "classify.onnx").write_bytes(b"junk")
     write_manifest(bundle)
     with pytest.raises(UserError, match="onnxruntime refuses it"):
-        load(bundle)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_folder_without_a_readable_manifest_is_refused(bundle, text):
-    (bundle / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="manifest"):
-        load(bundle)
-    (bundle / "manifest.json").unlink()
-    with pytest.raises(UserError, match="expected the folder of a bundle"):
         load(bundle)

@@ -13,28 +13,37 @@ from dlref.runtime import UserError
 LARGEST = 2**31 - 1  # bytes in a single protobuf
 
 
-def write_onnx(graph, path: Path, target: Target) -> None:
-    """Export `graph` to `path`, one file, its declared axes dynamic. Raises UserError where that fails."""
-    inputs = example_at(graph, trace_sizes(graph))
-    axes = {name: dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
+def write_onnx(graph, path: Path, target: Target) -> torch.export.ExportedProgram:
+    """Export `graph` to `path`, one file, its declared axes dynamic unless the target's are static.
+
+    Returns the traced program. Raises UserError where the graph cannot be exported.
+    """
+    axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
+    inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
+    shapes = tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs)
     try:
-        program = torch.onnx.export(
-            graph.module.eval(),
-            tuple(inputs.values()),
+        program = torch.export.export(graph.module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
             dynamo=True,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs),
             opset_version=target.opset,
             verbose=False,
         )
-    except torch.onnx.OnnxExporterError as error:
+    except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{path.name}: torch.export refuses the graph: {reason}") from error
-    forget_origin(program.model)
-    model = program.model_proto
+    forget_origin(exported.model)
+    model = exported.model_proto
     model.ir_version = min(model.ir_version, target.ir_version)
     name_axes(model, axes, path.name)
+    save(model, path)
+    return program
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check a model and write it as one file. Raises UserError for one that is too large."""
     if model.ByteSize() > LARGEST:
         raise UserError(f"{path.name}: {model.ByteSize()} bytes; expected less than 2 GB in a single file")
     onnx.checker.check_model(model, full_check=True)
@@ -61,6 +70,11 @@ def trace_sizes(graph) -> dict[str, int]:
         chosen[symbol] = next(size for size in count(sizes[0] + 1) if size > 1 and size not in taken)
         taken.add(chosen[symbol])
     return chosen
+
+
+def first_sizes(graph) -> dict[str, int]:
+    """The size of each symbol in a single answer."""
+    return {symbol: sizes[0] for symbol, sizes in graph.sizes.items()}
 
 
 def example_at(graph, sizes: dict[str, int]) -> dict[str, Tensor]:

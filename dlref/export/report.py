@@ -1,49 +1,114 @@
 """report.md: the manifest for people."""
 
+FIGURES = {  # of a contender: title, format
+    "latency_ms": ("ms", "{:.2f}"),
+    "latency_p95_ms": ("ms, 95%", "{:.2f}"),
+    "throughput": ("a second", "{:.0f}"),
+    "peak_rss_mb": ("peak MB", "{:.0f}"),
+    "anonymous_mb": ("anonymous MB", "{:.0f}"),
+    "first_answer_s": ("first answer, s", "{:.2f}"),
+    "model_mb": ("model MB", "{:.2f}"),
+    "installed_mb": ("installed MB", "{:.0f}"),
+}
+
 
 def report(manifest: dict, sizes: dict[str, int]) -> str:
     """Markdown from a manifest and the size of each file in bytes."""
-    target, verification = manifest["target"], manifest["verification"]
-    lines = [
+    target, versions = manifest["target"], manifest["versions"]
+    parts = [
         f"# {manifest['kind']} for {target['name']}",
-        "",
-        f"{target['description']}: {target['precision']}, {target['provider']}, opset {target['opset']}.",
-        "",
-        "    python -m dlref.runtime FOLDER INPUT...",
-        "",
-        "## Graphs",
-        "",
-        "| file | MB | inputs | outputs |",
-        "|---|---|---|---|",
+        f"{target['description']}: {manifest['precision']}, {target['provider']}, opset {target['opset']}.",
+        "    python -m dlref.runtime FOLDER INPUT...\n    python -m dlref.runtime bench FOLDER",
+        *graphs(manifest["graphs"], sizes),
+        *metrics(manifest["verification"], target),
+        *measurement(manifest["measurement"]),
+        *parity(manifest["verification"]),
+        f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
     ]
-    for graph in manifest["graphs"].values():
-        signature = (", ".join(map(_signature, graph[side])) for side in ("inputs", "outputs"))
-        lines.append(f"| {graph['file']} | {sizes[graph['file']] / 1e6:.2f} | {' | '.join(signature)} |")
-    lines += [
-        "",
-        "## The task's metric, by PyTorch and by this bundle",
-        "",
-        "| metric | split | samples | PyTorch | bundle | largest difference of an output |",
-        "|---|---|---|---|---|---|",
-    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(titles: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def graphs(described: dict, sizes: dict[str, int]) -> list[str]:
+    """The signature of each graph."""
+    rows = []
+    for graph in described.values():
+        sides = [
+            ", ".join(f"{v['name']} {v['type']} ({', '.join(map(str, v['shape']))})" for v in graph[side])
+            for side in ("inputs", "outputs")
+        ]
+        rows.append([graph["file"], f"{sizes[graph['file']] / 1e6:.2f}", *sides])
+    return ["## Graphs", table(["file", "MB", "inputs", "outputs"], rows)]
+
+
+def metrics(verification: dict, target: dict) -> list[str]:
+    """The metric on both splits, and the attempts that it or the clock refused."""
+    rows = []
     for row in (verification["metric"], verification["test"]):
-        lines.append(
-            f"| {row['name']} | {row['split']} | {row['n']} | {row['pytorch']:.4f} | {row['bundle']:.4f} "
-            f"| {row['max_abs_error']:.1e} |"
-        )
-    lines += [
-        "",
-        "## Parity with PyTorch",
-        "",
-        "| graph | input shapes | largest difference |",
-        "|---|---|---|",
+        error = "–" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
+        rows.append([row["name"], row["split"], row["n"], f"{row['pytorch']:.4f}", f"{row['bundle']:.4f}", error])
+    parts = [
+        "## The task's metric, by PyTorch and by this bundle",
+        table(["metric", "split", "samples", "PyTorch", "bundle", "largest difference of an output"], rows),
     ]
-    for row in verification["parity"]:
-        shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in row["shape"].items())
-        lines.append(f"| {row['graph']} | {shapes} | {row['max_abs_error']:.1e} |")
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    return "\n".join([*lines, "", f"Made with {versions}.", ""])
+    refused = [
+        f"- {' '.join(filter(None, [attempt['precision'], attempt['calibration']]))}"
+        f"{kept_float(attempt['kept_float'])}: {attempt['refused']}."
+        for attempt in verification["attempts"]
+        if attempt["refused"]
+    ]
+    if refused:
+        parts += [f"Tried for {target['precision']} and refused:", "\n".join(refused)]
+    kept = verification["attempts"][-1]["kept_float"]
+    if kept:
+        parts += [f"Kept in float: {', '.join(name for names in kept.values() for name in names)}."]
+    return parts
 
 
-def _signature(value: dict) -> str:
-    return f"{value['name']} {value['type']} ({', '.join(map(str, value['shape']))})"
+def kept_float(kept: dict) -> str:
+    """How many nodes an attempt left alone."""
+    count = sum(map(len, kept.values()))
+    return f" with {count} nodes in float" if count else ""
+
+
+def measurement(measured: dict) -> list[str]:
+    """Every contender in a row, and why others are missing."""
+    parts = ["## Measured"]
+    if measured["contenders"]:
+        rows = [
+            [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
+            for name, figures in measured["contenders"].items()
+        ]
+        parts += [
+            f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
+            "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone.",
+            table(["contender", *(title for title, _ in FIGURES.values())], rows),
+        ]
+    missing = measured["not_run"]
+    for reason in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name in missing if missing[name] == reason)
+        parts.append(f"Not run: {names} ({reason}). On the device: `python -m dlref.runtime bench FOLDER`.")
+    return parts
+
+
+def parity(verification: dict) -> list[str]:
+    """The differences at every declared size."""
+    rows = [
+        [
+            row["graph"],
+            ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in row["shape"].items()),
+            f"{row['max_abs_error']:.1e}",
+            "the metric judges" if row["tolerance"] is None else f"{row['tolerance']:.0e}",
+        ]
+        for row in verification["parity"]
+    ]
+    return [
+        "## Difference from PyTorch",
+        f"Executed by {verification['provider']}. The tolerance is relative to outputs above 1 and absolute below.",
+        table(["graph", "input shapes", "largest difference", "tolerance"], rows),
+    ]

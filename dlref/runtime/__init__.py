@@ -17,14 +17,16 @@ from dlref.runtime.errors import UserError
 __all__ = ["UserError", "load", "make_runner"]
 
 
-def load(folder: str | Path, threads: int | None = None):
+def load(folder: str | Path, threads: int | None = None, provider: str | None = None):
     """Open a bundle, every file checked against its hash, and return the runner of its kind.
 
-    `threads` bounds the cores that onnxruntime uses (default: all). Raises UserError for a folder that is
-    no bundle, a tampered or missing file, or a kind that this version does not know.
+    `threads` bounds the cores that onnxruntime uses (default: all); `provider` is an execution provider of
+    onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
+    missing file, or a kind that this version does not know.
     """
     manifest = read_manifest(Path(folder))
-    return make_runner(manifest["kind"], open_graphs(Path(folder), manifest, threads), manifest["metadata"])
+    graphs = open_graphs(Path(folder), manifest, threads, provider)
+    return make_runner(manifest["kind"], graphs, manifest["metadata"])
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):

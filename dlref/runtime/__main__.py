@@ -1,31 +1,107 @@
-"""`python -m dlref.runtime FOLDER INPUT...`: one JSON line for each input."""
+"""`python -m dlref.runtime BUNDLE INPUT...`: one JSON line for each input; a folder stands for its files.
+
+`python -m dlref.runtime bench BUNDLE` measures the bundle on this device instead.
+"""
 
 import argparse
 import json
 import os
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from dlref.runtime import UserError, load
+from dlref.runtime.runner import BATCH
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Answer for each input; 0, or 2 with one line on stderr when something given is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m dlref.runtime", description=__doc__)
-    parser.add_argument("folder", help="a bundle, as export.py writes it")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="what the model reads: image files, ...")
-    parser.add_argument("--threads", type=int, help="cores to use (default: all)")
-    options = parser.parse_args(arguments)
+    """0, or 2 with one line on stderr when something given is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = benchmark if arguments[:1] == ["bench"] else transform
     try:
-        if options.threads is not None and options.threads < 1:
-            raise UserError(f"--threads {options.threads}; expected 1 or more")
-        runner = load(options.folder, options.threads)
-        for source, answer in zip(options.inputs, runner.stream(options.inputs), strict=True):
-            print(json.dumps({"input": source, **answer}, ensure_ascii=False), flush=True)
+        return command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser(description: str, name: str = "") -> argparse.ArgumentParser:
+    """What both commands take."""
+    parser = argparse.ArgumentParser(prog=f"python -m dlref.runtime{name}", description=description)
+    parser.add_argument("bundle", type=Path, help="a folder that export.py wrote")
+    parser.add_argument("--threads", type=positive, help="cores to use (default: all)")
+    parser.add_argument("--provider", help="execution provider of onnxruntime (default: the target's)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return int(text)
+
+
+def transform(arguments: list[str]) -> int:
+    """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
+    options = parser(__doc__)
+    options.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders"
+    )
+    options.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
+    options = options.parse_args(arguments)
+    runner = load(options.bundle, options.threads, options.provider)
+    sources = [source for given in options.inputs for source in files(given)]
+    bad: list[UserError] = []
+    for source, answer in zip(sources, progress(runner.stream(sources, options.batch_size), len(sources)), strict=True):
+        if isinstance(answer, UserError):
+            bad.append(answer)
+            answer = {"error": str(answer)}
+        print(json.dumps({"input": source, **answer}, ensure_ascii=False), flush=True)
+    if bad:
+        raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
+    return 0
+
+
+def files(given: str) -> list[str]:
+    """Every file below a folder, sorted by path, hidden ones left out; anything else stands for itself."""
+    folder = Path(given)
+    if not folder.is_dir():
+        return [given]
+    below = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    if not found:
+        raise UserError(f"{folder}: no file in it; expected inputs")
+    return found
+
+
+def progress(answers: Iterable, total: int) -> Iterator:
+    """Pass answers on, showing on a terminal how far they are."""
+    shown = total > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+    start = last = time.monotonic()
+    for done, answer in enumerate(answers, start=1):
+        yield answer
+        now = time.monotonic()
+        if shown and (now - last > 0.1 or done == total):
+            last = now
+            bar = "#" * (30 * done // total)
+            rate = done / (now - start)
+            print(f"\r[{bar:30}] {done}/{total}, {rate:.0f}/s", end="\n" if done == total else "", file=sys.stderr)
+
+
+def benchmark(arguments: list[str]) -> int:
+    """Print speed, memory and sizes of a bundle, as JSON."""
+    from dlref.runtime.bench import bench, cores
+    from dlref.runtime.bundle import read_manifest
+
+    options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
+    target = read_manifest(options.bundle)["target"]
+    threads = options.threads or cores()
+    figures = bench(options.bundle, threads, options.provider or target.get("provider"))
+    print(json.dumps({"bundle": str(options.bundle), "threads": threads, **figures}, indent=2))
     return 0
 
 

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.memory import returned_to_the_system
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 << 20  # bytes; a vocabulary of a million tokens fits
+LARGEST_FILE = (2 << 30) - 1  # bytes; what one protobuf can hold
+LARGEST_INPUT = 1 << 28  # elements of one input: 9,000 × 9,000 pixels in colour
 KEYS = {
     "format": int,
     "kind": str,
@@ -19,6 +22,13 @@ KEYS = {
     "metadata": dict,
     "files": dict,
     "verification": dict,
+}
+# Only these, with these options: a manifest from elsewhere must not choose what library is loaded.
+PROVIDERS = {
+    "CPUExecutionProvider": {},
+    "CUDAExecutionProvider": {},
+    "TensorrtExecutionProvider": {"trt_engine_cache_enable": "0"},
+    "QNNExecutionProvider": {"backend_type": "htp"},
 }
 
 
@@ -29,13 +39,17 @@ def sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a bundle, every file it lists checked against its hash. Raises UserError."""
+    """The manifest of a bundle, every file of the folder checked against it. Raises UserError."""
     path = folder / MANIFEST
     try:
+        if path.is_symlink():
+            raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise UserError(f"{path}: {path.stat().st_size} bytes; expected at most {LARGEST_MANIFEST}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected the folder of a bundle that export.py wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); expected JSON") from None
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), KEYS[key]) for key in KEYS):
         raise UserError(f"{path}: not a manifest; expected {', '.join(f'{k} ({KEYS[k].__name__})' for k in KEYS)}")
@@ -46,46 +60,94 @@ def read_manifest(folder: Path) -> dict:
 
 
 def check_files(folder: Path, manifest: dict) -> None:
-    """Refuse a bundle whose files are not the ones that were written, or that points outside its folder."""
+    """Refuse a bundle whose files are not the ones that were written, or that points outside its folder.
+
+    Files that the manifest does not list are refused too: a graph could read its weights from one.
+    """
     for name, expected in manifest["files"].items():
-        if Path(name).name != name:
+        if Path(name).name != name or "\\" in name:
             raise UserError(f"{folder / MANIFEST}: file {name!r}; expected a plain name inside the bundle")
         path = folder / name
         if path.is_symlink():
             raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
         if not path.is_file():
             raise UserError(f"{path}: missing; expected the file that the manifest lists")
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{path}: {path.stat().st_size} bytes; expected less than 2 GB")
         if sha256(path) != expected:
             raise UserError(f"{path}: SHA-256 differs from the manifest's; expected the file as exported")
+    for path in folder.iterdir():
+        if path.name != MANIFEST and path.name not in manifest["files"]:
+            raise UserError(f"{path}: not in the manifest; expected only the files that export.py wrote")
     for graph in manifest["graphs"].values():
-        if not isinstance(graph, dict) or graph.get("file") not in manifest["files"]:
+        if not (isinstance(graph, dict) and str(graph.get("file")) in manifest["files"]):
             raise UserError(f"{folder / MANIFEST}: a graph whose file has no hash; expected one in files")
 
 
 class OnnxGraph:
-    """A graph in onnxruntime: named arrays in, a dict of named arrays out."""
+    """A graph in onnxruntime: named arrays in, a dict of named arrays out.
+
+    `shape` gives for each input its axes: a size, or the name of one that is free.
+    """
 
     def __init__(self, path: Path, provider: str, threads: int | None = None):
+        if not (isinstance(provider, str) and provider in PROVIDERS):
+            raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
+
+        if provider not in onnxruntime.get_available_providers():
+            raise UserError(
+                f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it, or another provider"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
-        if provider not in onnxruntime.get_available_providers():
-            raise UserError(f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it")
+        options.log_severity_level = 3  # errors; they come as exceptions
+        # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         self.path = path
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=[provider])
+            with returned_to_the_system():
+                self.session = onnxruntime.InferenceSession(path, options, providers=[(provider, PROVIDERS[provider])])
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({' '.join(str(error).split())})") from None
         self.outputs = [output.name for output in self.session.get_outputs()]
+        self.shape = {value.name: value.shape for value in self.session.get_inputs()}
+        for name, shape in self.shape.items():
+            if np.prod([size for size in shape if isinstance(size, int)], dtype=float) > LARGEST_INPUT:
+                raise UserError(f"{path}: input {name} of {shape}; expected at most {LARGEST_INPUT} elements")
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run the graph."""
+        for name, array in inputs.items():
+            if array.size > LARGEST_INPUT:
+                raise UserError(
+                    f"{self.path}: input {name} of {array.shape}; expected at most {LARGEST_INPUT} elements"
+                )
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
         except Exception as error:
             raise UserError(f"{self.path}: onnxruntime refuses the input ({' '.join(str(error).split())})") from None
 
 
-def open_graphs(folder: Path, manifest: dict, threads: int | None = None) -> dict[str, OnnxGraph]:
-    """Every graph of a bundle, by name."""
-    provider = manifest["target"].get("provider")
-    return {name: OnnxGraph(folder / graph["file"], provider, threads) for name, graph in manifest["graphs"].items()}
+def open_graphs(
+    folder: Path, manifest: dict, threads: int | None = None, provider: str | None = None
+) -> dict[str, OnnxGraph]:
+    """Every graph of a bundle, by name, on the target's provider or another one."""
+    provider = provider or manifest["target"].get("provider")
+    graphs = {}
+    for name, described in manifest["graphs"].items():
+        graph = graphs[name] = OnnxGraph(folder / str(described["file"]), provider, threads)
+        if signature(described) != [*graph.shape, *graph.outputs]:
+            raise UserError(
+                f"{graph.path}: has inputs and outputs {', '.join([*graph.shape, *graph.outputs])}; expected those of "
+                f"the manifest, {', '.join(map(str, signature(described))) or 'which names none'}"
+            )
+    return graphs
+
+
+def signature(described: dict) -> list[str]:
+    """The names of a graph's inputs and outputs as its manifest gives them; none where that is malformed."""
+    try:
+        return [value["name"] for side in ("inputs", "outputs") for value in described[side]]
+    except (KeyError, TypeError):
+        return []

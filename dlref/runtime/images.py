@@ -1,14 +1,11 @@
 """Images as they are: files and arrays of any size -> uint8 (H, W, C)."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dlref.runtime.errors import UserError
-
-BATCH = 32  # bounds the memory of a long list; larger batches gain nothing on a CPU
 
 
 def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
@@ -59,21 +56,26 @@ def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stack neighbours of one size into (B, H, W, C) with B <= BATCH, in order.
+def ask(graph, image: np.ndarray) -> dict[str, np.ndarray]:
+    """What `graph` answers for `image` uint8 (B, H, W, C), brought to the sizes that the graph has fixed.
 
-    Where `images` raises, what came before is still yielded first.
+    A graph with a fixed batch takes one image at a time.
     """
-    batch = []
-    try:
-        for image in images:
-            if batch and (image.shape != batch[0].shape or len(batch) == BATCH):
-                yield np.stack(batch)
-                batch = []
-            batch.append(image)
-    except UserError:
-        if batch:
-            yield np.stack(batch)
-        raise
-    if batch:
-        yield np.stack(batch)
+    batch, height, width, _ = graph.shape["image"]
+    if isinstance(height, int) and isinstance(width, int):
+        image = resize(image, height, width)
+    if not isinstance(batch, int):
+        return graph(image=image)
+    rows = [graph(image=row[None]) for row in image]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(B, H, W, C) -> (B, height, width, C), bilinear and antialiased, as the graphs do it where sizes are free."""
+    if image.shape[1:3] == (height, width):
+        return image
+    planes = image.transpose(0, 3, 1, 2).reshape(-1, *image.shape[1:3])
+    resized = [
+        np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)) for plane in planes
+    ]
+    return np.stack(resized).reshape(len(image), -1, height, width).transpose(0, 2, 3, 1)

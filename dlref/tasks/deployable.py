@@ -18,7 +18,8 @@ class Graph:
         outputs: a name for each output.
         dynamic_axes: input name -> axis -> symbol ("batch", "time", "height", ...); an axis that is not
             named here is fixed to its example's size.
-        sizes: symbol -> the sizes at which the exported graph has to equal the module.
+        sizes: symbol -> the sizes at which the exported graph has to equal the module. The first ones are
+            those of a single answer: what is timed, and what a device that needs fixed shapes gets.
         tolerance: largest error allowed, relative to outputs above 1 and absolute below.
     """
 
@@ -28,6 +29,14 @@ class Graph:
     dynamic_axes: Mapping[str, Mapping[int, str]]
     sizes: Mapping[str, Sequence[int]]
     tolerance: float = 1e-5
+
+    @property
+    def shape(self) -> dict[str, list[int | str]]:
+        """For each input its axes: a size, or the symbol of a dynamic one."""
+        return {
+            name: [self.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(tensor.shape)]
+            for name, tensor in self.inputs.items()
+        }
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:

@@ -31,7 +31,8 @@ class ImagePreprocess(nn.Module):
         if images.shape[1] not in (1, self.channels):
             raise UserError(f"images have {images.shape[1]} channels, preprocess has means for {self.channels}")
         pixels = images.float()
-        if torch.compiler.is_exporting() or images.shape[-2:] != (self.size, self.size):
-            # Exported, the height and width are free, so the resize has to be there at every size.
+        height, width = images.shape[-2:]
+        # Exported with a free height and width, the resize has to be there whatever the size at hand.
+        if isinstance(height, torch.SymInt) or (height, width) != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         return (pixels - self.offset) * self.scale

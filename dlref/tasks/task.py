@@ -62,6 +62,10 @@ class Task(LightningModule):
         """`metric` over `batches`, answered by a runner of this task's kind."""
         raise NotImplementedError
 
+    def lost(self, reference: float, score: float) -> float:
+        """Points by which a `score` of `metric` is worse than a `reference`: hundredths, as of an accuracy."""
+        return 100 * (reference - score)
+
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""
 

@@ -1,18 +1,18 @@
 """The runner of image classification: images -> labels with their probabilities."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import batches, centre, read_image
+from dlref.runtime.images import ask, centre, read_image
+from dlref.runtime.runner import Runner as Base
 
 TOP = 5
 METADATA = {"labels", "channels", "multi_label", "crop"}
 
 
-class Runner:
+class Runner(Base):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `probability` float32 (B, K).
 
     `metadata` holds `labels` (K names), `channels` (1 or 3), `multi_label` and `crop`: the share of the shorter
@@ -20,26 +20,35 @@ class Runner:
     """
 
     def __init__(self, graphs: dict, metadata: dict):
-        if "classify" not in graphs or not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3):
+        if "classify" not in graphs or not is_metadata(metadata):
             raise UserError(f"not image classification; expected a graph classify and {', '.join(sorted(METADATA))}")
         self.classify = graphs["classify"]
         self.metadata = metadata
 
-    def __call__(self, source: str | Path | np.ndarray | list) -> dict | list[dict]:
-        """Answer for an image file or a uint8 array, or for a list of them (a list comes back)."""
-        if isinstance(source, list):
-            return list(self.stream(source))
-        return next(self.stream([source]))
+    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
+        """An image file or a uint8 array -> uint8 (H, W, C), cropped as in evaluation."""
+        return centre(read_image(source, self.metadata["channels"]), self.metadata["crop"])
 
-    def stream(self, sources: list) -> Iterator[dict]:
-        """Answers one by one, in the order of `sources`, for lists too long to hold."""
-        images = (centre(read_image(source, self.metadata["channels"]), self.metadata["crop"]) for source in sources)
-        for batch in batches(images):
-            yield from answers(self.probability(batch), self.metadata)
+    def together(self, first: np.ndarray, second: np.ndarray) -> bool:
+        """Images of one size."""
+        return first.shape == second.shape
+
+    def answer(self, items: list[np.ndarray]) -> list[dict]:
+        """Labels with their probabilities."""
+        return answers(self.probability(np.stack(items)), self.metadata)
 
     def probability(self, image: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float32 (B, K)."""
-        return self.classify(image=image)["probability"]
+        return ask(self.classify, image)["probability"]
+
+
+def is_metadata(metadata: dict) -> bool:
+    """Whether every value that this runner reads is there and of its kind."""
+    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3):
+        return False
+    labels, crop = metadata["labels"], metadata["crop"]
+    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    return named and (crop is None or (isinstance(crop, float | int) and 0 < crop <= 1))
 
 
 def answers(probability: np.ndarray, metadata: dict) -> list[dict]:

@@ -1,0 +1,286 @@
+"""From float32 graphs to the lowest precision of a target that loses nothing that counts.
+
+Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused where the
+task's metric falls by more than the target's gate, or where it is not faster than float32; then other ranges are
+tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlref.export.convert import KEPT_FLOAT, SAMPLES, Feeds, Plan, convert, is_calibrated, place_in, worst_nodes
+from dlref.export.graph import example_at, first_sizes, write_onnx
+from dlref.export.manifest import write_manifest
+from dlref.export.measure import CPU, Contenders, provider, stands_in
+from dlref.export.targets import Target
+from dlref.export.verify import Compared, Reference, parity, score
+from dlref.runtime import UserError
+from dlref.runtime.bench import EXAMPLE
+from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
+
+FLOAT32 = Plan("float32")
+
+
+@dataclass
+class Attempt:
+    """A bundle that was judged; `refused` says why it is not the one, and is empty for the one that is."""
+
+    plan: Plan
+    folder: Path
+    refused: str = ""
+    slower: bool = False
+    lost: float = inf
+    parity: list[dict] = field(default_factory=list)
+    metric: dict = field(default_factory=dict)
+
+
+class Attempts:
+    """All attempts of one export.
+
+    Args:
+        task: trained, knowing its data.
+        data: its data module, set up.
+        deployable: what the task answered for a validation batch.
+        target: the device.
+        place: an empty folder to work in.
+        watched: (batches, title) -> the same batches, showing how far they are.
+        say: prints a line.
+    """
+
+    def __init__(self, task, data, deployable, target: Target, place: Path, watched: Callable, say: Callable):
+        self.task, self.data, self.deployable, self.target = task, data, deployable, target
+        self.place, self.watched, self.say = place, watched, say
+        self.references = {name: Reference(graph) for name, graph in deployable.graphs.items()}
+        self.pytorch: dict[str, float] = {}
+        self.made: list[Attempt] = []
+        self.programs = place / "programs"
+        for folder in ("programs", "sources", "converted", "bundles"):
+            (place / folder).mkdir()
+        for name, graph in deployable.graphs.items():
+            say(f"exporting {name}")
+            torch.export.save(write_onnx(graph, self.source(name), target), self.programs / f"{name}.pt2")
+        self.contenders = Contenders(target, self.programs, self.bundle(FLOAT32))
+
+    def source(self, name: str) -> Path:
+        """The ONNX file of a graph as PyTorch wrote it."""
+        return self.place / "sources" / f"{name}.onnx"
+
+    # The ladder
+
+    def climb(self) -> Attempt:
+        """One attempt after the other until one holds."""
+        for plan in self.plans():
+            attempt = self.judged(plan)
+            self.made.append(attempt)
+            if not attempt.refused:
+                return attempt
+            self.say(f"{plan} refused: {attempt.refused}")
+        raise AssertionError("float32 holds, or has raised Refused")
+
+    def plans(self) -> Iterator[Plan]:
+        """What to try next, given what was refused so far."""
+        if any(map(self.calibrated, self.deployable.graphs)):
+            yield from self.quantised()
+        elif self.target.precision != "float32":
+            yield Plan(self.target.precision)
+        yield FLOAT32
+
+    def quantised(self) -> Iterator[Plan]:
+        """Every way to find ranges, then the best of them with more and more of the worst nodes in float.
+
+        Nothing more once an attempt was not faster: none of this would make it so.
+        """
+        for method in SAMPLES:
+            yield Plan(self.target.precision, method)
+            if self.made[-1].slower:
+                return
+        best = min(self.made, key=lambda attempt: attempt.lost)
+        if best.lost == inf:
+            return
+        ranked = {
+            name: worst_nodes(self.source(name), self.converted(name, best.plan), self.feeds[name])
+            for name in filter(self.calibrated, self.deployable.graphs)
+        }
+        for share in KEPT_FLOAT:
+            kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
+            yield Plan(self.target.precision, best.plan.calibration, kept)
+            if self.made[-1].slower:
+                return
+
+    def calibrated(self, name: str) -> bool:
+        """Whether a graph is quantised on data."""
+        return is_calibrated(self.source(name), self.target)
+
+    # One attempt
+
+    def judged(self, plan: Plan) -> Attempt:
+        """Build a bundle and hold it against PyTorch. Raises Refused where not even float32 holds."""
+        exact = plan == FLOAT32
+        attempt = Attempt(plan, self.place / "bundles" / str(plan))
+        try:
+            graphs = self.opened(self.bundle(plan), exact)
+            attempt.parity = self.parity(graphs, exact)
+            attempt.metric = self.metric(graphs, "validation", exact)
+            attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
+        except UserError as error:
+            if exact:
+                raise
+            attempt.refused = str(error)
+            return attempt
+        if not exact:
+            attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
+        return attempt
+
+    def too_much_lost(self, attempt: Attempt) -> str:
+        """Why the metric refuses an attempt, or nothing."""
+        if attempt.lost <= self.target.gate:
+            return ""
+        name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))
+        return (
+            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.lost:.2f} points lost, expected at most "
+            f"{self.target.gate}"
+        )
+
+    def not_faster(self, attempt: Attempt) -> str:
+        """Why the clock refuses an attempt, or nothing; it has no say where this machine is unlike the device."""
+        if not stands_in(self.target):
+            return ""
+        own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))
+        attempt.slower = own >= float32
+        return f"{own:.3f} ms an answer, float32 takes {float32:.3f} ms; expected less" if attempt.slower else ""
+
+    def bundle(self, plan: Plan) -> Path:
+        """The folder of a bundle by `plan`, with nothing verified yet."""
+        folder = self.place / "bundles" / str(plan)
+        if folder.is_dir():
+            return folder
+        folder.mkdir()
+        for name in self.deployable.graphs:
+            path = self.converted(name, plan)
+            path.parent.mkdir(exist_ok=True)
+            convert(self.source(name), path, self.target, plan, self.feeds.get(name, []) if plan.calibration else [])
+            place_in(folder, path, self.target)
+        np.savez(folder / EXAMPLE, **self.example())
+        write_manifest(folder, self.deployable, self.target, plan.precision, self.place / "converted" / str(plan))
+        return folder
+
+    def converted(self, name: str, plan: Plan) -> Path:
+        """The ONNX file of a graph by `plan`."""
+        return self.place / "converted" / str(plan) / f"{name}.onnx"
+
+    def example(self) -> dict[str, np.ndarray]:
+        """The inputs of a single answer, by graph and name."""
+        return {
+            f"{name}/{key}": tensor.numpy()
+            for name, graph in self.deployable.graphs.items()
+            for key, tensor in example_at(graph, first_sizes(graph)).items()
+        }
+
+    def opened(self, folder: Path, exact: bool) -> dict[str, OnnxGraph]:
+        """The graphs of a bundle; float32 on the CPU, for a GPU rounds otherwise."""
+        return open_graphs(folder, read_manifest(folder), provider=CPU if exact else provider(self.target))
+
+    # Held against PyTorch
+
+    def parity(self, graphs: dict[str, OnnxGraph], exact: bool) -> list[dict]:
+        """Every declared size of every graph. Raises Refused."""
+        rows = []
+        for name, graph in self.deployable.graphs.items():
+            tolerance = graph.tolerance if exact else inf
+            rows += parity(name, graph, self.references[name], graphs[name], tolerance, self.target.static)
+        return rows
+
+    def metric(self, graphs: dict[str, OnnxGraph], split: str, exact: bool) -> dict:
+        """The task's metric on a whole split, by PyTorch and by a bundle, whose answers float32 compares one by one."""
+        loader = {"validation": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
+        if split not in self.pytorch:
+            batches = self.watched(loader, f"PyTorch on {split}")
+            self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
+        compared = graphs
+        if exact:
+            compared = {
+                name: Compared(name, self.references[name], graphs[name], graph.tolerance)
+                for name, graph in self.deployable.graphs.items()
+            }
+        bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))
+        return {
+            "name": self.task.metric,
+            "pytorch": self.pytorch[split],
+            "bundle": bundle,
+            "split": split,
+            "n": len(loader.dataset),
+            "max_abs_error": max(graph.max_abs_error for graph in compared.values()) if exact else None,
+        }
+
+    def verification(self, chosen: Attempt) -> dict:
+        """What the manifest says of how the bundle compares, with the whole test split, and of what was refused."""
+        exact = chosen.plan == FLOAT32
+        test = self.metric(self.opened(chosen.folder, exact), "test", exact)
+        attempts = [
+            {
+                "precision": attempt.plan.precision,
+                "calibration": attempt.plan.calibration,
+                "kept_float": attempt.plan.kept,
+                self.task.metric: attempt.metric.get("bundle"),
+                "refused": attempt.refused,
+            }
+            for attempt in self.made
+        ]
+        return {
+            "provider": CPU if exact else provider(self.target),
+            "parity": chosen.parity,
+            "metric": chosen.metric,
+            "test": test,
+            "attempts": attempts,
+        }
+
+    # What the quantiser sees
+
+    @cached_property
+    def feeds(self) -> dict[str, Feeds]:
+        """What each graph met while the task's runner answered for training batches."""
+        self.data.setup("fit")
+        graphs = self.opened(self.bundle(FLOAT32), exact=True)
+        recorders = {name: Recorder(graph, graphs[name]) for name, graph in self.deployable.graphs.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            batches = until(lambda: all(recorder.full for recorder in recorders.values()), self.data.train_dataloader())
+            score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
+        return {name: recorder.feeds for name, recorder in recorders.items()}
+
+
+def until(full: Callable[[], bool], batches: Iterable) -> Iterator:
+    """The batches before all are served."""
+    for batch in batches:
+        if full():
+            return
+        yield batch
+
+
+class Recorder:
+    """A graph that keeps what it is asked, one sample at a time, up to what calibration takes."""
+
+    def __init__(self, graph, exported: Callable):
+        self.exported, self.shape, self.axes = exported, exported.shape, graph.dynamic_axes
+        self.feeds: Feeds = []
+
+    @property
+    def full(self) -> bool:
+        """Whether more would not be looked at."""
+        return len(self.feeds) >= max(SAMPLES.values())
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The graph's own answer."""
+        batch = {name: axis for name, axes in self.axes.items() for axis, symbol in axes.items() if symbol == "batch"}
+        rows = {inputs[name].shape[axis] for name, axis in batch.items()} or {1}
+        for row in range(max(rows)):
+            if not self.full:
+                sample = {name: inputs[name].take([row], axis) for name, axis in batch.items()}
+                self.feeds.append(inputs | sample)
+        return self.exported(**inputs)

@@ -1,0 +1,210 @@
+"""A float32 graph -> what a target's precision and file format ask for, by onnxruntime's own tools."""
+
+import io
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    StaticQuantConfig,
+    qdq_loss_debug,
+    quantize,
+    quantize_dynamic,
+)
+from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config, qnn_preprocess_model
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from dlref.export.graph import save
+from dlref.export.targets import Target
+from dlref.runtime import UserError
+
+Feeds = list[dict[str, np.ndarray]]
+
+# A graph that holds one of these is quantised statically, on real data: what surrounds it stays in integers.
+CONVOLUTIONS = {"Conv", "ConvTranspose"}
+# Softmax, sigmoids and resizing stay float: 256 levels are too few for a probability or a coordinate.
+STATIC = [
+    *CONVOLUTIONS,
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Concat",
+]
+# Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
+# nothing runs; and onnxruntime has no integer GRU.
+DYNAMIC = ["MatMul", "LSTM"]
+# Histograms keep every activation of every sample in memory, so they see fewer.
+SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
+DEBUGGED = 4  # samples to look for the worst nodes on
+KEPT_FLOAT = (0.05, 0.15, 0.4)  # shares of the nodes to try
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to try: a precision, how its ranges are found, and which nodes of each graph stay float."""
+
+    precision: str
+    calibration: str | None = None
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Also the name of its folder."""
+        kept = sum(map(len, self.kept.values()))
+        return "-".join([self.precision, *filter(None, [self.calibration]), *[f"{kept}-kept"] * bool(kept)])
+
+
+def is_calibrated(path: Path, target: Target) -> bool:
+    """Whether quantising this graph for `target` needs data."""
+    if target.quantisation is None:
+        return False
+    return target.quantisation.qnn or any(node.op_type in CONVOLUTIONS for node in onnx.load(path).graph.node)
+
+
+def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) -> None:
+    """Write the float32 graph `source` to `path` as `plan` says, in the ONNX format. Raises UserError."""
+    if plan.precision == "float32":
+        path.write_bytes(source.read_bytes())
+        return
+    with quietly(path.name):
+        if plan.precision == "float16":
+            save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
+            return
+        prepared = source.with_suffix(".prepared.onnx")
+        if not prepared.is_file():
+            prepare(source, prepared, target)
+        if is_calibrated(source, target):
+            quantize(prepared, path, static_configuration(prepared, target, plan, feeds))
+        else:
+            scheme = target.quantisation
+            quantize_dynamic(
+                prepared,
+                path,
+                op_types_to_quantize=DYNAMIC,
+                per_channel=scheme.per_channel,
+                reduce_range=scheme.reduce_range,
+                weight_type=QuantType[scheme.weight],
+            )
+        save(tidy(onnx.load(path), target), path)
+
+
+def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
+    """Without what the optimiser leaves: operator sets that no node uses, and notes; in the target's file version."""
+    model.ir_version = min(model.ir_version, target.ir_version)
+    del model.metadata_props[:]
+    used = {node.domain for node in model.graph.node} | {""}
+    sets = [(opset.domain, opset.version) for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sets)
+    return model
+
+
+@contextmanager
+def quietly(name: str) -> Iterator[None]:
+    """The tools print and log as they go; what stops them is one line."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # they raise whatever comes up
+        raise UserError(f"{name}: onnxruntime cannot convert it ({' '.join(str(error).split())})") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def prepare(source: Path, path: Path, target: Target) -> None:
+    """Shapes inferred and constants folded, which the quantisers ask for."""
+    fused = path.with_suffix(".fused.onnx")  # before the other, whose notes in the file qnn's cannot read
+    first = fused if target.quantisation.qnn and qnn_preprocess_model(source, fused) else source
+    quant_pre_process(first, path)
+
+
+def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds) -> StaticQuantConfig:
+    """QDQ with ranges from `feeds`."""
+    scheme = target.quantisation
+    reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
+    activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
+    kept = list(plan.kept.get(source.name.split(".")[0], ()))
+    if scheme.qnn:
+        return get_qnn_qdq_config(source, reader, method, activation, weight, scheme.per_channel, nodes_to_exclude=kept)
+    return StaticQuantConfig(
+        reader,
+        method,
+        QuantFormat.QDQ,
+        activation,
+        weight,
+        op_types_to_quantize=STATIC,
+        nodes_to_exclude=kept,
+        per_channel=scheme.per_channel,
+        reduce_range=scheme.reduce_range,
+    )
+
+
+class Reader(CalibrationDataReader):
+    """The inputs that a graph met on training data."""
+
+    def __init__(self, feeds: Feeds):
+        self.remaining = iter(feeds)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next input, or None."""
+        return next(self.remaining, None)
+
+
+def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
+    """Quantised nodes, the one that loses most first: by the noise that quantising its output adds.
+
+    `source` is the float32 graph that `convert` made `quantised` from.
+    """
+    prepared = source.with_suffix(".prepared.onnx")
+    activations = []
+    with quietly(quantised.name):
+        for model in (prepared, quantised):
+            augmented = model.with_suffix(".augmented.onnx")
+            qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
+            activations.append(qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED])))
+            augmented.unlink()
+        float_activations, quantised_activations = activations
+        errors = qdq_loss_debug.compute_activation_error(
+            qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
+        )
+    ranked = []
+    for node in onnx.load(prepared).graph.node:
+        # Decibels of signal over noise, of this quantisation alone.
+        around = [errors[name]["qdq_err"] for name in (*node.input, *node.output) if name in errors]
+        if node.op_type in STATIC and around:
+            ranked.append((min(around), node.name))
+    return [name for _, name in sorted(ranked)]
+
+
+def place_in(folder: Path, path: Path, target: Target) -> None:
+    """Put a converted graph into a bundle, in the file format of its target.
+
+    Beside an .ort file lies the list of the operators that a small build of onnxruntime needs for it.
+    """
+    if target.file_format == "onnx":
+        shutil.copy(path, folder)
+        return
+    with quietly(path.name):
+        convert_onnx_models_to_ort(path, folder, optimization_styles=[OptimizationStyle.Fixed], target_platform="arm")
+    for operators in folder.glob("*.config"):
+        lines = operators.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not line.startswith("#")]  # paths of this machine
+        operators.write_text("\n".join(kept) + "\n", encoding="utf-8")

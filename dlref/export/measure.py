@@ -1,0 +1,94 @@
+"""The bundle beside what it replaces: each contender in a process of its own, on this machine."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import onnxruntime
+
+from dlref.export.targets import Target
+from dlref.runtime import UserError
+from dlref.runtime.bench import bench, cores, in_process
+
+CPU = "CPUExecutionProvider"
+TURNS = 3  # where two are compared: a shared machine's clock wanders
+CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
+
+
+def provider(target: Target) -> str:
+    """What executes the target's graphs here: its own provider, or the CPU in its stead."""
+    return target.provider if target.provider in onnxruntime.get_available_providers() else CPU
+
+
+def stands_in(target: Target) -> bool:
+    """Whether speed on this machine says something of the device."""
+    return provider(target) == target.provider and platform.machine() in (target.machines or (platform.machine(),))
+
+
+def threads(target: Target) -> int:
+    """As many as the device gives, where this machine has them."""
+    return min(target.threads or cores(), cores())
+
+
+class Contenders:
+    """What can be measured of one export, each once.
+
+    Args:
+        target: the device.
+        programs: folder of what torch.export saved.
+        float32: folder of the bundle as it came from PyTorch.
+    """
+
+    def __init__(self, target: Target, programs: Path, float32: Path):
+        self.target, self.programs, self.float32 = target, programs, float32
+        self.known: dict[Path, dict] = {}
+
+    def onnx(self, folder: Path) -> dict:
+        """A bundle's figures. Raises UserError."""
+        if folder not in self.known:
+            self.known[folder] = self.measured(folder)
+        return self.known[folder]
+
+    def measured(self, folder: Path) -> dict:
+        """A bundle's figures, measured now."""
+        return bench(folder, threads(self.target), provider(self.target))
+
+    def latencies(self, one: Path, other: Path) -> list[float]:
+        """Milliseconds of two bundles measured in turns, the middle of TURNS. Raises UserError."""
+        turns = [(self.measured(one), self.measured(other)) for _ in range(TURNS)]
+        for folder, runs in zip((one, other), zip(*turns, strict=True), strict=True):
+            self.known[folder] = sorted(runs, key=lambda run: run["latency_ms"])[TURNS // 2]
+        return [self.known[folder]["latency_ms"] for folder in (one, other)]
+
+    def pytorch(self, mode: str) -> dict:
+        """PyTorch's figures, eager or compiled. Raises UserError."""
+        device = "cpu" if provider(self.target) == CPU else "cuda"
+        module = [sys.executable, "-m", "dlref.export.contender"]
+        return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
+
+    def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
+        """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
+        measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
+        if not stands_in(self.target):
+            here = f"{platform.machine()} with {provider(self.target)} says nothing of this device"
+            return measured | {"not_run": dict.fromkeys(names, here)}
+        for name in names:
+            try:
+                if name.startswith("pytorch"):
+                    figures = self.pytorch(name.removeprefix("pytorch-"))
+                else:
+                    figures = self.onnx(bundle if name == "bundle" else self.float32)
+                measured["contenders"][name] = figures
+            except UserError as error:
+                measured["not_run"][name] = str(error)
+        return measured
+
+
+def processor() -> str:
+    """The name of this machine's processor, and how many cores of it there are."""
+    name = platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

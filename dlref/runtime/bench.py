@@ -1,0 +1,168 @@
+"""How fast and how large a bundle is on this device: `python -m dlref.runtime bench FOLDER`.
+
+What is measured runs in a process of its own, started here: `python -m dlref.runtime.bench FOLDER THREADS PROVIDER`.
+It answers the example input that the bundle carries and prints one line of JSON:
+
+    latency_ms, latency_p95_ms   one example through every graph, once; median and 95th percentile
+    throughput                   examples a second, eight at once where the graphs take as many
+    peak_rss_mb, anonymous_mb    memory at its highest, and what of it cannot be given back; Linux only, else null
+    first_answer_s               from the start of the process
+    model_mb, installed_mb       bytes of the graphs, and of the packages that run them
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dlref.runtime.bundle import open_graphs, read_manifest
+from dlref.runtime.errors import UserError
+
+EXAMPLE = "example.npz"  # of each graph's inputs, as GRAPH/INPUT, one row each
+SEVERAL = 8  # rows for the throughput
+SECONDS = 1.0  # of each clock, and at least CALLS
+CALLS = 15
+WARMUP = 5
+
+Graphs = Mapping[str, Callable]
+Inputs = dict[str, dict[str, np.ndarray]]
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bench(folder: Path, threads: int, provider: str) -> dict:
+    """Measure a bundle in a process of its own. Raises UserError where that fails."""
+    return in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), str(threads), provider])
+
+
+def in_process(command: list[str]) -> dict:
+    """Run a contender, which is told when it was started, and return what it printed. Raises UserError."""
+    import subprocess  # not in the process that is measured: it would count as memory
+
+    result = subprocess.run([*command, repr(time.time())], capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
+        raise UserError(reason.removeprefix("error: "))
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) -> dict:
+    """Speed and memory of this process answering the example of the bundle in `folder`."""
+    graphs = open_contender()
+    one = example(folder)
+    answer(graphs, one)
+    figures = {"first_answer_s": time.time() - started}
+    times = clock(lambda: answer(graphs, one))
+    figures |= {"latency_ms": 1e3 * float(np.median(times)), "latency_p95_ms": 1e3 * float(np.percentile(times, 95))}
+    figures |= memory()  # before the larger batch
+    several = repeated(one, json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"])
+    rows = SEVERAL if several else 1
+    times = clock(lambda: answer(graphs, several or one))
+    return figures | {"throughput": rows / float(np.median(times))}
+
+
+def answer(graphs: Graphs, inputs: Inputs) -> None:
+    """Every graph once."""
+    for name, graph in graphs.items():
+        graph(**inputs[name])
+
+
+def clock(call: Callable[[], None]) -> list[float]:
+    """Seconds of each call, the first ones left out."""
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < WARMUP + CALLS or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times[WARMUP:]
+
+
+def example(folder: Path) -> Inputs:
+    """The example inputs of each graph."""
+    inputs: Inputs = {}
+    with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
+        for key, array in arrays.items():
+            graph, _, name = key.partition("/")
+            inputs.setdefault(graph, {})[name] = array
+    return inputs
+
+
+def repeated(inputs: Inputs, graphs: dict) -> Inputs | None:
+    """The example SEVERAL times along every axis called batch; None where a graph has no such axis."""
+    batch = {}
+    for graph, arrays in inputs.items():
+        batch[graph] = {}
+        for name, array in arrays.items():
+            for axis, symbol in graphs[graph]["dynamic_axes"].get(name, {}).items():
+                if symbol == "batch":
+                    array = np.repeat(array, SEVERAL, axis=int(axis))
+            batch[graph][name] = array
+        if all(batch[graph][name].size == array.size for name, array in arrays.items()):
+            return None
+    return batch
+
+
+def memory() -> dict[str, float | None]:
+    """Megabytes of this process: the highest resident so far, and the anonymous part now."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return {"peak_rss_mb": None, "anonymous_mb": None}
+    fields = {"peak_rss_mb": "VmHWM", "anonymous_mb": "RssAnon"}
+    return {key: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 / 1e6 for key, name in fields.items()}
+
+
+def installed_mb(package: str) -> float:
+    """Megabytes on disk of an installed package and of all that it requires, optional extras left out."""
+    from importlib.metadata import PackageNotFoundError, distribution  # once memory has been measured
+
+    sizes: dict[str, int] = {}
+    waiting = [package]
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in sizes:
+            continue
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # for another system, by its marker
+            continue
+        sizes[name] = sum(path.stat().st_size for file in found.files or () if (path := Path(file.locate())).is_file())
+        waiting += [re.match(r"[\w.-]+", line)[0] for line in found.requires or () if "extra ==" not in line]
+    return sum(sizes.values()) / 1e6
+
+
+def model_mb(folder: Path, files: list[str]) -> float:
+    """Megabytes of the graphs."""
+    return sum((folder / file).stat().st_size for file in files) / 1e6
+
+
+def main(arguments: list[str]) -> int:
+    """The measured process: FOLDER THREADS PROVIDER STARTED."""
+    folder, started = Path(arguments[0]), float(arguments[3])
+    manifest: dict = {}
+
+    def contender() -> Graphs:
+        manifest.update(read_manifest(folder))
+        return open_graphs(folder, manifest, int(arguments[1]), arguments[2])
+
+    try:
+        figures = measure(contender, folder, started)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = [graph["file"] for graph in manifest["graphs"].values()]
+    print(json.dumps(figures | {"model_mb": model_mb(folder, files), "installed_mb": installed_mb("dlref")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""What every runner shares: one input, a list of them, or a stream that no bad input stops."""
+
+from collections.abc import Iterable, Iterator
+
+from dlref.runtime.errors import UserError
+
+BATCH = 32  # bounds the memory of a long list; larger batches gain nothing on a CPU
+
+
+class Runner:
+    """Inputs -> answers. A subclass says how to read an input and how to answer for several at once."""
+
+    def read(self, source):
+        """An input as the graph takes it. Raises UserError where it is none."""
+        raise NotImplementedError
+
+    def answer(self, items: list) -> list[dict]:
+        """Plain values for each of the items that `read` gave. Raises UserError."""
+        raise NotImplementedError
+
+    def together(self, first, second) -> bool:
+        """Whether two items may be answered in one batch."""
+        return True
+
+    def __call__(self, source) -> dict | list[dict]:
+        """The answer for one input, or a list of them for a list. Raises UserError for the first bad one."""
+        sources = source if isinstance(source, list) else [source]
+        answers = list(self.stream(sources))
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+        return answers if isinstance(source, list) else answers[0]
+
+    def stream(self, sources: Iterable, batch_size: int = BATCH) -> Iterator[dict | UserError]:
+        """Answers one by one, in the order of `sources`; a bad input's place is taken by its UserError."""
+        waiting = []
+        for source in sources:
+            try:
+                item = self.read(source)
+            except UserError as error:
+                yield from self._answers(waiting)
+                waiting = []
+                yield error
+                continue
+            if waiting and (len(waiting) >= batch_size or not self.together(waiting[0], item)):
+                yield from self._answers(waiting)
+                waiting = []
+            waiting.append(item)
+        yield from self._answers(waiting)
+
+    def _answers(self, items: list) -> list[dict | UserError]:
+        """A batch that is refused is asked again item by item, so that only the bad ones fail."""
+        if not items:
+            return []
+        try:
+            return self.answer(items)
+        except UserError as error:
+            return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
