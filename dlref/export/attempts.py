@@ -109,7 +109,10 @@ class Attempts:
         }
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
-            yield Plan(self.target.precision, best.plan.calibration, kept)
+            plan = Plan(self.target.precision, best.plan.calibration, kept)
+            if plan == self.made[-1].plan:  # of few nodes, two shares can be the same
+                continue
+            yield plan
             if self.made[-1].slower:
                 return
 

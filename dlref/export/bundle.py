@@ -37,16 +37,20 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
         raise UserError("no validation data; expected some, to verify the bundle on")
     deployable = task.deployable(batch)
     with staged(output) as place:
-        attempts = Attempts(task, data, deployable, target, place, watched, console.print)
+        attempts = Attempts(task, data, deployable, target, place, watched, say)
         chosen = attempts.climb()
         verification = attempts.verification(chosen)
-        console.print("measuring")
-        measurement = attempts.contenders.measurement(chosen.folder, contenders)
+        measurement = attempts.contenders.measurement(chosen.folder, contenders, say)
         signatures, precision = place / "converted" / str(chosen.plan), chosen.plan.precision
         manifest = write_manifest(chosen.folder, deployable, target, precision, signatures, verification, measurement)
         load(chosen.folder, provider=provider(target))  # what was written is what a device will open
         chosen.folder.rename(place / BUNDLE)
     return manifest
+
+
+def say(line: str) -> None:
+    """A line to whoever waits."""
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def watched(batches: Iterable, title: str) -> Iterator:

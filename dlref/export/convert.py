@@ -3,6 +3,7 @@
 import io
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ STATIC = [
     "GlobalAveragePool",
     "Concat",
 ]
+FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never quantised
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
@@ -119,7 +121,8 @@ def quietly(name: str) -> Iterator[None]:
     """The tools print and log as they go; what stops them is one line."""
     logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     except UserError:
         raise
@@ -133,7 +136,8 @@ def prepare(source: Path, path: Path, target: Target) -> None:
     """Shapes inferred and constants folded, which the quantisers ask for."""
     fused = path.with_suffix(".fused.onnx")  # before the other, whose notes in the file qnn's cannot read
     first = fused if target.quantisation.qnn and qnn_preprocess_model(source, fused) else source
-    quant_pre_process(first, path)
+    # Symbolic inference takes ONNX's Attention for Microsoft's, and fails; ONNX's own inference is enough.
+    quant_pre_process(first, path, skip_symbolic_shape=True)
 
 
 def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds) -> StaticQuantConfig:
@@ -169,7 +173,7 @@ class Reader(CalibrationDataReader):
 
 
 def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
-    """Quantised nodes, the one that loses most first: by the noise that quantising its output adds.
+    """Quantised nodes, those first around the activation to which quantising adds most noise.
 
     `source` is the float32 graph that `convert` made `quantised` from.
     """
@@ -185,13 +189,21 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
         errors = qdq_loss_debug.compute_activation_error(
             qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
         )
-    ranked = []
-    for node in onnx.load(prepared).graph.node:
-        # Decibels of signal over noise, of this quantisation alone.
-        around = [errors[name]["qdq_err"] for name in (*node.input, *node.output) if name in errors]
-        if node.op_type in STATIC and around:
-            ranked.append((min(around), node.name))
-    return [name for _, name in sorted(ranked)]
+    # Decibels of signal over noise, of this quantisation alone.
+    worst_first = sorted(errors, key=lambda name: errors[name]["qdq_err"])
+    graph = onnx.load(prepared).graph
+    return list(dict.fromkeys(node for name in worst_first for node in touching(graph, name)))
+
+
+def touching(graph: onnx.GraphProto, activation: str) -> list[str]:
+    """The quantised nodes that write an activation, through what is fused into them, and those that read it."""
+    writers = {output: node for node in graph.node for output in node.output}
+    nodes, name = [], activation
+    while name in writers:
+        nodes.append(writers[name])
+        name = writers[name].input[0] if writers[name].op_type in FUSED else None
+    nodes += [node for node in graph.node if activation in node.input]
+    return [node.name for node in nodes if node.op_type in STATIC]
 
 
 def place_in(folder: Path, path: Path, target: Target) -> None:

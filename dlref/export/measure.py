@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -67,13 +68,14 @@ class Contenders:
         module = [sys.executable, "-m", "dlref.export.contender"]
         return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
 
-    def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
+    def measurement(self, bundle: Path, names: tuple[str, ...], say: Callable) -> dict:
         """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
         measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
         if not stands_in(self.target):
             here = f"{platform.machine()} with {provider(self.target)} says nothing of this device"
             return measured | {"not_run": dict.fromkeys(names, here)}
         for name in names:
+            say(f"measuring {name}")
             try:
                 if name.startswith("pytorch"):
                     figures = self.pytorch(name.removeprefix("pytorch-"))

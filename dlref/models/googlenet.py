@@ -145,7 +145,6 @@ class GoogLeNet(nn.Module):
         self.aux1 = InceptionAux(512, num_classes, activation, aux_dropout)
         self.aux2 = InceptionAux(528, num_classes, activation, aux_dropout)
 
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(1024, num_classes)
         self.apply(_initialise)
@@ -166,8 +165,8 @@ class GoogLeNet(nn.Module):
         x = self.inception4d(self.inception4c(self.inception4b(x)))
         aux2 = self.aux2(x)
         x = self.maxpool4(self.inception4e(x))  # 832 of 7x7
-        x = self.avgpool(self.inception5b(self.inception5a(x)))
-        return self.fc(self.dropout(torch.flatten(x, 1))), aux1, aux2
+        x = self.inception5b(self.inception5a(x)).mean(dim=(2, 3))  # global average pooling
+        return self.fc(self.dropout(x)), aux1, aux2
 
 
 def _initialise(module: nn.Module) -> None:

@@ -16,7 +16,6 @@ width of the maps that come out.
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,7 +155,6 @@ class ResNet(nn.Module):
         self.layer2 = _stage(block, n2, 64 * wide, 128, 2, projection_shortcut, activation)
         self.layer3 = _stage(block, n3, 128 * wide, 256, 2, projection_shortcut, activation)
         self.layer4 = _stage(block, n4, 256 * wide, 512, 2, projection_shortcut, activation)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * wide, num_classes)
         self.apply(_initialise)
 
@@ -167,8 +165,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return the logits of each image."""
-        x = self.avgpool(self.features(x))
-        return self.fc(torch.flatten(x, 1))
+        return self.fc(self.features(x).mean(dim=(2, 3)))  # global average pooling
 
 
 class CifarResNet(nn.Module):
@@ -206,7 +203,6 @@ class CifarResNet(nn.Module):
         self.layer1 = _stage(BasicBlock, n, 16, 16, 1, padded_shortcut, activation)
         self.layer2 = _stage(BasicBlock, n, 16, 32, 2, padded_shortcut, activation)
         self.layer3 = _stage(BasicBlock, n, 32, 64, 2, padded_shortcut, activation)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(64, num_classes)
         self.apply(_initialise)
 
@@ -217,8 +213,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return the logits of each image."""
-        x = self.avgpool(self.features(x))
-        return self.fc(torch.flatten(x, 1))
+        return self.fc(self.features(x).mean(dim=(2, 3)))  # global average pooling
 
 
 def _stem(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:

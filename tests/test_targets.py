@@ -1,0 +1,258 @@
+"""Every target's bundle, and the ladder from its precision down to float32."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from test_export import Photographs
+from test_tasks import Pixels, classifier, sgd
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlref.export.bundle import export
+from dlref.export.convert import SAMPLES
+from dlref.export.targets import TARGETS
+from dlref.models import ResNet
+from dlref.runtime import load
+from dlref.tasks import ImageClassifier, ImagePreprocess
+
+NETWORKS = {
+    "lenet5": lambda: (classifier().eval(), Pixels()),
+    "resnet18": lambda: (
+        ImageClassifier(
+            network=ResNet(18, 3), preprocess=ImagePreprocess(64, mean=[0.4] * 3, std=[0.2] * 3), optimizer=sgd
+        ).eval(),
+        Photographs(64, n=6),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    """No process is started and timed: what is lower in precision is faster."""
+    monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [1.0, 2.0])
+
+
+def made(task, data, target, folder):
+    return export(task, data, target, folder, contenders=())
+
+
+# Files
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_has_a_bundle_that_answers(name, network, tmp_path):
+    task, data = NETWORKS[network]()
+    target = replace(TARGETS[name], gate=100.0)  # untrained networks have no accuracy to lose
+    manifest = made(task, data, target, tmp_path / "bundle")
+    assert manifest["precision"] == target.precision
+    assert manifest["target"]["name"] == name
+    assert manifest["verification"]["attempts"][-1]["refused"] == ""
+    described = manifest["graphs"]["classify"]
+    assert described["file"] == f"classify.{target.file_format}"
+    assert {value["type"] for value in described["outputs"]} == {"float32"}
+    runner = load(tmp_path / "bundle", provider="CPUExecutionProvider")
+    image = data.set.tensors[0][0].permute(1, 2, 0).numpy()
+    answer = runner.probability(image[None])
+    with torch.no_grad():
+        expected = task(data.set.tensors[0][:1])[0].softmax(-1).numpy()
+    np.testing.assert_allclose(answer, expected, atol=1e-5 if target.precision == "float32" else 0.05)
+    assert len(runner([image, image[:20, :25]])) == 2  # a fixed graph gets images of other sizes resized
+    structure = {"qualcomm": fixed_and_16_bits, "mobile": small_build, "cuda": half, "tensorrt": half}
+    structure |= {"arm64": eight_bits(np.int8), "x86-64": eight_bits(np.uint8), "x86-64-avx2": seven_bit_weights}
+    structure.get(name, plain)(tmp_path / "bundle")
+
+
+def loaded(bundle):
+    model = onnx.load(bundle / "classify.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ir_version <= 10
+    assert {opset.domain for opset in model.opset_import} == {""}
+    return model
+
+
+def plain(bundle):
+    """What any onnxruntime since 1.17 reads, also the one in browsers."""
+    (opset,) = loaded(bundle).opset_import
+    assert opset.version == 20
+
+
+def shapes(model):
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    return [v.type.tensor_type.shape for v in (*inferred.input, *inferred.output, *inferred.value_info)]
+
+
+def fixed_and_16_bits(bundle):
+    model = loaded(bundle)
+    assert model.opset_import[0].version == 21
+    assert all(dim.dim_value > 0 and not dim.dim_param for shape in shapes(model) for dim in shape.dim)
+    assert np.uint16 in activation_types(model)
+    assert "Resize" not in {node.op_type for node in model.graph.node}  # nothing is left to resize
+
+
+def small_build(bundle):
+    assert (bundle / "classify.ort").read_bytes()[4:8] == b"ORTM"
+    text = (bundle / "classify.required_operators.config").read_text()
+    operators = {line.split(";")[0]: line.split(";")[2] for line in text.splitlines()}
+    assert "QLinearConv" in operators["com.microsoft"]
+    assert "Softmax" in operators["ai.onnx"] or "Softmax" in text
+    assert str(bundle) not in text
+    assert "/" not in text
+
+
+def half(bundle):
+    model = loaded(bundle)
+    kernels = {c.dtype for c in constants(model).values() if c.ndim == 4 and c.dtype != np.int64}
+    assert kernels == {np.dtype(np.float16)}
+    assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def eight_bits(activation):
+    def check(bundle):
+        model = loaded(bundle)
+        assert activation_types(model) == {activation}
+        assert {weight.dtype for weight, _ in weights(model)} == {np.dtype(np.int8)}
+        assert all(scale.size == len(weight) for weight, scale in weights(model) if weight.ndim == 4)  # per channel
+
+    return check
+
+
+def seven_bit_weights(bundle):
+    eight_bits(np.uint8)(bundle)
+    assert max(np.abs(weight).max() for weight, _ in weights(loaded(bundle))) <= 64
+
+
+def constants(model):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def weights(model):
+    """Every quantised weight with its scale."""
+    known = constants(model)
+    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in known]
+    return [(known[n.input[0]], known[n.input[1]]) for n in nodes if known[n.input[0]].dtype == np.int8]
+
+
+def activation_types(model):
+    known = constants(model)
+    return {known[node.input[2]].dtype.type for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+
+# The ladder
+
+
+class Spiked(nn.Module):
+    """Tells how bright an image is; a second channel, which nothing reads, explodes at pure white."""
+
+    def __init__(self):
+        super().__init__()
+        self.harmless = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(7)))
+        self.features = nn.Conv2d(1, 2, 1)
+        self.pool = nn.AvgPool2d(32)
+        self.head = nn.Conv2d(2, 3, 1)
+        centres = torch.tensor([1.47, 2.73, 3.98])  # of the three classes of `Pixels`, after features
+        with torch.no_grad():
+            for layer in self.harmless:
+                layer.weight.fill_(1)
+                layer.bias.zero_()
+            self.features.weight.copy_(torch.tensor([1.0, 1e6]).reshape(2, 1, 1, 1))
+            self.features.bias.copy_(torch.tensor([3.0, -1.999e6]))
+            self.head.weight.copy_(5 * torch.stack([centres, torch.zeros(3)], dim=1)[:, :, None, None])
+            self.head.bias.copy_(-5 * centres**2 / 2)
+
+    def forward(self, x):
+        return self.head(self.pool(self.features(self.harmless(x)).relu())).flatten(1)
+
+
+class WhiteInTraining(Pixels):
+    """One white image among those that training sees, and so calibration."""
+
+    def train_dataloader(self):
+        images, targets = (tensor.clone() for tensor in self.set.tensors)
+        images[9] = 255
+        return DataLoader(TensorDataset(images, targets), batch_size=16)
+
+
+@pytest.fixture
+def spiked():
+    return classifier(Spiked()).eval(), WhiteInTraining()
+
+
+def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(spiked, tmp_path, capsys):
+    manifest = made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")
+    *refused, held = manifest["verification"]["attempts"]
+    assert [attempt["calibration"] for attempt in refused[:3]] == list(SAMPLES)
+    assert all("points lost, expected at most 0.5" in attempt["refused"] for attempt in refused)
+    assert manifest["precision"] == "int8"
+    kept = held["kept_float"]["classify"]
+    model = onnx.load(tmp_path / "bundle/classify.onnx")
+    by_name = {node.name: node for node in model.graph.node}
+    assert any(by_name[name].op_type == "Conv" for name in kept)
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)  # not everything
+    metric = manifest["verification"]["metric"]
+    assert metric["pytorch"] - metric["bundle"] <= 0.005
+    report = (tmp_path / "bundle/report.md").read_text()
+    assert "Tried for int8 and refused:" in report
+    assert f"Kept in float: {', '.join(kept)}." in report
+    assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):
+    monkeypatch.setattr("dlref.export.attempts.KEPT_FLOAT", ())
+    manifest = made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")
+    assert manifest["precision"] == "float32"
+    attempts = manifest["verification"]["attempts"]
+    assert [attempt["precision"] for attempt in attempts] == ["int8"] * 3 + ["float32"]
+    assert manifest["verification"]["metric"]["max_abs_error"] < 1e-5
+    assert ": float32, CPUExecutionProvider" in (tmp_path / "bundle/report.md").read_text()
+
+
+def test_what_is_not_faster_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [2.0, 2.0])
+    monkeypatch.setattr("dlref.export.attempts.stands_in", lambda target: True)
+    task, data = NETWORKS["lenet5"]()
+    manifest = made(task, data, replace(TARGETS["arm64"], gate=100.0), tmp_path / "bundle")
+    first, last = manifest["verification"]["attempts"]
+    assert first["refused"] == "2.000 ms an answer, float32 takes 2.000 ms; expected less"
+    assert (last["precision"], manifest["precision"]) == ("float32", "float32")
+
+
+def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [2.0, 2.0])
+    task, data = NETWORKS["lenet5"]()
+    target = replace(TARGETS["arm64"], machines=("abacus",), gate=100.0)
+    manifest = export(task, data, target, tmp_path / "bundle")
+    assert manifest["precision"] == "int8"
+    assert manifest["measurement"]["contenders"] == {}
+    assert "says nothing of this device" in (tmp_path / "bundle/report.md").read_text()
+
+
+def test_what_onnxruntime_cannot_convert_falls_back_too(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no such\nscheme")
+
+    monkeypatch.setattr("dlref.export.convert.quantize", refuse)
+    task, data = NETWORKS["lenet5"]()
+    manifest = made(task, data, TARGETS["x86-64"], tmp_path / "bundle")
+    assert manifest["precision"] == "float32"
+    assert manifest["verification"]["attempts"][0]["refused"].endswith("cannot convert it (no such scheme)")
+    assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == manifest
+
+
+def test_calibration_sees_training_data_and_no_other(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dlref.export.attempts.convert", lambda *arguments: seen.append(arguments) or real(*arguments))
+    from dlref.export.convert import convert as real
+
+    task, data = NETWORKS["lenet5"]()
+    training = torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8)
+    data.train_dataloader = lambda: DataLoader(TensorDataset(training, torch.zeros(300).long()), batch_size=100)
+    made(task, data, replace(TARGETS["x86-64"], gate=100.0), tmp_path / "bundle")
+    (feeds,) = [arguments[-1] for arguments in seen if arguments[-1]]
+    images = np.concatenate([feed["image"] for feed in feeds])
+    np.testing.assert_array_equal(images, training[: SAMPLES["MinMax"]].permute(0, 2, 3, 1).numpy())
