@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dlref.cli import TrainCLI, train
+from dlref.export.targets import TARGETS
 from dlref.runtime import load
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -80,6 +81,15 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
     assert verification["test"]["bundle"] == pytest.approx(accuracy)
     assert verification["test"]["n"] == 360
     assert max(verification[part]["max_abs_error"] for part in ("metric", "test")) <= 1e-5
+
+    quantised = tmp_path / "quantised"
+    exported = command("export.py", run, "--target", "arm64", "--output", quantised)
+    assert exported.returncode == 0, exported.stderr
+    manifest = json.loads((quantised / "manifest.json").read_text())
+    if manifest["precision"] == "int8":  # the gate's promise, on the split that it looks at
+        metric = manifest["verification"]["metric"]
+        assert metric["pytorch"] - metric["bundle"] <= 0.005
+    assert f"{quantised}: {manifest['precision']}, accuracy" in exported.stdout
 
     predicted = command("train.py", "predict", "--config", run / "config.yaml")
     assert predicted.returncode == 0, predicted.stderr
@@ -168,4 +178,7 @@ def test_export_says_what_it_needs(command, tmp_path, arguments, message):
 def test_targets_are_listed(command):
     listed = command("export.py", "--list-targets")
     assert listed.returncode == 0
-    assert listed.stdout.startswith("cpu ")
+    title, *rows = listed.stdout.splitlines()
+    assert title.split() == ["target", "precision", "provider", "file", "shapes", "for"]
+    assert [row.split()[0] for row in rows] == list(TARGETS)
+    assert rows[list(TARGETS).index("qualcomm")].split()[:5] == ["qualcomm", "int16", "QNN", ".onnx", "fixed"]

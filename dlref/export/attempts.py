@@ -5,6 +5,7 @@ task's metric falls by more than the target's gate, or where it is not faster th
 tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,7 +65,7 @@ class Attempts:
             (place / folder).mkdir()
         for name, graph in deployable.graphs.items():
             say(f"exporting {name}")
-            torch.export.save(write_onnx(graph, self.source(name), target), self.programs / f"{name}.pt2")
+            save_program(write_onnx(graph, self.source(name), target), self.programs / f"{name}.pt2")
         self.contenders = Contenders(target, self.programs, self.bundle(FLOAT32))
 
     def source(self, name: str) -> Path:
@@ -131,13 +132,12 @@ class Attempts:
             attempt.parity = self.parity(graphs, exact)
             attempt.metric = self.metric(graphs, "validation", exact)
             attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
+            if not exact:
+                attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
         except UserError as error:
             if exact:
                 raise
             attempt.refused = str(error)
-            return attempt
-        if not exact:
-            attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
         return attempt
 
     def too_much_lost(self, attempt: Attempt) -> str:
@@ -256,6 +256,13 @@ class Attempts:
             batches = until(lambda: all(recorder.full for recorder in recorders.values()), self.data.train_dataloader())
             score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """As `torch.export.load` reads it; its warnings are of weights that are not on the CPU, as these are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, path)
 
 
 def until(full: Callable[[], bool], batches: Iterable) -> Iterator:

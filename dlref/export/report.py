@@ -80,20 +80,24 @@ def measurement(measured: dict) -> list[str]:
     """Every contender in a row, and why others are missing."""
     parts = ["## Measured"]
     if measured["contenders"]:
-        rows = [
-            [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
-            for name, figures in measured["contenders"].items()
-        ]
         parts += [
             f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
             "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone.",
-            table(["contender", *(title for title, _ in FIGURES.values())], rows),
+            table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
     missing = measured["not_run"]
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name in missing if missing[name] == reason)
         parts.append(f"Not run: {names} ({reason}). On the device: `python -m dlref.runtime bench FOLDER`.")
     return parts
+
+
+def contenders(measured: dict) -> list[list[str]]:
+    """A row for each contender: its name, and the text of every figure."""
+    return [
+        [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
+        for name, figures in measured.items()
+    ]
 
 
 def parity(verification: dict) -> list[str]:

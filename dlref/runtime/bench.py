@@ -87,12 +87,15 @@ def clock(call: Callable[[], None]) -> list[float]:
 
 
 def example(folder: Path) -> Inputs:
-    """The example inputs of each graph."""
+    """The example inputs of each graph. Raises UserError."""
     inputs: Inputs = {}
-    with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
-        for key, array in arrays.items():
-            graph, _, name = key.partition("/")
-            inputs.setdefault(graph, {})[name] = array
+    try:
+        with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
+            for key, array in arrays.items():
+                graph, _, name = key.partition("/")
+                inputs.setdefault(graph, {})[name] = array
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / EXAMPLE}: {error}; expected the inputs that export.py wrote") from None
     return inputs
 
 

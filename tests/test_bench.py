@@ -1,0 +1,128 @@
+"""What is measured, and that the measuring says what it means. No figure of speed is held against a clock."""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import SIGNATURE
+from test_tasks import Pixels, classifier
+
+from dlref.export.bundle import export
+from dlref.export.measure import CONTENDERS
+from dlref.export.targets import TARGETS
+from dlref.runtime import UserError, bench
+from dlref.runtime.__main__ import main
+
+FIGURES = {
+    *("latency_ms", "latency_p95_ms", "throughput", "peak_rss_mb", "anonymous_mb", "first_answer_s"),
+    *("model_mb", "installed_mb"),
+}
+linux = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "bundle"
+    return folder, export(classifier().eval(), Pixels(), TARGETS["cpu"], folder)
+
+
+@linux
+def test_every_contender_is_measured_in_a_process_of_its_own(exported):
+    folder, manifest = exported
+    measured = manifest["measurement"]
+    missing = set(measured["not_run"]) - {"pytorch-compiled"}  # which needs a C++ compiler
+    assert missing == set()
+    assert set(measured["contenders"]) | set(measured["not_run"]) == set(CONTENDERS)
+    for name, figures in measured["contenders"].items():
+        assert set(figures) == FIGURES, name
+        assert all(figure > 0 for figure in figures.values()), name
+        assert figures["latency_p95_ms"] >= figures["latency_ms"]
+    bundle, eager = measured["contenders"]["bundle"], measured["contenders"]["pytorch-eager"]
+    assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
+    assert bundle["installed_mb"] < eager["installed_mb"]
+    assert bundle["model_mb"] == pytest.approx((folder / "classify.onnx").stat().st_size / 1e6)
+    report = (folder / "report.md").read_text()
+    assert f"| bundle | {bundle['latency_ms']:.2f} |" in report
+
+
+def test_a_device_measures_a_bundle_again(exported, command):
+    folder, _ = exported
+    result = command("-m", "dlref.runtime", "bench", folder, "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert set(printed) == FIGURES | {"bundle", "threads"}
+    assert printed["threads"] == 1
+
+
+def test_without_torch(exported):
+    """Neither the bench nor the runner needs it; the parent's own imports are forbidden too."""
+    folder, _ = exported
+    forbid = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'lightning', 'rich')))\n"
+    arguments = [str(folder), "1", "CPUExecutionProvider", "0"]
+    code = f"{forbid}from dlref.runtime.bench import main\nsys.exit(main({arguments}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)) == FIGURES
+
+
+@linux
+def test_importing_the_runtime_stays_under_60_mb():
+    code = (
+        "import dlref.runtime, onnxruntime, PIL.Image; from dlref.runtime.bench import memory; "
+        "print(memory()['peak_rss_mb'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 60
+
+
+def test_a_device_that_cannot_open_it_says_why_in_one_line(bundle, capsys):
+    assert main(["bench", str(bundle)]) == 2  # this one has no example
+    printed = capsys.readouterr().err
+    assert "example.npz: " in printed
+    assert printed.count("\n") == 1
+    (bundle / "classify.onnx").write_bytes(b"junk")
+    assert main(["bench", str(bundle)]) == 2
+    assert "SHA-256 differs" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_process_that_failed_is_its_last_line():
+    with pytest.raises(UserError, match=r"^no compiler$"):
+        bench.in_process([sys.executable, "-c", "raise SystemExit('error: no compiler')"])
+
+
+def test_a_process_is_told_when_it_was_started():
+    before = time.time()
+    code = "import sys, json; print('noise'); print(json.dumps({'started': float(sys.argv[1])}))"
+    assert before <= bench.in_process([sys.executable, "-c", code])["started"] <= time.time()
+
+
+def test_the_batch_is_repeated_where_there_is_one():
+    image = np.arange(12, dtype=np.uint8).reshape(1, 2, 6, 1)
+    several = bench.repeated({"classify": {"image": image}}, {"classify": SIGNATURE})
+    np.testing.assert_array_equal(several["classify"]["image"], image.repeat(8, axis=0))
+    fixed = {"classify": {**SIGNATURE, "dynamic_axes": {}}}
+    assert bench.repeated({"classify": {"image": image}}, fixed) is None
+
+
+def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
+    def size(name):
+        return sum(path.locate().stat().st_size for path in distribution(name).files if path.locate().is_file()) / 1e6
+
+    assert bench.installed_mb("pillow") == pytest.approx(size("pillow"))  # requires nothing
+    assert bench.installed_mb("jaxtyping") == pytest.approx(size("jaxtyping") + size("wadler-lindig"))
+    assert bench.installed_mb("no-such-package") == 0
+
+
+@linux
+def test_memory_is_that_of_this_process():
+    before = bench.memory()
+    block = np.ones(50_000_000, np.uint8)
+    after = bench.memory()
+    assert after["anonymous_mb"] - before["anonymous_mb"] > 40
+    assert after["peak_rss_mb"] >= before["peak_rss_mb"]
+    assert block.size

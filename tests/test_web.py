@@ -1,0 +1,65 @@
+"""The programs of docs/edge.md, as they stand there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_tasks import Pixels, classifier
+
+from dlref.export.bundle import export
+from dlref.export.targets import TARGETS
+from dlref.runtime import load
+
+PAGE = (Path(__file__).parent.parent / "docs/edge.md").read_text(encoding="utf-8")
+NODE = """
+import { readFile } from "node:fs/promises";
+import { load } from "./consumer.mjs";
+const classify = await load((name) => readFile(`bundles/NAME/${name}`));
+console.log(JSON.stringify(await classify(new Uint8Array(await readFile("picture.raw")), 40, 50)));
+"""
+
+
+def program(language: str) -> str:
+    (code,) = re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+    return code
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a bundle for the web, a picture, and what the bundle answers."""
+    export(classifier().eval(), Pixels(), TARGETS["web"], tmp_path / "bundles/NAME", contenders=())
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    (tmp_path / "picture.raw").write_bytes(picture.tobytes())
+    return tmp_path, load(tmp_path / "bundles/NAME")(picture)
+
+
+def test_the_program_in_python_answers_as_the_runner(place):
+    folder, answer = place
+    run = subprocess.run(
+        [sys.executable, "-c", program("python")], cwd=folder, capture_output=True, text=True, check=True
+    )
+    label, probability = run.stdout.split()
+    assert label == answer["label"]
+    assert float(probability) == pytest.approx(answer["probability"], abs=1e-6)
+
+
+@pytest.mark.slow  # fetches onnxruntime-web
+def test_the_program_in_javascript_answers_as_the_runner(place):
+    folder, answer = place
+    npm = shutil.which("npm")
+    assert npm, "npm and node have to be installed"
+    (folder / "package.json").write_text("{}")
+    subprocess.run([npm, "install", "--no-audit", "--no-fund", "onnxruntime-web"], cwd=folder, check=True)
+    (folder / "consumer.mjs").write_text(program("javascript"))
+    (folder / "run.mjs").write_text(NODE)
+    run = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, check=True)
+    answered = json.loads(run.stdout)
+    assert answered["label"] == answer["label"]
+    assert answered["probability"] == pytest.approx(answer["probability"], abs=1e-6)
