@@ -134,15 +134,18 @@ def test_a_gru_exported_without_linear_before_reset(tmp_path, monkeypatch):
         made(task, tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("target", ["cpu", "x86-64", "cuda"])
 @pytest.mark.parametrize("factor", [1.01, 0.999, 255.0])
-def test_a_wrong_normalisation_constant(factor, tmp_path, monkeypatch):
+def test_a_wrong_normalisation_constant(factor, target, tmp_path, monkeypatch):
+    """Also where the bundle would be of a lower precision, whose metric alone might forgive it."""
+
     def blunder(model):
         (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == "preprocess.scale"]
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(factor), scale.name))
 
     planted(monkeypatch, blunder)
     with pytest.raises(Refused, match="differs from PyTorch by"):
-        made(classifier().eval(), tmp_path / "bundle")
+        made(classifier().eval(), tmp_path / "bundle", TARGETS[target])
 
 
 @pytest.fixture
@@ -179,4 +182,23 @@ def test_lstms_are_quantised_and_grus_stay_float(tmp_path, monkeypatch):
     made(reading(nn.LSTM(32, 6, batch_first=True), 6), tmp_path / "lstm", target)
     assert "com.microsoft.DynamicQuantizeLSTM" in operators(tmp_path / "lstm")
     made(reading(nn.GRU(32, 6, batch_first=True), 6), tmp_path / "gru", target)
-    assert ".GRU" in operators(tmp_path / "gru")
+    assert {".GRU", ".MatMulInteger"} <= operators(tmp_path / "gru")  # the head's product alone
+
+
+class GruAlone(nn.Module):
+    """Nothing but a GRU of three cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(32, 3, batch_first=True)
+
+    def forward(self, image):
+        return self.gru((image[..., 0].float() - 127) / 64)[0].mean(dim=1).softmax(dim=-1)
+
+
+def test_what_holds_nothing_to_quantise_is_not_called_int8(tmp_path):
+    task = reading(None, 1)
+    task.network = GruAlone()
+    manifest = made(task, tmp_path / "bundle", replace(TARGETS["arm64"], gate=100.0))
+    assert manifest["precision"] == "float32"
+    assert "no graph holds anything" in manifest["verification"]["attempts"][0]["refused"]

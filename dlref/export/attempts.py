@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlref.export.convert import KEPT_FLOAT, SAMPLES, Feeds, Plan, convert, is_calibrated, place_in, worst_nodes
+from dlref.export.convert import (
+    KEPT_FLOAT,
+    SAMPLES,
+    Feeds,
+    Plan,
+    convert,
+    is_calibrated,
+    is_quantised,
+    place_in,
+    worst_nodes,
+)
 from dlref.export.graph import example_at, first_sizes, write_onnx
 from dlref.export.manifest import write_manifest
 from dlref.export.measure import CPU, Contenders, provider, stands_in
@@ -75,7 +85,8 @@ class Attempts:
     # The ladder
 
     def climb(self) -> Attempt:
-        """One attempt after the other until one holds."""
+        """One attempt after the other until one holds. Raises Refused where not even float32 does."""
+        self.exact = self.parity(FLOAT32)  # first: a lower precision is judged by a metric, which forgives
         for plan in self.plans():
             attempt = self.judged(plan)
             self.made.append(attempt)
@@ -128,9 +139,8 @@ class Attempts:
         exact = plan == FLOAT32
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
         try:
-            graphs = self.opened(self.bundle(plan), exact)
-            attempt.parity = self.parity(graphs, exact)
-            attempt.metric = self.metric(graphs, "validation", exact)
+            attempt.parity = self.exact if exact else self.exact + self.parity(plan)
+            attempt.metric = self.metric(plan, "validation")
             attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
             if not exact:
                 attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
@@ -169,6 +179,10 @@ class Attempts:
             path.parent.mkdir(exist_ok=True)
             convert(self.source(name), path, self.target, plan, self.feeds.get(name, []) if plan.calibration else [])
             place_in(folder, path, self.target)
+        if plan.precision.startswith("int") and not any(
+            is_quantised(self.converted(name, plan)) for name in self.references
+        ):
+            raise UserError("no graph holds anything that onnxruntime quantises")
         np.savez(folder / EXAMPLE, **self.example())
         write_manifest(folder, self.deployable, self.target, plan.precision, self.place / "converted" / str(plan))
         return folder
@@ -185,22 +199,24 @@ class Attempts:
             for key, tensor in example_at(graph, first_sizes(graph)).items()
         }
 
-    def opened(self, folder: Path, exact: bool) -> dict[str, OnnxGraph]:
-        """The graphs of a bundle; float32 on the CPU, for a GPU rounds otherwise."""
-        return open_graphs(folder, read_manifest(folder), provider=CPU if exact else provider(self.target))
+    def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
+        """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
+        folder = self.bundle(plan)
+        return open_graphs(folder, read_manifest(folder), provider=CPU if plan == FLOAT32 else provider(self.target))
 
     # Held against PyTorch
 
-    def parity(self, graphs: dict[str, OnnxGraph], exact: bool) -> list[dict]:
-        """Every declared size of every graph. Raises Refused."""
-        rows = []
+    def parity(self, plan: Plan) -> list[dict]:
+        """Every graph at every declared size. Raises Refused."""
+        rows, graphs = [], self.opened(plan)
         for name, graph in self.deployable.graphs.items():
-            tolerance = graph.tolerance if exact else inf
+            tolerance = graph.tolerance if plan == FLOAT32 else inf
             rows += parity(name, graph, self.references[name], graphs[name], tolerance, self.target.static)
-        return rows
+        return [{"precision": plan.precision, **row} for row in rows]
 
-    def metric(self, graphs: dict[str, OnnxGraph], split: str, exact: bool) -> dict:
+    def metric(self, plan: Plan, split: str) -> dict:
         """The task's metric on a whole split, by PyTorch and by a bundle, whose answers float32 compares one by one."""
+        graphs, exact = self.opened(plan), plan == FLOAT32
         loader = {"validation": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
         if split not in self.pytorch:
             batches = self.watched(loader, f"PyTorch on {split}")
@@ -223,23 +239,21 @@ class Attempts:
 
     def verification(self, chosen: Attempt) -> dict:
         """What the manifest says of how the bundle compares, with the whole test split, and of what was refused."""
-        exact = chosen.plan == FLOAT32
-        test = self.metric(self.opened(chosen.folder, exact), "test", exact)
         attempts = [
             {
                 "precision": attempt.plan.precision,
                 "calibration": attempt.plan.calibration,
                 "kept_float": attempt.plan.kept,
-                self.task.metric: attempt.metric.get("bundle"),
+                "score": attempt.metric.get("bundle"),
                 "refused": attempt.refused,
             }
             for attempt in self.made
         ]
         return {
-            "provider": CPU if exact else provider(self.target),
+            "provider": CPU if chosen.plan == FLOAT32 else provider(self.target),
             "parity": chosen.parity,
             "metric": chosen.metric,
-            "test": test,
+            "test": self.metric(chosen.plan, "test"),
             "attempts": attempts,
         }
 
@@ -249,7 +263,7 @@ class Attempts:
     def feeds(self) -> dict[str, Feeds]:
         """What each graph met while the task's runner answered for training batches."""
         self.data.setup("fit")
-        graphs = self.opened(self.bundle(FLOAT32), exact=True)
+        graphs = self.opened(FLOAT32)
         recorders = {name: Recorder(graph, graphs[name]) for name, graph in self.deployable.graphs.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -105,6 +105,11 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         save(tidy(onnx.load(path), target), path)
 
 
+def is_quantised(path: Path) -> bool:
+    """Whether a graph computes with integers anywhere."""
+    return any("Quantize" in node.op_type or "Integer" in node.op_type for node in onnx.load(path).graph.node)
+
+
 def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
     """Without what the optimiser leaves: operator sets that no node uses, and notes; in the target's file version."""
     model.ir_version = min(model.ir_version, target.ir_version)

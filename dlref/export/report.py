@@ -105,6 +105,7 @@ def parity(verification: dict) -> list[str]:
     rows = [
         [
             row["graph"],
+            row["precision"],
             ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in row["shape"].items()),
             f"{row['max_abs_error']:.1e}",
             "the metric judges" if row["tolerance"] is None else f"{row['tolerance']:.0e}",
@@ -114,5 +115,5 @@ def parity(verification: dict) -> list[str]:
     return [
         "## Difference from PyTorch",
         f"Executed by {verification['provider']}. The tolerance is relative to outputs above 1 and absolute below.",
-        table(["graph", "input shapes", "largest difference", "tolerance"], rows),
+        table(["graph", "precision", "input shapes", "largest difference", "tolerance"], rows),
     ]
