@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dlref.export import bundle as bundles
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
-from dlref.export.verify import Refused, parity
+from dlref.export.verify import Reference, Refused, parity
 from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
@@ -204,7 +204,7 @@ class Skewed:
     ("change", "message"),
     [
         (lambda a: a + 2e-4, "differs from PyTorch by 0.0002"),
-        (lambda a: a * np.nan, "differs from PyTorch"),
+        (lambda a: a * np.nan, "not a finite number"),
         (lambda a: a[:, :1], "expected float32"),
         (lambda a: a.astype(np.float64), "float64"),
     ],
@@ -213,6 +213,47 @@ def test_another_answer_than_pytorch_s_is_refused(change, message):
     graph = recurrent()
     with pytest.raises(Refused, match=message):
         parity("step", graph, graph, Skewed(graph, change), graph.tolerance, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a + 2e-4, None),
+        (lambda a: a[:, :1], None),  # fewer boxes
+        (lambda a: a * np.inf, "not a finite number"),
+        (lambda a: a[0], "expected float32"),
+        (lambda a: a.astype(np.float16), "float16"),
+    ],
+)
+def test_what_a_lower_precision_may_change(change, message):
+    graph = recurrent()
+    arguments = ("step", graph, graph, Skewed(graph, change), np.inf, False)
+    if message is None:
+        assert all(row["tolerance"] is None for row in parity(*arguments))
+        return
+    with pytest.raises(Refused, match=message):
+        parity(*arguments)
+
+
+def test_pytorch_gives_each_answer_once():
+    asked = []
+
+    class Asked:
+        shape = recurrent().shape
+
+        def __call__(self, token):
+            asked.append(token)
+            return {"twice": 2 * token}
+
+    reference = Reference(Asked())
+    first, second = np.float32([1, 2]), np.float32([1, 3])
+    for token in (first, second, first, first.copy(), first[:, None], first.astype(np.float64)):
+        np.testing.assert_array_equal(reference(token=token)["twice"], 2 * token)
+    assert len(asked) == 4
+    reference.room = 0  # no more is kept
+    for _ in range(2):
+        reference(token=np.float32([5]))
+    assert len(asked) == 6
 
 
 def test_answers_on_real_data_are_compared_too(tmp_path, monkeypatch):

@@ -59,7 +59,10 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def evaluate(self, runner, batches: Iterable) -> float:
-        """`metric` over `batches`, answered by a runner of this task's kind."""
+        """`metric` over `batches` of any split, answered by a runner of this task's kind.
+
+        Training batches calibrate a quantiser: what the graphs are asked meanwhile is what counts then.
+        """
         raise NotImplementedError
 
     def lost(self, reference: float, score: float) -> float:
