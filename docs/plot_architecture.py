@@ -14,7 +14,7 @@ BOXES = {  # name: (x, y, width, text, kind)
     "bundle": (12.0, 5.3, 2.6, "bundles/NAME\n*.onnx, manifest.json,\nreport.md", "disk"),
     "data": (0.2, 2.6, 2.6, "data\nfiles → checked,\naugmented batches", "torch"),
     "tasks": (4.2, 2.6, 2.8, "tasks\nloss, metrics, figures,\ndeployable()", "torch"),
-    "export": (9.0, 2.6, 2.6, "export\nONNX, parity, metric,\nmanifest", "torch"),
+    "export": (9.0, 2.6, 2.6, "export\nONNX, quantised, judged,\nmeasured, manifest", "torch"),
     "models": (4.2, 0.3, 2.8, "models\nnetworks, one file\nan architecture", "torch"),
     "runtime": (9.0, 0.3, 2.6, "runtime\nbundle → answers,\nwithout torch", "edge"),
     "answers": (12.4, 0.3, 2.2, "answers\nplain values", "disk"),
