@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.cli import load_run
 from dlref.export.bundle import export
-from dlref.export.report import FIGURES, contenders, table
+from dlref.export.report import FIGURES, busy, contenders, table
 from dlref.export.targets import ARM, TARGETS, Target
 from dlref.models import LeNet5, ResNet
 from dlref.tasks import ImageClassifier, ImagePreprocess
@@ -67,6 +67,8 @@ def rows(name: str, manifest: dict, trained: bool) -> list[list[str]]:
     test = manifest["verification"]["test"]
     score = {"pytorch": f"{test['pytorch']:.4f}", "bundle": f"{test['bundle']:.4f}"} if trained else {}
     lines = []
+    for contender in busy(measured):
+        print(f"{name}: {contender} waited for a core {measured[contender]['waited']:.0%} of the time")
     for contender, *figures in contenders(measured):
         precision = f"bundle, {manifest['precision']}" if contender == "bundle" else contender
         side = "bundle" if contender == "bundle" else "pytorch"

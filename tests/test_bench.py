@@ -14,6 +14,7 @@ from test_tasks import Pixels, classifier
 
 from dlref.export.bundle import export
 from dlref.export.measure import CONTENDERS
+from dlref.export.report import busy, measurement
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
 from dlref.runtime.__main__ import main
@@ -39,8 +40,9 @@ def test_every_contender_is_measured_in_a_process_of_its_own(exported):
     assert missing == set()
     assert set(measured["contenders"]) | set(measured["not_run"]) == set(CONTENDERS)
     for name, figures in measured["contenders"].items():
-        assert set(figures) == FIGURES, name
-        assert all(figure > 0 for figure in figures.values()), name
+        assert set(figures) == {*FIGURES, "waited"}, name
+        assert all(figures[key] > 0 for key in FIGURES), name
+        assert figures["waited"] >= 0
         assert figures["latency_p95_ms"] >= figures["latency_ms"]
     bundle, eager = measured["contenders"]["bundle"], measured["contenders"]["pytorch-eager"]
     assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
@@ -55,7 +57,7 @@ def test_a_device_measures_a_bundle_again(exported, command):
     result = command("-m", "dlref.runtime", "bench", folder, "--threads", "1")
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert set(printed) == FIGURES | {"bundle", "threads"}
+    assert set(printed) == FIGURES | {"waited", "bundle", "threads"}
     assert printed["threads"] == 1
 
 
@@ -67,7 +69,7 @@ def test_without_torch(exported):
     code = f"{forbid}from dlref.runtime.bench import main\nsys.exit(main({arguments}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert set(json.loads(result.stdout)) == FIGURES
+    assert set(json.loads(result.stdout)) == FIGURES | {"waited"}
 
 
 @linux
@@ -116,6 +118,31 @@ def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
     assert bench.installed_mb("pillow") == pytest.approx(size("pillow"))  # requires nothing
     assert bench.installed_mb("jaxtyping") == pytest.approx(size("jaxtyping") + size("wadler-lindig"))
     assert bench.installed_mb("no-such-package") == 0
+
+
+@linux
+def test_waiting_for_a_core_is_counted():
+    """Two processes on one core: each waits for about half of the time."""
+    code = (
+        "import os, time; from dlref.runtime.bench import waiting; os.sched_setaffinity(0, {0}); start = waiting();"
+        "end = time.time() + 1\nwhile time.time() < end: pass\nprint(waiting() - start)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert max(float(process.communicate()[0]) for process in processes) > 0.1
+
+
+def test_a_busy_machine_is_said_to_be_one():
+    figures = dict.fromkeys(FIGURES, 1.0)
+    measured = {
+        "threads": 2,
+        "processor": "abacus",
+        "contenders": {"bundle": figures | {"waited": 0.4}, "onnx-float32": figures | {"waited": 0.02}},
+        "not_run": {},
+    }
+    text = "\n".join(measurement(measured))
+    assert "bundle waited for a core 40% of the time: this machine was busy" in text
+    assert "onnx-float32 waited" not in text
+    assert busy({"bundle": figures | {"waited": None}}) == []
 
 
 @linux

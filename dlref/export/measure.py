@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bench import bench, cores, in_process
@@ -82,6 +83,8 @@ class Contenders:
                 else:
                     figures = self.onnx(bundle if name == "bundle" else self.float32)
                 measured["contenders"][name] = figures
+                if busy({name: figures}):
+                    say(f"{name} waited for a core {figures['waited']:.0%} of the time: this machine is busy")
             except UserError as error:
                 measured["not_run"][name] = str(error)
         return measured

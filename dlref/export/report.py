@@ -11,6 +11,8 @@ FIGURES = {  # of a contender: title, format
     "installed_mb": ("installed MB", "{:.0f}"),
 }
 
+BUSY = 0.1  # of the time without a core
+
 
 def report(manifest: dict, sizes: dict[str, int]) -> str:
     """Markdown from a manifest and the size of each file in bytes."""
@@ -85,11 +87,19 @@ def measurement(measured: dict) -> list[str]:
             "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone.",
             table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
+    for name in busy(measured["contenders"]):
+        share = measured["contenders"][name]["waited"]
+        parts.append(f"{name} waited for a core {share:.0%} of the time: this machine was busy, its speed says little.")
     missing = measured["not_run"]
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name in missing if missing[name] == reason)
         parts.append(f"Not run: {names} ({reason}). On the device: `python -m dlref.runtime bench FOLDER`.")
     return parts
+
+
+def busy(measured: dict) -> list[str]:
+    """The contenders that something else on the machine held up."""
+    return [name for name, figures in measured.items() if (figures["waited"] or 0) > BUSY]
 
 
 def contenders(measured: dict) -> list[list[str]]:

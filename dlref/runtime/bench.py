@@ -6,6 +6,8 @@ It answers the example input that the bundle carries and prints one line of JSON
     latency_ms, latency_p95_ms   one example through every graph, once; median and 95th percentile
     throughput                   examples a second, eight at once where the graphs take as many
     peak_rss_mb, anonymous_mb    memory at its highest, and what of it cannot be given back; Linux only, else null
+    waited                       share of that time that its threads were ready and had no core: high means that
+                                 something else was running, and that its speed says little; Linux only
     first_answer_s               from the start of the process
     model_mb, installed_mb       bytes of the graphs, and of the packages that run them
 """
@@ -60,7 +62,9 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     one = example(folder)
     answer(graphs, one)
     figures = {"first_answer_s": time.time() - started}
+    before, start = waiting(), time.perf_counter()
     times = clock(lambda: answer(graphs, one))
+    figures["waited"] = None if before is None else (waiting() - before) / (time.perf_counter() - start)
     figures |= {"latency_ms": 1e3 * float(np.median(times)), "latency_p95_ms": 1e3 * float(np.percentile(times, 95))}
     figures |= memory()  # before the larger batch
     several = repeated(one, json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"])
@@ -112,6 +116,15 @@ def repeated(inputs: Inputs, graphs: dict) -> Inputs | None:
         if all(batch[graph][name].size == array.size for name, array in arrays.items()):
             return None
     return batch
+
+
+def waiting() -> float | None:
+    """Seconds that the threads of this process have been ready without a core to run on."""
+    try:
+        tasks = [path.read_text(encoding="ascii") for path in Path("/proc/self/task").glob("*/schedstat")]
+    except OSError:
+        return None
+    return sum(int(text.split()[1]) for text in tasks) / 1e9 if tasks else None
 
 
 def memory() -> dict[str, float | None]:
