@@ -75,7 +75,8 @@ def rows(name: str, manifest: dict, trained: bool) -> list[list[str]]:
         lines.append(["", precision, score.get(side, "–"), *figures])
     lines[0][0] = name
     eager, bundle = measured["pytorch-eager"], measured["bundle"]
-    times = [f"**{eager[key] / bundle[key]:.1f}×**" if key in RATIOS else "" for key in FIGURES]
+    known = [key for key in RATIOS if eager[key] and bundle[key]]
+    times = [f"**{eager[key] / bundle[key]:.1f}×**" if key in known else "" for key in FIGURES]
     return [*lines, ["", "**eager / bundle**", "", *times]]
 
 

@@ -98,9 +98,9 @@ def test_the_reason_of_a_process_that_failed_is_its_last_line():
 
 
 def test_a_process_is_told_when_it_was_started():
-    before = time.time()
+    before = time.monotonic()
     code = "import sys, json; print('noise'); print(json.dumps({'started': float(sys.argv[1])}))"
-    assert before <= bench.in_process([sys.executable, "-c", code])["started"] <= time.time()
+    assert before <= bench.in_process([sys.executable, "-c", code])["started"] <= time.monotonic()
 
 
 def test_the_batch_is_repeated_where_there_is_one():
@@ -117,7 +117,7 @@ def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
 
     assert bench.installed_mb("pillow") == pytest.approx(size("pillow"))  # requires nothing
     assert bench.installed_mb("jaxtyping") == pytest.approx(size("jaxtyping") + size("wadler-lindig"))
-    assert bench.installed_mb("no-such-package") == 0
+    assert bench.installed_mb("no-such-package") is None
 
 
 @linux

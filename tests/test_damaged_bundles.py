@@ -87,6 +87,37 @@ def huge_constant(loaded):
     loaded.graph.node.append(helper.make_node("Add", ["part", "zero"], ["probability"]))
 
 
+def last_node(*nodes):
+    """`nodes` make probability from what was it."""
+
+    def change(loaded):
+        loaded.graph.node[-1].output[0] = "before"
+        loaded.graph.initializer.append(helper.make_tensor("zero", TensorProto.INT64, [1], [0]))
+        loaded.graph.initializer.append(helper.make_tensor("nan", TensorProto.FLOAT, [], [float("nan")]))
+        for operator, inputs, attributes in nodes:
+            loaded.graph.node.append(helper.make_node(operator, inputs, ["probability"], **attributes))
+        del loaded.graph.output[0].type.tensor_type.shape.dim[:]
+        loaded.graph.output[0].type.tensor_type.ClearField("shape")
+
+    return change
+
+
+answer_of_one_row = last_node(("Concat", ["before", "before"], {"axis": 0}))
+answer_without_rows = last_node(("ReduceMax", ["before"], {"keepdims": 0}))
+answer_of_nan = last_node(("Mul", ["before", "nan"], {}))
+
+
+def empty_input(loaded):
+    loaded.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 0
+
+
+def other_input(folder):
+    """Graph and manifest agree, and are not image classification."""
+    model(rename("image", "picture"))(folder)
+    inputs = [{**SIGNATURE["inputs"][0], "name": "picture"}]
+    write_manifest(folder, graphs={"classify": {**SIGNATURE, "inputs": inputs}})
+
+
 def rename(old, new):
     def change(loaded):
         for values in (loaded.graph.input, loaded.graph.output):
@@ -203,8 +234,22 @@ DAMAGE = {
     "labels that are numbers": (manifest(metadata={**METADATA, "labels": [1, 2]}), "expected a graph classify"),
     "labels that are text": (manifest(metadata={**METADATA, "labels": "ab"}), "expected a graph classify"),
     "a crop that is text": (manifest(metadata={**METADATA, "crop": "0.8"}), "expected a graph classify"),
+    "a crop that is true": (manifest(metadata={**METADATA, "crop": True}), "expected a graph classify"),
+    "channels that are true": (manifest(metadata={**METADATA, "channels": True}), "expected a graph classify"),
+    "no labels": (manifest(metadata={**METADATA, "labels": []}), "expected a graph classify"),
+    "a format that is true": (manifest(format=True), "not a manifest"),
+    "a kind with an underscore": (manifest(kind="image_classification"), "unknown"),
+    "a kind that is no runner": (manifest(kind="--init--"), "unknown"),
+    "a kind of 300 letters": (manifest(kind="a" * 300), "unknown"),
+    "threads that are text": (
+        manifest(target={"provider": "CPUExecutionProvider", "threads": "2"}),
+        "expected a number",
+    ),
+    "a file name of 300 letters": (manifest(files={"a" * 300: "0"}), "unreadable"),
+    "a file name with a line feed": (manifest(files={"a\nb": "0"}), r"'a\nb' is missing"),
+    "a file name with an escape": (manifest(files={"a\x1bb": "0"}), r"'a\x1bb' is missing"),
     "a crop beyond the image": (manifest(metadata={**METADATA, "crop": 1e9}), "expected a graph classify"),
-    "one label for two classes": (manifest(metadata={**METADATA, "labels": ["one"]}), "2 classes; expected 1"),
+    "one label for two classes": (manifest(metadata={**METADATA, "labels": ["one"]}), "expected 1 classes"),
     # made to do harm
     "a file above the bundle": (manifest(files={"../secret": "0"}), "plain name"),
     "a file of the system": (manifest(files={"/etc/passwd": "0"}), "plain name"),
@@ -229,6 +274,11 @@ DAMAGE = {
     "an input of a trillion numbers": (model(huge_input), "expected at most"),
     "a constant of a petabyte": (model(huge_constant), "onnxruntime refuses"),
     "an operator from elsewhere": (model(foreign_operator), "onnxruntime refuses it"),
+    "one answer for all": (model(answer_of_one_row), "no answer probability for each"),
+    "an answer without rows": (model(answer_without_rows), "no answer probability for each"),
+    "answers that are no numbers": (model(answer_of_nan), "expected finite float32"),
+    "an input of no height": (model(empty_input), "none of them empty"),
+    "another input everywhere": (other_input, "expected image of four axes"),
     "another input": (model(rename("image", "picture")), "has inputs and outputs picture, probability; expected"),
     "another output": (model(rename("probability", "logits")), "has inputs and outputs image, logits; expected"),
 }

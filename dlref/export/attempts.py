@@ -5,7 +5,6 @@ task's metric falls by more than the target's gate, or where it is not faster th
 tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,8 +25,8 @@ from dlref.export.convert import (
     place_in,
     worst_nodes,
 )
-from dlref.export.graph import example_at, first_sizes, write_onnx
-from dlref.export.manifest import write_manifest
+from dlref.export.graph import example_at, first_sizes, write_onnx, write_program
+from dlref.export.manifest import describe, write_manifest
 from dlref.export.measure import CPU, Contenders, provider, stands_in
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, parity, score
@@ -75,7 +74,8 @@ class Attempts:
             (place / folder).mkdir()
         for name, graph in deployable.graphs.items():
             say(f"exporting {name}")
-            save_program(write_onnx(graph, self.source(name), target), self.programs / f"{name}.pt2")
+            write_onnx(graph, self.source(name), target)
+            write_program(graph, self.programs / f"{name}.pt2", target)
         self.contenders = Contenders(target, self.programs, self.bundle(FLOAT32))
 
     def source(self, name: str) -> Path:
@@ -147,7 +147,7 @@ class Attempts:
         except UserError as error:
             if exact:
                 raise
-            attempt.refused = str(error)
+            attempt.refused = str(error).replace(f"{attempt.folder}/", "")  # a path of this machine
         return attempt
 
     def too_much_lost(self, attempt: Attempt) -> str:
@@ -179,6 +179,8 @@ class Attempts:
             path.parent.mkdir(exist_ok=True)
             convert(self.source(name), path, self.target, plan, self.feeds.get(name, []) if plan.calibration else [])
             place_in(folder, path, self.target)
+            if self.target.static and describe(path, "")["dynamic_axes"]:
+                raise UserError(f"{name}: axes {describe(path, '')['dynamic_axes']} are free; expected fixed ones")
         if plan.precision.startswith("int") and not any(
             is_quantised(self.converted(name, plan)) for name in self.references
         ):
@@ -192,9 +194,13 @@ class Attempts:
         return self.place / "converted" / str(plan) / f"{name}.onnx"
 
     def example(self) -> dict[str, np.ndarray]:
-        """The inputs of a single answer, by graph and name."""
+        """The inputs of a single answer, by graph and name: values of real ones in random order.
+
+        They lie in the right range, and tell nothing of whom they came from.
+        """
+        shuffled = np.random.default_rng(0).permutation
         return {
-            f"{name}/{key}": tensor.numpy()
+            f"{name}/{key}": shuffled(tensor.numpy().ravel()).reshape(tensor.shape)
             for name, graph in self.deployable.graphs.items()
             for key, tensor in example_at(graph, first_sizes(graph)).items()
         }
@@ -270,13 +276,6 @@ class Attempts:
             batches = until(lambda: all(recorder.full for recorder in recorders.values()), self.data.train_dataloader())
             score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
-
-
-def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """As `torch.export.load` reads it; its warnings are of weights that are not on the CPU, as these are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(program, path)
 
 
 def until(full: Callable[[], bool], batches: Iterable) -> Iterator:

@@ -1,7 +1,7 @@
 """A trained task -> a verified bundle for one target: export, convert, verify, measure, write."""
 
-import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from dlref.export.manifest import write_manifest
 from dlref.export.measure import CONTENDERS, provider
 from dlref.export.targets import Target
 from dlref.runtime import UserError, load
-from dlref.runtime.bundle import MANIFEST
+from dlref.runtime.bundle import read_manifest
 
 BUNDLE = "bundle"
 
@@ -65,11 +65,13 @@ def staged(output: Path) -> Iterator[Path]:
     nearest = next(path for path in (output, *output.parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
-    if nearest == output and any(output.iterdir()) and not (output / MANIFEST).is_file():
+    if nearest == output and any(output.iterdir()) and not is_bundle(output):
         raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
-    beside = output.parent if nearest == output else nearest
-    part = beside / f".{output.name}.{os.getpid()}"
-    part.mkdir()
+    try:
+        beside = output.parent if nearest == output else nearest
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); expected a folder for the bundle") from None
     try:
         yield part
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -77,3 +79,12 @@ def staged(output: Path) -> Iterator[Path]:
         (part / BUNDLE).rename(output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle and nothing else: only that may be replaced."""
+    try:
+        read_manifest(folder)
+    except UserError:
+        return False
+    return True

@@ -22,9 +22,10 @@ from onnxruntime.quantization import (
     quantize_dynamic,
 )
 from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config, qnn_preprocess_model
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from dlref.export.graph import save
 from dlref.export.targets import Target
@@ -51,6 +52,8 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
+# No half-precision recurrent layer on a CPU, where each attempt is judged: onnxruntime ends with a fault of memory.
+FLOAT = [*DEFAULT_OP_BLOCK_LIST, "LSTM", "GRU", "RNN"]
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples to look for the worst nodes on
@@ -85,7 +88,9 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         return
     with quietly(path.name):
         if plan.precision == "float16":
-            save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
+            half = ONNXModel(convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT))
+            half.topological_sort()  # the casts of the inputs were appended
+            save(half.model, path)
             return
         prepared = source.with_suffix(".prepared.onnx")
         if not prepared.is_file():

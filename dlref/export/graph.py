@@ -1,6 +1,8 @@
 """One graph of a task -> one ONNX file. `graph` is a `Graph` of what the task's `deployable()` answers."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -14,29 +16,26 @@ from dlref.runtime import UserError
 LARGEST = 2**31 - 1  # bytes in a single protobuf
 
 
-def write_onnx(graph, path: Path, target: Target) -> torch.export.ExportedProgram:
+def write_onnx(graph, path: Path, target: Target) -> None:
     """Export `graph` to `path`, one file, its declared axes dynamic unless the target's are static.
 
-    Returns the traced program. Raises UserError where the graph cannot be exported.
+    Raises UserError where the graph cannot be exported.
     """
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
-    shapes = tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # recurrent layers make torch warn of its own code; parity judges
-            program = torch.export.export(
-                graph.module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False
-            )
+        with unwarned():
             exported = torch.onnx.export(
-                program,
+                graph.module.eval(),
+                tuple(inputs.values()),
                 dynamo=True,
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
+                dynamic_shapes=tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs),
                 opset_version=target.opset,
                 verbose=False,
             )
-    except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
+    except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{path.name}: torch.export refuses the graph: {reason}") from error
     forget_origin(exported.model)
@@ -44,7 +43,30 @@ def write_onnx(graph, path: Path, target: Target) -> torch.export.ExportedProgra
     model.ir_version = min(model.ir_version, target.ir_version)
     name_axes(model, axes, path.name)
     save(model, path)
-    return program
+
+
+def write_program(graph, path: Path, target: Target) -> None:
+    """Save `graph` for PyTorch alone, at the sizes of a single answer; the batch is dynamic where the target's is."""
+    batch = {
+        name: {axis: symbol for axis, symbol in graph.dynamic_axes.get(name, {}).items() if symbol == "batch"}
+        for name in ({} if target.static else graph.inputs)
+    }
+    sizes = first_sizes(graph)
+    if any(batch.values()):
+        sizes["batch"] = trace_sizes(graph)["batch"]
+    inputs = example_at(graph, sizes)
+    shapes = tuple(dict.fromkeys(batch.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs)
+    with unwarned():
+        program = torch.export.export(graph.module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, path)
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Torch's exporter warns of torch's own code; what it writes is compared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -83,10 +105,15 @@ def first_sizes(graph) -> dict[str, int]:
 
 
 def example_at(graph, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """The example inputs cut, or repeated from their start, to `sizes` along their dynamic axes."""
+    """The example inputs cut, or repeated from their start, to `sizes` along their dynamic axes.
+
+    An axis that is empty in the example is filled with zeros.
+    """
     inputs = {}
     for name, tensor in graph.inputs.items():
         for axis, symbol in graph.dynamic_axes.get(name, {}).items():
+            if not tensor.shape[axis]:  # such as a past that is empty yet
+                tensor = tensor.new_zeros([*tensor.shape[:axis], 1, *tensor.shape[axis + 1 :]])
             tensor = tensor.index_select(axis, torch.arange(sizes[symbol]) % tensor.shape[axis])
         inputs[name] = tensor
     return inputs

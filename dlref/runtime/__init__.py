@@ -20,12 +20,12 @@ __all__ = ["UserError", "load", "make_runner"]
 def load(folder: str | Path, threads: int | None = None, provider: str | None = None):
     """Open a bundle, every file checked against its hash, and return the runner of its kind.
 
-    `threads` bounds the cores that onnxruntime uses (default: all); `provider` is an execution provider of
-    onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
+    `threads` bounds the cores that onnxruntime uses (default: the target's, or all); `provider` is an execution
+    provider of onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
     missing file, or a kind that this version does not know.
     """
     manifest = read_manifest(Path(folder))
-    graphs = open_graphs(Path(folder), manifest, threads, provider)
+    graphs = open_graphs(Path(folder), manifest, threads or manifest["target"].get("threads"), provider)
     return make_runner(manifest["kind"], graphs, manifest["metadata"])
 
 
@@ -35,6 +35,7 @@ def make_runner(kind: str, graphs: dict, metadata: dict):
     Nothing in a runner knows what executes its graphs, so the export step runs the same code over PyTorch.
     """
     module = kind.replace("-", "_")
-    if not (module.isidentifier() and (Path(__file__).parent / "runners" / f"{module}.py").is_file()):
+    known = {path.stem for path in (Path(__file__).parent / "runners").glob("[a-z]*.py")}
+    if "_" in kind or module not in known:
         raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")
     return import_module(f"dlref.runtime.runners.{module}").Runner(graphs, metadata)

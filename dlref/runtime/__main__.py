@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -33,7 +36,7 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
     """What both commands take."""
     parser = argparse.ArgumentParser(prog=f"python -m dlref.runtime{name}", description=description)
     parser.add_argument("bundle", type=Path, help="a folder that export.py wrote")
-    parser.add_argument("--threads", type=positive, help="cores to use (default: all)")
+    parser.add_argument("--threads", type=positive, help="cores to use (default: the target's, or all)")
     parser.add_argument("--provider", help="execution provider of onnxruntime (default: the target's)")
     return parser
 
@@ -60,7 +63,7 @@ def transform(arguments: list[str]) -> int:
         if isinstance(answer, UserError):
             bad.append(answer)
             answer = {"error": str(answer)}
-        print(json.dumps({"input": source, **answer}, ensure_ascii=False), flush=True)
+        print(json.dumps({"input": source, **answer}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
     return 0
@@ -99,8 +102,8 @@ def benchmark(arguments: list[str]) -> int:
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]
-    threads = options.threads or cores()
-    figures = bench(options.bundle, threads, options.provider or target.get("provider"))
+    threads = options.threads or target.get("threads") or cores()
+    figures = bench(options.bundle, threads, options.provider or target["provider"])
     print(json.dumps({"bundle": str(options.bundle), "threads": threads, **figures}, indent=2))
     return 0
 

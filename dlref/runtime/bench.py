@@ -5,7 +5,8 @@ It answers the example input that the bundle carries and prints one line of JSON
 
     latency_ms, latency_p95_ms   one example through every graph, once; median and 95th percentile
     throughput                   examples a second, eight at once where the graphs take as many
-    peak_rss_mb, anonymous_mb    memory at its highest, and what of it cannot be given back; Linux only, else null
+    peak_rss_mb, anonymous_mb    resident memory at its highest, and the part after the last answer that cannot be
+                                 given back; Linux only, else null
     waited                       share of that time that its threads were ready and had no core: high means that
                                  something else was running, and that its speed says little; Linux only
     first_answer_s               from the start of the process
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlref.runtime.bundle import open_graphs, read_manifest
+from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
 EXAMPLE = "example.npz"  # of each graph's inputs, as GRAPH/INPUT, one row each
@@ -49,7 +50,7 @@ def in_process(command: list[str]) -> dict:
     """Run a contender, which is told when it was started, and return what it printed. Raises UserError."""
     import subprocess  # not in the process that is measured: it would count as memory
 
-    result = subprocess.run([*command, repr(time.time())], capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, repr(time.monotonic())], capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
         raise UserError(reason.removeprefix("error: "))
@@ -61,7 +62,7 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     graphs = open_contender()
     one = example(folder)
     answer(graphs, one)
-    figures = {"first_answer_s": time.time() - started}
+    figures = {"first_answer_s": time.monotonic() - started}
     before, start = waiting(), time.perf_counter()
     times = clock(lambda: answer(graphs, one))
     figures["waited"] = None if before is None else (waiting() - before) / (time.perf_counter() - start)
@@ -93,13 +94,17 @@ def clock(call: Callable[[], None]) -> list[float]:
 def example(folder: Path) -> Inputs:
     """The example inputs of each graph. Raises UserError."""
     inputs: Inputs = {}
+    path = folder / EXAMPLE
     try:
-        with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > LARGEST_FILE:
+                raise ValueError("too large")
             for key, array in arrays.items():
                 graph, _, name = key.partition("/")
                 inputs.setdefault(graph, {})[name] = array
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / EXAMPLE}: {error}; expected the inputs that export.py wrote") from None
+    except Exception as error:  # numpy and zipfile raise whatever comes up
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: unreadable ({reason}); expected the inputs that export.py wrote") from None
     return inputs
 
 
@@ -137,10 +142,14 @@ def memory() -> dict[str, float | None]:
     return {key: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 / 1e6 for key, name in fields.items()}
 
 
-def installed_mb(package: str) -> float:
-    """Megabytes on disk of an installed package and of all that it requires, optional extras left out."""
-    from importlib.metadata import PackageNotFoundError, distribution  # once memory has been measured
+def installed_mb(package: str) -> float | None:
+    """Megabytes on disk of an installed package and of all that it requires, optional extras left out.
 
+    Where another package stands in for one, such as onnxruntime-gpu for onnxruntime, it counts. None: not installed.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions  # memory is measured
+
+    stand_ins = packages_distributions()
     sizes: dict[str, int] = {}
     waiting = [package]
     while waiting:
@@ -149,7 +158,10 @@ def installed_mb(package: str) -> float:
             continue
         try:
             found = distribution(name)
-        except PackageNotFoundError:  # for another system, by its marker
+        except PackageNotFoundError:
+            if name == package:
+                return None
+            waiting += [other for other in stand_ins.get(name, ()) if other != name]  # none: for another system
             continue
         sizes[name] = sum(path.stat().st_size for file in found.files or () if (path := Path(file.locate())).is_file())
         waiting += [re.match(r"[\w.-]+", line)[0] for line in found.requires or () if "extra ==" not in line]

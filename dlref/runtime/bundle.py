@@ -44,6 +44,8 @@ def read_manifest(folder: Path) -> dict:
     try:
         if path.is_symlink():
             raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
+        if not path.is_file():
+            raise FileNotFoundError
         if path.stat().st_size > LARGEST_MANIFEST:
             raise UserError(f"{path}: {path.stat().st_size} bytes; expected at most {LARGEST_MANIFEST}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -51,11 +53,19 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: not found; expected the folder of a bundle that export.py wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); expected JSON") from None
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), KEYS[key]) for key in KEYS):
+    if not isinstance(manifest, dict) or not all(type(manifest.get(key)) is KEYS[key] for key in KEYS):
         raise UserError(f"{path}: not a manifest; expected {', '.join(f'{k} ({KEYS[k].__name__})' for k in KEYS)}")
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: format {manifest['format']}; this version of dlref.runtime reads {FORMAT}")
-    check_files(folder, manifest)
+    provider, threads = (manifest["target"].get(key) for key in ("provider", "threads"))
+    if not (isinstance(provider, str) and provider in PROVIDERS):
+        raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    if threads is not None and type(threads) is not int:
+        raise UserError(f"{path}: threads {threads!r}; expected a number")
+    try:
+        check_files(folder, manifest)
+    except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read
+        raise UserError(f"{folder}: unreadable ({error}); expected the files of a bundle") from None
     return manifest
 
 
@@ -68,17 +78,20 @@ def check_files(folder: Path, manifest: dict) -> None:
         if Path(name).name != name or "\\" in name:
             raise UserError(f"{folder / MANIFEST}: file {name!r}; expected a plain name inside the bundle")
         path = folder / name
+        shown = f"{folder}: file {name!r}"  # as it may hold anything
         if path.is_symlink():
-            raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
+            raise UserError(f"{shown} is a symbolic link; expected the file itself, inside the bundle")
         if not path.is_file():
-            raise UserError(f"{path}: missing; expected the file that the manifest lists")
+            raise UserError(f"{shown} is missing; expected the file that the manifest lists")
         if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: {path.stat().st_size} bytes; expected less than 2 GB")
+            raise UserError(f"{shown} has {path.stat().st_size} bytes; expected less than 2 GB")
         if sha256(path) != expected:
-            raise UserError(f"{path}: SHA-256 differs from the manifest's; expected the file as exported")
+            raise UserError(f"{shown}: SHA-256 differs from the manifest's; expected the file as exported")
     for path in folder.iterdir():
         if path.name != MANIFEST and path.name not in manifest["files"]:
-            raise UserError(f"{path}: not in the manifest; expected only the files that export.py wrote")
+            raise UserError(
+                f"{folder}: file {path.name!r} is not in the manifest; expected only the files that export.py wrote"
+            )
     for graph in manifest["graphs"].values():
         if not (isinstance(graph, dict) and str(graph.get("file")) in manifest["files"]):
             raise UserError(f"{folder / MANIFEST}: a graph whose file has no hash; expected one in files")

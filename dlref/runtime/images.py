@@ -25,7 +25,9 @@ def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"{source}: not found; expected an image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file, pillow's readers raise whatever comes up
         raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
     return np.asarray(upright).reshape(upright.height, upright.width, channels)
 
@@ -56,18 +58,26 @@ def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def ask(graph, image: np.ndarray) -> dict[str, np.ndarray]:
+def check_image_input(graph) -> None:
+    """Raise UserError for a graph that does not take `image` (B, H, W, C) and nothing else."""
+    shape = graph.shape.get("image", [])
+    if len(graph.shape) != 1 or len(shape) != 4 or any(isinstance(size, int) and size < 1 for size in shape):
+        raise UserError(f"graph takes {graph.shape}; expected image of four axes, none of them empty")
+
+
+def ask(graph, image: np.ndarray, output: str) -> np.ndarray:
     """What `graph` answers for `image` uint8 (B, H, W, C), brought to the sizes that the graph has fixed.
 
-    A graph with a fixed batch takes one image at a time.
+    A graph with a fixed batch takes one image at a time. Raises UserError where it does not answer for each.
     """
     batch, height, width, _ = graph.shape["image"]
     if isinstance(height, int) and isinstance(width, int):
         image = resize(image, height, width)
-    if not isinstance(batch, int):
-        return graph(image=image)
-    rows = [graph(image=row[None]) for row in image]
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    rows = [image] if not isinstance(batch, int) else [row[None] for row in image]
+    answers = [graph(image=row).get(output) for row in rows]
+    if not all(isinstance(a, np.ndarray) and a.ndim and len(a) == len(r) for a, r in zip(answers, rows, strict=True)):
+        raise UserError(f"graph has no answer {output} for each of {len(image)} images")
+    return np.concatenate(answers)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from dlref.runtime.errors import UserError
 
-BATCH = 32  # bounds the memory of a long list; larger batches gain nothing on a CPU
+BATCH = 32  # inputs at once; larger batches gain nothing on a CPU
+ROOM = 1 << 24  # elements of a batch: 5 photographs of a megapixel, or one of any size; bounds the memory
 
 
 class Runner:
@@ -17,6 +18,10 @@ class Runner:
     def answer(self, items: list) -> list[dict]:
         """Plain values for each of the items that `read` gave. Raises UserError."""
         raise NotImplementedError
+
+    def size(self, item) -> int:
+        """The elements of an item, where they can be many."""
+        return 0
 
     def together(self, first, second) -> bool:
         """Whether two items may be answered in one batch."""
@@ -42,7 +47,8 @@ class Runner:
                 waiting = []
                 yield error
                 continue
-            if waiting and (len(waiting) >= batch_size or not self.together(waiting[0], item)):
+            full = len(waiting) >= batch_size or sum(map(self.size, [*waiting, item])) > ROOM
+            if waiting and (full or not self.together(waiting[0], item)):
                 yield from self._answers(waiting)
                 waiting = []
             waiting.append(item)

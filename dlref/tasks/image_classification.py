@@ -205,6 +205,10 @@ class ImageClassifier(Task):
             accuracy.update(torch.from_numpy(probability), targets.long())
         return accuracy.compute().item()
 
+    def lost(self, reference: float, score: float) -> float:
+        """Hundredths of the images."""
+        return 100 * (reference - score)
+
     def draw(self, folder: Path) -> None:
         """Confusion matrix, ROC curves and the most confident mistakes."""
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it

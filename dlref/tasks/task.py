@@ -66,8 +66,11 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def lost(self, reference: float, score: float) -> float:
-        """Points by which a `score` of `metric` is worse than a `reference`: hundredths, as of an accuracy."""
-        return 100 * (reference - score)
+        """Points by which a `score` of `metric` is worse than a `reference`; less than 0 where it is better.
+
+        A hundredth of what the metric can be, or of the reference where it has no bound.
+        """
+        raise NotImplementedError
 
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ask, centre, read_image
+from dlref.runtime.images import ask, centre, check_image_input, read_image
 from dlref.runtime.runner import Runner as Base
 
 TOP = 5
@@ -23,6 +23,7 @@ class Runner(Base):
         if "classify" not in graphs or not is_metadata(metadata):
             raise UserError(f"not image classification; expected a graph classify and {', '.join(sorted(METADATA))}")
         self.classify = graphs["classify"]
+        check_image_input(self.classify)
         self.metadata = metadata
 
     def read(self, source: str | Path | np.ndarray) -> np.ndarray:
@@ -33,22 +34,26 @@ class Runner(Base):
         """Images of one size."""
         return first.shape == second.shape
 
+    def size(self, item: np.ndarray) -> int:
+        """Pixels times channels."""
+        return item.size
+
     def answer(self, items: list[np.ndarray]) -> list[dict]:
         """Labels with their probabilities."""
         return answers(self.probability(np.stack(items)), self.metadata)
 
     def probability(self, image: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float32 (B, K)."""
-        return ask(self.classify, image)["probability"]
+        return ask(self.classify, image, "probability")
 
 
 def is_metadata(metadata: dict) -> bool:
     """Whether every value that this runner reads is there and of its kind."""
-    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3):
+    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3) or type(metadata["channels"]) is not int:
         return False
     labels, crop = metadata["labels"], metadata["crop"]
     named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    return named and (crop is None or (isinstance(crop, float | int) and 0 < crop <= 1))
+    return named and bool(labels) and (crop is None or (type(crop) in (float, int) and 0 < crop <= 1))
 
 
 def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
@@ -57,8 +62,10 @@ def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
     `top` lists the likeliest classes; with several labels an image, `labels` lists those of at least 1/2.
     """
     labels = metadata["labels"]
-    if probability.shape[-1] != len(labels):
-        raise UserError(f"graph answers {probability.shape[-1]} classes; expected {len(labels)}, as there are labels")
+    if probability.ndim != 2 or probability.shape[1] != len(labels):
+        raise UserError(f"graph answers {list(probability.shape)}; expected {len(labels)} classes, as there are labels")
+    if probability.dtype != np.float32 or not np.isfinite(probability).all():
+        raise UserError(f"graph answers {probability.dtype}, finite or not; expected finite float32")
     rows = []
     for row in probability:
         order = np.argsort(-row, kind="stable")[:TOP]
