@@ -1,6 +1,7 @@
 """Export a run for a device: `python export.py runs/NAME --target cpu --output bundles/NAME`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dlref.runtime import UserError
 
 
 def main() -> int:
-    """0, or 2 with one line on stderr when something given is wrong."""
+    """0, or 2 with one line on stderr when something given is wrong, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Further arguments change the run's config, such as --data.init_args.root DIR.",
@@ -22,11 +23,15 @@ def main() -> int:
     if options.list_targets:
         print_targets()
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     try:
         export_run(options.run, options.target, options.output, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

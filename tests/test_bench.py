@@ -97,6 +97,11 @@ def test_the_reason_of_a_process_that_failed_is_its_last_line():
         bench.in_process([sys.executable, "-c", "raise SystemExit('error: no compiler')"])
 
 
+def test_a_process_that_crashed_has_its_code_for_a_reason():
+    with pytest.raises(UserError, match="its process ended with code -11"):
+        bench.in_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])
+
+
 def test_a_process_is_told_when_it_was_started():
     before = time.monotonic()
     code = "import sys, json; print('noise'); print(json.dumps({'started': float(sys.argv[1])}))"

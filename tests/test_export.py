@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
+from dlref.export.convert import Plan, convert
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Reference, Refused, parity
@@ -97,6 +98,10 @@ def test_a_bundle_says_what_it_is(tmp_path):
     assert "| accuracy | validation | 48 |" in (tmp_path / "bundle/report.md").read_text()
     model = onnx.load(tmp_path / "bundle/classify.onnx")
     assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
+    with np.load(tmp_path / "bundle/example.npz") as example:  # nothing of whose picture it was
+        (image,) = example.values()
+        assert not any(np.array_equal(image[0], real.permute(1, 2, 0)) for real in data.set.tensors[0])
+        assert image.shape == (1, 32, 32, 1)
     assert b".py" not in (tmp_path / "bundle/classify.onnx").read_bytes()  # no stack traces of the maker's machine
 
 
@@ -185,7 +190,7 @@ def test_an_axis_that_would_be_frozen_is_refused(tmp_path):
         outputs=["y"],
         dynamic_axes={"x": {0: "batch", 1: "time"}},
     )
-    with pytest.raises(UserError, match=r"step\.onnx: .*specialized it to be a constant \(4\)"):
+    with pytest.raises(UserError, match=r"step\.onnx: .*static shape of 4"):
         write_onnx(graph, tmp_path / "step.onnx", CPU)
     assert not (tmp_path / "step.onnx").exists()
 
@@ -315,6 +320,55 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         export(classifier().eval(), Pixels(), CPU, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_another_project_s_manifest_does_not_make_a_bundle(tmp_path):
+    """`manifest.json` is also what web applications call theirs."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/manifest.json").write_text('{"name": "my app"}')
+    (tmp_path / "app/index.html").write_text("do not lose me")
+    with pytest.raises(UserError, match="holds other files"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "app")
+    assert (tmp_path / "app/index.html").read_text() == "do not lose me"
+    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    (tmp_path / "bundle/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    (tmp_path / "bundle/notes.txt").unlink()
+    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")  # a bundle is replaced
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+
+
+def test_an_empty_example_is_filled_with_zeros():
+    """The first step of a decoder has no past."""
+    graph = recurrent(
+        inputs={"token": torch.randn(5, 3), "state": torch.randn(5, 4), "memory": torch.randn(5, 0, 4)},
+    )
+    assert example_at(graph, {"batch": 2, "time": 3})["memory"].equal(torch.zeros(2, 3, 4))
+    assert example_at(graph, {"batch": 2, "time": 0})["memory"].shape == (2, 0, 4)
+
+
+def test_infinities_that_are_equal_differ_by_nothing():
+    graph = recurrent()
+    masked = Skewed(graph, lambda a: np.concatenate([a[:, :-1], np.full_like(a[:, :1], -np.inf)], axis=1))
+    rows = parity("step", graph, masked, masked, graph.tolerance, False)
+    assert max(row["max_abs_error"] for row in rows) == 0
+
+
+def test_half_precision_of_several_float_inputs(tmp_path):
+    graph = recurrent()
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], Plan("float16"), [])
+    rows = parity("step", graph, graph, OnnxGraph(tmp_path / "half.onnx", CPU.provider), np.inf, False)
+    assert 0 < max(row["max_abs_error"] for row in rows) < 1e-2
 
 
 def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Bundles at the edge: images in every form, answers, and what is refused."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ from handmade import METADATA, write_manifest
 from PIL import Image
 
 from dlref.runtime import UserError, load
+from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import main, progress
 from dlref.runtime.images import ask, centre, read_image, resize
 from dlref.runtime.runner import BATCH
@@ -186,6 +188,51 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress([1, 2], 2)) == [1, 2]
     assert f"[{'#' * 30}] 2/2" in capsys.readouterr().err
+
+
+def test_large_pictures_are_answered_in_smaller_batches(bundle, monkeypatch):
+    monkeypatch.setattr("dlref.runtime.runner.ROOM", 3 * 4 * 6)
+    runner, sizes = load(bundle), []
+    answer = runner.probability
+    runner.probability = lambda image: sizes.append(len(image)) or answer(image)
+    list(runner.stream([grey(0)] * 7 + [grey(0, 40)] * 2))
+    assert sizes == [3, 3, 1, 1, 1]  # one picture always, however large
+
+
+def test_a_reader_s_own_mistakes_cost_one_input(bundle, tmp_path, monkeypatch, capsys):
+    """pillow's plugins raise whatever a damaged file makes them."""
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+
+    def broken():
+        raise AttributeError("'NoneType' object has no attribute 'seek'")
+
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: broken() if "bad" in str(path) else real(path))
+    assert main([str(bundle), "bad.spi", str(tmp_path / "white.png")]) == 2
+    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "bad.spi: cannot be decoded" in bad["error"]
+    assert good["label"] == "bright"
+
+
+def test_names_that_no_text_can_hold_are_answered(bundle, tmp_path, capsys):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(path, "wb") as file:
+        Image.fromarray(grey(255)).save(file, "png")
+    assert main([str(bundle), os.fsdecode(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert json.loads(printed)["label"] == "bright"
+
+
+def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
+    seen = []
+    real = bundles.OnnxGraph
+    monkeypatch.setattr(bundles, "OnnxGraph", lambda *arguments: seen.append(arguments[2]) or real(*arguments))
+    load(bundle)
+    write_manifest(bundle, target={"provider": "CPUExecutionProvider", "threads": 2})
+    load(bundle)
+    load(bundle, threads=1)
+    assert seen == [None, 2, 1]
 
 
 def test_json_lines(bundle, tmp_path, capsys):

@@ -100,7 +100,7 @@ def small_build(bundle):
     text = (bundle / "classify.required_operators.config").read_text()
     operators = {line.split(";")[0]: line.split(";")[2] for line in text.splitlines()}
     assert "QLinearConv" in operators["com.microsoft"]
-    assert "Softmax" in operators["ai.onnx"] or "Softmax" in text
+    assert "Softmax" in text.replace("\n", ",").split(",")
     assert str(bundle) not in text
     assert "/" not in text
 

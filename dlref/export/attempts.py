@@ -31,7 +31,7 @@ from dlref.export.measure import CPU, Contenders, provider, stands_in
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, parity, score
 from dlref.runtime import UserError
-from dlref.runtime.bench import EXAMPLE
+from dlref.runtime.bench import EXAMPLE, tried
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
 
 FLOAT32 = Plan("float32")
@@ -208,6 +208,8 @@ class Attempts:
     def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
         """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
         folder = self.bundle(plan)
+        if plan != FLOAT32:
+            tried(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), provider=CPU if plan == FLOAT32 else provider(self.target))
 
     # Held against PyTorch

@@ -52,7 +52,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
-# No half-precision recurrent layer on a CPU, where each attempt is judged: onnxruntime ends with a fault of memory.
+# Recurrent layers stay float32 inside a half-precision graph: few kernels have them otherwise.
 FLOAT = [*DEFAULT_OP_BLOCK_LIST, "LSTM", "GRU", "RNN"]
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
@@ -90,6 +90,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         if plan.precision == "float16":
             half = ONNXModel(convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT))
             half.topological_sort()  # the casts of the inputs were appended
+            del half.model.graph.value_info[:]  # types from before, where nodes stay float
             save(half.model, path)
             return
         prepared = source.with_suffix(".prepared.onnx")

@@ -46,13 +46,18 @@ def bench(folder: Path, threads: int, provider: str) -> dict:
     return in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), str(threads), provider])
 
 
+def tried(folder: Path, provider: str) -> None:
+    """Open a bundle and answer once in a process of its own, for some graphs end onnxruntime. Raises UserError."""
+    in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), "1", provider, "once"])
+
+
 def in_process(command: list[str]) -> dict:
     """Run a contender, which is told when it was started, and return what it printed. Raises UserError."""
     import subprocess  # not in the process that is measured: it would count as memory
 
     result = subprocess.run([*command, repr(time.monotonic())], capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
+        reason = (result.stderr.strip() or f"its process ended with code {result.returncode}").splitlines()[-1]
         raise UserError(reason.removeprefix("error: "))
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -174,16 +179,20 @@ def model_mb(folder: Path, files: list[str]) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """The measured process: FOLDER THREADS PROVIDER STARTED."""
-    folder, started = Path(arguments[0]), float(arguments[3])
-    manifest: dict = {}
+    """The measured process: FOLDER THREADS PROVIDER [once] STARTED."""
+    folder, threads, provider, *once, started = arguments
+    folder, manifest = Path(folder), {}
 
     def contender() -> Graphs:
         manifest.update(read_manifest(folder))
-        return open_graphs(folder, manifest, int(arguments[1]), arguments[2])
+        return open_graphs(folder, manifest, int(threads), provider)
 
     try:
-        figures = measure(contender, folder, started)
+        if once:
+            answer(contender(), example(folder))
+            print("{}")
+            return 0
+        figures = measure(contender, folder, float(started))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
