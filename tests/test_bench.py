@@ -23,7 +23,8 @@ FIGURES = {
     *("latency_ms", "latency_p95_ms", "throughput", "peak_rss_mb", "anonymous_mb", "first_answer_s"),
     *("model_mb", "installed_mb"),
 }
-linux = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+# Memory and waiting are read from Linux's /proc; elsewhere they are null.
+LINUX = Path("/proc/self/status").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,6 @@ def exported(tmp_path_factory):
     return folder, export(classifier().eval(), Pixels(), TARGETS["cpu"], folder)
 
 
-@linux
 def test_every_contender_is_measured_in_a_process_of_its_own(exported):
     folder, manifest = exported
     measured = manifest["measurement"]
@@ -41,11 +41,13 @@ def test_every_contender_is_measured_in_a_process_of_its_own(exported):
     assert set(measured["contenders"]) | set(measured["not_run"]) == set(CONTENDERS)
     for name, figures in measured["contenders"].items():
         assert set(figures) == {*FIGURES, "waited"}, name
-        assert all(figures[key] > 0 for key in FIGURES), name
-        assert figures["waited"] >= 0
+        known = FIGURES if LINUX else FIGURES - {"peak_rss_mb", "anonymous_mb"}
+        assert all(figures[key] > 0 for key in known), name
         assert figures["latency_p95_ms"] >= figures["latency_ms"]
     bundle, eager = measured["contenders"]["bundle"], measured["contenders"]["pytorch-eager"]
-    assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
+    if LINUX:
+        assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
+        assert bundle["waited"] >= 0
     assert bundle["installed_mb"] < eager["installed_mb"]
     assert bundle["model_mb"] == pytest.approx((folder / "classify.onnx").stat().st_size / 1e6)
     report = (folder / "report.md").read_text()
@@ -72,14 +74,13 @@ def test_without_torch(exported):
     assert set(json.loads(result.stdout)) == FIGURES | {"waited"}
 
 
-@linux
 def test_importing_the_runtime_stays_under_60_mb():
     code = (
         "import dlref.runtime, onnxruntime, PIL.Image; from dlref.runtime.bench import memory; "
         "print(memory()['peak_rss_mb'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 60
+    assert float(result.stdout) < 60 if LINUX else result.stdout == "None\n"
 
 
 def test_a_device_that_cannot_open_it_says_why_in_one_line(bundle, capsys):
@@ -125,9 +126,11 @@ def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
     assert bench.installed_mb("no-such-package") is None
 
 
-@linux
 def test_waiting_for_a_core_is_counted():
     """Two processes on one core: each waits for about half of the time."""
+    if not LINUX:
+        assert bench.waiting() is None
+        return
     code = (
         "import os, time; from dlref.runtime.bench import waiting; os.sched_setaffinity(0, {0}); start = waiting();"
         "end = time.time() + 1\nwhile time.time() < end: pass\nprint(waiting() - start)"
@@ -150,9 +153,11 @@ def test_a_busy_machine_is_said_to_be_one():
     assert busy({"bundle": figures | {"waited": None}}) == []
 
 
-@linux
 def test_memory_is_that_of_this_process():
     before = bench.memory()
+    if not LINUX:
+        assert set(before.values()) == {None}
+        return
     block = np.ones(50_000_000, np.uint8)
     after = bench.memory()
     assert after["anonymous_mb"] - before["anonymous_mb"] > 40
