@@ -9,15 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handmade import SIGNATURE
+import torch
+import torchvision
+from handmade import SIGNATURE, write_manifest
 from test_tasks import Pixels, classifier
+from torch import nn
 
 from dlref.export.bundle import export
+from dlref.export.graph import write_program
 from dlref.export.measure import CONTENDERS
 from dlref.export.report import busy, measurement
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
 from dlref.runtime.__main__ import main
+from dlref.tasks.deployable import Graph
 
 FIGURES = {
     *("latency_ms", "latency_p95_ms", "throughput", "peak_rss_mb", "anonymous_mb", "first_answer_s"),
@@ -101,6 +106,31 @@ def test_the_reason_of_a_process_that_failed_is_its_last_line():
 def test_a_process_that_crashed_has_its_code_for_a_reason():
     with pytest.raises(UserError, match="its process ended with code -11"):
         bench.in_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])
+
+
+class Suppress(nn.Module):
+    """The boxes that torchvision's own operator leaves."""
+
+    def forward(self, boxes, scores):
+        return boxes[torchvision.ops.nms(boxes, scores, 0.5)]
+
+
+def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
+    corners = torch.rand(6, 2)
+    graph = Graph(
+        module=Suppress().eval(),
+        inputs={"boxes": torch.cat([corners, corners + 1], dim=1), "scores": torch.rand(6)},
+        outputs=["kept"],
+        dynamic_axes={},
+        sizes={},
+    )
+    (tmp_path / "programs").mkdir()
+    write_program(graph, tmp_path / "programs/detect.pt2", TARGETS["cpu"])
+    np.savez(bundle / "example.npz", **{f"detect/{name}": tensor.numpy() for name, tensor in graph.inputs.items()})
+    write_manifest(bundle, graphs={"detect": {"dynamic_axes": {}}})
+    module = [sys.executable, "-m", "dlref.export.contender"]
+    figures = bench.in_process([*module, str(tmp_path / "programs"), str(bundle), "eager", "1", "cpu"])
+    assert figures["installed_mb"] > bench.installed_mb("torch")
 
 
 def test_a_process_is_told_when_it_was_started():

@@ -27,7 +27,12 @@ def program(path: Path, mode: str, device: str) -> Callable:
     """One program, ready to answer; its answers are back on the CPU."""
     import torch
 
-    exported = torch.export.load(path)
+    try:
+        exported = torch.export.load(path)
+    except RuntimeError:  # operators of torchvision, which nothing has loaded yet
+        import torchvision  # noqa: F401
+
+        exported = torch.export.load(path)
     if device != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -48,8 +53,9 @@ def main(arguments: list[str]) -> None:
     """The measured process."""
     folder, bundle, mode, threads, device, started = arguments
     figures = measure(lambda: programs(Path(folder), mode, int(threads), device), Path(bundle), float(started))
+    package = "torchvision" if "torchvision" in sys.modules else "torch"
     files = [path.name for path in Path(folder).glob("*.pt2")]
-    print(json.dumps(figures | {"model_mb": model_mb(Path(folder), files), "installed_mb": installed_mb("torch")}))
+    print(json.dumps(figures | {"model_mb": model_mb(Path(folder), files), "installed_mb": installed_mb(package)}))
 
 
 if __name__ == "__main__":
