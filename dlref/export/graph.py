@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dlref.export.targets import Target
 from dlref.runtime import UserError
-
-LARGEST = 2**31 - 1  # bytes in a single protobuf
+from dlref.runtime.bundle import LARGEST_FILE
 
 
 def write_onnx(graph, path: Path, target: Target) -> None:
@@ -46,7 +45,10 @@ def write_onnx(graph, path: Path, target: Target) -> None:
 
 
 def write_program(graph, path: Path, target: Target) -> None:
-    """Save `graph` for PyTorch alone, at the sizes of a single answer; the batch is dynamic where the target's is."""
+    """Save `graph` for PyTorch alone, at the sizes of a single answer; the batch is dynamic where the target's is.
+
+    Raises UserError where it cannot be traced.
+    """
     batch = {
         name: {axis: symbol for axis, symbol in graph.dynamic_axes.get(name, {}).items() if symbol == "batch"}
         for name in ({} if target.static else graph.inputs)
@@ -56,9 +58,13 @@ def write_program(graph, path: Path, target: Target) -> None:
         sizes["batch"] = trace_sizes(graph)["batch"]
     inputs = example_at(graph, sizes)
     shapes = tuple(dict.fromkeys(batch.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs)
-    with unwarned():
-        program = torch.export.export(graph.module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
-        torch.export.save(program, path)
+    module, arguments = graph.module.eval(), tuple(inputs.values())
+    try:
+        with unwarned():
+            program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+            torch.export.save(program, path)
+    except Exception as error:  # torch.export has no base of its own
+        raise UserError(f"{path.name}: torch.export refuses the graph: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def unwarned() -> Iterator[None]:
 
 def save(model: onnx.ModelProto, path: Path) -> None:
     """Check a model and write it as one file. Raises UserError for one that is too large."""
-    if model.ByteSize() > LARGEST:
+    if model.ByteSize() > LARGEST_FILE:
         raise UserError(f"{path.name}: {model.ByteSize()} bytes; expected less than 2 GB in a single file")
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

@@ -58,8 +58,7 @@ def read_manifest(folder: Path) -> dict:
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: format {manifest['format']}; this version of dlref.runtime reads {FORMAT}")
     provider, threads = (manifest["target"].get(key) for key in ("provider", "threads"))
-    if not (isinstance(provider, str) and provider in PROVIDERS):
-        raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    check_provider(path, provider)
     if threads is not None and type(threads) is not int:
         raise UserError(f"{path}: threads {threads!r}; expected a number")
     try:
@@ -67,6 +66,12 @@ def read_manifest(folder: Path) -> dict:
     except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read
         raise UserError(f"{folder}: unreadable ({error}); expected the files of a bundle") from None
     return manifest
+
+
+def check_provider(path: Path, provider: object) -> None:
+    """Raise UserError for a provider that is not one of PROVIDERS."""
+    if not (isinstance(provider, str) and provider in PROVIDERS):
+        raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
 
 
 def check_files(folder: Path, manifest: dict) -> None:
@@ -104,8 +109,7 @@ class OnnxGraph:
     """
 
     def __init__(self, path: Path, provider: str, threads: int | None = None):
-        if not (isinstance(provider, str) and provider in PROVIDERS):
-            raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        check_provider(path, provider)
         import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
 
         if provider not in onnxruntime.get_available_providers():
