@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
-install_import_hook(["dlref.models", "dlref.tasks.preprocess"], "beartype.beartype")
+install_import_hook(["dlref.models", "dlref.tasks.multibox", "dlref.tasks.preprocess"], "beartype.beartype")
 
 import subprocess
 import sys

@@ -253,7 +253,7 @@ def test_head_names_all_that_depends_on_num_classes(name):
         few, many = (NETWORKS[name](num_classes=k) for k in (7, 9))
     shapes = {key: p.shape for key, p in few.named_parameters()}
     changed = {key.rpartition(".")[0] for key, p in many.named_parameters() if p.shape != shapes[key]}
-    assert changed == set(many.head)
+    assert changed == set(many.class_layers)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -42,7 +42,8 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"]
     classes = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]["init_args"]["num_classes"]
-    task.remember({"labels": [str(k) for k in range(classes)], "multi_label": False, "crop": None})
+    facts = {"labels": [str(k) for k in range(classes)], "multi_label": False, "crop": None}
+    task.remember({name: facts[name] for name in task.facts})
     task.check()
     assert list(tmp_path.iterdir()) == []
 

@@ -48,7 +48,7 @@ class Pixels(LightningDataModule):
 class Linear(nn.Module):
     """The smallest classifier, with an auxiliary head."""
 
-    head = ("fc", "aux")
+    class_layers = ("fc", "aux")
 
     def __init__(self, classes=3, size=32):
         super().__init__()

@@ -1,6 +1,20 @@
 """Data modules: files on disk to checked, augmented batches."""
 
+from dlref.data.object_detection import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
 from dlref.data.small_images import CIFAR10, MNIST, Digits, FashionMNIST
 from dlref.data.streamed_images import ImageFolder, ImageList, ImageManifest
 
-__all__ = ["CIFAR10", "MNIST", "Digits", "FashionMNIST", "ImageFolder", "ImageList", "ImageManifest"]
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "COCOBoxes",
+    "DigitScenes",
+    "Digits",
+    "FashionMNIST",
+    "ImageFolder",
+    "ImageList",
+    "ImageManifest",
+    "ManifestBoxes",
+    "SageMakerBoxes",
+    "VOCBoxes",
+]

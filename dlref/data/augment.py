@@ -6,9 +6,13 @@ the device: nothing here waits for it.
 B batch, C channels, H W height and width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look (ITU-R BT.601)
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -51,3 +55,29 @@ def random_erase(images: Tensor, size: int) -> Tensor:
     in_rows = (rows >= top) & (rows < top + size)  # (B, H)
     in_columns = (columns >= left) & (columns < left + size)  # (B, W)
     return images.masked_fill(in_rows[:, None, :, None] & in_columns[:, None, None, :], 0)
+
+
+def photometric(images: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of each image (B, 3, H, W), each with probability one half.
+
+    The distortions of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image Classification",
+    2013, in the ranges of SSD's authors: ±32 levels, factors of 0.5 to 1.5 twice, ±18 degrees. All are linear in the
+    colours (saturation mixes with the luma, hue turns around the axis of greys), so one product a pixel does them.
+    """
+    batch, device = len(images), images.device
+
+    def draw(low: float, high: float, otherwise: float) -> Tensor:
+        values = torch.empty(batch, 1, 1, device=device).uniform_(low, high)
+        return torch.where(torch.rand(batch, 1, 1, device=device) < 0.5, values, otherwise)
+
+    brightness, contrast, saturation = draw(-32, 32, 0.0), draw(0.5, 1.5, 1.0), draw(0.5, 1.5, 1.0)
+    angle = draw(-math.pi / 10, math.pi / 10, 0.0)
+    same = torch.eye(3, device=device)
+    luma = torch.tensor(LUMA, device=device).expand(3, 3)
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / math.sqrt(3)
+    hue = angle.cos() * same + angle.sin() * turn + (1 - angle.cos()) * grey  # Rodrigues' formula
+    colours = contrast * (hue @ (saturation * same + (1 - saturation) * luma))  # (B, 3, 3)
+    moved = colours @ brightness.expand(-1, 3, 1)
+    pixels = torch.baddbmm(moved, colours, images.flatten(2).float())
+    return pixels.round_().clamp_(0, 255).to(torch.uint8).view_as(images)

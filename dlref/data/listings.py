@@ -245,7 +245,7 @@ def _to_listing(
             raise UserError(f"{where}: label {shorten(label)}; expected {len(classes)} values, 0 or 1 each")
         if kind is not list and _classes_needed(label) > len(classes):
             raise UserError(f"{where}: label {shorten(label)}; expected ids from 0 to {len(classes) - 1}")
-        if len(path.splitlines()) != 1 or "\0" in path:
+        if path.splitlines() != [path] or "\0" in path:
             raise UserError(f"{where}: image {shorten(path)}; expected a path")
     labels = [record.label for record in records]
     targets = _multi_hot(labels, len(classes)) if kind is set else torch.tensor(labels)

@@ -232,10 +232,12 @@ class Attempts:
         compared = graphs
         if exact:
             compared = {
-                name: Compared(name, self.references[name], graphs[name], graph.tolerance)
+                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen)
                 for name, graph in self.deployable.graphs.items()
             }
         bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))
+        for graph in compared.values() if exact else ():
+            graph.settle()
         return {
             "name": self.task.metric,
             "pytorch": self.pytorch[split],
@@ -243,6 +245,8 @@ class Attempts:
             "split": split,
             "n": len(loader.dataset),
             "max_abs_error": max(graph.max_abs_error for graph in compared.values()) if exact else None,
+            "flipped": sum(graph.flipped for graph in compared.values()) if exact else None,
+            "rows": sum(graph.rows for graph in compared.values()) if exact else None,
         }
 
     def verification(self, chosen: Attempt) -> dict:

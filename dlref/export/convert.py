@@ -48,6 +48,7 @@ STATIC = [
     "GlobalAveragePool",
     "Concat",
 ]
+WEIGHTED = {*CONVOLUTIONS, "Gemm", "MatMul"}
 FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never quantised
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
@@ -156,7 +157,7 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
     scheme = target.quantisation
     reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
     activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
-    kept = list(plan.kept.get(source.name.split(".")[0], ()))
+    kept = [*plan.kept.get(source.name.split(".")[0], ()), *after_the_network(onnx.load(source).graph)]
     if scheme.qnn:
         return get_qnn_qdq_config(source, reader, method, activation, weight, scheme.per_channel, nodes_to_exclude=kept)
     return StaticQuantConfig(
@@ -170,6 +171,19 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
         per_channel=scheme.per_channel,
         reduce_range=scheme.reduce_range,
     )
+
+
+def after_the_network(graph: onnx.GraphProto) -> list[str]:
+    """The nodes that no layer with weights comes after: decoding, which 256 levels are too few for."""
+    writers = {output: node for node in graph.node for output in node.output}
+    before: set[str] = set()
+    waiting = [node for node in graph.node if node.op_type in WEIGHTED]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in before:
+            before.add(node.name)
+            waiting += [writers[name] for name in node.input if name in writers]
+    return [node.name for node in graph.node if node.name not in before and node.op_type not in FUSED]
 
 
 class Reader(CalibrationDataReader):

@@ -50,14 +50,20 @@ def graphs(described: dict, sizes: dict[str, int]) -> list[str]:
 
 def metrics(verification: dict, target: dict) -> list[str]:
     """The metric on both splits, and the attempts that it or the clock refused."""
-    rows = []
-    for row in (verification["metric"], verification["test"]):
+    rows, both = [], (verification["metric"], verification["test"])
+    for row in both:
         error = "–" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
         rows.append([row["name"], row["split"], row["n"], f"{row['pytorch']:.4f}", f"{row['bundle']:.4f}", error])
     parts = [
         "## The task's metric, by PyTorch and by this bundle",
         table(["metric", "split", "samples", "PyTorch", "bundle", "largest difference of an output"], rows),
     ]
+    if verification["test"]["rows"]:
+        parts.append(
+            "Outputs that are a choice, such as boxes after suppression, are compared as sets; a rounding flipped "
+            + " and ".join(f"{row['flipped']} of {row['rows']} ({row['split']})" for row in both)
+            + "."
+        )
     refused = [
         f"- {' '.join(filter(None, [attempt['precision'], attempt['calibration']]))}"
         f"{kept_float(attempt['kept_float'])}: {attempt['refused']}."

@@ -1,7 +1,7 @@
 """A bundle answers as the task does, or it is not written."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 
 import numpy as np
@@ -10,6 +10,8 @@ from dlref.export.graph import example_at
 from dlref.runtime import UserError, make_runner
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
+FLIPPED = 0.005  # share of the rows of a choice that a rounding may change; and this many however few there are:
+FEW = 2
 
 
 class Refused(UserError):
@@ -46,23 +48,54 @@ class Compared:
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
     task's metric judges: then only rank, type and finiteness count, for the number of boxes or tokens that come out
-    can hang on the last digit.
+    can hang on the last digit. Outputs that are a choice (`Graph.chosen`) are compared as a set of rows.
     """
 
-    def __init__(self, name: str, reference: Callable, exported: Callable, tolerance: float):
+    def __init__(
+        self, name: str, reference: Callable, exported: Callable, tolerance: float, chosen: Sequence[str] = ()
+    ):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
         self.shape = exported.shape
+        self.chosen = () if tolerance == inf else chosen
         self.max_abs_error = 0.0
+        self.rows = self.flipped = 0
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """The exported graph's answer, once compared."""
         actual, expected = self.exported(**inputs), self.reference(**inputs)
         for name, reference in expected.items():
-            self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
+            self.alike(name, actual[name], reference)
+            if name not in self.chosen:
+                self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
+        if self.chosen:
+            self.compare_sets(*(rows_of(answer, self.chosen) for answer in (actual, expected)))
         return actual
 
-    def difference(self, output: str, actual: np.ndarray, expected: np.ndarray) -> float:
-        """Largest absolute error; raises Refused beyond the tolerance, or for another shape or type."""
+    def compare_sets(self, actual: np.ndarray, expected: np.ndarray) -> None:
+        """Look for each row of `expected` (B, D, F) in the same sample of `actual`; rows of zeros are no rows."""
+        for found, wanted in zip(actual, expected, strict=True):
+            wanted = wanted[wanted.any(axis=1)]
+            if not len(wanted):
+                self.flipped += int(found.any(axis=1).sum())
+                continue
+            error = np.abs(found[:, None] - wanted)  # (found, wanted, F)
+            relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
+            same = relative.min(axis=0) <= self.tolerance
+            self.rows += len(wanted)
+            self.flipped += max(len(wanted), int(found.any(axis=1).sum())) - int(same.sum())
+            nearest = error[relative.argmin(axis=0), np.arange(len(wanted))].max(axis=1)
+            self.max_abs_error = max(self.max_abs_error, float(nearest[same].max(initial=0)))
+
+    def settle(self) -> None:
+        """Once all is asked: raise Refused where more rows of a choice differ than roundings change."""
+        if self.flipped > max(FEW, FLIPPED * self.rows):
+            raise Refused(
+                f"{self.name}, outputs {', '.join(self.chosen)}: {self.flipped} of {self.rows} rows differ from "
+                f"PyTorch's; expected at most {FLIPPED:.1%} beyond {self.tolerance:.0e}"
+            )
+
+    def alike(self, output: str, actual: np.ndarray, expected: np.ndarray) -> None:
+        """Raise Refused for another shape or type, or for what is no number."""
         where = f"{self.name}, output {output}"
         alike = actual.shape == expected.shape or (self.tolerance == inf and actual.ndim == expected.ndim)
         if not alike or actual.dtype != expected.dtype:
@@ -71,14 +104,26 @@ class Compared:
             )
         if not np.isfinite(actual).all() and np.isfinite(expected).all():
             raise Refused(f"{where}: not a finite number; expected finite ones as PyTorch")
+
+    def difference(self, output: str, actual: np.ndarray, expected: np.ndarray) -> float:
+        """Largest absolute error; raises Refused beyond the tolerance."""
         if actual.shape != expected.shape or not expected.size:
             return 0.0
         with np.errstate(invalid="ignore"):  # infinities that are equal, as masks have them, differ by nothing
             error = np.where(actual == expected, 0, np.abs(actual.astype(np.float64) - expected))
         worst = (error / np.maximum(np.abs(expected), 1)).max()
         if not worst <= self.tolerance:  # also for NaN
-            raise Refused(f"{where}: differs from PyTorch by {worst:.2g}; expected at most {self.tolerance:.0e}")
+            raise Refused(
+                f"{self.name}, output {output}: differs from PyTorch by {worst:.2g}; expected at most "
+                f"{self.tolerance:.0e}"
+            )
         return float(error.max())
+
+
+def rows_of(answer: dict[str, np.ndarray], chosen: Sequence[str]) -> np.ndarray:
+    """Outputs (B, D) and (B, D, ...) side by side: (B, D, F). One that has no second axis is no row's."""
+    parts = [answer[name].astype(np.float64) for name in chosen if answer[name].ndim > 1]
+    return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
 def parity(name: str, graph, reference: Callable, exported: Callable, tolerance: float, static: bool) -> list[dict]:
@@ -90,11 +135,13 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
     for turn in range(1 if static else max(map(len, graph.sizes.values()), default=1)):
         sizes = {symbol: choices[turn % len(choices)] for symbol, choices in graph.sizes.items()}
         inputs = {key: tensor.numpy() for key, tensor in example_at(graph, sizes).items()}
-        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance)
+        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.chosen)
         compared(**inputs)
+        compared.settle()
         shape = {key: list(array.shape) for key, array in inputs.items()}
         allowed = tolerance if np.isfinite(tolerance) else None
-        rows.append({"graph": name, "shape": shape, "max_abs_error": compared.max_abs_error, "tolerance": allowed})
+        found = {"max_abs_error": compared.max_abs_error, "tolerance": allowed, "flipped": compared.flipped}
+        rows.append({"graph": name, "shape": shape, **found})
     return rows
 
 

@@ -1,11 +1,12 @@
 """Networks: plain torch, one file per architecture, each to be read next to its paper.
 
-`forward` takes tensors and returns logits, the same in training and in evaluation mode (dropout and
+`forward` takes tensors and returns tensors, the same in training and in evaluation mode (dropout and
 batch-norm statistics aside). State-dict keys are torchvision's where torchvision has the network, so its
 published weights load directly.
 
-Every network names in its class attribute `head` the modules whose shape depends on `num_classes`. Transfer
-learning replaces these and nothing else.
+Every network names in its class attribute `class_layers` the modules whose shape depends on `num_classes`. Transfer
+learning replaces these and nothing else. One that is built on another network's layers has `of_base(state)`: that
+network's published state dict under its own names, without what it does not have.
 """
 
 from dlref.models.activations import ActivationName, make_activation
@@ -13,5 +14,18 @@ from dlref.models.alexnet import AlexNet
 from dlref.models.googlenet import GoogLeNet
 from dlref.models.lenet import LeNet5
 from dlref.models.resnet import CifarResNet, ResNet
+from dlref.models.ssd import SSDVGG16, SSDResNet
+from dlref.models.vgg import VGG
 
-__all__ = ["ActivationName", "AlexNet", "CifarResNet", "GoogLeNet", "LeNet5", "ResNet", "make_activation"]
+__all__ = [
+    "SSDVGG16",
+    "VGG",
+    "ActivationName",
+    "AlexNet",
+    "CifarResNet",
+    "GoogLeNet",
+    "LeNet5",
+    "ResNet",
+    "SSDResNet",
+    "make_activation",
+]

@@ -32,7 +32,7 @@ class AlexNet(nn.Module):
         dropout: probability of dropping an input of the first two linear layers.
     """
 
-    head = ("classifier.6",)
+    class_layers = ("classifier.6",)
 
     def __init__(
         self,

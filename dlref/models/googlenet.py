@@ -111,7 +111,7 @@ class GoogLeNet(nn.Module):
         aux_dropout: the same for the last layer of the auxiliary classifiers.
     """
 
-    head = ("fc", "aux1.fc2", "aux2.fc2")
+    class_layers = ("fc", "aux1.fc2", "aux2.fc2")
 
     def __init__(
         self,

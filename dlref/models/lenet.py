@@ -33,7 +33,7 @@ class LeNet5(nn.Module):
         activation: after C1, C3, C5 and F6.
     """
 
-    head = ("output",)
+    class_layers = ("output",)
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, activation: ActivationName = "tanh") -> None:
         super().__init__()

@@ -133,7 +133,7 @@ class ResNet(nn.Module):
         ValueError: `depth`, `activation` or `stem` is none of those listed.
     """
 
-    head = ("fc",)
+    class_layers = ("fc",)
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class CifarResNet(nn.Module):
         ValueError: `depth` or `activation` is none of those listed.
     """
 
-    head = ("fc",)
+    class_layers = ("fc",)
 
     def __init__(
         self,

@@ -55,18 +55,53 @@ def transform(arguments: list[str]) -> int:
         "inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders"
     )
     options.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
+    options.add_argument("--form", help="another form of the answers, such as sagemaker")
+    options.add_argument("--draw", type=Path, metavar="PNG", help="draw the answer; with several inputs, into a folder")
     options = options.parse_args(arguments)
     runner = load(options.bundle, options.threads, options.provider)
+    if options.form and options.form not in runner.forms:
+        raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     sources = [source for given in options.inputs for source in files(given)]
+    pictures = drawn(sources, options.draw) if options.draw else []
     bad: list[UserError] = []
-    for source, answer in zip(sources, progress(runner.stream(sources, options.batch_size), len(sources)), strict=True):
+    answers = progress(runner.stream(sources, options.batch_size), len(sources))
+    for i, (source, answer) in enumerate(zip(sources, answers, strict=True)):
         if isinstance(answer, UserError):
             bad.append(answer)
             answer = {"error": str(answer)}
+        else:
+            if pictures:
+                save(runner.draw(source, answer), pictures[i])
+            if options.form:
+                answer = runner.forms[options.form](answer)
         print(json.dumps({"input": source, **answer}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
     return 0
+
+
+def drawn(sources: list[str], path: Path) -> list[Path]:
+    """Where the picture of each source goes: `path`, or a file of the source's name in the folder `path`."""
+    if len(sources) == 1:
+        return [path]
+    paths = [path / f"{Path(source).stem}.png" for source in sources]
+    if twice := [one.name for one in paths if paths.count(one) > 1]:
+        raise UserError(f"--draw {path}: two inputs would be drawn as {twice[0]}; expected names that differ")
+    return paths
+
+
+def save(picture, path: Path) -> None:
+    """Write a picture whole or not at all. Raises UserError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            picture.save(part, format="PNG")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a place for a PNG") from None
 
 
 def files(given: str) -> list[str]:

@@ -65,8 +65,8 @@ def check_image_input(graph) -> None:
         raise UserError(f"graph takes {graph.shape}; expected image of four axes, none of them empty")
 
 
-def ask(graph, image: np.ndarray, output: str) -> np.ndarray:
-    """What `graph` answers for `image` uint8 (B, H, W, C), brought to the sizes that the graph has fixed.
+def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:
+    """The `outputs` of `graph` for `image` uint8 (B, H, W, C), brought to the sizes that the graph has fixed.
 
     A graph with a fixed batch takes one image at a time. Raises UserError where it does not answer for each.
     """
@@ -74,10 +74,18 @@ def ask(graph, image: np.ndarray, output: str) -> np.ndarray:
     if isinstance(height, int) and isinstance(width, int):
         image = resize(image, height, width)
     rows = [image] if not isinstance(batch, int) else [row[None] for row in image]
-    answers = [graph(image=row).get(output) for row in rows]
-    if not all(isinstance(a, np.ndarray) and a.ndim and len(a) == len(r) for a, r in zip(answers, rows, strict=True)):
-        raise UserError(f"graph has no answer {output} for each of {len(image)} images")
-    return np.concatenate(answers)
+    answers = [graph(image=row) for row in rows]
+    return [
+        np.concatenate([answered(a, output, len(r)) for a, r in zip(answers, rows, strict=True)]) for output in outputs
+    ]
+
+
+def answered(answer: dict[str, np.ndarray], output: str, count: int) -> np.ndarray:
+    """An output that has a row for each of `count` images. Raises UserError where it has not."""
+    array = answer.get(output)
+    if not (isinstance(array, np.ndarray) and array.ndim and len(array) == count):
+        raise UserError(f"graph has no answer {output} for each of {count} images")
+    return array
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

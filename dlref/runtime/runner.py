@@ -1,6 +1,6 @@
 """What every runner shares: one input, a list of them, or a stream that no bad input stops."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dlref.runtime.errors import UserError
 
@@ -10,6 +10,9 @@ ROOM = 1 << 24  # elements of a batch: 5 photographs of a megapixel, or one of a
 
 class Runner:
     """Inputs -> answers. A subclass says how to read an input and how to answer for several at once."""
+
+    # Other forms of an answer, by name: what other services answer, for programs that were written for these.
+    forms: Mapping[str, Callable[[dict], dict]] = {}
 
     def read(self, source):
         """An input as the graph takes it. Raises UserError where it is none."""
@@ -26,6 +29,10 @@ class Runner:
     def together(self, first, second) -> bool:
         """Whether two items may be answered in one batch."""
         return True
+
+    def draw(self, source, answer: dict):
+        """A picture (PIL) of an answer to `source`. Raises UserError where answers are none to look at."""
+        raise UserError("these answers are not drawn; expected a bundle of object detection")
 
     def __call__(self, source) -> dict | list[dict]:
         """The answer for one input, or a list of them for a list. Raises UserError for the first bad one."""

@@ -21,6 +21,9 @@ class Graph:
         sizes: symbol -> the sizes at which the exported graph has to equal the module. The first ones are
             those of a single answer: what is timed, and what a device that needs fixed shapes gets.
         tolerance: largest error allowed, relative to outputs above 1 and absolute below.
+        chosen: outputs that are a choice, such as the boxes that suppression leaves: a rounding can change which rows
+            (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
+            all but a few have to be found again.
     """
 
     module: nn.Module
@@ -29,6 +32,7 @@ class Graph:
     dynamic_axes: Mapping[str, Mapping[int, str]]
     sizes: Mapping[str, Sequence[int]]
     tolerance: float = 1e-5
+    chosen: Sequence[str] = ()
 
     @property
     def shape(self) -> dict[str, list[int | str]]:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 
 COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
+SURE = 0.3  # score of the least certain box that is drawn
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -114,4 +116,56 @@ def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: li
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(f"{labels[predicted]} {confidence:.0%}\ntrue: {labels[true]}", fontsize=9)
     figure.suptitle("Most confident mistakes" if worst else "No mistakes")
+    _save(figure, path)
+
+
+def detections(path: Path, pictures: list, labels: list[str]) -> None:
+    """Pictures (uint8 image (C, H, W), (boxes, scores, classes), targets): true boxes on the left, found on the right.
+
+    Boxes are in shares of the image. Found ones are drawn from a score of 0.3.
+    """
+    columns = 3
+    rows = max(1, -(-len(pictures) // columns))
+    figure = Figure(figsize=(5.2 * columns, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, (image, (boxes, scores, classes), targets) in enumerate(pictures):
+        row, column = divmod(number, columns)
+        height, width = targets["sizes"].tolist()
+        truth, found = grid[row, 2 * column], grid[row, 2 * column + 1]
+        for axes, title in ((truth, "true"), (found, "found")):
+            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+            axes.set_title(title, fontsize=9)
+        there = targets["labels"] >= 0
+        for box, k in zip(targets["boxes"][there].tolist(), targets["labels"][there].tolist(), strict=True):
+            _box(truth, box, width, height, f"C{k % 10}", labels[k])
+        for box, score, k in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True):
+            if score >= SURE:
+                _box(found, box, width, height, f"C{k % 10}", f"{labels[k]} {score:.0%}")
+    _save(figure, path)
+
+
+def _box(axes, box: list[float], width: int, height: int, colour: str, text: str) -> None:
+    left, top, right, bottom = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.5))
+    style = {"facecolor": colour, "alpha": 0.8, "pad": 0.5, "linewidth": 0}
+    axes.text(left, top, text, fontsize=6, color="white", va="bottom", bbox=style, clip_on=True)
+
+
+def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[str]) -> None:
+    """Precision (101,) over recalls from 0 to 1 for each class; with more than SHOWN the legend names the weakest."""
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    areas = {k: curve.mean() for k, curve in precision.items()}
+    weakest = sorted(areas, key=areas.get)[:SHOWN]
+    for k, curve in precision.items():
+        label = f"{labels[k]}  {areas[k]:.3f}" if k in weakest else None
+        axes.plot(np.linspace(0, 1, len(curve)), curve, label=label, linewidth=1.2 if k in weakest else 0.4)
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="recall", ylabel="precision")
+    axes.set_title("Precision over recall at an overlap of 0.5")
+    axes.grid(alpha=0.3)
+    if areas:
+        title = "AP50" if len(areas) <= SHOWN else f"AP50, the {SHOWN} weakest of {len(areas)}"
+        axes.legend(title=title, loc="lower left", fontsize=8)
     _save(figure, path)

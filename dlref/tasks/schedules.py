@@ -12,10 +12,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class Steps(LambdaLR):
-    """Multiply the rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4)."""
+    """Multiply the rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4).
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, milestones: list[float], gamma: float = 0.1):
-        super().__init__(optimizer, lambda step: gamma ** sum(step >= m * total_steps for m in milestones))
+    Before, it rises linearly over the first `warmup` share.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, milestones: list[float], gamma: float = 0.1, warmup: float = 0.0
+    ):
+        rise = warmup * total_steps
+
+        def factor(step: int) -> float:
+            return min((step + 1) / (rise + 1), 1.0) * gamma ** sum(step >= m * total_steps for m in milestones)
+
+        super().__init__(optimizer, factor)
 
 
 class WarmupCosine(LambdaLR):

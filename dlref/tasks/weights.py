@@ -55,23 +55,31 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, path: Path) -> list[str]:
-    """Load `path` into `network`; the names of the head's tensors that were left as initialised.
+    """Load `path` into `network`; the names of the tensors that were left as initialised.
 
-    The modules in `network.head` depend on the classes: where their shapes differ they keep their fresh
-    weights, and the log says so. Any other difference is a UserError.
+    The modules in `network.class_layers` depend on the classes: where their shapes differ they keep their fresh
+    weights. So does all that is not the base's where the weights are those of the network's base, as published for
+    classification. The log says which; any other difference is a UserError.
     """
     state, own = read_state_dict(path), network.state_dict()
+    of_base = getattr(network, "of_base", dict)(state) if own.keys().isdisjoint(state) else {}
+    state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
-    replaced = sorted(key for key in differing if key.startswith(tuple(f"{h}." for h in network.head)))
-    problems = sorted(own.keys() ^ state.keys()) + sorted(set(differing) - set(replaced))
+    replaced = [key for key in differing if key.startswith(tuple(f"{layer}." for layer in network.class_layers))]
+    missing = own.keys() - state.keys()
+    problems = sorted(state.keys() - own.keys() | (set() if of_base else missing) | set(differing) - set(replaced))
     if problems:
         raise UserError(
             f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({', '.join(problems[:3])}, "
             f"...); expected the weights of this architecture"
         )
-    network.load_state_dict(state | {key: own[key] for key in replaced})
-    log.warning("%s: loaded; new head for other classes: %s", path, ", ".join(replaced) or "none needed")
-    return replaced
+    fresh = sorted(missing.union(replaced))
+    network.load_state_dict(state | {key: own[key] for key in fresh})
+    if of_base:
+        log.warning("%s: loaded into the base; %d of %d tensors are new", path, len(fresh), len(own))
+    else:
+        log.warning("%s: loaded; new head for other classes: %s", path, ", ".join(fresh) or "none needed")
+    return fresh
 
 
 def one_line(error: Exception) -> str:

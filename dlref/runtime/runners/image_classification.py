@@ -44,7 +44,7 @@ class Runner(Base):
 
     def probability(self, image: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float32 (B, K)."""
-        return ask(self.classify, image, "probability")
+        return ask(self.classify, image, "probability")[0]
 
 
 def is_metadata(metadata: dict) -> bool:

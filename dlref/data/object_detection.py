@@ -1,0 +1,369 @@
+"""Data modules for object detection.
+
+What passes to a task: batches `(images, targets)`, images uint8 (B, 3, S, S) and not normalised. In `targets` lie
+`boxes` float32 (B, M, 4), corners in shares of the image; `labels` int64 (B, M) from 0, and -1 where there is no box;
+`ignored` bool (B, M) for objects that evaluation passes over; and `sizes` int64 (B, 2), height and width of the
+original picture in pixels. M is the most boxes of a picture in the split, so that all batches of a split have one
+shape. After `setup`, `labels` holds the K class names.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dlref.data.augment import photometric
+from dlref.data.box_listings import (
+    BoxListing,
+    OnBadBox,
+    Picture,
+    read_box_manifest,
+    read_coco,
+    read_sagemaker,
+    read_voc,
+    split,
+)
+from dlref.data.image_classification import check_at_least
+from dlref.data.images import read_image
+from dlref.data.scenes import digit_pools, make_scenes
+from dlref.runtime.errors import UserError
+
+MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
+SPLIT_SEED = 0  # which must be the same whatever the run's own seed
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class Pictures(Dataset):
+    """Pictures with their boxes, decoded and transformed when asked for.
+
+    Args:
+        pictures: paths, boxes in pixels, labels.
+        transform: of a dict with `image`, `boxes`, `labels` and `ignored`, to a square image.
+        keep_ignored: whether boxes that evaluation passes over are there at all.
+        images: uint8 (N, 3, H, W), where they are in memory already; by default the paths are read.
+    """
+
+    def __init__(
+        self,
+        pictures: list[Picture],
+        transform: Callable[[dict], dict],
+        keep_ignored: bool = True,
+        images: Tensor | None = None,
+    ):
+        self.pictures, self.transform, self.keep_ignored, self.images = pictures, transform, keep_ignored, images
+        self.paths = [picture.path for picture in pictures]
+        self.places = max([1, *(len(picture.labels) for picture in pictures)])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        picture = self.pictures[index]
+        image = read_image(picture.path) if self.images is None else self.images[index]
+        height, width = image.shape[-2:]
+        kept = torch.ones_like(picture.ignored) if self.keep_ignored else ~picture.ignored
+        sample = self.transform(
+            {
+                "image": tv_tensors.Image(image),
+                "boxes": tv_tensors.BoundingBoxes(picture.boxes[kept], format="XYXY", canvas_size=(height, width)),
+                "labels": picture.labels[kept],
+                "ignored": picture.ignored[kept],
+            }
+        )
+        boxes = sample["boxes"]
+        shares = boxes.as_subclass(Tensor) / torch.tensor(boxes.canvas_size).flip(0).repeat(2)
+        targets = {
+            "boxes": padded(shares, self.places, 0),
+            "labels": padded(sample["labels"], self.places, -1),
+            "ignored": padded(sample["ignored"], self.places, False),
+            "sizes": torch.tensor([height, width]),
+        }
+        return sample["image"].as_subclass(Tensor), targets
+
+
+def padded(rows: Tensor, places: int, value: float) -> Tensor:
+    """`rows` (n, ...) with more of `value` to (places, ...)."""
+    return torch.cat([rows, rows.new_full((places - len(rows), *rows.shape[1:]), value)])
+
+
+class ObjectDetectionData(LightningDataModule):
+    """Pictures with boxes; a subclass says how a split is listed.
+
+    Training augments as SSD (Liu et al. 2016, section 2.2, "Data augmentation", and section 3.6): zoomed out up to
+    `zoom_out` times with probability one half, a part that overlaps an object enough, mirrored, in other light.
+    Evaluation resizes whole pictures. Neither keeps the ratio of the sides.
+
+    Args:
+        batch_size: pictures in a batch.
+        image_size: height and width of an image in a batch, in pixels: the network's.
+        zoom_out: largest side of the canvas that a training picture is placed on, in sides of the picture; 1 is off.
+        crop: take a random part of each training picture.
+        flip: mirror half of the training pictures left to right.
+        photometric: change brightness, contrast, saturation and hue of training pictures, on the device.
+        num_workers: processes that decode; 0 decodes in the training process.
+    """
+
+    labels: list[str]
+    keep_ignored = True  # in training
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        image_size: int = 300,
+        zoom_out: float = 4.0,
+        crop: bool = True,
+        flip: bool = True,
+        photometric: bool = True,
+        num_workers: int = 4,
+    ):
+        super().__init__()
+        self.batch_size, self.image_size, self.num_workers = batch_size, image_size, num_workers
+        self.zoom_out, self.crop, self.flip, self.photometric = zoom_out, crop, flip, photometric
+        self.splits: dict[str, Pictures] = {}
+
+    def list_splits(self) -> dict[str, BoxListing]:
+        """List "train", "val" and "test", with the classes of "train"."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the pictures of all splits, once, and check their boxes."""
+        if self.splits:
+            return
+        check_at_least(1, batch_size=self.batch_size, image_size=self.image_size)
+        check_at_least(0, num_workers=self.num_workers)
+        if self.zoom_out < 1:
+            raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected at least 1")
+        listings = self.list_splits()
+        for name, listing in listings.items():
+            if listing.mended:
+                what = ", ".join(f"{count} boxes {how}" for how, count in listing.mended.items())
+                rank_zero_warn(f"{name}: {what}, for they stick out of their picture or have no area")
+        self.labels = listings["train"].classes
+        self.splits = {name: self.dataset(name, listing) for name, listing in listings.items()}
+
+    def dataset(self, name: str, listing: BoxListing) -> Pictures:
+        """The pictures of a split."""
+        if name == "train":
+            return Pictures(listing.pictures, self.train_transform(), self.keep_ignored)
+        return Pictures(listing.pictures, self.eval_transform())
+
+    def train_transform(self) -> v2.Transform:
+        """Return what training does to each picture, light aside."""
+        transforms: list[v2.Transform] = []
+        if self.zoom_out > 1:
+            fill = {tv_tensors.Image: MEAN, "others": 0}
+            transforms.append(v2.RandomZoomOut(fill, side_range=(1.0, self.zoom_out)))
+        if self.crop:
+            transforms.append(v2.RandomIoUCrop())
+        if self.flip:
+            transforms.append(v2.RandomHorizontalFlip())
+        transforms.append(v2.Resize((self.image_size, self.image_size), antialias=True))
+        return v2.Compose([*transforms, v2.SanitizeBoundingBoxes(labels_getter=of_boxes)])
+
+    def eval_transform(self) -> v2.Transform:
+        """Return what validation and testing do to each picture."""
+        return v2.Resize((self.image_size, self.image_size), antialias=True)
+
+    def loader(self, split: str, **options: Any) -> DataLoader:
+        """The batches of a split."""
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        pinned = torch.cuda.is_available()
+        return DataLoader(self.splits[split], batch_size=self.batch_size, pin_memory=pinned, **workers, **options)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches, all of one size."""
+        # A last, smaller batch would be another shape for torch.compile and for CUDA graphs.
+        return self.loader("train", shuffle=True, drop_last=len(self.splits["train"]) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation picture once, in order."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test picture once, in order."""
+        return self.loader("test")
+
+    def sources(self) -> list[str]:
+        """Return the path of each test picture, in order."""
+        return self.splits["test"].paths
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test pictures."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Change the light of training batches, on the device."""
+        images, targets = batch
+        if self.photometric and self.trainer is not None and self.trainer.training:
+            images = photometric(images)
+        return images, targets
+
+
+def of_boxes(sample: dict) -> tuple[Tensor, Tensor]:
+    """What loses its rows with the boxes that augmentation leaves nothing of."""
+    return sample["labels"], sample["ignored"]
+
+
+class DigitScenes(ObjectDetectionData):
+    """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. They need no file.
+
+    The digits of a split are in no other.
+
+    Args:
+        train: number of training scenes.
+        held_out: number of validation scenes, and of test scenes.
+        most: digits in a scene.
+    """
+
+    def __init__(
+        self,
+        train: int = 1000,
+        held_out: int = 200,
+        most: int = 8,
+        image_size: int = 96,
+        flip: bool = False,
+        num_workers: int = 0,
+        **kwargs,
+    ):
+        super().__init__(image_size=image_size, flip=flip, num_workers=num_workers, **kwargs)
+        self.counts = {"train": train, "val": held_out, "test": held_out}
+        self.most = most
+
+    def list_splits(self) -> dict[str, BoxListing]:
+        """Draw the scenes; each split has a seed of its own."""
+        check_at_least(1, train=self.counts["train"], held_out=self.counts["val"], most=self.most)
+        self.images, listings = {}, {}
+        for seed, (name, pool) in enumerate(digit_pools().items()):
+            scenes = make_scenes(*pool, self.counts[name], self.image_size, seed, self.most)
+            self.images[name] = scenes.images
+            listings[name] = BoxListing(
+                [
+                    Picture(str(i), boxes[there], labels[there], torch.zeros(int(there.sum()), dtype=torch.bool))
+                    for i, (boxes, labels) in enumerate(zip(scenes.boxes, scenes.labels, strict=True))
+                    for there in [labels >= 0]
+                ],
+                [str(digit) for digit in range(10)],
+                {},
+            )
+        return listings
+
+    def dataset(self, name: str, listing: BoxListing) -> Pictures:
+        """The scenes of a split, from memory."""
+        dataset = super().dataset(name, listing)
+        dataset.images = self.images[name]
+        return dataset
+
+
+class ListedBoxes(ObjectDetectionData):
+    """Pictures that are listed in files, one list for each split, or several that are put together.
+
+    Args:
+        root: the folder that the lists are relative to.
+        train: the training list; see the subclass.
+        val: the validation list. None: a share of the training pictures, always the same, is held out.
+        test: the test list; by default validation serves for testing too.
+        class_names: the classes in order; by default those that the first training list names.
+        on_bad_box: what to do with a box that has no area or sticks out of its picture: "error", "clip" or "skip".
+        held_out: the share of the training pictures where there is no validation list.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        class_names: list[str] | None = None,
+        on_bad_box: OnBadBox = "error",
+        held_out: float = 0.1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.lists = {"train": train, "val": val, "test": test}
+        self.class_names, self.on_bad_box, self.held_out = class_names, on_bad_box, held_out
+
+    def read(self, path: Path, classes: list[str] | None) -> BoxListing:
+        """Read one list."""
+        raise NotImplementedError
+
+    def read_all(self, lists: str | list[str], classes: list[str] | None) -> BoxListing:
+        """Read the lists of a split and put them together."""
+        pictures: list[Picture] = []
+        mended: Counter[str] = Counter()
+        for name in [lists] if isinstance(lists, str) else lists:
+            listing = self.read(self.root / name, classes)
+            classes = listing.classes
+            pictures += listing.pictures
+            mended.update(listing.mended)
+        if not pictures:
+            raise UserError("--data.init_args: an empty list of lists; expected at least one file")
+        return BoxListing(pictures, classes, dict(mended))
+
+    def list_splits(self) -> dict[str, BoxListing]:
+        """Read the lists of each split, with the classes of training."""
+        train = self.read_all(self.lists["train"], self.class_names)
+        given = {name: lists for name, lists in self.lists.items() if lists and name != "train"}
+        read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
+        if "val" not in read:
+            train, read["val"] = split(train, self.held_out, SPLIT_SEED)
+        if "test" not in read:
+            rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
+        return {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
+
+
+class VOCBoxes(ListedBoxes):
+    """Pascal VOC: lists `F/ImageSets/Main/*.txt` of stems, and `F/Annotations/*.xml` and `F/JPEGImages/*` beside them.
+
+    Objects marked difficult are trained on, and evaluation passes over them.
+    """
+
+    def read(self, path: Path, classes: list[str] | None) -> BoxListing:
+        """Read the stems of a list, and their annotations."""
+        return read_voc(path.parent.parent.parent, path, classes, self.on_bad_box)
+
+
+class COCOBoxes(ListedBoxes):
+    """COCO: lists `annotations/instances_NAME.json`, and the pictures of each in the folder `NAME` of `root`.
+
+    Crowds are not trained on, and evaluation passes over them.
+    """
+
+    keep_ignored = False
+
+    def read(self, path: Path, classes: list[str] | None) -> BoxListing:
+        """Read one JSON file."""
+        return read_coco(path, self.root / path.stem.removeprefix("instances_"), classes, self.on_bad_box)
+
+
+class SageMakerBoxes(ListedBoxes):
+    """SageMaker's channels: folders such as `train_annotation` with one JSON for each picture of the folder `train`."""
+
+    def read(self, path: Path, classes: list[str] | None) -> BoxListing:
+        """Read one folder."""
+        pictures = path.with_name(path.name.removesuffix("_annotation"))
+        return read_sagemaker(pictures, path, classes, self.on_bad_box)
+
+
+class ManifestBoxes(ListedBoxes):
+    """Augmented manifests, as SageMaker Ground Truth writes them for boxes; paths are relative to their own folder.
+
+    Args:
+        label_attribute: the key of the boxes; by default the only one that it can be.
+    """
+
+    def __init__(self, label_attribute: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.label_attribute = label_attribute
+
+    def read(self, path: Path, classes: list[str] | None) -> BoxListing:
+        """Read one manifest."""
+        return read_box_manifest(path, None, self.label_attribute, classes, self.on_bad_box)

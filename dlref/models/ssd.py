@@ -1,0 +1,294 @@
+"""SSD: W. Liu, D. Anguelov, D. Erhan, C. Szegedy, S. Reed, C.-Y. Fu and A. C. Berg, "SSD: Single Shot MultiBox
+Detector", ECCV 2016.
+
+`SSDVGG16` is figure 2 with torchvision's keys (35,641,826 parameters at 300 pixels and 90 classes; 512 pixels is the
+arXiv version's footnote 5). `SSDResNet` has the base of NVIDIA's DeepLearningExamples: a ResNet to its third stage,
+which keeps the resolution of the second, and batch norm in the extra layers.
+
+A network answers the raw heads, in training and in evaluation: for each default box the offsets of a box and the
+logits of its class. Matching, loss and detections are the task's. The background is class 0, as in the paper.
+
+Legend of shapes: B batch, C channels, H W height and width, N default boxes, K classes, background aside.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlref.models.resnet import ResNet
+from dlref.models.vgg import convolutions, initialise
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The default boxes of a network (section 2.2, "Choosing scales and aspect ratios for default boxes").
+
+    Args:
+        steps: pixels of the image from one cell to the next, for each feature map.
+        maps: cells on a side of each map.
+        scales: side of the square boxes, as a share of the image's; one more than there are maps, for the second
+            square of a map has the mean (geometric) of its scale and the next map's.
+        ratios: aspect ratios beside 1; each stands for itself and for its inverse.
+    """
+
+    steps: tuple[int, ...]
+    maps: tuple[int, ...]
+    scales: tuple[float, ...]
+    ratios: tuple[tuple[int, ...], ...]
+
+    @property
+    def boxes_per_cell(self) -> list[int]:
+        """Two squares, and two boxes for each ratio."""
+        return [2 + 2 * len(ratios) for ratios in self.ratios]
+
+    def boxes(self, size: int) -> Float[Tensor, "N 4"]:
+        """Every default box as centre, width and height, in shares of an image of `size` pixels a side.
+
+        Maps from fine to coarse, rows, columns, then the boxes of a cell. No side is longer than the image.
+        """
+        found = []
+        for step, cells, (scale, following), ratios in zip(
+            self.steps, self.maps, pairwise(self.scales), self.ratios, strict=True
+        ):
+            sides = [(scale, scale), (sqrt(scale * following),) * 2]
+            for ratio in ratios:
+                sides += [(scale * sqrt(ratio), scale / sqrt(ratio)), (scale / sqrt(ratio), scale * sqrt(ratio))]
+            centres = (torch.arange(cells) + 0.5) * step / size
+            y, x = torch.meshgrid(centres, centres, indexing="ij")
+            xy = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sides), 2)
+            wh = torch.tensor(sides).clamp(max=1).expand(len(xy), -1, 2)
+            found.append(torch.cat([xy, wh], dim=-1).reshape(-1, 4))
+        return torch.cat(found)
+
+
+LAYOUTS = {
+    # Neither paper's nor published: for pictures that a CPU learns from in minutes.
+    96: Layout(
+        steps=(8, 16, 32, 48, 96),
+        maps=(12, 6, 3, 2, 1),
+        scales=(0.12, 0.25, 0.4, 0.6, 0.8, 1.0),
+        ratios=((2,), (2, 3), (2, 3), (2,), (2,)),
+    ),
+    300: Layout(
+        steps=(8, 16, 32, 64, 100, 300),
+        maps=(38, 19, 10, 5, 3, 1),
+        scales=(0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
+        ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+    ),
+    512: Layout(
+        steps=(8, 16, 32, 64, 128, 256, 512),
+        maps=(64, 32, 16, 8, 4, 2, 1),
+        scales=(0.07, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05),
+        ratios=((2,), (2, 3), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+    ),
+}
+
+
+class VGGFeatures(nn.Module):
+    """VGG-16 to conv5_3, fc6 and fc7 as convolutions, and the extra layers (figure 2, section 3).
+
+    Raises:
+        ValueError: `size` is neither 300 nor 512.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size not in (300, 512):
+            raise ValueError(f"no SSD with a VGG-16 base for {size} pixels: expected 300 or 512")
+        layers = convolutions(16)
+        layers[16].ceil_mode = True  # pool3: 75 -> 38
+        nn.Sequential(*layers).apply(initialise)
+        self.scale_weight = nn.Parameter(torch.full((512,), 20.0))
+        self.features = nn.Sequential(*layers[:23])  # to conv4_3
+        fc = nn.Sequential(
+            nn.MaxPool2d(kernel_size=3, stride=1, padding=1),  # pool5, which keeps the resolution
+            nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6),  # fc6, "à trous"
+            nn.ReLU(inplace=True),
+            nn.Conv2d(1024, 1024, kernel_size=1),  # fc7
+            nn.ReLU(inplace=True),
+        )
+        extra = [_extra(1024, 256, 512, stride=2), _extra(512, 128, 256, stride=2)]
+        if size == 300:
+            extra += [_extra(256, 128, 256, padding=0), _extra(256, 128, 256, padding=0)]
+        else:
+            extra += [_extra(256, 128, 256, stride=2), _extra(256, 128, 256, stride=2)]
+            extra += [_extra(256, 128, 256, kernel=4)]
+        self.extra = nn.ModuleList([nn.Sequential(*layers[23:-1], fc), *extra])
+        self.out_channels = [512, 1024, 512, *[256] * (len(extra) - 1)]
+        for part in (fc, *extra):
+            part.apply(_initialise)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        """Return the maps of conv4_3, their norm over the channels scaled (section 3.1), fc7 and the extra layers."""
+        x = self.features(x)
+        maps = [self.scale_weight[:, None, None] * F.normalize(x)]
+        for layer in self.extra:
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """torchvision's VGG-16 under the names used here; fc6 and fc7 by every third and fourth value (section 3)."""
+        own = {}
+        for key, value in state.items():
+            part, _, rest = key.partition(".")
+            index, _, kind = rest.partition(".")
+            if part == "features":
+                own[f"features.{index}.{kind}" if int(index) < 23 else f"extra.0.{int(index) - 23}.{kind}"] = value
+        # torchvision's weights converted from the authors' hold no numbers in the classifier.
+        if "classifier.0.weight" in state and state["classifier.0.weight"].isfinite().all():
+            fc6, fc7 = (state[f"classifier.{i}.weight"] for i in (0, 3))
+            own["extra.0.7.1.weight"] = fc6.reshape(4096, 512, 7, 7)[::4, :, ::3, ::3].clone()
+            own["extra.0.7.3.weight"] = fc7.reshape(4096, 4096, 1, 1)[::4, ::4].clone()
+            own |= {f"extra.0.7.{to}.bias": state[f"classifier.{i}.bias"][::4].clone() for i, to in ((0, 1), (3, 3))}
+        return own
+
+
+class ResNetFeatures(nn.Module):
+    """A ResNet to its third stage, at the second's resolution, and extra layers with batch norm.
+
+    As NVIDIA's SSD300 v1.1; at 96 and 512 pixels every extra layer halves the resolution.
+    """
+
+    def __init__(self, depth: int, size: int) -> None:
+        super().__init__()
+        if size not in LAYOUTS:
+            raise ValueError(f"no SSD for {size} pixels: expected one of {', '.join(map(str, LAYOUTS))}")
+        base = ResNet(depth)
+        del base.layer4, base.fc
+        for module in base.layer3[0].modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+        self.features = base
+        channels = [base.layer3[-1].bn2.num_features * type(base.layer3[-1]).expansion, 512, 512]
+        self.out_channels = channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - 3)]
+        extra = []
+        for index, (before, after) in enumerate(pairwise(channels)):
+            middle = 256 if index < 2 else 128
+            halves = size != 300 or index < 3
+            extra.append(_extra(before, middle, after, 2 if halves else 1, int(halves), norm=True))
+        self.extra = nn.ModuleList(extra)
+        self.extra.apply(_initialise)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        """Return the maps of the third stage and of the extra layers."""
+        base = self.features
+        x = base.maxpool(base.act1(base.bn1(base.conv1(x))))
+        maps = [base.layer3(base.layer2(base.layer1(x)))]
+        for layer in self.extra:
+            maps.append(layer(maps[-1]))
+        return maps
+
+    def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """torchvision's ResNet under the names used here, without what comes after the third stage."""
+        return {f"features.{key}": value for key, value in state.items() if not key.startswith(("layer4.", "fc."))}
+
+
+class Predictions(nn.Module):
+    """A 3x3 convolution on each map (section 2.1, "Convolutional predictors for detection")."""
+
+    def __init__(self, channels: list[int], boxes_per_cell: list[int], width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.module_list = nn.ModuleList(
+            nn.Conv2d(c, boxes * width, kernel_size=3, padding=1)
+            for c, boxes in zip(channels, boxes_per_cell, strict=True)
+        )
+        self.apply(_initialise)
+
+    def forward(self, maps: list[Tensor]) -> Float[Tensor, "B N width"]:
+        """Return `width` numbers for each default box, in the order of `Layout.boxes`."""
+        answers = [conv(x) for conv, x in zip(self.module_list, maps, strict=True)]
+        # (B, boxes * width, H, W) -> (B, H * W * boxes, width)
+        return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.width) for x in answers], dim=1)
+
+
+class SSD(nn.Module):
+    """Default boxes, a base that answers maps of falling resolution, and the two heads over them.
+
+    `anchors` (N, 4) holds the default boxes: centre, width and height in shares of the image.
+    """
+
+    class_layers = ("head.classification_head",)
+
+    def __init__(self, backbone: nn.Module, size: int, num_classes: int) -> None:
+        super().__init__()
+        layout = LAYOUTS[size]
+        self.size = size
+        self.backbone = backbone
+        self.head = nn.ModuleDict(
+            {
+                "classification_head": Predictions(backbone.out_channels, layout.boxes_per_cell, num_classes + 1),
+                "regression_head": Predictions(backbone.out_channels, layout.boxes_per_cell, 4),
+            }
+        )
+        self.register_buffer("anchors", layout.boxes(size), persistent=False)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N 4"], Float[Tensor, "B N K1"]]:
+        """Return the box offsets of each default box, and the logits of background and classes (K1 = K + 1)."""
+        maps = self.backbone(x)
+        return self.head["regression_head"](maps), self.head["classification_head"](maps)
+
+    def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A classifier's weights, as torchvision publishes them, under the names of this network's base."""
+        return {f"backbone.{key}": value for key, value in self.backbone.of_base(state).items()}
+
+
+class SSDVGG16(SSD):
+    """SSD300 and SSD512 of the paper: 8,732 and 24,564 default boxes.
+
+    Args:
+        num_classes: K.
+        size: side of the images, in pixels.
+
+    Raises:
+        ValueError: `size` is neither 300 nor 512.
+    """
+
+    def __init__(self, num_classes: int = 20, size: Literal[300, 512] = 300) -> None:
+        super().__init__(VGGFeatures(size), size, num_classes)
+
+
+class SSDResNet(SSD):
+    """SSD on a ResNet; depth 50 at 300 pixels is NVIDIA's, 22,894,902 parameters at 80 classes.
+
+    Args:
+        depth: of the ResNet.
+        num_classes: K.
+        size: side of the images, in pixels; 96 has 866 default boxes.
+
+    Raises:
+        ValueError: no ResNet has this depth, or `size` is none of those listed.
+    """
+
+    def __init__(
+        self, depth: Literal[18, 34, 50, 101, 152] = 50, num_classes: int = 20, size: Literal[96, 300, 512] = 300
+    ) -> None:
+        super().__init__(ResNetFeatures(depth, size), size, num_classes)
+
+
+def _extra(
+    before: int, middle: int, after: int, stride: int = 1, padding: int = 1, kernel: int = 3, norm: bool = False
+) -> nn.Sequential:
+    """A 1x1 convolution and one that lowers the resolution (conv8 to conv12 of figure 2)."""
+    layers: list[nn.Module] = []
+    for conv in (
+        nn.Conv2d(before, middle, kernel_size=1, bias=not norm),
+        nn.Conv2d(middle, after, kernel, stride, padding, bias=not norm),
+    ):
+        layers += [conv, *([nn.BatchNorm2d(conv.out_channels)] if norm else []), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Layers that no classifier has (section 3: "xavier")."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

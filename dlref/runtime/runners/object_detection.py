@@ -1,0 +1,127 @@
+"""The runner of object detection: images -> labelled boxes in their pixels."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dlref.runtime.errors import UserError
+from dlref.runtime.images import ask, check_image_input, read_image
+from dlref.runtime.runner import Runner as Base
+
+METADATA = {"labels", "channels"}
+OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int64}
+SHOWN = 0.3  # score of the least certain box that is drawn
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
+
+
+class Runner(Base):
+    """Serves one graph: `image` uint8 (B, H, W, C) -> `boxes` (B, D, 4), `scores` and `labels` (B, D), `count` (B,).
+
+    Of the D places of an image the first `count` are taken, best first. Boxes are x1 y1 x2 y2 in pixels of `image`.
+    `metadata` holds `labels` (K names) and `channels` (1 or 3). Raises UserError for metadata that lack these.
+    """
+
+    def __init__(self, graphs: dict, metadata: dict):
+        if "detect" not in graphs or not is_metadata(metadata):
+            raise UserError(f"not object detection; expected a graph detect and {', '.join(sorted(METADATA))}")
+        self.detect = graphs["detect"]
+        check_image_input(self.detect)
+        self.metadata = metadata
+        self.forms = {"sagemaker": self.sagemaker}
+
+    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
+        """An image file or a uint8 array -> uint8 (H, W, C)."""
+        return read_image(source, self.metadata["channels"])
+
+    def together(self, first: np.ndarray, second: np.ndarray) -> bool:
+        """Images of one size."""
+        return first.shape == second.shape
+
+    def size(self, item: np.ndarray) -> int:
+        """Pixels times channels."""
+        return item.size
+
+    def answer(self, items: list[np.ndarray]) -> list[dict]:
+        """Labelled boxes with their scores, and the size of the image."""
+        height, width = items[0].shape[:2]
+        found = self.detections(np.stack(items))
+        return [answer(*image, width, height, self.metadata["labels"]) for image in found]
+
+    def detections(self, image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """uint8 (B, H, W, C) -> for each image boxes (n, 4) in its pixels, scores (n,) and labels (n,)."""
+        boxes, scores, labels, count = ask(self.detect, image, *OUTPUTS)
+        check(boxes, scores, labels, count, len(self.metadata["labels"]))
+        given = image.shape[2], image.shape[1]
+        fixed = self.detect.shape["image"][2], self.detect.shape["image"][1]
+        if all(isinstance(side, int) for side in fixed):  # the graph has seen the image at its own size
+            boxes = boxes * np.tile(np.divide(given, fixed, dtype=np.float32), 2)
+        return [(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count)]
+
+    def sagemaker(self, answer: dict) -> dict:
+        """SageMaker's response: rows of class, score, xmin, ymin, xmax, ymax, the last four in shares of the image."""
+        size = [answer["width"], answer["height"]] * 2
+        index = self.metadata["labels"].index
+        rows = [
+            [
+                index(found["label"]),
+                found["score"],
+                *(edge / side for edge, side in zip(found["box"], size, strict=True)),
+            ]
+            for found in answer["objects"]
+        ]
+        return {"prediction": rows}
+
+    def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
+        """The picture with the boxes of at least SHOWN, their labels and scores."""
+        image = Image.fromarray(self.read(source).squeeze()).convert("RGB")
+        pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
+        for found in reversed(answer["objects"]):  # the best on top
+            if found["score"] < SHOWN:
+                continue
+            colour = COLOURS[self.metadata["labels"].index(found["label"]) % len(COLOURS)]
+            pen.rectangle(found["box"], outline=colour, width=width)
+            text = f" {found['label']} {found['score']:.0%} "
+            *_, right, bottom = pen.textbbox((0, 0), text)
+            x, y = found["box"][0], max(found["box"][1] - bottom, 0)
+            pen.rectangle((x, y, x + right, y + bottom), fill=colour)
+            pen.text((x, y), text, fill="black")
+        return image
+
+
+def is_metadata(metadata: dict) -> bool:
+    """Whether every value that this runner reads is there and of its kind."""
+    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3) or type(metadata["channels"]) is not int:
+        return False
+    labels = metadata["labels"]
+    return isinstance(labels, list) and bool(labels) and all(isinstance(label, str) for label in labels)
+
+
+def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.ndarray, classes: int) -> None:
+    """Raise UserError for what no detector answers: other types or shapes, no numbers, classes without a name."""
+    arrays = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
+    images, places = len(boxes), boxes.shape[1] if boxes.ndim == 3 else -1
+    shapes = {"boxes": (images, places, 4), "scores": (images, places), "labels": (images, places), "count": (images,)}
+    for name, array in arrays.items():
+        if array.dtype != OUTPUTS[name] or array.shape != shapes[name]:
+            raise UserError(
+                f"graph answers {name} {array.dtype} {array.shape}; expected {OUTPUTS[name].__name__} for each"
+            )
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise UserError("graph answers no finite boxes or scores; expected finite ones")
+    if count.min(initial=0) < 0 or count.max(initial=0) > places:
+        raise UserError(f"graph answers a count of {count.min()} to {count.max()}; expected 0 to {places}")
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        raise UserError(f"graph answers class {labels.max()}; expected 0 to {classes - 1}, as there are labels")
+
+
+def answer(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, width: int, height: int, names: list[str]
+) -> dict:
+    """Plain values for one image."""
+    rows = zip(labels, scores.tolist(), boxes.tolist(), strict=True)
+    return {
+        "width": width,
+        "height": height,
+        "objects": [{"label": names[k], "score": score, "box": box} for k, score, box in rows],
+    }

@@ -1,0 +1,144 @@
+"""MultiBox: default boxes matched to true ones, the loss, and from the heads to detections.
+
+W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Everything here works on whole batches of
+padded boxes: no loop over images, no wait for the device, no shape that hangs on the data before the suppression.
+
+Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, D
+detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as corners.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_convert, box_iou, nms
+
+PADDED = -1  # the label of a box that is not there
+# Offsets are learnt in these units (the "variances" of the authors' code), centres and sides.
+CENTRE, SIDE = 0.1, 0.2
+LARGEST = math.log(1000 / 16)  # of the logarithm of a side over its default: exp of more would overflow
+NEGATIVES = 3  # for each positive ("Hard negative mining")
+CANDIDATES = 1000  # pairs of default box and class in an image that suppression looks at
+GRID = 1 << 16  # suppression compares corners rounded to this share of the image
+
+
+def encode(boxes: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
+    """The offsets from default boxes to `boxes` (equation 2)."""
+    boxes = box_convert(boxes, "xyxy", "cxcywh")
+    centre = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:] / CENTRE
+    return torch.cat([centre, (boxes[..., 2:] / anchors[..., 2:]).log() / SIDE], dim=-1)
+
+
+def decode(offsets: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
+    """The boxes that `offsets` mean, cut to the image."""
+    centre = anchors[..., :2] + CENTRE * offsets[..., :2] * anchors[..., 2:]
+    half = anchors[..., 2:] * (SIDE * offsets[..., 2:]).clamp(max=LARGEST).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1).clamp(0, 1)
+
+
+def match(
+    boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M"], anchors: Float[Tensor, "N 4"], threshold: float
+) -> Int[Tensor, "B N"]:
+    """For each default box the index of its true box, or -1 for the background ("Matching strategy").
+
+    It goes to the true box that it overlaps most, where that is at least `threshold`; and before that, each true box
+    gets the default box that overlaps it most. Where two ask for the same one, the later gets it.
+    """
+    there = labels != PADDED
+    overlap = box_iou(boxes.flatten(0, 1), box_convert(anchors, "cxcywh", "xyxy")).unflatten(0, labels.shape)
+    overlap = torch.where(there[:, :, None], overlap, -1.0)  # (B, M, N)
+    most, matched = overlap.max(dim=1)
+    matched = torch.where(most >= threshold, matched, -1)
+    best = overlap.argmax(dim=2)  # (B, M)
+    order = torch.where(there, torch.arange(labels.shape[1], device=labels.device), -1)
+    claimed = torch.full_like(matched, -1).scatter_reduce(1, best, order, "amax")
+    return torch.where(claimed >= 0, claimed, matched)
+
+
+def multibox_loss(
+    offsets: Float[Tensor, "B N 4"],
+    logits: Float[Tensor, "B N K1"],
+    boxes: Float[Tensor, "B M 4"],
+    labels: Int[Tensor, "B M"],
+    anchors: Float[Tensor, "N 4"],
+    matched: Int[Tensor, "B N"],
+) -> tuple[Tensor, Tensor]:
+    """The localisation and the confidence loss (equations 1 to 3), each a sum over the positives' number.
+
+    Three negatives count for each positive of their image, those with the highest loss; in an image without
+    positives three, so that it teaches what is background.
+    """
+    positive = matched >= 0
+    index = matched.clamp(min=0)
+    count = positive.sum().clamp(min=1)
+    # Where nothing matches, the default box itself stands in: of the logarithm of an empty box comes no number.
+    own = box_convert(anchors, "cxcywh", "xyxy").expand_as(offsets)
+    true = torch.where(positive[..., None], boxes.gather(1, index[..., None].expand(-1, -1, 4)), own)
+    distance = F.smooth_l1_loss(offsets.float(), encode(true, anchors.expand_as(offsets)), reduction="none").sum(-1)
+    target = torch.where(positive, labels.gather(1, index) + 1, 0)
+    error = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+    hardest = torch.where(positive, 0.0, error).sort(dim=1, descending=True).values
+    mined = NEGATIVES * positive.sum(dim=1, keepdim=True).clamp(min=1)
+    counted = torch.arange(error.shape[1], device=error.device) < mined
+    localisation = torch.where(positive, distance, 0.0).sum() / count
+    confidence = (torch.where(positive, error, 0.0) + torch.where(counted, hardest, 0.0)).sum() / count
+    return localisation, confidence
+
+
+class Detections(nn.Module):
+    """The heads of a batch -> its detections ("Inference": a threshold, suppression in each class, the best ones).
+
+    Args:
+        score: the lowest probability of a detection.
+        overlap: intersection over union with a better one of its class above which a detection is suppressed.
+        most: D.
+        candidates: pairs of default box and class, the likeliest of each image, that suppression looks at. The
+            authors take 400 of each class.
+    """
+
+    def __init__(self, score: float, overlap: float, most: int, candidates: int = CANDIDATES):
+        super().__init__()
+        self.score, self.overlap, self.most, self.candidates = score, overlap, most, candidates
+
+    def forward(
+        self, offsets: Float[Tensor, "B N 4"], logits: Float[Tensor, "B N K1"], anchors: Float[Tensor, "N 4"]
+    ) -> tuple[Float[Tensor, "B D 4"], Float[Tensor, "B D"], Int[Tensor, "B D"], Int[Tensor, "B"]]:
+        """Boxes, scores and labels, best first and padded with zeros, and how many there are in each image."""
+        scores, labels, anchor = self.likeliest(logits)
+        index = anchor[..., None].expand(-1, -1, 4)
+        boxes = decode(offsets.gather(1, index), anchors.expand_as(offsets).gather(1, index))
+        scores = torch.where(self.kept(boxes, scores, labels), scores, 0.0)
+        scores, best = scores.topk(min(self.most, scores.shape[1]), dim=1)
+        there = scores > self.score
+        boxes = torch.where(there[..., None], boxes.gather(1, best[..., None].expand(-1, -1, 4)), 0.0)
+        return boxes, torch.where(there, scores, 0.0), torch.where(there, labels.gather(1, best), 0), there.sum(dim=1)
+
+    def likeliest(self, logits: Float[Tensor, "B N K1"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The score, label and default box of each candidate, (B, C) each, best first."""
+        classes = logits.shape[2] - 1
+        candidates = min(self.candidates, logits.shape[1])
+        scores = logits.float().softmax(dim=2)[..., 1:]
+        # No default box outside of these holds one of the best pairs: each pair is at most its own box's maximum.
+        anchor = scores.amax(dim=2).topk(candidates, dim=1).indices
+        scores = scores.gather(1, anchor[..., None].expand(-1, -1, classes)).flatten(1)
+        scores, pair = scores.topk(candidates, dim=1)
+        return scores, pair % classes, anchor.gather(1, pair // classes)
+
+    def kept(
+        self, boxes: Float[Tensor, "B C 4"], scores: Float[Tensor, "B C"], labels: Int[Tensor, "B C"]
+    ) -> Bool[Tensor, "B C"]:
+        """Which candidates no better one of their class and image suppresses.
+
+        One suppression serves the whole batch: each class of each image is moved to a cell of its own, classes to the
+        right and images down. Corners are rounded first, so that moving them rounds nothing: an answer does not hang
+        on the place of its image in the batch.
+        """
+        image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
+        cell = torch.stack([labels, image], dim=-1).to(boxes.dtype)
+        placed = (boxes * GRID).round() / GRID + 2 * torch.cat([cell, cell], dim=-1)
+        # What is no detection anyway goes to one place, where the first suppresses all others at once.
+        placed = torch.where((scores > self.score)[..., None], placed, -placed.new_tensor([2, 2, 1, 1]))
+        kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
+        return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(scores)

@@ -1,0 +1,269 @@
+"""Object detection: boxes with a class each, by any network that answers MultiBox heads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+
+from dlref.runtime import UserError
+from dlref.runtime.runners.object_detection import answer
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.multibox import PADDED, Detections, match, multibox_loss
+from dlref.tasks.preprocess import ImagePreprocess
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+PICTURES = 12  # in the figure of detections
+HALF = 0  # place of the intersection over union of 0.5 among those of COCO
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), labels (n,) of an image
+
+
+class ObjectDetector(Task):
+    """SSD's matching and loss (Liu et al. 2016, section 2.2), and COCO's metrics.
+
+    The network has `size` and `anchors` (N, 4), and answers offsets (B, N, 4) and logits (B, N, K + 1), the
+    background first. Batches are images uint8 (B, C, S, S) and `boxes` (B, M, 4) in shares of the image, `labels`
+    (B, M) with -1 where there is no box, `ignored` (B, M) for objects that evaluation passes over, and `sizes` (B, 2),
+    the height and width of the original image in pixels.
+
+    Args:
+        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        overlap_threshold: intersection over union from which a default box matches a true one.
+        nms_threshold: intersection over union with a better box of its class above which a box is suppressed.
+        score_threshold: the lowest score of a detection.
+        detections: the most of an image.
+        channels_last: keep the network's weights and activations in NHWC order in memory.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = ("labels",)
+    metric = "map"
+
+    def __init__(
+        self,
+        preprocess: ImagePreprocess,
+        overlap_threshold: float = 0.5,
+        nms_threshold: float = 0.45,
+        score_threshold: float = 0.01,
+        detections: int = 200,
+        channels_last: bool = False,
+        **task,
+    ):
+        super().__init__(**task)
+        self.preprocess = preprocess
+        self.overlap_threshold = overlap_threshold
+        self.detect = Detections(score_threshold, nms_threshold, detections)
+        self.val_map = self.test_map = None
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+
+    def check(self) -> None:
+        """One black image through the network: heads of another width would train without a word."""
+        classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
+        shares = {"overlap_threshold": self.overlap_threshold, "nms_threshold": self.detect.overlap}
+        for name, value in (shares | {"score_threshold": self.detect.score}).items():
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} {value}; expected 0 to 1")
+        if self.detect.most < 1:
+            raise UserError(f"detections {self.detect.most}; expected at least 1")
+        if side != self.network.size:
+            raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
+        mode = self.network.training
+        try:
+            with torch.no_grad():
+                self.network.eval()
+                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.device)
+                width = self(black)[1].shape[-1]
+        except RuntimeError as error:
+            raise UserError(
+                f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"
+            ) from error
+        self.network.train(mode)
+        if width != classes + 1:
+            raise UserError(
+                f"network answers {width - 1} classes, the data has {classes}; expected "
+                f"model.init_args.network.init_args.num_classes to be {classes}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Once the classes are known, what counts over them."""
+        super().setup(stage)
+        self.val_map, self.test_map = average_precision(), average_precision(extended_summary=True)
+
+    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
+        """Pixels -> offsets (B, N, 4) and logits (B, N, K + 1)."""
+        return self.network(self.preprocess(images))
+
+    def losses(self, heads: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of the loss and their sum."""
+        anchors = self.network.anchors
+        matched = match(targets["boxes"], targets["labels"], anchors, self.overlap_threshold)
+        boxes, classes = multibox_loss(*heads, targets["boxes"], targets["labels"], anchors, matched)
+        return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Localisation and confidence loss, of equal weight."""
+        images, targets = batch
+        losses = self.losses(self(images), targets)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss; detections are kept for the metrics."""
+        images, targets = batch
+        heads = self(images)
+        self.log("val/loss", self.losses(heads, targets)["loss"], batch_size=len(images), sync_dist=True)
+        self.val_map.update(predictions(self.found(heads), targets["sizes"]), truth(targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """COCO's mean average precision, over ten overlaps and at one half."""
+        values = self.val_map.compute()
+        self.log_dict({f"val/{name}": values[name] for name in ("map", "map_50")}, prog_bar=True)
+        self.val_map.reset()
+
+    def on_test_start(self) -> None:
+        """Nothing seen yet."""
+        self.pictures: list[tuple[Tensor, Found, dict[str, Tensor]]] = []
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Detections for the metrics, and the first pictures for the figure."""
+        images, targets = batch
+        heads = self(images)
+        self.log("test/loss", self.losses(heads, targets)["loss"], batch_size=len(images), sync_dist=True)
+        found = self.found(heads)
+        self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
+        for i in range(min(len(images), PICTURES - len(self.pictures))):
+            self.pictures.append((images[i].cpu(), found[i], {name: value[i].cpu() for name, value in targets.items()}))
+
+    def on_test_epoch_end(self) -> None:
+        """Numbers go to the log; the curves are for the figure alone. COCO's -1, nothing to count, is left out."""
+        values = self.test_map.compute()
+        self.precision = curves_at_half(values["precision"].cpu(), values["classes"], len(self.known["labels"]))
+        log = {name: values[name] for name in SUMMARY if values[name] >= 0}
+        precision = values["precision"][..., 0, -1].cpu()  # (overlaps, recalls, classes), objects of any size
+        for place, k in enumerate(values["classes"].flatten().tolist()):
+            ap = precision[:, :, place].mean(dim=1)
+            if ap[HALF] >= 0:
+                log[f"ap_{self.known['labels'][k]}"], log[f"ap_50_{self.known['labels'][k]}"] = ap.mean(), ap[HALF]
+        self.log_dict({f"test/{name}": value for name, value in log.items()})
+        self.test_map.reset()
+
+    def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
+        """The answers that the bundle's runner gives, in pixels of the original images."""
+        images, targets = batch
+        rows = []
+        for (boxes, scores, labels), size in zip(self.found(self(images)), targets["sizes"].tolist(), strict=True):
+            height, width = size
+            boxes = boxes * np.float32([width, height, width, height])
+            rows.append(answer(boxes, scores, labels, width, height, self.known["labels"]))
+        return rows
+
+    def found(self, heads: tuple[Tensor, Tensor]) -> list[Found]:
+        """For each image boxes in shares of it, scores and labels."""
+        *arrays, count = (x.cpu().numpy() for x in self.detect(*(h.float() for h in heads), self.network.anchors))
+        return [tuple(array[i, :n] for array in arrays) for i, n in enumerate(count)]
+
+    # The contract with the export step
+
+    def deployable(self, batch: Batch) -> Deployable:
+        """uint8 (B, H, W, C) of any size -> boxes in its pixels, scores, labels and their number."""
+        side = self.preprocess.size
+        outputs = ["boxes", "scores", "labels", "count"]
+        graph = Graph(
+            module=_Detect(self),
+            inputs={"image": batch[0].permute(0, 2, 3, 1).contiguous()},
+            outputs=outputs,
+            dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
+            sizes={"batch": (1, 2, 5), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
+            tolerance=1e-4,  # of a large offset's exponential
+            chosen=outputs,
+        )
+        metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
+        return Deployable("object-detection", {"detect": graph}, metadata)
+
+    def evaluate(self, runner, batches: Iterable[Batch]) -> float:
+        """Mean average precision of a runner's detections over `batches`."""
+        metric = average_precision()
+        for images, targets in batches:
+            found = runner.detections(images.permute(0, 2, 3, 1).contiguous().numpy())
+            side = np.float32(images.shape[-1])
+            shares = [(boxes / side, scores, labels) for boxes, scores, labels in found]
+            metric.update(predictions(shares, targets["sizes"]), truth(targets))
+        return metric.compute()[self.metric].item()
+
+    def lost(self, reference: float, score: float) -> float:
+        """Hundredths of the metric."""
+        return 100 * (reference - score)
+
+    def draw(self, folder: Path) -> None:
+        """Pictures with their boxes beside the true ones, and the precision-recall curve of each class."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        figures.detections(folder / "detections.png", self.pictures, self.known["labels"])
+        figures.precision_recall(folder / "precision_recall.png", self.precision, self.known["labels"])
+
+
+class _Detect(nn.Module):
+    """The graph that ships: resize, normalise, network, decoding, suppression."""
+
+    def __init__(self, task: ObjectDetector):
+        super().__init__()
+        self.preprocess, self.network, self.detect = task.preprocess, task.network, task.detect
+
+    def forward(
+        self, image: UInt8[Tensor, "B H W C"]
+    ) -> tuple[Float[Tensor, "B D 4"], Float[Tensor, "B D"], Int[Tensor, "B D"], Int[Tensor, "B"]]:
+        heads = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
+        boxes, scores, labels, count = self.detect(*heads, self.network.anchors)
+        height, width = image.shape[1:3]
+        return boxes * torch.tensor([width, height, width, height], dtype=boxes.dtype), scores, labels, count
+
+
+# What COCO reports: mean average precision over overlaps of 0.5 to 0.95, at two of them, by size of the object
+# (below 32² and 96² pixels, and above), and the mean recall of the best hundred.
+SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+
+
+def average_precision(**options) -> MeanAveragePrecision:
+    """COCO's metrics over boxes in pixels."""
+    metric = MeanAveragePrecision(backend="faster_coco_eval", **options)
+    metric.warn_on_many_detections = False  # COCO looks at the best hundred; more are kept for those who want them
+    return metric
+
+
+def predictions(found: list[Found], sizes: Int[Tensor, "B 2"]) -> list[dict[str, Tensor]]:
+    """Detections in shares of the image -> what torchmetrics takes, in pixels of the original image."""
+    return [
+        {"boxes": pixels(torch.from_numpy(boxes), size), "scores": torch.from_numpy(s), "labels": torch.from_numpy(k)}
+        for (boxes, s, k), size in zip(found, sizes.cpu(), strict=True)
+    ]
+
+
+def truth(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The true boxes as torchmetrics takes them; those that are ignored count neither as found nor as missed."""
+    targets = {name: value.cpu() for name, value in targets.items()}
+    rows = []
+    for boxes, labels, ignored, size in zip(
+        *(targets[n] for n in ("boxes", "labels", "ignored", "sizes")), strict=True
+    ):
+        there = labels != PADDED
+        rows.append({"boxes": pixels(boxes[there], size), "labels": labels[there], "iscrowd": ignored[there].long()})
+    return rows
+
+
+def pixels(boxes: Float[Tensor, "n 4"], size: Int[Tensor, "2"]) -> Float[Tensor, "n 4"]:
+    """Shares of an image -> its pixels; `size` is height and width."""
+    return boxes * size.flip(0).repeat(2)
+
+
+def curves_at_half(precision: Tensor, classes: Tensor, count: int) -> dict[int, np.ndarray]:
+    """For each class that has objects its precision at 101 recalls from 0 to 1, at an overlap of one half."""
+    rows = precision[HALF, :, :, 0, -1]
+    places = {k: place for place, k in enumerate(classes.flatten().tolist()) if k < count}
+    return {k: rows[:, place].numpy() for k, place in places.items() if (rows[:, place] >= 0).all()}

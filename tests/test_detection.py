@@ -1,0 +1,581 @@
+"""Object detection: networks and weights, batches whose boxes follow the pixels, the task, the runner, the bundle."""
+
+import json
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from lightning import Trainer
+from PIL import Image
+from test_export import export
+from test_tasks import sgd
+from torch import nn
+from torchvision import models as published
+
+from dlref.data import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
+from dlref.data.augment import photometric
+from dlref.export.targets import TARGETS
+from dlref.models import SSDVGG16, VGG, ResNet, SSDResNet
+from dlref.runtime import UserError, load, make_runner
+from dlref.runtime.__main__ import main
+from dlref.tasks import ImagePreprocess, ObjectDetector
+from dlref.tasks.object_detection import average_precision, predictions, truth
+from dlref.tasks.weights import load_weights
+
+PLAIN = {"mean": [0.5] * 3, "std": [0.25] * 3}
+RED, BLUE = (200, 30, 30), (30, 30, 200)
+
+
+class Corners(nn.Module):
+    """The smallest detector: four default boxes, a quarter of the image each, whose colour is their class."""
+
+    class_layers = ()
+    size = 8
+
+    def __init__(self, classes=2):
+        super().__init__()
+        centres = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
+        self.register_buffer("anchors", torch.cat([centres, torch.full((4, 2), 0.5)], dim=1), persistent=False)
+        self.conv = nn.Conv2d(3, classes + 1, 4, stride=4)
+
+    def forward(self, x):
+        logits = self.conv(x).flatten(2).transpose(1, 2)
+        return torch.zeros_like(logits[..., :1]).expand(-1, -1, 4), logits
+
+
+def painted(size=8):
+    """A grey picture, red in its first quarter and blue in its last: (H, W, C)."""
+    image = np.full((size, size, 3), 128, dtype=np.uint8)
+    image[: size // 2, : size // 2], image[size // 2 :, size // 2 :] = RED, BLUE
+    return image
+
+
+def detector(network=None, labels=("red", "blue"), **options):
+    network = network or Corners()
+    task = ObjectDetector(
+        network=network, preprocess=ImagePreprocess(network.size, **PLAIN), **{"optimizer": sgd, **options}
+    )
+    task.remember({"labels": list(labels)})
+    return task
+
+
+def sighted():
+    """A detector of red and blue quarters, by hand: grey is neither."""
+    task = detector().eval()
+    with torch.no_grad():
+        weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]])
+        task.network.conv.weight.copy_(weight[:, :, None, None].expand(-1, -1, 4, 4) / 2)
+        task.network.conv.bias.copy_(torch.tensor([6.0, 0.0, 0.0]))
+    return task
+
+
+class Painted(DigitScenes):
+    """Painted pictures in the place of scenes."""
+
+    def __init__(self, n=6, **options):
+        super().__init__(image_size=8, batch_size=4, zoom_out=1, crop=False, photometric=False, **options)
+        self.n = n
+
+    def list_splits(self):
+        from dlref.data.box_listings import BoxListing, Picture
+
+        boxes = torch.tensor([[0.0, 0, 4, 4], [4, 4, 8, 8]])
+        picture = Picture("0", boxes, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool))
+        image = torch.from_numpy(painted()).permute(2, 0, 1)
+        self.images = dict.fromkeys(("train", "val", "test"), image.repeat(self.n, 1, 1, 1))
+        return dict.fromkeys(("train", "val", "test"), BoxListing([picture] * self.n, ["red", "blue"], {}))
+
+
+# Networks and their weights
+
+
+def test_parameters_are_the_published_count():
+    assert sum(p.numel() for p in SSDVGG16(90).parameters()) == 35_641_826
+
+
+@pytest.mark.parametrize(
+    ("depth", "count"), [(11, 132_863_336), (13, 133_047_848), (16, 138_357_544), (19, 143_667_240)]
+)
+def test_vgg_has_the_published_count(depth, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VGG(depth).parameters()) == count
+
+
+def test_vgg_is_torchvision_s():
+    theirs, own = published.vgg11(num_classes=3).eval(), VGG(11, 3).eval()
+    own.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(own(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "sides", "boxes"),
+    [
+        (lambda: SSDVGG16(3), [38, 19, 10, 5, 3, 1], 8732),
+        (lambda: SSDVGG16(3, 512), [64, 32, 16, 8, 4, 2, 1], 24564),
+        (lambda: SSDResNet(50, 3, 300), [38, 19, 10, 5, 3, 1], 8732),
+        (lambda: SSDResNet(34, 3, 512), [64, 32, 16, 8, 4, 2, 1], 24564),
+        (lambda: SSDResNet(18, 3, 96), [12, 6, 3, 2, 1], 866),
+    ],
+)
+def test_maps_default_boxes_and_heads_agree(network, sides, boxes):
+    network = network().eval()
+    with torch.no_grad():
+        images = torch.rand(1, 3, network.size, network.size)
+        maps, (offsets, logits) = network.backbone(images), network(images)
+    assert [x.shape[2:] for x in maps] == [(side, side) for side in sides]
+    assert offsets.shape == (1, boxes, 4)
+    assert logits.shape == (1, boxes, 4)
+    assert network.anchors.shape == (boxes, 4)
+
+
+def test_sizes_that_no_layout_has_are_refused(unchecked):
+    with pytest.raises(ValueError, match="for 400 pixels: expected 300 or 512"):
+        SSDVGG16(3, 400)
+    with pytest.raises(ValueError, match="for 400 pixels: expected one of 96, 300, 512"):
+        SSDResNet(18, 3, 400)
+
+
+def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
+    theirs = published.vgg16()
+    torch.save(theirs.state_dict(), tmp_path / "vgg16.pth")
+    network = SSDVGG16(3)
+    fresh = load_weights(network, tmp_path / "vgg16.pth")
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.backbone.features(image), theirs.features[:23](image))
+    fc6 = network.backbone.extra[0][7][1].weight
+    torch.testing.assert_close(fc6[1, 5, 1, 2], theirs.classifier[0].weight[4, 5 * 49 + 3 * 7 + 6])
+    assert "backbone.extra.1.0.weight" in fresh
+    assert not any(name.startswith(("backbone.features", "backbone.extra.0")) for name in fresh)
+    assert "loaded into the base" in caplog.text
+
+
+def test_a_published_resnet_becomes_the_base(tmp_path):
+    theirs = ResNet(18)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    network = SSDResNet(18, 3, 96)
+    fresh = load_weights(network, tmp_path / "resnet18.pth")
+    torch.testing.assert_close(network.backbone.features.layer3[1].conv2.weight, theirs.layer3[1].conv2.weight)
+    assert all(name.startswith(("backbone.extra", "head.")) for name in fresh)
+    torch.save(ResNet(34).state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(UserError, match=r"resnet34\.pth: \d+ tensors do not fit SSDResNet"):
+        load_weights(network, tmp_path / "resnet34.pth")
+
+
+def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
+    trained, network = SSDResNet(18, 10, 96), SSDResNet(18, 3, 96)
+    torch.save(trained.state_dict(), tmp_path / "ssd.pth")
+    fresh = load_weights(network, tmp_path / "ssd.pth")
+    assert fresh == sorted(n for n in network.state_dict() if n.startswith("head.classification_head."))
+    assert "new head for other classes: head.classification_head" in caplog.text
+    boxes = "head.regression_head.module_list.0.weight"
+    torch.testing.assert_close(network.state_dict()[boxes], trained.state_dict()[boxes])
+
+
+# Batches
+
+
+def framed(tmp_path, count=1):
+    """A VOC folder of noisy pictures of 60×40, each with a red box that can be found again in the pixels."""
+    rng = np.random.default_rng(0)
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(count):
+        pixels = rng.integers(90, 110, (40, 60, 3), dtype=np.uint8)
+        pixels[10:30, 20:45] = (255, 0, 0)
+        Image.fromarray(pixels).save(tmp_path / f"JPEGImages/{i}.png")
+        root = ElementTree.Element("annotation")
+        ElementTree.SubElement(root, "filename").text = f"{i}.png"
+        entry = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(entry, "name").text = "red"
+        box = ElementTree.SubElement(entry, "bndbox")
+        for name, value in zip(("xmin", "ymin", "xmax", "ymax"), (20, 10, 45, 30), strict=True):
+            ElementTree.SubElement(box, name).text = str(value)
+        ElementTree.ElementTree(root).write(tmp_path / f"Annotations/{i}.xml")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    return tmp_path
+
+
+def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
+    data = VOCBoxes(
+        framed(tmp_path, 40),
+        train="ImageSets/Main/train.txt",
+        held_out=0.2,
+        image_size=120,
+        batch_size=8,
+        num_workers=0,
+    )
+    data.setup()
+    assert (len(data.splits["train"]), len(data.splits["val"]), data.labels) == (32, 8, ["red"])
+    seen = []
+    for images, targets in data.train_dataloader():
+        assert images.shape == (8, 3, 120, 120)
+        assert targets["boxes"].shape == (8, 1, 4)
+        for image, box, label in zip(images, targets["boxes"][:, 0], targets["labels"][:, 0], strict=True):
+            red = (image[0] > 200) & (image[1] < 60)
+            if label < 0:
+                continue
+            rows, columns = red.any(dim=1).nonzero(), red.any(dim=0).nonzero()
+            found = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 120
+            torch.testing.assert_close(box, found, atol=0.03, rtol=0)
+            seen.append(box)
+    seen = torch.stack(seen)
+    assert len(seen) > 24  # a crop has to overlap an object
+    assert (seen[:, 2] - seen[:, 0]).min() < 0.25  # zoomed out: 25 of 60 columns are 0.42
+    assert (seen[:, 2] - seen[:, 0]).max() > 0.5  # cropped
+
+
+def test_evaluation_sees_whole_pictures(tmp_path):
+    data = VOCBoxes(framed(tmp_path, 10), train="ImageSets/Main/train.txt", image_size=120, batch_size=2, num_workers=0)
+    data.setup()
+    _, targets = next(iter(data.val_dataloader()))
+    torch.testing.assert_close(targets["boxes"][0, 0], torch.tensor([20 / 60, 10 / 40, 45 / 60, 30 / 40]))
+    assert targets["sizes"].tolist() == [[40, 60]]
+    assert data.sources() == data.splits["val"].paths
+
+
+def test_scenes_need_no_file_and_every_split_has_its_own():
+    data = DigitScenes(train=20, held_out=10, batch_size=5, zoom_out=1, crop=False)
+    data.setup()
+    images, targets = next(iter(data.val_dataloader()))
+    assert images.shape == (5, 3, 96, 96)
+    assert images.dtype == torch.uint8
+    there = targets["labels"] >= 0
+    assert there.any()
+    assert (targets["boxes"][there] >= 0).all()
+    assert (targets["boxes"][there] <= 1).all()
+    assert not targets["boxes"][~there].any()
+    assert not torch.equal(data.images["val"], data.images["test"])
+
+
+def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys):
+    for i, name in enumerate("abc"):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        Image.fromarray(painted(20 + i)).save(tmp_path / f"train/{name}.png")
+    boxes = [{"class_id": 0, "left": 1, "top": 2, "width": 5, "height": 6}]
+    (tmp_path / "train_annotation").mkdir()
+    for name in "abc":
+        row = {"file": f"{name}.png", "annotations": boxes, "categories": [{"class_id": 0, "name": "red"}]}
+        (tmp_path / f"train_annotation/{name}.json").write_text(json.dumps(row))
+    named = {"box": {"annotations": boxes}, "box-metadata": {"class-map": {"0": "red"}}}
+    rows = [{"source-ref": f"train/{name}.png", **named} for name in "abc"]
+    (tmp_path / "train.manifest").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    coco = {
+        "images": [{"id": i, "file_name": f"{n}.png"} for i, n in enumerate("abc")],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2, 5, 6], "iscrowd": 0},
+            {"id": 2, "image_id": 0, "category_id": 7, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+        ],
+        "categories": [{"id": 7, "name": "red"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(coco))
+    for module, train in (
+        (SageMakerBoxes, "train_annotation"),
+        (ManifestBoxes, "train.manifest"),
+        (COCOBoxes, "annotations/instances_train.json"),
+    ):
+        data = module(root=tmp_path, train=train, val=train, image_size=32, crop=False, zoom_out=1, flip=False)
+        data.setup()
+        assert data.labels == ["red"]
+        assert len(data.splits["val"]) == len(data.splits["test"]) == 3
+        _, targets = data.splits["val"][0]
+        torch.testing.assert_close(targets["boxes"][0], torch.tensor([1.0, 2, 6, 8]) / 20)
+    # The crowd is passed over in evaluation, and training does not see it.
+    assert targets["ignored"].tolist() == [False, True]
+    assert (data.splits["train"][0][1]["labels"] >= 0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zoom_out": 0.5}, "zoom_out: 0.5; expected at least 1"),
+        ({"batch_size": 0}, "batch_size: 0; expected at least 1"),
+        ({"train": []}, "an empty list of lists; expected at least one file"),
+        ({"train": "ImageSets/Main/missing.txt"}, "missing.txt: No such file"),
+        ({"held_out": 0.0}, "share: 0.0 of 4 pictures; expected at least one in each part"),
+    ],
+)
+def test_what_is_asked_of_the_data_is_checked(tmp_path, options, message):
+    data = VOCBoxes(**{"root": framed(tmp_path, 4), "train": "ImageSets/Main/train.txt", **options})
+    with pytest.raises(UserError) as caught:
+        data.setup()
+    assert message in str(caught.value)
+
+
+def test_boxes_that_were_mended_are_counted_aloud(tmp_path):
+    path = framed(tmp_path, 4) / "Annotations/2.xml"
+    path.write_text(path.read_text().replace("<xmax>45</xmax>", "<xmax>75</xmax>"))
+    data = VOCBoxes(tmp_path, train="ImageSets/Main/train.txt", on_bad_box="clip", held_out=0.25)
+    with pytest.warns(UserWarning, match="train: 1 boxes clipped"):
+        data.setup()
+
+
+def test_light_changes_each_image_alone_and_keeps_greys_grey():
+    images = torch.full((64, 3, 4, 4), 100, dtype=torch.uint8)
+    changed = photometric(images)
+    assert changed.dtype == torch.uint8
+    assert (changed.int().amax(1) - changed.int().amin(1)).max() <= 1  # saturation and hue turn around the greys
+    levels = changed[:, 0, 0, 0].tolist()
+    assert 8 < sum(level == 100 for level in levels) < 56  # neither brightness nor contrast: a quarter
+    assert min(levels) < 80
+    assert max(levels) > 120
+    colours = photometric(
+        torch.tensor([200, 50, 50], dtype=torch.uint8)[:, None, None].expand(64, 3, 2, 2).contiguous()
+    )
+    assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
+
+
+# The task
+
+
+def test_average_precision_by_hand():
+    """Two objects, one found: the precision is 1 to a recall of one half, so 51 of 101 places have it."""
+    targets = {
+        "boxes": torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]]),
+        "labels": torch.tensor([[0, 0]]),
+        "ignored": torch.tensor([[False, False]]),
+        "sizes": torch.tensor([[200, 100]]),
+    }
+    found = [(np.float32([[0, 0, 0.5, 0.5]]), np.float32([0.9]), np.int64([0]))]
+    metric = average_precision()
+    metric.update(predictions(found, targets["sizes"]), truth(targets))
+    assert metric.compute()["map"].item() == pytest.approx(51 / 101)
+    metric.reset()
+    targets["ignored"][0, 1] = True
+    metric.update(predictions(found, targets["sizes"]), truth(targets))
+    assert metric.compute()["map"].item() == pytest.approx(1)
+    (row,) = truth(targets)
+    assert row["boxes"].tolist() == [[0, 0, 50, 100], [50, 100, 100, 200]]
+
+
+def fit(tmp_path, task, data, **options):
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, **options},
+    )
+    trainer.fit(task, datamodule=data)
+    return trainer
+
+
+def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
+    task, data = detector(optimizer=lambda p: torch.optim.Adam(p, lr=0.05)), Painted()
+    trainer = fit(tmp_path, task, data, max_epochs=20)
+    (results,) = trainer.test(task, datamodule=data, verbose=False)
+    assert results["test/map"] == pytest.approx(1, abs=1e-6)
+    assert results["test/ap_50_red"] == pytest.approx(1, abs=1e-6)
+    assert {"test/map_50", "test/map_75", "test/ap_blue", "test/loss"} <= results.keys()
+    task.draw(tmp_path / "figures")
+    for name in ("detections", "precision_recall"):
+        with Image.open(tmp_path / f"figures/{name}.png") as figure:
+            assert np.asarray(figure.convert("L")).std() > 5
+    (row, *_), *_ = trainer.predict(task, datamodule=data)
+    assert (row["width"], row["height"]) == (8, 8)
+    assert {found["label"] for found in row["objects"] if found["score"] > 0.5} == {"red", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": ["red"]}, "network answers 2 classes, the data has 1; expected"),
+        ({"overlap_threshold": 1.5}, "overlap_threshold 1.5; expected 0 to 1"),
+        ({"nms_threshold": -0.1}, "nms_threshold -0.1; expected 0 to 1"),
+        ({"detections": 0}, "detections 0; expected at least 1"),
+        ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess gives 9 pixels; expected 8, the size of the network"),
+        ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network refuses an image of 1 channels"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(options, message):
+    task = ObjectDetector(
+        **{"network": Corners(), "preprocess": ImagePreprocess(8, **PLAIN), "optimizer": sgd}
+        | {k: v for k, v in options.items() if k != "labels"}
+    )
+    task.remember({"labels": options.get("labels", ["red", "blue"])})
+    with pytest.raises(UserError) as caught:
+        task.check()
+    assert message in str(caught.value)
+
+
+# The runner
+
+
+def test_an_answer_can_be_read_off_and_drawn(tmp_path):
+    task = sighted()
+    deployable = task.deployable((torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}))
+    runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
+    for side in (8, 64):
+        answer = runner(painted(side))
+        assert (answer["width"], answer["height"]) == (side, side)
+        certain = [found for found in answer["objects"] if found["score"] > 0.5]
+        boxes = {found["label"]: found["box"] for found in certain}
+        half = side / 2
+        assert boxes == {"red": [0, 0, half, half], "blue": [half, half, side, side]}
+        assert [row[2:] for row in runner.sagemaker(answer)["prediction"][:2]] in (
+            [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]],
+            [[0.5, 0.5, 1, 1], [0, 0, 0.5, 0.5]],
+        )
+    drawn = np.asarray(runner.draw(painted(256), runner(painted(256))))
+    assert drawn.shape == (256, 256, 3)
+    changed = (drawn != painted(256)).any(axis=2)
+    assert changed[128:, 128].all()  # the left edge of the second box
+    assert not changed[20:100, 140:250].any()  # where there is no object
+
+
+def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
+    task = sighted()
+    graph = task.deployable((torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {})).graphs["detect"]
+    fixed = SimpleNamespace(shape={"image": [1, 8, 8, 3]})
+
+    def answer(image):
+        assert image.shape == (1, 8, 8, 3)
+        return graph(image=image)
+
+    detect = type("Fixed", (), {"shape": fixed.shape, "__call__": staticmethod(lambda image: answer(image))})()
+    runner = make_runner("object-detection", {"detect": detect}, {"labels": ["red", "blue"], "channels": 3})
+    wide = np.repeat(painted(64), 2, axis=1)
+    boxes = {f["label"]: f["box"] for f in runner([wide, wide])[1]["objects"] if f["score"] > 0.5}
+    assert boxes == {"red": [0, 0, 64, 32], "blue": [64, 32, 128, 64]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": np.zeros((1, 2, 3), np.float32)}, "boxes float32"),
+        ({"scores": np.zeros((1, 2))}, "scores float64"),
+        ({"scores": np.full((1, 2), np.nan, np.float32)}, "no finite"),
+        ({"labels": np.full((1, 2), 2)}, "class 2"),
+        ({"labels": np.full((1, 2), -1)}, "class"),
+        ({"count": np.array([3])}, "a count of 3"),
+        ({"count": np.array([-1])}, "a count of -1"),
+        ({"count": None}, "no answer count"),
+    ],
+)
+def test_what_no_detector_answers_is_one_line(change, message):
+    good = {
+        "boxes": np.zeros((1, 2, 4), np.float32),
+        "scores": np.zeros((1, 2), np.float32),
+        "labels": np.zeros((1, 2), np.int64),
+        "count": np.array([1]),
+    }
+    shape = {"image": ["batch", "height", "width", 3]}
+    detect = type("Graph", (), {"shape": shape, "__call__": lambda self, image: good | change})()
+    runner = make_runner("object-detection", {"detect": detect}, {"labels": ["a", "b"], "channels": 3})
+    with pytest.raises(UserError) as caught:
+        runner(painted())
+    assert message in str(caught.value)
+
+
+# The bundle
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """SSD with a ResNet-18 base and random weights, exported over a few scenes."""
+    torch.manual_seed(0)
+    task = detector(SSDResNet(18, 10, 96), [str(k) for k in range(10)]).eval()
+    with torch.no_grad():
+        for module in task.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    data = DigitScenes(train=8, held_out=6, batch_size=5, zoom_out=1, crop=False)
+    folder = tmp_path_factory.mktemp("detector") / "bundle"
+    return task, data, folder, export(task, data, TARGETS["cpu"], folder)
+
+
+def test_a_bundle_detects_what_pytorch_does(exported):
+    task, data, folder, manifest = exported
+    verification = manifest["verification"]
+    assert {row["shape"]["image"][0] for row in verification["parity"]} == {1, 2, 5}
+    assert verification["metric"]["pytorch"] == pytest.approx(verification["metric"]["bundle"], abs=2e-3)
+    assert verification["metric"]["rows"] == 6 * 200  # a random network finds as much as it may
+    assert "compared as sets" in (folder / "report.md").read_text()
+    graph = task.deployable(next(iter(data.val_dataloader()))).graphs["detect"]
+    runner = load(folder)
+    images = np.random.default_rng(0).integers(0, 256, (5, 70, 133, 3), dtype=np.uint8)
+    expected = graph(image=images)
+    for together in ([0], [3, 1], [0, 1, 2, 3, 4]):
+        for row, i in zip(runner.detections(images[together]), together, strict=True):
+            boxes, scores, labels = row
+            n = expected["count"][i]
+            np.testing.assert_allclose(scores, expected["scores"][i, :n], atol=1e-4)
+            same = np.abs(boxes - expected["boxes"][i, :n]).max(axis=1) < 1e-2
+            assert same.mean() > 0.98  # neighbours of equal score may change places
+            assert (labels == expected["labels"][i, :n]).mean() > 0.98
+
+
+def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
+    folder = exported[2]
+    for name in ("one", "two"):
+        Image.fromarray(painted(50)).save(tmp_path / f"{name}.png")
+    one, two = str(tmp_path / "one.png"), str(tmp_path / "two.png")
+    assert main([str(folder), one, "--draw", str(tmp_path / "drawn.png"), "--form", "sagemaker"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    rows = json.loads(line)["prediction"]
+    assert all(len(row) == 6 and min(row[2:]) >= 0 and max(row[2:]) <= 1 for row in rows)
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == (50, 50)
+    assert main([str(folder), one, two, "--draw", str(tmp_path / "drawn")]) == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["one.png", "two.png"]
+    for arguments, message in (
+        (["--form", "neo"], "--form neo; expected one of sagemaker"),
+        (["--draw", one + "/x.png"], "cannot be written"),
+    ):
+        capsys.readouterr()
+        assert main([str(folder), one, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(folder), one, one, "--draw", str(tmp_path / "twice")]) == 2
+    assert "two inputs would be drawn as one.png" in capsys.readouterr().err
+
+
+def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path):
+    from dataclasses import replace
+
+    task, data, *_ = exported
+    target = replace(TARGETS["arm64"], gate=101)  # random heads lose what they do not have
+    manifest = export(task, data, target, tmp_path / "bundle")
+    assert manifest["precision"] == "int8"
+    graph = onnx.load(tmp_path / "bundle/detect.onnx").graph
+    writers = {output: node for node in graph.node for output in node.output}
+    (suppression,) = (node for node in graph.node if node.op_type == "NonMaxSuppression")
+    waiting, decoding = list(suppression.input), []
+    while waiting:  # from suppression back to the heads
+        node = writers.get(waiting.pop())
+        if node is not None and node.op_type != "DequantizeLinear":
+            decoding.append(node.op_type)
+            waiting += node.input
+    assert "Exp" in decoding
+    assert "QuantizeLinear" not in decoding
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 20
+
+
+# Configs
+
+
+def test_configs_of_the_family_are_there():
+    names = {path.stem for path in (ROOT / "configs").glob("ssd*.yaml")}
+    assert names == {
+        "ssd_digit_scenes",
+        "ssd300_vgg16_bccd",
+        "ssd300_resnet50_bccd",
+        "ssd300_vgg16_voc",
+        "ssd512_vgg16_voc",
+        "ssd300_resnet50_coco",
+    }
+    for name in names:  # one size everywhere in a config
+        config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        sizes = {model["network"]["init_args"]["size"], model["preprocess"]["init_args"]["size"]}
+        assert len(sizes | {data.get("image_size", 96 if name == "ssd_digit_scenes" else 300)}) == 1
