@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_detection import framed
 
 from dlref.cli import TrainCLI, train
 from dlref.export.targets import TARGETS
@@ -147,6 +148,63 @@ def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(command, 
     at_the_edge = load(tmp_path / "bundle")([tmp_path / row["input"] for row in rows])
     assert [row["label"] for row in at_the_edge] == [row["label"] for row in rows]
     assert [row["label"] for row in rows] == [row["input"].split("/")[-2] for row in rows]
+
+
+BOXES = """
+best: {metric: val/map, mode: max}
+model:
+  class_path: dlref.tasks.ObjectDetector
+  init_args:
+    network: {class_path: dlref.models.SSDResNet, init_args: {depth: 18, num_classes: 1, size: 96}}
+    preprocess:
+      class_path: dlref.tasks.ImagePreprocess
+      init_args: {size: 96, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.002}}
+data:
+  class_path: dlref.data.VOCBoxes
+  init_args:
+    root: boxes
+    train: ImageSets/Main/train.txt
+    held_out: 0.2
+    image_size: 96
+    batch_size: 8
+    zoom_out: 1.5
+    num_workers: 0
+trainer: {max_epochs: 6, enable_progress_bar: false, log_every_n_steps: 1}
+"""
+
+
+def test_own_boxes_are_found_in_their_pixels_in_the_test_and_at_the_edge(command, tmp_path):
+    """A red box in noise, in pictures that are not square: from VOC's files to what a device without torch answers."""
+    framed(tmp_path / "boxes", 40)
+    (tmp_path / "boxes.yaml").write_text(BOXES)
+    for arguments in (
+        ["train.py", "fit", "--config", "boxes.yaml"],
+        ["train.py", "predict", "--config", "runs/boxes/config.yaml"],
+        ["export.py", "runs/boxes", "--target", "cpu", "--output", "bundle"],
+    ):
+        result = command(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    scores = json.loads((tmp_path / "runs/boxes/test.json").read_text())
+    assert scores["map_50"] > 0.9
+    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    assert test["pytorch"] == pytest.approx(scores["map"], abs=1e-6)
+    assert test["bundle"] == pytest.approx(scores["map"], abs=2e-3)
+    assert {path.name for path in (tmp_path / "runs/boxes/figures").iterdir()} == {
+        "curves.png",
+        "detections.png",
+        "precision_recall.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "runs/boxes/predictions.jsonl").read_text().splitlines()]
+    answered = command("-c", WITHOUT_TORCH, "bundle", *(row["input"] for row in rows), "--draw", "drawn", cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == len(rows) == 8
+    for row, line in zip(rows, answered.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        assert (found["width"], found["height"]) == (row["width"], row["height"]) == (60, 40)
+        for one in (row, found):
+            assert one["objects"][0]["label"] == "red"
+            np.testing.assert_allclose(one["objects"][0]["box"], [20, 10, 45, 30], atol=5)
 
 
 def digits_of_the_test_split():

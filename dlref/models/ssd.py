@@ -151,9 +151,13 @@ class VGGFeatures(nn.Module):
 
 
 class ResNetFeatures(nn.Module):
-    """A ResNet to its third stage, at the second's resolution, and extra layers with batch norm.
+    """A ResNet to its third stage, and extra layers with batch norm that lower the resolution.
 
-    As NVIDIA's SSD300 v1.1; at 96 and 512 pixels every extra layer halves the resolution.
+    At 300 pixels as NVIDIA's SSD300 v1.1: the third stage keeps the second's resolution, and its maps are the finest.
+    At 96 they are too costly; the second stage's maps are the finest there, and the third halves them as usual.
+
+    Raises:
+        ValueError: `size` has no layout, or no ResNet this depth.
     """
 
     def __init__(self, depth: int, size: int) -> None:
@@ -162,25 +166,31 @@ class ResNetFeatures(nn.Module):
             raise ValueError(f"no SSD for {size} pixels: expected one of {', '.join(map(str, LAYOUTS))}")
         base = ResNet(depth)
         del base.layer4, base.fc
-        for module in base.layer3[0].modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
         self.features = base
-        channels = [base.layer3[-1].bn2.num_features * type(base.layer3[-1]).expansion, 512, 512]
-        self.out_channels = channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - 3)]
+        self.small = size == 96
+        second, third = (stage[-1].bn2.num_features * stage[-1].expansion for stage in (base.layer2, base.layer3))
+        if self.small:
+            channels = [second, third]
+        else:
+            channels = [third, 512, 512]
+            for module in base.layer3[0].modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+        self.out_channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - len(channels))]
         extra = []
-        for index, (before, after) in enumerate(pairwise(channels)):
-            middle = 256 if index < 2 else 128
-            halves = size != 300 or index < 3
+        for before, after in pairwise(self.out_channels[self.small :]):
+            halves = size != 300 or len(extra) < 3
+            middle = 256 if after == 512 else 128
             extra.append(_extra(before, middle, after, 2 if halves else 1, int(halves), norm=True))
         self.extra = nn.ModuleList(extra)
         self.extra.apply(_initialise)
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
-        """Return the maps of the third stage and of the extra layers."""
+        """Return the maps of the base's last stage or stages and of the extra layers."""
         base = self.features
-        x = base.maxpool(base.act1(base.bn1(base.conv1(x))))
-        maps = [base.layer3(base.layer2(base.layer1(x)))]
+        second = base.layer2(base.layer1(base.maxpool(base.act1(base.bn1(base.conv1(x))))))
+        third = base.layer3(second)
+        maps = [second, third] if self.small else [third]
         for layer in self.extra:
             maps.append(layer(maps[-1]))
         return maps
