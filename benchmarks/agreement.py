@@ -1,4 +1,4 @@
-"""A run and its bundle on the whole test split, image by image: `python -m benchmarks.agreement RUN BUNDLE`.
+"""A classifier and its bundle on the whole test split, image by image: `python -m benchmarks.agreement RUN BUNDLE`.
 
 PyTorch answers as `train.py test` does, on the loader's batches; the bundle answers each image through the runner
 that a device uses. Prints how many labels differ and how far probabilities are apart.

@@ -4,6 +4,9 @@ Both hold the same weights and see the same pictures and boxes, in one process a
 heads to detections, for a network that knows nothing (every class of every default box is above the threshold) and for
 heads as a trained one has them (a few in a hundred default boxes are certain of something), and the training step:
 forward, matching, loss and backward, without the optimiser.
+
+`python -m benchmarks.detection --agreement RUN BUNDLE` compares COCO's metrics of a run and of its bundle on the whole
+test split instead.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,7 +24,9 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
+from dlref.cli import load_run
 from dlref.models import SSDVGG16
+from dlref.runtime import load, make_runner
 from dlref.tasks.multibox import Detections, match, multibox_loss
 
 CLASSES = 90
@@ -101,12 +107,32 @@ def steps(theirs, own: SSDVGG16, batch: int, device: str) -> dict[str, list[floa
     return in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
 
 
+def agreement(run: Path, bundle: Path, overrides: list[str]) -> None:
+    """Print the metrics of PyTorch and of the bundle, both by the runner that a device uses."""
+    task, data = load_run(run, overrides)
+    data.prepare_data()
+    data.setup("test")
+    task.learn(data)
+    deployable = task.deployable(next(iter(data.test_dataloader())))
+    runners = {"PyTorch": make_runner(deployable.kind, deployable.graphs, deployable.metadata), "bundle": load(bundle)}
+    batches = data.test_dataloader()
+    for name, runner in runners.items():
+        shown = track(batches, name, console=Console(stderr=True), transient=True)
+        scores = task.scores(runner, shown)
+        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in scores.items())}")
+    print(f"{run.name}, {len(batches.dataset)} test pictures")
+
+
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4, help="pictures of a training step (default: 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--agreement", type=Path, nargs=2, metavar=("RUN", "BUNDLE"))
+    options, overrides = parser.parse_known_args()
+    if options.agreement:
+        agreement(*options.agreement, overrides)
+        return
     torch.manual_seed(0)
     device = options.device
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1, trainable_backbone_layers=5)

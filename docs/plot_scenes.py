@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 
 from dlref.data.scenes import digit_pools, make_scenes
 
-ROWS, COLUMNS, SIDE = 3, 8, 96
+ROWS, COLUMNS, SIDE = 2, 8, 96
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
         for (left, top, right, bottom), label in zip(boxes, labels, strict=True):
             if label >= 0:
                 axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color="yellow"))
-                axes.text(left, top, label, fontsize=7, color="yellow", va="bottom")
+                name = {"facecolor": "yellow", "pad": 0.5, "linewidth": 0}
+                axes.text(left, top, label, fontsize=6, va="bottom", bbox=name)
     figure.savefig(Path(__file__).parent / "images" / "scenes.png", dpi=80)
 
 

@@ -314,7 +314,7 @@ def test_boxes_that_were_mended_are_counted_aloud(tmp_path):
     path = framed(tmp_path, 4) / "Annotations/2.xml"
     path.write_text(path.read_text().replace("<xmax>45</xmax>", "<xmax>75</xmax>"))
     data = VOCBoxes(tmp_path, train="ImageSets/Main/train.txt", on_bad_box="clip", held_out=0.25)
-    with pytest.warns(UserWarning, match="train: 1 boxes clipped"):
+    with pytest.warns(UserWarning, match="train: boxes that stick out of their picture or have no area: 1 clipped"):
         data.setup()
 
 

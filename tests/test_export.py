@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.convert import Plan, convert
+from dlref.export.convert import Plan, after_the_network, convert
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
-from dlref.export.verify import Reference, Refused, parity
+from dlref.export.verify import Compared, Reference, Refused, parity
 from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
@@ -374,3 +374,111 @@ def test_half_precision_of_several_float_inputs(tmp_path):
 def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):
     with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
         export(classifier(Linear()).eval(), Pixels(labels="xyz"), CPU, tmp_path / "bundle")
+
+
+# Outputs that are a choice
+
+
+def rows(count=40, images=10):
+    """Boxes, scores and labels as a detector answers them, the last ten places of each image empty."""
+    generator = np.random.default_rng(0)
+    answer = {
+        "boxes": generator.uniform(0, 300, (images, count, 4)).astype(np.float32),
+        "scores": -np.sort(-generator.uniform(0.1, 1, (images, count)).astype(np.float32), axis=1),
+        "labels": generator.integers(0, 3, (images, count)),
+        "count": np.full(images, count - 10),
+    }
+    for name in ("boxes", "scores", "labels"):
+        answer[name][:, -10:] = 0
+    return answer
+
+
+def changed(**changes):
+    answer = rows()
+    for name, change in changes.items():
+        answer[name] = change(answer[name])
+    return answer
+
+
+def swapped(array):
+    """Neighbours in the other order in every image."""
+    order = np.arange(array.shape[1])
+    order[[3, 4]] = order[[4, 3]]
+    return array[:, order]
+
+
+def one_row_else(array):
+    array[0, 29] = array[0, 29] + 1
+    return array
+
+
+def compared(actual):
+    def exported(**inputs):
+        return actual
+
+    exported.shape = {}
+    expected = rows()
+    graph = Compared("detect", lambda **inputs: expected, exported, 1e-4, tuple(expected))
+    graph()
+    graph.settle()
+    return graph
+
+
+def test_a_choice_may_come_in_another_order_and_differ_in_a_row_that_a_rounding_flipped():
+    graph = compared(changed(boxes=swapped, scores=swapped, labels=swapped))
+    assert (graph.rows, graph.flipped, graph.max_abs_error) == (300, 0, 0)
+    graph = compared(changed(labels=one_row_else))
+    assert (graph.rows, graph.flipped) == (300, 1)
+    graph = compared(changed(scores=lambda s: s + np.float32(5e-5) * (s > 0)))
+    assert graph.flipped == 0
+    assert graph.max_abs_error == pytest.approx(5e-5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "actual",
+    [
+        changed(boxes=lambda b: b + np.float32(0.1)),
+        changed(scores=lambda s: s * np.float32(1.001)),
+        changed(labels=lambda k: np.where(k == 2, 1, k)),
+        changed(boxes=lambda b: np.concatenate([b[:-1], b[:1]])),  # of the last image those of the first
+        changed(
+            **dict.fromkeys(
+                ("boxes", "scores", "labels"), lambda a: a * (np.arange(40) < 29).reshape(-1, *[1] * (a.ndim - 2))
+            )
+        ),
+        changed(scores=lambda s: np.where(s == 0, np.float32(0.1), s)),  # more rows than there are
+    ],
+    ids=["shifted", "scaled", "a class less", "another image's", "a row less each", "more rows"],
+)
+def test_a_choice_that_differs_in_more_than_a_few_rows_is_refused(actual):
+    with pytest.raises(Refused, match=r"outputs boxes, scores, labels, count: \d+ of 300 rows differ"):
+        compared(actual)
+
+
+def test_a_choice_is_of_the_same_type_and_shape():
+    with pytest.raises(Refused, match="labels: int32"):
+        compared(changed(labels=lambda k: k.astype(np.int32)))
+    with pytest.raises(Refused, match="boxes: float32"):
+        compared(changed(boxes=lambda b: b[:, :-1]))
+
+
+def test_what_follows_the_last_weights_is_not_quantised(tmp_path):
+    class Decoded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            return (self.head(x + x) + 1).clamp(0, 9)
+
+    inputs = {"x": torch.rand(2, 3, 8, 8)}
+    graph = Graph(Decoded(), inputs, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
+    write_onnx(graph, tmp_path / "decoded.onnx", CPU)
+    model = onnx.load(tmp_path / "decoded.onnx")
+    left = {node.op_type for node in model.graph.node if node.name in after_the_network(model.graph)}
+    kept = {node.op_type for node in model.graph.node} - left
+    assert "Add" in left
+    assert {"Conv", "Relu"} <= kept
+    adds = [node.name for node in model.graph.node if node.op_type == "Add"]
+    assert sum(name in after_the_network(model.graph) for name in adds) == len(adds) - 1 == 1

@@ -208,6 +208,12 @@ def rates(schedule, steps, **options):
     return seen
 
 
+def test_steps_may_rise_first():
+    seen = rates(Steps, 100, milestones=[0.5], warmup=0.04)
+    assert seen[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert seen[49:51] == pytest.approx([1, 0.1])
+
+
 def test_steps_divide_at_shares_of_the_run():
     assert rates(Steps, 8, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
 

@@ -144,8 +144,8 @@ class ObjectDetectionData(LightningDataModule):
         listings = self.list_splits()
         for name, listing in listings.items():
             if listing.mended:
-                what = ", ".join(f"{count} boxes {how}" for how, count in listing.mended.items())
-                rank_zero_warn(f"{name}: {what}, for they stick out of their picture or have no area")
+                what = ", ".join(f"{count} {how}" for how, count in listing.mended.items())
+                rank_zero_warn(f"{name}: boxes that stick out of their picture or have no area: {what}")
         self.labels = listings["train"].classes
         self.splits = {name: self.dataset(name, listing) for name, listing in listings.items()}
 

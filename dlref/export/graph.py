@@ -1,5 +1,6 @@
 """One graph of a task -> one ONNX file. `graph` is a `Graph` of what the task's `deployable()` answers."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,10 +70,14 @@ def write_program(graph, path: Path, target: Target) -> None:
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Torch's exporter warns of torch's own code; what it writes is compared."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Torch's exporter warns of its own code; what it writes is compared."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

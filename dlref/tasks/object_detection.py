@@ -189,13 +189,18 @@ class ObjectDetector(Task):
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Mean average precision of a runner's detections over `batches`."""
+        return self.scores(runner, batches)[self.metric]
+
+    def scores(self, runner, batches: Iterable[Batch]) -> dict[str, float]:
+        """All that COCO reports of a runner's detections over `batches`."""
         metric = average_precision()
         for images, targets in batches:
             found = runner.detections(images.permute(0, 2, 3, 1).contiguous().numpy())
             side = np.float32(images.shape[-1])
             shares = [(boxes / side, scores, labels) for boxes, scores, labels in found]
             metric.update(predictions(shares, targets["sizes"]), truth(targets))
-        return metric.compute()[self.metric].item()
+        values = metric.compute()
+        return {name: values[name].item() for name in SUMMARY}
 
     def lost(self, reference: float, score: float) -> float:
         """Hundredths of the metric."""
@@ -222,7 +227,8 @@ class _Detect(nn.Module):
         heads = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
         boxes, scores, labels, count = self.detect(*heads, self.network.anchors)
         height, width = image.shape[1:3]
-        return boxes * torch.tensor([width, height, width, height], dtype=boxes.dtype), scores, labels, count
+        sides = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
+        return boxes * sides, scores, labels, count
 
 
 # What COCO reports: mean average precision over overlaps of 0.5 to 0.95, at two of them, by size of the object
