@@ -3,7 +3,7 @@
 Both hold the same weights and see the same pictures and boxes, in one process and in turns. Timed are the way from the
 heads to detections, for a network that knows nothing (every class of every default box is above the threshold) and for
 heads as a trained one has them (a few in a hundred default boxes are certain of something), and the training step:
-forward, matching, loss and backward, without the optimiser.
+forward, matching, loss and backward, without the optimiser, dlref in NHWC as its configs have it.
 
 `python -m benchmarks.detection --agreement RUN BUNDLE` compares COCO's metrics of a run and of its bundle on the whole
 test split instead.
@@ -99,10 +99,13 @@ def steps(theirs, own: SSDVGG16, batch: int, device: str) -> dict[str, list[floa
         theirs.zero_grad()
         sum(theirs(list(images), targets).values()).backward()
 
+    own = own.to(memory_format=torch.channels_last)  # as the configs have it
+
     def ours() -> None:
         own.zero_grad()
         matched = match(boxes, labels, own.anchors, 0.5)
-        sum(multibox_loss(*own((images - 0.45) * 255), boxes, labels, own.anchors, matched)).backward()
+        pixels = ((images - 0.45) * 255).contiguous(memory_format=torch.channels_last)
+        sum(multibox_loss(*own(pixels), boxes, labels, own.anchors, matched)).backward()
 
     return in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
 

@@ -167,6 +167,8 @@ def test_a_published_resnet_becomes_the_base(tmp_path):
     torch.save(ResNet(34).state_dict(), tmp_path / "resnet34.pth")
     with pytest.raises(UserError, match=r"resnet34\.pth: \d+ tensors do not fit SSDResNet"):
         load_weights(network, tmp_path / "resnet34.pth")
+    with pytest.raises(UserError, match=r"resnet18\.pth: \d+ tensors do not fit SSDResNet"):
+        load_weights(SSDResNet(34, 3, 96), tmp_path / "resnet18.pth")  # would leave the deeper layers as they are
 
 
 def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
@@ -296,7 +298,11 @@ def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zoom_out": 0.5}, "zoom_out: 0.5; expected at least 1"),
+        ({"zoom_out": 0.5}, "zoom_out: 0.5; expected 1 to 100"),
+        ({"zoom_out": float("nan")}, "zoom_out: nan; expected 1 to 100"),
+        ({"val": []}, "an empty list of lists; expected at least one file"),
+        ({"train": ["ImageSets/Main/train.txt"] * 2}, "0.png: in 2 of the lists"),
+        ({"class_names": ["red", "red"]}, "expected names that differ"),
         ({"batch_size": 0}, "batch_size: 0; expected at least 1"),
         ({"train": []}, "an empty list of lists; expected at least one file"),
         ({"train": "ImageSets/Main/missing.txt"}, "missing.txt: No such file"),
@@ -392,7 +398,8 @@ def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
         ({"labels": ["red"]}, "network answers 2 classes, the data has 1; expected"),
         ({"overlap_threshold": 1.5}, "overlap_threshold 1.5; expected 0 to 1"),
         ({"nms_threshold": -0.1}, "nms_threshold -0.1; expected 0 to 1"),
-        ({"detections": 0}, "detections 0; expected at least 1"),
+        ({"detections": 0}, "detections 0; expected 1 to 1000"),
+        ({"detections": 1001}, "detections 1001; expected 1 to 1000"),
         ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess gives 9 pixels; expected 8, the size of the network"),
         ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network refuses an image of 1 channels"),
     ],
@@ -406,6 +413,15 @@ def test_what_does_not_fit_together_is_refused(options, message):
     with pytest.raises(UserError) as caught:
         task.check()
     assert message in str(caught.value)
+
+
+def test_pictures_of_another_size_than_the_network_s_are_refused():
+    task, data = detector(), Painted()
+    data.setup()
+    task.learn(data)
+    data.image_size = 16
+    with pytest.raises(UserError, match=r"image_size 16; expected 8, the network's"):
+        task.learn(data)
 
 
 # The runner
@@ -455,8 +471,9 @@ def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
         ({"boxes": np.zeros((1, 2, 3), np.float32)}, "boxes float32"),
         ({"scores": np.zeros((1, 2))}, "scores float64"),
         ({"scores": np.full((1, 2), np.nan, np.float32)}, "no finite"),
-        ({"labels": np.full((1, 2), 2)}, "class 2"),
-        ({"labels": np.full((1, 2), -1)}, "class"),
+        ({"labels": np.full((1, 2), 2)}, "classes 2 to 2; expected 0 to 1"),
+        ({"labels": np.full((1, 2), -1)}, "classes -1 to -1; expected 0 to 1"),
+        ({"boxes": np.float32([[[5, 5, 2, 9]] * 2])}, "boxes that end before they begin"),
         ({"count": np.array([3])}, "a count of 3"),
         ({"count": np.array([-1])}, "a count of -1"),
         ({"count": None}, "no answer count"),
@@ -532,6 +549,8 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
     for arguments, message in (
         (["--form", "neo"], "--form neo; expected one of sagemaker"),
         (["--draw", one + "/x.png"], "cannot be written"),
+        (["--draw", one], "would be drawn over"),
+        (["--draw", str(tmp_path)], "a folder; expected the name of a PNG"),
     ):
         capsys.readouterr()
         assert main([str(folder), one, *arguments]) == 2

@@ -1,6 +1,7 @@
 """Exported graphs against PyTorch: traced on one shape, compared on others; and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -434,25 +435,67 @@ def test_a_choice_may_come_in_another_order_and_differ_in_a_row_that_a_rounding_
     assert graph.max_abs_error == pytest.approx(5e-5, rel=0.1)
 
 
+ROWS = ("boxes", "scores", "labels")
+
+
+def real(array):
+    """Where there are rows, and not only zeros."""
+    return (np.arange(40) < 30).reshape(-1, *[1] * (array.ndim - 2))
+
+
+def reversed_rows(array):
+    return np.concatenate([array[:, 29::-1], array[:, 30:]], axis=1)
+
+
+def shorter(array):
+    return array * (np.arange(40) < 29).reshape(-1, *[1] * (array.ndim - 2))
+
+
 @pytest.mark.parametrize(
     "actual",
     [
-        changed(boxes=lambda b: b + np.float32(0.1)),
+        changed(boxes=lambda b: b + np.float32(0.1) * real(b)),
         changed(scores=lambda s: s * np.float32(1.001)),
         changed(labels=lambda k: np.where(k == 2, 1, k)),
         changed(boxes=lambda b: np.concatenate([b[:-1], b[:1]])),  # of the last image those of the first
-        changed(
-            **dict.fromkeys(
-                ("boxes", "scores", "labels"), lambda a: a * (np.arange(40) < 29).reshape(-1, *[1] * (a.ndim - 2))
-            )
-        ),
-        changed(scores=lambda s: np.where(s == 0, np.float32(0.1), s)),  # more rows than there are
+        changed(**dict.fromkeys(ROWS, shorter), count=lambda n: n - 1),
+        changed(**dict.fromkeys(ROWS, reversed_rows)),
     ],
-    ids=["shifted", "scaled", "a class less", "another image's", "a row less each", "more rows"],
+    ids=["shifted", "scaled", "a class less", "another image's", "a row less each", "reversed"],
 )
 def test_a_choice_that_differs_in_more_than_a_few_rows_is_refused(actual):
     with pytest.raises(Refused, match=r"outputs boxes, scores, labels, count: \d+ of 300 rows differ"):
         compared(actual)
+
+
+@pytest.mark.parametrize(
+    "actual",
+    [
+        changed(count=lambda n: n * 0),
+        changed(count=lambda n: n - 1),
+        changed(**dict.fromkeys(ROWS, lambda a: a[:, ::-1])),
+        changed(scores=lambda s: np.where(s == 0, np.float32(0.1), s)),
+    ],
+    ids=["none", "one less", "zeros first", "padding that is none"],
+)
+def test_a_choice_agrees_with_its_own_number_of_rows(actual):
+    with pytest.raises(Refused, match="do not agree with the rows that there are"):
+        compared(actual)
+
+
+def test_float32_that_loses_the_metric_is_refused_where_outputs_are_a_choice(tmp_path, monkeypatch):
+    task, data = classifier().eval(), Pixels()
+    monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch)))
+    scores = iter([0.9, 0.8])
+    monkeypatch.setattr(task, "evaluate", lambda runner, batches: next(scores))
+    with pytest.raises(Refused, match=r"accuracy 0\.8000, PyTorch's is 0\.9000: 10\.00 points lost"):
+        export(task, data, CPU, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def chosen(deployable):
+    graphs = {name: replace(graph, chosen=graph.outputs) for name, graph in deployable.graphs.items()}
+    return replace(deployable, graphs=graphs)
 
 
 def test_a_choice_is_of_the_same_type_and_shape():

@@ -58,24 +58,26 @@ class Pictures(Dataset):
         keep_ignored: bool = True,
         images: Tensor | None = None,
     ):
-        self.pictures, self.transform, self.keep_ignored, self.images = pictures, transform, keep_ignored, images
+        # Arrays: a worker process that does not fork gets a file for each tensor, and there are only so many.
+        self.objects = [tuple(part.numpy() for part in picture[1:]) for picture in pictures]
         self.paths = [picture.path for picture in pictures]
+        self.transform, self.keep_ignored, self.images = transform, keep_ignored, images
         self.places = max([1, *(len(picture.labels) for picture in pictures)])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        picture = self.pictures[index]
-        image = read_image(picture.path) if self.images is None else self.images[index]
+        boxes, labels, ignored = map(torch.from_numpy, self.objects[index])
+        image = read_image(self.paths[index]) if self.images is None else self.images[index]
         height, width = image.shape[-2:]
-        kept = torch.ones_like(picture.ignored) if self.keep_ignored else ~picture.ignored
+        kept = torch.ones_like(ignored) if self.keep_ignored else ~ignored
         sample = self.transform(
             {
                 "image": tv_tensors.Image(image),
-                "boxes": tv_tensors.BoundingBoxes(picture.boxes[kept], format="XYXY", canvas_size=(height, width)),
-                "labels": picture.labels[kept],
-                "ignored": picture.ignored[kept],
+                "boxes": tv_tensors.BoundingBoxes(boxes[kept], format="XYXY", canvas_size=(height, width)),
+                "labels": labels[kept],
+                "ignored": ignored[kept],
             }
         )
         boxes = sample["boxes"]
@@ -139,8 +141,8 @@ class ObjectDetectionData(LightningDataModule):
             return
         check_at_least(1, batch_size=self.batch_size, image_size=self.image_size)
         check_at_least(0, num_workers=self.num_workers)
-        if self.zoom_out < 1:
-            raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected at least 1")
+        if not 1 <= self.zoom_out < 100:
+            raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to 100")
         listings = self.list_splits()
         for name, listing in listings.items():
             if listing.mended:
@@ -306,12 +308,17 @@ class ListedBoxes(ObjectDetectionData):
             mended.update(listing.mended)
         if not pictures:
             raise UserError("--data.init_args: an empty list of lists; expected at least one file")
+        path, times = Counter(picture.path for picture in pictures).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"{path}: in {times} of the lists {lists}; expected it in one")
         return BoxListing(pictures, classes, dict(mended))
 
     def list_splits(self) -> dict[str, BoxListing]:
         """Read the lists of each split, with the classes of training."""
+        if self.class_names and len(set(self.class_names)) < len(self.class_names):
+            raise UserError(f"--data.init_args.class_names: {self.class_names}; expected names that differ")
         train = self.read_all(self.lists["train"], self.class_names)
-        given = {name: lists for name, lists in self.lists.items() if lists and name != "train"}
+        given = {name: lists for name, lists in self.lists.items() if lists is not None and name != "train"}
         read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
         if "val" not in read:
             train, read["val"] = split(train, self.held_out, SPLIT_SEED)

@@ -29,7 +29,7 @@ from dlref.export.graph import example_at, first_sizes, write_onnx, write_progra
 from dlref.export.manifest import describe, write_manifest
 from dlref.export.measure import CPU, Contenders, provider, stands_in
 from dlref.export.targets import Target
-from dlref.export.verify import Compared, Reference, parity, score
+from dlref.export.verify import Compared, Reference, Refused, parity, score
 from dlref.runtime import UserError
 from dlref.runtime.bench import EXAMPLE, tried
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
@@ -144,6 +144,8 @@ class Attempts:
             attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
             if not exact:
                 attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
+            elif any(graph.chosen for graph in self.deployable.graphs.values()) and self.too_much_lost(attempt):
+                raise Refused(self.too_much_lost(attempt))
         except UserError as error:
             if exact:
                 raise

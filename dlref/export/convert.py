@@ -89,7 +89,11 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         return
     with quietly(path.name):
         if plan.precision == "float16":
-            half = ONNXModel(convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT))
+            model = onnx.load(source)
+            after = after_the_network(model.graph)
+            half = ONNXModel(
+                convert_float_to_float16(model, keep_io_types=True, op_block_list=FLOAT, node_block_list=after)
+            )
             half.topological_sort()  # the casts of the inputs were appended
             del half.model.graph.value_info[:]  # types from before, where nodes stay float
             save(half.model, path)
@@ -174,7 +178,7 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
 
 
 def after_the_network(graph: onnx.GraphProto) -> list[str]:
-    """The nodes that no layer with weights comes after: decoding, which 256 levels are too few for."""
+    """The nodes that no layer with weights comes after: decoding, which 256 levels or 11 bits are too few for."""
     writers = {output: node for node in graph.node for output in node.output}
     before: set[str] = set()
     waiting = [node for node in graph.node if node.op_type in WEIGHTED]

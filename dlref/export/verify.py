@@ -10,8 +10,8 @@ from dlref.export.graph import example_at
 from dlref.runtime import UserError, make_runner
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
-FLIPPED = 0.005  # share of the rows of a choice that a rounding may change; and this many however few there are:
-FEW = 2
+FLIPPED = 0.002  # share of the rows of a choice that a rounding may change; and this many however few there are:
+FEW = 2  # also the places by which a row may come sooner or later
 
 
 class Refused(UserError):
@@ -68,23 +68,37 @@ class Compared:
             if name not in self.chosen:
                 self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
         if self.chosen:
-            self.compare_sets(*(rows_of(answer, self.chosen) for answer in (actual, expected)))
+            self.compare_sets(actual, expected)
         return actual
 
-    def compare_sets(self, actual: np.ndarray, expected: np.ndarray) -> None:
-        """Look for each row of `expected` (B, D, F) in the same sample of `actual`; rows of zeros are no rows."""
-        for found, wanted in zip(actual, expected, strict=True):
-            wanted = wanted[wanted.any(axis=1)]
-            if not len(wanted):
-                self.flipped += int(found.any(axis=1).sum())
-                continue
-            error = np.abs(found[:, None] - wanted)  # (found, wanted, F)
-            relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
-            same = relative.min(axis=0) <= self.tolerance
+    def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+        """Look for the rows of each sample of `expected` in that of `actual`, near their places."""
+        self.counted(actual)
+        for found, wanted in zip(rows_of(actual, self.chosen), rows_of(expected, self.chosen), strict=True):
+            found, wanted = found[found.any(axis=1)], wanted[wanted.any(axis=1)]
             self.rows += len(wanted)
-            self.flipped += max(len(wanted), int(found.any(axis=1).sum())) - int(same.sum())
-            nearest = error[relative.argmin(axis=0), np.arange(len(wanted))].max(axis=1)
-            self.max_abs_error = max(self.max_abs_error, float(nearest[same].max(initial=0)))
+            unlike = abs(len(found) - len(wanted))
+            if len(found) and len(wanted):
+                error = np.abs(found[:, None] - wanted)  # (found, wanted, F)
+                relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
+                nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
+                same = relative[nearest, places] <= self.tolerance
+                unlike = max(len(found), len(wanted)) - int(same.sum())
+                unlike += int((np.abs(nearest - places)[same] > FEW + unlike).sum())
+                worst = error[nearest, places].max(axis=1)[same].max(initial=0)
+                self.max_abs_error = max(self.max_abs_error, float(worst))
+            self.flipped += unlike
+
+    def counted(self, actual: dict[str, np.ndarray]) -> None:
+        """Raise Refused where rows of zeros come before others, or an output of one axis is not the rows' number."""
+        there = rows_of(actual, self.chosen).any(axis=2)
+        number = there.sum(axis=1)
+        first = np.arange(there.shape[1]) < number[:, None]
+        counts = {name: actual[name] for name in self.chosen if actual[name].ndim == 1}
+        if not np.array_equal(there, first) or not all(np.array_equal(array, number) for array in counts.values()):
+            raise Refused(
+                f"{self.name}: rows of zeros, or {', '.join(counts)}, do not agree with the rows that there are"
+            )
 
     def settle(self) -> None:
         """Once all is asked: raise Refused where more rows of a choice differ than roundings change."""

@@ -6,7 +6,8 @@ published weights load directly.
 
 Every network names in its class attribute `class_layers` the modules whose shape depends on `num_classes`. Transfer
 learning replaces these and nothing else. One that is built on another network's layers has `of_base(state)`: that
-network's published state dict under its own names, without what it does not have.
+network's published state dict under its own names, without what it does not have. All under the prefix `base` has to
+come from there.
 """
 
 from dlref.models.activations import ActivationName, make_activation

@@ -226,6 +226,7 @@ class SSD(nn.Module):
     """
 
     class_layers = ("head.classification_head",)
+    base = "backbone.features."
 
     def __init__(self, backbone: nn.Module, size: int, num_classes: int) -> None:
         super().__init__()

@@ -82,11 +82,16 @@ def transform(arguments: list[str]) -> int:
 
 def drawn(sources: list[str], path: Path) -> list[Path]:
     """Where the picture of each source goes: `path`, or a file of the source's name in the folder `path`."""
-    if len(sources) == 1:
-        return [path]
-    paths = [path / f"{Path(source).stem}.png" for source in sources]
-    if twice := [one.name for one in paths if paths.count(one) > 1]:
-        raise UserError(f"--draw {path}: two inputs would be drawn as {twice[0]}; expected names that differ")
+    if not path.name or (len(sources) == 1 and path.is_dir()):
+        raise UserError(f"--draw {path}: a folder; expected the name of a PNG")
+    paths = [path] if len(sources) == 1 else [path / f"{Path(source).stem}.png" for source in sources]
+    names: set[Path] = set()
+    for one, source in zip(paths, sources, strict=True):
+        if one in names:
+            raise UserError(f"--draw {path}: two inputs would be drawn as {one.name}; expected names that differ")
+        if one.resolve() == Path(source).resolve():
+            raise UserError(f"--draw {path}: {source} would be drawn over; expected another place")
+        names.add(one)
     return paths
 
 

@@ -23,7 +23,8 @@ class Graph:
         tolerance: largest error allowed, relative to outputs above 1 and absolute below.
         chosen: outputs that are a choice, such as the boxes that suppression leaves: a rounding can change which rows
             (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
-            all but a few have to be found again.
+            all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
+            one axis is the number of rows.
     """
 
     module: nn.Module

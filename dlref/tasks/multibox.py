@@ -131,14 +131,19 @@ class Detections(nn.Module):
     ) -> Bool[Tensor, "B C"]:
         """Which candidates no better one of their class and image suppresses.
 
-        One suppression serves the whole batch: each class of each image is moved to a cell of its own, classes to the
-        right and images down. Corners are rounded first, so that moving them rounds nothing: an answer does not hang
-        on the place of its image in the batch.
+        Each class of each image is moved to a cell of its own, classes to the right and images down, so that in a graph
+        one suppression serves a batch of any size. Corners are rounded first, so that moving them rounds nothing: up to
+        128 images and 128 classes, an answer does not hang on the place of its image in the batch.
         """
         image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
         cell = torch.stack([labels, image], dim=-1).to(boxes.dtype)
         placed = (boxes * GRID).round() / GRID + 2 * torch.cat([cell, cell], dim=-1)
         # What is no detection anyway goes to one place, where the first suppresses all others at once.
         placed = torch.where((scores > self.score)[..., None], placed, -placed.new_tensor([2, 2, 1, 1]))
-        kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
+        if torch.compiler.is_exporting():
+            kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
+        else:  # the same, image by image: a suppression takes a time that is quadratic in its boxes
+            places = scores.shape[1]
+            alone = zip(placed, scores, strict=True)
+            kept = torch.cat([nms(*one, self.overlap) + places * i for i, one in enumerate(alone)])
         return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(scores)

@@ -63,6 +63,14 @@ class ObjectDetector(Task):
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 
+    def learn(self, datamodule) -> None:
+        """Hold the size of the batches against the network's too: another one would train without a word."""
+        super().learn(datamodule)
+        if datamodule.image_size != self.network.size:
+            raise UserError(
+                f"data.init_args.image_size {datamodule.image_size}; expected {self.network.size}, the network's"
+            )
+
     def check(self) -> None:
         """One black image through the network: heads of another width would train without a word."""
         classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
@@ -70,8 +78,8 @@ class ObjectDetector(Task):
         for name, value in (shares | {"score_threshold": self.detect.score}).items():
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value}; expected 0 to 1")
-        if self.detect.most < 1:
-            raise UserError(f"detections {self.detect.most}; expected at least 1")
+        if not 1 <= self.detect.most <= self.detect.candidates:
+            raise UserError(f"detections {self.detect.most}; expected 1 to {self.detect.candidates}")
         if side != self.network.size:
             raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
         mode = self.network.training
@@ -244,11 +252,15 @@ def average_precision(**options) -> MeanAveragePrecision:
 
 
 def predictions(found: list[Found], sizes: Int[Tensor, "B 2"]) -> list[dict[str, Tensor]]:
-    """Detections in shares of the image -> what torchmetrics takes, in pixels of the original image."""
-    return [
-        {"boxes": pixels(torch.from_numpy(boxes), size), "scores": torch.from_numpy(s), "labels": torch.from_numpy(k)}
-        for (boxes, s, k), size in zip(found, sizes.cpu(), strict=True)
-    ]
+    """Detections in shares of the image -> what torchmetrics takes, in pixels of the original image.
+
+    On the device of `sizes`: between several devices, what is gathered has to lie on them.
+    """
+    rows = []
+    for image, size in zip(found, sizes, strict=True):
+        boxes, scores, labels = (torch.from_numpy(array).to(sizes.device) for array in image)
+        rows.append({"boxes": pixels(boxes, size), "scores": scores, "labels": labels})
+    return rows
 
 
 def truth(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -67,7 +67,8 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
     replaced = [key for key in differing if key.startswith(tuple(f"{layer}." for layer in network.class_layers))]
     missing = own.keys() - state.keys()
-    problems = sorted(state.keys() - own.keys() | (set() if of_base else missing) | set(differing) - set(replaced))
+    needed = {key for key in missing if key.startswith(network.base)} if of_base else missing
+    problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
     if problems:
         raise UserError(
             f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({', '.join(problems[:3])}, "

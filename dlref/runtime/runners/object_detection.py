@@ -74,7 +74,8 @@ class Runner(Base):
 
     def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
         """The picture with the boxes of at least SHOWN, their labels and scores."""
-        image = Image.fromarray(self.read(source).squeeze()).convert("RGB")
+        pixels = self.read(source)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
         pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
         for found in reversed(answer["objects"]):  # the best on top
             if found["score"] < SHOWN:
@@ -109,10 +110,14 @@ def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.n
             )
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise UserError("graph answers no finite boxes or scores; expected finite ones")
+    if (boxes[..., 2:] < boxes[..., :2]).any():
+        raise UserError("graph answers boxes that end before they begin; expected x1 y1 x2 y2")
     if count.min(initial=0) < 0 or count.max(initial=0) > places:
         raise UserError(f"graph answers a count of {count.min()} to {count.max()}; expected 0 to {places}")
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
-        raise UserError(f"graph answers class {labels.max()}; expected 0 to {classes - 1}, as there are labels")
+        raise UserError(
+            f"graph answers classes {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are labels"
+        )
 
 
 def answer(
