@@ -561,12 +561,21 @@ def test_image_manifest(folders):
 # From a config
 
 
+REQUIRED = {
+    **dict.fromkeys(("Digits", "DigitScenes"), ()),
+    **dict.fromkeys(("MNIST", "FashionMNIST", "CIFAR10", "ImageFolder"), ("root",)),
+    "ImageList": ("root", "train", "val"),
+    "ImageManifest": ("train", "val"),
+    **dict.fromkeys(("COCOBoxes", "ManifestBoxes", "SageMakerBoxes", "VOCBoxes"), ("root", "train")),
+}
+
+
 @pytest.mark.parametrize("name", data.__all__)
 def test_jsonargparse_resolves_every_module(name):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     options = ["--data", f"dlref.data.{name}", "--data.init_args.batch_size", "7"]
-    for required in ("root",) * (name != "Digits") + ("train", "val") * (name in ("ImageList", "ImageManifest")):
+    for required in REQUIRED[name]:
         options += [f"--data.init_args.{required}", "some/where"]
     module = parser.instantiate(parser.parse_args(options)).data
     assert module.batch_size == 7

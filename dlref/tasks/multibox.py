@@ -142,8 +142,9 @@ class Detections(nn.Module):
         placed = torch.where((scores > self.score)[..., None], placed, -placed.new_tensor([2, 2, 1, 1]))
         if torch.compiler.is_exporting():
             kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
-        else:  # the same, image by image: a suppression takes a time that is quadratic in its boxes
-            places = scores.shape[1]
-            alone = zip(placed, scores, strict=True)
-            kept = torch.cat([nms(*one, self.overlap) + places * i for i, one in enumerate(alone)])
+        else:  # the same, image by image and without the rest: a suppression's time is quadratic in its boxes
+            places, number = scores.shape[1], (scores > self.score).sum(dim=1).tolist()
+            kept = torch.cat(
+                [nms(placed[i, :n], scores[i, :n], self.overlap) + places * i for i, n in enumerate(number)]
+            )
         return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(scores)
