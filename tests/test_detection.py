@@ -171,6 +171,13 @@ def test_a_published_resnet_becomes_the_base(tmp_path):
         load_weights(SSDResNet(34, 3, 96), tmp_path / "resnet18.pth")  # would leave the deeper layers as they are
 
 
+@pytest.mark.parametrize("network", [lambda: SSDVGG16(3), lambda: SSDResNet(18, 3, 96), Corners])
+def test_weights_of_something_else_are_refused_in_one_line(tmp_path, network):
+    torch.save({"features.conv0.weight": torch.zeros(3), "classifier.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: \d+ tensors do not fit"):
+        load_weights(network(), tmp_path / "other.pth")
+
+
 def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
     trained, network = SSDResNet(18, 10, 96), SSDResNet(18, 3, 96)
     torch.save(trained.state_dict(), tmp_path / "ssd.pth")

@@ -139,7 +139,7 @@ class VGGFeatures(nn.Module):
         for key, value in state.items():
             part, _, rest = key.partition(".")
             index, _, kind = rest.partition(".")
-            if part == "features":
+            if part == "features" and index.isdecimal():
                 own[f"features.{index}.{kind}" if int(index) < 23 else f"extra.0.{int(index) - 23}.{kind}"] = value
         # torchvision's weights converted from the authors' hold no numbers in the classifier.
         if "classifier.0.weight" in state and state["classifier.0.weight"].isfinite().all():

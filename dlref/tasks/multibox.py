@@ -1,7 +1,7 @@
 """MultiBox: default boxes matched to true ones, the loss, and from the heads to detections.
 
-W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Everything here works on whole batches of
-padded boxes: no loop over images, no wait for the device, no shape that hangs on the data before the suppression.
+W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Matching and loss work on whole batches of
+padded boxes: no loop over images, no wait for the device, no shape that hangs on the data.
 
 Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, D
 detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as corners.
