@@ -21,8 +21,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_text
+from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
 from dlref.runtime import UserError
+from dlref.runtime.runner import plain
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line, read_checkpoint
 
@@ -224,13 +225,17 @@ class TrainCLI(LightningCLI):
         print(f"figures are in {self.run / 'figures'}")
 
     def predict(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
-        """Write one JSON line for each input to predictions.jsonl."""
+        """Write one JSON line for each input to predictions.jsonl, and answers that are pictures beside it."""
         if self.trainer.world_size > 1:
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
         model.restore(self.checkpoint)
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers = [answer for batch in batches for answer in batch]
-        rows = [{"input": name, **row} for name, row in zip(datamodule.sources(), answers, strict=True)]
+        names = datamodule.sources()
+        pictures = [model.picture(answer) for answer in answers]
+        if pictures[0] is not None:
+            write_pictures(self.run / "predictions", names, pictures)
+        rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
         path = self.run / "predictions.jsonl"
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"predictions are in {path}")

@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -11,7 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dlref.runtime import UserError
 
-OWN = ("checkpoints", "figures", "config.yaml", "hparams.yaml", "metrics.csv", "test.json", "predictions.jsonl")
+OWN = (
+    "checkpoints",
+    "figures",
+    "config.yaml",
+    "hparams.yaml",
+    "metrics.csv",
+    "test.json",
+    "predictions",
+    "predictions.jsonl",
+)
 
 
 def run_folder(options) -> Path:
@@ -110,3 +120,18 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_pictures(folder: Path, names: list[str], pictures: list) -> None:
+    """Write a PNG for each input into `folder`, all or none; what was there before goes. Raises UserError."""
+    files = [f"{Path(name).stem}.png" for name in names]
+    twice = next((file for file, count in Counter(files).items() if count > 1), None)
+    if twice:
+        raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(part / file)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

@@ -562,11 +562,12 @@ def test_image_manifest(folders):
 
 
 REQUIRED = {
-    **dict.fromkeys(("Digits", "DigitScenes"), ()),
+    **dict.fromkeys(("Digits", "DigitSceneMasks", "DigitScenes"), ()),
     **dict.fromkeys(("MNIST", "FashionMNIST", "CIFAR10", "ImageFolder"), ("root",)),
     "ImageList": ("root", "train", "val"),
     "ImageManifest": ("train", "val"),
     **dict.fromkeys(("COCOBoxes", "ManifestBoxes", "SageMakerBoxes", "VOCBoxes"), ("root", "train")),
+    **dict.fromkeys(("MaskFolders", "MaskLists", "VOCMasks"), ("root", "train")),
 }
 
 

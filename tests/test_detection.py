@@ -556,14 +556,14 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
     for arguments, message in (
         (["--form", "neo"], "--form neo; expected one of sagemaker"),
         (["--draw", one + "/x.png"], "cannot be written"),
-        (["--draw", one], "would be drawn over"),
+        (["--draw", one], "would be overwritten"),
         (["--draw", str(tmp_path)], "a folder; expected the name of a PNG"),
     ):
         capsys.readouterr()
         assert main([str(folder), one, *arguments]) == 2
         assert message in capsys.readouterr().err
     assert main([str(folder), one, one, "--draw", str(tmp_path / "twice")]) == 2
-    assert "two inputs would be drawn as one.png" in capsys.readouterr().err
+    assert "two inputs would become one.png" in capsys.readouterr().err
 
 
 def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path):

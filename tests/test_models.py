@@ -219,7 +219,7 @@ def test_a_silent_block_passes_its_shortcut():
             nn.init.zeros_(p)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        maps = network.features(x)
+        maps = network.stages(x)[-1]
         first = torch.relu(network.bn1(network.conv1(x)))
     assert torch.equal(maps[:, :16], first[:, :, ::4, ::4])
     assert not maps[:, 16:].any()
@@ -228,8 +228,8 @@ def test_a_silent_block_passes_its_shortcut():
 def test_stems():
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert ResNet(18, 10).features(x).shape == (1, 512, 2, 2)
-        assert ResNet(18, 10, stem="cifar").features(x).shape == (1, 512, 8, 8)
+        assert ResNet(18, 10).stages(x)[-1].shape == (1, 512, 2, 2)
+        assert ResNet(18, 10, stem="cifar").stages(x)[-1].shape == (1, 512, 8, 8)
     with torch.device("meta"):
         saved = count(ResNet(18)) - count(ResNet(18, stem="cifar"))
     assert saved == 64 * 3 * (7 * 7 - 3 * 3)

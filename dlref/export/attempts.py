@@ -137,6 +137,7 @@ class Attempts:
     def judged(self, plan: Plan) -> Attempt:
         """Build a bundle and hold it against PyTorch. Raises Refused where not even float32 holds."""
         exact = plan == FLOAT32
+        forgiven = any(graph.chosen or graph.argmax for graph in self.deployable.graphs.values())
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
         try:
             attempt.parity = self.exact if exact else self.exact + self.parity(plan)
@@ -144,7 +145,7 @@ class Attempts:
             attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
             if not exact:
                 attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
-            elif any(graph.chosen for graph in self.deployable.graphs.values()) and self.too_much_lost(attempt):
+            elif forgiven and self.too_much_lost(attempt):
                 raise Refused(self.too_much_lost(attempt))
         except UserError as error:
             if exact:
@@ -234,7 +235,7 @@ class Attempts:
         compared = graphs
         if exact:
             compared = {
-                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen)
+                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen, graph.argmax)
                 for name, graph in self.deployable.graphs.items()
             }
         bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))

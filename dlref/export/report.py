@@ -60,7 +60,8 @@ def metrics(verification: dict, target: dict) -> list[str]:
     ]
     if verification["test"]["rows"]:
         parts.append(
-            "Outputs that are a choice, such as boxes after suppression, are compared as sets; a rounding flipped "
+            "Outputs that are a choice, such as boxes after suppression, are compared as sets, and places of largest "
+            "values, such as the class of a pixel, one by one; a rounding flipped "
             + " and ".join(f"{row['flipped']} of {row['rows']} ({row['split']})" for row in both)
             + "."
         )

@@ -10,8 +10,9 @@ from dlref.export.graph import example_at
 from dlref.runtime import UserError, make_runner
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
-FLIPPED = 0.002  # share of the rows of a choice that a rounding may change; and this many however few there are:
-FEW = 2  # also the places by which a row may come sooner or later
+FLIPPED = 0.002  # share of the rows of a choice that a rounding may change,
+MISPLACED = 0.001  # of the places of largest values,
+FEW = 2  # and this many however few there are; also the places by which a row may come sooner or later
 
 
 class Refused(UserError):
@@ -48,15 +49,22 @@ class Compared:
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
     task's metric judges: then only rank, type and finiteness count, for the number of boxes or tokens that come out
-    can hang on the last digit. Outputs that are a choice (`Graph.chosen`) are compared as a set of rows.
+    can hang on the last digit. Outputs that are a choice (`Graph.chosen`) are compared as a set of rows, places of
+    largest values (`Graph.argmax`) by how many of them there are that differ.
     """
 
     def __init__(
-        self, name: str, reference: Callable, exported: Callable, tolerance: float, chosen: Sequence[str] = ()
+        self,
+        name: str,
+        reference: Callable,
+        exported: Callable,
+        tolerance: float,
+        chosen: Sequence[str] = (),
+        argmax: Sequence[str] = (),
     ):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
         self.shape = exported.shape
-        self.chosen = () if tolerance == inf else chosen
+        self.chosen, self.argmax = ((), ()) if tolerance == inf else (chosen, argmax)
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
 
@@ -65,7 +73,10 @@ class Compared:
         actual, expected = self.exported(**inputs), self.reference(**inputs)
         for name, reference in expected.items():
             self.alike(name, actual[name], reference)
-            if name not in self.chosen:
+            if name in self.argmax:
+                self.rows += reference.size
+                self.flipped += int((actual[name] != reference).sum())
+            elif name not in self.chosen:
                 self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
         if self.chosen:
             self.compare_sets(actual, expected)
@@ -101,11 +112,12 @@ class Compared:
             )
 
     def settle(self) -> None:
-        """Once all is asked: raise Refused where more rows of a choice differ than roundings change."""
-        if self.flipped > max(FEW, FLIPPED * self.rows):
+        """Once all is asked: raise Refused where more of a choice, or more places, differ than roundings change."""
+        share = FLIPPED if self.chosen else MISPLACED
+        if self.flipped > max(FEW, share * self.rows):
             raise Refused(
-                f"{self.name}, outputs {', '.join(self.chosen)}: {self.flipped} of {self.rows} rows differ from "
-                f"PyTorch's; expected at most {FLIPPED:.1%} beyond {self.tolerance:.0e}"
+                f"{self.name}, outputs {', '.join([*self.chosen, *self.argmax])}: {self.flipped} of {self.rows} differ "
+                f"from PyTorch's; expected at most {share:.1%}"
             )
 
     def alike(self, output: str, actual: np.ndarray, expected: np.ndarray) -> None:
@@ -149,7 +161,7 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
     for turn in range(1 if static else max(map(len, graph.sizes.values()), default=1)):
         sizes = {symbol: choices[turn % len(choices)] for symbol, choices in graph.sizes.items()}
         inputs = {key: tensor.numpy() for key, tensor in example_at(graph, sizes).items()}
-        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.chosen)
+        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.chosen, graph.argmax)
         compared(**inputs)
         compared.settle()
         shape = {key: list(array.shape) for key, array in inputs.items()}

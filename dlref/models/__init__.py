@@ -12,20 +12,28 @@ come from there.
 
 from dlref.models.activations import ActivationName, make_activation
 from dlref.models.alexnet import AlexNet
+from dlref.models.deeplabv3 import DeepLabV3
+from dlref.models.fcn import FCNVGG16, FCNCifarResNet, FCNResNet
 from dlref.models.googlenet import GoogLeNet
 from dlref.models.lenet import LeNet5
+from dlref.models.pspnet import PSPNet
 from dlref.models.resnet import CifarResNet, ResNet
 from dlref.models.ssd import SSDVGG16, SSDResNet
 from dlref.models.vgg import VGG
 
 __all__ = [
+    "FCNVGG16",
     "SSDVGG16",
     "VGG",
     "ActivationName",
     "AlexNet",
     "CifarResNet",
+    "DeepLabV3",
+    "FCNCifarResNet",
+    "FCNResNet",
     "GoogLeNet",
     "LeNet5",
+    "PSPNet",
     "ResNet",
     "SSDResNet",
     "make_activation",

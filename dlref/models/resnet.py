@@ -9,11 +9,15 @@ are not the paper's:
   2016 (16 more blocks than depth 152, on the 28x28 maps), but the blocks of the other depths: that paper's
   200 layers put normalisation and activation before each convolution.
 
+A stage can keep the resolution of the one before and dilate its convolutions instead ("à trous", L.-C. Chen et al.,
+"Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.1). With the same weights, every other
+pixel of its maps is then what it would have been.
+
 Legend of shapes: B batch, C channels, H W height and width, K classes, D and h w the channels, height and
 width of the maps that come out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from jaxtyping import Float
@@ -23,6 +27,8 @@ from torch.nn import functional as F
 from dlref.models.activations import ActivationName, make_activation
 
 Shortcut = Callable[[int, int, int], nn.Module]  # (in_channels, out_channels, stride) -> module
+Dilations = tuple[int, int]  # of a block's convolutions up to the one with its stride, and after it
+Step = tuple[int, Dilations]  # stride and dilations of a stage's first block
 
 
 class PaddedShortcut(nn.Module):
@@ -60,13 +66,20 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut, activation: ActivationName
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        dilations: Dilations,
+        shortcut: Shortcut,
+        activation: ActivationName,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        first, second = dilations
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=first, dilation=first, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = make_activation(activation)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=second, dilation=second, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = shortcut(in_channels, channels, stride)
         self.act2 = make_activation(activation)
@@ -84,14 +97,21 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut, activation: ActivationName
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        dilations: Dilations,
+        shortcut: Shortcut,
+        activation: ActivationName,
     ) -> None:
         super().__init__()
+        dilation, _ = dilations
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = make_activation(activation)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.act2 = make_activation(activation)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
@@ -115,6 +135,7 @@ _STAGES = {
     152: (Bottleneck, (3, 8, 36, 3)),
     200: (Bottleneck, (3, 24, 36, 3)),
 }
+_UNCHANGED: Step = (1, (1, 1))
 _CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 
@@ -128,6 +149,9 @@ class ResNet(nn.Module):
         activation: after every convolution.
         stem: "imagenet" quarters the resolution first, by a 7x7 convolution and a max-pool of stride 2 each;
             "cifar" is a 3x3 convolution of stride 1, for images of about 32x32.
+        replace_stride_with_dilation: whether the second, third and fourth stage keep the resolution.
+
+    `channels` are those of the maps of each stage.
 
     Raises:
         ValueError: `depth`, `activation` or `stem` is none of those listed.
@@ -142,30 +166,35 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         activation: ActivationName = "relu",
         stem: Literal["imagenet", "cifar"] = "imagenet",
+        replace_stride_with_dilation: tuple[bool, bool, bool] = (False, False, False),
     ) -> None:
         super().__init__()
         if depth not in _STAGES:
             raise ValueError(f"no ResNet of depth {depth}: expected one of {', '.join(map(str, _STAGES))}")
         block, (n1, n2, n3, n4) = _STAGES[depth]
+        second, third, fourth = _steps(replace_stride_with_dilation)
         wide = block.expansion
+        self.channels = [wide * channels for channels in (64, 128, 256, 512)]
         self.conv1, self.maxpool = _stem(stem, in_channels)
         self.bn1 = nn.BatchNorm2d(64)
         self.act1 = make_activation(activation)
-        self.layer1 = _stage(block, n1, 64, 64, 1, projection_shortcut, activation)
-        self.layer2 = _stage(block, n2, 64 * wide, 128, 2, projection_shortcut, activation)
-        self.layer3 = _stage(block, n3, 128 * wide, 256, 2, projection_shortcut, activation)
-        self.layer4 = _stage(block, n4, 256 * wide, 512, 2, projection_shortcut, activation)
+        self.layer1 = _stage(block, n1, 64, 64, _UNCHANGED, projection_shortcut, activation)
+        self.layer2 = _stage(block, n2, 64 * wide, 128, second, projection_shortcut, activation)
+        self.layer3 = _stage(block, n3, 128 * wide, 256, third, projection_shortcut, activation)
+        self.layer4 = _stage(block, n4, 256 * wide, 512, fourth, projection_shortcut, activation)
         self.fc = nn.Linear(512 * wide, num_classes)
         self.apply(_initialise)
 
-    def features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Return the last maps: 512 or 2048 of 1/32 the image's size ("cifar" stem: 1/8)."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def stages(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
+        """Return the maps of each stage; the last are 1/32 the image's size ("cifar" stem: 1/8)."""
+        first = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return [first, second, third, self.layer4(third)]
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return the logits of each image."""
-        return self.fc(self.features(x).mean(dim=(2, 3)))  # global average pooling
+        return self.fc(self.stages(x)[-1].mean(dim=(2, 3)))  # global average pooling
 
 
 class CifarResNet(nn.Module):
@@ -179,6 +208,9 @@ class CifarResNet(nn.Module):
         num_classes: K.
         in_channels: C.
         activation: after every convolution.
+        replace_stride_with_dilation: whether the second and the third stage keep the resolution.
+
+    `channels` are those of the maps of each stage.
 
     Raises:
         ValueError: `depth` or `activation` is none of those listed.
@@ -192,28 +224,32 @@ class CifarResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         activation: ActivationName = "relu",
+        replace_stride_with_dilation: tuple[bool, bool] = (False, False),
     ) -> None:
         super().__init__()
         if depth not in _CIFAR_DEPTHS:
             raise ValueError(f"no CifarResNet of depth {depth}: expected one of {', '.join(map(str, _CIFAR_DEPTHS))}")
         n = (depth - 2) // 6
+        second, third = _steps(replace_stride_with_dilation)
+        self.channels = [16, 32, 64]
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.act1 = make_activation(activation)
-        self.layer1 = _stage(BasicBlock, n, 16, 16, 1, padded_shortcut, activation)
-        self.layer2 = _stage(BasicBlock, n, 16, 32, 2, padded_shortcut, activation)
-        self.layer3 = _stage(BasicBlock, n, 32, 64, 2, padded_shortcut, activation)
+        self.layer1 = _stage(BasicBlock, n, 16, 16, _UNCHANGED, padded_shortcut, activation)
+        self.layer2 = _stage(BasicBlock, n, 16, 32, second, padded_shortcut, activation)
+        self.layer3 = _stage(BasicBlock, n, 32, 64, third, padded_shortcut, activation)
         self.fc = nn.Linear(64, num_classes)
         self.apply(_initialise)
 
-    def features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 64 h w"]:
-        """Return the last maps, of 1/4 the image's size."""
-        x = self.act1(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+    def stages(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
+        """Return the maps of each stage; the last are 1/4 the image's size."""
+        first = self.layer1(self.act1(self.bn1(self.conv1(x))))
+        second = self.layer2(first)
+        return [first, second, self.layer3(second)]
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return the logits of each image."""
-        return self.fc(self.features(x).mean(dim=(2, 3)))  # global average pooling
+        return self.fc(self.stages(x)[-1].mean(dim=(2, 3)))  # global average pooling
 
 
 def _stem(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
@@ -225,19 +261,29 @@ def _stem(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
     raise ValueError(f"no ResNet stem {name!r}: expected imagenet or cifar")
 
 
+def _steps(replace_stride_with_dilation: Sequence[bool]) -> list[Step]:
+    """From one stage to the next: a stride of 2, or dilations that double."""
+    steps, dilation = [], 1
+    for replaced in replace_stride_with_dilation:
+        before, dilation = dilation, 2 * dilation if replaced else dilation
+        steps.append((1 if replaced else 2, (before, dilation)))
+    return steps
+
+
 def _stage(
     block: type[BasicBlock] | type[Bottleneck],
     depth: int,
     in_channels: int,
     channels: int,
-    stride: int,
+    step: Step,
     shortcut: Shortcut,
     activation: ActivationName,
 ) -> nn.Sequential:
     """`depth` blocks at one resolution; the first of them brings the maps to their new shape."""
-    first = block(in_channels, channels, stride, shortcut, activation)
+    stride, (before, after) = step
+    first = block(in_channels, channels, stride, (before, after), shortcut, activation)
     out_channels = channels * block.expansion
-    rest = [block(out_channels, channels, 1, shortcut, activation) for _ in range(depth - 1)]
+    rest = [block(out_channels, channels, 1, (after, after), shortcut, activation) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)
 
 

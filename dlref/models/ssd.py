@@ -165,15 +165,16 @@ class ResNetFeatures(nn.Module):
         if size not in LAYOUTS:
             raise ValueError(f"no SSD for {size} pixels: expected one of {', '.join(map(str, LAYOUTS))}")
         base = ResNet(depth)
-        del base.layer4, base.fc
+        base.layer4 = nn.Identity()
+        del base.fc
         self.features = base
         self.small = size == 96
-        second, third = (stage[-1].bn2.num_features * stage[-1].expansion for stage in (base.layer2, base.layer3))
+        _, second, third, _ = base.channels
         if self.small:
             channels = [second, third]
         else:
             channels = [third, 512, 512]
-            for module in base.layer3[0].modules():
+            for module in base.layer3[0].modules():  # without dilation, unlike `replace_stride_with_dilation`
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
         self.out_channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - len(channels))]
@@ -187,9 +188,7 @@ class ResNetFeatures(nn.Module):
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
         """Return the maps of the base's last stage or stages and of the extra layers."""
-        base = self.features
-        second = base.layer2(base.layer1(base.maxpool(base.act1(base.bn1(base.conv1(x))))))
-        third = base.layer3(second)
+        _, second, third, _ = self.features.stages(x)
         maps = [second, third] if self.small else [third]
         for layer in self.extra:
             maps.append(layer(maps[-1]))

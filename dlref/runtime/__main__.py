@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlref.runtime import UserError, load
-from dlref.runtime.runner import BATCH
+from dlref.runtime.runner import BATCH, plain
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,13 +56,21 @@ def transform(arguments: list[str]) -> int:
     )
     options.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
     options.add_argument("--form", help="another form of the answers, such as sagemaker")
-    options.add_argument("--draw", type=Path, metavar="PNG", help="draw the answer; with several inputs, into a folder")
+    options.add_argument(
+        "--output", type=Path, metavar="PNG", help="write the answer where it is a picture; several: into a folder"
+    )
+    options.add_argument(
+        "--overlay", "--draw", type=Path, metavar="PNG", help="draw the answer over the input; several: into a folder"
+    )
     options = options.parse_args(arguments)
     runner = load(options.bundle, options.threads, options.provider)
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     sources = [source for given in options.inputs for source in files(given)]
-    pictures = drawn(sources, options.draw) if options.draw else []
+    places = {"--output": options.output, "--overlay": options.overlay}
+    written = {option: places_of(sources, path, option) for option, path in places.items() if path}
+    if options.output and options.output == options.overlay:
+        raise UserError(f"--output and --overlay are both {options.output}; expected two places")
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
     for i, (source, answer) in enumerate(zip(sources, answers, strict=True)):
@@ -70,28 +78,32 @@ def transform(arguments: list[str]) -> int:
             bad.append(answer)
             answer = {"error": str(answer)}
         else:
-            if pictures:
-                save(runner.draw(source, answer), pictures[i])
+            if "--output" in written:
+                save(runner.picture(answer), written["--output"][i])
+            if "--overlay" in written:
+                save(runner.draw(source, answer), written["--overlay"][i])
             if options.form:
                 answer = runner.forms[options.form](answer)
-        print(json.dumps({"input": source, **answer}), flush=True)
+        print(json.dumps({"input": source, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
     return 0
 
 
-def drawn(sources: list[str], path: Path) -> list[Path]:
+def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     """Where the picture of each source goes: `path`, or a file of the source's name in the folder `path`."""
     if not path.name or (len(sources) == 1 and path.is_dir()):
-        raise UserError(f"--draw {path}: a folder; expected the name of a PNG")
+        raise UserError(f"{option} {path}: a folder; expected the name of a PNG")
     paths = [path] if len(sources) == 1 else [path / f"{Path(source).stem}.png" for source in sources]
     names: set[Path] = set()
-    for one, source in zip(paths, sources, strict=True):
+    for one in paths:
         if one in names:
-            raise UserError(f"--draw {path}: two inputs would be drawn as {one.name}; expected names that differ")
-        if one.resolve() == Path(source).resolve():
-            raise UserError(f"--draw {path}: {source} would be drawn over; expected another place")
+            raise UserError(f"{option} {path}: two inputs would become {one.name}; expected names that differ")
         names.add(one)
+    taken = {one.resolve() for one in paths}
+    for source in sources:
+        if Path(source).resolve() in taken:
+            raise UserError(f"{option} {path}: {source} would be overwritten; expected another place")
     return paths
 
 

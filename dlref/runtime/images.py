@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.runner import Runner
 
 
 def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
@@ -56,6 +57,43 @@ def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
     side = max(1, round(crop * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     return image[top : top + side, left : left + side]
+
+
+class ImageRunner(Runner):
+    """What runners of images share. `metadata` holds at least `labels` (K names) and `channels` (1 or 3).
+
+    Raises UserError for metadata that lack these, or a graph that takes anything but images.
+    """
+
+    def __init__(self, graphs: dict, metadata: dict, graph: str, kind: str):
+        if graph not in graphs or not is_metadata(metadata):
+            raise UserError(f"not {kind}; expected a graph {graph} and metadata channels, labels")
+        check_image_input(graphs[graph])
+        self.metadata = metadata
+
+    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
+        """An image file or a uint8 array -> uint8 (H, W, C)."""
+        return read_image(source, self.metadata["channels"])
+
+    def together(self, first: np.ndarray, second: np.ndarray) -> bool:
+        """Images of one size."""
+        return first.shape == second.shape
+
+    def size(self, item: np.ndarray) -> int:
+        """Pixels times channels."""
+        return item.size
+
+
+def is_metadata(metadata: dict) -> bool:
+    """Whether labels and channels are there and of their kind."""
+    labels, channels = metadata.get("labels"), metadata.get("channels")
+    named = isinstance(labels, list) and bool(labels) and all(isinstance(label, str) for label in labels)
+    return named and type(channels) is int and channels in (1, 3)
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C) -> a picture in colour, to draw on."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
 def check_image_input(graph) -> None:

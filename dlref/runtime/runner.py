@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import numpy as np
+
 from dlref.runtime.errors import UserError
 
 BATCH = 32  # inputs at once; larger batches gain nothing on a CPU
@@ -32,7 +34,11 @@ class Runner:
 
     def draw(self, source, answer: dict):
         """A picture (PIL) of an answer to `source`. Raises UserError where answers are none to look at."""
-        raise UserError("these answers are not drawn; expected a bundle of object detection")
+        raise UserError("these answers are not drawn; expected a bundle of object detection or segmentation")
+
+    def picture(self, answer: dict):
+        """An answer that is itself a picture (PIL). Raises UserError where answers are none."""
+        raise UserError("these answers are no pictures; expected a bundle of segmentation")
 
     def __call__(self, source) -> dict | list[dict]:
         """The answer for one input, or a list of them for a list. Raises UserError for the first bad one."""
@@ -69,3 +75,8 @@ class Runner:
             return self.answer(items)
         except UserError as error:
             return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
+
+
+def plain(answer: dict) -> dict:
+    """An answer without its arrays, which no line of text holds."""
+    return {name: value for name, value in answer.items() if not isinstance(value, np.ndarray)}

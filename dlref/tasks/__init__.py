@@ -2,7 +2,18 @@
 
 from dlref.tasks.image_classification import ImageClassifier
 from dlref.tasks.object_detection import ObjectDetector
-from dlref.tasks.preprocess import ImagePreprocess
-from dlref.tasks.schedules import Steps, Triangle, WarmupCosine
+from dlref.tasks.preprocess import ImagePreprocess, Normalise
+from dlref.tasks.schedules import Poly, Steps, Triangle, WarmupCosine
+from dlref.tasks.semantic_segmentation import SemanticSegmenter
 
-__all__ = ["ImageClassifier", "ImagePreprocess", "ObjectDetector", "Steps", "Triangle", "WarmupCosine"]
+__all__ = [
+    "ImageClassifier",
+    "ImagePreprocess",
+    "Normalise",
+    "ObjectDetector",
+    "Poly",
+    "SemanticSegmenter",
+    "Steps",
+    "Triangle",
+    "WarmupCosine",
+]

@@ -25,6 +25,8 @@ class Graph:
             (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
             all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
             one axis is the number of rows.
+        argmax: outputs that are the places of largest values, such as the class of each pixel: where two values are
+            equal to the last digit, a rounding changes the place. All but a few elements have to be the same.
     """
 
     module: nn.Module
@@ -34,6 +36,7 @@ class Graph:
     sizes: Mapping[str, Sequence[int]]
     tolerance: float = 1e-5
     chosen: Sequence[str] = ()
+    argmax: Sequence[str] = ()
 
     @property
     def shape(self) -> dict[str, list[int | str]]:

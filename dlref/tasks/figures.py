@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 
+from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALETTE
+
 COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
+COLOURED = 36  # classes named below masks
+MANY = 100_000  # from this count on a cell of a matrix shows a share
 SURE = 0.3  # score of the least certain box that is drawn
 
 
@@ -43,11 +47,12 @@ def curves(path: Path, metrics: Path) -> None:
     _save(figure, path)
 
 
-def confusion(path: Path, matrix: Tensor, labels: list[str]) -> None:
-    """Heat map of a (K, K) confusion matrix, rows true and columns predicted, with each class's F1."""
+def confusion(path: Path, matrix: Tensor, labels: list[str], score: str = "F1") -> None:
+    """Heat map of a (K, K) confusion matrix, rows true and columns predicted, with a score of each class: F1 or IoU."""
     counts = matrix.numpy().astype(float)
     correct, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     f1 = 2 * correct / np.maximum(true + predicted, 1)
+    values = f1 / (2 - f1) if score == "IoU" else f1
     present = true + predicted > 0
     share = counts / np.maximum(true[:, None], 1)
     classes = len(labels)
@@ -59,14 +64,16 @@ def confusion(path: Path, matrix: Tensor, labels: list[str]) -> None:
         for row, column in np.ndindex(classes, classes):
             if counts[row, column]:
                 colour = "white" if share[row, column] > 0.5 else "black"
-                heat.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, size=8)
+                text = f"{counts[row, column]:.0f}" if counts.max() < MANY else f"{share[row, column]:.1%}"
+                heat.text(column, row, text, ha="center", va="center", color=colour, size=8 if len(text) < 6 else 6)
     ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
     names = [labels[k] for k in ticks]
     heat.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
     heat.set_yticks(ticks, names)
     heat.set(xlabel="predicted", ylabel="true", title="Confusion")
-    bars.barh(range(classes), f1, color="tab:blue")
-    bars.set(xlabel="F1", xlim=(max(f1.min() - 0.05, 0), 1), title=f"F1, mean {f1[present].mean():.3f}")
+    bars.barh(range(classes), values, color="tab:blue")
+    mean = values[present].mean() if present.any() else 0
+    bars.set(xlabel=score, xlim=(max(values.min() - 0.05, 0), 1), title=f"{score}, mean {mean:.3f}")
     bars.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
@@ -144,6 +151,42 @@ def detections(path: Path, pictures: list, labels: list[str]) -> None:
             if score >= SURE:
                 _box(found, box, width, height, f"C{k % 10}", f"{labels[k]} {score:.0%}")
     _save(figure, path)
+
+
+def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: list[str]) -> None:
+    """Pictures (uint8 (C, H, W)) alone, and in grey under their true masks and under the ones found (uint8 (H, W)).
+
+    Pixels that count for nothing stay uncovered, and so does a class called background.
+    """
+    rows = max(1, -(-len(pictures) // 2))
+    height, width = pictures[0][1].shape if pictures else (1, 1)
+    figure = Figure(figsize=(15, 2.5 * rows * height / width + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 6, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    seen: set[int] = set()
+    for number, (image, true, found) in enumerate(pictures):
+        row, column = divmod(number, 2)
+        for place, (title, mask) in enumerate((("picture", None), ("true", true), ("found", found))):
+            axes = grid[row, 3 * column + place]
+            pixels = image.permute(1, 2, 0).numpy()
+            grey = mask is not None or pixels.shape[2] == 1  # colours of a picture would mix with those of the classes
+            axes.imshow(pixels.mean(axis=2) if grey else pixels, cmap="gray", vmin=0, vmax=255)
+            if mask is not None:
+                classes = mask.numpy()
+                seen.update(np.unique(classes).tolist())
+                axes.imshow(_paint(classes, labels))
+            axes.set_title(title, fontsize=9)
+    handles = [Patch(color=PALETTE[k] / 255, label=labels[k]) for k in sorted(seen) if k < len(labels)][:COLOURED]
+    figure.legend(handles=handles, loc="outside lower center", ncols=12, fontsize=8)
+    _save(figure, path)
+
+
+def _paint(mask: np.ndarray, labels: list[str]) -> np.ndarray:
+    """Class ids (H, W) -> colours with their opacity (H, W, 4)."""
+    opacity = np.zeros(256)
+    opacity[: len(labels)] = [0 if label == BACKGROUND else PAINT for label in labels]
+    return np.dstack([PALETTE[mask] / 255, opacity[mask]])
 
 
 def _box(axes, box: list[float], width: int, height: int, colour: str, text: str) -> None:

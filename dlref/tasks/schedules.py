@@ -28,6 +28,16 @@ class Steps(LambdaLR):
         super().__init__(optimizer, factor)
 
 
+class Poly(LambdaLR):
+    """Fall from the full rate to zero as (1 - share of the run) to the `power` (Chen et al. 2017, section 4.1)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 0.9):
+        def factor(step: int) -> float:
+            return max(1 - step / total_steps, 0.0) ** power
+
+        super().__init__(optimizer, factor)
+
+
 class WarmupCosine(LambdaLR):
     """Rise linearly over the first `warmup` share of the run, then fall along half a cosine to `final`.
 

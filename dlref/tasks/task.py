@@ -75,6 +75,9 @@ class Task(LightningModule):
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""
 
+    def picture(self, answer: dict):
+        """An answer of `predict` as a picture (PIL), where it is one."""
+
     def check(self) -> None:
         """Raise UserError where the network and the facts of the data do not fit together."""
 

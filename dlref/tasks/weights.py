@@ -62,7 +62,10 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     classification. The log says which; any other difference is a UserError.
     """
     state, own = read_state_dict(path), network.state_dict()
-    of_base = network.of_base(state) if hasattr(network, "of_base") and own.keys().isdisjoint(state) else {}
+    foreign = hasattr(network, "of_base") and not state.keys() <= own.keys()
+    of_base = network.of_base(state) if foreign else {}
+    if not of_base.keys() <= own.keys():
+        of_base = {}
     state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
     replaced = [key for key in differing if key.startswith(tuple(f"{layer}." for layer in network.class_layers))]

@@ -5,38 +5,28 @@ from pathlib import Path
 import numpy as np
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ask, centre, check_image_input, read_image
-from dlref.runtime.runner import Runner as Base
+from dlref.runtime.images import ImageRunner, ask, centre
 
 TOP = 5
-METADATA = {"labels", "channels", "multi_label", "crop"}
 
 
-class Runner(Base):
+class Runner(ImageRunner):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `probability` float32 (B, K).
 
-    `metadata` holds `labels` (K names), `channels` (1 or 3), `multi_label` and `crop`: the share of the shorter
-    side that a central square of each picture keeps, or None. Raises UserError for metadata that lack these.
+    `metadata` also holds `multi_label` and `crop`: the share of the shorter side that a central square of each picture
+    keeps, or None. Raises UserError for metadata that lack these.
     """
 
     def __init__(self, graphs: dict, metadata: dict):
-        if "classify" not in graphs or not is_metadata(metadata):
-            raise UserError(f"not image classification; expected a graph classify and {', '.join(sorted(METADATA))}")
+        super().__init__(graphs, metadata, "classify", "image classification")
+        crop = metadata.get("crop", 0)
+        if "multi_label" not in metadata or not (crop is None or (type(crop) in (float, int) and 0 < crop <= 1)):
+            raise UserError("not image classification; expected metadata crop, multi_label")
         self.classify = graphs["classify"]
-        check_image_input(self.classify)
-        self.metadata = metadata
 
     def read(self, source: str | Path | np.ndarray) -> np.ndarray:
         """An image file or a uint8 array -> uint8 (H, W, C), cropped as in evaluation."""
-        return centre(read_image(source, self.metadata["channels"]), self.metadata["crop"])
-
-    def together(self, first: np.ndarray, second: np.ndarray) -> bool:
-        """Images of one size."""
-        return first.shape == second.shape
-
-    def size(self, item: np.ndarray) -> int:
-        """Pixels times channels."""
-        return item.size
+        return centre(super().read(source), self.metadata["crop"])
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:
         """Labels with their probabilities."""
@@ -45,15 +35,6 @@ class Runner(Base):
     def probability(self, image: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, C) -> float32 (B, K)."""
         return ask(self.classify, image, "probability")[0]
-
-
-def is_metadata(metadata: dict) -> bool:
-    """Whether every value that this runner reads is there and of its kind."""
-    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3) or type(metadata["channels"]) is not int:
-        return False
-    labels, crop = metadata["labels"], metadata["crop"]
-    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    return named and bool(labels) and (crop is None or (type(crop) in (float, int) and 0 < crop <= 1))
 
 
 def answers(probability: np.ndarray, metadata: dict) -> list[dict]:

@@ -6,41 +6,23 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ask, check_image_input, read_image
-from dlref.runtime.runner import Runner as Base
+from dlref.runtime.images import ImageRunner, as_picture, ask
 
-METADATA = {"labels", "channels"}
 OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int64}
 SHOWN = 0.3  # score of the least certain box that is drawn
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
 
 
-class Runner(Base):
+class Runner(ImageRunner):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `boxes` (B, D, 4), `scores` and `labels` (B, D), `count` (B,).
 
     Of the D places of an image the first `count` are taken, best first. Boxes are x1 y1 x2 y2 in pixels of `image`.
-    `metadata` holds `labels` (K names) and `channels` (1 or 3). Raises UserError for metadata that lack these.
     """
 
     def __init__(self, graphs: dict, metadata: dict):
-        if "detect" not in graphs or not is_metadata(metadata):
-            raise UserError(f"not object detection; expected a graph detect and {', '.join(sorted(METADATA))}")
+        super().__init__(graphs, metadata, "detect", "object detection")
         self.detect = graphs["detect"]
-        check_image_input(self.detect)
-        self.metadata = metadata
         self.forms = {"sagemaker": self.sagemaker}
-
-    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """An image file or a uint8 array -> uint8 (H, W, C)."""
-        return read_image(source, self.metadata["channels"])
-
-    def together(self, first: np.ndarray, second: np.ndarray) -> bool:
-        """Images of one size."""
-        return first.shape == second.shape
-
-    def size(self, item: np.ndarray) -> int:
-        """Pixels times channels."""
-        return item.size
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:
         """Labelled boxes with their scores, and the size of the image."""
@@ -74,8 +56,7 @@ class Runner(Base):
 
     def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
         """The picture with the boxes of at least SHOWN, their labels and scores."""
-        pixels = self.read(source)
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+        image = as_picture(self.read(source))
         pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
         for found in reversed(answer["objects"]):  # the best on top
             if found["score"] < SHOWN:
@@ -88,14 +69,6 @@ class Runner(Base):
             pen.rectangle((x, y, x + right, y + bottom), fill=colour)
             pen.text((x, y), text, fill="black")
         return image
-
-
-def is_metadata(metadata: dict) -> bool:
-    """Whether every value that this runner reads is there and of its kind."""
-    if not metadata.keys() >= METADATA or metadata["channels"] not in (1, 3) or type(metadata["channels"]) is not int:
-        return False
-    labels = metadata["labels"]
-    return isinstance(labels, list) and bool(labels) and all(isinstance(label, str) for label in labels)
 
 
 def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.ndarray, classes: int) -> None:

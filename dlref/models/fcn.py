@@ -1,0 +1,212 @@
+"""FCN: J. Long, E. Shelhamer and T. Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
+
+`FCNVGG16` is the paper's: FCN-32s, FCN-16s and FCN-8s (figure 3) on VGG-16, whose layers have torchvision's keys. Its
+fc6 is padded by 3 pixels where the authors' code pads the image by 100, so that nothing has to be cropped back into
+place: a cell of the coarsest maps stands for 32x32 pixels.
+
+`FCN` is what torchvision and GluonCV call FCN: a ResNet whose last stages are dilated, and a head of two convolutions
+over its last maps; keys, parameters and outputs are torchvision's. PSPNet and DeepLabV3 are FCNs with another head.
+
+A network answers logits at its own resolution, in training and in evaluation, and with an auxiliary head a tuple of
+both heads' logits. Enlarging them to the image is the task's, except in `FCNVGG16`, where the paper makes it a layer.
+
+Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dlref.models.resnet import CifarResNet, ResNet
+from dlref.models.vgg import convolutions, initialise
+
+Logits = Float[Tensor, "B K h w"]
+
+
+class FCN(nn.Module):
+    """A head over the last maps of a backbone, and an auxiliary one over those of the stage before.
+
+    Args:
+        backbone: a ResNet; its classifier is taken off.
+        classifier: maps of `backbone.channels[-1]` -> logits.
+        auxiliary: maps of `backbone.channels[-2]` -> logits, or None.
+    """
+
+    class_layers = ("classifier.4", "aux_classifier.4")
+    base = "backbone."
+
+    def __init__(self, backbone: ResNet | CifarResNet, classifier: nn.Module, auxiliary: nn.Module | None) -> None:
+        super().__init__()
+        del backbone.fc
+        self.backbone, self.classifier, self.aux_classifier = backbone, classifier, auxiliary
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Logits | tuple[Logits, Float[Tensor, "B K h2 w2"]]:
+        """Return the logits, or those of both heads."""
+        *_, before, last = self.backbone.stages(x)
+        logits = self.classifier(last)
+        return logits if self.aux_classifier is None else (logits, self.aux_classifier(before))
+
+    def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A classifier's weights, as torchvision publishes them for ResNet, under the names of this network's base."""
+        return {f"{self.base}{key}": value for key, value in state.items() if not key.startswith("fc.")}
+
+
+class FCNResNet(FCN):
+    """FCN on a ResNet; 35,322,218 parameters at depth 50 and 54,314,346 at 101, for 21 classes and both heads.
+
+    Args:
+        depth: of the ResNet.
+        num_classes: K, with the background where there is one.
+        auxiliary: whether there is a head over the third stage too.
+        output_stride: pixels of the image between two of the logits; torchvision's is 8.
+
+    Raises:
+        ValueError: no ResNet has this depth, or `output_stride` is none of those listed.
+    """
+
+    def __init__(
+        self,
+        depth: Literal[18, 34, 50, 101, 152] = 50,
+        num_classes: int = 21,
+        auxiliary: bool = True,
+        output_stride: Literal[8, 16, 32] = 8,
+    ) -> None:
+        backbone = dilated_resnet(depth, output_stride)
+        *_, before, last = backbone.channels
+        super().__init__(backbone, head(last, num_classes), head(before, num_classes) if auxiliary else None)
+
+
+class FCNCifarResNet(FCN):
+    """FCN on one of the CIFAR-10 ResNets, whose maps are thin but fine: for small pictures.
+
+    Args:
+        depth: of the ResNet.
+        num_classes: K, with the background where there is one.
+        output_stride: pixels of the image between two of the logits.
+
+    Raises:
+        ValueError: no CifarResNet has this depth, or `output_stride` is none of those listed.
+    """
+
+    def __init__(
+        self, depth: Literal[20, 32, 44, 56, 110] = 20, num_classes: int = 21, output_stride: Literal[1, 2, 4] = 2
+    ) -> None:
+        if output_stride not in (1, 2, 4):
+            raise ValueError(f"no output_stride of {output_stride}: expected 1, 2 or 4")
+        backbone = CifarResNet(depth, replace_stride_with_dilation=(output_stride < 2, output_stride < 4))
+        super().__init__(backbone, head(backbone.channels[-1], num_classes), None)
+
+
+def dilated_resnet(depth: int, output_stride: int) -> ResNet:
+    """A ResNet whose last stages are dilated instead of halving the resolution below 1 / `output_stride`."""
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"no output_stride of {output_stride}: expected 8, 16 or 32")
+    return ResNet(depth, replace_stride_with_dilation=(False, output_stride < 16, output_stride < 32))
+
+
+def head(channels: int, num_classes: int) -> nn.Sequential:
+    """A 3x3 convolution to a quarter of the channels, and a 1x1 convolution to the classes (torchvision's FCNHead)."""
+    middle = channels // 4
+    return nn.Sequential(
+        nn.Conv2d(channels, middle, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(middle),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Conv2d(middle, num_classes, kernel_size=1),
+    )
+
+
+class FCNVGG16(nn.Module):
+    """FCN-32s, FCN-16s or FCN-8s: logits of the size of the image.
+
+    The scores of the last maps and of the skip connections begin at zero (sections 4.2 and 4.3). What enlarges by two
+    begins as bilinear interpolation and learns; the last enlargement stays bilinear (section 4.3, "Dense Prediction").
+    134,489,759 parameters as FCN-8s with 21 classes (table 1: 134 million).
+
+    Args:
+        num_classes: K, with the background where there is one.
+        stride: pixels between the scores that the last layer enlarges.
+        dropout: probability of dropping an output of fc6 and fc7.
+
+    Raises:
+        ValueError: `stride` is none of those listed.
+    """
+
+    class_layers = ("score_fr", "score_pool4", "score_pool3", "upscore2", "upscore_pool4", "upscore")
+    base = "features."
+
+    def __init__(self, num_classes: int = 21, stride: Literal[8, 16, 32] = 8, dropout: float = 0.5) -> None:
+        super().__init__()
+        if stride not in (8, 16, 32):
+            raise ValueError(f"no FCN with a stride of {stride}: expected 8, 16 or 32")
+        self.stride = stride
+        self.features = nn.Sequential(*convolutions(16))
+        self.fc6 = nn.Conv2d(512, 4096, kernel_size=7, padding=3)
+        self.fc7 = nn.Conv2d(4096, 4096, kernel_size=1)
+        self.drop = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.apply(initialise)
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True  # every pixel belongs to a cell, whatever the size of the image
+        self.score_fr = _score(4096, num_classes)
+        if stride <= 16:
+            self.score_pool4 = _score(512, num_classes)
+            self.upscore2 = bilinear(num_classes, 2)
+        if stride == 8:
+            self.score_pool3 = _score(256, num_classes)
+            self.upscore_pool4 = bilinear(num_classes, 2)
+        self.upscore = bilinear(num_classes, stride)
+        self.upscore.weight.requires_grad_(False)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K H W"]:
+        """Return the logits of each pixel."""
+        height, width = x.shape[-2:]
+        pools = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                pools.append(x)
+        _, _, pool3, pool4, _ = pools
+        score = self.score_fr(self.drop(self.fc7(self.drop(self.fc6(x)))))
+        if self.stride <= 16:
+            score = _cropped(self.upscore2(score), pool4) + self.score_pool4(pool4)
+        if self.stride == 8:
+            score = _cropped(self.upscore_pool4(score), pool3) + self.score_pool3(pool3)
+        return self.upscore(score)[..., :height, :width]
+
+    def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """torchvision's VGG-16 under the names used here, its linear layers as convolutions (section 3.1)."""
+        own = {key: value for key, value in state.items() if key.startswith(self.base)}
+        for name, layer, kernel in (("fc6", 0, 7), ("fc7", 3, 1)):
+            weight = state.get(f"classifier.{layer}.weight")
+            # torchvision's weights converted from SSD's authors hold no numbers in the classifier.
+            if weight is not None and weight.isfinite().all():
+                own[f"{name}.weight"] = weight.reshape(4096, -1, kernel, kernel)
+                own[f"{name}.bias"] = state[f"classifier.{layer}.bias"]
+        return own
+
+
+def bilinear(channels: int, stride: int) -> nn.ConvTranspose2d:
+    """A transposed convolution that enlarges by `stride`, at first by interpolation between the centres of cells."""
+    layer = nn.ConvTranspose2d(channels, channels, 2 * stride, stride, padding=stride // 2, bias=False)
+    places = torch.arange(2 * stride)
+    tent = 1 - (places - (stride - 0.5)).abs() / stride
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[range(channels), range(channels)] = tent[:, None] * tent
+    return layer
+
+
+def _score(channels: int, num_classes: int) -> nn.Conv2d:
+    """The scores of each class (section 4.1), zero at first."""
+    layer = nn.Conv2d(channels, num_classes, kernel_size=1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _cropped(x: Float[Tensor, "B K H2 W2"], like: Float[Tensor, "B D H W"]) -> Float[Tensor, "B K H W"]:
+    """Twice as many cells as there are below can be one more than there are above, at the right and at the bottom."""
+    return x[..., : like.shape[-2], : like.shape[-1]]

@@ -1,0 +1,91 @@
+"""PSPNet: H. Zhao, J. Shi, X. Qi, X. Wang and J. Jia, "Pyramid Scene Parsing Network", CVPR 2017.
+
+Figure 3 on a dilated ResNet with torchvision's stem and keys (`backbone.*`), where the paper's ResNet begins with three
+3x3 convolutions. The auxiliary head is that of figure 4, over the third stage.
+
+Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlref.models.fcn import FCN, dilated_resnet, head
+
+BINS = (1, 2, 3, 6)
+
+
+class PyramidPooling(nn.Module):
+    """Averages over the cells of four grids, enlarged and set beside the maps (section 3.2).
+
+    Each grid's averages are brought to a quarter of the channels, so that the maps have twice as many in the end.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels // len(BINS), kernel_size=1, bias=False),
+                nn.BatchNorm2d(channels // len(BINS)),
+                nn.ReLU(),
+            )
+            for _ in BINS
+        )
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H W"]:
+        """Return the maps and, after them, what each grid says of its cells."""
+        size = x.shape[-2:]
+        pooled = [level(averages(x, bins)) for level, bins in zip(self.levels, BINS, strict=True)]
+        return torch.cat([x, *(F.interpolate(y, size, mode="bilinear", align_corners=False) for y in pooled)], dim=1)
+
+
+def averages(x: Float[Tensor, "B C H W"], bins: int) -> Float[Tensor, "B C bins bins"]:
+    """Average over each cell of a grid: adaptive average pooling as two products, which free sizes can leave with."""
+    height, width = x.shape[-2:]
+    return _averaging(bins, height, x) @ x @ _averaging(bins, width, x).mT
+
+
+def _averaging(bins: int, size: int | torch.SymInt, like: Tensor) -> Float[Tensor, "bins size"]:
+    """Row i averages the places from floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
+    row = torch.arange(bins, device=like.device)[:, None]
+    place = torch.arange(size, device=like.device)
+    inside = (place >= row * size // bins) & (place < ((row + 1) * size + bins - 1) // bins)
+    return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)
+
+
+class PSPNet(FCN):
+    """A dilated ResNet, pyramid pooling and one more convolution.
+
+    Args:
+        depth: of the ResNet.
+        num_classes: K, with the background where there is one.
+        auxiliary: whether there is a head over the third stage too (section 3.3).
+        output_stride: pixels of the image between two of the logits; the paper's is 8.
+
+    Raises:
+        ValueError: no ResNet has this depth, or `output_stride` is none of those listed.
+    """
+
+    class_layers = ("classifier.5", "aux_classifier.4")
+
+    def __init__(
+        self,
+        depth: Literal[18, 34, 50, 101, 152] = 50,
+        num_classes: int = 21,
+        auxiliary: bool = True,
+        output_stride: Literal[8, 16, 32] = 8,
+    ) -> None:
+        backbone = dilated_resnet(depth, output_stride)
+        *_, before, last = backbone.channels
+        classifier = nn.Sequential(
+            PyramidPooling(last),
+            nn.Conv2d(2 * last, last // 4, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(last // 4),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(last // 4, num_classes, kernel_size=1),
+        )
+        super().__init__(backbone, classifier, head(before, num_classes) if auxiliary else None)

@@ -1,0 +1,97 @@
+"""The runner of semantic segmentation: images -> a class for each pixel."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dlref.runtime.errors import UserError
+from dlref.runtime.images import ImageRunner, as_picture, ask
+
+BACKGROUND = "background"  # a class of this name is not painted over pictures
+PAINT = 0.6  # share of a class's colour in a pixel that is painted over
+NAMED = 0.01  # share of a picture from which a class is named beside it
+
+
+class Runner(ImageRunner):
+    """Serves one graph: `image` uint8 (B, H, W, C) -> `mask` uint8 (B, H, W), of any size.
+
+    A graph that was exported with probabilities also answers `probability` float32 (B, K, H, W).
+    """
+
+    def __init__(self, graphs: dict, metadata: dict):
+        super().__init__(graphs, metadata, "segment", "semantic segmentation")
+        self.segment = graphs["segment"]
+
+    def answer(self, items: list[np.ndarray]) -> list[dict]:
+        """For each image its size, the share of each label that is there, and the mask."""
+        return [answer(mask, self.metadata["labels"]) for mask in self.masks(np.stack(items))]
+
+    def masks(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, C) -> the class of each pixel, uint8 (B, H, W)."""
+        (masks,) = ask(self.segment, image, "mask")
+        classes = len(self.metadata["labels"])
+        if masks.dtype != np.uint8 or masks.ndim != 3 or not masks.size:
+            raise UserError(f"graph answers mask {masks.dtype} {masks.shape}; expected uint8 (B, H, W)")
+        if masks.max() >= classes:
+            raise UserError(f"graph answers class {masks.max()}; expected 0 to {classes - 1}, as there are labels")
+        if masks.shape[1:] == image.shape[1:3]:
+            return masks
+        fixed = self.segment.shape["image"][1:3]  # the graph has seen the image at its own size
+        if list(masks.shape[1:]) != list(fixed):
+            raise UserError(f"graph answers a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
+        size = image.shape[2], image.shape[1]
+        return np.stack([Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks])
+
+    def probability(self, source: str | Path | np.ndarray) -> np.ndarray:
+        """Probabilities float32 (K, H, W) for one image. Raises UserError where the graph has none."""
+        return ask(self.segment, self.read(source)[None], "probability")[0][0]
+
+    def picture(self, answer: dict) -> Image.Image:
+        """The mask as an indexed PNG: class ids, which viewers show in colours."""
+        return picture(answer)
+
+    def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
+        """The picture with each class in its colour over it, and the names of those that are seen."""
+        image, mask, labels = as_picture(self.read(source)), answer["mask"], self.metadata["labels"]
+        share = np.array([0.0 if label == BACKGROUND else PAINT for label in labels])[mask][..., None]
+        painted = np.asarray(image) * (1 - share) + PALETTE[mask] * share
+        image = Image.fromarray(painted.round().astype(np.uint8))
+        pen, top = ImageDraw.Draw(image), 0
+        for label, part in sorted(answer["classes"].items(), key=lambda item: -item[1]):
+            if part < NAMED or label == BACKGROUND:
+                continue
+            colour = tuple(PALETTE[labels.index(label)].tolist())
+            text = f" {label} {part:.0%} "
+            *_, right, bottom = pen.textbbox((0, 0), text)
+            pen.rectangle((0, top, right, top + bottom), fill=colour)
+            pen.text((0, top), text, fill="black" if sum(colour) > 380 else "white")
+            top += bottom
+        return image
+
+
+def answer(mask: np.ndarray, labels: list[str]) -> dict:
+    """Plain values for one mask uint8 (H, W), and the mask itself."""
+    counts = np.bincount(mask.ravel(), minlength=len(labels))
+    shares = {labels[k]: float(counts[k] / mask.size) for k in np.flatnonzero(counts)}
+    return {"width": mask.shape[1], "height": mask.shape[0], "classes": shares, "mask": mask}
+
+
+def picture(answer: dict) -> Image.Image:
+    """The mask of an answer as an indexed picture with a colour for each class."""
+    image = Image.fromarray(answer["mask"])
+    image.putpalette(PALETTE.ravel().tolist())
+    return image
+
+
+def palette() -> np.ndarray:
+    """Pascal VOC's colours, uint8 (256, 3): bits 0, 3 and 6 of a class are the high ones of red, and so on."""
+    k = np.arange(256)
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for place in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((k >> (3 * place + channel) & 1) << (7 - place)).astype(np.uint8)
+    return colours
+
+
+PALETTE = palette()

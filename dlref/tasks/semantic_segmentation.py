@@ -1,0 +1,264 @@
+"""Semantic segmentation: a class for each pixel, by any network that answers maps of logits."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Integer, UInt8
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from dlref.runtime import UserError
+from dlref.runtime.runners.semantic_segmentation import answer, picture
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.preprocess import Normalise
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+VOID = 255  # what the masks have where a pixel counts for nothing
+PICTURES = 12  # in the figure of masks
+
+Batch = tuple[Tensor, Tensor] | list[Tensor]
+
+
+class SemanticSegmenter(Task):
+    """Cross entropy over the pixels (Long et al. 2015, section 3.4), and the mean intersection over union.
+
+    The network answers logits (B, K, h, w) at its own resolution, or a tuple of these and those of auxiliary heads.
+    Batches are images uint8 (B, C, H, W) and masks uint8 (B, H, W) with 255 where a pixel counts for nothing.
+
+    Args:
+        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        class_weights: one factor a class in the loss.
+        auxiliary_weight: of each auxiliary head's loss (Zhao et al. 2017, section 3.3: 0.4).
+        probabilities: let the bundle answer the probability of each class too, in maps of the image's size.
+        channels_last: keep the network's weights and activations in NHWC order in memory.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = ("labels",)
+    metric = "miou"
+
+    def __init__(
+        self,
+        preprocess: Normalise,
+        class_weights: list[float] | None = None,
+        auxiliary_weight: float = 0.4,
+        probabilities: bool = False,
+        channels_last: bool = False,
+        **task,
+    ):
+        super().__init__(**task)
+        self.preprocess, self.auxiliary_weight, self.probabilities = preprocess, auxiliary_weight, probabilities
+        self.register_buffer("class_weights", class_weights and torch.tensor(class_weights), persistent=False)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+
+    def check(self) -> None:
+        """One black image through the network: a head of another width would train without a word."""
+        classes, channels = len(self.known["labels"]), self.preprocess.channels
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise UserError(f"class_weights has {len(self.class_weights)} factors; expected {classes}, one a class")
+        if not 2 <= classes < VOID:
+            raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
+        mode = self.network.training
+        try:
+            with torch.no_grad():
+                self.network.eval()
+                logits = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.device))[0]
+        except RuntimeError as error:
+            raise UserError(
+                f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"
+            ) from error
+        self.network.train(mode)
+        if logits.shape[1] != classes:
+            raise UserError(
+                f"network answers {logits.shape[1]} classes, the data has {classes}; expected "
+                f"model.init_args.network.init_args.num_classes to be {classes}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Once the classes are known, what counts over them."""
+        super().setup(stage)
+        self.val_confusion, self.test_confusion = (Confusion(len(self.known["labels"])) for _ in range(2))
+
+    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        """Pixels -> logits (B, K, h, w) of the head and of the auxiliary heads."""
+        logits = self.network(self.preprocess(images))
+        return logits if isinstance(logits, tuple) else (logits,)
+
+    def losses(self, outputs: tuple[Tensor, ...], masks: UInt8[Tensor, "B H W"]) -> Tensor:
+        """Loss of the head plus the weighted losses of the auxiliary heads."""
+        head, *auxiliary = (pixel_loss(logits, masks, self.class_weights) for logits in outputs)
+        return head + self.auxiliary_weight * sum(auxiliary)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of all heads."""
+        images, masks = batch
+        try:
+            outputs = self(images)
+        except ValueError as error:  # normalising a single value: pooled maps of a single image
+            raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
+        loss = self.losses(outputs, masks)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss, and what is taken for what."""
+        images, masks = batch
+        outputs = self(images)
+        self.log("val/loss", self.losses(outputs, masks), batch_size=len(images), sync_dist=True)
+        self.val_confusion.update(classes_of(outputs[0], masks.shape[1:]), masks)
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean intersection over union and pixel accuracy."""
+        _, values = scores(self.val_confusion.compute())
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.val_confusion.reset()
+
+    def on_test_start(self) -> None:
+        """Nothing seen yet."""
+        self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """What is taken for what, and the first pictures for the figure."""
+        images, masks = batch
+        outputs = self(images)
+        self.log("test/loss", self.losses(outputs, masks), batch_size=len(images), sync_dist=True)
+        found = classes_of(outputs[0], masks.shape[1:])
+        self.test_confusion.update(found, masks)
+        for i in range(min(len(images), PICTURES - len(self.pictures))):
+            self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
+
+    def on_test_epoch_end(self) -> None:
+        """Numbers go to the log; the matrix is for the figure alone."""
+        matrix = self.test_confusion.compute()
+        union, values = scores(matrix)
+        values |= {
+            f"iou_{label}": value for label, value in zip(self.known["labels"], union, strict=True) if value.isfinite()
+        }
+        self.log_dict({f"test/{name}": value for name, value in values.items()})
+        self.confusion = matrix.cpu()
+        self.test_confusion.reset()
+
+    def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
+        """The answers that the bundle's runner gives."""
+        images, _ = batch
+        found = classes_of(self(images)[0], images.shape[-2:])
+        return [answer(mask, self.known["labels"]) for mask in found.to(torch.uint8).cpu().numpy()]
+
+    def picture(self, answer: dict):
+        """The mask of an answer as an indexed picture."""
+        return picture(answer)
+
+    # The contract with the export step
+
+    def deployable(self, batch: Batch) -> Deployable:
+        """uint8 (B, H, W, C) of any size -> uint8 (B, H, W), and the probabilities (B, K, H, W) if asked for."""
+        images = batch[0].permute(0, 2, 3, 1).contiguous()
+        height, width = images.shape[1:3]
+        graph = Graph(
+            module=_Segment(self),
+            inputs={"image": images},
+            outputs=["mask", "probability"] if self.probabilities else ["mask"],
+            dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
+            sizes={  # odd ones too, that no stride divides
+                "batch": (1, 2, 3),
+                "height": (height, height // 2 + 1, (height | 1) + 4),
+                "width": (width, (width | 1) + 8, width // 2 + 3),
+            },
+            tolerance=1e-4,  # of probabilities, through the many layers of a deep network
+            argmax=["mask"],
+        )
+        metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
+        return Deployable("semantic-segmentation", {"segment": graph}, metadata)
+
+    def evaluate(self, runner, batches: Iterable[Batch]) -> float:
+        """Mean intersection over union of a runner's masks over `batches`."""
+        confusion = Confusion(len(self.known["labels"]))
+        for images, masks in batches:
+            found = runner.masks(images.permute(0, 2, 3, 1).contiguous().numpy())
+            confusion.update(torch.from_numpy(found), masks)
+        return scores(confusion.compute())[1][self.metric].item()
+
+    def lost(self, reference: float, score: float) -> float:
+        """Hundredths of the metric."""
+        return 100 * (reference - score)
+
+    def draw(self, folder: Path) -> None:
+        """Pictures with true and found masks, the confusion matrix and each class's intersection over union."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        labels = self.known["labels"]
+        figures.masks(folder / "masks.png", self.pictures, labels)
+        figures.confusion(folder / "confusion.png", self.confusion, labels, "IoU")
+
+
+class _Segment(nn.Module):
+    """The graph that ships: normalise, network, enlarge, the likeliest class."""
+
+    def __init__(self, task: SemanticSegmenter):
+        super().__init__()
+        self.preprocess, self.network, self.probabilities = task.preprocess, task.network, task.probabilities
+
+    def forward(self, image: UInt8[Tensor, "B H W C"]):
+        outputs = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
+        logits = enlarged(outputs[0] if isinstance(outputs, tuple) else outputs, image.shape[1:3])
+        mask = logits.argmax(dim=1).to(torch.uint8)
+        return (mask, logits.softmax(dim=1)) if self.probabilities else mask
+
+
+def enlarged(logits: Float[Tensor, "B K h w"], size: torch.Size) -> Float[Tensor, "B K H W"]:
+    """Logits at a network's own resolution -> for each pixel, bilinear."""
+    if logits.shape[-2:] == size:
+        return logits.float()
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
+def classes_of(logits: Float[Tensor, "B K h w"], size: torch.Size) -> Int[Tensor, "B H W"]:
+    """The likeliest class of each pixel."""
+    return enlarged(logits, size).argmax(dim=1)
+
+
+def pixel_loss(logits: Float[Tensor, "B K h w"], masks: UInt8[Tensor, "B H W"], weights: Tensor | None) -> Tensor:
+    """Mean cross entropy over the pixels that count, weighted by their class; 0 where none does."""
+    targets = masks.long()
+    pixels = enlarged(logits, masks.shape[1:])
+    total = F.cross_entropy(pixels, targets, weights, ignore_index=VOID, reduction="sum")
+    counted = targets != VOID
+    if weights is not None:
+        counted = counted * weights[targets.where(counted, 0)]
+    return total / counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class Confusion(Metric):
+    """How many pixels of each class are taken for which: `matrix` int64 (K, K), rows true and columns found.
+
+    Counted on the device and without waiting for it, which torchmetrics' own does where pixels are ignored.
+    """
+
+    full_state_update = False
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.add_state("matrix", torch.zeros(classes, classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, found: Integer[Tensor, "B H W"], masks: UInt8[Tensor, "B H W"]) -> None:
+        """Add the pixels that count."""
+        classes = len(self.matrix)
+        pairs = classes * masks.long() + found
+        pairs = pairs.where(masks != VOID, classes * classes).flatten()  # beyond the matrix
+        counts = torch.zeros(classes * classes + 1, dtype=torch.long, device=pairs.device)
+        self.matrix += counts.scatter_add_(0, pairs, torch.ones_like(pairs))[:-1].view_as(self.matrix)
+
+    def compute(self) -> Int[Tensor, "K K"]:
+        """The matrix."""
+        return self.matrix.clone()
+
+
+def scores(matrix: Int[Tensor, "K K"]) -> tuple[Float[Tensor, "K"], dict[str, Tensor]]:
+    """Intersection over union of each class, NaN where it is neither there nor found; their mean, and the accuracy."""
+    correct = matrix.diagonal().double()
+    union = correct / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal())
+    return union, {"miou": union.nanmean().nan_to_num(), "pixel_accuracy": correct.sum() / matrix.sum().clamp(min=1)}

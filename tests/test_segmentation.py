@@ -1,0 +1,517 @@
+"""Semantic segmentation: masks that follow the pixels, loss and metrics, the runner, the bundle."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from sklearn import metrics as sklearn_metrics
+from test_detection import fit
+from test_export import export
+from test_tasks import sgd
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from dlref.data import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
+from dlref.export.targets import TARGETS
+from dlref.export.verify import Compared, Refused
+from dlref.models import FCNVGG16, DeepLabV3, FCNCifarResNet, PSPNet
+from dlref.runtime import UserError, load, make_runner
+from dlref.runtime.__main__ import main
+from dlref.runtime.runners.semantic_segmentation import PALETTE
+from dlref.tasks import Normalise, Poly, SemanticSegmenter
+from dlref.tasks.semantic_segmentation import VOID, Confusion, classes_of, enlarged, pixel_loss, scores
+
+PLAIN = {"mean": [0.5] * 3, "std": [0.25] * 3}
+COLOURS = np.array([[120, 120, 120], [200, 30, 30], [30, 30, 200]], dtype=np.uint8)
+LABELS = ["background", "red", "blue"]
+
+
+class Colours(nn.Module):
+    """The smallest network: a pixel's class is its colour, at an `1 / stride` of the resolution."""
+
+    class_layers = ("conv",)
+
+    def __init__(self, classes=3, stride=1, auxiliary=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, classes, stride, stride)
+        self.auxiliary = nn.Conv2d(3, classes, 1) if auxiliary else None
+
+    def forward(self, x):
+        return (self.conv(x), self.auxiliary(x)) if self.auxiliary else self.conv(x)
+
+
+def segmenter(network=None, labels=LABELS, **options):
+    options = {"network": network or Colours(), "preprocess": Normalise(**PLAIN), "optimizer": sgd} | options
+    task = SemanticSegmenter(**options)
+    task.remember({"labels": list(labels)})
+    return task
+
+
+def sighted(**options):
+    """One that tells red and blue from grey, by hand."""
+    task = segmenter(**options).eval()
+    with torch.no_grad():
+        weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]])
+        task.network.conv.weight.copy_(weight[:, :, None, None])
+        task.network.conv.bias.copy_(torch.tensor([0.5, 0.0, 0.0]))
+    return task
+
+
+def painted(height, width, seed=0):
+    """A picture (H, W, 3) of blocks of three colours and its mask (H, W)."""
+    blocks = np.random.default_rng(seed).integers(0, 3, (4, 5), dtype=np.uint8)
+    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 5 // width
+    mask = blocks[rows][:, columns]
+    return COLOURS[mask], mask
+
+
+def folders(root, **counts):
+    """Pictures of blocks, 40 × 60 pixels, in SageMaker's folders."""
+    for split, count in counts.items():
+        for name in (split, f"{split}_annotation"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture, mask = painted(40, 60, i)
+            Image.fromarray(picture).save(root / split / f"{i}.png")
+            Image.fromarray(mask).save(root / f"{split}_annotation" / f"{i}.png")
+    return root
+
+
+def masked(root, **options):
+    options = {"train": "train", "class_names": LABELS, "batch_size": 4, "num_workers": 0, "crop_size": 32} | options
+    return MaskFolders(root=root, base_size=options.pop("base_size", 40), **options)
+
+
+# Data
+
+
+def test_masks_follow_their_pixels_through_augmentation(tmp_path):
+    data = masked(folders(tmp_path, train=16), photometric=False, crop_size=48)
+    data.setup()
+    torch.manual_seed(1)
+    void, scales = 0, set()
+    for images, masks in data.train_dataloader():
+        assert (images.shape, images.dtype) == ((4, 3, 48, 48), torch.uint8)
+        assert (masks.shape, masks.dtype) == ((4, 48, 48), torch.uint8)
+        counted = masks != VOID
+        void += int((~counted).sum())
+        expected = torch.from_numpy(COLOURS)[masks.long().where(counted, 0)].permute(0, 3, 1, 2)
+        near = ((images.int() - expected.int()).abs().sum(dim=1) < 60) | ~counted
+        assert near.float().mean() > 0.9  # colours mix where blocks meet
+        scales.update(counted.any(dim=2).sum(dim=1).tolist())
+    assert void > 1000  # pictures of half the size are smaller than the crop
+    assert len(scales) > 3
+
+
+def test_evaluation_sees_pictures_as_they_are(tmp_path):
+    data = masked(folders(tmp_path, train=4, validation=3), val="validation")
+    data.setup()
+    images, masks = next(iter(data.val_dataloader()))
+    picture, mask = painted(40, 60)
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0).numpy(), picture)
+    np.testing.assert_array_equal(masks[0].numpy(), mask)
+    assert images.shape == (3, 3, 40, 60)
+    assert data.sources() == [str(tmp_path / f"validation/{i}.png") for i in range(3)]
+
+
+def test_pictures_of_several_sizes_are_evaluated_alone(tmp_path):
+    folders(tmp_path, train=4, validation=2)
+    Image.new("RGB", (33, 21)).save(tmp_path / "validation/small.png")
+    Image.new("L", (33, 21)).save(tmp_path / "validation_annotation/small.png")
+    data = masked(tmp_path, val="validation")
+    data.setup()
+    assert [tuple(images.shape) for images, _ in data.val_dataloader()] == [(1, 3, 40, 60)] * 2 + [(1, 3, 21, 33)]
+
+
+def test_a_share_is_held_out_and_workers_read_the_rest(tmp_path):
+    data = masked(folders(tmp_path, train=10), held_out=0.2, num_workers=1)
+    data.setup()
+    again = masked(tmp_path, held_out=0.2)
+    again.setup()
+    assert (len(data.splits["train"]), len(data.splits["val"])) == (8, 2)
+    assert data.sources() == again.sources()
+    assert not set(data.splits["train"].names) & set(data.splits["val"].names)
+    (images, masks), *_ = data.train_dataloader()
+    assert (images.shape, masks.shape) == ((4, 3, 32, 32), (4, 32, 32))
+
+
+def test_lists_and_voc_and_label_maps(tmp_path):
+    folders(tmp_path, train=4, val=2)
+    for split, count in (("train", 4), ("val", 2)):
+        lines = [f"{split}/{i}.png {split}_annotation/{i}.png\n" for i in range(count)]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    lists = MaskLists(root=tmp_path, train="train.txt", val="val.txt", void=2, class_names=LABELS[:2])
+    lists.setup()
+    assert (len(lists.splits["train"]), len(lists.splits["val"]), lists.labels) == (4, 2, LABELS[:2])
+    assert set(np.unique(lists.splits["train"][1][1])) <= {0, 1, VOID} | set(range(3))
+    mask = lists.splits["val"].read(0)[1]
+    np.testing.assert_array_equal(mask.numpy(), np.where(painted(40, 60)[1] == 2, VOID, painted(40, 60)[1]))
+
+    (tmp_path / "maps").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"maps/{split}_label_map.json").write_text('{"map": {"0": 2, "1": 0, "2": 1}}')
+    mapped = masked(tmp_path, val="val", label_map="maps")
+    mapped.setup()
+    np.testing.assert_array_equal(mapped.splits["val"].read(0)[1].numpy(), (painted(40, 60)[1] + 1) % 3)
+
+    voc = tmp_path / "VOC2012"
+    for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
+        (voc / name).mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(voc / "JPEGImages/a.jpg")
+    Image.fromarray(np.full((10, 20), 15, np.uint8)).save(voc / "SegmentationClass/a.png")
+    (voc / "ImageSets/Segmentation/val.txt").write_text("a\n")
+    data = VOCMasks(root=voc, train="ImageSets/Segmentation/val.txt", val="ImageSets/Segmentation/val.txt")
+    with pytest.warns(UserWarning, match=r"(train|val): no pixel of background, aeroplane, .* tvmonitor"):
+        data.setup()
+    assert data.labels[15] == "person"
+    assert len(data.labels) == 21
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": (2.0, 0.5)}, r"scales: \[2.0, 0.5\]; expected two factors"),
+        ({"scales": (0.0, 1.0)}, r"scales: \[0.0, 1.0\]; expected two factors"),
+        ({"crop_size": 0}, "crop_size: 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size: 0; expected at least 1"),
+        ({"num_workers": -1}, "num_workers: -1; expected at least 0"),
+        ({"held_out": 0.01}, "held_out: 0.01 of 4 pictures; expected at least one in each part"),
+        ({"held_out": 1.0}, "held_out: 1.0 of 4 pictures"),
+        ({"val": "validation"}, "validation"),
+        ({"label_map": "map.json"}, r"map\.json"),
+        ({"class_names": ["only", "two"]}, "expected 0 to 1"),
+    ],
+)
+def test_what_is_asked_of_the_data_is_checked(tmp_path, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        masked(folders(tmp_path, train=4), **options).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_scenes_need_no_file_and_every_split_has_its_own():
+    data = DigitSceneMasks(train=6, held_out=4, image_size=64, batch_size=2)
+    data.setup()
+    images, masks = next(iter(data.val_dataloader()))
+    assert (images.shape, masks.shape) == ((2, 3, 64, 64), (2, 64, 64))
+    assert data.labels == ["background", *"0123456789"]
+    seen = {int(k) for _, mask in data.splits["train"] for k in mask.unique()}
+    assert {0} < seen <= set(range(11))
+    assert not torch.equal(data.splits["train"][0][0], data.splits["val"][0][0])
+
+
+# Loss and metrics
+
+
+def test_the_loss_is_torch_s_over_the_pixels_that_count():
+    logits, masks = torch.randn(2, 3, 4, 6), torch.randint(0, 3, (2, 8, 12), dtype=torch.uint8)
+    masks[0, :3] = VOID
+    large = F.interpolate(logits, (8, 12), mode="bilinear", align_corners=False)
+    for weights in (None, torch.tensor([0.5, 2.0, 1.0])):
+        expected = F.cross_entropy(large, masks.long(), weights, ignore_index=VOID)
+        torch.testing.assert_close(pixel_loss(logits, masks, weights), expected)
+
+
+def test_a_batch_without_pixels_that_count_teaches_nothing_and_breaks_nothing():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = pixel_loss(logits, torch.full((1, 4, 4), VOID, dtype=torch.uint8), torch.ones(3))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
+def test_auxiliary_heads_are_weighed():
+    task = segmenter(Colours(auxiliary=True), auxiliary_weight=0.25)
+    images, masks = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8)
+    head, auxiliary = task(images)
+    expected = pixel_loss(head, masks, None) + 0.25 * pixel_loss(auxiliary, masks, None)
+    torch.testing.assert_close(task.losses(task(images), masks), expected)
+
+
+def test_scores_are_scikit_learn_s_and_torchmetrics():
+    found = torch.randint(0, 5, (3, 20, 30))
+    masks = torch.randint(0, 4, (3, 20, 30), dtype=torch.uint8)  # class 4 is found and never there
+    masks[torch.rand(masks.shape) < 0.2] = VOID
+    confusion, jaccard = Confusion(6), MulticlassJaccardIndex(6, ignore_index=VOID)  # class 5 is neither
+    for picture, mask in zip(found.split(1), masks.split(1), strict=True):
+        confusion.update(picture, mask)
+        jaccard.update(picture, mask.long())
+    counted = masks != VOID
+    expected = sklearn_metrics.confusion_matrix(masks[counted], found[counted], labels=range(6))
+    np.testing.assert_array_equal(confusion.compute().numpy(), expected)
+    union, values = scores(confusion.compute())
+    by_class = sklearn_metrics.jaccard_score(masks[counted], found[counted], labels=range(5), average=None)
+    np.testing.assert_allclose(union[:5], by_class)
+    assert union[5].isnan()
+    assert values["miou"].item() == pytest.approx(jaccard.compute().item())
+    assert values["pixel_accuracy"].item() == pytest.approx((masks == found)[counted].double().mean().item())
+
+
+def test_nothing_counted_is_zero():
+    _, values = scores(torch.zeros(3, 3, dtype=torch.long))
+    assert [value.item() for value in values.values()] == [0, 0]
+
+
+def test_a_step_and_the_metric_never_wait_for_the_device(unchecked):
+    """Tensors without values: a branch on one, or a shape that hangs on them, cannot be."""
+    confusion = Confusion(3)
+    theirs = MulticlassJaccardIndex(3, ignore_index=VOID, validate_args=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8)
+        confusion.update(classes_of(logits, masks.shape[1:]), masks)
+        assert pixel_loss(logits, masks, torch.ones(3)).shape == ()
+        assert confusion.compute().shape == (3, 3)
+        with pytest.raises(DynamicOutputShapeException):  # as torchmetrics has it
+            theirs.update(logits.argmax(dim=1), masks[:, :4, :4])
+
+
+@pytest.mark.gpu
+def test_the_metric_never_waits_for_a_gpu():
+    confusion = Confusion(11).cuda()
+    found, masks = torch.randint(0, 11, (2, 64, 64)).cuda(), torch.randint(0, 11, (2, 64, 64)).byte().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        confusion.update(found, masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert confusion.compute().sum() == 2 * 64 * 64
+
+
+def test_logits_of_the_image_s_size_are_left_alone():
+    logits = torch.randn(1, 2, 5, 7)
+    assert enlarged(logits, torch.Size([5, 7])) is not None
+    assert torch.equal(enlarged(logits, torch.Size([5, 7])), logits)
+
+
+def test_poly_falls_to_zero():
+    optimizer = sgd([nn.Parameter(torch.zeros(1))])
+    peak, schedule = optimizer.param_groups[0]["lr"], Poly(optimizer, 10)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [peak * (1 - step / 10) ** 0.9 for step in range(11)])
+
+
+# The task
+
+
+def test_a_segmenter_learns_tests_predicts_and_draws(tmp_path):
+    data = masked(folders(tmp_path / "data", train=8, validation=4), val="validation", photometric=False)
+    task = segmenter(Colours(), optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    trainer = fit(tmp_path, task, data, max_epochs=12)
+    (results,) = trainer.test(task, datamodule=data, verbose=False)
+    assert set(results) == {f"test/{k}" for k in ("loss", "miou", "pixel_accuracy", *(f"iou_{c}" for c in LABELS))}
+    assert results["test/miou"] > 0.95
+    by_class = [results[f"test/iou_{label}"] for label in LABELS]
+    assert results["test/miou"] == pytest.approx(np.mean(by_class))
+    task.draw(tmp_path / "figures")
+    for name in ("masks", "confusion"):
+        with Image.open(tmp_path / f"figures/{name}.png") as figure:
+            assert np.asarray(figure.convert("L")).std() > 5
+    (row, *_), *_ = trainer.predict(task, datamodule=data)
+    assert (row["width"], row["height"]) == (60, 40)
+    assert (row["mask"] == painted(40, 60)[1]).mean() > 0.95
+    assert np.asarray(task.picture(row)).shape == (40, 60)
+
+
+def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
+    data = masked(folders(tmp_path / "data", train=4, validation=1), val="validation", batch_size=1)
+    with pytest.raises(UserError, match=r"a batch of 1: Expected more than 1 value .*; expected a larger batch_size"):
+        fit(tmp_path, segmenter(DeepLabV3(18, 3, output_stride=16)), data, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": LABELS[:2]}, "network answers 3 classes, the data has 2; expected"),
+        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 factors; expected 3, one a class"),
+        ({"preprocess": Normalise([0.5], [0.5])}, "network refuses an image of 1 channels"),
+        ({"labels": ["one"], "network": Colours(1)}, "the data has 1 classes; expected 2 to 254"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        segmenter(**options).check()
+    assert message in str(caught.value)
+
+
+# Runner and bundle
+
+
+def deployed(task, height=8, width=8):
+    batch = torch.zeros(2, 3, height, width, dtype=torch.uint8), torch.zeros(2, height, width, dtype=torch.uint8)
+    return task.deployable(batch)
+
+
+def test_an_answer_can_be_read_off_and_drawn():
+    deployable = deployed(sighted())
+    runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
+    picture, mask = painted(200, 301)
+    answer = runner(picture)
+    np.testing.assert_array_equal(answer["mask"], mask)
+    assert (answer["width"], answer["height"]) == (301, 200)
+    counts = np.bincount(mask.ravel(), minlength=3) / mask.size
+    assert answer["classes"] == pytest.approx(dict(zip(LABELS, counts, strict=True)))
+    indexed = runner.picture(answer)
+    assert indexed.mode == "P"
+    np.testing.assert_array_equal(np.asarray(indexed), mask)
+    np.testing.assert_array_equal(np.asarray(indexed.convert("RGB")), PALETTE[mask])
+    drawn = np.asarray(runner.draw(picture, answer))[60:]  # below the names
+    np.testing.assert_array_equal(drawn[mask[60:] == 0], picture[60:][mask[60:] == 0])
+    expected = (0.4 * COLOURS[1] + 0.6 * PALETTE[1]).round()
+    assert (np.abs(drawn[mask[60:] == 1] - expected) <= 1).all()
+
+
+def test_a_device_with_fixed_sizes_answers_at_the_size_of_the_picture():
+    graph = deployed(sighted()).graphs["segment"]
+    shape = {"image": [1, 20, 30, 3]}
+
+    def answer(self, image):
+        assert image.shape == (1, 20, 30, 3)
+        return graph(image=image)
+
+    fixed = type("Fixed", (), {"shape": shape, "__call__": answer})()
+    runner = make_runner("semantic-segmentation", {"segment": fixed}, {"labels": LABELS, "channels": 3})
+    picture, mask = painted(40, 90)
+    for found in runner([picture, picture]):
+        assert found["mask"].shape == (40, 90)
+        assert (found["mask"] == mask).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((1, 4, 5), np.int64), "mask int64"),
+        (np.zeros((1, 1, 4, 5), np.uint8), r"mask uint8 \(1, 1, 4, 5\)"),
+        (np.full((1, 4, 5), 3, np.uint8), "class 3; expected 0 to 2"),
+        (np.zeros((1, 4, 4), np.uint8), r"a mask of \(4, 4\); expected \(4, 5\)"),
+        (np.zeros((2, 4, 5), np.uint8), "no answer mask for each of 1 images"),
+        (None, "no answer mask"),
+    ],
+)
+def test_what_no_segmenter_answers_is_one_line(mask, message):
+    shape = {"image": ["batch", "height", "width", 3]}
+    segment = type("Graph", (), {"shape": shape, "__call__": lambda self, image: {"mask": mask}})()
+    runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
+    with pytest.raises(UserError, match=message):
+        runner(np.zeros((4, 5, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {"labels": [], "channels": 3}, {"labels": LABELS, "channels": 2}, {"labels": [1], "channels": 1}]
+)
+def test_a_bundle_of_something_else_is_refused(metadata):
+    with pytest.raises(UserError, match="not semantic segmentation; expected a graph segment"):
+        make_runner("semantic-segmentation", deployed(sighted()).graphs, metadata)
+
+
+NETWORKS = {
+    "cifar": lambda: FCNCifarResNet(20, 11, 2),
+    "pspnet": lambda: PSPNet(18, 11, output_stride=16),
+    "deeplabv3": lambda: DeepLabV3(18, 11, output_stride=16),
+    "fcn8s": lambda: small_vgg(11),
+}
+
+
+def small_vgg(classes):
+    """FCN-8s whose fc6 and fc7 are thin, for time, and whose scores are not zero."""
+    network = FCNVGG16(classes)
+    network.fc6, network.fc7 = nn.Conv2d(512, 16, 7, padding=3), nn.Conv2d(16, 16, 1)
+    network.score_fr = nn.Conv2d(16, classes, 1)
+    for score in (network.score_pool3, network.score_pool4):
+        nn.init.normal_(score.weight, std=0.01)
+    return network
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_leaves_with_free_sizes(name, tmp_path):
+    torch.manual_seed(0)
+    task = segmenter(NETWORKS[name](), ["background", *"0123456789"], probabilities=name == "pspnet").eval()
+    data = DigitSceneMasks(train=2, held_out=3, image_size=64, batch_size=2)
+    manifest = export(task, data, TARGETS["cpu"], tmp_path / "bundle")
+    verification = manifest["verification"]
+    shapes = [row["shape"]["image"] for row in verification["parity"]]
+    assert shapes == [[1, 64, 64, 3], [2, 33, 73, 3], [3, 69, 35, 3]]
+    assert manifest["graphs"]["segment"]["dynamic_axes"] == {"image": {"0": "batch", "1": "height", "2": "width"}}
+    assert verification["metric"]["rows"] == 3 * 64 * 64
+    assert verification["metric"]["flipped"] <= 0.001 * 3 * 64 * 64
+    assert verification["metric"]["bundle"] == pytest.approx(verification["metric"]["pytorch"], abs=2e-3)
+    runner, graph = load(tmp_path / "bundle"), deployed(task).graphs["segment"]
+    for height, width in ((1, 1), (7, 150), (97, 41)):  # sizes that nothing was verified at
+        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+        found, expected = runner.masks(images), graph(image=images)
+        assert found.shape == (2, height, width)
+        assert (found == expected["mask"]).mean() >= 0.999
+    if name == "pspnet":
+        probability = runner.probability(images[0])
+        np.testing.assert_allclose(probability, expected["probability"][0], atol=1e-4)
+        np.testing.assert_allclose(probability.sum(axis=0), 1, atol=1e-5)
+
+
+def test_commands_write_masks_and_overlays(tmp_path, capsys):
+    data = masked(folders(tmp_path / "data", train=4, validation=2), val="validation")
+    export(sighted(), data, TARGETS["cpu"], tmp_path / "bundle")
+    one, two = (str(tmp_path / f"data/validation/{i}.png") for i in (0, 1))
+    mask, overlay = tmp_path / "mask.png", tmp_path / "overlay.png"
+    capsys.readouterr()
+    assert main([str(tmp_path / "bundle"), one, "--output", str(mask), "--overlay", str(overlay)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.keys() == {"input", "width", "height", "classes"}
+    with Image.open(mask) as ids, Image.open(overlay) as drawn:
+        np.testing.assert_array_equal(np.asarray(ids), painted(40, 60)[1])
+        assert (drawn.mode, drawn.size) == ("RGB", (60, 40))
+    assert main([str(tmp_path / "bundle"), one, two, "--output", str(tmp_path / "masks")]) == 0
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0.png", "1.png"]
+    capsys.readouterr()
+    for arguments, message in (
+        (["--output", str(mask), "--overlay", str(mask)], "both"),
+        (["--output", one], "would be overwritten"),
+    ):
+        assert main([str(tmp_path / "bundle"), one, *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
+    expected = np.zeros((2, 100, 100), np.uint8)
+
+    def compared(flipped, tolerance=1e-4):
+        actual = expected.copy()
+        actual.ravel()[:flipped] = 7
+        exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
+        graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, argmax=["mask"])
+        graph()
+        graph.settle()
+        return graph
+
+    assert (compared(20).rows, compared(20).flipped) == (20_000, 20)
+    with pytest.raises(
+        Refused, match=r"segment, outputs mask: 21 of 20000 differ from PyTorch's; expected at most 0.1%"
+    ):
+        compared(21)
+    assert compared(5000, tolerance=np.inf).flipped == 0  # of a lower precision the metric judges
+
+
+# Configs
+
+
+def test_configs_of_the_family_are_there():
+    names = {
+        "fcn_digit_scenes",
+        "fcn8s_vgg16_camvid",
+        "fcn_resnet50_camvid",
+        "pspnet_resnet50_camvid",
+        "deeplabv3_resnet50_camvid",
+        "fcn_resnet50_voc",
+    }
+    for name in names:
+        config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        data, classes = config["data"]["init_args"], config["model"]["init_args"]["network"]["init_args"]["num_classes"]
+        if "class_names" in data:
+            assert len(data["class_names"]) == classes == 11

@@ -1,0 +1,273 @@
+"""FCN, PSPNet and DeepLabV3 against torchvision, against each other and against interpolation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models as published
+from torchvision.models import segmentation
+
+from dlref.models import FCNVGG16, CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet, ResNet
+from dlref.models.fcn import bilinear
+from dlref.models.pspnet import averages
+from dlref.runtime import UserError
+from dlref.tasks.weights import load_weights
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def stirred(network):
+    """With statistics and affine weights that are not those of a new batch norm."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def fcn_resnet50():
+    torch.manual_seed(0)
+    return stirred(segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True))
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_outputs_are_torchvision_s_with_shared_weights(name):
+    torch.manual_seed(0)
+    make = getattr(segmentation, name)
+    theirs = stirred(make(weights=None, weights_backbone=None, num_classes=5, aux_loss=True))
+    own = {"fcn_resnet50": FCNResNet, "deeplabv3_resnet50": DeepLabV3}[name](50, 5).eval()
+    own.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        expected, found = theirs(images), own(images)
+    for key, logits in zip(("out", "aux"), found, strict=True):
+        logits = F.interpolate(logits, (65, 97), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, expected[key], atol=1e-4, rtol=0)
+        assert expected[key].std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "parameters"),
+    [
+        (FCNResNet, "fcn_resnet50", 35_322_218),
+        (FCNResNet, "fcn_resnet101", 54_314_346),
+        (DeepLabV3, "deeplabv3_resnet50", 42_004_074),
+        (DeepLabV3, "deeplabv3_resnet101", 60_996_202),
+    ],
+)
+def test_parameters_and_keys_are_torchvision_s(network, name, parameters):
+    with torch.device("meta"):
+        theirs = getattr(segmentation, name)(weights=None, weights_backbone=None, aux_loss=True)
+        own = network(int(name[-3:].lstrip("t")))
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (theirs, own)]
+    assert shapes[0] == shapes[1]
+    assert count(own) == count(theirs) == parameters
+
+
+def test_an_auxiliary_head_can_be_left_out():
+    with torch.device("meta"):
+        theirs = segmentation.fcn_resnet50(weights=None, weights_backbone=None)
+        own = FCNResNet(50, auxiliary=False)
+    assert own.state_dict().keys() == theirs.state_dict().keys()
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_dilation_computes_between_what_strides_leave_out(depth):
+    """With the same weights every fourth pixel is what it was, up to the border, for any size."""
+    plain, dilated = ResNet(depth), ResNet(depth, replace_stride_with_dilation=(False, True, True))
+    dilated.load_state_dict(stirred(plain).state_dict())
+    images = torch.randn(1, 3, 97, 131)
+    with torch.no_grad():
+        (*_, coarse), (*_, fine) = plain.stages(images), dilated.eval().stages(images)
+    assert (coarse.shape[2:], fine.shape[2:]) == ((4, 5), (13, 17))
+    torch.testing.assert_close(fine[..., ::4, ::4], coarse, atol=1e-5 * coarse.max().item(), rtol=0)
+
+
+def test_dilation_of_the_small_resnets():
+    plain, dilated = CifarResNet(20), CifarResNet(20, replace_stride_with_dilation=(False, True))
+    dilated.load_state_dict(stirred(plain).state_dict())
+    images = torch.randn(1, 3, 21, 35)
+    with torch.no_grad():
+        (*_, coarse), (*_, fine) = plain.stages(images), dilated.eval().stages(images)
+    # The padded shortcuts take every other pixel where there is a stride, so here too all stay in place.
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "stride"),
+    [
+        (lambda: FCNResNet(18, 3, output_stride=8), 8),
+        (lambda: FCNResNet(34, 3, output_stride=16), 16),
+        (lambda: FCNResNet(18, 3, output_stride=32), 32),
+        (lambda: PSPNet(18, 3, output_stride=16), 16),
+        (lambda: DeepLabV3(18, 3, output_stride=16), 16),
+        (lambda: FCNCifarResNet(20, 3, output_stride=1), 1),
+        (lambda: FCNCifarResNet(20, 3, output_stride=2), 2),
+        (lambda: FCNCifarResNet(20, 3, output_stride=4), 4),
+    ],
+)
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (51, 33), (1, 1)])
+def test_logits_of_any_size(network, stride, height, width):
+    with torch.no_grad():
+        logits = network().eval()(torch.randn(1, 3, height, width))
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    assert logits.shape == (1, 3, -(-height // stride), -(-width // stride))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda: FCNResNet(50, output_stride=4), "no output_stride of 4: expected 8, 16 or 32"),
+        (lambda: PSPNet(50, output_stride=64), "no output_stride of 64: expected 8, 16 or 32"),
+        (lambda: DeepLabV3(50, output_stride=32), "no output_stride of 32: expected 8 or 16"),
+        (lambda: FCNCifarResNet(20, output_stride=8), "no output_stride of 8: expected 1, 2 or 4"),
+        (lambda: FCNVGG16(stride=4), "no FCN with a stride of 4: expected 8, 16 or 32"),
+        (lambda: FCNResNet(20), "no ResNet of depth 20"),
+    ],
+)
+def test_what_no_network_is_made_with(unchecked, network, message):
+    with pytest.raises(ValueError, match=message):
+        network()
+
+
+# PSPNet
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 6), (5, 13), (60, 45)])
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+def test_averages_are_adaptive_pooling(bins, size):
+    x = torch.randn(2, 4, *size)
+    torch.testing.assert_close(averages(x, bins), F.adaptive_avg_pool2d(x, bins), atol=1e-6, rtol=1e-5)
+
+
+def test_pspnet_has_the_paper_s_parts():
+    """ResNet-50, four 1x1 convolutions to 512, a 3x3 from 4096 to 512, and the heads, each norm with two vectors."""
+    with torch.device("meta"):
+        network, base = PSPNet(50, 21), ResNet(50)
+    trunk = count(base) - (2048 * 1000 + 1000)
+    pyramid = 4 * (2048 * 512 + 2 * 512)
+    heads = (9 * 4096 * 512 + 2 * 512 + 512 * 21 + 21) + (9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21)
+    assert count(network) == trunk + pyramid + heads == 48_957_802
+
+
+def test_the_pyramid_sees_the_whole_image_and_its_parts():
+    """Constant maps stay constant at every level; a change in a corner reaches the far end by the coarse levels."""
+    network = stirred(PSPNet(18, 3))
+    maps = torch.rand(1, 512, 12, 12)
+    changed = maps.clone()
+    changed[..., :2, :2] += 1
+    with torch.no_grad():
+        difference = (network.classifier[0](changed) - network.classifier[0](maps)).abs()[0, :, -1, -1]
+    same, *levels = difference.split([512, 128, 128, 128, 128])
+    assert not same.any()
+    assert levels[0].any()
+    assert not levels[1].any()
+    assert not levels[3].any()
+
+
+# FCN on VGG-16
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    torch.manual_seed(0)
+    return published.vgg16().eval()
+
+
+@pytest.mark.parametrize("stride", [2, 8, 16, 32])
+def test_transposed_convolutions_begin_as_interpolation(stride):
+    x = torch.randn(1, 3, 5, 7)
+    expected = F.interpolate(x, scale_factor=stride, mode="bilinear", align_corners=False)
+    inside = (..., slice(stride, -stride), slice(stride, -stride))  # beyond the border they see zeros
+    torch.testing.assert_close(bilinear(3, stride)(x)[inside], expected[inside])
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_fcn_on_vgg_is_torchvision_s_vgg_with_scores_added_up(vgg, stride):
+    """The paper's figure 3 put together from torchvision's layers and interpolation."""
+    network = FCNVGG16(3, stride).eval()
+    network.load_state_dict(network.state_dict() | network.of_base(vgg.state_dict()))
+    for name in ("score_fr", "score_pool4", "score_pool3"):
+        if hasattr(network, name):
+            nn.init.normal_(getattr(network, name).weight, std=0.1)
+    image = torch.randn(1, 3, 160, 192)
+
+    def double(x, factor=2):
+        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+    with torch.no_grad():
+        pool3 = vgg.features[:17](image)
+        pool4 = vgg.features[17:24](pool3)
+        fc6, fc7 = vgg.classifier[0], vgg.classifier[3]
+        x = F.conv2d(vgg.features[24:](pool4), fc6.weight.view(4096, 512, 7, 7), fc6.bias, padding=3).relu()
+        x = network.score_fr(F.conv2d(x, fc7.weight.view(4096, 4096, 1, 1), fc7.bias).relu())
+        if stride <= 16:
+            x = double(x) + network.score_pool4(pool4)
+        if stride == 8:
+            x = double(x) + network.score_pool3(pool3)
+        expected, found = double(x, stride), network(image)
+    assert found.shape == (1, 3, 160, 192)
+    assert found.std() > 0.01
+    torch.testing.assert_close(found[..., 56:-56, 56:-56], expected[..., 56:-56, 56:-56], atol=1e-5, rtol=1e-4)
+
+
+def test_fcn_8s_has_the_paper_s_parameters():
+    with torch.device("meta"):
+        network = FCNVGG16(21)
+    assert count(network) == 134_489_759  # table 1: 134M
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["upscore.weight"]
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("size", [(64, 96), (71, 33), (1, 1)])
+def test_fcn_on_vgg_answers_each_pixel(stride, size):
+    with torch.device("meta"):
+        assert FCNVGG16(2, stride)(torch.empty(1, 3, *size)).shape == (1, 2, *size)
+
+
+def test_scores_begin_at_zero_and_learn():
+    network = FCNVGG16(2)
+    logits = network(torch.randn(1, 3, 32, 32))
+    assert not logits.any()
+    F.cross_entropy(logits, torch.ones(1, 32, 32, dtype=torch.long)).backward()
+    assert network.score_fr.weight.grad.any()
+    assert network.score_pool3.weight.grad.any()
+
+
+def test_a_published_vgg_becomes_the_base(vgg, tmp_path):
+    torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
+    network = FCNVGG16(3)
+    fresh = load_weights(network, tmp_path / "vgg16.pth")
+    assert {name.split(".")[0] for name in fresh} == set(network.class_layers)
+    torch.testing.assert_close(network.fc6.weight.flatten(1), vgg.classifier[0].weight)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("network", [FCNResNet, PSPNet, DeepLabV3])
+def test_a_published_resnet_becomes_the_backbone(network, tmp_path):
+    theirs = published.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    own = network(18, 3)
+    fresh = load_weights(own, tmp_path / "resnet18.pth")
+    assert {name.split(".")[0] for name in fresh} == {"classifier", "aux_classifier"}
+    torch.testing.assert_close(own.backbone.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    with pytest.raises(UserError, match=r"resnet18\.pth: \d+ tensors do not fit"):
+        load_weights(network(34, 3), tmp_path / "resnet18.pth")
+
+
+def test_other_classes_replace_the_last_layers_of_published_weights(fcn_resnet50, tmp_path, caplog):
+    torch.save(fcn_resnet50.state_dict(), tmp_path / "fcn.pth")
+    network = FCNResNet(50, 3)
+    fresh = load_weights(network, tmp_path / "fcn.pth")
+    heads = [f"{head}.4.{kind}" for head in ("aux_classifier", "classifier") for kind in ("bias", "weight")]
+    assert fresh == heads
+    torch.testing.assert_close(network.classifier[0].weight, fcn_resnet50.classifier[0].weight)
+    assert "new head for other classes: aux_classifier.4.bias" in caplog.text
+    with pytest.raises(UserError, match="tensors do not fit DeepLabV3"):
+        load_weights(DeepLabV3(50, 3), tmp_path / "fcn.pth")
