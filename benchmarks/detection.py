@@ -11,9 +11,6 @@ test split instead.
 
 import argparse
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
+from benchmarks.turns import in_turns, show
 from dlref.cli import load_run
 from dlref.models import SSDVGG16
 from dlref.runtime import load, make_runner
@@ -31,32 +29,6 @@ from dlref.tasks.multibox import Detections, match, multibox_loss
 
 CLASSES = 90
 BATCH = 8  # pictures whose heads are decoded
-TURNS = 7
-
-
-def in_turns(title: str, calls: dict[str, Callable], device: str, turns: int = TURNS) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, `turns` times after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in track(range(turns + 1), title, console=Console(stderr=True), transient=True):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def show(title: str, seconds: dict[str, list[float]]) -> None:
-    """One row: medians, their ratio, and the ratios of the pairs from least to most."""
-    theirs, own = seconds["torchvision"], seconds["dlref"]
-    ratios = [a / b for a, b in zip(theirs, own, strict=True)]
-    median = statistics.median
-    print(
-        f"| {title} | {1e3 * median(theirs):.0f} | {1e3 * median(own):.0f} | {median(ratios):.2f}× "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) |"
-    )
 
 
 def heads(batch: int, boxes: int, trained: bool, device: str) -> tuple[Tensor, Tensor]:

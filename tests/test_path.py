@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_detection import framed
+from test_export import export
+from test_segmentation import folders, painted
 
-from dlref.cli import TrainCLI, train
+from dlref.cli import TrainCLI, load_run, train
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
 
@@ -174,7 +177,7 @@ trainer: {max_epochs: 1, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, tmp_path):
+def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, monkeypatch, tmp_path):
     """From VOC's files to a device without torch, in pictures that are not square.
 
     Four steps find nothing yet, but PyTorch on resized pictures, its boxes scaled, has to answer what the graph does on
@@ -182,13 +185,11 @@ def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, tmp
     """
     framed(tmp_path / "boxes", 40)
     (tmp_path / "boxes.yaml").write_text(BOXES)
-    for arguments in (
-        ["train.py", "fit", "--config", "boxes.yaml"],
-        ["train.py", "predict", "--config", "runs/boxes/config.yaml"],
-        ["export.py", "runs/boxes", "--target", "cpu", "--output", "bundle"],
-    ):
-        result = command(*arguments, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train(["fit", "--config", "boxes.yaml"]) == 0
+    assert train(["predict", "--config", "runs/boxes/config.yaml"]) == 0
+    export(*load_run(Path("runs/boxes"), []), TARGETS["cpu"], Path("bundle"))
     scores = json.loads((tmp_path / "runs/boxes/test.json").read_text())
     test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
     assert test["pytorch"] == pytest.approx(scores["map"], abs=1e-6)
@@ -212,6 +213,71 @@ def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, tmp
         for one in row["objects"][:10]:
             near = (np.abs(edges - one["box"]).max(axis=1) < 2) & (np.abs(scores - one["score"]) < 0.05)
             assert near.any(), one
+
+
+MASKS = """
+best: {metric: val/miou, mode: max}
+model:
+  class_path: dlref.tasks.SemanticSegmenter
+  init_args:
+    network: {class_path: dlref.models.FCNCifarResNet, init_args: {depth: 20, num_classes: 3, output_stride: 2}}
+    preprocess:
+      class_path: dlref.tasks.Normalise
+      init_args: {mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+    lr_scheduler: {class_path: dlref.tasks.Poly}
+data:
+  class_path: dlref.data.MaskFolders
+  init_args:
+    root: data
+    train: train
+    val: validation
+    class_names: [background, red, blue]
+    base_size: 40
+    crop_size: 32
+    batch_size: 4
+    num_workers: 0
+trainer: {max_epochs: 10, enable_progress_bar: false, log_every_n_steps: 1}
+"""
+
+
+def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, monkeypatch, tmp_path):
+    """From SageMaker's folders to a device without torch, in pictures that are not square, of sizes it has not seen."""
+    folders(tmp_path / "data", train=16, validation=4)
+    (tmp_path / "masks.yaml").write_text(MASKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train(["fit", "--config", "masks.yaml"]) == 0
+    assert train(["predict", "--config", "runs/masks/config.yaml"]) == 0
+    export(*load_run(Path("runs/masks"), []), TARGETS["cpu"], Path("bundle"))
+    scores = json.loads((tmp_path / "runs/masks/test.json").read_text())
+    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    assert scores["miou"] > 0.8
+    assert test["pytorch"] == pytest.approx(scores["miou"], abs=1e-6)
+    assert test["bundle"] == pytest.approx(scores["miou"], abs=2e-3)
+    assert {path.name for path in (tmp_path / "runs/masks/figures").iterdir()} == {
+        "confusion.png",
+        "curves.png",
+        "masks.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "runs/masks/predictions.jsonl").read_text().splitlines()]
+    inputs = [row["input"] for row in rows]
+    Image.fromarray(painted(51, 83)[0]).save(tmp_path / "odd.png")
+    arguments = ["bundle", *inputs, "odd.png", "--output", "masks", "--overlay", "overlays"]
+    answered = command("-c", WITHOUT_TORCH, *arguments, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    answers = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert (answers[-1]["width"], answers[-1]["height"]) == (83, 51)
+    for row, answer in zip(rows, answers, strict=False):
+        assert answer["classes"] == pytest.approx(row["classes"], abs=1e-3)
+    for i in range(4):
+        with (
+            Image.open(tmp_path / f"masks/{i}.png") as by_bundle,
+            Image.open(tmp_path / f"runs/masks/predictions/{i}.png") as by_pytorch,
+        ):
+            assert (np.asarray(by_bundle) == np.asarray(by_pytorch)).mean() >= 0.999
+    with Image.open(tmp_path / "masks/odd.png") as mask, Image.open(tmp_path / "overlays/odd.png") as overlay:
+        assert mask.size == overlay.size == (83, 51)
 
 
 def digits_of_the_test_split():
