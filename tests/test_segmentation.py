@@ -495,7 +495,7 @@ def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
         Refused, match=r"segment, outputs mask: 21 of 20000 differ from PyTorch's; expected at most 0.1%"
     ):
         compared(21)
-    assert compared(5000, tolerance=np.inf).flipped == 0  # of a lower precision the metric judges
+    assert compared(5000, tolerance=np.inf).flipped == 5000  # a lower precision is judged by the metric
 
 
 # Configs

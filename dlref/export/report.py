@@ -124,7 +124,7 @@ def parity(verification: dict) -> list[str]:
             row["graph"],
             row["precision"],
             ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in row["shape"].items()),
-            f"{row['max_abs_error']:.1e}",
+            f"{row['max_abs_error']:.1e}" + f", {row['flipped']} of {row['rows']} differ" * bool(row["rows"]),
             "the metric judges" if row["tolerance"] is None else f"{row['tolerance']:.0e}",
         ]
         for row in verification["parity"]

@@ -122,14 +122,16 @@ class SemanticSegmenter(Task):
         self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """What is taken for what, and the first pictures for the figure."""
+        """What is taken for what, and some pictures from all over the split for the figure."""
         images, masks = batch
         outputs = self(images)
         self.log("test/loss", self.losses(outputs, masks), batch_size=len(images), sync_dist=True)
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
-        for i in range(min(len(images), PICTURES - len(self.pictures))):
-            self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
+        batches = self.trainer.num_test_batches[0]
+        if batch_index % max(1, batches // PICTURES) == 0:  # neighbours in a list are often alike
+            for i in range(min(len(images), -(-PICTURES // batches), PICTURES - len(self.pictures))):
+                self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the matrix is for the figure alone."""
