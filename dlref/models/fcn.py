@@ -171,10 +171,10 @@ class FCNVGG16(nn.Module):
         _, _, pool3, pool4, _ = pools
         score = self.score_fr(self.drop(self.fc7(self.drop(self.fc6(x)))))
         if self.stride <= 16:
-            score = _cropped(self.upscore2(score), pool4) + self.score_pool4(pool4)
+            score = _cropped(self.upscore2(score), *pool4.shape[-2:]) + self.score_pool4(pool4)
         if self.stride == 8:
-            score = _cropped(self.upscore_pool4(score), pool3) + self.score_pool3(pool3)
-        return self.upscore(score)[..., :height, :width]
+            score = _cropped(self.upscore_pool4(score), *pool3.shape[-2:]) + self.score_pool3(pool3)
+        return _cropped(self.upscore(score), height, width)
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """torchvision's VGG-16 under the names used here, its linear layers as convolutions (section 3.1)."""
@@ -207,6 +207,9 @@ def _score(channels: int, num_classes: int) -> nn.Conv2d:
     return layer
 
 
-def _cropped(x: Float[Tensor, "B K H2 W2"], like: Float[Tensor, "B D H W"]) -> Float[Tensor, "B K H W"]:
-    """Twice as many cells as there are below can be one more than there are above, at the right and at the bottom."""
-    return x[..., : like.shape[-2], : like.shape[-1]]
+def _cropped(x: Float[Tensor, "B K h w"], height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    """The first rows and columns: a cell stands for pixels beyond the border where the stride does not divide the size.
+
+    By `narrow`, which says how many there are; of a slice with a free end, torch 2.11's export cannot tell.
+    """
+    return x.narrow(2, 0, height).narrow(3, 0, width)
