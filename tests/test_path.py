@@ -106,6 +106,21 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
     )
 
 
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Fit, test, predict and export, in this process and without the measurement: all but the start-up of a user's."""
+
+    def run(name: str, config: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        Path(f"{name}.yaml").write_text(config)
+        assert train(["fit", "--config", f"{name}.yaml"]) == 0
+        assert train(["predict", "--config", f"runs/{name}/config.yaml"]) == 0
+        export(*load_run(Path("runs") / name, []), TARGETS["cpu"], Path("bundle"))
+
+    return run
+
+
 RINGS = """
 best: {metric: val/accuracy, mode: max}
 model:
@@ -123,7 +138,7 @@ trainer: {max_epochs: 8, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(command, tmp_path):
+def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(trained, tmp_path):
     """The class is a ring at the very border of what evaluation keeps: a second crop would lose it."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 16), ("test", 16)):
@@ -135,14 +150,7 @@ def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(command, 
                 picture[17:83, 27:93] = 100
             (tmp_path / "rings" / split / label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(tmp_path / "rings" / split / label / f"{number}.png")
-    (tmp_path / "rings.yaml").write_text(RINGS)
-    for arguments in (
-        ["train.py", "fit", "--config", "rings.yaml"],
-        ["train.py", "predict", "--config", "runs/rings/config.yaml"],
-        ["export.py", "runs/rings", "--target", "cpu", "--output", "bundle"],
-    ):
-        result = command(*arguments, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    trained("rings", RINGS)
     accuracy = json.loads((tmp_path / "runs/rings/test.json").read_text())["accuracy"]
     verification = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]
     assert accuracy == 1
@@ -177,19 +185,14 @@ trainer: {max_epochs: 1, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, monkeypatch, tmp_path):
+def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
     """From VOC's files to a device without torch, in pictures that are not square.
 
     Four steps find nothing yet, but PyTorch on resized pictures, its boxes scaled, has to answer what the graph does on
     the pictures as they are.
     """
     framed(tmp_path / "boxes", 40)
-    (tmp_path / "boxes.yaml").write_text(BOXES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert train(["fit", "--config", "boxes.yaml"]) == 0
-    assert train(["predict", "--config", "runs/boxes/config.yaml"]) == 0
-    export(*load_run(Path("runs/boxes"), []), TARGETS["cpu"], Path("bundle"))
+    trained("boxes", BOXES)
     scores = json.loads((tmp_path / "runs/boxes/test.json").read_text())
     test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
     assert test["pytorch"] == pytest.approx(scores["map"], abs=1e-6)
@@ -241,15 +244,10 @@ trainer: {max_epochs: 10, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, monkeypatch, tmp_path):
+def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
     """From SageMaker's folders to a device without torch, in pictures that are not square, of sizes it has not seen."""
     folders(tmp_path / "data", train=16, validation=4)
-    (tmp_path / "masks.yaml").write_text(MASKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert train(["fit", "--config", "masks.yaml"]) == 0
-    assert train(["predict", "--config", "runs/masks/config.yaml"]) == 0
-    export(*load_run(Path("runs/masks"), []), TARGETS["cpu"], Path("bundle"))
+    trained("masks", MASKS)
     scores = json.loads((tmp_path / "runs/masks/test.json").read_text())
     test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
     assert scores["miou"] > 0.8
