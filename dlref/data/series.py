@@ -1,0 +1,508 @@
+"""Time series from files: SageMaker's JSON Lines and Parquet, and the CSV tables that people have.
+
+Each reader returns a `Series`: the values of all series in one flat array. Steps that a table leaves out are filled
+with missing values and counted; any other mistake is a `UserError`. `check` holds what was read against SageMaker's
+rules for DeepAR, and `unseen` holds the series to forecast against those of training.
+
+N series, P points in all; D dynamic features of Q points in all; G categories. T times.
+"""
+
+import csv
+import gzip
+import math
+import os
+import re
+import textwrap
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dlref.data.box_listings import _is_line
+from dlref.data.frequency import Frequency, parse_date, parse_start, show
+from dlref.data.listings import _parse_object, _visible_entries
+from dlref.runtime.errors import UserError
+
+MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
+MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate an embedding for each below it
+MAX_GAP = 100_000  # steps in a row: nor a mistyped year a missing value for each step before it
+LARGEST = float(np.finfo(np.float32).max)
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+FIELDS = ["start", "target", "cat", "dynamic_feat"]
+ROWS_AT_ONCE = 16  # of Parquet: a row is a whole series
+
+
+class Series(NamedTuple):
+    """Time series and what is known about them, one after the other.
+
+    Attributes:
+        target: float32 (P,), NaN where missing.
+        offsets: int64 (N + 1,): series i is target[offsets[i]:offsets[i + 1]].
+        start: datetime64[s] (N,), the time of each series' first point.
+        cat: int64 (N, G), its categories from 0; G is 0 where there are none.
+        dynamic: float32 (Q, D), features whose future is known; D is 0 where there are none.
+        dynamic_offsets: int64 (N + 1,): series i has dynamic[dynamic_offsets[i]:dynamic_offsets[i + 1]].
+        names: N names: the series' id where the file has one, or file:line.
+        filled: int64 (N,), the points among the missing that no row of the file stands for.
+    """
+
+    target: np.ndarray
+    offsets: np.ndarray
+    start: np.ndarray
+    cat: np.ndarray
+    dynamic: np.ndarray
+    dynamic_offsets: np.ndarray
+    names: list[str]
+    filled: np.ndarray
+
+
+class Record(NamedTuple):
+    """One series: its name, the time of its first point, its values, and what else its file says of it."""
+
+    name: str
+    start: np.datetime64
+    target: np.ndarray
+    cat: Sequence[int] = ()
+    dynamic: np.ndarray = np.zeros((0, 0), np.float32)
+    filled: int = 0
+
+
+class Points(NamedTuple):
+    """What rows of a table say: the line of each, its time in seconds since 1970, its value or values."""
+
+    lines: array
+    times: array
+    values: array | list[np.ndarray]
+
+
+# SageMaker's JSON Lines and Parquet
+
+
+def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
+    """Read series as SageMaker's DeepAR takes them: an object a line, or a row of Parquet, for each.
+
+    Its fields are `start`, "YYYY-MM-DD HH:MM:SS" or a date; `target`, numbers, where null and "NaN" are missing; and
+    where every record has them `cat`, a whole number or several, and `dynamic_feat`, a list of numbers for each
+    feature. Other fields are ignored.
+
+    Args:
+        path: a .json, .jsonl, .json.gz, .jsonl.gz or .parquet file, or a folder of them and of folders. Hidden files
+            and _SUCCESS are left out.
+        frequency: of all series.
+    """
+    records = []
+    for file in _files(str(path)):
+        before = len(records)
+        entries = _read_parquet(file) if file.lower().endswith(".parquet") else _read_objects(file)
+        records += (_parse_record(entry, where, frequency) for where, entry in entries)
+        if len(records) == before:
+            raise UserError(f"{file}: no records; expected at least one")
+    return _to_series(path, records)
+
+
+def _files(path: str) -> Iterator[str]:
+    if os.path.isdir(path):
+        for entry in _visible_entries(path):
+            if not _is_line(entry.name):
+                raise UserError(f"{path}: file {shorten(entry.name)}; expected a name of one line")
+            if entry.name != "_SUCCESS":
+                yield from _files(entry.path)
+    elif path.lower().endswith((*JSON_SUFFIXES, ".parquet")):
+        yield path
+    else:
+        raise UserError(f"{path}: no folder or known extension; expected {', '.join(JSON_SUFFIXES)} or .parquet")
+
+
+def _read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_read_lines(path), start=1):
+        if line := line.strip():
+            where = f"{path}:{number}"
+            yield where, _parse_object(line, where)
+
+
+def _read_parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=FIELDS):
+                if "start" in batch.schema.names:
+                    batch = batch.set_column(batch.schema.get_field_index("start"), "start", _as_text(batch["start"]))
+                for entry in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", entry
+    except UserError as error:
+        raise UserError(f"{path}:{number + 1}: {error}") from None
+    except Exception as error:  # what pyarrow raises at a damaged file is open-ended
+        wrong = textwrap.shorten(str(error), 120) if os.path.isfile(path) else "no such file"
+        raise UserError(f"{path}: {wrong}; expected a Parquet file") from None
+
+
+def _as_text(times):  # pyarrow's Array, to an Array
+    """Write dates and timestamps as JSON has them; what is neither is left for `parse_date` to refuse."""
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(times.type):
+        if times.type.tz is not None:
+            raise UserError(f"start: time zone {shorten(times.type.tz)}; expected none")
+        times = times.cast(pa.timestamp("s"))  # an error where it would lose a fraction
+    return times.cast(pa.string()) if pa.types.is_temporal(times.type) else times
+
+
+def _parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
+    start = parse_start(entry.get("start"), f"{where}: start", frequency)
+    target = entry.get("target")
+    if not isinstance(target, list):
+        raise UserError(f"{where}: target: {shorten(target)}; expected a list of numbers")
+    target = [math.nan if value is None or value == "NaN" else value for value in target]
+    values = _to_float32(target, where, "target[{}]".format)
+    return Record(where, start, values, _parse_cat(entry, where), _parse_dynamic(entry, where))
+
+
+def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
+    cat = entry.get("cat")
+    if cat is None:  # as Parquet has it for a record without
+        return ()
+    cat = cat if isinstance(cat, list) else [cat]
+    for i, value in enumerate(cat):
+        if type(value) is not int or not 0 <= value < MAX_CATEGORIES:  # not isinstance: True is an int too
+            expected = f"a whole number from 0 to {MAX_CATEGORIES - 1}"
+            raise UserError(f"{where}: cat[{i}]: {shorten(value)}; expected {expected}")
+    return cat
+
+
+def _parse_dynamic(entry: dict[str, Any], where: str) -> np.ndarray:
+    features = entry.get("dynamic_feat")
+    features = [] if features is None else features
+    if not isinstance(features, list) or not all(isinstance(values, list) for values in features):
+        raise UserError(f"{where}: dynamic_feat: {shorten(features)}; expected a list of lists of numbers")
+    if not features:
+        return Record._field_defaults["dynamic"]
+    columns = []
+    for i, values in enumerate(features):
+        if len(values) != len(features[0]):
+            expected = f"{len(features[0])}, as dynamic_feat[0] has"
+            raise UserError(f"{where}: dynamic_feat[{i}]: {len(values)} values; expected {expected}")
+        columns.append(_to_float32(values, where, f"dynamic_feat[{i}][{{}}]".format, missing=False))
+    return np.stack(columns, axis=1)
+
+
+# Tables
+
+
+def read_wide(path: str | Path, start: str, frequency: Frequency) -> Series:
+    """Read a comma-separated matrix without dates or header: a row for each time, a column for each series.
+
+    Args:
+        path: a text file, gzipped if its name ends in .gz.
+        start: the time of the first row.
+        frequency: the time from row to row.
+    """
+    first = parse_start(start, "start", frequency)
+    rows = []
+    for line, cells in _read_rows(path):
+        _check_width(cells, len(rows[0]) if rows else len(cells), f"{path}:{line}")
+        rows.append(_parse_cells(cells, f"{path}:{line}", lambda i: f"column {i + 1}"))
+    columns = np.array(rows, np.float32).T
+    return _to_series(path, [Record(f"{path}: column {i}", first, values) for i, values in enumerate(columns, start=1)])
+
+
+def read_dated(path: str | Path, frequency: Frequency) -> Series:
+    """Read a CSV file with a header: a row for each time, its date first, and a column for each series.
+
+    Rows have to be in order. The values of times without a row are missing.
+
+    Args:
+        path: a text file, gzipped if its name ends in .gz.
+        frequency: the time from one point to the next.
+    """
+    (date, *names), table = _read_table(path)
+    if not names or re.match("[0-9]{4}-", date):
+        raise UserError(f"{path}:1: {shorten([date, *names])}; expected a header: a date and a name for each series")
+    points = Points(array("q"), array("q"), [])
+    for line, cells in table:
+        _check_width(cells, 1 + len(names), f"{path}:{line}")
+        points.lines.append(line)
+        points.times.append(parse_date(cells[0], f"{path}:{line}: {date}"))
+        points.values.append(_parse_cells(cells[1:], f"{path}:{line}", names.__getitem__))
+    if not points.lines:
+        return _to_series(path, [])
+    start, values, filled = _fill(points, frequency, path, date)
+    records = [Record(name, start, column, filled=filled) for name, column in zip(names, values.T, strict=True)]
+    return _to_series(path, records)
+
+
+def read_rows(path: str | Path, start: str, frequency: Frequency) -> Series:
+    """Read a CSV file with a header, as M4's: a row for each series, its id first and then its values.
+
+    Empty cells at the end of a row are no values.
+
+    Args:
+        path: a text file, gzipped if its name ends in .gz.
+        start: the time of each series' first value.
+        frequency: the time from value to value.
+    """
+    first = parse_start(start, "start", frequency)
+    (item_id, *columns), table = _read_table(path)
+    found, records = {}, []
+    for line, (name, *cells) in table:
+        where = f"{path}:{line}"
+        if found.setdefault(_check_name(name, f"{where}: {item_id}"), line) != line:
+            raise UserError(f"{where}: {item_id}: {name} again; expected it once, as in line {found[name]}")
+        while cells and not cells[-1]:
+            cells.pop()
+        if len(cells) > len(columns):
+            raise UserError(f"{where}: {len(cells)} values; expected at most {len(columns)}, as in the header")
+        records.append(Record(name, first, _parse_cells(cells, where, columns.__getitem__)))
+    return _to_series(path, records)
+
+
+def read_long(
+    path: str | Path,
+    frequency: Frequency,
+    item_id: str = "item_id",
+    timestamp: str = "timestamp",
+    target: str = "target",
+) -> Series:
+    """Read a CSV file with a header: a row for each value. Columns that no argument names are ignored.
+
+    The rows of a series have to be in order; those of others may lie between. The values of times without a row are
+    missing.
+
+    Args:
+        path: a text file, gzipped if its name ends in .gz.
+        frequency: the time from one point to the next.
+        item_id: the column with the id of the row's series.
+        timestamp: the column with its time.
+        target: the column with its value.
+    """
+    header, table = _read_table(path)
+    for name in (item_id, timestamp, target):
+        if name not in header:
+            raise UserError(f"{path}:1: columns {shorten(header)}; expected {shorten(name)} among them")
+    columns = [header.index(name) for name in (item_id, timestamp, target)]
+    groups: dict[str, Points] = {}
+    for line, cells in table:
+        where = f"{path}:{line}"
+        _check_width(cells, len(header), where)
+        name, time, value = (cells[column] for column in columns)
+        if name not in groups:
+            groups[_check_name(name, f"{where}: {item_id}")] = Points(array("q"), array("q"), array("f"))
+        points = groups[name]
+        points.lines.append(line)
+        points.times.append(parse_date(time, f"{where}: {timestamp}"))
+        points.values.append(_parse_cells([value], where, lambda _: target)[0])
+    records = []
+    for name, points in groups.items():
+        start, values, filled = _fill(points, frequency, path, timestamp)
+        records.append(Record(name, start, values, filled=filled))
+    return _to_series(path, records)
+
+
+def _read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Read the header of a CSV file; return its names and the rows below."""
+    rows = _read_rows(path)
+    line, names = next(rows, (1, None))
+    if names is None:
+        raise UserError(f"{path}: no lines; expected a header")
+    names[0] = names[0] or "column 1"  # pandas may leave it empty
+    found = {}
+    for i, name in enumerate(names, start=1):
+        where = f"{path}:{line}: column {i}"
+        if found.setdefault(_check_name(name, where), i) != i:
+            raise UserError(f"{where}: {name} again, as column {found[name]}; expected a header with other names")
+    return names, rows
+
+
+def _read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """Number the rows of a CSV file by their last lines."""
+    reader = csv.reader(_read_lines(path), strict=True, skipinitialspace=True)
+    blank = None
+    try:
+        for cells in reader:
+            if cells and blank is not None:  # at the end it does no harm; here it may be a time without a value
+                raise UserError(f"{path}:{blank}: blank line; expected cells separated by commas")
+            if cells:
+                yield reader.line_num, [cell.strip() for cell in cells]
+            elif blank is None:
+                blank = reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}; expected cells separated by commas") from None
+
+
+def _check_width(cells: list[str], count: int, where: str) -> None:
+    if len(cells) != count:
+        raise UserError(f"{where}: {len(cells)} cells; expected {count}, as in the first row")
+
+
+def _check_name(name: str, where: str) -> str:
+    if not _is_line(name):
+        raise UserError(f"{where}: {shorten(name)}; expected a name")
+    return name
+
+
+def _parse_cells(cells: list[str], where: str, field: Callable[[int], str]) -> np.ndarray:
+    return _to_float32([_parse_cell(cell) for cell in cells], where, field)
+
+
+def _parse_cell(cell: str) -> float | str:
+    if cell in MISSING:
+        return math.nan
+    # float alone takes "1_000", "inf" and the digits of every script.
+    return float(cell) if NUMBER.fullmatch(cell) else cell
+
+
+def _fill(points: Points, frequency: Frequency, path: str | Path, field: str) -> tuple[np.datetime64, np.ndarray, int]:
+    """Put missing values (T, ...) where a time has no row; return them with the first time and how many times."""
+    times = np.array(points.times, "datetime64[s]")
+    steps, whole = frequency.steps(times)
+    gaps = np.diff(steps, prepend=-1)
+    bad = ~whole | (gaps <= 0) | (gaps > MAX_GAP)
+    if bad.any():
+        i = int(np.argmax(bad))
+        found = f"{path}:{points.lines[i]}: {field}: {show(times[i])}"
+        if not whole[i]:
+            raise UserError(f"{found}; {frequency.expected(times[0])}")
+        before = show(times[i - 1])
+        if gaps[i] <= 0:
+            raise UserError(f"{found} after {before}; expected rows in order, each time once")
+        raise UserError(f"{found}, {gaps[i]} steps after {before}; expected at most {MAX_GAP}")
+    rows = np.array(points.values, np.float32)
+    values = np.full((steps[-1] + 1, *rows.shape[1:]), np.nan, np.float32)
+    values[steps] = rows
+    return times[0], values, len(values) - len(rows)
+
+
+# Common to all
+
+
+def _read_lines(path: str | Path) -> Iterator[str]:
+    number = 1
+    try:
+        with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); expected text") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: broken gzip file ({error}); expected a whole one") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; expected a readable file") from None
+
+
+def _to_float32(values: list, where: str, field: Callable[[int], str], missing: bool = True) -> np.ndarray:
+    """Check that these are numbers, or NaN if values may be missing; `field` names each."""
+    for i, value in enumerate(values):
+        # type, not isinstance: True is an int too.
+        if type(value) not in (int, float) or not (abs(value) <= LARGEST or (missing and value != value)):
+            expected = "a finite number of float32" + (" or a missing value" if missing else "")
+            raise UserError(f"{where}: {field(i)}: {shorten(value)}; expected {expected}")
+    return np.array(values, np.float32)
+
+
+def _to_series(path: str | Path, records: list[Record]) -> Series:
+    if not records:
+        raise UserError(f"{path}: no series; expected at least one")
+    first = records[0]
+    for record in records:
+        counts = [("cat", len(record.cat), len(first.cat))]
+        counts += [("dynamic_feat", record.dynamic.shape[1], first.dynamic.shape[1])]
+        for field, count, expected in counts:
+            if count != expected:
+                raise UserError(f"{record.name}: {field}: {count} of them; expected {expected}, as {first.name} has")
+    return Series(
+        target=np.concatenate([record.target for record in records]),
+        offsets=_offsets([record.target for record in records]),
+        start=np.array([record.start for record in records]),
+        cat=np.array([record.cat for record in records], np.int64),
+        dynamic=np.concatenate([record.dynamic for record in records]),
+        dynamic_offsets=_offsets([record.dynamic for record in records]),
+        names=[record.name for record in records],
+        filled=np.array([record.filled for record in records]),
+    )
+
+
+def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *map(len, arrays)])
+
+
+# SageMaker's rules
+
+
+def check(
+    series: Series,
+    prediction_length: int,
+    cardinality: Literal["auto"] | list[int] | None = None,
+    train: bool = True,
+) -> list[int]:
+    """Check series against SageMaker's rules for DeepAR; series that are too short for a window are no mistake.
+
+    Args:
+        series: what a reader returned.
+        prediction_length: the points to forecast; each series to forecast knows its dynamic features so much longer.
+        cardinality: how many values each category has, G numbers; None or "auto" is one more than the highest found.
+        train: whether these are for training, where dynamic features are as long as the target, and there have to be
+            300 observations in all that are not only zeros.
+
+    Returns:
+        The cardinality, G numbers.
+    """
+    _check_target(series, train)
+    if series.dynamic.shape[1]:
+        more = 0 if train else prediction_length
+        lengths, expected = np.diff(series.dynamic_offsets), np.diff(series.offsets) + more
+        for name, length, points in zip(series.names, lengths, expected, strict=True):
+            if length != points:
+                why = "as many as target" + (f" and {more} more" if more else "")
+                raise UserError(f"{name}: dynamic_feat: {length} values; expected {points}, {why}")
+    return _check_cat(series, cardinality)
+
+
+def _check_target(series: Series, train: bool) -> None:
+    observed = np.append(0, np.cumsum(~np.isnan(series.target)))
+    counts = np.diff(observed[series.offsets])
+    if not counts.all():
+        i = int(np.argmin(counts))
+        points = series.offsets[i + 1] - series.offsets[i]
+        raise UserError(f"{series.names[i]}: target: {points} values, all missing; expected at least one observed")
+    names = " to ".join(dict.fromkeys((series.names[0], series.names[-1])))
+    if train and observed[-1] < MIN_OBSERVATIONS:
+        raise UserError(f"{names}: target: {observed[-1]} values observed; expected {MIN_OBSERVATIONS} to train from")
+    if train and not np.nan_to_num(series.target).any():
+        raise UserError(f"{names}: target: only zeros; expected other values to train from")
+
+
+def _check_cat(series: Series, cardinality: Literal["auto"] | list[int] | None) -> list[int]:
+    if cardinality is None or cardinality == "auto":
+        return (series.cat.max(axis=0) + 1).tolist()
+    count = series.cat.shape[1]
+    if not isinstance(cardinality, list) or len(cardinality) != count:
+        raise UserError(f"cardinality: {shorten(cardinality)}; expected auto or {count} numbers, one for each cat")
+    for i, size in enumerate(cardinality):
+        if type(size) is not int or not 0 < size <= MAX_CATEGORIES:
+            raise UserError(f"cardinality[{i}]: {shorten(size)}; expected 1 to {MAX_CATEGORIES}")
+        _refuse_cat(series, i, series.cat[:, i] >= size, f"0 to {size - 1}, as cardinality has it")
+    return cardinality
+
+
+def unseen(train: Series, other: Series) -> None:
+    """Refuse series that have other fields than those of training, or a category's value that none of those has."""
+    for field, found, known in (("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)):
+        if found.shape[1] != known.shape[1]:
+            expected = f"{known.shape[1]}, as in training"
+            raise UserError(f"{other.names[0]}: {field}: {found.shape[1]} of them; expected {expected}")
+    for i, known in enumerate(map(np.unique, train.cat.T)):
+        _refuse_cat(other, i, ~np.isin(other.cat[:, i], known), f"one of training's, {shorten(known.tolist())}")
+
+
+def _refuse_cat(series: Series, i: int, bad: np.ndarray, expected: str) -> None:
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise UserError(f"{series.names[at]}: cat[{i}]: {series.cat[at, i]}; expected {expected}")
