@@ -271,12 +271,12 @@ def test_weights_of_another_stride(tmp_path, small, caplog):
             load_weights(small(stride), tmp_path / f"{name}.pth")
 
 
-def test_a_vgg_with_another_classifier_is_refused(tmp_path):
-    state = published.vgg16(num_classes=2).state_dict()
-    for change in ({"classifier.0.weight": torch.zeros(64, 512)}, {"classifier.3.weight": torch.zeros(4096, 64)}):
-        torch.save({**state, **change}, tmp_path / "vgg.pth")
-        with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
-            load_weights(FCNVGG16(2), tmp_path / "vgg.pth")
+def test_a_vgg_with_another_classifier_is_refused(vgg, tmp_path):
+    features = {key: value for key, value in vgg.state_dict().items() if key.startswith("features.")}
+    linear = {"classifier.0.weight": torch.zeros(64, 512), "classifier.0.bias": torch.zeros(64)}
+    torch.save(features | linear, tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
+        load_weights(FCNVGG16(2), tmp_path / "vgg.pth")
 
 
 # Weights
