@@ -230,15 +230,16 @@ class TrainCLI(LightningCLI):
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
         model.restore(self.checkpoint)
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
-        answers = [answer for batch in batches for answer in batch]
-        names = datamodule.sources()
-        pictures = [model.picture(answer) for answer in answers]
-        if pictures[0] is not None:
-            write_pictures(self.run / "predictions", names, pictures)
+        answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
+        if len(answers) < len(names):
+            raise UserError(f"answers for {len(answers)} of {len(names)} inputs; expected no limit on the batches")
         rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
         path = self.run / "predictions.jsonl"
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"predictions are in {path}")
+        if model.picture(answers[0]) is not None:
+            write_pictures(self.run / "predictions", names, map(model.picture, answers))
+            print(f"pictures are in {self.run / 'predictions'}")
 
 
 def train(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -122,16 +123,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def write_pictures(folder: Path, names: list[str], pictures: list) -> None:
-    """Write a PNG for each input into `folder`, all or none; what was there before goes. Raises UserError."""
-    files = [f"{Path(name).stem}.png" for name in names]
+def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
+    """Write a PNG for each input into `folder`, all or none; what was there before goes.
+
+    They lie in it as the inputs lie in the folder that is common to them. Raises UserError.
+    """
+    common = os.path.commonpath([Path(name).parent.resolve() for name in names])
+    files = [Path(os.path.relpath(Path(name).resolve(), common)).with_suffix(".png") for name in names]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice:
         raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for file, picture in zip(files, pictures, strict=True):
-        picture.save(part / file)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        for file, picture in zip(files, pictures, strict=True):
+            (part / file).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(part / file)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

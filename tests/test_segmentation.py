@@ -20,7 +20,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from dlref.data import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Refused
-from dlref.models import FCNVGG16, DeepLabV3, FCNCifarResNet, PSPNet
+from dlref.models import FCNVGG16, CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet
+from dlref.run import write_pictures
 from dlref.runtime import UserError, load, make_runner
 from dlref.runtime.__main__ import main
 from dlref.runtime.runners.semantic_segmentation import PALETTE
@@ -149,14 +150,18 @@ def test_lists_and_voc_and_label_maps(tmp_path):
     lists = MaskLists(root=tmp_path, train="train.txt", val="val.txt", void=2, class_names=LABELS[:2])
     lists.setup()
     assert (len(lists.splits["train"]), len(lists.splits["val"]), lists.labels) == (4, 2, LABELS[:2])
-    assert set(np.unique(lists.splits["train"][1][1])) <= {0, 1, VOID} | set(range(3))
+    assert set(np.unique(lists.splits["train"][1][1])) <= {0, 1, VOID}
     mask = lists.splits["val"].read(0)[1]
     np.testing.assert_array_equal(mask.numpy(), np.where(painted(40, 60)[1] == 2, VOID, painted(40, 60)[1]))
+
+    apart = masked(tmp_path, train=".", pictures="train/{}", masks="train_annotation", held_out=0.25)
+    apart.setup()
+    assert (len(apart.splits["train"]), len(apart.splits["val"])) == (3, 1)
 
     (tmp_path / "maps").mkdir()
     for split in ("train", "val"):
         (tmp_path / f"maps/{split}_label_map.json").write_text('{"map": {"0": 2, "1": 0, "2": 1}}')
-    mapped = masked(tmp_path, val="val", label_map="maps")
+    mapped = masked(tmp_path, train="train/", val="val", label_map="maps")
     mapped.setup()
     np.testing.assert_array_equal(mapped.splits["val"].read(0)[1].numpy(), (painted(40, 60)[1] + 1) % 3)
 
@@ -284,7 +289,6 @@ def test_the_metric_never_waits_for_a_gpu():
 
 def test_logits_of_the_image_s_size_are_left_alone():
     logits = torch.randn(1, 2, 5, 7)
-    assert enlarged(logits, torch.Size([5, 7])) is not None
     assert torch.equal(enlarged(logits, torch.Size([5, 7])), logits)
 
 
@@ -334,9 +338,18 @@ def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 factors; expected 3, one a class"),
         ({"preprocess": Normalise([0.5], [0.5])}, "network refuses an image of 1 channels"),
         ({"labels": ["one"], "network": Colours(1)}, "the data has 1 classes; expected 2 to 254"),
+        ({"class_weights": []}, "class_weights has 0 factors"),
+        ({"class_weights": [1.0, -1.0, 1.0]}, "expected factors of 0 or more"),
+        ({"class_weights": [1.0, float("nan"), 1.0]}, "expected factors of 0 or more"),
+        ({"class_weights": [0.0, 0.0, 0.0]}, "and not all 0"),
+        ({"network": CifarResNet(20, 3)}, "network answers [1, 3]; expected maps of logits (B, 3, h, w)"),
+        ({"network": FCNResNet(18, 3)}, None),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):
+    if message is None:
+        segmenter(**options).check()
+        return
     with pytest.raises(UserError) as caught:
         segmenter(**options).check()
     assert message in str(caught.value)
@@ -412,6 +425,43 @@ def test_a_bundle_of_something_else_is_refused(metadata):
         make_runner("semantic-segmentation", deployed(sighted()).graphs, metadata)
 
 
+@pytest.mark.parametrize(
+    "probability",
+    [np.zeros((1, 3, 4, 5)), np.zeros((1, 2, 4, 5), np.float32), np.full((1, 3, 4, 5), np.nan, np.float32)],
+)
+def test_probabilities_are_those_of_each_pixel(probability):
+    shape = {"image": ["batch", "height", "width", 3]}
+    segment = type("Graph", (), {"shape": shape, "__call__": lambda self, image: {"probability": probability}})()
+    runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
+    with pytest.raises(UserError, match=r"expected finite float32 \(3, 4, 5\)"):
+        runner.probability(np.zeros((4, 5, 3), np.uint8))
+
+
+def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
+    picture = Image.new("L", (2, 2))
+    names = [str(tmp_path / f"data/{name}.jpg") for name in ("one/0", "two/0", "two/1")]
+    write_pictures(tmp_path / "predictions", names, [picture] * 3)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert found == ["predictions/one/0.png", "predictions/two/0.png", "predictions/two/1.png"]
+    write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # of data that is in no files
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["0.png", "1.png"]
+    with pytest.raises(UserError, match=r"two inputs would become 0\.png; expected names that differ"):
+        write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/0.png"], [picture] * 2)
+    with pytest.raises(ValueError, match="shorter"):
+        write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/1.png"], [picture])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions"]
+
+
+def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):
+    data = masked(folders(tmp_path / "data", train=2, validation=30), val="validation", batch_size=2)
+    task = sighted()
+    fit(tmp_path, task, data, max_epochs=0).test(task, datamodule=data, verbose=False)
+    assert len(task.pictures) == 12
+    places = [i for image, _, _ in task.pictures for i in range(30) if torch.equal(image, data.splits["val"][i][0])]
+    assert len(set(places)) >= 12
+    assert max(places) >= 26
+
+
 NETWORKS = {
     "cifar": lambda: FCNCifarResNet(20, 11, 2),
     "pspnet": lambda: PSPNet(18, 11, output_stride=16),
@@ -471,7 +521,8 @@ def test_commands_write_masks_and_overlays(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0.png", "1.png"]
     capsys.readouterr()
     for arguments, message in (
-        (["--output", str(mask), "--overlay", str(mask)], "both"),
+        (["--output", str(mask), "--overlay", str(tmp_path / "bundle/../mask.png")], "both"),
+        (["--output", str(tmp_path / "bundle/mask.png")], "inside the bundle; expected another place"),
         (["--output", one], "would be overwritten"),
     ):
         assert main([str(tmp_path / "bundle"), one, *arguments]) == 2

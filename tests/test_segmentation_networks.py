@@ -172,6 +172,19 @@ def test_the_pyramid_sees_the_whole_image_and_its_parts():
 # FCN on VGG-16
 
 
+@pytest.fixture
+def small():
+    """FCNs on VGG-16 whose fc6 and fc7 are thin, for time."""
+
+    def make(stride):
+        network = FCNVGG16(2, stride)
+        network.fc6, network.fc7 = nn.Conv2d(512, 8, 7, padding=3), nn.Conv2d(8, 8, 1)
+        network.score_fr = nn.Conv2d(8, 2, 1)
+        return network
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def vgg():
     torch.manual_seed(0)
@@ -244,6 +257,26 @@ def test_a_published_vgg_becomes_the_base(vgg, tmp_path):
     fresh = load_weights(network, tmp_path / "vgg16.pth")
     assert {name.split(".")[0] for name in fresh} == set(network.class_layers)
     torch.testing.assert_close(network.fc6.weight.flatten(1), vgg.classifier[0].weight)
+
+
+def test_weights_of_another_stride(tmp_path, small, caplog):
+    """The paper goes from FCN-32s over FCN-16s to FCN-8s; the other way leaves layers over, and none goes unsaid."""
+    torch.save(small(32).state_dict(), tmp_path / "32.pth")
+    torch.save(small(8).state_dict(), tmp_path / "8.pth")
+    torch.save({**small(8).state_dict(), "extra": torch.zeros(1)}, tmp_path / "extra.pth")
+    fresh = load_weights(small(16), tmp_path / "32.pth")
+    assert fresh == ["score_pool4.bias", "score_pool4.weight", "upscore.weight", "upscore2.weight"]
+    for name, stride in (("8", 16), ("8", 32), ("extra", 8)):
+        with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
+            load_weights(small(stride), tmp_path / f"{name}.pth")
+
+
+def test_a_vgg_with_another_classifier_is_refused(vgg, tmp_path):
+    features = {key: value for key, value in vgg.state_dict().items() if key.startswith("features.")}
+    linear = {"classifier.0.weight": torch.zeros(64, 512), "classifier.0.bias": torch.zeros(64)}
+    torch.save(features | linear, tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
+        load_weights(FCNVGG16(2), tmp_path / "vgg.pth")
 
 
 # Weights

@@ -292,26 +292,35 @@ def hold_out(listing: MaskListing, share: float) -> tuple[MaskListing, MaskListi
 
 
 class MaskFolders(ListedMasks):
-    """Folders of pictures, and beside each one with a PNG for each of them: SageMaker's channels, and any pairs.
+    """A folder of pictures and one with a PNG for each of them: SageMaker's channels, and any other pairs.
 
     Args:
-        suffix: what the name of a folder of masks has more than that of its pictures.
-        label_map: SageMaker's label map, or the folder of those of each split (F_label_map.json for the folder F);
+        pictures: where the pictures of a split are; {} stands for the name that `train`, `val` or `test` gives it.
+        masks: where its masks are, likewise.
+        label_map: SageMaker's label map, or the folder of those of each split (F_label_map.json for the split F);
             relative to `root`. By default, a pixel's value is its class.
         void: value of pixels that count for nothing, besides 255.
     """
 
-    def __init__(self, suffix: str = "_annotation", label_map: str | Path | None = None, void: int = VOID, **kwargs):
+    def __init__(
+        self,
+        pictures: str = "{}",
+        masks: str = "{}_annotation",
+        label_map: str | Path | None = None,
+        void: int = VOID,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
-        self.suffix, self.label_map, self.void = suffix, label_map, void
+        self.pictures, self.masks, self.label_map, self.void = pictures, masks, label_map, void
 
     def read(self, name: str, classes: list[str] | None) -> MaskListing:
         """Read two folders."""
+        name = str(Path(name))  # without a slash at the end
         label_map = self.label_map and self.root / self.label_map
         if label_map and label_map.is_dir():
             label_map /= f"{name}_label_map.json"
-        folder = self.root / name
-        return read_mask_folders(folder, folder.with_name(folder.name + self.suffix), classes, label_map, self.void)
+        pictures, masks = (self.root / place.replace("{}", name) for place in (self.pictures, self.masks))
+        return read_mask_folders(pictures, masks, classes, label_map, self.void)
 
 
 class MaskLists(ListedMasks):

@@ -178,13 +178,18 @@ class FCNVGG16(nn.Module):
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """torchvision's VGG-16 under the names used here, its linear layers as convolutions (section 3.1)."""
+        if any(not key.startswith((self.base, "classifier.")) for key in state):
+            return {}
         own = {key: value for key, value in state.items() if key.startswith(self.base)}
-        for name, layer, kernel in (("fc6", 0, 7), ("fc7", 3, 1)):
-            weight = state.get(f"classifier.{layer}.weight")
+        for name, linear in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
+            weight, bias = state.get(f"{linear}.weight"), state.get(f"{linear}.bias")
             # torchvision's weights converted from SSD's authors hold no numbers in the classifier.
-            if weight is not None and weight.isfinite().all():
-                own[f"{name}.weight"] = weight.reshape(4096, -1, kernel, kernel)
-                own[f"{name}.bias"] = state[f"classifier.{layer}.bias"]
+            if weight is None or bias is None or not weight.isfinite().all():
+                continue
+            shape = getattr(self, name).weight.shape
+            if weight.numel() != shape.numel():
+                return {}
+            own |= {f"{name}.weight": weight.reshape(shape), f"{name}.bias": bias}
         return own
 
 

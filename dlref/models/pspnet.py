@@ -62,7 +62,7 @@ class PSPNet(FCN):
     Args:
         depth: of the ResNet.
         num_classes: K, with the background where there is one.
-        auxiliary: whether there is a head over the third stage too (section 3.3).
+        auxiliary: whether there is a head over the third stage too (section 4).
         output_stride: pixels of the image between two of the logits; the paper's is 8.
 
     Raises:

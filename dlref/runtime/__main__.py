@@ -69,8 +69,14 @@ def transform(arguments: list[str]) -> int:
     sources = [source for given in options.inputs for source in files(given)]
     places = {"--output": options.output, "--overlay": options.overlay}
     written = {option: places_of(sources, path, option) for option, path in places.items() if path}
-    if options.output and options.output == options.overlay:
+    bundle, *where = [options.bundle, *filter(None, places.values())]
+    if len({path.resolve() for path in where}) < len(where):
         raise UserError(f"--output and --overlay are both {options.output}; expected two places")
+    for path in where:
+        if bundle.resolve() in path.resolve().parents:
+            raise UserError(
+                f"{path}: inside the bundle; expected another place, for a bundle holds its own files alone"
+            )
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
     for i, (source, answer) in enumerate(zip(sources, answers, strict=True)):

@@ -67,7 +67,7 @@ def confusion(path: Path, matrix: Tensor, labels: list[str], score: str = "F1") 
                 text = f"{counts[row, column]:.0f}" if counts.max() < MANY else f"{share[row, column]:.1%}"
                 heat.text(column, row, text, ha="center", va="center", color=colour, size=8 if len(text) < 6 else 6)
     ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
-    names = [labels[k] for k in ticks]
+    names = [literal(labels[k]) for k in ticks]
     heat.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
     heat.set_yticks(ticks, names)
     heat.set(xlabel="predicted", ylabel="true", title="Confusion")
@@ -177,9 +177,16 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
                 seen.update(np.unique(classes).tolist())
                 axes.imshow(_paint(classes, labels))
             axes.set_title(title, fontsize=9)
-    handles = [Patch(color=PALETTE[k] / 255, label=labels[k]) for k in sorted(seen) if k < len(labels)][:COLOURED]
+    handles = [Patch(color=PALETTE[k] / 255, label=literal(labels[k])) for k in sorted(seen) if k < len(labels)][
+        :COLOURED
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=12, fontsize=8)
     _save(figure, path)
+
+
+def literal(label: str) -> str:
+    """A label as it is: matplotlib takes what is between dollars for mathematics."""
+    return label.replace("$", r"\$")
 
 
 def _paint(mask: np.ndarray, labels: list[str]) -> np.ndarray:

@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor] | list[Tensor]
 
 
 class SemanticSegmenter(Task):
-    """Cross entropy over the pixels (Long et al. 2015, section 3.4), and the mean intersection over union.
+    """Cross entropy over the pixels (Long et al. 2015, section 4), and the mean intersection over union.
 
     The network answers logits (B, K, h, w) at its own resolution, or a tuple of these and those of auxiliary heads.
     Batches are images uint8 (B, C, H, W) and masks uint8 (B, H, W) with 255 where a pixel counts for nothing.
@@ -31,7 +31,7 @@ class SemanticSegmenter(Task):
     Args:
         preprocess: pixels -> the network's input, in training, evaluation and the bundle.
         class_weights: one factor a class in the loss.
-        auxiliary_weight: of each auxiliary head's loss (Zhao et al. 2017, section 3.3: 0.4).
+        auxiliary_weight: of each auxiliary head's loss (Zhao et al. 2017, sections 4 and 5.1: 0.4).
         probabilities: let the bundle answer the probability of each class too, in maps of the image's size.
         channels_last: keep the network's weights and activations in NHWC order in memory.
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
@@ -51,32 +51,39 @@ class SemanticSegmenter(Task):
     ):
         super().__init__(**task)
         self.preprocess, self.auxiliary_weight, self.probabilities = preprocess, auxiliary_weight, probabilities
-        self.register_buffer("class_weights", class_weights and torch.tensor(class_weights), persistent=False)
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
         classes, channels = len(self.known["labels"]), self.preprocess.channels
-        if self.class_weights is not None and len(self.class_weights) != classes:
-            raise UserError(f"class_weights has {len(self.class_weights)} factors; expected {classes}, one a class")
+        weights = self.class_weights
+        if weights is not None and len(weights) != classes:
+            raise UserError(f"class_weights has {len(weights)} factors; expected {classes}, one a class")
+        if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise UserError(f"class_weights {weights.tolist()}; expected factors of 0 or more, and not all 0")
         if not 2 <= classes < VOID:
             raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
         mode = self.network.training
         try:
             with torch.no_grad():
                 self.network.eval()
-                logits = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.device))[0]
+                outputs = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.device))
         except RuntimeError as error:
             raise UserError(
                 f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"
             ) from error
         self.network.train(mode)
-        if logits.shape[1] != classes:
-            raise UserError(
-                f"network answers {logits.shape[1]} classes, the data has {classes}; expected "
-                f"model.init_args.network.init_args.num_classes to be {classes}"
-            )
+        for logits in outputs:
+            if logits.ndim != 4:
+                raise UserError(f"network answers {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
+            if logits.shape[1] != classes:
+                raise UserError(
+                    f"network answers {logits.shape[1]} classes, the data has {classes}; expected "
+                    f"model.init_args.network.init_args.num_classes to be {classes}"
+                )
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
@@ -129,7 +136,7 @@ class SemanticSegmenter(Task):
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
         batches = self.trainer.num_test_batches[0]
-        if batch_index % max(1, batches // PICTURES) == 0:  # neighbours in a list are often alike
+        if batch_index in {i * batches // PICTURES for i in range(PICTURES)}:  # neighbours in a list are often alike
             for i in range(min(len(images), -(-PICTURES // batches), PICTURES - len(self.pictures))):
                 self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 

@@ -57,9 +57,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def load_weights(network: nn.Module, path: Path) -> list[str]:
     """Load `path` into `network`; the names of the tensors that were left as initialised.
 
-    The modules in `network.class_layers` depend on the classes: where their shapes differ they keep their fresh
-    weights. So does all that is not the base's where the weights are those of the network's base, as published for
-    classification. The log says which; any other difference is a UserError.
+    The modules in `network.class_layers` depend on the classes: where their shapes differ, or the file has none, they
+    keep their fresh weights. So does all that is not the base's where the weights are those of the network's base, as
+    published for classification. The log says which; any other difference is a UserError.
     """
     state, own = read_state_dict(path), network.state_dict()
     foreign = hasattr(network, "of_base") and not state.keys() <= own.keys()
@@ -68,9 +68,10 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
         of_base = {}
     state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
-    replaced = [key for key in differing if key.startswith(tuple(f"{layer}." for layer in network.class_layers))]
+    of_classes = tuple(f"{layer}." for layer in network.class_layers)
+    replaced = [key for key in differing if key.startswith(of_classes)]
     missing = own.keys() - state.keys()
-    needed = {key for key in missing if key.startswith(network.base)} if of_base else missing
+    needed = {key for key in missing if (key.startswith(network.base) if of_base else not key.startswith(of_classes))}
     problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
     if problems:
         raise UserError(

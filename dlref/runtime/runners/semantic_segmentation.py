@@ -23,6 +23,10 @@ class Runner(ImageRunner):
         super().__init__(graphs, metadata, "segment", "semantic segmentation")
         self.segment = graphs["segment"]
 
+    def size(self, item: np.ndarray) -> int:
+        """Pixels times channels and classes: a graph holds the logits of each class at the size of the image."""
+        return item.shape[0] * item.shape[1] * (item.shape[2] + 4 * len(self.metadata["labels"]))
+
     def answer(self, items: list[np.ndarray]) -> list[dict]:
         """For each image its size, the share of each label that is there, and the mask."""
         return [answer(mask, self.metadata["labels"]) for mask in self.masks(np.stack(items))]
@@ -44,8 +48,15 @@ class Runner(ImageRunner):
         return np.stack([Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks])
 
     def probability(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """Probabilities float32 (K, H, W) for one image. Raises UserError where the graph has none."""
-        return ask(self.segment, self.read(source)[None], "probability")[0][0]
+        """Probabilities float32 (K, H, W) for one image. Raises UserError where the graph has none of its size."""
+        image = self.read(source)
+        probability = ask(self.segment, image[None], "probability")[0][0]
+        expected = (len(self.metadata["labels"]), *image.shape[:2])
+        if probability.shape != expected or probability.dtype != np.float32 or not np.isfinite(probability).all():
+            raise UserError(
+                f"graph answers probability {probability.dtype} {probability.shape}; expected finite float32 {expected}"
+            )
+        return probability
 
     def picture(self, answer: dict) -> Image.Image:
         """The mask as an indexed PNG: class ids, which viewers show in colours."""
@@ -54,9 +65,9 @@ class Runner(ImageRunner):
     def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
         """The picture with each class in its colour over it, and the names of those that are seen."""
         image, mask, labels = as_picture(self.read(source)), answer["mask"], self.metadata["labels"]
-        share = np.array([0.0 if label == BACKGROUND else PAINT for label in labels])[mask][..., None]
-        painted = np.asarray(image) * (1 - share) + PALETTE[mask] * share
-        image = Image.fromarray(painted.round().astype(np.uint8))
+        covered = np.array([0 if label == BACKGROUND else 255 for label in labels], dtype=np.uint8)[mask]
+        painted = Image.blend(image, picture(answer).convert("RGB"), PAINT)
+        image = Image.composite(painted, image, Image.fromarray(covered))
         pen, top = ImageDraw.Draw(image), 0
         for label, part in sorted(answer["classes"].items(), key=lambda item: -item[1]):
             if part < NAMED or label == BACKGROUND:
