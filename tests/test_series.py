@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlref.data.frequency import Frequency
 from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
+from dlref.runtime.calendar import Frequency
 from dlref.runtime.errors import UserError
 
 # tmp_path is one folder for all examples of a test: each example overwrites the same file.

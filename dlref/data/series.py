@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dlref.data.box_listings import _is_line
-from dlref.data.frequency import Frequency, parse_date, parse_start, show
 from dlref.data.listings import _parse_object, _visible_entries
+from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
 
 MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
