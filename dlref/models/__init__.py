@@ -12,6 +12,7 @@ come from there.
 
 from dlref.models.activations import ActivationName, make_activation
 from dlref.models.alexnet import AlexNet
+from dlref.models.deepar import DeepAR
 from dlref.models.deeplabv3 import DeepLabV3
 from dlref.models.fcn import FCNVGG16, FCNCifarResNet, FCNResNet
 from dlref.models.googlenet import GoogLeNet
@@ -28,6 +29,7 @@ __all__ = [
     "ActivationName",
     "AlexNet",
     "CifarResNet",
+    "DeepAR",
     "DeepLabV3",
     "FCNCifarResNet",
     "FCNResNet",
