@@ -1,0 +1,67 @@
+"""Likelihoods against scipy's, domains at their ends, and scaling."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT
+
+COUNTS = [0.0, 1.0, 7.0, 400.0]
+REAL = [-3.0, 0.0, 2.5, 1e4]
+SHARES = [0.001, 0.3, 0.5, 0.999]
+
+
+def negative_binomial(mean, shape):
+    return stats.nbinom(1 / shape, 1 / (1 + mean * shape))
+
+
+@pytest.mark.parametrize(
+    ("distribution", "theirs", "values"),
+    [
+        (StudentT(), lambda df, loc, scale: stats.t(df, loc, scale), REAL),
+        (Gaussian(), stats.norm, REAL),
+        (NegativeBinomial(), negative_binomial, COUNTS),
+        (Beta(), stats.beta, SHARES),
+        (Deterministic(), stats.laplace, REAL),
+    ],
+    ids=lambda case: type(case).__name__ if hasattr(case, "parameters") else "",
+)
+def test_likelihoods_are_scipy_s(distribution, theirs, values):
+    raw = torch.randn(len(values), distribution.parameters, dtype=torch.float64)
+    scale = torch.tensor([0.5, 1.0, 20.0, 3000.0], dtype=torch.float64)
+    parameters = distribution.domain(raw, scale)
+    found = distribution.log_prob(torch.tensor(values, dtype=torch.float64), parameters)
+    reference = theirs(*(parameter.numpy() for parameter in parameters))
+    expected = (
+        reference.logpmf(values) if hasattr(reference, "logpmf") and values is COUNTS else reference.logpdf(values)
+    )
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_negative_binomial_has_the_paper_s_mean_and_variance():
+    raw, scale = torch.zeros(2, 2), torch.tensor([4.0, 100.0])
+    mean, shape = NegativeBinomial().domain(raw, scale)
+    np.testing.assert_allclose(mean, np.log(2) * scale.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(shape, np.log(2) / scale.sqrt().numpy(), rtol=1e-5)
+    theirs = negative_binomial(mean.double().numpy(), shape.double().numpy())
+    np.testing.assert_allclose(theirs.mean(), mean, rtol=1e-5)
+    np.testing.assert_allclose(theirs.var(), mean + mean**2 * shape, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
+def test_extreme_answers_of_a_network_have_a_finite_likelihood_and_gradient(distribution):
+    raw = torch.tensor([-80.0, -5.0, 0.0, 5.0, 80.0])[:, None].repeat(1, distribution.parameters).requires_grad_()
+    value = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
+    likelihood = distribution.log_prob(value, distribution.domain(raw, torch.ones(5)))
+    likelihood.sum().backward()
+    assert likelihood.isfinite().all()
+    assert raw.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), Deterministic()])
+def test_a_series_in_other_units_is_as_likely_but_for_the_units(distribution):
+    raw, values = torch.randn(6, distribution.parameters), torch.randn(6)
+    one = distribution.log_prob(values, distribution.domain(raw, torch.ones(6)))
+    thousand = distribution.log_prob(1000 * values, distribution.domain(raw, torch.full((6,), 1000.0)))
+    torch.testing.assert_close(thousand + np.log(1000), one, rtol=1e-4, atol=1e-4)
