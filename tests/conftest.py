@@ -8,7 +8,9 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
 SHAPED = ["distributions", "multibox", "preprocess", "semantic_segmentation"]
-install_import_hook(["dlref.models", *(f"dlref.tasks.{name}" for name in SHAPED)], "beartype.beartype")
+install_import_hook(
+    ["dlref.models", "dlref.data.windows", *(f"dlref.tasks.{name}" for name in SHAPED)], "beartype.beartype"
+)
 
 import subprocess
 import sys

@@ -1,0 +1,89 @@
+"""Windows of increasing integers, whose every value says where it comes from."""
+
+import numpy as np
+import pytest
+import torch
+
+from dlref.data.series import Series
+from dlref.data.windows import SeriesStore, carried
+from dlref.runtime.calendar import Frequency
+
+H = Frequency.parse("H")
+
+
+def counting(lengths=(5, 9, 3), future=0):
+    """Series i has the values 100 i + 1, 100 i + 2, ..., the dynamic feature ten times as much and the category i."""
+    targets = [100 * i + 1 + np.arange(n, dtype=np.float32) for i, n in enumerate(lengths)]
+    dynamic = [10 * (100 * i + 1 + np.arange(n + future, dtype=np.float32)) for i, n in enumerate(lengths)]
+    offsets = np.cumsum([0, *lengths])
+    return Series(
+        target=np.concatenate(targets),
+        offsets=offsets,
+        start=np.array(["2020-01-01T05:00:00", "2020-01-02T00:00:00", "2021-03-04T23:00:00"], "datetime64[s]"),
+        cat=np.arange(len(lengths))[:, None],
+        dynamic=np.concatenate(dynamic)[:, None],
+        dynamic_offsets=offsets + future * np.arange(len(lengths) + 1),
+        names=list("abc"),
+        filled=np.zeros(len(lengths), np.int64),
+    )
+
+
+def test_values_come_from_their_series_and_nothing_from_its_neighbours():
+    window = SeriesStore(counting(), H)(torch.tensor([1, 0, 2, 1]), torch.tensor([9, 2, 3, 4]), 4)
+    assert window.values.tolist() == [[106, 107, 108, 109], [0, 0, 1, 2], [0, 201, 202, 203], [101, 102, 103, 104]]
+    assert window.observed.tolist() == [[True] * 4, [False, False, True, True], [False, True, True, True], [True] * 4]
+    assert window.categories.tolist() == [[1], [0], [2], [1]]
+    torch.testing.assert_close(window.features[..., -1], 10 * window.values)
+    assert not window.features[1, :2].any()
+
+
+def test_lags_are_values_that_many_steps_before():
+    """Of increasing integers, the value k steps back is k less."""
+    store, steps, context = SeriesStore(counting((50, 90, 60)), H), 40, 10
+    window = store(torch.tensor([0, 1, 2]), torch.tensor([50, 77, 41]), steps)
+    now = window.values[:, -context:]
+    for lag in (1, 2, 7, 24, 30):
+        before = window.values[:, steps - context - lag : steps - lag]
+        assert torch.equal(now - before, torch.full_like(now, lag))
+
+
+def test_features_reach_into_the_future_and_values_do_not():
+    store = SeriesStore(counting(future=2), H, future=2)
+    window = store(torch.tensor([0, 1, 2]), torch.tensor([7, 11, 5]), 4)
+    assert window.values.tolist() == [[4, 5, 0, 0], [108, 109, 0, 0], [202, 203, 0, 0]]
+    assert window.observed.tolist() == [[True, True, False, False]] * 3
+    assert window.features[..., -1].tolist() == [
+        [40, 50, 60, 70],
+        [1080, 1090, 1100, 1110],
+        [2020, 2030, 2040, 2050],
+    ]
+
+
+def test_calendar_and_age_of_each_time():
+    window = SeriesStore(counting(), H)(torch.tensor([0, 2]), torch.tensor([5, 2]), 2)
+    hours = (window.features[..., 0] + 0.5) * 23
+    torch.testing.assert_close(hours, torch.tensor([[8.0, 9.0], [23.0, 0.0]]))
+    torch.testing.assert_close(window.features[..., -2], torch.tensor([[5.0, 6.0], [2.0, 3.0]]).log10())
+
+
+def test_missing_values_carry_the_last_one_on():
+    target = np.array([np.nan, 1, np.nan, np.nan, 4, np.nan, np.nan, 7, np.nan], np.float32)
+    values, observed = carried(target, np.array([0, 5, 9]))
+    assert values.tolist() == [0, 1, 1, 1, 4, 0, 0, 7, 7]  # nothing comes from the series before
+    assert observed.tolist() == [False, True, False, False, True, False, False, True, False]
+
+
+def test_dynamic_features_that_end_too_early_are_refused():
+    with pytest.raises(ValueError, match="a: dynamic features of 5 times; expected 7"):
+        SeriesStore(counting(), H, future=2)
+
+
+def test_a_gather_is_a_few_operations_whatever_the_number_of_windows():
+    store = SeriesStore(counting((500, 900, 300)), H)
+    counts = []
+    for windows in (2, 200):
+        item, end = torch.randint(0, 3, (windows,)), torch.randint(1, 300, (windows,))
+        with torch.profiler.profile() as profile:
+            store(item, end, 48)
+        counts.append(sum(event.count for event in profile.key_averages() if event.key.startswith("aten::")))
+    assert counts[0] == counts[1]
