@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from xml.etree import ElementTree
 from xml.parsers.expat import ErrorString
 
-import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -41,6 +40,7 @@ from dlref.data.listings import (
     _parse_source,
     _read_lines,
     _visible_entries,
+    drawn,
 )
 from dlref.runtime.errors import UserError
 
@@ -108,13 +108,9 @@ def split(listing: BoxListing, share: float, seed: int) -> tuple[BoxListing, Box
     Returns:
         The pictures that stay and those held out, both in the order of the listing. `mended` stays with the former.
     """
-    count = len(listing.pictures)
-    held = round(count * share) if math.isfinite(share) else 0
-    if not 0 < held < count:
-        raise UserError(f"share: {share} of {count} pictures; expected at least one in each part")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: {seed}; expected 0 to {2**32 - 1}")
-    out = set(np.random.RandomState(seed).permutation(count)[:held].tolist())
+    out = drawn(len(listing.pictures), share, seed, "share")
     kept = [picture for i, picture in enumerate(listing.pictures) if i not in out]
     held_out = [picture for i, picture in enumerate(listing.pictures) if i in out]
     return BoxListing(kept, listing.classes, listing.mended), BoxListing(held_out, listing.classes, {})

@@ -7,6 +7,7 @@ N images, K classes.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,14 @@ class Record(NamedTuple):
     line: int
     path: str
     label: Label
+
+
+def drawn(count: int, share: float, seed: int, where: str) -> set[int]:
+    """The places of a share of `count` pictures, the same ones whenever the seed is. Raises UserError at `where`."""
+    chosen = round(count * share) if math.isfinite(share) else 0
+    if not 0 < chosen < count:
+        raise UserError(f"{where}: {share} of {count} pictures; expected at least one in each part")
+    return set(np.random.RandomState(seed).permutation(count)[:chosen].tolist())
 
 
 # Class folders

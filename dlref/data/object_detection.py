@@ -10,17 +10,14 @@ shape. After `setup`, `labels` holds the K class names.
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dlref.data.augment import photometric
 from dlref.data.box_listings import (
     BoxListing,
     OnBadBox,
@@ -34,6 +31,7 @@ from dlref.data.box_listings import (
 from dlref.data.image_classification import check_at_least
 from dlref.data.images import read_image
 from dlref.data.scenes import digit_pools, make_scenes
+from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
 MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
@@ -96,7 +94,7 @@ def padded(rows: Tensor, places: int, value: float) -> Tensor:
     return torch.cat([rows, rows.new_full((places - len(rows), *rows.shape[1:]), value)])
 
 
-class ObjectDetectionData(LightningDataModule):
+class ObjectDetectionData(StreamedPictures):
     """Pictures with boxes; a subclass says how a split is listed.
 
     Training augments as SSD (Liu et al. 2016, section 2.2, "Data augmentation", and section 3.6): zoomed out up to
@@ -113,7 +111,6 @@ class ObjectDetectionData(LightningDataModule):
         num_workers: processes that decode; 0 decodes in the training process.
     """
 
-    labels: list[str]
     keep_ignored = True  # in training
 
     def __init__(
@@ -174,39 +171,9 @@ class ObjectDetectionData(LightningDataModule):
         """Return what validation and testing do to each picture."""
         return v2.Resize((self.image_size, self.image_size), antialias=True)
 
-    def loader(self, split: str, **options: Any) -> DataLoader:
-        """The batches of a split."""
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        pinned = torch.cuda.is_available()
-        return DataLoader(self.splits[split], batch_size=self.batch_size, pin_memory=pinned, **workers, **options)
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, all of one size."""
-        # A last, smaller batch would be another shape for torch.compile and for CUDA graphs.
-        return self.loader("train", shuffle=True, drop_last=len(self.splits["train"]) >= self.batch_size)
-
-    def val_dataloader(self) -> DataLoader:
-        """Every validation picture once, in order."""
-        return self.loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test picture once, in order."""
-        return self.loader("test")
-
     def sources(self) -> list[str]:
         """Return the path of each test picture, in order."""
         return self.splits["test"].paths
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test pictures."""
-        return self.test_dataloader()
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Change the light of training batches, on the device."""
-        images, targets = batch
-        if self.photometric and self.trainer is not None and self.trainer.training:
-            images = photometric(images)
-        return images, targets
 
 
 def of_boxes(sample: dict) -> tuple[Tensor, Tensor]:

@@ -8,23 +8,21 @@ class names.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dlref.data.augment import photometric
 from dlref.data.image_classification import check_at_least
 from dlref.data.images import read_image
+from dlref.data.listings import drawn
 from dlref.data.mask_listings import VOID, MaskListing, read_mask, read_mask_folders, read_mask_list, read_voc_masks
 from dlref.data.object_detection import MEAN, SPLIT_SEED
 from dlref.data.scenes import Scenes, digit_pools, make_scenes
+from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -84,7 +82,7 @@ class MaskedFiles(MaskedPictures):
         return read_image(self.names[index]), torch.from_numpy(read_mask(self.masks[index], self.table))
 
 
-class SegmentationData(LightningDataModule):
+class SegmentationData(StreamedPictures):
     """Pictures with masks; a subclass says what its splits are.
 
     Training resizes each picture by a random factor (so that its shorter side is 0.5 to 2 times `base_size`), takes a
@@ -99,8 +97,6 @@ class SegmentationData(LightningDataModule):
         photometric: change brightness, contrast, saturation and hue of training pictures, on the device.
         num_workers: processes that decode; 0 decodes in the training process.
     """
-
-    labels: list[str]
 
     def __init__(
         self,
@@ -147,17 +143,6 @@ class SegmentationData(LightningDataModule):
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
-    def loader(self, split: str, **options: Any) -> DataLoader:
-        """The batches of a split."""
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return DataLoader(self.splits[split], pin_memory=torch.cuda.is_available(), **workers, **options)
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, all of one size."""
-        # A last, smaller batch would be another shape for torch.compile and for CUDA graphs.
-        full = len(self.splits["train"]) >= self.batch_size
-        return self.loader("train", batch_size=self.batch_size, shuffle=True, drop_last=full)
-
     def val_dataloader(self) -> DataLoader:
         """Every validation picture once, in order."""
         return self.whole("val")
@@ -174,17 +159,6 @@ class SegmentationData(LightningDataModule):
     def sources(self) -> list[str]:
         """Return the name of each test picture, in order."""
         return self.splits["test"].names
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test pictures."""
-        return self.test_dataloader()
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Change the light of training batches, on the device."""
-        images, masks = batch
-        if self.photometric and self.trainer is not None and self.trainer.training:
-            images = photometric(images)
-        return images, masks
 
 
 class DigitSceneMasks(SegmentationData):
@@ -278,10 +252,7 @@ class ListedMasks(SegmentationData):
 def hold_out(listing: MaskListing, share: float) -> tuple[MaskListing, MaskListing]:
     """Take a share of the pictures away, the same ones each time: what stays, and what is taken."""
     count = len(listing.images)
-    held = round(count * share) if 0 < share < 1 else 0
-    if not 0 < held < count:
-        raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
-    out = set(np.random.RandomState(SPLIT_SEED).permutation(count)[:held].tolist())
+    out = drawn(count, share, SPLIT_SEED, "--data.init_args.held_out")
 
     def part(taken: bool) -> MaskListing:
         places = [i for i in range(count) if (i in out) == taken]
