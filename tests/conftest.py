@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
-SHAPED = ["distributions", "multibox", "preprocess", "semantic_segmentation"]
+SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "preprocess", "semantic_segmentation"]
 install_import_hook(
     ["dlref.models", "dlref.data.windows", *(f"dlref.tasks.{name}" for name in SHAPED)], "beartype.beartype"
 )

@@ -536,7 +536,7 @@ def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
         actual = expected.copy()
         actual.ravel()[:flipped] = 7
         exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
-        graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, argmax=["mask"])
+        graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, jumping=["mask"])
         graph()
         graph.settle()
         return graph

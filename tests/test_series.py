@@ -90,7 +90,9 @@ def answer_or_user_error(function, *arguments) -> Series | None:
     assert series.dynamic.ndim == 2
     assert not np.isinf(series.target).any()
     assert np.isfinite(series.dynamic).all()
-    dtypes = ["float32", "int64", "datetime64[s]", "int64", "float32", "int64", "int64"]
+    assert np.isfinite(series.static).all()
+    assert series.static.shape[:1] == (count,)
+    dtypes = ["float32", "int64", "datetime64[s]", "int64", "float32", "int64", "float32", "int64"]
     assert [str(values.dtype) for values in series if not isinstance(values, list)] == dtypes
     for train in (True, False):
         try:

@@ -6,8 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlref.data.series import Series
-from dlref.data.windows import SeriesStore, carried
+from dlref.data.windows import SeriesStore
 from dlref.runtime.calendar import Frequency
+from dlref.runtime.series import carried
 
 H = Frequency.parse("H")
 
@@ -24,6 +25,7 @@ def counting(lengths=(5, 9, 3), future=0):
         cat=np.arange(len(lengths))[:, None],
         dynamic=np.concatenate(dynamic)[:, None],
         dynamic_offsets=offsets + future * np.arange(len(lengths) + 1),
+        static=np.zeros((len(lengths), 0), np.float32),
         names=list("abc"),
         filled=np.zeros(len(lengths), np.int64),
     )
@@ -80,7 +82,7 @@ def test_dynamic_features_that_end_too_early_are_refused():
 
 
 class Counted(TorchDispatchMode):
-    """How many operations are asked of torch. (Its profiler starts threads that outlive it, and hang what is forked.)"""
+    """How many operations are asked of torch. Its profiler would start threads, which hang what is forked later."""
 
     count = 0
 

@@ -1,5 +1,6 @@
 """Data modules: files on disk to checked, augmented batches."""
 
+from dlref.data.forecasting import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
 from dlref.data.object_detection import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
 from dlref.data.semantic_segmentation import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
 from dlref.data.small_images import CIFAR10, MNIST, Digits, FashionMNIST
@@ -9,6 +10,7 @@ __all__ = [
     "CIFAR10",
     "MNIST",
     "COCOBoxes",
+    "DatedSeries",
     "DigitSceneMasks",
     "DigitScenes",
     "Digits",
@@ -16,10 +18,15 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "ImageManifest",
+    "LongSeries",
     "ManifestBoxes",
     "MaskFolders",
     "MaskLists",
+    "RowSeries",
     "SageMakerBoxes",
+    "SageMakerSeries",
+    "SyntheticSeries",
     "VOCBoxes",
     "VOCMasks",
+    "WideSeries",
 ]

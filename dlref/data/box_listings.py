@@ -36,13 +36,13 @@ from dlref.data.images import FORMATS, SHOW_PROGRESS_ABOVE
 from dlref.data.listings import (
     MAX_CLASSES,
     _only_attribute,
-    _parse_object,
     _parse_source,
     _read_lines,
     _visible_entries,
     drawn,
 )
 from dlref.runtime.errors import UserError
+from dlref.runtime.series import parse_object
 
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "PNG")  # those whose EXIF orientation read_image heeds
@@ -329,7 +329,7 @@ def read_box_manifest(
     records = []
     for number, line in _read_lines(path):
         where = f"{path}:{number}"
-        entry = _parse_object(line, where)
+        entry = parse_object(line, where)
         label_attribute = label_attribute or _only_attribute(entry, where)
         boxes = entry.get(label_attribute)
         if not isinstance(boxes, dict):

@@ -6,7 +6,6 @@ class names of the training images are what validation and test images are read 
 N images, K classes.
 """
 
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
+from dlref.runtime.series import parse_object
 
 MAX_CLASSES = 100_000  # a mistyped label must not allocate a name for each class below it
 
@@ -153,7 +153,7 @@ def read_manifest(
     records = []
     for number, line in _read_lines(path):
         where = f"{path}:{number}"
-        entry = _parse_object(line, where)
+        entry = parse_object(line, where)
         label_attribute = label_attribute or _only_attribute(entry, where)
         metadata = entry.get(f"{label_attribute}-metadata", {})
         if not isinstance(metadata, dict):
@@ -162,16 +162,6 @@ def read_manifest(
         _add_names(names, label, metadata, where)
         records.append(Record(number, _parse_source(entry, where), label))
     return _to_listing(path, Path(path).parent if root is None else root, records, classes, names)
-
-
-def _parse_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: {shorten(line)}; expected one JSON object")
-    return entry
 
 
 def _only_attribute(entry: dict[str, Any], where: str) -> str:

@@ -4,7 +4,7 @@ Each reader returns a `Series`: the values of all series in one flat array. Step
 with missing values and counted; any other mistake is a `UserError`. `check` holds what was read against SageMaker's
 rules for DeepAR, and `unseen` holds the series to forecast against those of training.
 
-N series, P points in all; D dynamic features of Q points in all; G categories. T times.
+N series, P points in all; D dynamic features of Q points in all; R static features; G categories. T times.
 """
 
 import csv
@@ -15,7 +15,7 @@ import re
 import textwrap
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, Literal, NamedTuple
@@ -23,18 +23,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dlref.data.box_listings import _is_line
-from dlref.data.listings import _parse_object, _visible_entries
+from dlref.data.listings import _visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
+from dlref.runtime.series import MAX_CATEGORIES, Record, parse_object, parse_record, to_float32
 
 MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
-MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate an embedding for each below it
 MAX_GAP = 100_000  # steps in a row: nor a mistyped year a missing value for each step before it
-LARGEST = float(np.finfo(np.float32).max)
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-FIELDS = ["start", "target", "cat", "dynamic_feat"]
+FIELDS = ["start", "target", "cat", "dynamic_feat", "feat_static_real"]
 ROWS_AT_ONCE = 16  # of Parquet: a row is a whole series
 
 
@@ -48,6 +47,7 @@ class Series(NamedTuple):
         cat: int64 (N, G), its categories from 0; G is 0 where there are none.
         dynamic: float32 (Q, D), features whose future is known; D is 0 where there are none.
         dynamic_offsets: int64 (N + 1,): series i has dynamic[dynamic_offsets[i]:dynamic_offsets[i + 1]].
+        static: float32 (N, R), features that are the same at all times; R is 0 where there are none.
         names: N names: the series' id where the file has one, or file:line.
         filled: int64 (N,), the points among the missing that no row of the file stands for.
     """
@@ -58,19 +58,9 @@ class Series(NamedTuple):
     cat: np.ndarray
     dynamic: np.ndarray
     dynamic_offsets: np.ndarray
+    static: np.ndarray
     names: list[str]
     filled: np.ndarray
-
-
-class Record(NamedTuple):
-    """One series: its name, the time of its first point, its values, and what else its file says of it."""
-
-    name: str
-    start: np.datetime64
-    target: np.ndarray
-    cat: Sequence[int] = ()
-    dynamic: np.ndarray = np.zeros((0, 0), np.float32)
-    filled: int = 0
 
 
 class Points(NamedTuple):
@@ -89,7 +79,7 @@ def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
 
     Its fields are `start`, "YYYY-MM-DD HH:MM:SS" or a date; `target`, numbers, where null and "NaN" are missing; and
     where every record has them `cat`, a whole number or several, and `dynamic_feat`, a list of numbers for each
-    feature. Other fields are ignored.
+    feature. GluonTS's `feat_static_real`, numbers that stay the same, is read too. Other fields are ignored.
 
     Args:
         path: a .json, .jsonl, .json.gz, .jsonl.gz or .parquet file, or a folder of them and of folders. Hidden files
@@ -100,7 +90,7 @@ def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
     for file in _files(str(path)):
         before = len(records)
         entries = _read_parquet(file) if file.lower().endswith(".parquet") else _read_objects(file)
-        records += (_parse_record(entry, where, frequency) for where, entry in entries)
+        records += (parse_record(entry, where, frequency) for where, entry in entries)
         if len(records) == before:
             raise UserError(f"{file}: no records; expected at least one")
     return _to_series(path, records)
@@ -123,7 +113,7 @@ def _read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(_read_lines(path), start=1):
         if line := line.strip():
             where = f"{path}:{number}"
-            yield where, _parse_object(line, where)
+            yield where, parse_object(line, where)
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,44 +144,6 @@ def _as_text(times):  # pyarrow's Array, to an Array
             raise UserError(f"start: time zone {shorten(times.type.tz)}; expected none")
         times = times.cast(pa.timestamp("s"))  # an error where it would lose a fraction
     return times.cast(pa.string()) if pa.types.is_temporal(times.type) else times
-
-
-def _parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
-    start = parse_start(entry.get("start"), f"{where}: start", frequency)
-    target = entry.get("target")
-    if not isinstance(target, list):
-        raise UserError(f"{where}: target: {shorten(target)}; expected a list of numbers")
-    target = [math.nan if value is None or value == "NaN" else value for value in target]
-    values = _to_float32(target, where, "target[{}]".format)
-    return Record(where, start, values, _parse_cat(entry, where), _parse_dynamic(entry, where))
-
-
-def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
-    cat = entry.get("cat")
-    if cat is None:  # as Parquet has it for a record without
-        return ()
-    cat = cat if isinstance(cat, list) else [cat]
-    for i, value in enumerate(cat):
-        if type(value) is not int or not 0 <= value < MAX_CATEGORIES:  # not isinstance: True is an int too
-            expected = f"a whole number from 0 to {MAX_CATEGORIES - 1}"
-            raise UserError(f"{where}: cat[{i}]: {shorten(value)}; expected {expected}")
-    return cat
-
-
-def _parse_dynamic(entry: dict[str, Any], where: str) -> np.ndarray:
-    features = entry.get("dynamic_feat")
-    features = [] if features is None else features
-    if not isinstance(features, list) or not all(isinstance(values, list) for values in features):
-        raise UserError(f"{where}: dynamic_feat: {shorten(features)}; expected a list of lists of numbers")
-    if not features:
-        return Record._field_defaults["dynamic"]
-    columns = []
-    for i, values in enumerate(features):
-        if len(values) != len(features[0]):
-            expected = f"{len(features[0])}, as dynamic_feat[0] has"
-            raise UserError(f"{where}: dynamic_feat[{i}]: {len(values)} values; expected {expected}")
-        columns.append(_to_float32(values, where, f"dynamic_feat[{i}][{{}}]".format, missing=False))
-    return np.stack(columns, axis=1)
 
 
 # Tables
@@ -349,7 +301,7 @@ def _check_name(name: str, where: str) -> str:
 
 
 def _parse_cells(cells: list[str], where: str, field: Callable[[int], str]) -> np.ndarray:
-    return _to_float32([_parse_cell(cell) for cell in cells], where, field)
+    return to_float32([_parse_cell(cell) for cell in cells], where, field)
 
 
 def _parse_cell(cell: str) -> float | str:
@@ -397,16 +349,6 @@ def _read_lines(path: str | Path) -> Iterator[str]:
         raise UserError(f"{path}: {error.strerror or error}; expected a readable file") from None
 
 
-def _to_float32(values: list, where: str, field: Callable[[int], str], missing: bool = True) -> np.ndarray:
-    """Check that these are numbers, or NaN if values may be missing; `field` names each."""
-    for i, value in enumerate(values):
-        # type, not isinstance: True is an int too.
-        if type(value) not in (int, float) or not (abs(value) <= LARGEST or (missing and value != value)):
-            expected = "a finite number of float32" + (" or a missing value" if missing else "")
-            raise UserError(f"{where}: {field(i)}: {shorten(value)}; expected {expected}")
-    return np.array(values, np.float32)
-
-
 def _to_series(path: str | Path, records: list[Record]) -> Series:
     if not records:
         raise UserError(f"{path}: no series; expected at least one")
@@ -414,6 +356,7 @@ def _to_series(path: str | Path, records: list[Record]) -> Series:
     for record in records:
         counts = [("cat", len(record.cat), len(first.cat))]
         counts += [("dynamic_feat", record.dynamic.shape[1], first.dynamic.shape[1])]
+        counts += [("feat_static_real", len(record.static), len(first.static))]
         for field, count, expected in counts:
             if count != expected:
                 raise UserError(f"{record.name}: {field}: {count} of them; expected {expected}, as {first.name} has")
@@ -424,6 +367,7 @@ def _to_series(path: str | Path, records: list[Record]) -> Series:
         cat=np.array([record.cat for record in records], np.int64),
         dynamic=np.concatenate([record.dynamic for record in records]),
         dynamic_offsets=_offsets([record.dynamic for record in records]),
+        static=np.array([record.static for record in records], np.float32),
         names=[record.name for record in records],
         filled=np.array([record.filled for record in records]),
     )
@@ -494,7 +438,8 @@ def _check_cat(series: Series, cardinality: Literal["auto"] | list[int] | None) 
 
 def unseen(train: Series, other: Series) -> None:
     """Refuse series that have other fields than those of training, or a category's value that none of those has."""
-    for field, found, known in (("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)):
+    fields = [("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)]
+    for field, found, known in [*fields, ("feat_static_real", other.static, train.static)]:
         if found.shape[1] != known.shape[1]:
             expected = f"{known.shape[1]}, as in training"
             raise UserError(f"{other.names[0]}: {field}: {found.shape[1]} of them; expected {expected}")

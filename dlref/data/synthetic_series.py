@@ -104,6 +104,7 @@ def make_series(count: int, length: int, seed: int) -> Synthetic:
         cat=kinds[:, None],
         dynamic=promoted.reshape(-1, 1),
         dynamic_offsets=offsets.copy(),
+        static=np.zeros((count, 0), np.float32),
         names=[f"{KINDS[kind].name} {i}" for i, kind in enumerate(kinds)],
         filled=np.zeros(count, np.int64),
     )

@@ -3,43 +3,54 @@
 All series lie one after the other in one tensor. A batch of windows is one indexing of it: no Python for a window.
 
 N series, P points in all, B windows, T times of a window (history, context and prediction), F features of a time,
-G categories.
+G categories, H times to forecast, Q quantile levels.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 
 from dlref.data.series import Series
 from dlref.runtime.calendar import Frequency
+from dlref.runtime.series import Record, carried, features_at
 
 
 class Window(NamedTuple):
-    """A batch. What lies before a series begins or after it ends is not observed, and its value is 0."""
+    """A batch. What lies before a series begins or after it ends is not observed, and its value is 0.
+
+    Windows to evaluate on also have `seasonal_error`, the mean absolute difference of values a season apart in all that
+    lies before the forecast (0: none is known), and `truth`, the true quantiles of the times to forecast, where these
+    are known.
+    """
 
     values: Float[Tensor, "B T"]
     observed: Bool[Tensor, "B T"]
     features: Float[Tensor, "B T F"]
     categories: Int[Tensor, "B G"]
+    seasonal_error: Float[Tensor, "B"] | None = None
+    truth: Float[Tensor, "B H Q"] | None = None
 
 
 class SeriesStore(nn.Module):
     """Series as tensors, to be moved to a device.
 
-    The features of a time are its places in the cycles of the calendar, the age of the series and the dynamic features;
-    they are there for `future` steps after the end of each series too. Missing values take the last one before them
-    that is not missing, so that lags see no holes; they stay not observed.
+    The features of a time are those of `runtime.series.features_at`; they are there for `future` steps after the end of
+    each series too. Missing values take the last one before them that is not missing, so that lags see no holes; they
+    stay not observed.
 
     Args:
         series: checked; dynamic features have to reach `future` steps beyond the values.
         frequency: of all of them.
         future: steps after the last value for which there are features.
+        truth: (P, Q) true quantiles of each point, where they are known.
     """
 
-    def __init__(self, series: Series, frequency: Frequency, future: int = 0):
+    def __init__(self, series: Series, frequency: Frequency, future: int = 0, truth: np.ndarray | None = None):
         super().__init__()
         self.future = future
         values, observed = carried(series.target, series.offsets)
@@ -50,9 +61,12 @@ class SeriesStore(nn.Module):
             "categories": series.cat,
             "begin": series.offsets[:-1],
             "length": np.diff(series.offsets),
+            "differences": differences(series, frequency.season),
         }
         for name, array in tensors.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)), persistent=False)
+        truth = None if truth is None else torch.from_numpy(truth.astype(np.float32))
+        self.register_buffer("truth", truth, persistent=False)
 
     def forward(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Window:
         """The `steps` times before the time `end` of each series `item`, counted from its first value, 0."""
@@ -69,29 +83,105 @@ class SeriesStore(nn.Module):
             categories=self.categories[item],
         )
 
+    def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Mean absolute difference of the values a season apart before the time `end` of each series; 0: none."""
+        begin = self.begin[item]
+        total, count = (self.differences[begin + end] - self.differences[begin]).unbind(1)
+        return (total / count.clamp(min=1)).float()
 
-def carried(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (P,) with NaN -> the last value of the same series before each NaN, 0 where there is none, and what was
-    there, bool (P,).
-    """
-    observed = ~np.isnan(target)
-    places = np.arange(len(target))
-    begin = np.repeat(offsets[:-1], np.diff(offsets))
-    last = np.maximum.accumulate(np.where(observed, places, -1))
-    return np.where(last >= begin, target[np.maximum(last, 0)], 0).astype(np.float32), observed
+    def truth_of(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Float[Tensor, "B H Q"] | None:
+        """The true quantiles of the `steps` times before `end`, which lie in the series; None where none are known."""
+        place = (self.begin[item] + end)[:, None] + torch.arange(-steps, 0, device=end.device)
+        return None if self.truth is None else self.truth[place]
 
 
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
     """What is known of each time of each series and of `future` more, float32 (P + N * future, F)."""
     parts = []
     for i, start in enumerate(series.start):
-        steps = np.arange(series.offsets[i + 1] - series.offsets[i] + future)
+        target = series.target[series.offsets[i] : series.offsets[i + 1]]
+        steps = np.arange(len(target) + future)
         dynamic = series.dynamic[series.dynamic_offsets[i] : series.dynamic_offsets[i + 1]]
-        if series.dynamic.shape[1] == 0:
-            dynamic = np.zeros((len(steps), 0), np.float32)
-        if len(dynamic) < len(steps):
+        if series.dynamic.shape[1] and len(dynamic) < len(steps):
             raise ValueError(f"{series.names[i]}: dynamic features of {len(dynamic)} times; expected {len(steps)}")
-        calendar = frequency.features(frequency.times(start, steps))
-        age = np.log10(2.0 + steps)[:, None]  # GluonTS's
-        parts.append(np.concatenate([calendar, age, dynamic[: len(steps)]], axis=1, dtype=np.float32))
+        record = Record(series.names[i], start, target, dynamic=dynamic, static=series.static[i])
+        parts.append(features_at(frequency, record, steps))
     return np.concatenate(parts)
+
+
+def differences(series: Series, season: int) -> np.ndarray:
+    """Sum and number of the absolute differences of values a season apart, up to each point: float64 (P + 1, 2).
+
+    Differences to values of another series, or to missing ones, are none.
+    """
+    apart = np.full(len(series.target), np.nan)
+    apart[season:] = np.abs(series.target[season:].astype(np.float64) - series.target[:-season])
+    place = np.arange(len(apart)) - np.repeat(series.offsets[:-1], np.diff(series.offsets))
+    there = (place >= season) & ~np.isnan(apart)
+    both = np.stack([np.where(there, apart, 0), there], axis=1)
+    return np.concatenate([np.zeros((1, 2)), np.cumsum(both, axis=0)])
+
+
+class Windows(Dataset):
+    """Some windows of each series, numbered through: item by item, in the order of their ends. A batch is one indexing.
+
+    Args:
+        store: the series.
+        first: (N,) where the first window of each series ends.
+        count: (N,) how many windows it has.
+        stride: from the end of a window to the end of the next.
+        steps: T.
+        horizon: H; evaluated windows are given their seasonal error, and the truth where it is known. 0: for training.
+    """
+
+    def __init__(self, store: SeriesStore, first: Tensor, count: Tensor, stride: int, steps: int, horizon: int = 0):
+        self.store, self.first, self.count = store, first, count
+        self.stride, self.steps, self.horizon = stride, steps, horizon
+        self.stop = count.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.stop[-1])
+
+    def ends(self, number: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+        """The series of each window and where in it the window ends."""
+        item = torch.searchsorted(self.stop, number, right=True)
+        return item, self.first[item] + self.stride * (number - self.stop[item] + self.count[item])
+
+    def __getitem__(self, number: Int[Tensor, "B"]) -> Window:
+        # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
+        item, end = self.ends(number.to(self.stop.device, non_blocking=True))
+        window = self.store(item, end, self.steps)
+        if not self.horizon:
+            return window
+        error = self.store.seasonal_error(item, end - self.horizon)
+        return window._replace(seasonal_error=error, truth=self.store.truth_of(item, end, self.horizon))
+
+    def to(self, device: torch.device) -> "Windows":
+        """Return the same windows on a device. The store, which several share, is moved."""
+        parts = self.first.to(device), self.count.to(device)
+        return Windows(self.store.to(device), *parts, self.stride, self.steps, self.horizon)
+
+
+class Draws(Sampler[Tensor]):
+    """Batches of windows drawn with replacement: a series first, then one of its windows, each as likely.
+
+    Args:
+        count: (N,) the windows of each series.
+        weight: (N,) how likely a series is; one without windows is never drawn.
+        batch_size: B.
+        batches: how many an epoch has.
+    """
+
+    def __init__(self, count: Int[Tensor, "N"], weight: Float[Tensor, "N"], batch_size: int, batches: int):
+        self.count, self.weight = count.cpu(), weight.double().cpu() * (count.cpu() > 0)
+        self.batch_size, self.batches = batch_size, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        total = self.batch_size * self.batches
+        item = torch.multinomial(self.weight, total, replacement=True)
+        place = (torch.rand(total, dtype=torch.float64) * self.count[item]).long()
+        number = self.count.cumsum(0)[item] - self.count[item] + place
+        yield from number.split(self.batch_size)

@@ -137,7 +137,7 @@ class Attempts:
     def judged(self, plan: Plan) -> Attempt:
         """Build a bundle and hold it against PyTorch. Raises Refused where not even float32 holds."""
         exact = plan == FLOAT32
-        forgiven = any(graph.chosen or graph.argmax for graph in self.deployable.graphs.values())
+        forgiven = any(graph.chosen or graph.jumping for graph in self.deployable.graphs.values())
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
         try:
             attempt.parity = self.exact if exact else self.exact + self.parity(plan)
@@ -235,7 +235,7 @@ class Attempts:
         compared = graphs
         if exact:
             compared = {
-                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen, graph.argmax)
+                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen, graph.jumping)
                 for name, graph in self.deployable.graphs.items()
             }
         bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))

@@ -23,6 +23,10 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     """
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
+    # The exporter has its own way to take recurrent layers apart, but torch remembers that of an earlier export, which
+    # freezes the time.
+    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        operator._dispatch_cache.clear()
     try:
         with unwarned():
             exported = torch.onnx.export(
@@ -100,9 +104,10 @@ def forget_origin(model) -> None:
 def trace_sizes(graph) -> dict[str, int]:
     """For each symbol a size to trace at that no other has and that is verified nowhere.
 
-    Equal sizes could be taken for one axis, and sizes 0 and 1 for constants.
+    Equal sizes, an axis of a weight's among them, could be taken for one axis, and sizes 0 and 1 for constants.
     """
     taken = {size for sizes in graph.sizes.values() for size in sizes}
+    taken |= {size for tensor in (*graph.inputs.values(), *graph.module.parameters()) for size in tensor.shape}
     chosen = {}
     for symbol, sizes in graph.sizes.items():
         chosen[symbol] = next(size for size in count(sizes[0] + 1) if size > 1 and size not in taken)

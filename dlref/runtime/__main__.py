@@ -66,9 +66,10 @@ def transform(arguments: list[str]) -> int:
     runner = load(options.bundle, options.threads, options.provider)
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
-    sources = [source for given in options.inputs for source in files(given)]
+    inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]
+    names, sources = [name for name, _ in inputs], [source for _, source in inputs]
     places = {"--output": options.output, "--overlay": options.overlay}
-    written = {option: places_of(sources, path, option) for option, path in places.items() if path}
+    written = {option: places_of(names, path, option) for option, path in places.items() if path}
     bundle, *where = [options.bundle, *filter(None, places.values())]
     if len({path.resolve() for path in where}) < len(where):
         raise UserError(f"--output and --overlay are both {options.output}; expected two places")
@@ -79,7 +80,7 @@ def transform(arguments: list[str]) -> int:
             )
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
-    for i, (source, answer) in enumerate(zip(sources, answers, strict=True)):
+    for i, ((name, source), answer) in enumerate(zip(inputs, answers, strict=True)):
         if isinstance(answer, UserError):
             bad.append(answer)
             answer = {"error": str(answer)}
@@ -90,7 +91,7 @@ def transform(arguments: list[str]) -> int:
                 save(runner.draw(source, answer), written["--overlay"][i])
             if options.form:
                 answer = runner.forms[options.form](answer)
-        print(json.dumps({"input": source, **plain(answer)}), flush=True)
+        print(json.dumps({"input": name, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
     return 0

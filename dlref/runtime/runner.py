@@ -16,6 +16,10 @@ class Runner:
     # Other forms of an answer, by name: what other services answer, for programs that were written for these.
     forms: Mapping[str, Callable[[dict], dict]] = {}
 
+    def inputs(self, path: str) -> Iterable[tuple[str, object]]:
+        """The inputs in a file: a name and a source for each. Raises UserError."""
+        return [(path, path)]
+
     def read(self, source):
         """An input as the graph takes it. Raises UserError where it is none."""
         raise NotImplementedError

@@ -1,5 +1,7 @@
 """LightningModules: one a task, around any network of `dlref.models`."""
 
+from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT
+from dlref.tasks.forecasting import Forecaster
 from dlref.tasks.image_classification import ImageClassifier
 from dlref.tasks.object_detection import ObjectDetector
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
@@ -7,13 +9,19 @@ from dlref.tasks.schedules import Poly, Steps, Triangle, WarmupCosine
 from dlref.tasks.semantic_segmentation import SemanticSegmenter
 
 __all__ = [
+    "Beta",
+    "Deterministic",
+    "Forecaster",
+    "Gaussian",
     "ImageClassifier",
     "ImagePreprocess",
+    "NegativeBinomial",
     "Normalise",
     "ObjectDetector",
     "Poly",
     "SemanticSegmenter",
     "Steps",
+    "StudentT",
     "Triangle",
     "WarmupCosine",
 ]

@@ -25,8 +25,8 @@ class Graph:
             (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
             all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
             one axis is the number of rows.
-        argmax: outputs that are the places of largest values, such as the class of each pixel: where two values are
-            equal to the last digit, a rounding changes the place. All but a few elements have to be the same.
+        jumping: outputs that a rounding can change altogether, such as the class of each pixel where two are as likely
+            to the last digit, or a count. All but a few elements have to be within the tolerance.
     """
 
     module: nn.Module
@@ -36,7 +36,7 @@ class Graph:
     sizes: Mapping[str, Sequence[int]]
     tolerance: float = 1e-5
     chosen: Sequence[str] = ()
-    argmax: Sequence[str] = ()
+    jumping: Sequence[str] = ()
 
     @property
     def shape(self) -> dict[str, list[int | str]]:
@@ -49,9 +49,10 @@ class Graph:
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """The module's own answer: the reference that every exported form is held against."""
-        results = self.module(*(torch.from_numpy(arrays[name]) for name in self.inputs))
+        device = next(self.module.parameters(), torch.empty(0)).device
+        results = self.module(*(torch.from_numpy(arrays[name]).to(device) for name in self.inputs))
         results = results if isinstance(results, tuple) else (results,)
-        return {name: result.numpy() for name, result in zip(self.outputs, results, strict=True)}
+        return {name: result.cpu().numpy() for name, result in zip(self.outputs, results, strict=True)}
 
 
 @dataclass(frozen=True)

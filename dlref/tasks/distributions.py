@@ -1,11 +1,16 @@
 """What the values of a series are distributed as, given what a network answers.
 
-Each class brings a network's P numbers to their domains, in the units of the series, and gives the logarithm of the
-likelihood of values. Densities are torch's.
+Each class brings a network's P numbers to their domains, in the units of the series, gives the logarithm of the
+likelihood of values (densities are torch's) and draws a value. A draw is a function of uniform numbers that it is
+given: the same numbers make the same value in PyTorch and in an exported graph, which has no generator of its own and
+no gamma function.
 
-Legend of shapes: ... any, P parameters of the distribution.
+Legend of shapes: ... any, P parameters of the distribution, U uniform numbers of a draw.
 """
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Beta as TorchBeta
@@ -15,12 +20,23 @@ from torch.distributions import StudentT as TorchStudentT
 from torch.nn import functional as F
 
 SMALLEST = 1e-6  # of what has to be above 0
+TRIES = 4  # of a gamma variable: more than 5 in a million draws take none of them
+MANY = 30.0  # from this mean on the counts of a Poisson variable are near enough to a continuous one
+COUNTS = 80  # no Poisson variable of a smaller mean reaches it: one in a trillion
 
 
 class Distribution:
-    """A family of distributions with P `parameters`."""
+    """A family of distributions with P `parameters`, which draws a value from `uniforms` uniform numbers.
+
+    `smooth` says that a draw changes as little as its parameters do; one that rounds or rejects may jump. `support`
+    is which values there can be, in words, and `whole_numbers` whether they are all whole.
+    """
 
     parameters: int
+    uniforms: int
+    smooth = True
+    whole_numbers = False
+    support = "any numbers"
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """The parameters (...) in their domains; `scale` is that of each series."""
@@ -30,11 +46,20 @@ class Distribution:
         """The logarithm of the likelihood of `values`."""
         raise NotImplementedError
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """A value for each row of `noise`, which is uniform from 0 to 1."""
+        raise NotImplementedError
+
+    def supports(self, values: Float[Tensor, "P"]) -> bool:
+        """Whether all of `values` have a likelihood."""
+        return True
+
 
 class StudentT(Distribution):
     """Degrees of freedom above 2, so that there is a variance; place and width in scales of the series."""
 
     parameters = 3
+    uniforms = 2
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """Degrees of freedom, place, width."""
@@ -45,11 +70,21 @@ class StudentT(Distribution):
         """The logarithm of the likelihood of `values`."""
         return TorchStudentT(*parameters, validate_args=False).log_prob(values)
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """t = √(ν (u^(-2/ν) - 1)) cos 2πv (R. W. Bailey, "Polar Generation of Random Variates with the t-Distribution",
+        1994); u^(-2/ν) - 1 is written as a product, for a difference of nearly equal numbers has few digits.
+        """
+        freedom, place, width = parameters
+        share = -uniform(noise[..., 0]).log() / freedom
+        radius = (2 * freedom * share.exp() * share.sinh()).sqrt()
+        return place + width * radius * (2 * math.pi * noise[..., 1]).cos()
+
 
 class Gaussian(Distribution):
     """The paper's for real values: mean and standard deviation, in scales of the series (section 3.1)."""
 
     parameters = 2
+    uniforms = 2
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """Mean, standard deviation."""
@@ -60,11 +95,20 @@ class Gaussian(Distribution):
         """The logarithm of the likelihood of `values`."""
         return Normal(*parameters, validate_args=False).log_prob(values)
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """By Box and Muller."""
+        mean, deviation = parameters
+        return mean + deviation * normals(noise[..., 0], noise[..., 1])[0]
+
 
 class NegativeBinomial(Distribution):
     """The paper's for counts: mean mu and shape alpha, with variance mu + mu² alpha (sections 3.1 and 3.3)."""
 
     parameters = 2
+    uniforms = 2 + 2 * TRIES + 1
+    smooth = False
+    whole_numbers = True
+    support = "whole numbers of 0 or more"
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """Mean, shape: the shape is divided by the root of the scale."""
@@ -76,11 +120,24 @@ class NegativeBinomial(Distribution):
         mean, shape = parameters
         return TorchNegativeBinomial(1 / shape, logits=(mean * shape).log(), validate_args=False).log_prob(values)
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """A Poisson variable whose mean is a gamma variable of shape 1/alpha and mean mu."""
+        mean, shape = parameters
+        rate = mean * shape * gamma(1 / shape, noise[..., 2:]).exp()
+        return poisson(rate, normals(noise[..., 0], noise[..., 1])[0])
+
+    def supports(self, values: Float[Tensor, "P"]) -> bool:
+        """Whole numbers of 0 or more."""
+        return bool(((values >= 0) & (values == values.round())).all())
+
 
 class Beta(Distribution):
     """For values between 0 and 1, whatever their scale."""
 
     parameters = 2
+    uniforms = 2 * (2 * TRIES + 1)
+    smooth = False
+    support = "0 to 1"
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """The two concentrations."""
@@ -92,11 +149,24 @@ class Beta(Distribution):
         inside = values.clamp(SMALLEST, 1 - SMALLEST)
         return TorchBeta(*parameters, validate_args=False).log_prob(inside)
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """The share of one gamma variable in the sum of two."""
+        half = 2 * TRIES + 1
+        first, second = (
+            gamma(shape, part) for shape, part in zip(parameters, (noise[..., :half], noise[..., half:]), strict=True)
+        )
+        return (first - second).sigmoid()
+
+    def supports(self, values: Float[Tensor, "P"]) -> bool:
+        """From 0 to 1."""
+        return bool(((values >= 0) & (values <= 1)).all())
+
 
 class Deterministic(Distribution):
     """A single value for each time: the loss is the absolute error in scales of the series."""
 
     parameters = 1
+    uniforms = 0
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
         """The value, and the scale."""
@@ -107,7 +177,55 @@ class Deterministic(Distribution):
         value, scale = parameters
         return -(values - value).abs() / scale - (2 * scale).log()
 
+    def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+        """The value, whatever the noise."""
+        return parameters[0].expand(noise.shape[:-1])
+
 
 def positive(raw: Tensor) -> Tensor:
     """Any number -> one above 0 (section 3.1: log(1 + exp(x)))."""
     return F.softplus(raw) + SMALLEST
+
+
+def uniform(noise: Tensor) -> Tensor:
+    """Numbers of which the logarithm is taken: 0, which a generator can answer, becomes the next it could."""
+    return noise.clamp(min=2.0**-25)
+
+
+def normals(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normal variables from two uniform ones (G. E. P. Box and M. E. Muller, 1958)."""
+    radius, angle = (-2 * uniform(first).log()).sqrt(), 2 * math.pi * second
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def gamma(shape: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
+    """The logarithm of a gamma variable (G. Marsaglia and W. W. Tsang, "A Simple Method for Generating Gamma
+    Variables", 2000): the first of a few tries that is accepted, or the last.
+
+    A variable of `shape` is one of shape + 1 times u^(1 / shape) (section 6), of which no try is refused often.
+    """
+    d = shape + 2 / 3
+    pairs = [normals(noise[..., 2 * i], noise[..., 2 * i + 1]) for i in range(TRIES // 2)]
+    chosen = None
+    for i, x in reversed(list(enumerate(x for pair in pairs for x in pair))):
+        cube = (1 + x / (9 * d).sqrt()).clamp(min=SMALLEST) ** 3
+        logarithm = cube.log()
+        taken = uniform(noise[..., TRIES + i]).log() < 0.5 * x * x + d * (1 - cube + logarithm)
+        chosen = logarithm if chosen is None else logarithm.where(taken, chosen)
+    return d.log() + chosen + uniform(noise[..., 2 * TRIES]).log() / shape
+
+
+def poisson(mean: Float[Tensor, "*shape"], normal: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The count whose place among all of a Poisson variable is that of `normal` among standard normal numbers.
+
+    Small means by adding up probabilities, others by the expansion of E. A. Cornish and R. A. Fisher (1938), rounded.
+    """
+    counts = torch.arange(COUNTS, dtype=mean.dtype, device=mean.device)
+    factorials = counts.clamp(min=1).log().cumsum(0)  # their logarithms
+    few = mean.clamp(SMALLEST, MANY)[..., None]
+    below = (counts * few.log() - few - factorials).exp().cumsum(-1)
+    counted = (below < 0.5 * (1 + (normal / math.sqrt(2)).erf())[..., None]).sum(-1).to(mean.dtype)
+    root = mean.clamp(min=MANY).sqrt()
+    skewed = (normal**2 - 1) / 6 + (normal - normal**3) / (72 * root)
+    expanded = (mean + root * normal + skewed).round().clamp(min=0)
+    return counted.where(mean < MANY, expanded)

@@ -219,3 +219,56 @@ def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[
         title = "AP50" if len(areas) <= SHOWN else f"AP50, the {SHOWN} weakest of {len(areas)}"
         axes.legend(title=title, loc="lower left", fontsize=8)
     _save(figure, path)
+
+
+def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Series (past (T,), what came (H,), sample paths (S, H)): the paths' quantiles as a fan over what came."""
+    columns = 2
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(7 * columns, 2.6 * rows + 0.4), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (past, after, paths) in zip(grid, shown, strict=False):
+        before, ahead = np.arange(-len(past), 0), np.arange(len(after))
+        axes.plot(before, past.numpy(), color="black", linewidth=1, label="past")
+        for low, high in ((0.05, 0.95), (0.1, 0.9), (0.25, 0.75)):
+            edges = np.quantile(paths.numpy(), [low, high], axis=0)
+            label = f"{high - low:.0%} of the paths"
+            axes.fill_between(ahead, *edges, color="tab:blue", alpha=0.2, linewidth=0, label=label)
+        axes.plot(ahead, np.median(paths.numpy(), axis=0), color="tab:blue", linewidth=1.2, label="median")
+        axes.plot(ahead, after.numpy(), color="tab:red", linewidth=1, label="what came")
+        axes.axvline(-0.5, color="grey", linewidth=0.6)
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.3)
+    if shown:
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.suptitle("Forecasts; steps from where they begin")
+    _save(figure, path)
+
+
+def calibration(path: Path, levels: tuple[float, ...], covered: Tensor) -> None:
+    """The share of values at or below each quantile (Q,), beside its level."""
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    axes.plot(levels, covered.numpy(), marker="o", color="tab:blue", label="this model")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the quantile", ylabel="share of values at or below it")
+    axes.set_title("Calibration")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def by_time(path: Path, losses: dict[str, Tensor]) -> None:
+    """Weighted quantile loss (H,) of several forecasts over the steps ahead."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, loss in losses.items():
+        style = {"color": "tab:blue", "linewidth": 2} if name == "this model" else {"linewidth": 1}
+        axes.plot(np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
+    axes.set(xlabel="steps ahead", ylabel="weighted quantile loss", ylim=(0, None))
+    axes.set_title("Loss by time ahead")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)

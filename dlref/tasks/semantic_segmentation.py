@@ -178,7 +178,7 @@ class SemanticSegmenter(Task):
                 "width": (width, (width | 1) + 8, width // 2 + 3),
             },
             tolerance=1e-4,  # of probabilities, through the many layers of a deep network
-            argmax=["mask"],
+            jumping=["mask"],
         )
         metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
         return Deployable("semantic-segmentation", {"segment": graph}, metadata)

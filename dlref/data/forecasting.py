@@ -1,0 +1,392 @@
+"""Data modules for forecasting: series from files, the windows that train, and those that a forecast is judged on.
+
+What passes to a task: batches `Window` of `dlref.data.windows`, gathered on the device that trains. After `setup`,
+`frequency`, `cardinality` (for each of the G categories the number of its values), `dynamic_features` and
+`static_features` (how many there are) say what the series are like.
+
+The last `test_windows` stretches of `prediction_length` of each series test, those before them validate, and what
+comes before these trains. A forecast sees all that lies before it.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dlref.data.image_classification import check_at_least
+from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
+from dlref.data.synthetic_series import make_series, quantiles
+from dlref.data.windows import Draws, SeriesStore, Windows
+from dlref.runtime.calendar import Frequency
+from dlref.runtime.errors import UserError
+from dlref.runtime.runners.forecasting import LEVELS
+
+EVALUATED = 32  # windows at once, each with its sample paths
+
+
+class Channels(NamedTuple):
+    """What a subclass reads. `test` may be `train` itself; `truth` (P, Q) are true quantiles of its points.
+
+    `predict` has the series to forecast beyond their ends, with dynamic features that reach so far; None: `test`,
+    where there are no dynamic features.
+    """
+
+    train: Series
+    test: Series
+    predict: Series | None = None
+    truth: np.ndarray | None = None
+
+
+class ForecastingData(LightningDataModule):
+    """Series, cut into windows; a subclass reads them.
+
+    Args:
+        frequency: from one point to the next: a whole number (left out: 1) and min, H, D, B, W or M.
+        prediction_length: H, points to forecast.
+        context_length: T, points before them that a forecast starts from; lags look further back.
+        batch_size: windows in a training batch.
+        batches: of an epoch, drawn with replacement: a series, then one of its windows.
+        by_scale: draw a series the more often the larger its values are (section 3.4 of the paper), not each as often.
+        val_windows: forecasts of each series that validate.
+        test_windows: forecasts of each series that test.
+        points: use only so many of each series.
+        cardinality: for each category how many values it has; auto: as many as are found.
+    """
+
+    def __init__(
+        self,
+        frequency: str,
+        prediction_length: int,
+        context_length: int,
+        batch_size: int = 32,
+        batches: int = 50,
+        by_scale: bool = False,
+        val_windows: int = 1,
+        test_windows: int = 1,
+        points: int | None = None,
+        cardinality: Literal["auto"] | list[int] = "auto",
+    ):
+        super().__init__()
+        self.frequency, self.prediction_length, self.context_length = frequency, prediction_length, context_length
+        self.batch_size, self.batches, self.by_scale = batch_size, batches, by_scale
+        self.val_windows, self.test_windows = val_windows, test_windows
+        self.points, self.asked_cardinality = points, cardinality
+        self.splits: dict[str, Windows] = {}
+
+    def read(self, frequency: Frequency) -> Channels:
+        """Read the series."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check everything, once, and move it to the trainer's device."""
+        if not self.splits:
+            sizes = ("prediction_length", "context_length", "batch_size", "batches", "val_windows", "test_windows")
+            check_at_least(1, **{name: getattr(self, name) for name in sizes}, points=self.points or 1)
+            self.cut(self.read(Frequency.parse(self.frequency)))
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.splits = {name: windows.to(device) for name, windows in self.splits.items()}
+
+    def cut(self, channels: Channels) -> None:
+        """Check the series and cut them into windows."""
+        frequency, horizon = Frequency.parse(self.frequency), self.prediction_length
+        train = first_points(channels.train, self.points)
+        together = channels.test is channels.train
+        test = train if together else first_points(channels.test, self.points)
+        self.frequency = str(frequency)
+        self.cardinality = check(train, horizon, self.asked_cardinality)
+        self.dynamic_features, self.static_features = train.dynamic.shape[1], train.static.shape[1]
+        if not together:
+            check(test, 0, self.cardinality, train=False)
+            unseen(train, test)
+        predict = channels.predict
+        if predict is None and not self.dynamic_features:
+            predict = test
+        elif predict is not None:
+            check(predict, horizon, self.cardinality, train=False)
+            unseen(train, predict)
+        filled = train.filled.sum() + (0 if together else test.filled.sum())
+        if filled:
+            rank_zero_warn(f"{filled} points that no row of the files stands for count as missing")
+
+        self.values = torch.from_numpy(train.target[~np.isnan(train.target)])
+        store = SeriesStore(train, frequency, truth=channels.truth if together else None)
+        tested = store if together else SeriesStore(test, frequency, truth=channels.truth)
+        held = horizon * (self.val_windows + self.test_windows * together)
+        steps = max(max(frequency.lags) + self.context_length, frequency.season) + horizon
+        self.splits = {
+            "train": Windows(store, *each_end(store.length - held, horizon), 1, steps),
+            "val": self.rolling(store, store.length - held + horizon * self.val_windows, self.val_windows, steps),
+            "test": self.rolling(tested, tested.length, self.test_windows, steps),
+        }
+        for name, windows in self.splits.items():
+            self.report_short(name, windows)
+        self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
+        self.names = [] if predict is None else predict.names
+        if predict is not None:
+            future = SeriesStore(predict, frequency, future=horizon)
+            self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, steps)
+
+    def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int) -> Windows:
+        """The `count` windows of each series that follow each other and end at `last`; only those with a past."""
+        horizon = self.prediction_length
+        whole = ((last - 1) // horizon).clamp(0, count)  # those with a point before them
+        return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, horizon)
+
+    def report_short(self, split: str, windows: Windows) -> None:
+        """Say how many series are left out; raise UserError where all are."""
+        short = int((windows.count <= 0).sum())
+        if short == len(windows.count):
+            raise UserError(
+                f"{split}: all {short} series are too short for a forecast of {self.prediction_length} beside what is "
+                "held out; expected longer series, or fewer val_windows and test_windows"
+            )
+        if short:
+            rank_zero_info(f"{split}: {short} of {len(windows.count)} series are too short for a window and left out")
+
+    def train_dataloader(self) -> DataLoader:
+        """Windows drawn at random, batches all of one size."""
+        windows = self.splits["train"]
+        draws = Draws(windows.count, self.weight, self.batch_size, self.batches)
+        return DataLoader(windows, sampler=draws, batch_size=None)
+
+    def in_order(self, split: str) -> DataLoader:
+        """Every window of a split once."""
+        windows = self.splits[split]
+        return DataLoader(windows, sampler=torch.arange(len(windows)).split(EVALUATED), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation window once, in order."""
+        return self.in_order("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test window once, in order."""
+        return self.in_order("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """What comes after the end of each series to predict."""
+        if "predict" not in self.splits:
+            raise UserError("dynamic_feat ends with the series; expected --data.init_args.predict with what is to come")
+        return self.in_order("predict")
+
+    def sources(self) -> list[str]:
+        """The name of each series to predict, in order."""
+        return self.names
+
+
+def first_points(series: Series, points: int | None) -> Series:
+    """The first `points` of each series, or all of them."""
+    if points is None:
+        return series
+
+    def cut(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.diff(offsets)
+        kept = np.arange(len(values)) - np.repeat(offsets[:-1], counts) < points
+        return values[kept], np.cumsum([0, *np.minimum(counts, points)])
+
+    target, offsets = cut(series.target, series.offsets)
+    dynamic, dynamic_offsets = cut(series.dynamic, series.dynamic_offsets)
+    return series._replace(target=target, offsets=offsets, dynamic=dynamic, dynamic_offsets=dynamic_offsets)
+
+
+def each_end(last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """The first end of a window with at least one point before its forecast, and how many there are up to `last`."""
+    first = torch.full_like(last, horizon + 1)
+    return first, (last - first + 1).clamp(min=0)
+
+
+def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
+    """Mean absolute value of the first `length` points of each series, (N,)."""
+    total = torch.cat([store.values.new_zeros(1), store.values.abs()]).double().cumsum(0)
+    return (total[store.begin + length.clamp(min=0)] - total[store.begin]) / length.clamp(min=1)
+
+
+class SyntheticSeries(ForecastingData):
+    """Hourly series drawn from a seed, whose true distribution is known; see `synthetic_series`. They need no file.
+
+    Args:
+        count: series.
+        length: points of each.
+        seed: of all of them.
+        windows: what every `ForecastingData` takes; the frequency is 1H.
+    """
+
+    def __init__(self, count: int = 300, length: int = 1000, seed: int = 0, **windows):
+        super().__init__(**windows)
+        self.series_count, self.length, self.seed = count, length, seed
+
+    def read(self, frequency: Frequency) -> Channels:
+        """Draw the series, and what is known of the hours to come."""
+        check_at_least(1, count=self.series_count)
+        check_at_least(336, length=self.length)  # two weeks, which show both seasons
+        if str(frequency) != "1H":
+            raise UserError(f"--data.init_args.frequency: {frequency}; expected 1H, for the series are hourly")
+        longer = make_series(self.series_count, self.length + self.prediction_length, self.seed)
+        series = first_points(longer.series, self.length)
+        place = np.arange(len(longer.loc)) % (self.length + self.prediction_length)
+        predict = series._replace(dynamic=longer.series.dynamic, dynamic_offsets=longer.series.dynamic_offsets)
+        return Channels(series, series, predict, quantiles(longer, LEVELS)[place < self.length])
+
+
+class SageMakerSeries(ForecastingData):
+    """SageMaker's channels: JSON Lines or Parquet, as files or folders of them.
+
+    Args:
+        train: to train from; all that a record's `dynamic_feat` has is as long as its target.
+        test: the same series with the points to forecast at their ends, or others; left out: the ends of `train`.
+        predict: what to forecast, with `dynamic_feat` of `prediction_length` more; left out: what follows `test`.
+        windows: what every `ForecastingData` takes.
+    """
+
+    def __init__(self, train: str, test: str | None = None, predict: str | None = None, **windows):
+        super().__init__(**windows)
+        self.train, self.test, self.to_predict = train, test, predict
+
+    def read(self, frequency: Frequency) -> Channels:
+        """Read the channels that are given."""
+        train = read_json_lines(self.train, frequency)
+        test = train if self.test is None else read_json_lines(self.test, frequency)
+        return Channels(train, test, self.to_predict and read_json_lines(self.to_predict, frequency))
+
+
+class TableSeries(ForecastingData):
+    """Series from a table, which says nothing of them but their values.
+
+    Args:
+        own_category: the number of each series is its category, so that the network learns what is particular to it.
+            It then forecasts no others.
+        windows: what every `ForecastingData` takes.
+    """
+
+    def __init__(self, own_category: bool = False, **windows):
+        super().__init__(**windows)
+        self.own_category = own_category
+
+    def table(self, frequency: Frequency) -> Series:
+        """Read the table."""
+        raise NotImplementedError
+
+    def read(self, frequency: Frequency) -> Channels:
+        """Read one file, or several that become one, for everything."""
+        series = self.table(frequency)
+        if self.own_category:
+            series = series._replace(cat=np.arange(len(series.names))[:, None])
+        return Channels(series, series)
+
+
+class WideSeries(TableSeries):
+    """A matrix without dates or header: a row for each time, a column for each series; .csv, .txt, and either with .gz.
+
+    Args:
+        path: the file.
+        start: the time of its first row, YYYY-MM-DD or YYYY-MM-DD HH:MM:SS.
+        windows: what every `TableSeries` takes.
+    """
+
+    def __init__(self, path: str, start: str, **windows):
+        super().__init__(**windows)
+        self.path, self.start = path, start
+
+    def table(self, frequency: Frequency) -> Series:
+        """Read the matrix."""
+        return read_wide(self.path, self.start, frequency)
+
+
+class DatedSeries(TableSeries):
+    """CSV files with a header: a row for each time, its date first, and a column for each series.
+
+    Args:
+        paths: the files; columns of the same name in two files are two series.
+        windows: what every `TableSeries` takes.
+    """
+
+    def __init__(self, paths: list[str], **windows):
+        super().__init__(**windows)
+        self.paths = paths
+
+    def table(self, frequency: Frequency) -> Series:
+        """Read the tables, one after the other."""
+        if not self.paths:
+            raise UserError("--data.init_args.paths: none; expected at least one file")
+        tables = [read_dated(path, frequency) for path in self.paths]
+        if len(tables) > 1:
+            named = zip(self.paths, tables, strict=True)
+            tables = [t._replace(names=[f"{os.path.basename(p)}: {name}" for name in t.names]) for p, t in named]
+        return joined(tables)
+
+
+class RowSeries(TableSeries):
+    """M4's tables: a row for each series, its id first and then its values; the test file has what follows.
+
+    Args:
+        train: the file with the beginning of each series.
+        test: the file with as many rows, whose values come after those of `train`.
+        start: the time that all series start at.
+        windows: what every `TableSeries` takes.
+    """
+
+    def __init__(self, train: str, test: str, start: str = "1750-01-01", **windows):
+        super().__init__(**windows)
+        self.train, self.test, self.start = train, test, start
+
+    def table(self, frequency: Frequency) -> Series:
+        """Read both tables, and put each series together."""
+        train, test = (read_rows(path, self.start, frequency) for path in (self.train, self.test))
+        place = {name: i for i, name in enumerate(test.names)}
+        unlike = sorted(place.keys() ^ set(train.names))
+        if unlike:
+            raise UserError(f"{self.test}: series {unlike[0]} is in one of the files; expected those of {self.train}")
+        after = np.split(test.target, test.offsets[1:-1])
+        whole = [
+            np.concatenate([values, after[place[name]]])
+            for name, values in zip(train.names, np.split(train.target, train.offsets[1:-1]), strict=True)
+        ]
+        offsets = np.cumsum([0, *map(len, whole)])
+        return train._replace(target=np.concatenate(whole), offsets=offsets)
+
+
+class LongSeries(TableSeries):
+    """A CSV file with a header and a row for each value: the id of its series, its time, its value.
+
+    Args:
+        path: the file, .csv or .csv.gz.
+        item_id: the column with the id.
+        timestamp: the column with the time.
+        target: the column with the value.
+        windows: what every `TableSeries` takes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        item_id: str = "item_id",
+        timestamp: str = "timestamp",
+        target: str = "target",
+        **windows,
+    ):
+        super().__init__(**windows)
+        self.path, self.columns = path, (item_id, timestamp, target)
+
+    def table(self, frequency: Frequency) -> Series:
+        """Read the table."""
+        return read_long(self.path, frequency, *self.columns)
+
+
+def joined(tables: list[Series]) -> Series:
+    """The series of several tables without dynamic features."""
+    target = np.concatenate([table.target for table in tables])
+    lengths = np.concatenate([np.diff(table.offsets) for table in tables])
+    rest = {
+        field: np.concatenate([getattr(table, field) for table in tables])
+        for field in ("start", "cat", "static", "filled")
+    }
+    offsets = np.cumsum([0, *lengths])
+    names = [name for table in tables for name in table.names]
+    return tables[0]._replace(
+        target=target, offsets=offsets, dynamic_offsets=np.zeros(len(offsets), np.int64), names=names, **rest
+    )

@@ -1,0 +1,148 @@
+"""One time series as it comes, in training and on a device: checked, its holes filled, what is known of each time.
+
+T times, L lags; D dynamic features, R static ones, F features of a time in all; G categories; P points of all series.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlref.runtime.calendar import Frequency, parse_start
+from dlref.runtime.errors import UserError
+
+MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate an embedding for each below it
+LARGEST = float(np.finfo(np.float32).max)
+NONE = np.zeros((0, 0), np.float32)
+
+
+class Record(NamedTuple):
+    """One series: its name, the time of its first point, its values (T,), and what else is said of it.
+
+    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,); `filled` counts points without a row.
+    """
+
+    name: str
+    start: np.datetime64
+    target: np.ndarray
+    cat: Sequence[int] = ()
+    dynamic: np.ndarray = NONE
+    static: np.ndarray = np.zeros(0, np.float32)
+    filled: int = 0
+
+
+# SageMaker's form
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """Read a line with one JSON object; anything else is a `UserError` at `where`."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {shorten(line)}; expected one JSON object")
+    return entry
+
+
+def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
+    """Read a series as SageMaker's DeepAR takes it, `feat_static_real` as GluonTS does; see `dlref.data.series`."""
+    start = parse_start(entry.get("start"), f"{where}: start", frequency)
+    target = entry.get("target")
+    if not isinstance(target, list):
+        raise UserError(f"{where}: target: {shorten(target)}; expected a list of numbers")
+    target = [math.nan if value is None or value == "NaN" else value for value in target]
+    values = to_float32(target, where, "target[{}]".format)
+    known = _parse_cat(entry, where), _parse_dynamic(entry, where), _parse_static(entry, where)
+    return Record(where, start, values, *known)
+
+
+def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
+    cat = entry.get("cat")
+    if cat is None:  # as Parquet has it for a record without
+        return ()
+    cat = cat if isinstance(cat, list) else [cat]
+    for i, value in enumerate(cat):
+        if type(value) is not int or not 0 <= value < MAX_CATEGORIES:  # not isinstance: True is an int too
+            expected = f"a whole number from 0 to {MAX_CATEGORIES - 1}"
+            raise UserError(f"{where}: cat[{i}]: {shorten(value)}; expected {expected}")
+    return cat
+
+
+def _parse_dynamic(entry: dict[str, Any], where: str) -> np.ndarray:
+    features = entry.get("dynamic_feat")
+    features = [] if features is None else features
+    if not isinstance(features, list) or not all(isinstance(values, list) for values in features):
+        raise UserError(f"{where}: dynamic_feat: {shorten(features)}; expected a list of lists of numbers")
+    if not features:
+        return NONE
+    columns = []
+    for i, values in enumerate(features):
+        if len(values) != len(features[0]):
+            expected = f"{len(features[0])}, as dynamic_feat[0] has"
+            raise UserError(f"{where}: dynamic_feat[{i}]: {len(values)} values; expected {expected}")
+        columns.append(to_float32(values, where, f"dynamic_feat[{i}][{{}}]".format, missing=False))
+    return np.stack(columns, axis=1)
+
+
+def _parse_static(entry: dict[str, Any], where: str) -> np.ndarray:
+    static = entry.get("feat_static_real")
+    static = [] if static is None else static
+    if not isinstance(static, list):
+        raise UserError(f"{where}: feat_static_real: {shorten(static)}; expected a list of numbers")
+    return to_float32(static, where, "feat_static_real[{}]".format, missing=False)
+
+
+def to_float32(values: list, where: str, field: Callable[[int], str], missing: bool = True) -> np.ndarray:
+    """Check that these are numbers, or NaN if values may be missing; `field` names each."""
+    if set(map(type, values)) <= {int, float}:  # type, not isinstance: True is an int too
+        try:
+            array = np.array(values, np.float64)
+            if (np.abs(array) <= LARGEST).all() or (missing and not (np.abs(array) > LARGEST).any()):
+                return array.astype(np.float32)
+        except OverflowError:  # a whole number of hundreds of digits
+            pass
+    for i, value in enumerate(values):
+        if type(value) not in (int, float) or not (abs(value) <= LARGEST or (missing and value != value)):
+            expected = "a finite number of float32" + (" or a missing value" if missing else "")
+            raise UserError(f"{where}: {field(i)}: {shorten(value)}; expected {expected}")
+    raise AssertionError("one of the values was refused")
+
+
+# What a network is given
+
+
+def carried(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (P,) with NaN -> the last value of the same series before each NaN, 0 where there is none, and what was
+    there, bool (P,).
+
+    Series i is target[offsets[i]:offsets[i + 1]].
+    """
+    observed = ~np.isnan(target)
+    places = np.arange(len(target))
+    begin = np.repeat(offsets[:-1], np.diff(offsets))
+    last = np.maximum.accumulate(np.where(observed, places, -1))
+    return np.where(last >= begin, target[np.maximum(last, 0)], 0).astype(np.float32), observed
+
+
+def features_at(frequency: Frequency, record: Record, steps: np.ndarray) -> np.ndarray:
+    """What is known of the times `steps` (T,) after a series' start: float32 (T, F).
+
+    The places in the cycles of the calendar, the age, the static and the dynamic features. Steps are 0 or more.
+    """
+    calendar = frequency.features(frequency.times(record.start, steps))
+    age = np.log10(2.0 + steps)[:, None]  # GluonTS's
+    static = np.broadcast_to(record.static, (len(steps), len(record.static)))
+    dynamic = record.dynamic[steps] if record.dynamic.shape[1] else np.zeros((len(steps), 0))
+    return np.concatenate([calendar, age, static, dynamic], axis=1, dtype=np.float32)
+
+
+def lag_places(lags: Sequence[int], times: int) -> np.ndarray:
+    """Where the lagged values of the last `times` of a window lie in it, int64 (T, L).
+
+    The window has max(lags) more values before them.
+    """
+    return max(lags) + np.arange(times)[:, None] - np.asarray(lags)

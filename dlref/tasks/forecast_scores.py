@@ -1,0 +1,106 @@
+"""How good probabilistic forecasts are: sums that add up over batches and devices, counted without waiting for either.
+
+B windows, S sample paths, H times to forecast, Q quantile levels.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from dlref.runtime.runners.forecasting import LEVELS
+
+INTERVAL = 0.05  # of the values may lie outside the interval that MSIS judges
+
+
+class QuantileScores(Metric):
+    """Quantile loss, weighted by the values' size, and coverage; by level and time ahead.
+
+    Args:
+        horizon: H.
+    """
+
+    full_state_update = False
+
+    def __init__(self, horizon: int):
+        super().__init__()
+        self.register_buffer("levels", torch.tensor(LEVELS, dtype=torch.float64), persistent=False)
+        for name in ("pinball", "covered"):
+            self.add_state(name, torch.zeros(horizon, len(LEVELS), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("size", "points"):
+            self.add_state(name, torch.zeros(horizon, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self, quantiles: Float[Tensor, "B H Q"], target: Float[Tensor, "B H"], observed: Bool[Tensor, "B H"]
+    ) -> None:
+        """Add the points that are observed."""
+        above = (target[..., None] - quantiles).double()
+        loss = torch.maximum(self.levels * above, (self.levels - 1) * above)
+        self.pinball += loss.where(observed[..., None], 0).sum(0)
+        self.covered += ((above <= 0) & observed[..., None]).sum(0)
+        self.size += target.double().abs().where(observed, 0).sum(0)
+        self.points += observed.sum(0)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`wql`: mean over the levels of twice the loss over the sum of |values|; `nd`: that of the median alone."""
+        by_level = 2 * self.pinball.sum(0) / self.size.sum()
+        return {"wql": by_level.mean(), "nd": by_level[len(LEVELS) // 2]}
+
+    def coverage(self) -> Float[Tensor, "Q"]:
+        """The share of values at or below each quantile."""
+        return self.covered.sum(0) / self.points.sum()
+
+    def by_time(self) -> Float[Tensor, "H"]:
+        """`wql` of each time ahead."""
+        return 2 * self.pinball.mean(1) / self.size
+
+
+class SampleScores(QuantileScores):
+    """Of sample paths: beside their quantiles' the root mean squared error of the mean, MSIS and CRPS."""
+
+    def __init__(self, horizon: int):
+        super().__init__(horizon)
+        for name in ("squared", "crps", "msis", "windows"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        paths: Float[Tensor, "B S H"],
+        target: Float[Tensor, "B H"],
+        observed: Bool[Tensor, "B H"],
+        seasonal_error: Float[Tensor, "B"],
+    ) -> None:
+        """Add the points that are observed. A window without a seasonal error, or without points, has no MSIS."""
+        super().update(quantiles_of(paths), target, observed)
+        paths, values = paths.double(), target.double()
+        self.squared += (paths.mean(1) - values).square().where(observed, 0).sum()
+        self.crps += crps(paths, values).where(observed, 0).sum()
+        low, high = torch.quantile(paths, torch.tensor([INTERVAL / 2, 1 - INTERVAL / 2]).to(paths), dim=1)
+        outside = (low - values).clamp(min=0) + (values - high).clamp(min=0)
+        points = observed.sum(1)
+        score = (high - low + 2 / INTERVAL * outside).where(observed, 0).sum(1) / points / seasonal_error
+        judged = (points > 0) & (seasonal_error > 0)
+        self.msis += score.where(judged, 0).sum()
+        self.windows += judged.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """`wql` and `nd`; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4."""
+        return {
+            **super().compute(),
+            "rmse": (self.squared / self.points.sum()).sqrt(),
+            "crps": self.crps / self.size.sum(),
+            "msis": self.msis / self.windows,
+        }
+
+
+def quantiles_of(paths: Float[Tensor, "B S H"]) -> Float[Tensor, "B H Q"]:
+    """The quantiles at LEVELS, linear between the samples around them, as numpy's are."""
+    return torch.quantile(paths, torch.tensor(LEVELS).to(paths), dim=1).permute(1, 2, 0)
+
+
+def crps(paths: Float[Tensor, "B S H"], target: Float[Tensor, "B H"]) -> Float[Tensor, "B H"]:
+    """E|X - y| - E|X - X'| / 2 of the samples' distribution (T. Gneiting and A. E. Raftery, 2007, equation 21)."""
+    samples = paths.shape[1]
+    rank = 2 * torch.arange(1, samples + 1, device=paths.device) - samples - 1
+    spread = (rank[:, None] * paths.sort(dim=1).values).sum(1) / samples**2
+    return (paths - target[:, None]).abs().mean(1) - spread

@@ -1,0 +1,334 @@
+"""Forecasting: the distribution of what comes next in many series, by a recurrent network that answers its parameters.
+
+Legend of shapes: B windows, T times of context, H times to forecast, L lags, F features, G categories, S sample paths,
+P parameters of the distribution, U uniform numbers of a draw, Y layers of the state, D cells, Q quantile levels.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dlref.runtime import UserError
+from dlref.runtime.calendar import Frequency
+from dlref.runtime.runners.forecasting import LEVELS, SAMPLES, Past, Runner, prediction
+from dlref.runtime.series import lag_places
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.distributions import Distribution
+from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+SMALLEST_SCALE = 1e-10  # a context of smaller values, or of none, has the scale 1
+SHOWN = 8  # series in the figure of forecasts
+EXAMPLES = 2  # series of the example inputs
+
+
+class Forecaster(Task):
+    """Negative log-likelihood of the observed points (Salinas et al. 2017, equation 2), and forecasts by sampling.
+
+    The network answers parameters (B, T, P) and a state, as `DeepAR` does. A batch is a window (values, observed,
+    features, categories) of history, context and prediction; in training the network sees context and prediction in one
+    call.
+
+    Args:
+        distribution: of the values, given the network's answer.
+        longest_lag: leave out the frequency's lags beyond so many steps, which short series rarely have.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = (
+        "frequency",
+        "context_length",
+        "prediction_length",
+        "cardinality",
+        "dynamic_features",
+        "static_features",
+    )
+    metric = "wql"
+
+    def __init__(self, distribution: Distribution, longest_lag: int | None = None, **task):
+        super().__init__(**task)
+        self.distribution, self.longest_lag = distribution, longest_lag
+
+    def check(self) -> None:
+        """One window of zeros through the network: one of other sizes would not train, or on other series."""
+        frequency, cardinality = Frequency.parse(self.known["frequency"]), self.known["cardinality"]
+        features = len(frequency.cycles) + 1 + self.known["static_features"] + self.known["dynamic_features"]
+        lags, parameters = len(self.lags), self.distribution.parameters
+        if not lags:
+            raise UserError(f"longest_lag: {self.longest_lag}; expected at least 1")
+        expected = (
+            f"expected model.init_args.network.init_args of lags: {lags}, features: {features}, "
+            f"cardinality: {cardinality}, parameters: {parameters}"
+        )
+        zeros = torch.zeros(1, 1, max(lags, features), device=self.device)
+        largest = torch.tensor([cardinality], device=self.device).reshape(1, -1).long() - 1
+        try:
+            with torch.no_grad():
+                answer, _ = self.network(zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"network refuses a window of this data ({one_line(error)}); {expected}") from error
+        if answer.shape[-1] != parameters:
+            raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")
+
+    def setup(self, stage: str) -> None:
+        """Once the series are known, what counts over them."""
+        super().setup(stage)
+        if stage == "fit" and not self.distribution.supports(self.trainer.datamodule.values):
+            name = type(self.distribution).__name__
+            raise UserError(f"target: values that {name} gives no likelihood; expected {self.distribution.support}")
+        horizon = self.known["prediction_length"]
+        self.val_scores, self.test_scores = (SampleScores(horizon) for _ in range(2))
+        self.baselines = nn.ModuleDict({name: QuantileScores(horizon) for name in (*BASELINES, "oracle")})
+
+    # Windows
+
+    @property
+    def lags(self) -> list[int]:
+        """Steps back that the network sees."""
+        lags = Frequency.parse(self.known["frequency"]).lags
+        return [lag for lag in lags if self.longest_lag is None or lag <= self.longest_lag]
+
+    def forward(self, window) -> tuple[Tensor, ...]:
+        """A window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
+        context, times = self.known["context_length"], self.known["context_length"] + self.known["prediction_length"]
+        values, observed = window.values[:, -times:], window.observed[:, -times:]
+        scale = scale_of(values[:, :context], observed[:, :context])[:, None]
+        history = window.values[:, -times - max(self.lags) :] / scale
+        places = torch.from_numpy(lag_places(self.lags, times)).to(history.device, non_blocking=True)
+        features = window.features[:, -times:]
+        raw, _ = self.network(history[:, places], features, window.categories, scale[:, 0])
+        return self.distribution.domain(raw.float(), scale.expand(-1, times))
+
+    def loss(self, window) -> Tensor:
+        """Negative log-likelihood of an observed point, on average over context and prediction."""
+        parameters = self(window)
+        times = parameters[0].shape[1]
+        values, observed = window.values[:, -times:], window.observed[:, -times:]
+        likelihood = self.distribution.log_prob(values, parameters).where(observed, 0)
+        return -likelihood.sum() / observed.sum().clamp(min=1)
+
+    def past(self, window) -> Past:
+        """What a runner knows of windows: no value that it is to forecast."""
+        context, horizon = self.known["context_length"], self.known["prediction_length"]
+        values, observed = window.values[:, :-horizon], window.observed[:, :-horizon]
+        parts = values[:, -max(self.lags) - context :], observed[:, -context:], window.features[:, -context - horizon :]
+        return Past(*(part.cpu().numpy() for part in (*parts, window.categories)))
+
+    def paths(self, window) -> Float[Tensor, "B S H"]:
+        """Sample paths, drawn by the runner that a device uses."""
+        served = self.deployable(window)
+        return torch.from_numpy(Runner(served.graphs, served.metadata).paths(self.past(window))).to(self.device)
+
+    # Lightning's steps
+
+    def training_step(self, batch, batch_index: int) -> Tensor:
+        """Negative log-likelihood."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, batch_index: int) -> None:
+        """Negative log-likelihood, and how good forecasts are."""
+        self.log("val/loss", self.loss(batch), batch_size=len(batch.values), sync_dist=True)
+        self.val_scores.update(self.paths(batch), *self.outcome(batch), batch.seasonal_error)
+
+    def on_validation_epoch_end(self) -> None:
+        """Weighted quantile loss and the others."""
+        values = self.val_scores.compute()
+        self.log_dict({f"val/{name}": values[name] for name in ("wql", "nd")}, prog_bar=True)
+        self.val_scores.reset()
+
+    def on_test_start(self) -> None:
+        """Nothing seen yet."""
+        self.forecasts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def test_step(self, batch, batch_index: int) -> None:
+        """Every score, beside the baselines; some forecasts from all over the split for the figure."""
+        self.log("test/loss", self.loss(batch), batch_size=len(batch.values), sync_dist=True)
+        paths, (target, observed) = self.paths(batch), self.outcome(batch)
+        self.test_scores.update(paths, target, observed, batch.seasonal_error)
+        horizon = self.known["prediction_length"]
+        for name, baseline in BASELINES.items():
+            forecast = baseline(batch.values[:, :-horizon], horizon, Frequency.parse(self.known["frequency"]).season)
+            self.baselines[name].update(forecast[..., None].expand(*forecast.shape, len(LEVELS)), target, observed)
+        if batch.truth is not None:
+            self.baselines["oracle"].update(batch.truth, target, observed)
+        batches = self.trainer.num_test_batches[0]
+        if batch_index in {i * batches // SHOWN for i in range(SHOWN)}:
+            shown = self.known["context_length"] + horizon
+            for i in range(min(len(target), -(-SHOWN // batches), SHOWN - len(self.forecasts))):
+                row = i * len(target) // min(len(target), -(-SHOWN // batches))
+                past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
+                after = target[row].where(observed[row], torch.nan)
+                self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))
+
+    def on_test_epoch_end(self) -> None:
+        """Numbers go to the log; the rest is for the figures alone."""
+        values = dict(self.test_scores.compute())
+        coverage = self.test_scores.coverage()
+        values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
+        by_time = {"this model": self.test_scores.by_time().cpu()}
+        for name, scores in self.baselines.items():
+            if scores.points.any():
+                values |= {f"{name}_{key}": value for key, value in scores.compute().items()}
+                by_time[name.replace("_", " ")] = scores.by_time().cpu()
+            scores.reset()
+        self.log_dict({f"test/{name}": value.float() for name, value in values.items() if value.isfinite()})
+        self.calibration, self.by_time = coverage.cpu(), by_time
+        self.test_scores.reset()
+
+    def predict_step(self, batch, batch_index: int) -> list[dict]:
+        """The answers that the bundle's runner gives."""
+        return [prediction(paths) for paths in self.paths(batch).cpu().numpy()]
+
+    def outcome(self, window) -> tuple[Float[Tensor, "B H"], Bool[Tensor, "B H"]]:
+        """What came, and which of it is observed."""
+        horizon = self.known["prediction_length"]
+        return window.values[:, -horizon:], window.observed[:, -horizon:]
+
+    # The contract with the export step
+
+    def deployable(self, batch) -> Deployable:
+        """`encode` reads the context; `step` draws one time of all paths, from noise that it is given."""
+        context, uniforms = self.known["context_length"], self.distribution.uniforms
+        past = Past(*(torch.from_numpy(part[:EXAMPLES]) for part in self.past(batch)))
+        encode, step = _Encode(self.network), _Step(self.network, self.distribution)
+        lagged = past.values[:, lag_places(self.lags, context)]
+        known = {
+            "target": past.values[:, -context:],
+            "observed": past.observed,
+            "lagged": lagged,
+            "features": past.features[:, :context],
+            "categories": past.categories,
+        }
+        axes = {"target": {0: "batch", 1: "context"}}
+        axes |= dict.fromkeys(("observed", "lagged", "features"), axes["target"]) | {"categories": {0: "batch"}}
+        sizes = {"batch": (1, 2, 7), "context": (context, context + 5, max(1, context // 2))}
+        first = Graph(encode, known, ["scale", "state"], axes, sizes)
+        encoded = first(**{name: tensor.numpy() for name, tensor in known.items()})
+        scale, state = torch.from_numpy(encoded["scale"]), torch.from_numpy(encoded["state"])
+        paths = {0: "batch", 1: "sample"}
+        second = Graph(
+            step,
+            {
+                "lagged": (lagged[:, -1:] / scale[:, None, None]).repeat(1, SAMPLES, 1),
+                "features": past.features[:, context],
+                "categories": past.categories,
+                "scale": scale,
+                "state": state[:, :, None].repeat(1, 1, SAMPLES, 1),
+                "noise": torch.rand(len(scale), SAMPLES, uniforms, generator=torch.Generator().manual_seed(0)),
+            },
+            ["value", "next_state"],
+            {
+                "lagged": paths,
+                "features": {0: "batch"},
+                "categories": {0: "batch"},
+                "scale": {0: "batch"},
+                "state": {1: "batch", 2: "sample"},
+                "noise": paths,
+            },
+            {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
+            tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
+            jumping=() if self.distribution.smooth else ("value",),
+        )
+        metadata = {
+            **{name: self.known[name] for name in self.facts},
+            "lags": self.lags,
+            "uniforms": uniforms,
+            "whole_numbers": self.distribution.whole_numbers,
+        }
+        return Deployable("forecasting", {"encode": first, "step": second}, metadata)
+
+    def evaluate(self, runner: Runner, batches: Iterable) -> float:
+        """Weighted quantile loss of a runner's paths over `batches`."""
+        scores = QuantileScores(self.known["prediction_length"])
+        for window in batches:
+            paths = torch.from_numpy(runner.paths(self.past(window)))
+            scores.update(quantiles_of(paths), *self.outcome(window))
+        return scores.compute()[self.metric].item()
+
+    def lost(self, reference: float, score: float) -> float:
+        """Hundredths of the reference, for the metric has no bound."""
+        return 100 * (score / reference - 1)
+
+    def draw(self, folder: Path) -> None:
+        """Forecasts over history, nominal against observed coverage, and the loss by time ahead."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        figures.forecasts(folder / "forecasts.png", self.forecasts)
+        figures.calibration(folder / "calibration.png", LEVELS, self.calibration)
+        figures.by_time(folder / "by_time.png", self.by_time)
+
+
+class _Encode(nn.Module):
+    """The graph that reads the context: what sampling starts from."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        target: Float[Tensor, "B T"],
+        observed: Bool[Tensor, "B T"],
+        lagged: Float[Tensor, "B T L"],
+        features: Float[Tensor, "B T F"],
+        categories: Int[Tensor, "B G"],
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "Y B D"]]:
+        scale = scale_of(target, observed)
+        _, state = self.network(lagged / scale[:, None, None], features, categories, scale)
+        return scale, state.float()
+
+
+class _Step(nn.Module):
+    """The graph that draws a value of each path, given those before it; values are divided by the scale."""
+
+    def __init__(self, network: nn.Module, distribution: Distribution):
+        super().__init__()
+        self.network, self.distribution = network, distribution
+
+    def forward(
+        self,
+        lagged: Float[Tensor, "B S L"],
+        features: Float[Tensor, "B F"],
+        categories: Int[Tensor, "B G"],
+        scale: Float[Tensor, "B"],
+        state: Float[Tensor, "Y B S D"],
+        noise: Float[Tensor, "B S U"],
+    ) -> tuple[Float[Tensor, "B S"], Float[Tensor, "Y B S D"]]:
+        batch, samples = lagged.shape[:2]
+
+        def rows(known: Tensor) -> Tensor:
+            """Of each series -> of each of its paths."""
+            return known[:, None].expand(batch, samples, *known.shape[1:]).flatten(0, 1)
+
+        scales = scale[:, None].expand(batch, samples)
+        lagged, features, state = lagged.flatten(0, 1)[:, None], rows(features)[:, None], state.flatten(1, 2)
+        raw, after = self.network(lagged, features, rows(categories), scales.flatten(), state)
+        parameters = self.distribution.domain(raw[:, 0].float().unflatten(0, (batch, samples)), scales)
+        value = self.distribution.sample(parameters, noise) / scales
+        return value, after.float().unflatten(1, (batch, samples))
+
+
+def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    """Mean absolute value of what is observed of the context (section 3.3); 1 where that is nothing, or zeros."""
+    mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
+    return mean.where(mean > SMALLEST_SCALE, 1)
+
+
+def seasonal_naive(values: Float[Tensor, "B T"], horizon: int, season: int) -> Float[Tensor, "B H"]:
+    """Each time as a season before, or the last season that is known."""
+    last = values[:, -season:]
+    return last[:, torch.arange(horizon, device=values.device) % season]
+
+
+def last_value(values: Float[Tensor, "B T"], horizon: int, season: int) -> Float[Tensor, "B H"]:
+    """Each time as the last one known."""
+    return values[:, -1:].expand(-1, horizon)
+
+
+BASELINES = {"seasonal_naive": seasonal_naive, "last_value": last_value}

@@ -1,0 +1,618 @@
+"""Forecasting: windows, scales and masks whose answers can be read off, scores, sampling at the edge, data modules."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from scipy import integrate
+from sklearn.metrics import mean_pinball_loss
+from test_detection import fit
+from test_tasks import sgd
+from torch import nn
+
+from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
+from dlref.data.windows import Draws, Window
+from dlref.export.graph import example_at, write_onnx
+from dlref.export.targets import TARGETS
+from dlref.models import DeepAR
+from dlref.runtime import UserError, make_runner
+from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.calendar import Frequency
+from dlref.runtime.runners.forecasting import LEVELS
+from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
+from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
+from dlref.tasks.forecasting import last_value, scale_of, seasonal_naive
+
+H = Frequency.parse("H")
+LONGEST = max(H.lags)
+START = "2024-01-01 00:00:00"
+
+
+def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6, horizon=4, cell="lstm", **task):
+    """A small one that knows hourly series."""
+    distribution = distribution or StudentT()
+    features = len(H.cycles) + 1 + dynamic + static
+    sizes = {"lags": len(H.lags), "features": features, "parameters": distribution.parameters}
+    network = DeepAR(**sizes, cardinality=list(cardinality), cell=cell, num_cells=8)
+    task = Forecaster(distribution, **{"network": network, "optimizer": sgd} | task)
+    facts = (str(H), context, horizon, list(cardinality), dynamic, static)
+    task.remember(dict(zip(Forecaster.facts, facts, strict=True)))
+    return task.eval()
+
+
+def window_of(values, observed=None, features=5, categories=0, context=6, horizon=4):
+    """Values (B, context + horizon), and longer histories of ones before them."""
+    values = torch.as_tensor(values, dtype=torch.float32)
+    history = torch.ones(len(values), LONGEST)
+    observed = torch.ones_like(values, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
+    return Window(
+        torch.cat([history, values], 1),
+        torch.cat([history.bool(), observed], 1),
+        torch.rand(len(values), LONGEST + values.shape[1], features),
+        torch.zeros(len(values), categories, dtype=torch.long),
+        torch.ones(len(values)),
+    )
+
+
+def data(**changes):
+    """Twelve days of six series."""
+    sizes = {"count": 6, "length": 400, "frequency": "H", "prediction_length": 4, "context_length": 6}
+    return SyntheticSeries(**{**sizes, "batch_size": 8, "batches": 3} | changes)
+
+
+# What a network is given
+
+
+class Recorder(nn.Module):
+    """A network that keeps what it is given and answers zeros."""
+
+    def forward(self, lagged, features, categories, scale, state=None):
+        self.lagged, self.scale = lagged, scale
+        return torch.zeros(*lagged.shape[:2], 3), torch.zeros(2, len(lagged), 1)
+
+
+def test_lags_of_increasing_integers_are_that_much_less():
+    task = forecaster(network=Recorder())
+    counting = torch.arange(1.0, LONGEST + 11)[None]
+    task(window_of(torch.ones(1, 10))._replace(values=counting))
+    found = task.network.lagged[0] * task.network.scale
+    now = counting[0, -10:, None]
+    torch.testing.assert_close(now - found, torch.tensor(H.lags).float().expand(10, -1), rtol=1e-4, atol=1e-2)
+
+
+def test_the_scale_is_the_mean_of_what_is_observed_of_the_context():
+    target = torch.tensor([[2.0, -4.0, 99.0], [0.0, 0.0, 0.0], [7.0, 7.0, 7.0]])
+    observed = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    assert scale_of(target, observed).tolist() == [3, 1, 1]
+
+
+def test_the_future_has_no_part_in_the_scale_and_none_in_a_forecast():
+    task = forecaster(network=Recorder())
+    one, other = window_of(torch.ones(1, 10)), window_of(torch.tensor([[1.0] * 6 + [1e6] * 4]))
+    task(one)
+    scale = task.network.scale
+    task(other)
+    assert torch.equal(scale, task.network.scale)
+    task = forecaster()
+    other = other._replace(features=one.features)
+    assert torch.equal(task.paths(one), task.paths(other))
+
+
+def test_missing_values_have_no_part_in_the_loss():
+    task = forecaster()
+    observed = [[True] * 8 + [False, True]]
+    window = window_of(torch.rand(1, 10), observed)
+    loss = task.loss(window)
+    parameters = tuple(parameter.detach() for parameter in task(window))
+    likelihood = task.distribution.log_prob(window.values[:, -10:], parameters)
+    expected = -likelihood[torch.tensor(observed)].mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert task.loss(window_of(torch.rand(1, 10), [[False] * 10])) == 0
+
+
+def test_a_cold_start_has_a_finite_loss_and_forecast():
+    """Of a series with a single point, and of one with only zeros."""
+    task = forecaster()
+    values = torch.zeros(2, LONGEST + 10)
+    values[0, -5] = 3.0
+    observed = torch.zeros_like(values, dtype=torch.bool)
+    observed[0, -5], observed[1] = True, True
+    window = window_of(torch.zeros(2, 10))._replace(values=values, observed=observed)
+    loss = task.loss(window)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in task.network.parameters())
+    assert task.paths(window).isfinite().all()
+
+
+def test_one_call_of_the_recurrent_layers_trains_context_and_prediction(monkeypatch):
+    task, calls = forecaster(), []
+    forward = task.network.rnn.forward
+    monkeypatch.setattr(task.network.rnn, "forward", lambda *given: calls.append(given) or forward(*given))
+    task.loss(window_of(torch.rand(3, 10)))
+    assert [given[0].shape[:2] for given in calls] == [(3, 10)]
+
+
+# Baselines and scores
+
+
+def test_baselines_are_read_off():
+    values = torch.arange(1.0, 9)[None]
+    assert seasonal_naive(values, 5, 3).tolist() == [[6, 7, 8, 6, 7]]
+    assert last_value(values, 3, 3).tolist() == [[8, 8, 8]]
+
+
+def test_quantile_scores_are_scikit_learn_s():
+    target, paths = torch.randn(5, 4) * 10, torch.randn(5, 50, 4) * 10
+    observed = torch.rand(5, 4) > 0.3
+    scores = SampleScores(4)
+    scores.update(paths[:2], target[:2], observed[:2], torch.ones(2))
+    scores.update(paths[2:], target[2:], observed[2:], torch.ones(3))
+    known = target[observed].numpy()
+    losses = []
+    for level in LEVELS:
+        forecast = np.quantile(paths.numpy(), level, axis=1)[observed.numpy()]
+        losses.append(2 * mean_pinball_loss(known, forecast, alpha=level) * len(known) / np.abs(known).sum())
+    values = scores.compute()
+    assert values["wql"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert values["nd"].item() == pytest.approx(losses[4], rel=1e-5)
+    mean = paths.mean(1)[observed].numpy()
+    assert values["rmse"].item() == pytest.approx(np.sqrt(np.mean((mean - known) ** 2)), rel=1e-5)
+    below = [(known <= np.quantile(paths.numpy(), q, axis=1)[observed.numpy()]).mean() for q in LEVELS]
+    np.testing.assert_allclose(scores.coverage(), below)
+
+
+def test_crps_is_the_integral_of_squared_differences_of_distributions():
+    paths, value = torch.randn(1, 7, 1), torch.tensor([[0.3]])
+    points = np.sort(paths.numpy().ravel())
+
+    def squared(x):
+        return ((points <= x).mean() - (x >= 0.3)) ** 2
+
+    expected, _ = integrate.quad(squared, -10, 10, points=[*points, 0.3], limit=200)
+    assert crps(paths, value).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_msis_is_m4_s_and_leaves_out_series_without_seasonal_error():
+    """An interval from 2.5 to 97.5 that one of two values leaves by 2.5: (95 + 2.5 · 40) / 2 + 95 / 2."""
+    paths = torch.arange(101.0)[None, :, None].expand(2, 101, 2)
+    scores = SampleScores(2)
+    target = torch.tensor([[50.0, 100.0], [1e6, 1e6]])
+    scores.update(paths, target, torch.ones(2, 2, dtype=torch.bool), torch.tensor([5.0, 0.0]))
+    assert scores.compute()["msis"].item() == pytest.approx((95 + (95 + 40 * 2.5)) / 2 / 5)
+
+
+def test_a_point_forecast_at_all_levels_loses_its_absolute_error():
+    target, observed = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    scores = QuantileScores(2)
+    scores.update(torch.tensor([[2.0, 3.0]])[..., None].expand(1, 2, 9), target, observed)
+    assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
+
+
+# Graphs and the runner
+
+
+CASES = [
+    *[(distribution, "lstm") for distribution in (StudentT, Gaussian, NegativeBinomial, Beta, Deterministic)],
+    (StudentT, "gru"),
+    (NegativeBinomial, "gru"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def exported(request, tmp_path_factory):
+    """A task, a window of two series with categories and features, and the runner over its graphs as a device has."""
+    torch.manual_seed(0)
+    distribution, cell = request.param
+    task = forecaster(distribution(), (5, 3), dynamic=1, static=1, cell=cell)
+    window = window_of(torch.rand(2, 10), features=7, categories=2)
+    served = task.deployable(window)
+    folder = tmp_path_factory.mktemp("graphs")
+    graphs = {}
+    for name, graph in served.graphs.items():
+        write_onnx(graph, folder / f"{name}.onnx", TARGETS["cpu"])
+        graphs[name] = OnnxGraph(folder / f"{name}.onnx", "CPUExecutionProvider")
+    return task, window, served, make_runner("forecasting", graphs, served.metadata)
+
+
+def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported):
+    task, window, _, runner = exported
+    by_pytorch, by_bundle = task.paths(window).numpy(), runner.paths(task.past(window))
+    assert by_pytorch.shape == (2, 100, 4)
+    np.testing.assert_allclose(by_bundle, by_pytorch, rtol=1e-4, atol=1e-4)
+    if not isinstance(task.distribution, Deterministic):
+        assert by_pytorch[:, :, -1].std(1).min() > 0
+
+
+def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
+    _, _, served, runner = exported
+    for name, sizes in (("encode", {"batch": 5, "context": 17}), ("encode", {"batch": 1, "context": 1})):
+        inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs[name], sizes).items()}
+        expected = served.graphs[name](**inputs)
+        for key, array in runner.encode(**inputs).items():
+            np.testing.assert_allclose(array, expected[key], rtol=1e-5, atol=1e-5)
+    for sizes in ({"batch": 3, "sample": 11}, {"batch": 1, "sample": 1}):
+        inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs["step"], sizes).items()}
+        expected = served.graphs["step"](**inputs)
+        for key, array in runner.step(**inputs).items():
+            np.testing.assert_allclose(array, expected[key], rtol=1e-4, atol=1e-4)
+
+
+def test_step_by_step_is_the_network_all_at_once():
+    """With the values that were drawn as lags, the states of training's one call are those of sampling."""
+    task = forecaster(Deterministic())
+    window = window_of(torch.rand(2, 10))
+    paths = task.paths(window)[:, 0]
+    filled = window._replace(values=torch.cat([window.values[:, :-4], paths], 1))
+    value, _ = task(filled)
+    torch.testing.assert_close(value[:, -4:], paths, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    torch.manual_seed(0)
+    task = forecaster(cardinality=(5,), dynamic=1)
+    served = task.deployable(window_of(torch.rand(2, 10), features=6, categories=1))
+    return make_runner("forecasting", served.graphs, served.metadata)
+
+
+def instance(points=30, **changes):
+    """A series that the runner takes."""
+    values = [float(i % 7) for i in range(points)]
+    return {"start": START, "target": values, "cat": [2], "dynamic_feat": [[0.5] * (points + 4)]} | changes
+
+
+def test_sagemaker_s_request_gets_sagemaker_s_answer(runner):
+    configuration = {"num_samples": 50, "output_types": ["mean", "quantiles", "samples"], "quantiles": ["0.1", "0.50"]}
+    answer = runner({"instances": [instance(), instance(9)], "configuration": configuration})
+    assert [set(one) for one in answer["predictions"]] == [{"mean", "quantiles", "samples"}] * 2
+    first = answer["predictions"][0]
+    paths = np.array(first["samples"])
+    assert paths.shape == (50, 4)
+    np.testing.assert_allclose(first["mean"], paths.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(first["quantiles"]["0.50"], np.median(paths, 0), rtol=1e-5)
+    assert list(first["quantiles"]) == ["0.1", "0.50"]
+    json.dumps(answer)
+
+
+def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner):
+    plain = runner(instance())
+    arrays = runner(instance(target=np.array(instance()["target"]), dynamic_feat=np.full((1, 34), 0.5)))
+    among = runner([instance(8), instance(), instance(50)])[1]
+    assert set(plain) == {"mean", "quantiles"}
+    assert list(plain["quantiles"]) == [str(level) for level in LEVELS]
+    assert plain == arrays
+    np.testing.assert_allclose(among["mean"], plain["mean"], rtol=1e-5)
+    np.testing.assert_allclose(*(list(answer["quantiles"].values()) for answer in (among, plain)), rtol=1e-4)
+
+
+def test_null_and_nan_are_missing_and_are_filled(runner):
+    target = instance()["target"]
+    target[3] = None
+    nan = [*target[:3], "NaN", *target[4:]]
+    filled = [*target[:3], target[2], *target[4:]]
+    assert runner(instance(target=target)) == runner(instance(target=nan)) == runner(instance(target=filled))
+
+
+def test_files_hold_a_request_a_series_or_one_on_each_line(runner, tmp_path):
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, (instance(), instance(12)))) + "\n")
+    (tmp_path / "one.json").write_text(json.dumps(instance(), indent=1))
+    (tmp_path / "request.json").write_text(json.dumps({"instances": [instance()]}))
+    lines = list(runner.inputs(str(tmp_path / "lines.jsonl")))
+    assert [name for name, _ in lines] == [f"{tmp_path}/lines.jsonl:1", f"{tmp_path}/lines.jsonl:2"]
+    (one,), (request,) = (list(runner.inputs(str(tmp_path / name))) for name in ("one.json", "request.json"))
+    assert (
+        runner(lines[0][1]) == runner(one[1]) == runner(request[1])["predictions"][0] == runner(tmp_path / "one.json")
+    )
+
+
+BAD_REQUESTS = [
+    ("[]", "'[]'; expected one JSON object"),
+    ("{", "expected one JSON object"),
+    ("", "expected one JSON object"),
+    ('{"instances": 3}', "instances: expected a list"),
+    ('{"instances": []}', "instances: expected a list"),
+    ('{"instances": [3]}', "instances[0]: int; expected a series"),
+    ({"instances": [instance(), instance(start="2024")]}, "instances[1]: start: '2024'; expected YYYY-MM-DD"),
+    (instance(start=None), "start: None"),
+    (instance(start="2024-01-01T00:00:00Z"), "without a time zone"),
+    (instance(start="2024-02-30"), "start: '2024-02-30'"),
+    (instance(target=None), "target: None; expected a list of numbers"),
+    (instance(target="1,2"), "target: '1,2'"),
+    (instance(target=[1.0, "two"] + [0.0] * 28), "target[1]: 'two'"),
+    (instance(target=[1.0, True] + [0.0] * 28), "target[1]: True"),
+    (instance(target=[1.0, 1e300] + [0.0] * 28), "target[1]: 1e+300"),
+    (instance(target=[1.0, [2.0]] + [0.0] * 28), "target[1]: [2.0]"),
+    (instance(target=[None] * 30), "target: 30 values, all missing"),
+    (instance(target=[], dynamic_feat=[[0.5] * 4]), "target: 0 values, all missing"),
+    (instance(cat=[5]), "cat[0]: 5; expected 0 to 4"),
+    (instance(cat=[-1]), "cat[0]: -1"),
+    (instance(cat=[1.0]), "cat[0]: 1.0"),
+    (instance(cat=["a"]), "cat[0]: 'a'"),
+    (instance(cat=[1, 1]), "cat: 2 of them; expected 1"),
+    (instance(cat=None), "cat: 0 of them; expected 1"),
+    (instance(dynamic_feat=None), "dynamic_feat: 0 of them; expected 1"),
+    (instance(dynamic_feat=[[0.5] * 30]), "dynamic_feat: 30 values; expected 34"),
+    (instance(dynamic_feat=[[0.5] * 34] * 2), "dynamic_feat: 2 of them; expected 1"),
+    (instance(dynamic_feat=[[0.5] * 33 + [None]]), "dynamic_feat[0][33]: None"),
+    (instance(dynamic_feat=[[0.5] * 33 + ["NaN"]]), "dynamic_feat[0][33]: 'NaN'"),
+    (instance(dynamic_feat=[0.5] * 34), "dynamic_feat: ["),
+    (instance(dynamic_feat={"a": 1}), "dynamic_feat: {'a': 1}"),
+    (instance(feat_static_real=[1.0]), "feat_static_real: 1 of them; expected 0"),
+    (instance(feat_static_real="a"), "feat_static_real: 'a'"),
+    ({"instances": [instance()], "configuration": []}, "configuration: []"),
+    ({"instances": [instance()], "configuration": {"num_samples": 0}}, "num_samples: 0"),
+    ({"instances": [instance()], "configuration": {"num_samples": 10**9}}, "num_samples: 1000000000"),
+    ({"instances": [instance()], "configuration": {"num_samples": "100"}}, "num_samples: '100'"),
+    ({"instances": [instance()], "configuration": {"num_samples": True}}, "num_samples: True"),
+    ({"instances": [instance()], "configuration": {"output_types": "mean"}}, "output_types: 'mean'"),
+    ({"instances": [instance()], "configuration": {"output_types": ["median"]}}, "output_types: ['median']"),
+    ({"instances": [instance()], "configuration": {"output_types": [["mean"]]}}, "output_types: [['mean']]"),
+    ({"instances": [instance()], "configuration": {"output_types": []}}, "output_types: []"),
+    ({"instances": [instance()], "configuration": {"quantiles": ["a"]}}, "quantiles: ['a']"),
+    ({"instances": [instance()], "configuration": {"quantiles": ["1"]}}, "quantiles: ['1']"),
+    ({"instances": [instance()], "configuration": {"quantiles": ["nan"]}}, "quantiles: ['nan']"),
+    ({"instances": [instance()], "configuration": {"quantiles": []}}, "quantiles: []"),
+    ({"instances": [instance()], "configuration": {"quantiles": 0.5}}, "quantiles: 0.5"),
+]
+
+
+@pytest.mark.parametrize(("content", "complaint"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_broken_requests_are_one_line_with_what_was_expected(runner, tmp_path, content, complaint):
+    path = tmp_path / "request.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    (answer,) = runner.stream(source for _, source in runner.inputs(str(path)))
+    assert isinstance(answer, UserError)
+    assert complaint in str(answer)
+    assert "; expected" in str(answer) or ": expected" in str(answer)
+    assert str(answer).startswith(f"{path}: ")
+    assert len(str(answer).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x1f\x8b broken"])
+def test_files_that_are_no_text(runner, tmp_path, content):
+    path = tmp_path / ("a.json.gz" if content[0] == 0x1F else "a.json")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"unreadable .*; expected JSON in UTF-8"):
+        list(runner.inputs(str(path)))
+    with pytest.raises(UserError, match="unreadable"):
+        list(runner.inputs(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lags": []}, {"lags": [0]}, {"lags": ["1"]}, {"context_length": 0}, {"frequency": 1}, {"cardinality": None}],
+    ids=str,
+)
+def test_metadata_of_another_kind_are_refused(runner, changes):
+    with pytest.raises(UserError, match="not forecasting"):
+        make_runner("forecasting", {"encode": runner.encode, "step": runner.step}, runner.metadata | changes)
+    with pytest.raises(UserError, match="not forecasting"):
+        make_runner("forecasting", {"step": runner.step}, runner.metadata)
+
+
+# Data modules
+
+
+def ends_of(module, split):
+    """For each series where the windows of a split end."""
+    windows = module.splits[split]
+    item, end = windows.ends(torch.arange(len(windows)))
+    return [end[item == i].tolist() for i in range(len(windows.count))]
+
+
+def test_windows_of_the_splits_follow_each_other():
+    module = data(count=2, val_windows=2, test_windows=3)
+    module.setup()
+    assert ends_of(module, "test") == [[392, 396, 400]] * 2
+    assert ends_of(module, "val") == [[384, 388]] * 2
+    assert ends_of(module, "train") == [list(range(5, 381))] * 2
+    assert ends_of(module, "predict") == [[404]] * 2
+    batch = next(iter(module.test_dataloader()))
+    points = module.splits["test"].store
+    torch.testing.assert_close(batch.values[2, -4:], points.values[396:400])
+    assert batch.truth.shape == (6, 4, 9)
+    assert len(module.val_dataloader().dataset) == 4
+
+
+def test_the_seasonal_error_is_of_all_that_lies_before_the_forecast():
+    module = data(count=1)
+    module.setup()
+    store = module.splits["test"].store
+    values = torch.where(store.observed, store.values, torch.nan)[:396]
+    expected = (values[24:] - values[:-24]).abs().nanmean()
+    torch.testing.assert_close(next(iter(module.test_dataloader())).seasonal_error[0], expected)
+
+
+def jsonl(path, *lengths, **fields):
+    """Series of counting numbers."""
+    rows = [{"start": START, "target": list(range(1, 1 + n))} | fields for n in lengths]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+SIZES = {"frequency": "H", "prediction_length": 4, "context_length": 6}
+
+
+def test_short_series_are_left_out_and_counted(tmp_path, capfd):
+    module = SageMakerSeries(jsonl(tmp_path / "a.json", 300, 5, 9, 4, 13), **SIZES)
+    module.setup()
+    assert [len(ends) for ends in ends_of(module, "train")] == [288, 0, 0, 0, 1]
+    assert [len(ends) for ends in ends_of(module, "val")] == [1, 0, 1, 0, 1]
+    assert [len(ends) for ends in ends_of(module, "test")] == [1, 1, 1, 0, 1]
+
+
+def test_draws_take_each_series_as_often_or_by_its_scale():
+    counts, weights = torch.tensor([1000, 0, 10]), torch.tensor([1.0, 50.0, 3.0])
+    numbers = torch.cat(list(Draws(counts, weights, 100, 200)))
+    assert len(numbers) == 20_000
+    assert numbers.max() < 1010
+    assert (numbers >= 1000).float().mean() == pytest.approx(0.75, abs=0.02)
+    module = data(by_scale=True)
+    module.setup()
+    store = module.splits["train"].store
+    for i in range(6):
+        begin = store.begin[i]
+        expected = store.values[begin : begin + 392].abs().mean()
+        assert module.weight[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_own_test_and_predict_channels(tmp_path):
+    train = jsonl(tmp_path / "train.json", 300, cat=1, dynamic_feat=[[1.0] * 300])
+    test = jsonl(tmp_path / "test.json", 308, cat=1, dynamic_feat=[[1.0] * 308])
+    coming = jsonl(tmp_path / "predict.json", 308, cat=1, dynamic_feat=[[1.0] * 312])
+    module = SageMakerSeries(train, test, **SIZES)
+    module.setup()
+    assert (ends_of(module, "val"), ends_of(module, "test")) == ([[300]], [[308]])
+    assert module.cardinality == [2]
+    with pytest.raises(UserError, match=r"expected --data\.init_args\.predict"):
+        module.predict_dataloader()
+    module = SageMakerSeries(train, test, coming, **SIZES)
+    module.setup()
+    assert ends_of(module, "predict") == [[312]]
+    assert module.sources() == [f"{coming}:1"]
+
+
+def test_tables_become_the_same_windows(tmp_path):
+    values = np.arange(1, 401) % 50
+    times = [str(np.datetime64("2024-01-01T00:00:00") + np.timedelta64(i, "h")).replace("T", " ") for i in range(400)]
+    (tmp_path / "wide.txt").write_text("\n".join(f"{v},{2 * v}" for v in values))
+    (tmp_path / "dated.csv").write_text(
+        "date,a,b\n" + "\n".join(f"{t},{v},{2 * v}" for t, v in zip(times, values, strict=True))
+    )
+    rows = [[name, *(k * values)] for name, k in (("a", 1), ("b", 2))]
+    for name, start, stop in (("train", 1, 397), ("test", 397, 401)):
+        cells = [",".join(map(str, [row[0], *row[start:stop]])) for row in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join([",".join(f"V{i}" for i in range(stop - start + 1)), *cells]))
+    long = [f"{name},{t},{k * v}" for name, k in (("a", 1), ("b", 2)) for t, v in zip(times, values, strict=True)]
+    (tmp_path / "long.csv").write_text("\n".join(["item_id,timestamp,target", *long]))
+    modules = [
+        WideSeries(str(tmp_path / "wide.txt"), START, **SIZES),
+        DatedSeries([str(tmp_path / "dated.csv")], **SIZES),
+        RowSeries(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), START, **SIZES),
+        LongSeries(str(tmp_path / "long.csv"), **SIZES),
+    ]
+    batches = []
+    for module in modules:
+        module.setup()
+        assert (module.cardinality, module.dynamic_features) == ([], 0)
+        batches.append(next(iter(module.test_dataloader())))
+    assert batches[0].values[1, -4:].tolist() == [94, 96, 98, 0]
+    for batch in batches[1:]:
+        for one, other in zip(batch[:5], batches[0][:5], strict=True):
+            assert torch.equal(one, other)
+    own = WideSeries(str(tmp_path / "wide.txt"), START, own_category=True, **SIZES)
+    own.setup()
+    assert own.cardinality == [2]
+    two = DatedSeries([str(tmp_path / "dated.csv")] * 2, points=350, **SIZES)
+    two.setup()
+    assert (len(two.sources()), ends_of(two, "test")) == (4, [[350]] * 4)
+    assert two.sources()[0] == "dated.csv: a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"frequency": "1Y"}, "frequency: '1Y'; expected a whole number and min"),
+        ({"frequency": "30min"}, "frequency: 30min; expected 1H"),
+        ({"prediction_length": 0}, "prediction_length: 0; expected at least 1"),
+        ({"context_length": 0}, "context_length: 0; expected at least 1"),
+        ({"batches": 0}, "batches: 0; expected at least 1"),
+        ({"val_windows": 0}, "val_windows: 0; expected at least 1"),
+        ({"points": -1}, "points: -1; expected at least 1"),
+        ({"length": 100}, "length: 100; expected at least 336"),
+        ({"cardinality": [3]}, "cat[0]: 3; expected 0 to 2"),
+        ({"cardinality": [4, 4]}, "cardinality: [4, 4]; expected auto or 1 numbers"),
+        ({"prediction_length": 200}, "train: all 6 series are too short"),
+    ],
+    ids=str,
+)
+def test_broken_settings(changes, complaint):
+    with pytest.raises(UserError) as caught:
+        data(**changes).setup()
+    assert complaint in str(caught.value)
+
+
+def test_tables_of_other_series_are_refused(tmp_path):
+    for name, series in (("train", "H1"), ("test", "H2")):
+        (tmp_path / f"{name}.csv").write_text("V1,V2\n" + f"{series},1")
+    with pytest.raises(UserError, match="series H1 is in one of the files; expected those of"):
+        RowSeries(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), **SIZES).setup()
+
+
+# The task
+
+
+@pytest.mark.parametrize("wrong", [{"lags": 39}, {"features": 5}, {"cardinality": [3]}, {"cardinality": []}])
+def test_a_network_of_other_sizes_is_refused_with_the_right_ones(tmp_path, wrong):
+    network = DeepAR(**{"lags": 40, "features": 6, "cardinality": [4]} | wrong)
+    task = Forecaster(StudentT(), network=network, optimizer=sgd)
+    with pytest.raises(
+        UserError, match=r"expected model.init_args.network.init_args of lags: 40, features: 6, card.*\[4\]"
+    ):
+        fit(tmp_path, task, data(count=12))
+
+
+def test_another_number_of_parameters_is_refused(tmp_path):
+    network = DeepAR(40, 6, [4], parameters=2)
+    with pytest.raises(UserError, match=r"network answers 2 parameters; expected .*parameters: 3"):
+        fit(tmp_path, Forecaster(StudentT(), network=network, optimizer=sgd), data(count=12))
+
+
+@pytest.mark.parametrize(("distribution", "support"), [(NegativeBinomial(), "whole numbers"), (Beta(), "0 to 1")])
+def test_values_without_a_likelihood_are_refused(tmp_path, distribution, support):
+    network = DeepAR(40, 6, [4], parameters=2)
+    with pytest.raises(UserError, match=f"gives no likelihood; expected {support}"):
+        fit(tmp_path, Forecaster(distribution, network=network, optimizer=sgd), data(count=12))
+
+
+def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
+    """In two epochs the loss falls, and a test writes three figures."""
+    task = Forecaster(
+        StudentT(),
+        network=DeepAR(40, 6, [4], num_cells=16),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
+    )
+    module = data(count=40, batches=20)
+    trainer = fit(tmp_path / "run", task, module, max_epochs=2)
+    (values,) = trainer.test(task, datamodule=module, verbose=False)
+    names = {name.removeprefix("test/") for name in values}
+    asked = {
+        "wql",
+        "nd",
+        "rmse",
+        "msis",
+        "crps",
+        "seasonal_naive_wql",
+        "seasonal_naive_nd",
+        "last_value_nd",
+        "oracle_wql",
+    }
+    assert asked | {f"coverage_{level}" for level in LEVELS} <= names
+    assert values["test/oracle_wql"] < values["test/wql"] < 1
+    task.draw(tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "forecasts.png",
+        "calibration.png",
+        "by_time.png",
+    }
+
+
+def test_configs_of_the_family_are_there():
+    names = {path.stem for path in (ROOT / "configs").glob("deepar*.yaml")}
+    assert names == {
+        "deepar_synthetic",
+        "deepar_exchange_rate",
+        "deepar_m4_hourly",
+        "deepar_gru_m4_hourly",
+        "deepar_ett_hourly",
+        "deepar_electricity",
+    }
+    for name in names:
+        config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        network, given = config["model"]["init_args"]["network"]["init_args"], config["data"]["init_args"]
+        assert network["lags"] == len(Frequency.parse(given["frequency"]).lags)
+        assert network.get("cell", "lstm") == ("gru" if "gru" in name else "lstm")
