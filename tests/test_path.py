@@ -278,6 +278,71 @@ def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         assert mask.size == overlay.size == (83, 51)
 
 
+SERIES = """
+best: {metric: val/wql, mode: min}
+model:
+  class_path: dlref.tasks.Forecaster
+  init_args:
+    network:
+      class_path: dlref.models.DeepAR
+      init_args: {lags: 7, features: 6, cardinality: [2], parameters: 3, cell: gru, num_cells: 12}
+    distribution: {class_path: dlref.tasks.StudentT}
+    longest_lag: 7
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+data:
+  class_path: dlref.data.SageMakerSeries
+  init_args:
+    train: train.json
+    predict: predict.jsonl
+    frequency: 1H
+    prediction_length: 6
+    context_length: 12
+    batches: 30
+trainer: {max_epochs: 3, gradient_clip_val: 10, enable_progress_bar: false, log_every_n_steps: 10}
+"""
+
+
+def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
+    """From SageMaker's JSON Lines to a device without torch, with a category, a dynamic feature and missing values."""
+    generator = np.random.default_rng(0)
+    records = []
+    for i, points in enumerate((200, 150, 90, 15)):
+        promoted = (generator.random(points + 6) < 0.2).astype(float)
+        target = (10**i * (2 + promoted[:points] + generator.normal(0, 0.1, points))).round(4).tolist()
+        target[3:5] = [None, "NaN"]
+        records.append(
+            {"start": f"2024-01-0{i + 1}", "target": target, "cat": i % 2, "dynamic_feat": [promoted.tolist()]}
+        )
+    known = [{**r, "dynamic_feat": [r["dynamic_feat"][0][: len(r["target"])]]} for r in records]
+    (tmp_path / "train.json").write_text("".join(json.dumps(record) + "\n" for record in known))
+    (tmp_path / "predict.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    trained("series", SERIES)
+    scores = json.loads((tmp_path / "runs/series/test.json").read_text())
+    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    assert scores["wql"] < scores["last_value_wql"]
+    assert test["pytorch"] == pytest.approx(scores["wql"], rel=1e-5)
+    assert test["bundle"] == pytest.approx(scores["wql"], rel=1e-4)
+    assert {path.name for path in (tmp_path / "runs/series/figures").iterdir()} == {
+        "by_time.png",
+        "calibration.png",
+        "curves.png",
+        "forecasts.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "runs/series/predictions.jsonl").read_text().splitlines()]
+    answered = command("-c", WITHOUT_TORCH, "bundle", "predict.jsonl", cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    answers = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert [answer["input"] for answer in answers] == [row["input"] for row in rows]
+    for row, answer in zip(rows, answers, strict=True):
+        np.testing.assert_allclose(answer["mean"], row["mean"], rtol=1e-4)
+        for level, values in row["quantiles"].items():
+            np.testing.assert_allclose(answer["quantiles"][level], values, rtol=1e-4)
+    (tmp_path / "request.json").write_text(json.dumps({"instances": records, "configuration": {"num_samples": 7}}))
+    answered = command("-c", WITHOUT_TORCH, "bundle", "request.json", "predict.jsonl:9", cwd=tmp_path)
+    assert answered.returncode == 2
+    assert answered.stderr.startswith("error: predict.jsonl:9: ")
+
+
 def digits_of_the_test_split():
     from dlref.data import Digits
 
