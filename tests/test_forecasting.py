@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from torch import nn
 
 from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
 from dlref.data.windows import Draws, Window
+from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import DeepAR
@@ -38,8 +40,9 @@ def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6
     sizes = {"lags": len(H.lags), "features": features, "parameters": distribution.parameters}
     network = DeepAR(**sizes, cardinality=list(cardinality), cell=cell, num_cells=8)
     task = Forecaster(distribution, **{"network": network, "optimizer": sgd} | task)
-    facts = (str(H), context, horizon, list(cardinality), dynamic, static)
-    task.remember(dict(zip(Forecaster.facts, facts, strict=True)))
+    known = {"cardinality": list(cardinality), "unseen": [[] for _ in cardinality], "category_names": []}
+    lengths = {"context_length": context, "prediction_length": horizon}
+    task.remember({"frequency": str(H), **lengths, **known, "dynamic_features": dynamic, "static_features": static})
     return task.eval()
 
 
@@ -141,8 +144,11 @@ def test_one_call_of_the_recurrent_layers_trains_context_and_prediction(monkeypa
 
 def test_baselines_are_read_off():
     values = torch.arange(1.0, 9)[None]
-    assert seasonal_naive(values, 5, 3).tolist() == [[6, 7, 8, 6, 7]]
-    assert last_value(values, 3, 3).tolist() == [[8, 8, 8]]
+    observed = torch.ones_like(values, dtype=torch.bool)
+    assert seasonal_naive(values, observed, 5, 3).tolist() == [[6, 7, 8, 6, 7]]
+    assert last_value(values, observed, 3, 3).tolist() == [[8, 8, 8]]
+    observed[0, :6] = False  # the series begins at its last two values
+    assert seasonal_naive(values, observed, 5, 3).tolist() == [[8, 7, 8, 8, 7]]
 
 
 def test_quantile_scores_are_scikit_learn_s():
@@ -162,7 +168,7 @@ def test_quantile_scores_are_scikit_learn_s():
     mean = paths.mean(1)[observed].numpy()
     assert values["rmse"].item() == pytest.approx(np.sqrt(np.mean((mean - known) ** 2)), rel=1e-5)
     below = [(known <= np.quantile(paths.numpy(), q, axis=1)[observed.numpy()]).mean() for q in LEVELS]
-    np.testing.assert_allclose(scores.coverage(), below)
+    np.testing.assert_allclose(values["coverage"], below)
 
 
 def test_crps_is_the_integral_of_squared_differences_of_distributions():
@@ -204,22 +210,25 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def exported(request, tmp_path_factory):
-    """A task, a window of two series with categories and features, and the runner over its graphs as a device has."""
+    """A task, a window of two series with categories and features, its graphs' files and the runner over them.
+
+    The distribution has no part in `encode`: beside that of Student's t, PyTorch's stands in for the file.
+    """
     torch.manual_seed(0)
     distribution, cell = request.param
     task = forecaster(distribution(), (5, 3), dynamic=1, static=1, cell=cell)
     window = window_of(torch.rand(2, 10), features=7, categories=2)
     served = task.deployable(window)
     folder = tmp_path_factory.mktemp("graphs")
-    graphs = {}
-    for name, graph in served.graphs.items():
-        write_onnx(graph, folder / f"{name}.onnx", TARGETS["cpu"])
+    graphs = dict(served.graphs)
+    for name in ("encode", "step") if distribution is StudentT else ("step",):
+        write_onnx(graphs[name], folder / f"{name}.onnx", TARGETS["cpu"])
         graphs[name] = OnnxGraph(folder / f"{name}.onnx", "CPUExecutionProvider")
-    return task, window, served, make_runner("forecasting", graphs, served.metadata)
+    return task, window, served, folder, make_runner("forecasting", graphs, served.metadata)
 
 
 def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported):
-    task, window, _, runner = exported
+    task, window, _, _, runner = exported
     by_pytorch, by_bundle = task.paths(window).numpy(), runner.paths(task.past(window))
     assert by_pytorch.shape == (2, 100, 4)
     np.testing.assert_allclose(by_bundle, by_pytorch, rtol=1e-4, atol=1e-4)
@@ -228,7 +237,7 @@ def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported
 
 
 def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
-    _, _, served, runner = exported
+    _, _, served, _, runner = exported
     for name, sizes in (("encode", {"batch": 5, "context": 17}), ("encode", {"batch": 1, "context": 1})):
         inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs[name], sizes).items()}
         expected = served.graphs[name](**inputs)
@@ -239,6 +248,22 @@ def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
         expected = served.graphs["step"](**inputs)
         for key, array in runner.step(**inputs).items():
             np.testing.assert_allclose(array, expected[key], rtol=1e-4, atol=1e-4)
+
+
+def test_eight_bits_change_little(exported, tmp_path):
+    task, window, served, folder, runner = exported
+    graphs = {}
+    for path in folder.glob("*.onnx"):
+        convert(path, tmp_path / path.name, TARGETS["x86-64"], Plan("int8"), [])
+        assert is_quantised(tmp_path / path.name) == ("LSTM" in served_operators(path) or path.stem == "step")
+        graphs[path.stem] = OnnxGraph(tmp_path / path.name, "CPUExecutionProvider")
+    small = make_runner("forecasting", dict(served.graphs) | graphs, served.metadata)
+    exact, found = (one.paths(task.past(window)).mean(1) for one in (runner, small))
+    np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
+
+
+def served_operators(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
 
 
 def test_step_by_step_is_the_network_all_at_once():
@@ -255,6 +280,7 @@ def test_step_by_step_is_the_network_all_at_once():
 def runner():
     torch.manual_seed(0)
     task = forecaster(cardinality=(5,), dynamic=1)
+    task.known["unseen"] = [[3]]
     served = task.deployable(window_of(torch.rand(2, 10), features=6, categories=1))
     return make_runner("forecasting", served.graphs, served.metadata)
 
@@ -290,11 +316,46 @@ def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner)
 
 
 def test_null_and_nan_are_missing_and_are_filled(runner):
+    """Far back only lags see them, as the value before; in the context they have no part in the scale."""
     target = instance()["target"]
     target[3] = None
     nan = [*target[:3], "NaN", *target[4:]]
     filled = [*target[:3], target[2], *target[4:]]
     assert runner(instance(target=target)) == runner(instance(target=nan)) == runner(instance(target=filled))
+    past = runner.past(instance(target=[*[0.0] * 26, 3.0, None, None, 5.0]), "here")
+    assert past.values[-4:].tolist() == [3, 3, 3, 5]
+    assert past.observed.tolist() == [True, True, True, False, False, True]
+    encoded = runner.encode(
+        target=past.values[None, -6:],
+        observed=past.observed[None],
+        lagged=np.zeros((1, 6, len(H.lags)), np.float32),
+        features=past.features[None, :6],
+        categories=past.categories[None],
+    )
+    assert encoded["scale"].tolist() == [2]
+
+
+def test_a_seed_draws_other_paths_of_the_same_forecast(runner):
+    one, same, other = (
+        runner({"instances": [instance()], "configuration": {"seed": seed}})["predictions"][0]["mean"]
+        for seed in (0, 0, 7)
+    )
+    assert one == same == runner(instance())["mean"]
+    assert one != other
+
+
+def test_one_bad_line_or_file_has_its_error_and_the_others_their_answers(runner, tmp_path):
+    good = json.dumps(instance() | {"id": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "lines.jsonl").write_text("\n".join(["{bad", good, "[]", good]), encoding="utf-8")
+    sources = [source for _, source in runner.inputs(str(tmp_path / "lines.jsonl"))]
+    kinds = [type(answer) for answer in runner.stream(sources)]
+    assert kinds == [UserError, dict, UserError, dict]
+    assert [source for _, source in runner.inputs("none.json")] == ["none.json"]
+
+
+def test_a_forecast_beyond_float32_names_its_series(runner):
+    with pytest.raises(UserError, match=r"request: instances\[1\]: no finite forecast"):
+        runner({"instances": [instance(), instance(target=[3e38] * 30)]})
 
 
 def test_files_hold_a_request_a_series_or_one_on_each_line(runner, tmp_path):
@@ -345,6 +406,21 @@ BAD_REQUESTS = [
     (instance(feat_static_real="a"), "feat_static_real: 'a'"),
     ({"instances": [instance()], "configuration": []}, "configuration: []"),
     ({"instances": [instance()], "configuration": {"num_samples": 0}}, "num_samples: 0"),
+    (
+        {"instances": [instance()], "configuration": {"num_sample": 7}},
+        "configuration: 'num_sample'; expected num_samples",
+    ),
+    ({"instances": [instance()], "configuration": {"seed": -1}}, "seed: -1; expected 0 to"),
+    ({"instances": [instance()], "configuration": {"seed": "a"}}, "seed: 'a'"),
+    (
+        {"instances": [instance()] * 300, "configuration": {"num_samples": 10**5}},
+        "num_samples: 100000; expected 1 to 55924",
+    ),
+    ({"instances": [instance()], "configuration": {"quantiles": [10**400]}}, "quantiles: ["),
+    ({"instances": [instance()], "configuration": {"quantiles": {"0.1": 3}}}, "quantiles: {'0.1': 3}"),
+    ({"instances": [instance()], "configuration": {"quantiles": [" 0.5 "]}}, "quantiles: [' 0.5 ']"),
+    ({"instances": [instance()], "configuration": {"quantiles": ["0.0"]}}, "quantiles: ['0.0']"),
+    (instance(cat=[3]), "cat[0]: 3; expected a value that training has"),
     ({"instances": [instance()], "configuration": {"num_samples": 10**9}}, "num_samples: 1000000000"),
     ({"instances": [instance()], "configuration": {"num_samples": "100"}}, "num_samples: '100'"),
     ({"instances": [instance()], "configuration": {"num_samples": True}}, "num_samples: True"),
@@ -377,14 +453,26 @@ def test_files_that_are_no_text(runner, tmp_path, content):
     path = tmp_path / ("a.json.gz" if content[0] == 0x1F else "a.json")
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"unreadable .*; expected JSON in UTF-8"):
-        list(runner.inputs(str(path)))
+        runner(path)
     with pytest.raises(UserError, match="unreadable"):
-        list(runner.inputs(str(tmp_path)))
+        runner(tmp_path)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lags": []}, {"lags": [0]}, {"lags": ["1"]}, {"context_length": 0}, {"frequency": 1}, {"cardinality": None}],
+    [
+        {"lags": []},
+        {"lags": [0]},
+        {"lags": ["1"]},
+        {"lags": [10**12]},
+        {"context_length": 0},
+        {"context_length": 10**13},
+        {"uniforms": -1},
+        {"frequency": 1},
+        {"cardinality": None},
+        {"cardinality": ["a"]},
+        {"unseen": []},
+    ],
     ids=str,
 )
 def test_metadata_of_another_kind_are_refused(runner, changes):
@@ -455,9 +543,28 @@ def test_draws_take_each_series_as_often_or_by_its_scale():
     module.setup()
     store = module.splits["train"].store
     for i in range(6):
-        begin = store.begin[i]
-        expected = store.values[begin : begin + 392].abs().mean()
+        values = store.values.where(store.observed, torch.nan)[store.begin[i] :][:392]
+        expected = values.abs().nanmean()
         assert module.weight[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_series_with_fewer_windows_than_asked_are_counted(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("dlref.data.forecasting.rank_zero_info", said.append)
+    SageMakerSeries(jsonl(tmp_path / "a.json", 300, 11), test_windows=3, **SIZES).setup()
+    assert said == [
+        "train: 1 of 2 series are too short for a window and left out",
+        "val: 1 of 2 series are too short for a window and left out",
+        "test: 1 of 2 series have fewer than 3 windows",
+    ]
+
+
+def test_categories_that_training_lacks_are_known(tmp_path):
+    rows = [{"start": START, "target": [1.0] * 200, "cat": [cat, 0]} for cat in (0, 2)]
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
+    module = SageMakerSeries(str(tmp_path / "a.json"), cardinality=[4, 1], **SIZES)
+    module.setup()
+    assert (module.cardinality, module.unseen) == ([4, 1], [[1, 3], []])
 
 
 def test_own_test_and_predict_channels(tmp_path):
@@ -506,7 +613,7 @@ def test_tables_become_the_same_windows(tmp_path):
             assert torch.equal(one, other)
     own = WideSeries(str(tmp_path / "wide.txt"), START, own_category=True, **SIZES)
     own.setup()
-    assert own.cardinality == [2]
+    assert (own.cardinality, own.category_names) == ([2], [f"{tmp_path}/wide.txt: column {i}" for i in (1, 2)])
     two = DatedSeries([str(tmp_path / "dated.csv")] * 2, points=350, **SIZES)
     two.setup()
     assert (len(two.sources()), ends_of(two, "test")) == (4, [[350]] * 4)
@@ -524,6 +631,7 @@ def test_tables_become_the_same_windows(tmp_path):
         ({"val_windows": 0}, "val_windows: 0; expected at least 1"),
         ({"points": -1}, "points: -1; expected at least 1"),
         ({"length": 100}, "length: 100; expected at least 336"),
+        ({"points": 396}, "points: expected none where test or predict"),
         ({"cardinality": [3]}, "cat[0]: 3; expected 0 to 2"),
         ({"cardinality": [4, 4]}, "cardinality: [4, 4]; expected auto or 1 numbers"),
         ({"prediction_length": 200}, "train: all 6 series are too short"),
@@ -534,6 +642,13 @@ def test_broken_settings(changes, complaint):
     with pytest.raises(UserError) as caught:
         data(**changes).setup()
     assert complaint in str(caught.value)
+
+
+def test_zeros_are_not_drawn_by_their_scale(tmp_path):
+    rows = [{"start": START, "target": [0.0] * 392 + [1.0] * 8}]
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="by_scale: only zeros to train from"):
+        SageMakerSeries(str(tmp_path / "a.json"), by_scale=True, **SIZES).setup()
 
 
 def test_tables_of_other_series_are_refused(tmp_path):
@@ -586,6 +701,9 @@ def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
         "rmse",
         "msis",
         "crps",
+        "seasonal_naive_rmse",
+        "last_value_msis",
+        "last_value_crps",
         "seasonal_naive_wql",
         "seasonal_naive_nd",
         "last_value_nd",
@@ -614,5 +732,9 @@ def test_configs_of_the_family_are_there():
     for name in names:
         config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
         network, given = config["model"]["init_args"]["network"]["init_args"], config["data"]["init_args"]
-        assert network["lags"] == len(Frequency.parse(given["frequency"]).lags)
+        frequency, longest = Frequency.parse(given["frequency"]), config["model"]["init_args"].get("longest_lag", 10**9)
+        assert network["lags"] == sum(lag <= longest for lag in frequency.lags)
+        assert network["features"] == len(frequency.cycles) + 1 + (name == "deepar_synthetic")
+        assert network["parameters"] == 3
+        assert bool(network.get("cardinality")) == (given.get("own_category", False) or name == "deepar_synthetic")
         assert network.get("cell", "lstm") == ("gru" if "gru" in name else "lstm")

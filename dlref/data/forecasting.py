@@ -9,6 +9,7 @@ comes before these trains. A forecast sees all that lies before it.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,6 +60,8 @@ class ForecastingData(LightningDataModule):
         cardinality: for each category how many values it has; auto: as many as are found.
     """
 
+    category_names: Sequence[str] = ()  # where each series is a category of its own
+
     def __init__(
         self,
         frequency: str,
@@ -95,11 +98,17 @@ class ForecastingData(LightningDataModule):
     def cut(self, channels: Channels) -> None:
         """Check the series and cut them into windows."""
         frequency, horizon = Frequency.parse(self.frequency), self.prediction_length
-        train = first_points(channels.train, self.points)
         together = channels.test is channels.train
-        test = train if together else first_points(channels.test, self.points)
+        if self.points and (not together or channels.predict is not None):
+            raise UserError("--data.init_args.points: expected none where test or predict are series of their own")
+        train = first_points(channels.train, self.points)
+        test = train if together else channels.test
         self.frequency = str(frequency)
         self.cardinality = check(train, horizon, self.asked_cardinality)
+        self.unseen = [
+            sorted(set(range(size)) - set(column))
+            for size, column in zip(self.cardinality, train.cat.T.tolist(), strict=True)
+        ]
         self.dynamic_features, self.static_features = train.dynamic.shape[1], train.static.shape[1]
         if not together:
             check(test, 0, self.cardinality, train=False)
@@ -125,8 +134,11 @@ class ForecastingData(LightningDataModule):
             "test": self.rolling(tested, tested.length, self.test_windows, steps),
         }
         for name, windows in self.splits.items():
-            self.report_short(name, windows)
+            self.report_short(name, windows, {"val": self.val_windows, "test": self.test_windows}.get(name, 1))
         self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
+        if not (self.weight * (self.splits["train"].count > 0)).any():
+            raise UserError("by_scale: only zeros to train from; expected other values, or by_scale false")
+        self.starts = test.start
         self.names = [] if predict is None else predict.names
         if predict is not None:
             future = SeriesStore(predict, frequency, future=horizon)
@@ -138,9 +150,9 @@ class ForecastingData(LightningDataModule):
         whole = ((last - 1) // horizon).clamp(0, count)  # those with a point before them
         return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, horizon)
 
-    def report_short(self, split: str, windows: Windows) -> None:
-        """Say how many series are left out; raise UserError where all are."""
-        short = int((windows.count <= 0).sum())
+    def report_short(self, split: str, windows: Windows, asked: int) -> None:
+        """Say how many series are left out, or have fewer windows than asked; raise UserError where all are out."""
+        short, fewer = int((windows.count <= 0).sum()), int(((windows.count > 0) & (windows.count < asked)).sum())
         if short == len(windows.count):
             raise UserError(
                 f"{split}: all {short} series are too short for a forecast of {self.prediction_length} beside what is "
@@ -148,6 +160,8 @@ class ForecastingData(LightningDataModule):
             )
         if short:
             rank_zero_info(f"{split}: {short} of {len(windows.count)} series are too short for a window and left out")
+        if fewer:
+            rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
 
     def train_dataloader(self) -> DataLoader:
         """Windows drawn at random, batches all of one size."""
@@ -201,9 +215,11 @@ def each_end(last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
-    """Mean absolute value of the first `length` points of each series, (N,)."""
-    total = torch.cat([store.values.new_zeros(1), store.values.abs()]).double().cumsum(0)
-    return (total[store.begin + length.clamp(min=0)] - total[store.begin]) / length.clamp(min=1)
+    """Mean absolute value of what is observed of the first `length` points of each series, (N,)."""
+    both = torch.stack([store.values.abs().where(store.observed, 0).double(), store.observed.double()])
+    total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
+    begin, end = store.begin, store.begin + length.clamp(min=0)
+    return (total[end] - total[begin]) / (count[end] - count[begin]).clamp(min=1)
 
 
 class SyntheticSeries(ForecastingData):
@@ -276,6 +292,7 @@ class TableSeries(ForecastingData):
         series = self.table(frequency)
         if self.own_category:
             series = series._replace(cat=np.arange(len(series.names))[:, None])
+            self.category_names = series.names
         return Channels(series, series)
 
 

@@ -53,8 +53,8 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
-# Recurrent layers stay float32 inside a half-precision graph: few kernels have them otherwise.
-FLOAT = [*DEFAULT_OP_BLOCK_LIST, "LSTM", "GRU", "RNN"]
+# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing.
+RECURRENT = {"LSTM", "GRU", "RNN"}
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples to look for the worst nodes on
@@ -90,10 +90,11 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
     with quietly(path.name):
         if plan.precision == "float16":
             model = onnx.load(source)
+            if any(node.op_type in RECURRENT for node in model.graph.node):
+                raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
             after = after_the_network(model.graph)
-            half = ONNXModel(
-                convert_float_to_float16(model, keep_io_types=True, op_block_list=FLOAT, node_block_list=after)
-            )
+            blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": after}
+            half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
             half.topological_sort()  # the casts of the inputs were appended
             del half.model.graph.value_info[:]  # types from before, where nodes stay float
             save(half.model, path)

@@ -3,7 +3,8 @@
 What is measured runs in a process of its own, started here: `python -m dlref.runtime.bench FOLDER THREADS PROVIDER`.
 It answers the example input that the bundle carries and prints one line of JSON:
 
-    latency_ms, latency_p95_ms   one example through every graph, once; median and 95th percentile
+    latency_ms, latency_p95_ms   one example through every graph, as often as an answer calls it; median and 95th
+                                 percentile
     throughput                   examples a second, eight at once where the graphs take as many
     peak_rss_mb, anonymous_mb    resident memory at its highest, and the part after the last answer that cannot be
                                  given back; Linux only, else null
@@ -64,7 +65,7 @@ def in_process(command: list[str]) -> dict:
 
 def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) -> dict:
     """Speed and memory of this process answering the example of the bundle in `folder`."""
-    graphs = open_contender()
+    graphs = repeating(open_contender(), folder)
     one = example(folder)
     answer(graphs, one)
     figures = {"first_answer_s": time.monotonic() - started}
@@ -77,6 +78,16 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     rows = SEVERAL if several else 1
     times = clock(lambda: answer(graphs, several or one))
     return figures | {"throughput": rows / float(np.median(times))}
+
+
+def repeating(graphs: Graphs, folder: Path) -> Graphs:
+    """The graphs, each called as often as an answer of the bundle in `folder` calls it."""
+    described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
+
+    def repeated(graph: Callable, calls: int) -> Callable:
+        return lambda **inputs: [graph(**inputs) for _ in range(calls)]
+
+    return {name: repeated(graph, described[name].get("calls", 1)) for name, graph in graphs.items()}
 
 
 def answer(graphs: Graphs, inputs: Inputs) -> None:

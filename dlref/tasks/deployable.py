@@ -27,6 +27,7 @@ class Graph:
             one axis is the number of rows.
         jumping: outputs that a rounding can change altogether, such as the class of each pixel where two are as likely
             to the last digit, or a count. All but a few elements have to be within the tolerance.
+        calls: how often an answer calls it, for the measurement.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Graph:
     tolerance: float = 1e-5
     chosen: Sequence[str] = ()
     jumping: Sequence[str] = ()
+    calls: int = 1
 
     @property
     def shape(self) -> dict[str, list[int | str]]:

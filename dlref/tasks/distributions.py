@@ -1,9 +1,9 @@
 """What the values of a series are distributed as, given what a network answers.
 
 Each class brings a network's P numbers to their domains, in the units of the series, gives the logarithm of the
-likelihood of values (densities are torch's) and draws a value. A draw is a function of uniform numbers that it is
-given: the same numbers make the same value in PyTorch and in an exported graph, which has no generator of its own and
-no gamma function.
+likelihood of values (by torch's densities, but for the one that waits for the device) and draws a value. A draw is a
+function of uniform numbers that it is given: the same numbers make the same value in PyTorch and in an exported graph,
+which has no generator of its own and no gamma function.
 
 Legend of shapes: ... any, P parameters of the distribution, U uniform numbers of a draw.
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributions import Beta as TorchBeta
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 from torch.distributions import Normal
-from torch.distributions import StudentT as TorchStudentT
 from torch.nn import functional as F
 
 SMALLEST = 1e-6  # of what has to be above 0
@@ -68,7 +67,10 @@ class StudentT(Distribution):
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`."""
-        return TorchStudentT(*parameters, validate_args=False).log_prob(values)
+        freedom, place, width = parameters  # torch's own class waits for the device, to check its arguments
+        half = freedom / 2
+        constant = (half + 0.5).lgamma() - half.lgamma() - 0.5 * (math.pi * freedom).log() - width.log()
+        return constant - (half + 0.5) * (((values - place) / width).square() / freedom).log1p()
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """t = √(ν (u^(-2/ν) - 1)) cos 2πv (R. W. Bailey, "Polar Generation of Random Variates with the t-Distribution",
@@ -224,6 +226,7 @@ def poisson(mean: Float[Tensor, "*shape"], normal: Float[Tensor, "*shape"]) -> F
     factorials = counts.clamp(min=1).log().cumsum(0)  # their logarithms
     few = mean.clamp(SMALLEST, MANY)[..., None]
     below = (counts * few.log() - few - factorials).exp().cumsum(-1)
+    below = below / below[..., -1:]  # the sum of all is 1 but for roundings
     counted = (below < 0.5 * (1 + (normal / math.sqrt(2)).erf())[..., None]).sum(-1).to(mean.dtype)
     root = mean.clamp(min=MANY).sqrt()
     skewed = (normal**2 - 1) / 6 + (normal - normal**3) / (72 * root)

@@ -42,17 +42,17 @@ class QuantileScores(Metric):
         self.points += observed.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """`wql`: mean over the levels of twice the loss over the sum of |values|; `nd`: that of the median alone."""
+        """`wql`: mean over the levels of twice the loss over the sum of |values|; `nd`: that of the median alone.
+
+        `coverage` (Q,): the share of values at or below each quantile. `by_time` (H,): `wql` of each time ahead.
+        """
         by_level = 2 * self.pinball.sum(0) / self.size.sum()
-        return {"wql": by_level.mean(), "nd": by_level[len(LEVELS) // 2]}
-
-    def coverage(self) -> Float[Tensor, "Q"]:
-        """The share of values at or below each quantile."""
-        return self.covered.sum(0) / self.points.sum()
-
-    def by_time(self) -> Float[Tensor, "H"]:
-        """`wql` of each time ahead."""
-        return 2 * self.pinball.mean(1) / self.size
+        return {
+            "wql": by_level.mean(),
+            "nd": by_level[len(LEVELS) // 2],
+            "coverage": self.covered.sum(0) / self.points.sum(),
+            "by_time": 2 * self.pinball.mean(1) / self.size,
+        }
 
 
 class SampleScores(QuantileScores):
@@ -84,7 +84,7 @@ class SampleScores(QuantileScores):
         self.windows += judged.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`wql` and `nd`; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4."""
+        """Those of quantiles; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4."""
         return {
             **super().compute(),
             "rmse": (self.squared / self.points.sum()).sqrt(),

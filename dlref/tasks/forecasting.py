@@ -44,6 +44,8 @@ class Forecaster(Task):
         "context_length",
         "prediction_length",
         "cardinality",
+        "unseen",
+        "category_names",
         "dynamic_features",
         "static_features",
     )
@@ -82,7 +84,8 @@ class Forecaster(Task):
             raise UserError(f"target: values that {name} gives no likelihood; expected {self.distribution.support}")
         horizon = self.known["prediction_length"]
         self.val_scores, self.test_scores = (SampleScores(horizon) for _ in range(2))
-        self.baselines = nn.ModuleDict({name: QuantileScores(horizon) for name in (*BASELINES, "oracle")})
+        self.baselines = nn.ModuleDict({name: SampleScores(horizon) for name in BASELINES})
+        self.oracle = QuantileScores(horizon)
 
     # Windows
 
@@ -116,7 +119,9 @@ class Forecaster(Task):
         context, horizon = self.known["context_length"], self.known["prediction_length"]
         values, observed = window.values[:, :-horizon], window.observed[:, :-horizon]
         parts = values[:, -max(self.lags) - context :], observed[:, -context:], window.features[:, -context - horizon :]
-        return Past(*(part.cpu().numpy() for part in (*parts, window.categories)))
+        values, observed, features = parts
+        known = (values.float(), observed, features.float(), window.categories)
+        return Past(*(part.cpu().numpy() for part in known))
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
         """Sample paths, drawn by the runner that a device uses."""
@@ -152,11 +157,12 @@ class Forecaster(Task):
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.test_scores.update(paths, target, observed, batch.seasonal_error)
         horizon = self.known["prediction_length"]
+        season = Frequency.parse(self.known["frequency"]).season
         for name, baseline in BASELINES.items():
-            forecast = baseline(batch.values[:, :-horizon], horizon, Frequency.parse(self.known["frequency"]).season)
-            self.baselines[name].update(forecast[..., None].expand(*forecast.shape, len(LEVELS)), target, observed)
+            forecast = baseline(batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
+            self.baselines[name].update(forecast[:, None], target, observed, batch.seasonal_error)
         if batch.truth is not None:
-            self.baselines["oracle"].update(batch.truth, target, observed)
+            self.oracle.update(batch.truth, target, observed)
         batches = self.trainer.num_test_batches[0]
         if batch_index in {i * batches // SHOWN for i in range(SHOWN)}:
             shown = self.known["context_length"] + horizon
@@ -168,18 +174,19 @@ class Forecaster(Task):
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the rest is for the figures alone."""
-        values = dict(self.test_scores.compute())
-        coverage = self.test_scores.coverage()
-        values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
-        by_time = {"this model": self.test_scores.by_time().cpu()}
-        for name, scores in self.baselines.items():
-            if scores.points.any():
-                values |= {f"{name}_{key}": value for key, value in scores.compute().items()}
-                by_time[name.replace("_", " ")] = scores.by_time().cpu()
+        logged, self.by_time = {}, {}
+        for name, scores in {"": self.test_scores, **self.baselines, "oracle": self.oracle}.items():
+            if not scores.points.any():  # no truth is known
+                continue
+            values = scores.compute()
+            self.by_time[name.replace("_", " ") or "this model"] = values.pop("by_time").cpu()
+            coverage = values.pop("coverage")
+            values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
+            logged |= {f"test/{name}_{key}" if name else f"test/{key}": value.float() for key, value in values.items()}
+            if not name:
+                self.calibration = coverage.cpu()
             scores.reset()
-        self.log_dict({f"test/{name}": value.float() for name, value in values.items() if value.isfinite()})
-        self.calibration, self.by_time = coverage.cpu(), by_time
-        self.test_scores.reset()
+        self.log_dict({name: value for name, value in logged.items() if value.isfinite()})
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
         """The answers that the bundle's runner gives."""
@@ -232,6 +239,7 @@ class Forecaster(Task):
                 "noise": paths,
             },
             {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
+            calls=self.known["prediction_length"],
             tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
             jumping=() if self.distribution.smooth else ("value",),
         )
@@ -320,13 +328,18 @@ def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Flo
     return mean.where(mean > SMALLEST_SCALE, 1)
 
 
-def seasonal_naive(values: Float[Tensor, "B T"], horizon: int, season: int) -> Float[Tensor, "B H"]:
-    """Each time as a season before, or the last season that is known."""
-    last = values[:, -season:]
+def seasonal_naive(
+    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+) -> Float[Tensor, "B H"]:
+    """Each time as in the last season that is known, or as the last value where the series is shorter."""
+    begun = observed.cumsum(1) > 0
+    last = values.where(begun, values[:, -1:])[:, -season:]
     return last[:, torch.arange(horizon, device=values.device) % season]
 
 
-def last_value(values: Float[Tensor, "B T"], horizon: int, season: int) -> Float[Tensor, "B H"]:
+def last_value(
+    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+) -> Float[Tensor, "B H"]:
     """Each time as the last one known."""
     return values[:, -1:].expand(-1, horizon)
 

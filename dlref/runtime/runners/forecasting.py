@@ -5,29 +5,36 @@ T times of context, L lags, F features, G categories, H times to forecast, S sam
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlref.runtime.calendar import Frequency
+from dlref.runtime.calendar import LARGEST_LAG, Frequency
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.series import Record, carried, features_at, lag_places, parse_object, parse_record
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
 SAMPLES = 100  # SageMaker's
-MOST_SAMPLES = 100_000
+LARGEST_ANSWER = 1 << 26  # values of a request's sample paths: 256 MB
+LARGEST_TEXT = 1 << 28  # bytes of a file
+LONGEST = 100_000  # steps of a context or a prediction
+LEVEL = re.compile(r"0?\.[0-9]{1,15}")
 ROWS = 3200  # of one call of a graph: 32 series of 100 paths; more do not fit the caches
 OUTPUT_TYPES = ("mean", "quantiles", "samples")
+OPTIONS = ("num_samples", "output_types", "quantiles", "seed")
 KEYS = {
     "frequency": str,
     "lags": list,
     "context_length": int,
     "prediction_length": int,
     "cardinality": list,
+    "unseen": list,
     "dynamic_features": int,
     "static_features": int,
     "uniforms": int,
@@ -54,8 +61,10 @@ class Past(NamedTuple):
 class Request(NamedTuple):
     """Series to forecast and what is asked of them; `single` says that there is one and no list around it."""
 
+    where: str
     pasts: list[Past]
     samples: int
+    seed: int
     types: tuple[str, ...]
     levels: Mapping[str, float]
     single: bool
@@ -76,7 +85,8 @@ class Runner(Base):
     `step`, in which values are divided by the scale: lagged (B, S, L), features (B, F), categories (B, G), scale (B),
     state (Y, B, S, D), noise (B, S, U), uniform from 0 to 1 -> value (B, S), next_state (Y, B, S, D).
 
-    The noise of a series comes from its values alone: the same past has the same paths, in whatever company.
+    The noise of a series comes from its values and a request's seed: the same past has the same paths, in whatever
+    company.
 
     Raises UserError for metadata or graphs that are others.
     """
@@ -86,9 +96,17 @@ class Runner(Base):
             raise UserError(f"not forecasting; expected graphs encode, step and metadata {', '.join(KEYS)}")
         self.frequency = Frequency.parse(metadata["frequency"])
         self.context, self.horizon = metadata["context_length"], metadata["prediction_length"]
-        lags, sizes = metadata["lags"], (self.context, self.horizon, 1 + metadata["uniforms"])
-        if not all(type(number) is int and number > 0 for number in (*lags, *sizes)) or not lags:
-            raise UserError("not forecasting; expected lags, context_length and prediction_length above 0")
+        lags, cardinality, steps = metadata["lags"], metadata["cardinality"], (self.context, self.horizon)
+        if not lags or not all(type(lag) is int and 0 < lag <= LARGEST_LAG for lag in lags):
+            raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}")
+        if not all(0 < length <= LONGEST for length in steps) or not 0 <= metadata["uniforms"] < LONGEST:
+            raise UserError(f"not forecasting; expected context_length and prediction_length from 1 to {LONGEST}")
+        if not all(type(size) is int and size > 0 for size in cardinality) or len(metadata["unseen"]) != len(
+            cardinality
+        ):
+            raise UserError("not forecasting; expected cardinality above 0, and as many lists of unseen values")
+        if not {"noise", "lagged"} <= set(graphs["step"].shape):
+            raise UserError("not forecasting; expected a graph step with inputs lagged and noise")
         self.encode, self.step = graphs["encode"], graphs["step"]
         self.lags, self.metadata = np.array(lags), metadata
 
@@ -96,9 +114,13 @@ class Runner(Base):
 
     def inputs(self, path: str) -> Iterator[tuple[str, Line]]:
         """A file of JSON is one request or series, or has one on each line: a name and a source for each."""
-        text = _read(path)
-        lines = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        if len(lines) > 1 and _is_json(lines[0][1]):
+        try:
+            text = _read(path)
+        except UserError:
+            yield path, path  # reading says what is wrong, in its turn
+            return
+        lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        if len(lines) > 1 and not _is_object(text) and any(_is_object(line) for _, line in lines):
             yield from ((name, Line(name, line)) for name, line in lines)
         else:
             yield path, Line(path, text)
@@ -118,21 +140,27 @@ class Runner(Base):
         if not isinstance(source, Mapping):
             raise UserError(f"{where}: {type(source).__name__}; expected a series or a request, as an object")
         if "instances" not in source:
-            return Request([self.past(source, where)], SAMPLES, *_outputs({}, where), single=True)
+            return Request(where, [self.past(source, where)], SAMPLES, 0, *_outputs({}, where), single=True)
         instances, configuration = source["instances"], source.get("configuration", {})
         if not isinstance(instances, list) or not instances:
             raise UserError(f"{where}: instances: expected a list of series")
         if not isinstance(configuration, Mapping):
-            raise UserError(f"{where}: configuration: {configuration!r}; expected an object")
-        samples = configuration.get("num_samples", SAMPLES)
-        if type(samples) is not int or not 0 < samples <= MOST_SAMPLES:
-            raise UserError(f"{where}: num_samples: {samples!r}; expected 1 to {MOST_SAMPLES}")
+            raise UserError(f"{where}: configuration: {shorten(configuration)}; expected an object")
+        unknown = next((key for key in configuration if key not in OPTIONS), None)
+        if unknown is not None:
+            raise UserError(f"{where}: configuration: {shorten(unknown)}; expected {', '.join(OPTIONS)}")
+        samples, seed = configuration.get("num_samples", SAMPLES), configuration.get("seed", 0)
+        most = LARGEST_ANSWER // (len(instances) * self.horizon)
+        if type(samples) is not int or not 0 < samples <= most:
+            raise UserError(f"{where}: num_samples: {shorten(samples)}; expected 1 to {most}")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise UserError(f"{where}: seed: {shorten(seed)}; expected 0 to {2**32 - 1}")
         pasts = []
         for i, instance in enumerate(instances):
             if not isinstance(instance, Mapping):
                 raise UserError(f"{where}: instances[{i}]: {type(instance).__name__}; expected a series as an object")
             pasts.append(self.past(instance, f"{where}: instances[{i}]"))
-        return Request(pasts, samples, *_outputs(configuration, where), single=False)
+        return Request(where, pasts, samples, seed, *_outputs(configuration, where), single=False)
 
     def past(self, entry: Mapping[str, Any], where: str) -> Past:
         """What a series says, checked against what the model was trained with. Raises UserError."""
@@ -149,6 +177,8 @@ class Runner(Base):
         for i, (value, size) in enumerate(zip(record.cat, known["cardinality"], strict=True)):
             if value >= size:
                 raise UserError(f"{where}: cat[{i}]: {value}; expected 0 to {size - 1}, as in training")
+            if value in known["unseen"][i]:
+                raise UserError(f"{where}: cat[{i}]: {value}; expected a value that training has")
         points = len(record.target)
         if record.dynamic.shape[1] and len(record.dynamic) != points + self.horizon:
             raise UserError(
@@ -174,33 +204,39 @@ class Runner(Base):
 
     # Answers
 
+    def size(self, item: Request) -> int:
+        """The values of its paths and of their noise."""
+        return len(item.pasts) * item.samples * self.horizon * (1 + self.metadata["uniforms"])
+
     def together(self, first: Request, second: Request) -> bool:
-        """Requests for as many paths."""
-        return first.samples == second.samples
+        """Requests for as many paths from the same seed."""
+        return (first.samples, first.seed) == (second.samples, second.seed)
 
     def answer(self, items: list[Request]) -> list[dict]:
         """`predictions`, for each series `mean`, `quantiles` and `samples` as asked; a single series has no list."""
         pasts = [past for item in items for past in item.pasts]
-        paths = iter(self.paths(Past(*map(np.stack, zip(*pasts, strict=True))), items[0].samples))
+        paths = iter(self.paths(Past(*map(np.stack, zip(*pasts, strict=True))), items[0].samples, items[0].seed))
         answers = []
         for item in items:
-            found = [prediction(next(paths), item.types, item.levels) for _ in item.pasts]
+            drawn = [next(paths) for _ in item.pasts]
+            for i, one in enumerate(drawn):
+                if not np.isfinite(one).all():
+                    place = item.where if item.single else f"{item.where}: instances[{i}]"
+                    raise UserError(f"{place}: no finite forecast; expected values that the model can multiply")
+            found = [prediction(one, item.types, item.levels) for one in drawn]
             answers.append(found[0] if item.single else {"predictions": found})
         return answers
 
-    def paths(self, past: Past, samples: int = SAMPLES) -> np.ndarray:
+    def paths(self, past: Past, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
         """Sample paths float32 (B, S, H) of several series, whose arrays in `past` have a first axis B."""
         fixed = self.step.shape["noise"][:2]
         if isinstance(fixed[1], int) and fixed[1] != samples:
             raise UserError(f"num_samples: {samples}; expected {fixed[1]}, which this bundle is fixed to")
         many = fixed[0] if isinstance(fixed[0], int) else max(1, ROWS // samples)
         parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, len(past.values), many)]
-        paths = np.concatenate([self._paths(part, samples) for part in parts])
-        if not np.isfinite(paths).all():
-            raise UserError("graph answers no finite numbers; expected finite values")
-        return paths
+        return np.concatenate([self._paths(part, samples, seed) for part in parts])
 
-    def _paths(self, past: Past, samples: int) -> np.ndarray:
+    def _paths(self, past: Past, samples: int, seed: int) -> np.ndarray:
         """Ancestral sampling (section 3.2 of the paper): each value is drawn given those drawn before it."""
         values, features, categories = past.values, past.features, past.categories
         known, longest = values.shape[1], max(self.lags)
@@ -214,7 +250,7 @@ class Runner(Base):
         scale = encoded["scale"]
         state = np.repeat(encoded["state"][:, :, None], samples, axis=2)
         scaled = values / scale[:, None]
-        noise = np.stack([self.noise(row, samples) for row in values])  # (B, S, H, U)
+        noise = np.stack([self.noise(row, samples, seed) for row in values])  # (B, S, H, U)
         paths = np.empty((len(values), samples, self.horizon), np.float32)
         lagged = np.empty((len(values), samples, len(self.lags)), np.float32)
         for time in range(self.horizon):
@@ -233,9 +269,9 @@ class Runner(Base):
         paths *= scale[:, None, None]
         return np.rint(paths) if self.metadata["whole_numbers"] else paths
 
-    def noise(self, values: np.ndarray, samples: int) -> np.ndarray:
-        """Uniform numbers float32 (S, H, U) of a series that only its values decide."""
-        seed = zlib.crc32(np.ascontiguousarray(values))
+    def noise(self, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
+        """Uniform numbers float32 (S, H, U) of a series that only its values and a seed decide."""
+        seed = zlib.crc32(np.ascontiguousarray(values), seed)
         shape = samples, self.horizon, self.metadata["uniforms"]
         return np.random.default_rng(seed).random(shape, np.float32)
 
@@ -258,14 +294,14 @@ def _outputs(configuration: Mapping, where: str) -> tuple[tuple[str, ...], dict[
     """Which outputs a request asks for, and the quantiles by their names."""
     types = configuration.get("output_types", list(OUTPUT_TYPES[:2]))
     if not isinstance(types, list) or not types or not all(name in OUTPUT_TYPES for name in types):
-        raise UserError(f"{where}: output_types: {types!r}; expected a list of {', '.join(OUTPUT_TYPES)}")
+        raise UserError(f"{where}: output_types: {shorten(types)}; expected a list of {', '.join(OUTPUT_TYPES)}")
     names = configuration.get("quantiles", [str(level) for level in LEVELS])
-    try:
-        levels = {str(name): float(name) for name in names}
-    except (TypeError, ValueError):
-        levels = {}
-    if not levels or not all(0 < level < 1 for level in levels.values()):
-        raise UserError(f'{where}: quantiles: {names!r}; expected a list such as ["0.1", "0.5"], between 0 and 1')
+    given = names if isinstance(names, list) else []
+    levels = {str(name): float(name) for name in given if LEVEL.fullmatch(str(name))}
+    if not given or len(levels) < len(set(map(str, given))) or not all(0 < level < 1 for level in levels.values()):
+        raise UserError(
+            f'{where}: quantiles: {shorten(names)}; expected a list such as ["0.1", "0.5"], between 0 and 1'
+        )
     return tuple(types), levels
 
 
@@ -275,18 +311,20 @@ def _last(array: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([np.zeros((count - len(cut), *cut.shape[1:]), cut.dtype), cut])
 
 
-def _is_json(text: str) -> bool:
+def _is_object(text: str) -> bool:
     try:
-        json.loads(text)
+        return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 def _read(path: str) -> str:
     try:
         with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-            return file.read().decode("utf-8-sig")
+            text = file.read(LARGEST_TEXT + 1)
+            if len(text) > LARGEST_TEXT:
+                raise UserError(f"{path}: more than {LARGEST_TEXT} bytes; expected a smaller file")
+            return text.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path}: unreadable ({reason}); expected JSON in UTF-8") from None

@@ -1,0 +1,100 @@
+"""GluonTS's DeepAR on the data of a run, scored alike: `python -m benchmarks.gluonts_deepar RUN --seed 0`.
+
+It sees the same series (all that lies before the test windows: it validates on nothing), the same context, and as many
+windows in as many steps as the run's config has; the rest are its defaults, two LSTM layers of 40 cells and a rate of
+0.001. Its 100 sample paths are scored by what scores the run. Needs the extra `bench`.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch import seed_everything
+
+from dlref.cli import load_run
+from dlref.data.windows import Windows
+from dlref.runtime.calendar import Frequency
+from dlref.tasks.forecast_scores import SampleScores
+
+
+def entries(windows: Windows, data, horizon: int, begin: np.ndarray) -> list[dict]:
+    """Each window's past as GluonTS takes it."""
+    import pandas as pd
+
+    store, frequency = windows.store, Frequency.parse(data.frequency)
+    unit = {"M": "M", "W": "W", "D": "D", "B": "B", "H": "h", "min": "min"}[frequency.unit]
+    values = store.values.where(store.observed, torch.nan).numpy()
+    items, ends = windows.ends(torch.arange(len(windows)))
+    listed = []
+    for item, end in zip(items.tolist(), ends.tolist(), strict=True):
+        first = store.begin[item].item()
+        entry = {
+            "start": pd.Period(str(begin[item]), freq=f"{frequency.count}{unit}"),
+            "target": values[first : first + end - horizon],
+        }
+        listed.append(entry | ({"feat_static_cat": store.categories[item].tolist()} if data.cardinality else {}))
+    return listed
+
+
+def main() -> None:
+    """Train, forecast and print the scores."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of a forecasting config")
+    parser.add_argument("--seed", type=int, default=0)
+    options, overrides = parser.parse_known_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from gluonts.torch.model.deepar import DeepAREstimator
+
+    _, data = load_run(options.run, overrides)
+    data.setup()
+    horizon, test = data.prediction_length, data.splits["test"]
+    trainer = yaml.safe_load((options.run / "config.yaml").read_text())["trainer"]
+    categories = {"num_feat_static_cat": len(data.cardinality), "cardinality": data.cardinality}
+    past = entries(test, data, horizon, data.starts)
+    items = test.ends(torch.arange(len(test)))[0].tolist()
+    first = dict(zip(items[::-1], past[::-1], strict=True))  # of each series the window that ends first
+    seed_everything(options.seed, verbose=False)
+    estimator = DeepAREstimator(
+        freq=str(past[0]["start"].freqstr),
+        prediction_length=horizon,
+        context_length=data.context_length,
+        batch_size=data.batch_size,
+        num_batches_per_epoch=data.batches,
+        trainer_kwargs={
+            "max_epochs": trainer["max_epochs"],
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "default_root_dir": tempfile.mkdtemp(),
+        },
+        **(categories if data.cardinality else {}),
+    )
+    start = time.perf_counter()
+    predictor = estimator.train(list(first.values()), cache_data=True)
+    trained = time.perf_counter()
+    forecasts = predictor.predict(past, num_samples=100)
+    paths = torch.from_numpy(np.stack([forecast.samples for forecast in forecasts]))
+    ended = time.perf_counter()
+    scores, place = SampleScores(horizon), 0
+    for window in data.test_dataloader():
+        count = len(window.values)
+        target, observed = window.values[:, -horizon:], window.observed[:, -horizon:]
+        scores.update(paths[place : place + count], target, observed, window.seasonal_error)
+        place += count
+    values = {name: round(value.item(), 5) for name, value in scores.compute().items() if not value.ndim}
+    print(
+        f"{options.run.name}, seed {options.seed}: {values}, trained in {trained - start:.0f} s, "
+        f"{len(paths)} forecasts in {ended - trained:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
