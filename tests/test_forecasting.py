@@ -335,6 +335,16 @@ def test_null_and_nan_are_missing_and_are_filled(runner):
     assert encoded["scale"].tolist() == [2]
 
 
+def test_the_noise_of_paths_falls_into_each_part_alike(runner):
+    noise = runner.noise(np.ones(3, np.float32), 50, 0)
+    assert noise.shape == (50, 4, 2)
+    assert noise.dtype == np.float32
+    np.testing.assert_array_equal(np.sort((noise * 50).astype(int), axis=0)[:, 2, 1], np.arange(50))
+    assert abs(np.corrcoef(noise[:, 0, 0], noise[:, 0, 1])[0, 1]) < 0.5
+    assert noise.min() >= 0
+    assert noise.max() < 1
+
+
 def test_a_seed_draws_other_paths_of_the_same_forecast(runner):
     one, same, other = (
         runner({"instances": [instance()], "configuration": {"seed": seed}})["predictions"][0]["mean"]
