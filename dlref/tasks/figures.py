@@ -232,10 +232,9 @@ def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for axes, (past, after, paths) in zip(grid, shown, strict=False):
         before, ahead = np.arange(-len(past), 0), np.arange(len(after))
         axes.plot(before, past.numpy(), color="black", linewidth=1, label="past")
-        for low, high in ((0.05, 0.95), (0.1, 0.9), (0.25, 0.75)):
+        for low, high, colour in ((0.05, 0.95, "#deebf7"), (0.1, 0.9, "#c6dbef"), (0.25, 0.75, "#9ecae1")):
             edges = np.quantile(paths.numpy(), [low, high], axis=0)
-            label = f"{high - low:.0%} of the paths"
-            axes.fill_between(ahead, *edges, color="tab:blue", alpha=0.2, linewidth=0, label=label)
+            axes.fill_between(ahead, *edges, color=colour, linewidth=0, label=f"{high - low:.0%} of the paths")
         axes.plot(ahead, np.median(paths.numpy(), axis=0), color="tab:blue", linewidth=1.2, label="median")
         axes.plot(ahead, after.numpy(), color="tab:red", linewidth=1, label="what came")
         axes.axvline(-0.5, color="grey", linewidth=0.6)
@@ -264,8 +263,8 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
     """Weighted quantile loss (H,) of several forecasts over the steps ahead."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for name, loss in losses.items():
-        style = {"color": "tab:blue", "linewidth": 2} if name == "this model" else {"linewidth": 1}
+    for i, (name, loss) in enumerate(losses.items()):
+        style = {"color": f"C{i}", "linewidth": 2 if name == "this model" else 1}
         axes.plot(np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
     axes.set(xlabel="steps ahead", ylabel="weighted quantile loss", ylim=(0, None))
     axes.set_title("Loss by time ahead")
