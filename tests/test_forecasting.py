@@ -13,6 +13,7 @@ from sklearn.metrics import mean_pinball_loss
 from test_detection import fit
 from test_tasks import sgd
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
 from dlref.data.windows import Draws, Window
@@ -137,6 +138,30 @@ def test_one_call_of_the_recurrent_layers_trains_context_and_prediction(monkeypa
     monkeypatch.setattr(task.network.rnn, "forward", lambda *given: calls.append(given) or forward(*given))
     task.loss(window_of(torch.rand(3, 10)))
     assert [given[0].shape[:2] for given in calls] == [(3, 10)]
+
+
+@pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
+def test_a_training_step_waits_for_no_value(distribution):
+    """On tensors that have none, what asks for one is an error."""
+    task, window = forecaster(distribution, (5,)), window_of(torch.rand(3, 10), categories=1)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert task.loss(Window(*map(mode.from_tensor, window[:4]))).shape == ()
+
+
+@pytest.mark.gpu
+def test_a_training_step_on_a_gpu_never_waits_for_it():
+    module = data()
+    module.setup()
+    windows = module.splits["train"].to(torch.device("cuda"))
+    task = forecaster(cardinality=(4,), dynamic=1).cuda().train()
+    numbers = torch.arange(8).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = task.loss(windows[numbers])
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
 
 
 # Baselines and scores

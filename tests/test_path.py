@@ -298,7 +298,13 @@ data:
     prediction_length: 6
     context_length: 12
     batches: 30
-trainer: {max_epochs: 3, gradient_clip_val: 10, enable_progress_bar: false, log_every_n_steps: 10}
+trainer:
+  max_epochs: 4
+  gradient_clip_val: 10
+  enable_progress_bar: false
+  log_every_n_steps: 10
+  callbacks:
+    - {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/wql, patience: 3}}
 """
 
 
