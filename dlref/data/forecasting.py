@@ -91,41 +91,40 @@ class ForecastingData(LightningDataModule):
         if not self.splits:
             sizes = ("prediction_length", "context_length", "batch_size", "batches", "val_windows", "test_windows")
             check_at_least(1, **{name: getattr(self, name) for name in sizes}, points=self.points or 1)
-            self.cut(self.read(Frequency.parse(self.frequency)))
+            frequency = Frequency.parse(self.frequency)
+            self.frequency = str(frequency)
+            self.cut(self.checked(self.read(frequency)))
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         self.splits = {name: windows.to(device) for name, windows in self.splits.items()}
 
-    def cut(self, channels: Channels) -> None:
-        """Check the series and cut them into windows."""
-        frequency, horizon = Frequency.parse(self.frequency), self.prediction_length
-        together = channels.test is channels.train
+    def checked(self, channels: Channels) -> Channels:
+        """The channels, held against SageMaker's rules and each other; what a model has to know of them is kept."""
+        horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
             raise UserError("--data.init_args.points: expected none where test or predict are series of their own")
         train = first_points(channels.train, self.points)
         test = train if together else channels.test
-        self.frequency = str(frequency)
         self.cardinality = check(train, horizon, self.asked_cardinality)
-        self.unseen = [
-            sorted(set(range(size)) - set(column))
-            for size, column in zip(self.cardinality, train.cat.T.tolist(), strict=True)
-        ]
+        values = zip(self.cardinality, train.cat.T.tolist(), strict=True)
+        self.unseen = [sorted(set(range(size)) - set(column)) for size, column in values]
         self.dynamic_features, self.static_features = train.dynamic.shape[1], train.static.shape[1]
-        if not together:
-            check(test, 0, self.cardinality, train=False)
-            unseen(train, test)
-        predict = channels.predict
-        if predict is None and not self.dynamic_features:
-            predict = test
-        elif predict is not None:
-            check(predict, horizon, self.cardinality, train=False)
-            unseen(train, predict)
+        # What follows the test series can be forecast where nothing has to be known of it.
+        predict = test if channels.predict is None and not self.dynamic_features else channels.predict
+        for series, ahead in ((test, 0), (predict, horizon if self.dynamic_features else 0)):
+            if series is not None and series is not train:
+                check(series, ahead, self.cardinality, train=False)
+                unseen(train, series)
         filled = train.filled.sum() + (0 if together else test.filled.sum())
         if filled:
             rank_zero_warn(f"{filled} points that no row of the files stands for count as missing")
+        return Channels(train, test, predict, channels.truth)
 
-        self.values = torch.from_numpy(train.target[~np.isnan(train.target)])
-        store = SeriesStore(train, frequency, truth=channels.truth if together else None)
-        tested = store if together else SeriesStore(test, frequency, truth=channels.truth)
+    def cut(self, channels: Channels) -> None:
+        """Checked series -> the windows of each split."""
+        train, test, predict, truth = channels
+        frequency, horizon, together = Frequency.parse(self.frequency), self.prediction_length, test is train
+        store = SeriesStore(train, frequency, truth=truth if together else None)
+        tested = store if together else SeriesStore(test, frequency, truth=truth)
         held = horizon * (self.val_windows + self.test_windows * together)
         steps = max(max(frequency.lags) + self.context_length, frequency.season) + horizon
         self.splits = {
@@ -138,7 +137,7 @@ class ForecastingData(LightningDataModule):
         self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
         if not (self.weight * (self.splits["train"].count > 0)).any():
             raise UserError("by_scale: only zeros to train from; expected other values, or by_scale false")
-        self.starts = test.start
+        self.values, self.starts = torch.from_numpy(train.target[~np.isnan(train.target)]), test.start
         self.names = [] if predict is None else predict.names
         if predict is not None:
             future = SeriesStore(predict, frequency, future=horizon)
