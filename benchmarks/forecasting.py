@@ -2,9 +2,9 @@
 
 Both train two LSTM layers of 40 cells on the same synthetic series with the same context, prediction, batch and numbers
 of windows, by Lightning's Trainer, in one process and in turns: GluonTS as it comes, GluonTS with its data cached, and
-dlref. Then each forecasts the same series with 100 sample paths: GluonTS, dlref in PyTorch, and dlref's graphs in
-onnxruntime as a bundle holds them, float32 and int8. Timed are epochs without start-up and validation, and whole
-forecasts from series as they are, features and quantiles included.
+dlref. Then each forecasts the same series with 100 sample paths, one after the other: GluonTS, dlref in PyTorch, and
+its graphs in onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation,
+and whole forecasts from series as they are, features and quantiles included.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.turns import in_turns
 from dlref.data import SyntheticSeries
 from dlref.data.series import Series
 from dlref.export.convert import Plan, convert
@@ -108,17 +107,31 @@ class Plain(SyntheticSeries):
         return channels._replace(train=self.series, test=self.series, predict=None)
 
 
-def runners(task: Forecaster, data: SyntheticSeries, folder: Path) -> dict[str, Callable]:
-    """The same runner over PyTorch and over the graphs of a bundle."""
+def runners(task: Forecaster, data: SyntheticSeries, folder: Path) -> Iterator[tuple[str, Callable]]:
+    """The same runner over PyTorch and over the graphs of a bundle, each opened when the one before is done with.
+
+    Not in turns: threads of onnxruntime wait busily for a while, and would take a core from what comes next.
+    """
     served = task.deployable(next(iter(data.val_dataloader())))
-    graphs = {"dlref, PyTorch": served.graphs, "dlref, float32 bundle": {}, "dlref, int8 bundle": {}}
-    for name, graph in served.graphs.items():
-        exact, small = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
-        write_onnx(graph, exact, INT8)
-        convert(exact, small, INT8, Plan("int8"), [])
-        graphs["dlref, float32 bundle"][name] = OnnxGraph(exact, INT8.provider)
-        graphs["dlref, int8 bundle"][name] = OnnxGraph(small, INT8.provider)
-    return {name: make_runner(served.kind, parts, served.metadata) for name, parts in graphs.items()}
+    yield "dlref, PyTorch", make_runner(served.kind, served.graphs, served.metadata)
+    for title, precision in (("dlref, float32 bundle", "float32"), ("dlref, int8 bundle", "int8")):
+        graphs = {}
+        for name, graph in served.graphs.items():
+            exact, path = folder / f"{name}.onnx", folder / f"{name}.{precision}.onnx"
+            write_onnx(graph, exact, INT8)
+            convert(exact, path, INT8, Plan(precision), [])
+            graphs[name] = OnnxGraph(path, INT8.provider)
+        yield title, make_runner(served.kind, graphs, served.metadata)
+
+
+def timed(call: Callable, turns: int) -> list[float]:
+    """Seconds of each of several calls, after one that does not count."""
+    seconds = []
+    for turn in range(turns + 1):
+        start = time.perf_counter()
+        call()
+        seconds += [time.perf_counter() - start] * bool(turn)
+    return seconds
 
 
 def row(title: str, rates: list[float], peer: list[float]) -> str:
@@ -161,12 +174,13 @@ def main() -> None:
 
     starts = [str(start).replace("T", " ") for start in data.series.start]
     requests = [{"start": start, "target": entry["target"]} for start, entry in zip(starts, series, strict=True)]
+    seconds, single = {"GluonTS": timed(gluonts, options.turns)}, {}
     with tempfile.TemporaryDirectory() as folder:
-        serving = runners(task, data, Path(folder))
-        calls = {"GluonTS": gluonts} | {name: (lambda r=r: r(requests)) for name, r in serving.items()}
-        seconds = in_turns("forecasts", calls, "cpu", options.turns)
-        alone = {name: (lambda r=r: r(requests[0])) for name, r in serving.items()}
-        single = in_turns("one series", alone, "cpu", 20)
+        for name, runner in track(
+            runners(task, data, Path(folder)), "forecasts", total=3, console=Console(stderr=True)
+        ):
+            seconds[name] = timed(lambda r=runner: r(requests), options.turns)
+            single[name] = timed(lambda r=runner: r(requests[0]), 20)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; torch {version('torch')}, "
         f"gluonts {version('gluonts')}, onnxruntime {version('onnxruntime')}; {options.series} series, "

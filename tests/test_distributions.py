@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT
+from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT, poisson
 
 COUNTS = [0.0, 1.0, 7.0, 400.0]
 REAL = [-3.0, 0.0, 2.5, 1e4]
@@ -65,3 +65,38 @@ def test_a_series_in_other_units_is_as_likely_but_for_the_units(distribution):
     one = distribution.log_prob(values, distribution.domain(raw, torch.ones(6)))
     thousand = distribution.log_prob(1000 * values, distribution.domain(raw, torch.full((6,), 1000.0)))
     torch.testing.assert_close(thousand + np.log(1000), one, rtol=1e-4, atol=1e-4)
+
+
+DRAWS = 40_000
+CASES = [
+    (StudentT(), [0.0, 0.5, 0.0], 3.0, lambda df, loc, scale: stats.t(df, loc, scale)),
+    (StudentT(), [-5.0, 1.0, 0.0], 3.0, lambda df, loc, scale: stats.t(df, loc, scale)),
+    (Gaussian(), [1.0, 0.0], 3.0, stats.norm),
+    (Beta(), [0.0, 0.0], 1.0, stats.beta),
+    (Beta(), [2.0, 5.0], 1.0, stats.beta),
+    (NegativeBinomial(), [0.0, 0.0], 1.0, negative_binomial),  # few
+    (NegativeBinomial(), [3.5, -9.0], 8.5, negative_binomial),  # around the mean from which draws are rounded
+    (NegativeBinomial(), [2.0, 3.0], 100.0, negative_binomial),  # many
+]
+
+
+@pytest.mark.parametrize(("distribution", "raw", "scale", "theirs"), CASES, ids=range(len(CASES)))
+def test_draws_are_distributed_as_scipy_says(distribution, raw, scale, theirs):
+    """The cumulative distribution is nowhere off by more than that of one in 10,000 such samples would be."""
+    parameters = distribution.domain(torch.tensor(raw).expand(DRAWS, -1), torch.full((DRAWS,), scale))
+    drawn = distribution.sample(parameters, torch.rand(DRAWS, distribution.uniforms)).numpy()
+    values, counts = np.unique(drawn, return_counts=True)
+    reference = theirs(*(parameter[0].item() for parameter in parameters))
+    assert np.abs(reference.cdf(values) - np.cumsum(counts) / DRAWS).max() < 2.23 / np.sqrt(DRAWS)
+
+
+def test_a_poisson_variable_has_no_count_that_it_never_takes():
+    """The probabilities of a float32 add up to less than 1; what lies beyond is none of the counts."""
+    normal = torch.tensor([4.8, 5.0, 5.3])
+    assert poisson(torch.full((3,), 29.9), normal).max() < 70
+    assert poisson(torch.full((3,), 29.9), -normal).min() >= 4
+
+
+def test_a_deterministic_draw_is_the_value():
+    drawn = Deterministic().sample((torch.tensor([[2.0]]), torch.ones(1, 1)), torch.rand(3, 5, 0))
+    assert drawn.tolist() == [[2.0] * 5] * 3
