@@ -568,7 +568,14 @@ REQUIRED = {
     "ImageManifest": ("train", "val"),
     **dict.fromkeys(("COCOBoxes", "ManifestBoxes", "SageMakerBoxes", "VOCBoxes"), ("root", "train")),
     **dict.fromkeys(("MaskFolders", "MaskLists", "VOCMasks"), ("root", "train")),
+    "SyntheticSeries": ("frequency", "prediction_length", "context_length"),
+    "SageMakerSeries": ("train", "frequency", "prediction_length", "context_length"),
+    "WideSeries": ("path", "start", "frequency", "prediction_length", "context_length"),
+    "DatedSeries": ("paths", "frequency", "prediction_length", "context_length"),
+    "RowSeries": ("train", "test", "frequency", "prediction_length", "context_length"),
+    "LongSeries": ("path", "frequency", "prediction_length", "context_length"),
 }
+GIVEN = {"prediction_length": "4", "context_length": "6", "paths": "[some/where]"}
 
 
 @pytest.mark.parametrize("name", data.__all__)
@@ -577,7 +584,7 @@ def test_jsonargparse_resolves_every_module(name):
     parser.add_subclass_arguments(LightningDataModule, "data")
     options = ["--data", f"dlref.data.{name}", "--data.init_args.batch_size", "7"]
     for required in REQUIRED[name]:
-        options += [f"--data.init_args.{required}", "some/where"]
+        options += [f"--data.init_args.{required}", GIVEN.get(required, "some/where")]
     module = parser.instantiate(parser.parse_args(options)).data
     assert module.batch_size == 7
     with pytest.raises(jsonargparse.ArgumentError):

@@ -45,8 +45,14 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
     assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"]
-    classes = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]["init_args"]["num_classes"]
-    facts = {"labels": [str(k) for k in range(classes)], "multi_label": False, "crop": None}
+    written = yaml.safe_load(config.read_text())
+    network = written["model"]["init_args"]["network"]["init_args"]
+    facts = {"labels": [str(k) for k in range(network.get("num_classes", 0))], "multi_label": False, "crop": None}
+    facts |= {
+        name: written["data"]["init_args"].get(name) for name in ("frequency", "context_length", "prediction_length")
+    }
+    facts |= {"cardinality": network.get("cardinality", []), "unseen": [], "category_names": [], "static_features": 0}
+    facts |= {"dynamic_features": int(config.stem == "deepar_synthetic")}  # its promotions
     task.remember({name: facts[name] for name in task.facts})
     task.check()
     assert list(tmp_path.iterdir()) == []

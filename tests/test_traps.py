@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 from test_tasks import Pixels, classifier
 from torch import nn
 
@@ -211,8 +212,17 @@ def test_lstms_are_quantised_and_grus_stay_float(tmp_path, monkeypatch):
     assert {".GRU", ".MatMulInteger"} <= operators(tmp_path / "gru")  # the head's product alone
 
 
-def test_a_graph_that_ends_onnxruntime_does_not_end_the_export(tmp_path):
-    """Recurrent layers in half precision do, on a CPU, with onnxruntime 1.32."""
+def test_recurrent_layers_are_never_in_half_precision(tmp_path):
+    manifest = made(reading(nn.LSTM(32, 6, batch_first=True), 6), tmp_path / "bundle", TARGETS["cuda"])
+    refused, held = manifest["verification"]["attempts"]
+    assert refused["refused"].endswith("recurrent layers stay float32; expected a graph without them")
+    assert held["precision"] == manifest["precision"] == "float32"
+
+
+def test_a_graph_that_ends_onnxruntime_does_not_end_the_export(tmp_path, monkeypatch):
+    """What is around recurrent layers in half precision does, on a CPU, with onnxruntime 1.32."""
+    monkeypatch.setattr("dlref.export.convert.RECURRENT", set())
+    monkeypatch.setattr("dlref.export.convert.DEFAULT_OP_BLOCK_LIST", [*DEFAULT_OP_BLOCK_LIST, "LSTM"])
     task = reading(nn.LSTM(32, 6, batch_first=True), 6)
     manifest = made(task, tmp_path / "bundle", TARGETS["cuda"])
     *refused, held = manifest["verification"]["attempts"]

@@ -104,10 +104,9 @@ def forget_origin(model) -> None:
 def trace_sizes(graph) -> dict[str, int]:
     """For each symbol a size to trace at that no other has and that is verified nowhere.
 
-    Equal sizes, an axis of a weight's among them, could be taken for one axis, and sizes 0 and 1 for constants.
+    Equal sizes could be taken for one axis, and sizes 0 and 1 for constants.
     """
     taken = {size for sizes in graph.sizes.values() for size in sizes}
-    taken |= {size for tensor in (*graph.inputs.values(), *graph.module.parameters()) for size in tensor.shape}
     chosen = {}
     for symbol, sizes in graph.sizes.items():
         chosen[symbol] = next(size for size in count(sizes[0] + 1) if size > 1 and size not in taken)
