@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
 from dlref.data.windows import Draws, Window
+from dlref.export.contender import program
 from dlref.export.convert import Plan, convert, is_quantised
-from dlref.export.graph import example_at, write_onnx
+from dlref.export.graph import example_at, first_sizes, write_onnx, write_program
 from dlref.export.targets import TARGETS
 from dlref.models import DeepAR
 from dlref.runtime import UserError, make_runner
@@ -289,6 +290,15 @@ def test_eight_bits_change_little(exported, tmp_path):
 
 def served_operators(path):
     return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_what_pytorch_is_measured_by_loads_again_without_categories(tmp_path):
+    for name, graph in forecaster().deployable(window_of(torch.rand(2, 10))).graphs.items():
+        write_program(graph, tmp_path / f"{name}.pt2", TARGETS["cpu"])
+        answer = program(tmp_path / f"{name}.pt2", "eager", "cpu")
+        inputs = {key: tensor.numpy() for key, tensor in example_at(graph, first_sizes(graph)).items()}
+        for found, expected in zip(answer(**inputs), graph(**inputs).values(), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_step_by_step_is_the_network_all_at_once():

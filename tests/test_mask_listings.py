@@ -93,7 +93,7 @@ def with_map(root: Path, content, **options):
     return READERS["folders"](root, label_map=root / "map.json", **options)
 
 
-def check(error: UserError) -> str:
+def one_line(error: UserError) -> str:
     message = str(error)
     assert len(message.splitlines()) == 1, message
     assert "; expected " in message
@@ -104,7 +104,7 @@ def error_of(function, *arguments, **options) -> str:
     """Return the message of the UserError that the call must raise: one line, with what was expected."""
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
-    return check(caught.value)
+    return one_line(caught.value)
 
 
 def answer_or_user_error(function, *arguments, **options):
@@ -112,7 +112,7 @@ def answer_or_user_error(function, *arguments, **options):
     try:
         listing = function(*arguments, **options)
     except UserError as error:
-        check(error)
+        one_line(error)
         return None
     count = len(listing.classes)
     read = [read_mask(mask, listing.table) for mask in listing.masks]

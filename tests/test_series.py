@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_mask_listings import error_of, one_line
 
 from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
 from dlref.runtime.calendar import Frequency
@@ -56,20 +57,6 @@ def read(root: Path, kind: str, name: str, content: bytes, frequency: Frequency 
 
 def of(*records: dict, where: Path) -> Series:
     return read(where, "json", "of.json", lines(*({"start": DAY} | record for record in records)))
-
-
-def one_line(error: UserError) -> str:
-    message = str(error)
-    assert len(message.splitlines()) == 1, message
-    assert "; expected " in message
-    return message
-
-
-def error_of(function, *arguments, **options) -> str:
-    """Return the message of the UserError that the call must raise: one line, with what was expected."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    return one_line(caught.value)
 
 
 def answer_or_user_error(function, *arguments) -> Series | None:

@@ -75,7 +75,9 @@ class DeepAR(nn.Module):
         `lagged` are values divided by `scale`. The state has one layer for each of a GRU, and with LSTM as many more
         for the cells' contents; None is all zeros.
         """
-        embedded = [table(column) for table, column in zip(self.embeddings, categories.unbind(1), strict=True)]
+        # Not unbind: of no columns, torch.export saves what it cannot load.
+        columns = range(categories.shape[1])
+        embedded = [table(categories[:, i]) for table, i in zip(self.embeddings, columns, strict=True)]
         static = torch.cat([*embedded, scale.log()[:, None]], dim=1)
         static = static[:, None].expand(-1, lagged.shape[1], -1)
         outputs, after = self.rnn(torch.cat([lagged, features, static], dim=2), self._unpacked(state))

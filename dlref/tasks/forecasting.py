@@ -117,11 +117,10 @@ class Forecaster(Task):
     def past(self, window) -> Past:
         """What a runner knows of windows: no value that it is to forecast."""
         context, horizon = self.known["context_length"], self.known["prediction_length"]
-        values, observed = window.values[:, :-horizon], window.observed[:, :-horizon]
-        parts = values[:, -max(self.lags) - context :], observed[:, -context:], window.features[:, -context - horizon :]
-        values, observed, features = parts
-        known = (values.float(), observed, features.float(), window.categories)
-        return Past(*(part.cpu().numpy() for part in known))
+        values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
+        observed = window.observed[:, :-horizon][:, -context:]
+        features = window.features[:, -context - horizon :].float()
+        return Past(*(part.cpu().numpy() for part in (values, observed, features, window.categories)))
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
         """Sample paths, drawn by the runner that a device uses."""
@@ -166,8 +165,8 @@ class Forecaster(Task):
         batches = self.trainer.num_test_batches[0]
         if batch_index in {i * batches // SHOWN for i in range(SHOWN)}:
             shown = self.known["context_length"] + horizon
-            for i in range(min(len(target), -(-SHOWN // batches), SHOWN - len(self.forecasts))):
-                row = i * len(target) // min(len(target), -(-SHOWN // batches))
+            each = min(len(target), -(-SHOWN // batches))
+            for row in [i * len(target) // each for i in range(each)][: SHOWN - len(self.forecasts)]:
                 past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
                 after = target[row].where(observed[row], torch.nan)
                 self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))

@@ -102,9 +102,8 @@ class Runner(Base):
             raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}")
         if not all(0 < length <= LONGEST for length in steps) or not 0 <= metadata["uniforms"] < LONGEST:
             raise UserError(f"not forecasting; expected context_length and prediction_length from 1 to {LONGEST}")
-        if not all(type(size) is int and size > 0 for size in cardinality) or len(metadata["unseen"]) != len(
-            cardinality
-        ):
+        counted = all(type(size) is int and size > 0 for size in cardinality)
+        if not counted or len(metadata["unseen"]) != len(cardinality):
             raise UserError("not forecasting; expected cardinality above 0, and as many lists of unseen values")
         if not {"noise", "lagged"} <= set(graphs["step"].shape):
             raise UserError("not forecasting; expected a graph step with inputs lagged and noise")
@@ -113,7 +112,7 @@ class Runner(Base):
 
     # Requests
 
-    def inputs(self, path: str) -> Iterator[tuple[str, Line]]:
+    def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
         """A file of JSON is one request or series, or has one on each line: a name and a source for each."""
         try:
             text = _read(path)
