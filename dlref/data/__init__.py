@@ -5,6 +5,7 @@ from dlref.data.object_detection import COCOBoxes, DigitScenes, ManifestBoxes, S
 from dlref.data.semantic_segmentation import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
 from dlref.data.small_images import CIFAR10, MNIST, Digits, FashionMNIST
 from dlref.data.streamed_images import ImageFolder, ImageList, ImageManifest
+from dlref.data.translation import PairFiles, ParallelText, SageMakerTokens, SyntheticDates
 
 __all__ = [
     "CIFAR10",
@@ -22,9 +23,13 @@ __all__ = [
     "ManifestBoxes",
     "MaskFolders",
     "MaskLists",
+    "PairFiles",
+    "ParallelText",
     "RowSeries",
     "SageMakerBoxes",
     "SageMakerSeries",
+    "SageMakerTokens",
+    "SyntheticDates",
     "SyntheticSeries",
     "VOCBoxes",
     "VOCMasks",

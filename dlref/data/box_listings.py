@@ -42,7 +42,7 @@ from dlref.data.listings import (
     drawn,
 )
 from dlref.runtime.errors import UserError
-from dlref.runtime.series import parse_object
+from dlref.runtime.lines import parse_object
 
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "PNG")  # those whose EXIF orientation read_image heeds

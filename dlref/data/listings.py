@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
-from dlref.runtime.series import parse_object
+from dlref.runtime.lines import parse_object
 
 MAX_CLASSES = 100_000  # a mistyped label must not allocate a name for each class below it
 

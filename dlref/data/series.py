@@ -26,7 +26,8 @@ from dlref.data.box_listings import _is_line
 from dlref.data.listings import _visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
-from dlref.runtime.series import MAX_CATEGORIES, Record, parse_object, parse_record, to_float32
+from dlref.runtime.lines import parse_object
+from dlref.runtime.series import MAX_CATEGORIES, Record, parse_record, to_float32
 
 MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
 MAX_GAP = 100_000  # steps in a row: nor a mistyped year a missing value for each step before it

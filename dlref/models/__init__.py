@@ -19,6 +19,7 @@ from dlref.models.googlenet import GoogLeNet
 from dlref.models.lenet import LeNet5
 from dlref.models.pspnet import PSPNet
 from dlref.models.resnet import CifarResNet, ResNet
+from dlref.models.seq2seq import Seq2Seq
 from dlref.models.ssd import SSDVGG16, SSDResNet
 from dlref.models.vgg import VGG
 
@@ -38,5 +39,6 @@ __all__ = [
     "PSPNet",
     "ResNet",
     "SSDResNet",
+    "Seq2Seq",
     "make_activation",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlref.runtime import UserError, load
-from dlref.runtime.runner import BATCH, plain
+from dlref.runtime.runner import BATCH, plain, positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,29 +41,31 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return int(text)
-
-
 def transform(arguments: list[str]) -> int:
     """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
-    options = parser(__doc__)
-    options.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders"
-    )
-    options.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
-    options.add_argument("--form", help="another form of the answers, such as sagemaker")
-    options.add_argument(
+    known = parser(__doc__)
+    known.add_argument("inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders")
+    known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
+    known.add_argument("--form", help="another form of the answers, such as sagemaker")
+    known.add_argument(
         "--output", type=Path, metavar="PNG", help="write the answer where it is a picture; several: into a folder"
     )
-    options.add_argument(
-        "--overlay", "--draw", type=Path, metavar="PNG", help="draw the answer over the input; several: into a folder"
+    known.add_argument(
+        "--overlay",
+        "--draw",
+        "--attention",
+        type=Path,
+        metavar="PNG",
+        help="draw the answer over the input, or the input's attention; several: into a folder",
     )
-    options = options.parse_args(arguments)
+    options, _ = known.parse_known_args(arguments)
     runner = load(options.bundle, options.threads, options.provider)
+    for name, (kind, text) in runner.options.items():
+        known.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    options = known.parse_args(arguments)
+    for name in runner.options:
+        if getattr(options, name) is not None:
+            setattr(runner, name, getattr(options, name))
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]

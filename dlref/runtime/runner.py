@@ -1,6 +1,8 @@
 """What every runner shares: one input, a list of them, or a stream that no bad input stops."""
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -15,6 +17,12 @@ class Runner:
 
     # Other forms of an answer, by name: what other services answer, for programs that were written for these.
     forms: Mapping[str, Callable[[dict], dict]] = {}
+    # Attributes that a user of the command sets by --name, with the type of each and what it is.
+    options: Mapping[str, tuple[Callable[[str], object], str]] = {}
+    # Whether `answer` shares its work out by `spread`, over graphs that use one thread each: of many small steps this
+    # makes more than threads within each.
+    spreads = False
+    workers = 1
 
     def inputs(self, path: str) -> Iterable[tuple[str, object]]:
         """The inputs in a file: a name and a source for each. Raises UserError."""
@@ -43,6 +51,13 @@ class Runner:
     def picture(self, answer: dict):
         """An answer that is itself a picture (PIL). Raises UserError where answers are none."""
         raise UserError("these answers are no pictures; expected a bundle of segmentation")
+
+    def spread(self, function: Callable, parts: list) -> list:
+        """What `function` answers to each part, `workers` of them at a time."""
+        if self.workers == 1 or len(parts) < 2:
+            return list(map(function, parts))
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(function, parts))
 
     def __call__(self, source) -> dict | list[dict]:
         """The answer for one input, or a list of them for a list. Raises UserError for the first bad one."""
@@ -79,6 +94,13 @@ class Runner:
             return self.answer(items)
         except UserError as error:
             return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, from a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return int(text)
 
 
 def plain(answer: dict) -> dict:

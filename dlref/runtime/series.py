@@ -3,7 +3,6 @@
 T times, L lags; D dynamic features, R static ones, F features of a time in all; G categories; P points of all series.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from reprlib import repr as shorten
@@ -35,17 +34,6 @@ class Record(NamedTuple):
 
 
 # SageMaker's form
-
-
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """Read a line with one JSON object; anything else is a `UserError` at `where`."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: {shorten(line)}; expected one JSON object")
-    return entry
 
 
 def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:

@@ -7,6 +7,7 @@ from dlref.tasks.object_detection import ObjectDetector
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
 from dlref.tasks.schedules import Poly, Steps, Triangle, WarmupCosine
 from dlref.tasks.semantic_segmentation import SemanticSegmenter
+from dlref.tasks.translation import Translator
 
 __all__ = [
     "Beta",
@@ -22,6 +23,7 @@ __all__ = [
     "SemanticSegmenter",
     "Steps",
     "StudentT",
+    "Translator",
     "Triangle",
     "WarmupCosine",
 ]

@@ -1,6 +1,7 @@
 """Pictures of a test. Each function draws one file and returns nothing."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
 COLOURED = 36  # classes named below masks
 MANY = 100_000  # from this count on a cell of a matrix shows a share
+GROUPS = 6  # of lengths
 SURE = 0.3  # score of the least certain box that is drawn
 
 
@@ -271,3 +273,54 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
+
+
+def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -> None:
+    """Heat maps of attention weights (T, S), with the tokens of source and target beside them."""
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in list(grid.flat)[len(maps) :]:
+        axes.set_axis_off()
+    for axes, (weights, source, target) in zip(grid.flat, maps, strict=False):
+        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(source)), [literal(token.strip()) for token in source], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(target)), [literal(token.strip()) for token in target], fontsize=8)
+    figure.suptitle("Attention: what each token of the answer (rows) looked at in the source (columns)")
+    _save(figure, path)
+
+
+def by_length(path: Path, lengths: list[int], texts: list[str], references: list[str], score: Callable) -> None:
+    """The score of texts in groups by the length of their sources, and how many each group has."""
+    bounds = np.unique(np.quantile(lengths, np.linspace(0, 1, GROUPS + 1)).astype(int))
+    places = np.clip(np.searchsorted(bounds, lengths, side="right") - 1, 0, max(len(bounds) - 2, 0))
+    names, values, counts = [], [], []
+    for group in range(max(len(bounds) - 1, 1)):
+        inside = np.flatnonzero(places == group)
+        if len(inside):
+            longest = max(lengths[i] for i in inside)
+            names.append(f"{min(lengths[i] for i in inside)}–{longest}")
+            values.append(score([texts[i] for i in inside], [references[i] for i in inside]))
+            counts.append(len(inside))
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(range(len(names)), values, color="tab:blue")
+    axes.bar_label(bars, [f"{value:.1f}\n({count})" for value, count in zip(values, counts, strict=True)], fontsize=8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(xlabel="tokens of the source (sentences in brackets)", ylabel="BLEU", title="BLEU by length of the source")
+    axes.margins(y=0.18)
+    axes.grid(axis="y", alpha=0.3)
+    _save(figure, path)
+
+
+def samples(path: Path, rows: list[tuple[str, str, str]], notes: list[str]) -> None:
+    """A table in Markdown: source, reference and output of some sentences, below notes on all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+
+    lines = [*notes, "", "| source | reference | output |", "|---|---|---|"]
+    lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

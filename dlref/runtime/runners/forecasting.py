@@ -3,8 +3,6 @@
 T times of context, L lags, F features, G categories, H times to forecast, S sample paths, U uniform numbers of a draw.
 """
 
-import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,13 +14,13 @@ import numpy as np
 
 from dlref.runtime.calendar import LARGEST_LAG, Frequency
 from dlref.runtime.errors import UserError
+from dlref.runtime.lines import Line, is_object, parse_object, read_text
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.series import Record, carried, features_at, lag_places, parse_object, parse_record
+from dlref.runtime.series import Record, carried, features_at, lag_places, parse_record
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
 SAMPLES = 100  # SageMaker's
 LARGEST_ANSWER = 1 << 26  # values of a request's sample paths: 256 MB
-LARGEST_TEXT = 1 << 28  # bytes of a file
 LONGEST = 100_000  # steps of a context or a prediction
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 LEVEL = re.compile(r"0?\.[0-9]{1,15}")
@@ -71,13 +69,6 @@ class Request(NamedTuple):
     single: bool
 
 
-class Line(NamedTuple):
-    """A line of a file, and where it stands."""
-
-    where: str
-    text: str
-
-
 class Runner(Base):
     """Serves two graphs, and joins them by drawing one time after the other.
 
@@ -115,12 +106,12 @@ class Runner(Base):
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
         """A file of JSON is one request or series, or has one on each line: a name and a source for each."""
         try:
-            text = _read(path)
+            text = read_text(path, "JSON")
         except UserError:
             yield path, path  # reading says what is wrong, in its turn
             return
         lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        if len(lines) > 1 and not _is_object(text) and any(_is_object(line) for _, line in lines):
+        if len(lines) > 1 and not is_object(text) and any(is_object(line) for _, line in lines):
             yield from ((name, Line(name, line)) for name, line in lines)
         else:
             yield path, Line(path, text)
@@ -133,7 +124,7 @@ class Runner(Base):
         where = "request"
         if isinstance(source, (str, Path)):
             where = str(source)
-            source = Line(where, _read(where))
+            source = Line(where, read_text(where, "JSON"))
         if isinstance(source, Line):
             where = source.where
             source = parse_object(source.text, where)
@@ -314,22 +305,3 @@ def _last(array: np.ndarray, count: int) -> np.ndarray:
     """The last `count` rows, with zeros before them where there are fewer."""
     cut = array[max(0, len(array) - count) :]
     return np.concatenate([np.zeros((count - len(cut), *cut.shape[1:]), cut.dtype), cut])
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _read(path: str) -> str:
-    try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-            text = file.read(LARGEST_TEXT + 1)
-            if len(text) > LARGEST_TEXT:
-                raise UserError(f"{path}: more than {LARGEST_TEXT} bytes; expected a smaller file")
-            return text.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: unreadable ({reason}); expected JSON in UTF-8") from None

@@ -1,0 +1,316 @@
+"""Sources and targets from files, and the batches that they become.
+
+B sentences, S source tokens, T target tokens, P tokens of all sentences.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dlref.runtime.errors import UserError
+from dlref.runtime.lines import parse_object, read_text
+from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
+
+MAGIC = 0xCED7230A  # of a record of RecordIO
+
+
+class Pairs(NamedTuple):
+    """Sources and targets, as many of both, and the name of each for messages.
+
+    They are texts, or lists of tokens where the files have these.
+    """
+
+    source: Sequence
+    target: Sequence
+    names: Sequence[str]
+
+
+# Files
+
+
+def read_parallel(source: Path, target: Path) -> Pairs:
+    """Two files, line by line the same sentences. Raises UserError for empty lines, and for counts that differ."""
+    sides = [_lines(path) for path in (source, target)]
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(f"{target}: {len(sides[1])} lines; expected {len(sides[0])}, as {source} has")
+    if not sides[0]:
+        raise UserError(f"{source}: no line; expected a sentence on each")
+    for path, lines in zip((source, target), sides, strict=True):
+        for number, line in enumerate(lines, start=1):
+            _not_empty(line, f"{path}:{number}")
+    return Pairs(*sides, [f"{source}:{number}" for number in range(1, len(sides[0]) + 1)])
+
+
+def read_table(path: Path) -> Pairs:
+    """A source and a target on each line, between them a tab; or JSON Lines of objects with `source` and `target`."""
+    objects = path.name.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
+    pairs, names = [], []
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}:{number}"
+        if objects:
+            entry = parse_object(line, where)
+            pair = [entry.get(side) for side in ("source", "target")]
+            for side, text in zip(("source", "target"), pair, strict=True):
+                if not isinstance(text, str):
+                    raise UserError(f"{where}: {side}: {type(text).__name__}; expected a text")
+        else:
+            pair = line.split("\t")
+            if len(pair) != 2:
+                raise UserError(f"{where}: {len(pair)} columns; expected a source, a tab and a target")
+        for side, text in zip(("source", "target"), pair, strict=True):
+            _not_empty(text, f"{where}: {side}")
+        pairs.append(pair)
+        names.append(where)
+    if not pairs:
+        raise UserError(f"{path}: no line; expected a source and a target on each")
+    return Pairs(*zip(*pairs, strict=True), names)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, in UTF-8, gzipped or not. Raises UserError, with the line that is not UTF-8."""
+    try:
+        text = read_text(path, "lines of text")
+    except UserError as error:
+        place = _undecodable(path)
+        raise UserError(f"{path}:{place}: not UTF-8; expected text in UTF-8") from None if place else error
+    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+
+
+def _undecodable(path: Path) -> int | None:
+    """The number of the first line that is not UTF-8, where that is what is wrong with a file."""
+    import gzip
+
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return number
+    except (OSError, EOFError, ValueError):
+        pass
+    return None
+
+
+def _not_empty(text: str, where: str) -> None:
+    if not text.strip():
+        raise UserError(f"{where}: empty; expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write one
+        raise UserError(f"{where}: half of a surrogate pair; expected Unicode text") from None
+
+
+# SageMaker's records
+
+
+def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
+    """A RecordIO file of protobuf records, as SageMaker's create_vocab_proto.py writes them.
+
+    Each has the features `source` and `target`, lists of int32 tokens below `sizes`; without those that begin and end.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror}); expected RecordIO") from None
+    sides: tuple[list, list] = ([], [])
+    names = []
+    for number, record in enumerate(_records(data, path), start=1):
+        where = f"{path}: record {number}"
+        try:
+            features = dict(_features(record))
+        except (IndexError, ValueError) as error:
+            raise UserError(f"{where}: {error}; expected a protobuf Record of int32 tensors") from None
+        for side, size, tokens in zip(("source", "target"), sizes, sides, strict=True):
+            values = features.get(side, [])
+            if not values:
+                raise UserError(f"{where}: {side}: empty; expected tokens")
+            for value in values:
+                if not 0 <= value < size or value in (PAD, BEGIN, END):
+                    raise UserError(
+                        f"{where}: {side}: token {value}; expected {UNKNOWN} or {len(SPECIAL)} to {size - 1}"
+                    )
+            tokens.append(values)
+        names.append(where)
+    if not names:
+        raise UserError(f"{path}: no record; expected RecordIO of sources and targets")
+    return Pairs(*sides, names)
+
+
+def _records(data: bytes, path: Path) -> Iterator[bytes]:
+    """The content of each record: a magic number, a length, and so many bytes filled up to a multiple of four."""
+    place, number = 0, 0
+    while place < len(data):
+        number += 1
+        header = data[place : place + 8]
+        magic, length = struct.unpack("<II", header) if len(header) == 8 else (0, 0)
+        if magic != MAGIC or place + 8 + length > len(data):
+            raise UserError(f"{path}: record {number} at byte {place}: broken; expected RecordIO")
+        yield data[place + 8 : place + 8 + length]
+        place += 8 + (length + 3) // 4 * 4
+
+
+def _features(record: bytes) -> Iterator[tuple[str, list[int]]]:
+    """The names and int32 values of Record.features, a map (1) of Values whose int32_tensor (7) has values (1)."""
+    for entry in _fields(record, 1):
+        for value in _fields(entry, 2):
+            tensors = list(_fields(value, 7))
+            if tensors:
+                name = b"".join(_fields(entry, 1)).decode()
+                yield (
+                    name,
+                    [number for tensor in tensors for packed in _fields(tensor, 1) for number in _varints(packed)],
+                )
+
+
+def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
+    """The content of each length-delimited field of a protobuf message with a number; a single number as its bytes."""
+    place = 0
+    while place < len(message):
+        key, place = _varint(message, place)
+        if key & 7 == 2:
+            length, place = _varint(message, place)
+            if place + length > len(message):
+                raise ValueError("ends within a field")
+            start, place = place, place + length
+        elif key & 7 == 0:
+            start = place
+            _, place = _varint(message, place)
+        else:
+            start, place = place, place + {1: 8, 5: 4}[key & 7] if key & 7 in (1, 5) else len(message) + 1
+        if place > len(message):
+            raise ValueError("ends within a field")
+        if key >> 3 == wanted:
+            yield message[start:place]
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        if place >= len(data) or shift > 63:
+            raise ValueError("ends within a number")
+        byte = data[place]
+        value, place, shift = value | (byte & 127) << shift, place + 1, shift + 7
+        if byte < 128:
+            return value, place
+
+
+def _varints(data: bytes) -> list[int]:
+    place, values = 0, []
+    while place < len(data):
+        value, place = _varint(data, place)
+        values.append(value if value < 1 << 63 else value - (1 << 64))
+    return values
+
+
+# Batches
+
+
+class Batch(NamedTuple):
+    """Sentences side by side, filled up with PAD.
+
+    Attributes:
+        source: (B, S), an END after the last token of each.
+        target: (B, T), from BEGIN to END.
+        number: (B,) which sentences of the split they are.
+        sources: the source of each as text, of an evaluated split.
+        references: the target of each as text, of an evaluated split.
+    """
+
+    source: Int[Tensor, "B S"]
+    target: Int[Tensor, "B T"]
+    number: Int[Tensor, "B"]
+    sources: Sequence[str] = ()
+    references: Sequence[str] = ()
+
+
+class Ragged:
+    """Lists of tokens as one tensor with offsets, on a device; a batch is one indexing."""
+
+    def __init__(self, rows: Iterable[Sequence[int]]):
+        rows = [np.asarray(row, np.int32) for row in rows]
+        self.lengths = torch.tensor([len(row) for row in rows])  # stays on the host: sizes of batches come from it
+        self.begin = self.lengths.cumsum(0) - self.lengths
+        self.tokens = torch.from_numpy(np.concatenate([*rows, np.zeros(1, np.int32)]))
+
+    def to(self, device: torch.device) -> None:
+        """Move what is indexed."""
+        self.tokens = self.tokens.to(device)
+
+    def __call__(self, number: Int[Tensor, "B"]) -> Int[Tensor, "B N"]:
+        """The rows of these numbers, PAD after each."""
+        device, length = self.tokens.device, self.lengths[number]
+        place = torch.arange(int(length.max()), device=device)
+        begin, length = (part.to(device, non_blocking=True)[:, None] for part in (self.begin[number], length))
+        there = place < length
+        return self.tokens[torch.where(there, begin + place, 0)].long().where(there, PAD)
+
+
+class Corpus(Dataset):
+    """A split as tokens. Items are whole batches: index with the numbers of their sentences.
+
+    Args:
+        source: tokens of each source, END among them.
+        target: tokens of each target, BEGIN and END among them.
+        texts: of an evaluated split, its sources and targets as text.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Sequence[int]],
+        target: Iterable[Sequence[int]],
+        texts: tuple[Sequence[str], Sequence[str]] | None = None,
+    ):
+        self.source, self.target, self.texts = Ragged(source), Ragged(target), texts
+
+    def __len__(self) -> int:
+        return len(self.source.lengths)
+
+    def __getitem__(self, number: Int[Tensor, "B"]) -> Batch:
+        batch = Batch(self.source(number), self.target(number), number)
+        if self.texts is None:
+            return batch
+        sources, references = ([side[i] for i in number.tolist()] for side in self.texts)
+        return batch._replace(sources=sources, references=references)
+
+
+class TokenBatches(Sampler[Tensor]):
+    """Batches of sentences that are about as long, each of at most so many tokens, padding included.
+
+    Sentences of one length are shuffled, and so are the batches: what a batch holds is new in every epoch, how many
+    there are is not. A sentence longer than a batch is one alone.
+    """
+
+    def __init__(self, source: Int[Tensor, "N"], target: Int[Tensor, "N"], tokens: int):
+        self.source, self.target = source, target
+        self.cuts = [0]
+        widths = self.width(self.order(torch.arange(len(source))))
+        for place, width in enumerate(widths.tolist()):
+            if (place + 1 - self.cuts[-1]) * width > tokens and place > self.cuts[-1]:
+                self.cuts.append(place)
+        self.cuts.append(len(widths))
+
+    def order(self, drawn: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+        """Sentences in the order of their lengths; those that are as long stay in the order given."""
+        keys = self.width(drawn) * (int(self.source.max()) + 1) + self.source[drawn]
+        return drawn[keys.argsort(stable=True)]
+
+    def width(self, number: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+        """Tokens that a sentence takes in a batch: the longer of its two sides."""
+        return torch.maximum(self.source[number], self.target[number])
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.order(torch.randperm(len(self.source)))
+        for i in torch.randperm(len(self)).tolist():
+            yield order[self.cuts[i] : self.cuts[i + 1]]

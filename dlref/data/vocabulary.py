@@ -1,0 +1,70 @@
+"""Tokenisers made from training text; `dlref.runtime.text` applies them, here and on a device."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from dlref.runtime.errors import UserError
+from dlref.runtime.text import SPECIAL, make_tokenizer, normal
+
+Kind = Literal["word", "character", "bpe"]
+
+
+def make_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> dict:
+    """The tokeniser of `kind` with at most `size` tokens, as `dlref.runtime.text` describes one.
+
+    Words and characters are the most frequent ones, in the order of how many there are, then of the alphabet; byte
+    pairs are merged until there are `size` tokens or no pair is left that comes twice.
+    """
+    if kind == "bpe":
+        return {"kind": kind, "model": _byte_pairs(texts, size)}
+    if size <= len(SPECIAL):
+        raise UserError(f"vocabulary_size: {size}; expected more than the {len(SPECIAL)} special tokens")
+    counts = Counter()
+    for text in texts:
+        counts.update(normal(text).split() if kind == "word" else normal(text))
+    for special in SPECIAL:
+        counts.pop(special, None)
+    found = sorted(counts, key=lambda token: (-counts[token], token))
+    return {"kind": kind, "tokens": [*SPECIAL, *found[: size - len(SPECIAL)]]}
+
+
+def _byte_pairs(texts: Iterable[str], size: int) -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if size < len(SPECIAL) + len(alphabet):
+        raise UserError(f"vocabulary_size: {size}; expected at least {len(SPECIAL) + len(alphabet)} for byte pairs")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(map(normal, texts), trainer)
+    return tokenizer.to_str()
+
+
+def read_vocabulary(path: Path) -> dict:
+    """SageMaker's vocab.src.json or vocab.trg.json: token -> number, from 0 on, the first four SPECIAL."""
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: unreadable ({reason}); expected JSON of tokens and their numbers") from None
+    if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
+        raise UserError(f"{path}: not a vocabulary; expected an object of tokens and their numbers")
+    tokens = sorted(numbers, key=numbers.get)
+    if [numbers[token] for token in tokens] != list(range(len(tokens))):
+        raise UserError(f"{path}: {len(tokens)} tokens whose numbers leave some out; expected 0 to {len(tokens) - 1}")
+    if tuple(tokens[: len(SPECIAL)]) != SPECIAL:
+        raise UserError(f"{path}: begins with {' '.join(tokens[:4])}; expected {' '.join(SPECIAL)}")
+    described = {"kind": "word", "tokens": tokens}
+    make_tokenizer(described)
+    return described

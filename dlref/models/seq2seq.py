@@ -1,0 +1,318 @@
+"""Sequence to sequence: a recurrent encoder and decoder with attention.
+
+I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to Sequence Learning with Neural Networks", 2014: without attention.
+D. Bahdanau, K. Cho and Y. Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015: the
+bidirectional encoder, attention `mlp`.
+M.-T. Luong, H. Pham and C. D. Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015:
+attention `dot` and `general`, the attentional vector, input feeding.
+J. Gehring et al., "A Convolutional Encoder Model for Neural Machine Translation", 2017: the convolutional encoder.
+
+As in Luong's paper the decoder attends with its state after reading a token, whatever the score: so, without input
+feeding, the whole target is one call of each layer.
+
+Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
+vocabulary, D hidden size, I size of a layer's inputs, Y rows of the decoder's state.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PAD = 0  # the token that fills up a batch, in both vocabularies
+
+
+class Memory(NamedTuple):
+    """What the decoder knows of a source.
+
+    Attributes:
+        values: (B, S, D), an annotation of each source token (Bahdanau et al., section 3.2).
+        keys: (B, S, D), what a query is compared with.
+        there: (B, S), False for padding.
+        state: (Y, B, D), where the decoder starts.
+    """
+
+    values: Float[Tensor, "B S D"]
+    keys: Float[Tensor, "B S D"]
+    there: Bool[Tensor, "B S"]
+    state: Float[Tensor, "Y B D"]
+
+
+class Seq2Seq(nn.Module):
+    """p(y_t | y_<t, x) = softmax(W_s tanh(W_c [c_t; h_t])) (Luong et al., equations 5 and 6).
+
+    Args:
+        source_vocabulary: tokens of the source that it has room for.
+        target_vocabulary: V, of the target.
+        cell: what a layer is made of.
+        num_layers: of the encoder and of the decoder.
+        hidden_size: D; each direction of a bidirectional encoder has half of it.
+        embedding_size: of a token, on both sides.
+        encoder: `bidirectional` or `unidirectional` layers of the cell, or `convolutional` ones.
+        attention: `mlp` (Bahdanau), `dot` or `general` (Luong), or `none`: all the decoder sees is its first state.
+        input_feeding: give the decoder its last attentional vector beside each token (Luong et al., section 3.3); it
+            then goes through the target step by step.
+        initial: the decoder's first state comes from the `last` annotation of each direction, their average (`avg`), or
+            is `zero`.
+        tied: the output layer's weight is the target's embedding (Press and Wolf 2017).
+        residual: add a layer's input to its output, from the second layer on (Wu et al. 2016, section 3.1).
+        dropout: probability of dropping a unit of the embeddings, between layers, and of the attentional vector.
+
+    Raises:
+        ValueError: a choice is none of those listed, or sizes do not fit together.
+    """
+
+    class_layers = ("embed_source", "embed_target", "output")
+
+    def __init__(
+        self,
+        source_vocabulary: int,
+        target_vocabulary: int,
+        cell: Literal["lstm", "gru"] = "lstm",
+        num_layers: int = 1,
+        hidden_size: int = 512,
+        embedding_size: int = 512,
+        encoder: Literal["bidirectional", "unidirectional", "convolutional"] = "bidirectional",
+        attention: Literal["mlp", "dot", "general", "none"] = "mlp",
+        input_feeding: bool = False,
+        initial: Literal["last", "avg", "zero"] = "last",
+        tied: bool = False,
+        residual: bool = False,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("cell", cell, CELLS),
+            ("encoder", encoder, ENCODERS),
+            ("attention", attention, ("mlp", "dot", "general", "none")),
+            ("initial", initial, ("last", "avg", "zero")),
+        ):
+            if value not in choices:
+                raise ValueError(f"no {name} {value!r}: expected {', '.join(choices)}")
+        if tied and embedding_size != hidden_size:
+            raise ValueError(f"embedding_size {embedding_size} with tied: expected hidden_size, {hidden_size}")
+        if encoder == "bidirectional" and hidden_size % 2:
+            raise ValueError(f"hidden_size {hidden_size} of a bidirectional encoder: expected an even number")
+        self.input_feeding, self.initial = input_feeding, initial
+        self.embed_source = nn.Embedding(source_vocabulary, embedding_size, padding_idx=PAD)
+        self.embed_target = nn.Embedding(target_vocabulary, embedding_size, padding_idx=PAD)
+        for table in (self.embed_source, self.embed_target):
+            nn.init.normal_(table.weight, std=embedding_size**-0.5)
+        self.encoder = ENCODERS[encoder](cell, embedding_size, hidden_size, num_layers, residual, dropout)
+        fed = embedding_size + hidden_size * input_feeding
+        self.decoder = Layers(cell, fed, hidden_size, num_layers, residual, dropout)
+        self.bridge = None if initial == "zero" else nn.Linear(hidden_size, self.decoder.rows * hidden_size)
+        self.attention = None if attention == "none" else Attention(attention, hidden_size)
+        self.combine = None if attention == "none" else nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_size, target_vocabulary)
+        if tied:
+            self.output.weight = self.embed_target.weight
+
+    def forward(
+        self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], target: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each of `target`, given those up to it."""
+        return self.decode(target, self.encode(source, lengths))
+
+    def encode(self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"]) -> Memory:
+        """Read the source; tokens from a sentence's length on are padding, and change nothing."""
+        there = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
+        values, last = self.encoder(self.dropout(self.embed_source(source)), lengths, there)
+        if self.initial == "avg":
+            last = values.where(there[..., None], 0).sum(1) / lengths[:, None]
+        state = values.new_zeros(self.decoder.rows, len(source), values.shape[2])
+        if self.bridge is not None:
+            state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1)).transpose(0, 1)
+        if self.input_feeding:
+            state = torch.cat([state, torch.zeros_like(state[:1])])
+        keys = values if self.attention is None else self.attention.keys(values)
+        return Memory(values, keys, there, state)
+
+    def decode(self, target: Int[Tensor, "B T"], memory: Memory) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each of `target`."""
+        embedded = self.dropout(self.embed_target(target))
+        if self.input_feeding:
+            state, parts = memory.state, []
+            for token in embedded.split(1, dim=1):
+                part, state, _ = self._advance(token, state, memory)
+                parts.append(part)
+            attentional = torch.cat(parts, dim=1)
+        else:
+            hidden, _ = self.decoder(embedded, memory.state)
+            attentional, _ = self._attend(hidden, memory)
+        return self.output(attentional)
+
+    def step(
+        self, token: Int[Tensor, "B K"], state: Float[Tensor, "Y B K D"], memory: Memory
+    ) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
+        """One token of each of K hypotheses -> logits of the next, the state after it, attention to the source."""
+        sentences, hypotheses = token.shape
+        embedded = self.dropout(self.embed_target(token.flatten()))[:, None]
+        attentional, after, weights = self._advance(embedded, state.flatten(1, 2), memory, hypotheses)
+        return self.output(attentional), after.unflatten(1, (sentences, hypotheses)), weights
+
+    def _advance(self, embedded: Tensor, state: Tensor, memory: Memory, hypotheses: int = 1) -> tuple[Tensor, ...]:
+        """One token of each row (B K, 1, E) -> attentional vectors (B, K, D), the state after it, attention."""
+        inputs = torch.cat([embedded, state[-1][:, None]], dim=2) if self.input_feeding else embedded
+        hidden, after = self.decoder(inputs, state[: self.decoder.rows])
+        attentional, weights = self._attend(hidden.reshape(-1, hypotheses, hidden.shape[2]), memory)
+        if self.input_feeding:
+            after = torch.cat([after, attentional.reshape(1, -1, attentional.shape[2])])
+        return attentional, after, weights
+
+    def _attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """States of the decoder (B, Q, D) -> attentional vectors (Luong et al., equation 5), attention (B, Q, S)."""
+        if self.attention is None:
+            return self.dropout(hidden), hidden.new_zeros(*hidden.shape[:2], memory.there.shape[1])
+        context, weights = self.attention(hidden, memory)
+        return self.dropout(torch.tanh(self.combine(torch.cat([context, hidden], dim=2)))), weights
+
+
+class Attention(nn.Module):
+    """A weight for each source token by its score against the decoder's state, and the weighted mean of the values.
+
+    Args:
+        score: `mlp`: v^T tanh(W q + U k) (Bahdanau et al., appendix A.1.2); `dot`: q^T k; `general`: q^T W k (Luong et
+            al., section 3.1).
+        size: D.
+    """
+
+    def __init__(self, score: Literal["mlp", "dot", "general"], size: int) -> None:
+        super().__init__()
+        self.key = nn.Identity() if score == "dot" else nn.Linear(size, size, bias=score == "mlp")
+        self.query = nn.Linear(size, size, bias=False) if score == "mlp" else None
+        self.score = nn.Linear(size, 1, bias=False) if score == "mlp" else None
+
+    def keys(self, values: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """What queries are compared with: once for a source, not for each query."""
+        return self.key(values)
+
+    def forward(
+        self, query: Float[Tensor, "B Q D"], memory: Memory
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q S"]]:
+        """Return the context of each query, and its weights: they sum to one over what is there."""
+        if self.score is None:
+            scores = query @ memory.keys.transpose(1, 2)
+        else:
+            scores = self.score(torch.tanh(self.query(query)[:, :, None] + memory.keys[:, None]))[..., 0]
+        weights = scores.masked_fill(~memory.there[:, None], -math.inf).softmax(dim=2)
+        return weights @ memory.values, weights
+
+
+class Layers(nn.Module):
+    """Recurrent layers, each over all its times in one call.
+
+    A state has one row for each layer of a GRU, two for each of an LSTM: output, then content of the cells.
+    """
+
+    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
+        super().__init__()
+        sizes = [inputs] + [size] * (num_layers - 1)
+        self.layers = nn.ModuleList(CELLS[cell](width, size, batch_first=True) for width in sizes)
+        self.rows = num_layers * (2 if cell == "lstm" else 1)
+        self.residual, self.dropout = residual, nn.Dropout(dropout)
+
+    def forward(
+        self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "Y B D"]
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "Y B D"]]:
+        """Return the last layer's outputs, and the state after the last time."""
+        outputs, after = inputs, []
+        for i, (layer, rows) in enumerate(zip(self.layers, state.chunk(len(self.layers)), strict=True)):
+            below = self.dropout(outputs) if i else outputs
+            above, last = run(layer, below, rows)
+            outputs = above + below if i and self.residual else above
+            after.append(last)
+        return outputs, torch.cat(after)
+
+
+class Bidirectional(nn.Module):
+    """Each layer reads the sentence from its start, and another from its end (Bahdanau et al., section 3.2).
+
+    The backward layer is given the sentence reversed within its length, so that neither sees padding before a token. It
+    is the same in training and in a graph, and nothing waits for lengths to come to the host, as packing would.
+    """
+
+    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
+        super().__init__()
+        sizes = [inputs] + [size] * (num_layers - 1)
+        forward, backward = (
+            nn.ModuleList(CELLS[cell](width, size // 2, batch_first=True) for width in sizes) for _ in range(2)
+        )
+        self.ahead, self.back = forward, backward
+        self.residual, self.dropout = residual, nn.Dropout(dropout)
+
+    def forward(
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
+        """Return annotations, and the last of each direction."""
+        place = torch.arange(inputs.shape[1], device=inputs.device)
+        mirrored = torch.where(there, lengths[:, None] - 1 - place, place)
+        outputs = inputs
+        for i, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
+            below = self.dropout(outputs) if i else outputs
+            right, _ = run(ahead, below)
+            left = at(run(back, at(below, mirrored))[0], mirrored)
+            above = torch.cat([right, left], dim=2)
+            outputs = above + below if i and self.residual else above
+        return outputs, torch.cat([at(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
+
+
+class Unidirectional(nn.Module):
+    """Layers that read the sentence from its start (Sutskever et al., section 2)."""
+
+    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
+        super().__init__()
+        self.layers = Layers(cell, inputs, size, num_layers, residual, dropout)
+
+    def forward(
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
+        """Return annotations, and the last of each sentence."""
+        size = self.layers.layers[0].hidden_size
+        outputs, _ = self.layers(inputs, inputs.new_zeros(self.layers.rows, len(inputs), size))
+        return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
+
+
+class Convolutional(nn.Module):
+    """Convolutions with gated linear units and residuals (Gehring et al., section 3; no position embeddings).
+
+    Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is.
+    """
+
+    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(inputs, size)
+        self.layers = nn.ModuleList(nn.Conv1d(size, 2 * size, 3, padding=1) for _ in range(num_layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
+        """Return annotations, and the last of each sentence."""
+        outputs = self.project(inputs)
+        for layer in self.layers:
+            below = self.dropout(outputs.where(there[..., None], 0))
+            outputs = (outputs + F.glu(layer(below.transpose(1, 2)), dim=1).transpose(1, 2)) * 0.5**0.5
+        return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
+
+
+def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A layer over its inputs from a state of one or two rows; zeros are given too, for the exporter freezes none."""
+    lstm = isinstance(layer, nn.LSTM)
+    if state is None:
+        state = inputs.new_zeros(2 if lstm else 1, len(inputs), layer.hidden_size)
+    outputs, after = layer(inputs, (state[:1], state[1:]) if lstm else state)
+    return outputs, torch.cat(after) if lstm else after
+
+
+def at(rows: Float[Tensor, "B S D"], places: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
+    """The rows at some places of each sentence."""
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
+
+
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+ENCODERS = {"bidirectional": Bidirectional, "unidirectional": Unidirectional, "convolutional": Convolutional}

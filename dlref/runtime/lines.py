@@ -1,0 +1,51 @@
+"""Files of lines: text in UTF-8, gzipped or not, with a JSON object or something else on each line."""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+from dlref.runtime.errors import UserError
+
+LARGEST_TEXT = 1 << 28  # bytes of a file
+
+
+class Line(NamedTuple):
+    """A line of a file, and where it stands."""
+
+    where: str
+    text: str
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """A whole file. Raises UserError."""
+    try:
+        with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
+            text = file.read(LARGEST_TEXT + 1)
+            if len(text) > LARGEST_TEXT:
+                raise UserError(f"{path}: more than {LARGEST_TEXT} bytes; expected a smaller file")
+            return text.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: unreadable ({reason}); expected {expected} in UTF-8") from None
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is one JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """Read a line with one JSON object; anything else is a `UserError` at `where`."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {shorten(line)}; expected one JSON object")
+    return entry

@@ -1,0 +1,241 @@
+"""The runner of translation: text, as it is or in SageMaker's requests -> the text that a beam search finds.
+
+B sentences, S source tokens, T target tokens, K hypotheses, D hidden size, Y rows of the decoder's state, W best next
+tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlref.runtime.attention import heat_map
+from dlref.runtime.decoding import Hypothesis, Next, beam_search
+from dlref.runtime.errors import UserError
+from dlref.runtime.lines import Line, is_object, parse_object, read_text
+from dlref.runtime.runner import Runner as Base
+from dlref.runtime.runner import positive
+from dlref.runtime.text import END, PAD, make_tokenizer
+
+SENTENCES = 32  # at once
+LONGEST = 100_000  # tokens
+KEYS = {
+    "source": dict,
+    "target": dict,
+    "longest": int,
+    "longest_answer": int,
+    "too_long": str,
+    "beam": int,
+    "widest": int,
+    "length_penalty": float,
+}
+
+
+class Sentence(NamedTuple):
+    """A source as tokens, its end among them; `cut` says that it was longer. `matrix`: attention is asked for."""
+
+    tokens: list[int]
+    cut: bool
+    matrix: bool = False
+
+
+class Request(NamedTuple):
+    """Sentences to translate; `single` says that there is one and no list around it."""
+
+    sentences: list[Sentence]
+    single: bool
+
+
+class Runner(Base):
+    """Serves two graphs, and joins them by a beam search.
+
+    `encode`: source int64 (B, S) -> values, keys (B, S, D), state (Y, B, D).
+    `step`: token int64 (B, K), state (Y, B, K, D), values, keys, source -> log_probability (B, K, W), next_token
+    int64 (B, K, W), next_state (Y, B, K, D), attention (B, K, S).
+
+    Raises UserError for metadata or graphs that are others.
+    """
+
+    options: Mapping = {"beam": (positive, "hypotheses that are kept (default: the model's)")}
+
+    def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
+        if set(graphs) != {"encode", "step"} or not all(type(metadata.get(key)) is KEYS[key] for key in KEYS):
+            raise UserError(f"not translation; expected graphs encode, step and metadata {', '.join(KEYS)}")
+        if not all(0 < metadata[key] <= LONGEST for key in ("longest", "longest_answer", "beam", "widest")):
+            raise UserError(f"not translation; expected longest, longest_answer, beam and widest from 1 to {LONGEST}")
+        if metadata["too_long"] not in ("error", "truncate"):
+            raise UserError("not translation; expected too_long: error or truncate")
+        if "source" not in graphs["encode"].shape or not {"token", "state"} <= set(graphs["step"].shape):
+            raise UserError("not translation; expected graphs with inputs source, token and state")
+        self.source, self.target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
+        self.encode, self.step = graphs["encode"], graphs["step"]
+        self.longest, self.longest_answer = metadata["longest"], metadata["longest_answer"]
+        self.truncates, self.widest = metadata["too_long"] == "truncate", metadata["widest"]
+        self.beam, self.length_penalty = metadata["beam"], metadata["length_penalty"]
+
+    # Requests
+
+    def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
+        """A text that is no file's name is itself the input; a file has one on each line, or is one JSON request."""
+        if not _is_file(path):
+            yield path, path
+            return
+        try:
+            text = read_text(path, "text")
+        except UserError:
+            yield path, Path(path)  # reading says what is wrong, in its turn
+            return
+        lines = text.removesuffix("\n").split("\n")
+        if len(lines) > 1 and is_object(text):
+            yield path, Line(path, " ".join(lines))
+            return
+        yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
+
+    def read(self, source: Any) -> Request:
+        """A text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line that holds one."""
+        where = "input"
+        if isinstance(source, Path):
+            source = Line(str(source), read_text(source, "text"))
+        if isinstance(source, Line):
+            where, text = source
+            source = parse_object(text, where) if text.lstrip().startswith("{") else text
+        if isinstance(source, str):
+            return Request([self.sentence(source, where)], single=True)
+        if not isinstance(source, Mapping):
+            raise UserError(f"{where}: {type(source).__name__}; expected a text or a request, as an object")
+        if "instances" not in source:
+            return Request([self.asked(source, "source", where)], single=True)
+        instances = source["instances"]
+        if not isinstance(instances, list) or not instances:
+            raise UserError(f"{where}: instances: expected a list of objects with data")
+        places = (f"{where}: instances[{i}]" for i in range(len(instances)))
+        asked = [self.asked(one, "data", place) for one, place in zip(instances, places, strict=True)]
+        return Request(asked, single=False)
+
+    def asked(self, instance: object, key: str, where: str) -> Sentence:
+        """An instance of a request: its text, and whether it asks for the attention matrix. Raises UserError."""
+        if not isinstance(instance, Mapping) or not isinstance(instance.get(key), str):
+            raise UserError(f"{where}: {shorten(instance)}; expected an object with {key}, a text")
+        unknown = set(instance) - {key, "configuration"}
+        configuration = instance.get("configuration", {})
+        if unknown or not isinstance(configuration, Mapping) or set(configuration) - {"attention_matrix"}:
+            raise UserError(f"{where}: {shorten(instance)}; expected {key} and configuration of attention_matrix alone")
+        matrix = str(configuration.get("attention_matrix", "false")).lower()
+        if matrix not in ("true", "false"):
+            raise UserError(f"{where}: attention_matrix: {shorten(matrix)}; expected true or false")
+        return self.sentence(instance[key], f"{where}: {key}" if where == "input" else where, matrix == "true")
+
+    def sentence(self, text: str, where: str, matrix: bool = False) -> Sentence:
+        """A text as tokens. Raises UserError for an empty one, and for one that is too long unless it is to be cut."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: half of a surrogate pair; expected Unicode text") from None
+        tokens = self.source.encode(text)
+        if not tokens:
+            raise UserError(f"{where}: empty; expected a text")
+        cut = len(tokens) >= self.longest
+        if cut and not self.truncates:
+            raise UserError(f"{where}: {len(tokens)} tokens; expected at most {self.longest - 1}")
+        return Sentence([*tokens[: self.longest - 1], END], cut, matrix)
+
+    # Answers
+
+    def size(self, item: Request) -> int:
+        """Attention of its answers."""
+        return sum(len(sentence.tokens) for sentence in item.sentences) * self.beam * self.longest_answer
+
+    def answer(self, items: list[Request]) -> list[dict]:
+        """`target`, its log-probability, and what is only for programs: `tokens`, `source_tokens` and `attention`.
+
+        A request with `instances` is answered by `predictions`, with `matrix` where asked.
+        """
+        if self.beam > self.widest:
+            raise UserError(f"beam: {self.beam}; expected at most {self.widest}")
+        found = iter(self.search([sentence.tokens for item in items for sentence in item.sentences]))
+        answers = []
+        for item in items:
+            told = [self.told(sentence, next(found)) for sentence in item.sentences]
+            answers.append(told[0] if item.single else {"predictions": [as_sagemaker(one) for one in told]})
+        return answers
+
+    def told(self, sentence: Sentence, found: Hypothesis) -> dict:
+        """A hypothesis as an answer."""
+        attention = found.attention[: len(found.tokens), : len(sentence.tokens)]
+        answer = {"target": self.target.decode(found.tokens), "log_probability": found.log_probability}
+        if sentence.cut:
+            answer["truncated"] = True
+        if not found.ended:
+            answer["ended"] = False
+        if sentence.matrix:
+            answer["matrix"] = attention.tolist()
+        tokens = {"tokens": np.array(found.tokens), "source_tokens": np.array(sentence.tokens)}
+        return answer | tokens | {"attention": attention}
+
+    def search(self, sources: list[list[int]]) -> list[Hypothesis]:
+        """The best hypothesis of each source; those of about a length are searched together."""
+        fixed = self.encode.shape["source"][0]
+        many = fixed if isinstance(fixed, int) else max(1, min(SENTENCES, -(-len(sources) // self.workers)))
+        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+        parts = [order[i : i + many] for i in range(0, len(order), many)]
+        found = self.spread(lambda part: self._search([sources[i] for i in part]), parts)
+        answers = dict(zip(order, (one for several in found for one in several), strict=True))
+        return [answers[i] for i in range(len(sources))]
+
+    def _search(self, sources: list[list[int]]) -> list[Hypothesis]:
+        """Hypotheses of sources that fit into one batch."""
+        rows, length = self.encode.shape["source"]
+        length = length if isinstance(length, int) else max(map(len, sources))
+        if max(map(len, sources)) > length:
+            raise UserError(
+                f"{max(map(len, sources))} tokens; expected at most {length}, which this bundle is fixed to"
+            )
+        padded = np.full((rows if isinstance(rows, int) else len(sources), length), PAD)
+        for row, tokens in zip(padded, sources, strict=False):
+            row[: len(tokens)] = tokens
+        memory = {"source": padded, **self.encode(source=padded)}
+        state = memory.pop("state")
+        known = {name: memory[name] for name in self.step.shape if name in memory}
+        beam = self.step.shape["token"][1]
+
+        def step(token: np.ndarray, state: np.ndarray, sentences: np.ndarray) -> Next:
+            kept = token.shape[1]
+            if isinstance(beam, int) and kept < beam:  # a graph of fixed width: what is beside is not looked at
+                token = np.pad(token, [(0, 0), (0, beam - kept)])
+                state = np.pad(state, [(0, 0), (0, 0), (0, beam - kept), (0, 0)])
+            memory = {name: array[sentences] for name, array in known.items()}
+            answer = self.step(token=token, state=state, **memory)
+            return Next(
+                answer["log_probability"][:, :kept],
+                answer["next_token"][:, :kept],
+                answer["next_state"][:, :, :kept],
+                answer["attention"][:, :kept],
+            )
+
+        return beam_search(step, state, self.beam, self.length_penalty, self.longest_answer)[: len(sources)]
+
+    def draw(self, source: Any, answer: dict):
+        """Where the answer's tokens looked, as a heat map (PIL). Raises UserError."""
+        if "attention" not in answer:
+            raise UserError("a request of several is not drawn; expected one text")
+        source_tokens, tokens = (answer[key].tolist() for key in ("source_tokens", "tokens"))
+        return heat_map(answer["attention"], self.source.pieces(source_tokens), self.target.pieces(tokens))
+
+
+def as_sagemaker(answer: dict) -> dict:
+    """What SageMaker's endpoint says of an instance, and nothing more."""
+    return {key: answer[key] for key in ("target", "matrix") if key in answer}
+
+
+Runner.forms = {
+    "sagemaker": lambda answer: answer if "predictions" in answer else as_sagemaker(answer),
+}
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # longer than a name may be
+        return False

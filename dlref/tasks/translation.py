@@ -1,0 +1,363 @@
+"""Translation: the tokens of a text given those of another, by an encoder and a decoder.
+
+Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
+vocabulary, W best next tokens of a hypothesis, D hidden size, Y rows of the decoder's state.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from dlref.models.seq2seq import Memory
+from dlref.runtime import UserError
+from dlref.runtime.decoding import Hypothesis
+from dlref.runtime.runners.translation import Runner
+from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+WIDEST = 16  # next tokens that a step answers: the widest beam
+EXAMPLES = 2  # sentences of the example inputs
+SHOWN = 6  # attention maps
+LARGEST_MAP = 30  # tokens of a sentence whose attention is drawn
+SAMPLES = 50  # in the table
+
+
+class Translated(NamedTuple):
+    """A source, what it should have become, and what it did."""
+
+    source: str
+    reference: str
+    found: Hypothesis
+    text: str
+    tokens: list[int]
+
+
+class Translator(Task):
+    """Cross entropy of each token given the true ones before it, and texts by beam search.
+
+    The network has `encode`, `decode` and `step` as `Seq2Seq` does. A batch is a `Batch`: source, target and, where it
+    is evaluated, both as text.
+
+    Args:
+        label_smoothing: share of the target's probability that goes to all tokens alike (Szegedy et al. 2016).
+        scheduled_sampling: how likely, at the end of training, a token before is what the network itself takes for the
+            likeliest there; it rises from 0 (Bengio et al. 2015). All at once, in two passes (Duckworth et al. 2019).
+        beam: hypotheses that a test and a bundle keep; validation is greedy.
+        length_penalty: see `beam_search`.
+        metric: what a bundle is judged by.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer", "too_long")
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.1,
+        scheduled_sampling: float = 0.0,
+        beam: int = 5,
+        length_penalty: float = 1.0,
+        metric: Literal["bleu", "chrf", "exact_match"] = "bleu",
+        **task,
+    ):
+        super().__init__(**task)
+        self.label_smoothing, self.scheduled_sampling = label_smoothing, scheduled_sampling
+        self.beam, self.length_penalty, self.metric = beam, length_penalty, metric
+        self.nll, self.accuracy = MeanMetric(), MeanMetric()
+        self.translated: dict[int, Translated] = {}
+
+    def check(self) -> None:
+        """The largest tokens through the network: one with less room would fail in the middle of an epoch."""
+        if not 1 <= self.beam <= WIDEST:
+            raise UserError(f"beam: {self.beam}; expected 1 to {WIDEST}")
+        source, target = (len(make_tokenizer(self.known[f"{side}_vocabulary"])) for side in ("source", "target"))
+        expected = (
+            f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
+            f"{target}"
+        )
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        try:
+            with torch.no_grad():
+                logits = self.network(one * (source - 1), one[0], one * (target - 1))
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
+        if logits.shape[-1] < target:
+            raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
+        self.vocabulary = target
+
+    # Sentences
+
+    def forward(self, batch, before: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each of `before`; of tokens beyond the vocabulary, which pad it, none."""
+        lengths = (batch.source != PAD).sum(1)
+        return self.network(batch.source, lengths, before)[..., : self.vocabulary]
+
+    def mixed(self, batch, before: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """The tokens before each, some of them the network's own."""
+        share = self.scheduled_sampling * self.trainer.global_step / self.trainer.estimated_stepping_batches
+        with torch.no_grad():
+            own = self(batch, before)[:, :-1].argmax(2)
+        swapped = (torch.rand(own.shape, device=own.device) < share) & (before[:, 1:] != PAD)
+        return torch.cat([before[:, :1], torch.where(swapped, own, before[:, 1:])], dim=1)
+
+    def runner(self, batch, beam: int) -> Runner:
+        """The runner that a device uses, over this network."""
+        served = self.deployable(batch)
+        runner = Runner(served.graphs, served.metadata)
+        runner.beam = beam
+        return runner
+
+    def translate(self, runner: Runner, batch) -> dict[int, Translated]:
+        """What a runner makes of a batch, by the number of each sentence."""
+        tokens = [[token for token in row if token != PAD] for row in batch.source.tolist()]
+        decode, found = make_tokenizer(self.known["target_vocabulary"]).decode, runner.search(tokens)
+        texts = [decode(one.tokens) for one in found]
+        rows = zip(batch.number.tolist(), batch.sources, batch.references, found, texts, tokens, strict=True)
+        return {number: Translated(*known) for number, *known in rows}
+
+    # Lightning's steps
+
+    def training_step(self, batch, batch_index: int) -> Tensor:
+        """Cross entropy with smoothed labels, over real tokens."""
+        before, after = batch.target[:, :-1], batch.target[:, 1:]
+        if self.scheduled_sampling:
+            before = self.mixed(batch, before)
+        logits = self(batch, before).flatten(0, 1)
+        loss = F.cross_entropy(logits, after.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def evaluation_step(self, batch, beam: int) -> None:
+        """Likelihood and accuracy of the true tokens, and the text that is found without them."""
+        logits, after = self(batch, batch.target[:, :-1]).float(), batch.target[:, 1:]
+        real = after != PAD
+        nll = F.cross_entropy(logits.transpose(1, 2), after, reduction="none")
+        self.nll.update(nll, real.float())
+        self.accuracy.update((logits.argmax(2) == after).float(), real.float())
+        self.translated |= self.translate(self.runner(batch, beam), batch)
+
+    def log_evaluation(self, stage: str) -> None:
+        """Every score, over all devices."""
+        loss = self.nll.compute()
+        everything = list(together(self.translated).values())
+        texts, references = [one.text for one in everything], [one.reference for one in everything]
+        values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.accuracy.compute()}
+        values |= {name: score(texts, references) for name, score in SCORES.items()}
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
+        self.nll.reset()
+        self.accuracy.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing seen yet."""
+        self.translated = {}
+
+    def validation_step(self, batch, batch_index: int) -> None:
+        """Greedy."""
+        self.evaluation_step(batch, beam=1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Scores of the epoch."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Nothing seen yet."""
+        self.translated = {}
+
+    def test_step(self, batch, batch_index: int) -> None:
+        """By beam search."""
+        self.evaluation_step(batch, self.beam)
+
+    def on_test_epoch_end(self) -> None:
+        """Scores of the split."""
+        self.log_evaluation("test")
+
+    def predict_step(self, batch, batch_index: int) -> list[dict]:
+        """The answers that the bundle's runner gives."""
+        translated = self.translate(self.runner(batch, self.beam), batch).values()
+        return [{"target": one.text, "log_probability": one.found.log_probability} for one in translated]
+
+    # The contract with the export step
+
+    def deployable(self, batch) -> Deployable:
+        """`encode` reads a source; `step` takes each of its hypotheses one token further."""
+        source = batch.source[:EXAMPLES]
+        encode, step = _Encode(self.network), _Step(self.network, self.vocabulary)
+        sentences = {0: "batch", 1: "source"}
+        length = source.shape[1]
+        lengths = (length, 1, length + 9, 2 * length + 3)
+        first = Graph(
+            encode,
+            {"source": source},
+            ["values", "keys", "state"],
+            {"source": sentences},
+            {"batch": (1, 2, 7), "source": lengths},
+            tolerance=1e-4,
+        )
+        with torch.inference_mode():
+            values, keys, state = encode(source)
+        token = torch.full((len(source), self.beam), BEGIN, device=source.device)
+        token[:, 1:] = batch.target[:EXAMPLES, 1:2]
+        second = Graph(
+            step,
+            {
+                "token": token,
+                "state": state[:, :, None].repeat(1, 1, self.beam, 1),
+                "values": values,
+                "keys": keys,
+                "source": source,
+            },
+            ["log_probability", "next_token", "next_state", "attention"],
+            {
+                "token": {0: "batch", 1: "beam"},
+                "state": {1: "batch", 2: "beam"},
+                **dict.fromkeys(("values", "keys", "source"), sentences),
+            },
+            {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": lengths},
+            tolerance=1e-4,
+            jumping=("next_token",),
+            calls=max(1, round((batch.target != PAD).sum().item() / len(batch.target))),
+        )
+        metadata = {
+            "source": self.known["source_vocabulary"],
+            "target": self.known["target_vocabulary"],
+            **{name: self.known[name] for name in ("longest", "longest_answer", "too_long")},
+            "beam": self.beam,
+            "widest": step.widest,
+            "length_penalty": float(self.length_penalty),
+        }
+        return Deployable("translation", {"encode": first, "step": second}, metadata)
+
+    def evaluate(self, runner: Runner, batches: Iterable) -> float:
+        """The metric of a runner's texts over `batches`."""
+        texts, references = [], []
+        decode = make_tokenizer(self.known["target_vocabulary"]).decode
+        for batch in batches:
+            if not batch.references:  # of training, which only calibrates
+                batch = batch._replace(
+                    sources=[""] * len(batch.source), references=list(map(decode, batch.target.tolist()))
+                )
+            for one in self.translate(runner, batch).values():
+                texts.append(one.text)
+                references.append(one.reference)
+        return SCORES[self.metric](texts, references)
+
+    def lost(self, reference: float, score: float) -> float:
+        """Points of BLEU or chrF, hundredths of exact matches."""
+        return (reference - score) * (100 if self.metric == "exact_match" else 1)
+
+    def draw(self, folder: Path) -> None:
+        """Where answers looked, BLEU by the length of the source, and a table of samples."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        everything = list(self.translated.values())
+        pieces = [make_tokenizer(self.known[f"{side}_vocabulary"]).pieces for side in ("source", "target")]
+        short = [one for one in everything if len(one.tokens) <= LARGEST_MAP]
+        maps = []
+        for one in spread(short, SHOWN):
+            answer = [*one.found.tokens, *[END] * one.found.ended]
+            weights = one.found.attention[:, : len(one.tokens)]
+            maps.append((weights, pieces[0](one.tokens), pieces[1](answer)))
+        if any(weights.any() for weights, _, _ in maps):
+            figures.attention(folder / "attention.png", maps)
+        lengths = [len(one.tokens) for one in everything]
+        texts, references = [one.text for one in everything], [one.reference for one in everything]
+        figures.by_length(folder / "by_length.png", lengths, texts, references, bleu)
+        samples = [(one.source, one.reference, one.text) for one in spread(everything, SAMPLES)]
+        figures.samples(folder / "samples.md", samples, signatures(texts, references))
+
+
+class _Encode(nn.Module):
+    """The graph that reads a source."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, source: Int[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"], Float[Tensor, "Y B D"]]:
+        memory = self.network.encode(source, (source != PAD).sum(1))
+        return memory.values.float(), memory.keys.float(), memory.state.float()
+
+
+class _Step(nn.Module):
+    """The graph that says what may follow each hypothesis."""
+
+    def __init__(self, network: nn.Module, vocabulary: int):
+        super().__init__()
+        self.network, self.vocabulary = network, vocabulary
+        self.widest = min(WIDEST, vocabulary - 2)
+        never = torch.zeros(vocabulary)
+        never[[PAD, BEGIN]] = -torch.inf
+        self.register_buffer("never", never, persistent=False)
+
+    def forward(
+        self,
+        token: Int[Tensor, "B K"],
+        state: Float[Tensor, "Y B K D"],
+        values: Float[Tensor, "B S D"],
+        keys: Float[Tensor, "B S D"],
+        source: Int[Tensor, "B S"],
+    ) -> tuple[Float[Tensor, "B K W"], Int[Tensor, "B K W"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
+        memory = Memory(values, keys, source != PAD, state[:, :, 0])
+        logits, after, attention = self.network.step(token, state, memory)
+        scores = logits[..., : self.vocabulary].float().log_softmax(2) + self.never.to(logits.device)
+        best, which = scores.topk(self.widest, dim=2)
+        return best, which, after.float(), attention.float()
+
+
+# Scores of texts
+
+
+def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of a corpus, 0 to 100, as sacrebleu defines it."""
+    from sacrebleu import corpus_bleu
+
+    return corpus_bleu(texts, [references]).score
+
+
+def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
+    """The F-score of character n-grams of a corpus, 0 to 100, as sacrebleu defines it."""
+    from sacrebleu import corpus_chrf
+
+    return corpus_chrf(texts, [references]).score
+
+
+def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Share of the texts that are their reference."""
+    return sum(text == reference for text, reference in zip(texts, references, strict=True)) / len(texts)
+
+
+SCORES = {"bleu": bleu, "chrf": chrf, "exact_match": exact_match}
+
+
+def signatures(texts: Sequence[str], references: Sequence[str]) -> list[str]:
+    """How sacrebleu came to its scores, for others to do the same."""
+    from sacrebleu import BLEU, CHRF
+
+    lines = []
+    for metric in (BLEU(), CHRF()):
+        score = metric.corpus_score(texts, [references])
+        lines.append(f"{score.name} {score.score:.2f}, {metric.get_signature()}")
+    return lines
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` items from all over a list."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
+
+
+def together(mine: dict) -> dict:
+    """What all devices have, by number: a sentence that two of them had counts once."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {number: one for part in parts for number, one in part.items()}

@@ -1,0 +1,186 @@
+"""Seq2Seq's network: step by step equals all at once, padding changes nothing, and equations written out."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from dlref.models import Seq2Seq
+from dlref.models.seq2seq import PAD, Attention, Bidirectional, Memory
+
+ENCODERS = ("bidirectional", "unidirectional", "convolutional")
+ATTENTION = ("mlp", "dot", "general", "none")
+
+
+def network(**options):
+    sizes = {"hidden_size": 8, "embedding_size": 8, "dropout": 0.0}
+    return Seq2Seq(11, 13, **sizes | options).eval()
+
+
+def sentences(lengths=(5, 3, 1), target=6):
+    source = torch.randint(4, 11, (len(lengths), max(lengths)))
+    for row, length in zip(source, lengths, strict=True):
+        row[length:] = PAD
+    return source, torch.tensor(lengths), torch.randint(4, 13, (len(lengths), target))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "attention", "cell"),
+    [*product(ENCODERS, ATTENTION, ["lstm"]), *product(ENCODERS[:1], ATTENTION, ["gru"])],
+)
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_step_by_step_is_all_at_once(encoder, attention, cell, input_feeding):
+    choices = {"encoder": encoder, "attention": attention, "cell": cell, "input_feeding": input_feeding}
+    model = network(**choices, num_layers=2, residual=True)
+    source, lengths, target = sentences()
+    with torch.no_grad():
+        whole = model(source, lengths, target)
+        memory = model.encode(source, lengths)
+        state, parts = memory.state[:, :, None], []
+        for token in target.split(1, dim=1):
+            logits, state, weights = model.step(token, state, memory)
+            parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert weights.shape == (3, 1, 5)
+
+
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_hypotheses_of_a_sentence_do_not_see_each_other(input_feeding):
+    model = network(input_feeding=input_feeding)
+    source, lengths, target = sentences()
+    memory = model.encode(source, lengths)
+    state = torch.randn(len(memory.state), 3, 4, 8)
+    together, after, _ = model.step(target[:, :4], state, memory)
+    for k in range(4):
+        alone, one, _ = model.step(target[:, k : k + 1], state[:, :, k : k + 1], memory)
+        torch.testing.assert_close(alone[:, 0], together[:, k])
+        torch.testing.assert_close(one[:, :, 0], after[:, :, k])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("initial", ["last", "avg", "zero"])
+def test_padding_changes_nothing(encoder, attention, initial):
+    """The same sentence alone and in a padded batch: equal within 1e-5; what stands in the padding is not looked at."""
+    model = network(encoder=encoder, attention=attention, initial=initial, num_layers=2)
+    source, lengths, target = sentences()
+    with torch.no_grad():
+        padded = model(source, lengths, target)
+        garbage = source.clone()
+        garbage[1, 3:], garbage[2, 1:] = 7, 9
+        torch.testing.assert_close(model(garbage, lengths, target), padded, atol=1e-6, rtol=0)
+        for i, length in enumerate(lengths):
+            alone = model(source[i : i + 1, :length], lengths[i : i + 1], target[i : i + 1])
+            torch.testing.assert_close(alone[0], padded[i], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTION[:3])
+def test_attention_sums_to_one_over_real_tokens_only(attention):
+    model = network(attention=attention)
+    source, lengths, target = sentences()
+    memory = model.encode(source, lengths)
+    _, _, weights = model.step(target[:, :2], memory.state[:, :, None].repeat(1, 1, 2, 1), memory)
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, 2))
+    for row, length in zip(weights, lengths, strict=True):
+        assert (row[:, :length] > 0).all()
+        assert (row[:, length:] == 0).all()
+
+
+def test_scores_are_the_papers_equations():
+    torch.manual_seed(1)
+    query, values = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
+    for score in ATTENTION[:3]:
+        attention = Attention(score, 4)
+        memory = Memory(values, attention.keys(values), torch.ones(1, 3, dtype=torch.bool), values[None, :, 0])
+        expected = []
+        for annotation in values[0]:
+            if score == "mlp":
+                inside = attention.query.weight @ query[0, 0] + attention.key.weight @ annotation + attention.key.bias
+                expected.append(attention.score.weight[0] @ inside.tanh())
+            elif score == "general":
+                expected.append(query[0, 0] @ (attention.key.weight @ annotation))
+            else:
+                expected.append(query[0, 0] @ annotation)
+        weights = torch.stack(expected).softmax(0)
+        context, found = attention(query, memory)
+        torch.testing.assert_close(found[0, 0], weights)
+        torch.testing.assert_close(context[0, 0], weights @ values[0])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
+    ours = Bidirectional(cell, 6, 8, 2, residual=False, dropout=0.0)
+    theirs = (nn.LSTM if cell == "lstm" else nn.GRU)(6, 4, 2, batch_first=True, bidirectional=True)
+    for i in range(2):
+        for name, parameter in ours.ahead[i].named_parameters():
+            getattr(theirs, name.replace("l0", f"l{i}")).data.copy_(parameter)
+        for name, parameter in ours.back[i].named_parameters():
+            getattr(theirs, name.replace("l0", f"l{i}") + "_reverse").data.copy_(parameter)
+    inputs, lengths = torch.randn(3, 5, 6), torch.tensor([5, 3, 1])
+    there = torch.arange(5) < lengths[:, None]
+    outputs, last = ours(inputs, lengths, there)
+    packed, state = theirs(pack_padded_sequence(inputs, lengths, batch_first=True))
+    expected, _ = pad_packed_sequence(packed, batch_first=True)
+    torch.testing.assert_close(outputs.where(there[..., None], 0), expected)
+    hidden = state[0] if cell == "lstm" else state
+    torch.testing.assert_close(last, torch.cat([hidden[-2], hidden[-1]], dim=1))
+
+
+def test_a_convolution_is_gehrings_block():
+    model = network(encoder="convolutional", num_layers=1)
+    source, lengths, _ = sentences((4,))
+    block, inputs = model.encoder, model.embed_source(source)
+    x = block.project(inputs)
+    a, b = block.layers[0](x.transpose(1, 2)).transpose(1, 2).chunk(2, dim=2)
+    torch.testing.assert_close(model.encode(source, lengths).values, (x + a * b.sigmoid()) * 0.5**0.5)
+
+
+def test_parameters_are_those_of_the_parts():
+    """A bidirectional encoder of 2 × 4, a decoder of 8 with input feeding, mlp attention, tied output."""
+    layer = lambda inputs, size: 4 * size * (inputs + size + 2)  # noqa: E731
+    expected = 11 * 8 + 13 * 8 + 2 * layer(8, 4) + layer(8 + 8, 8)
+    expected += (8 * 16 + 16) + (8 * 8 + 8) + 8 * 8 + 8 + 16 * 8 + 13
+    model = network(input_feeding=True, tied=True)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert model.output.weight is model.embed_target.weight
+
+
+def test_without_attention_all_that_passes_is_a_vector():
+    """Sutskever's: where the vector is the same, so is everything that follows."""
+    model = network(attention="none", initial="last")
+    source, lengths, target = sentences()
+    memory = model.encode(source, lengths)
+    other = memory._replace(values=torch.randn_like(memory.values), keys=torch.randn_like(memory.keys))
+    torch.testing.assert_close(model.decode(target, memory), model.decode(target, other))
+
+
+def test_input_feeding_gives_the_last_attentional_vector():
+    model = network(input_feeding=True)
+    source, lengths, target = sentences()
+    memory = model.encode(source, lengths)
+    logits, state, _ = model.step(target[:, :1], memory.state[:, :, None], memory)
+    torch.testing.assert_close(F.linear(state[-1, :, 0], model.output.weight, model.output.bias), logits[:, 0])
+    fed = state.clone()
+    fed[-1] += 1
+    one, *_ = model.step(target[:, 1:2], state, memory)
+    other, *_ = model.step(target[:, 1:2], fed, memory)
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cell": "rnn"}, "no cell 'rnn': expected lstm, gru"),
+        ({"encoder": "cnn"}, "no encoder 'cnn'"),
+        ({"attention": "luong"}, "no attention 'luong'"),
+        ({"initial": "first"}, "no initial 'first'"),
+        ({"tied": True, "embedding_size": 4}, "embedding_size 4 with tied: expected hidden_size, 8"),
+        ({"hidden_size": 7, "embedding_size": 7}, "expected an even number"),
+    ],
+)
+def test_what_does_not_fit_is_refused(unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)
