@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # Each room, the rooms of dlref it may import, and the packages that are not the standard library's.
 ROOMS = {
-    "runtime": ({"runtime"}, {"numpy", "onnxruntime", "PIL", "tokenizers"}),
+    "runtime": ({"runtime"}, {"numpy", "onnxruntime", "PIL", "tokenizers", "matplotlib"}),
     "models": ({"models"}, {"torch", "torchvision.ops", "jaxtyping"}),
     "data": ({"data", "runtime"}, None),
     "tasks": ({"tasks", "models", "runtime"}, None),

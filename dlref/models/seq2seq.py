@@ -124,7 +124,7 @@ class Seq2Seq(nn.Module):
         values, last = self.encoder(self.dropout(self.embed_source(source)), lengths, there)
         if self.initial == "avg":
             last = values.where(there[..., None], 0).sum(1) / lengths[:, None]
-        state = values.new_zeros(self.decoder.rows, len(source), values.shape[2])
+        state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
             state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1)).transpose(0, 1)
         if self.input_feeding:
@@ -273,7 +273,7 @@ class Unidirectional(nn.Module):
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
         size = self.layers.layers[0].hidden_size
-        outputs, _ = self.layers(inputs, inputs.new_zeros(self.layers.rows, len(inputs), size))
+        outputs, _ = self.layers(inputs, inputs.new_zeros(self.layers.rows, inputs.shape[0], size))
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 
@@ -304,7 +304,7 @@ def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[
     """A layer over its inputs from a state of one or two rows; zeros are given too, for the exporter freezes none."""
     lstm = isinstance(layer, nn.LSTM)
     if state is None:
-        state = inputs.new_zeros(2 if lstm else 1, len(inputs), layer.hidden_size)
+        state = inputs.new_zeros(2 if lstm else 1, inputs.shape[0], layer.hidden_size)
     outputs, after = layer(inputs, (state[:1], state[1:]) if lstm else state)
     return outputs, torch.cat(after) if lstm else after
 

@@ -93,10 +93,20 @@ def transform(arguments: list[str]) -> int:
                 save(runner.draw(source, answer), written["--overlay"][i])
             if options.form:
                 answer = runner.forms[options.form](answer)
-        print(json.dumps({"input": name, **plain(answer)}), flush=True)
+        print(line({"input": name, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
     return 0
+
+
+def line(record: dict) -> str:
+    """A record as JSON, letters as they are where the output can show them."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
 
 
 def places_of(sources: list[str], path: Path, option: str) -> list[Path]:

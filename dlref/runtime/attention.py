@@ -1,34 +1,37 @@
-"""A heat map of attention: where each token of an answer looked."""
+"""A heat map of attention: where each token of an answer looked. Needs matplotlib, which a device need not have."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-CELL = 26  # pixels
-FONT = 14
-INK = (8, 48, 107)
+from dlref.runtime.errors import UserError
+
+CELL = 0.28  # inches
 
 
 def heat_map(weights: np.ndarray, source: list[str], target: list[str]) -> Image.Image:
-    """A picture of weights (T, S) from 0 to 1: a row for each token of the target, a column for each of the source."""
-    font = ImageFont.load_default(FONT)
-    left = max([CELL, *(int(font.getlength(name)) + 12 for name in target)])
-    top = max([CELL, *(int(font.getlength(name)) + 12 for name in source)])
-    shade = 1 - weights[..., None] * (1 - np.array(INK) / 255)
-    cells = Image.fromarray((255 * shade).round().astype(np.uint8))
-    picture = Image.new("RGB", (left + CELL * len(source) + 1, top + CELL * len(target) + 1), "white")
-    if target:
-        picture.paste(cells.resize((CELL * len(source), CELL * len(target)), Image.Resampling.NEAREST), (left, top))
-    pen = ImageDraw.Draw(picture)
-    for row, name in enumerate(target):
-        pen.text((left - 6, top + CELL * (row + 0.5)), name, "black", font, anchor="rm")
-    for column, name in enumerate(source):
-        upright = Image.new("RGB", (top, CELL), "white")
-        ImageDraw.Draw(upright).text((6, CELL / 2), name, "black", font, anchor="lm")
-        picture.paste(upright.rotate(90, expand=True), (left + CELL * column, 0))
-    for i in range(max(len(source), len(target)) + 1):
-        for start, end in (
-            ((left + CELL * i, top), (left + CELL * i, picture.height)),
-            ((left, top + CELL * i), (picture.width, top + CELL * i)),
-        ):
-            pen.line([start, end], (225, 225, 225))
-    return picture
+    """A picture of weights (T, S) from 0 to 1: a row for each token of the target, a column for each of the source.
+
+    Raises UserError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("attention is drawn by matplotlib; expected it to be installed") from None
+    figure = Figure(figsize=(2 + CELL * len(source), 1.5 + CELL * len(target)), dpi=110, layout="constrained")
+    draw_attention(figure.subplots(), weights, source, target)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def draw_attention(axes, weights: np.ndarray, source: list[str], target: list[str]) -> None:
+    """The same, into axes of matplotlib."""
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), list(map(literal, source)), rotation=90, fontsize=8)
+    axes.set_yticks(range(len(target)), list(map(literal, target)), fontsize=8)
+
+
+def literal(token: str) -> str:
+    """A token as it is, with nothing that matplotlib takes for mathematics."""
+    return token.strip().replace("$", r"\$")

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 
+from dlref.runtime.attention import draw_attention, literal
 from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALETTE
 
 COLUMNS = 5  # of the grid of mistakes
@@ -186,11 +187,6 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
     _save(figure, path)
 
 
-def literal(label: str) -> str:
-    """A label as it is: matplotlib takes what is between dollars for mathematics."""
-    return label.replace("$", r"\$")
-
-
 def _paint(mask: np.ndarray, labels: list[str]) -> np.ndarray:
     """Class ids (H, W) -> colours with their opacity (H, W, 4)."""
     opacity = np.zeros(256)
@@ -284,9 +280,7 @@ def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -
     for axes in list(grid.flat)[len(maps) :]:
         axes.set_axis_off()
     for axes, (weights, source, target) in zip(grid.flat, maps, strict=False):
-        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(source)), [literal(token.strip()) for token in source], rotation=90, fontsize=8)
-        axes.set_yticks(range(len(target)), [literal(token.strip()) for token in target], fontsize=8)
+        draw_attention(axes, weights, source, target)
     figure.suptitle("Attention: what each token of the answer (rows) looked at in the source (columns)")
     _save(figure, path)
 

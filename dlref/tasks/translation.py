@@ -72,12 +72,19 @@ class Translator(Task):
         self.beam, self.length_penalty, self.metric = beam, length_penalty, metric
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
         self.translated: dict[int, Translated] = {}
+        self.tokenizers: dict[str, object] = {}
+
+    def tokenizer(self, side: Literal["source", "target"]):
+        """The tokeniser of a side, as the data has it."""
+        if side not in self.tokenizers:
+            self.tokenizers[side] = make_tokenizer(self.known[f"{side}_vocabulary"])
+        return self.tokenizers[side]
 
     def check(self) -> None:
         """The largest tokens through the network: one with less room would fail in the middle of an epoch."""
         if not 1 <= self.beam <= WIDEST:
             raise UserError(f"beam: {self.beam}; expected 1 to {WIDEST}")
-        source, target = (len(make_tokenizer(self.known[f"{side}_vocabulary"])) for side in ("source", "target"))
+        source, target = (len(self.tokenizer(side)) for side in ("source", "target"))
         expected = (
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
             f"{target}"
@@ -90,14 +97,13 @@ class Translator(Task):
             raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
         if logits.shape[-1] < target:
             raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
-        self.vocabulary = target
 
     # Sentences
 
     def forward(self, batch, before: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Logits of the token after each of `before`; of tokens beyond the vocabulary, which pad it, none."""
         lengths = (batch.source != PAD).sum(1)
-        return self.network(batch.source, lengths, before)[..., : self.vocabulary]
+        return self.network(batch.source, lengths, before)[..., : len(self.tokenizer("target"))]
 
     def mixed(self, batch, before: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         """The tokens before each, some of them the network's own."""
@@ -117,7 +123,7 @@ class Translator(Task):
     def translate(self, runner: Runner, batch) -> dict[int, Translated]:
         """What a runner makes of a batch, by the number of each sentence."""
         tokens = [[token for token in row if token != PAD] for row in batch.source.tolist()]
-        decode, found = make_tokenizer(self.known["target_vocabulary"]).decode, runner.search(tokens)
+        decode, found = self.tokenizer("target").decode, runner.search(tokens)
         texts = [decode(one.tokens) for one in found]
         rows = zip(batch.number.tolist(), batch.sources, batch.references, found, texts, tokens, strict=True)
         return {number: Translated(*known) for number, *known in rows}
@@ -188,7 +194,7 @@ class Translator(Task):
     def deployable(self, batch) -> Deployable:
         """`encode` reads a source; `step` takes each of its hypotheses one token further."""
         source = batch.source[:EXAMPLES]
-        encode, step = _Encode(self.network), _Step(self.network, self.vocabulary)
+        encode, step = _Encode(self.network), _Step(self.network, len(self.tokenizer("target")))
         sentences = {0: "batch", 1: "source"}
         length = source.shape[1]
         lengths = (length, 1, length + 9, 2 * length + 3)
@@ -237,7 +243,7 @@ class Translator(Task):
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
         """The metric of a runner's texts over `batches`."""
         texts, references = [], []
-        decode = make_tokenizer(self.known["target_vocabulary"]).decode
+        decode = self.tokenizer("target").decode
         for batch in batches:
             if not batch.references:  # of training, which only calibrates
                 batch = batch._replace(
@@ -257,7 +263,7 @@ class Translator(Task):
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
 
         everything = list(self.translated.values())
-        pieces = [make_tokenizer(self.known[f"{side}_vocabulary"]).pieces for side in ("source", "target")]
+        pieces = [self.tokenizer(side).pieces for side in ("source", "target")]
         short = [one for one in everything if len(one.tokens) <= LARGEST_MAP]
         maps = []
         for one in spread(short, SHOWN):
