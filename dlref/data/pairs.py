@@ -3,6 +3,7 @@
 B sentences, S source tokens, T target tokens, P tokens of all sentences.
 """
 
+import gzip
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -79,14 +80,14 @@ def _lines(path: Path) -> list[str]:
         text = read_text(path, "lines of text")
     except UserError as error:
         place = _undecodable(path)
-        raise UserError(f"{path}:{place}: not UTF-8; expected text in UTF-8") from None if place else error
-    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+        if place is None:
+            raise
+        raise UserError(f"{path}:{place}: not UTF-8; expected text in UTF-8") from error
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _undecodable(path: Path) -> int | None:
     """The number of the first line that is not UTF-8, where that is what is wrong with a file."""
-    import gzip
-
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             for number, line in enumerate(file, start=1):

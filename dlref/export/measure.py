@@ -11,9 +11,9 @@ import onnxruntime
 from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
-from dlref.runtime.bench import bench, cores, in_process
+from dlref.runtime.bench import bench, in_process
+from dlref.runtime.bundle import CPU, cores
 
-CPU = "CPUExecutionProvider"
 TURNS = 3  # where two are compared: a shared machine's clock wanders
 CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
 

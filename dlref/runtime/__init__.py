@@ -11,7 +11,7 @@ The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner`
 from importlib import import_module
 from pathlib import Path
 
-from dlref.runtime.bundle import open_graphs, read_manifest
+from dlref.runtime.bundle import CPU, cores, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
 __all__ = ["UserError", "load", "make_runner"]
@@ -25,8 +25,12 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     missing file, or a kind that this version does not know.
     """
     manifest = read_manifest(Path(folder))
-    graphs = open_graphs(Path(folder), manifest, threads or manifest["target"].get("threads"), provider)
-    return make_runner(manifest["kind"], graphs, manifest["metadata"])
+    provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
+    spreads = runner_of(manifest["kind"]).spreads and provider == CPU
+    graphs = open_graphs(Path(folder), manifest, 1 if spreads else threads, provider)
+    runner = make_runner(manifest["kind"], graphs, manifest["metadata"])
+    runner.workers = (threads or cores()) if spreads else 1
+    return runner
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):
@@ -34,8 +38,13 @@ def make_runner(kind: str, graphs: dict, metadata: dict):
 
     Nothing in a runner knows what executes its graphs, so the export step runs the same code over PyTorch.
     """
+    return runner_of(kind)(graphs, metadata)
+
+
+def runner_of(kind: str) -> type:
+    """The class that serves bundles of a kind. Raises UserError for a kind that this version does not know."""
     module = kind.replace("-", "_")
     known = {path.stem for path in (Path(__file__).parent / "runners").glob("[a-z]*.py")}
     if "_" in kind or module not in known:
         raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")
-    return import_module(f"dlref.runtime.runners.{module}").Runner(graphs, metadata)
+    return import_module(f"dlref.runtime.runners.{module}").Runner

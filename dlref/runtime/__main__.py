@@ -168,8 +168,8 @@ def progress(answers: Iterable, total: int) -> Iterator:
 
 def benchmark(arguments: list[str]) -> int:
     """Print speed, memory and sizes of a bundle, as JSON."""
-    from dlref.runtime.bench import bench, cores
-    from dlref.runtime.bundle import read_manifest
+    from dlref.runtime.bench import bench
+    from dlref.runtime.bundle import cores, read_manifest
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]

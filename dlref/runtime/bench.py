@@ -15,7 +15,6 @@ It answers the example input that the bundle carries and prints one line of JSON
 """
 
 import json
-import os
 import re
 import sys
 import time
@@ -35,11 +34,6 @@ WARMUP = 5
 
 Graphs = Mapping[str, Callable]
 Inputs = dict[str, dict[str, np.ndarray]]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bench(folder: Path, threads: int, provider: str) -> dict:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ PROVIDERS = {
     "TensorrtExecutionProvider": {"trt_engine_cache_enable": "0"},
     "QNNExecutionProvider": {"backend_type": "htp"},
 }
+
+
+CPU = "CPUExecutionProvider"
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256(path: Path) -> str:

@@ -83,6 +83,8 @@ class Runner(Base):
     Raises UserError for metadata or graphs that are others.
     """
 
+    spreads = True
+
     def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
         if set(graphs) != {"encode", "step"} or not all(type(metadata.get(key)) is KEYS[key] for key in KEYS):
             raise UserError(f"not forecasting; expected graphs encode, step and metadata {', '.join(KEYS)}")
@@ -223,9 +225,10 @@ class Runner(Base):
         fixed = self.step.shape["noise"][:2]
         if isinstance(fixed[1], int) and fixed[1] != samples:
             raise UserError(f"num_samples: {samples}; expected {fixed[1]}, which this bundle is fixed to")
-        many = fixed[0] if isinstance(fixed[0], int) else max(1, ROWS // samples)
-        parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, len(past.values), many)]
-        return np.concatenate([self._paths(part, samples, seed) for part in parts])
+        count = len(past.values)
+        many = fixed[0] if isinstance(fixed[0], int) else max(1, min(ROWS // samples, -(-count // self.workers)))
+        parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, count, many)]
+        return np.concatenate(self.spread(lambda part: self._paths(part, samples, seed), parts))
 
     def _paths(self, past: Past, samples: int, seed: int) -> np.ndarray:
         """Ancestral sampling (section 3.2 of the paper): each value is drawn given those drawn before it."""

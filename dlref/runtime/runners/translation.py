@@ -58,6 +58,7 @@ class Runner(Base):
     Raises UserError for metadata or graphs that are others.
     """
 
+    spreads = True
     options: Mapping = {"beam": (positive, "hypotheses that are kept (default: the model's)")}
 
     def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):

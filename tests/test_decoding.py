@@ -1,0 +1,142 @@
+"""Beam search against all sequences there are, and answers that can be read off."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from dlref.runtime.decoding import Next, beam_search
+from dlref.runtime.text import BEGIN, END, PAD
+
+TOKENS = (END, 4, 5, 6)
+
+
+class Table:
+    """A language whose next token hangs on the sentence and on the last two tokens, drawn at random.
+
+    The state is (last but one, last) of each hypothesis, so that states that went astray are found out.
+    """
+
+    def __init__(self, sentences, seed=0):
+        self.logits = 2 * np.random.default_rng(seed).standard_normal((sentences, 7, 7, len(TOKENS)))
+        self.logits -= np.log(np.exp(self.logits).sum(-1, keepdims=True))
+        self.start = np.full((2, sentences, 1), BEGIN, float)
+
+    def __call__(self, token, state, sentences):
+        before = state[1, :, :, 0].astype(int)
+        found = self.logits[sentences[:, None], before, token]
+        order = np.argsort(-found, axis=2, kind="stable")
+        values = np.take_along_axis(found, order, 2)
+        attention = np.broadcast_to(token[..., None] == np.arange(7), (*token.shape, 7)).astype(float)
+        after = np.stack([before, token])[..., None].astype(float)
+        return Next(values, np.array(TOKENS)[order], after, attention)
+
+    def total(self, sentence, tokens):
+        before, last, total = BEGIN, BEGIN, 0.0
+        for token in tokens:
+            total += self.logits[sentence, before, last, TOKENS.index(token)]
+            before, last = last, token
+        return total
+
+
+def every(longest):
+    """All that end within so many tokens."""
+    for length in range(longest):
+        for tokens in product(TOKENS[1:], repeat=length):
+            yield [*tokens, END]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
+def test_a_beam_that_keeps_everything_finds_the_best_of_all(penalty):
+    table, longest = Table(5), 4
+    found = beam_search(table, table.start, 3**4 * 4, penalty, longest)
+    for sentence, one in enumerate(found):
+        rank = lambda tokens: table.total(sentence, tokens) / ((5 + len(tokens)) / 6) ** penalty  # noqa: B023, E731
+        best = max(every(longest), key=rank)
+        assert [*one.tokens, END] == best
+        assert one.log_probability == pytest.approx(table.total(sentence, best))
+        assert one.ended
+
+
+def test_a_beam_of_one_takes_the_likeliest_token_each_time():
+    table = Table(6)
+    for sentence, one in enumerate(beam_search(table, table.start, 1, 1.0, 12)):
+        tokens, before, last = [], BEGIN, BEGIN
+        while len(tokens) < 12 and last != END:
+            choice = TOKENS[int(table.logits[sentence, before, last].argmax())]
+            tokens.append(choice)
+            before, last = last, choice
+        assert [*one.tokens, *[END] * one.ended] == tokens
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
+def test_sentences_do_not_change_each_others_answers(beam):
+    table = Table(8)
+    together = beam_search(table, table.start, beam, 0.7, 9)
+    for sentence in range(8):
+
+        def alone(token, state, sentences, sentence=sentence):
+            return table(token, state, np.full(len(token), sentence))
+
+        (one,) = beam_search(alone, table.start[:, :1], beam, 0.7, 9)
+        assert one.tokens == together[sentence].tokens
+        assert one.log_probability == pytest.approx(together[sentence].log_probability)
+
+
+def test_log_probability_and_attention_are_those_of_the_hypothesis():
+    """This table's attention is on the token before: it has to be that of the hypothesis, not of another."""
+    table = Table(8, seed=3)
+    for sentence, one in enumerate(beam_search(table, table.start, 4, 1.0, 9)):
+        written = [*one.tokens, *[END] * one.ended]
+        assert one.log_probability == pytest.approx(table.total(sentence, written))
+        assert one.attention.argmax(1).tolist() == [BEGIN, *written[:-1]]
+
+
+def test_a_wider_beam_never_ranks_lower_without_a_penalty_here():
+    table = Table(20, seed=1)
+    totals = [[one.log_probability for one in beam_search(table, table.start, k, 0.0, 6)] for k in (1, 2, 4, 400)]
+    assert np.mean(totals[3]) >= max(map(np.mean, totals[:3])) - 1e-9
+    assert np.mean(totals[1]) > np.mean(totals[0])
+
+
+def test_what_does_not_end_is_cut_and_says_so():
+    def step(token, state, sentences):
+        one = np.zeros((*token.shape, 1))
+        return Next(one, np.full(one.shape, 5), state, np.ones((*token.shape, 2)))
+
+    (one,) = beam_search(step, np.zeros((1, 1, 1)), 1, 1.0, 7)
+    assert one.tokens == [5] * 7
+    assert not one.ended
+    assert one.attention.shape == (7, 2)
+
+
+def test_an_ended_answer_is_preferred_at_the_last_step():
+    """`4 4 4 ...` is likelier than anything, but an answer that is whole is worth more than one that is cut."""
+
+    def step(token, state, sentences):
+        values = np.log(np.broadcast_to([0.9, 0.1], (*token.shape, 2)))
+        return Next(values, np.broadcast_to([4, END], values.shape), state, np.ones((*token.shape, 2)))
+
+    (one,) = beam_search(step, np.zeros((1, 1, 1)), 3, 0.0, 5)
+    assert one.ended
+    assert one.tokens == []
+
+
+def test_sentences_that_are_over_are_not_asked_again():
+    def step(token, state, sentences):
+        calls.append(sentences.tolist())
+        ends = np.array([2, 5, 3])[sentences] == len(calls)
+        choice = np.where(ends, END, 4)[:, None, None]
+        return Next(np.zeros(choice.shape), choice, state, np.ones((*token.shape, 1)))
+
+    calls = []
+    found = beam_search(step, np.zeros((1, 3, 1)), 1, 1.0, 9)
+    assert [len(one.tokens) for one in found] == [1, 4, 2]
+    assert calls == [[0, 1, 2], [0, 1, 2], [1, 2], [1], [1]]
+
+
+def test_no_answer_holds_what_fills_up():
+    table = Table(10, seed=2)
+    for one in beam_search(table, table.start, 6, 1.0, 8):
+        assert not {PAD, BEGIN, END} & set(one.tokens)
+        assert len(one.attention) == len(one.tokens) + one.ended

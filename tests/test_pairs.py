@@ -1,0 +1,393 @@
+"""Pairs of texts: readers and what they refuse, tokenisers, batches by the number of tokens, dates."""
+
+import gzip
+import json
+import struct
+from collections import Counter
+
+import pytest
+import torch
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlref.data import PairFiles, ParallelText, SageMakerTokens, SyntheticDates
+from dlref.data.pairs import Corpus, TokenBatches, read_parallel, read_records, read_table
+from dlref.data.synthetic_dates import LANGUAGES, WITHHELD, make_dates
+from dlref.data.vocabulary import make_vocabulary, read_vocabulary
+from dlref.runtime import UserError
+from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, make_tokenizer
+
+VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, "a", "b", "c"])}
+
+
+def record_class():
+    """SageMaker's Record as protobuf's own library has it, from the numbers of its fields."""
+    file = descriptor_pb2.FileDescriptorProto(name="record.proto", package="aialgs.data")
+    kinds = descriptor_pb2.FieldDescriptorProto
+
+    def message(name, *fields):
+        added = file.message_type.add(name=name)
+        for field, number, kind, label, of in fields:
+            added.field.add(name=field, number=number, type=kind, label=label, type_name=of)
+        return added
+
+    message("Int32Tensor", ("values", 1, kinds.TYPE_INT32, kinds.LABEL_REPEATED, None))
+    message("Value", ("int32_tensor", 7, kinds.TYPE_MESSAGE, kinds.LABEL_OPTIONAL, ".aialgs.data.Int32Tensor"))
+    record = message(
+        "Record",
+        ("features", 1, kinds.TYPE_MESSAGE, kinds.LABEL_REPEATED, ".aialgs.data.Record.FeaturesEntry"),
+        ("uid", 3, kinds.TYPE_STRING, kinds.LABEL_OPTIONAL, None),
+    )
+    entry = record.nested_type.add(name="FeaturesEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
+    of = {"type": kinds.TYPE_MESSAGE, "type_name": ".aialgs.data.Value"}
+    entry.field.add(name="value", number=2, label=kinds.LABEL_OPTIONAL, **of)
+    for tensor in file.message_type[0].field:
+        tensor.options.packed = True
+    file.syntax = "proto2"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("aialgs.data.Record"))
+
+
+RECORD = record_class()
+
+
+def packed(source, target, **more):
+    record = RECORD(**more)
+    for name, values in (("source", source), ("target", target)):
+        record.features[name].int32_tensor.values.extend(values)
+    return record.SerializeToString()
+
+
+def recordio(*contents):
+    head = struct.Struct("<II")
+    return b"".join(head.pack(0xCED7230A, len(one)) + one + b"\0" * (-len(one) % 4) for one in contents)
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# Readers
+
+
+def test_parallel_lines_belong_together(tmp_path):
+    source, target = write(tmp_path / "a.de", "eins\nzwei\r\n"), tmp_path / "a.en.gz"
+    target.write_bytes(gzip.compress(b"\xef\xbb\xbfone\ntwo"))
+    pairs = read_parallel(source, target)
+    assert (pairs.source, pairs.target) == (["eins", "zwei"], ["one", "two"])
+    assert pairs.names == [f"{source}:1", f"{source}:2"]
+
+
+def test_tables_of_two_forms(tmp_path):
+    tabs = read_table(write(tmp_path / "a.tsv", "eins\tone\nzwei\ttwo\n"))
+    rows = [{"source": "eins", "target": "one"}, {"source": "zwei", "target": "two", "more": 1}]
+    objects = read_table(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert tabs.source == objects.source == ("eins", "zwei")
+    assert tabs.target == objects.target == ("one", "two")
+
+
+def test_records_are_those_that_protobuf_writes(tmp_path):
+    """Also numbers of several bytes, and fields that are none of ours."""
+    sources, targets = [[4, 5, 200, 70_000], [1]], [[6], [4] * 300]
+    data = recordio(*(packed(*pair, uid="some") for pair in zip(sources, targets, strict=True)))
+    pairs = read_records(write(tmp_path / "train.rec", data), (70_001, 7))
+    assert (pairs.source, pairs.target) == (sources, targets)
+
+
+BAD_PARALLEL = [
+    ("a\nb\n", "a\n", "a.en: 1 lines; expected 2, as"),
+    ("a\n\nb\n", "a\nb\nc\n", "a.de:2: empty; expected a text"),
+    ("a\nb\n", "a\n \t\n", "a.en:2: empty; expected a text"),
+    ("", "", "a.de: no line; expected a sentence on each"),
+    (b"a\n\xff\xfe\n", "a\nb\n", "a.de:2: not UTF-8; expected text in UTF-8"),
+    ("a\nb\n", b"a\nb\xc3", "a.en:2: not UTF-8"),
+    (None, "a\n", "a.de: unreadable (No such file or directory); expected lines of text"),
+    ("a\n\n", "a\nb\n", "a.de:2: empty"),
+]
+BAD_TABLES = [
+    ("a.tsv", "eins one\n", "a.tsv:1: 1 columns; expected a source, a tab and a target"),
+    ("a.tsv", "eins\tone\tuno\n", "a.tsv:1: 3 columns"),
+    ("a.tsv", "eins\tone\n\n", "a.tsv:2: 1 columns"),
+    ("a.tsv", "eins\t \n", "a.tsv:1: target: empty"),
+    ("a.tsv", "", "a.tsv: no line"),
+    ("a.tsv.gz", "no gzip", "a.tsv.gz: unreadable"),
+    ("a.jsonl", '{"source": "a"}\n', "a.jsonl:1: target: NoneType; expected a text"),
+    ("a.jsonl", '{"source": 1, "target": "a"}', "a.jsonl:1: source: int; expected a text"),
+    ("a.jsonl", '{"source": "", "target": "a"}', "a.jsonl:1: source: empty"),
+    ("a.jsonl", '{"source": "a", "target": "\\ud800"}', "a.jsonl:1: target: half of a surrogate pair"),
+    ("a.jsonl", "[1]\n", "a.jsonl:1: '[1]'; expected one JSON object"),
+    ("a.jsonl", '{"source": "a", "target": "b"}\n{"sou', "a.jsonl:2: "),
+]
+GOOD = packed([4], [5])
+BAD_RECORDS = [
+    (b"", "no record"),
+    (b"abc", "record 1 at byte 0: broken"),
+    (b"\0" * 16, "record 1 at byte 0: broken"),
+    (recordio(GOOD)[:-4], "record 1 at byte 0: broken"),
+    (recordio(GOOD) + b"\x0a\x23\xd7\xce", f"record 2 at byte {len(recordio(GOOD))}: broken"),
+    (struct.pack("<II", 0xCED7230A, 1 << 31) + GOOD, "record 1 at byte 0: broken"),
+    (recordio(packed([], [5])), "record 1: source: empty; expected tokens"),
+    (recordio(GOOD, packed([4], [])), "record 2: target: empty"),
+    (recordio(packed([7], [5])), "record 1: source: token 7; expected 1 or 4 to 6"),
+    (recordio(packed([4], [-1])), "record 1: target: token -1"),
+    (recordio(packed([4, 0], [5])), "record 1: source: token 0"),
+    (recordio(packed([4], [5, 3])), "record 1: target: token 3"),
+    (recordio(GOOD[:-1]), "record 1: ends within"),
+    (recordio(b"\xff" * 12), "record 1: ends within a number"),
+    (recordio(b"\x0f" + GOOD), "record 1: ends within a field"),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "complaint"), BAD_PARALLEL, ids=range(len(BAD_PARALLEL)))
+def test_parallel_files_that_are_refused(tmp_path, source, target, complaint):
+    for name, text in (("a.de", source), ("a.en", target)):
+        if text is not None:
+            write(tmp_path / name, text)
+    refused(lambda: read_parallel(tmp_path / "a.de", tmp_path / "a.en"), complaint)
+
+
+@pytest.mark.parametrize(("name", "text", "complaint"), BAD_TABLES, ids=range(len(BAD_TABLES)))
+def test_tables_that_are_refused(tmp_path, name, text, complaint):
+    refused(lambda: read_table(write(tmp_path / name, text)), complaint)
+
+
+@pytest.mark.parametrize(("data", "complaint"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_records_that_are_refused(tmp_path, data, complaint):
+    refused(lambda: read_records(write(tmp_path / "a.rec", data), (7, 7)), complaint)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "not a vocabulary"),
+        ('{"a": "b"}', "not a vocabulary"),
+        ("{", "unreadable"),
+        (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers leave some out; expected 0 to 7"),
+        (json.dumps({"a": 0, "b": 1}), "begins with a b; expected <pad> <unk> <s> </s>"),
+        (json.dumps({**VOCABULARY, "d": 6}), "leave some out"),
+    ],
+)
+def test_vocabularies_that_are_refused(tmp_path, text, complaint):
+    refused(lambda: read_vocabulary(write(tmp_path / "vocab.src.json", text)), complaint)
+
+
+def refused(read, complaint):
+    with pytest.raises(UserError) as caught:
+        read()
+    message = str(caught.value)
+    assert complaint in message
+    assert "expected" in message
+    assert len(message.splitlines()) == 1
+
+
+@given(st.binary(max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("bytes") / "a"
+    for name, read in (("a.rec", lambda p: read_records(p, (7, 7))), ("a.tsv", read_table), ("a.jsonl", read_table)):
+        for content in (data, recordio(data), GOOD + data):
+            message = ""
+            try:
+                read(write(path.with_name(name), content))
+            except UserError as error:
+                message = str(error)
+            assert len(message.splitlines()) <= 1
+
+
+# Tokenisers
+
+
+def test_words_and_characters_are_numbered_by_how_many_there_are():
+    words = make_vocabulary(["b a", "b c"], "word", 6)
+    assert words == {"kind": "word", "tokens": [*SPECIAL, "b", "a"]}
+    tokenizer = make_tokenizer(words)
+    assert tokenizer.encode(" b  c\ta ") == [4, UNKNOWN, 5]
+    assert tokenizer.decode([BEGIN, 4, 5, END, PAD]) == "b a"
+    characters = make_tokenizer(make_vocabulary(["aäb", "ab"], "character", 100))
+    assert characters.encode("ba\u0308") == [5, 6]  # however the umlaut was typed
+    assert characters.decode([5, 6]) == "bä"
+
+
+@pytest.mark.parametrize("kind", ["word", "character", "bpe"])
+def test_a_text_cannot_smuggle_special_tokens(kind):
+    tokenizer = make_tokenizer(make_vocabulary(["<pad> </s> <s> a b"] * 3, kind, 300))
+    assert not {PAD, BEGIN, END} & set(tokenizer.encode("<pad> a </s> <s> <unk>"))
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_byte_pairs_give_every_text_back(text):
+    found = BYTE_PAIRS.decode(BYTE_PAIRS.encode(text))
+    assert found == make_normal(text)
+
+
+def make_normal(text):
+    from dlref.runtime.text import normal
+
+    return normal(text.encode("utf-8", "ignore").decode())
+
+
+TEXTS = ["der Hund läuft über die Wiese", "die Katze 😀 läuft"] * 4
+BYTE_PAIRS = make_tokenizer(make_vocabulary(TEXTS, "bpe", 300))
+
+
+def test_byte_pairs_are_trained_the_same_again_and_have_their_size():
+    assert make_vocabulary(TEXTS, "bpe", 300) == make_vocabulary(TEXTS, "bpe", 300)
+    assert 260 < len(BYTE_PAIRS) <= 300
+    assert len(BYTE_PAIRS.encode("läuft")) < len("läuft".encode())
+    with pytest.raises(UserError, match="vocabulary_size: 100; expected at least 260"):
+        make_vocabulary(TEXTS, "bpe", 100)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {},
+        {"kind": "syllable", "tokens": list(SPECIAL)},
+        {"kind": "word"},
+        {"kind": "word", "tokens": ["a"]},
+        {"kind": "word", "tokens": [*SPECIAL, "a", "a"]},
+        {"kind": "word", "tokens": [*SPECIAL, "a", 1]},
+        {"kind": "bpe", "model": "{}"},
+        {"kind": "bpe", "model": 3},
+    ],
+)
+def test_tokenisers_that_are_none(described):
+    refused(lambda: make_tokenizer(described), "okeniser")
+
+
+# Batches
+
+
+def test_every_sentence_is_in_one_batch_of_bounded_size():
+    torch.manual_seed(0)
+    source, target = torch.randint(1, 40, (500,)), torch.randint(1, 40, (500,))
+    batches = TokenBatches(source, target, 200)
+    for _ in range(3):
+        epoch = list(batches)
+        assert len(epoch) == len(batches)
+        assert sorted(torch.cat(epoch).tolist()) == list(range(500))
+        for batch in epoch:
+            assert len(batch) * max(source[batch].max(), target[batch].max()) <= 200
+    assert Counter(map(len, batches)) == Counter(map(len, epoch))
+    padding = sum(len(batch) * int(source[batch].max()) for batch in epoch) / int(source.sum())
+    assert padding < 1.25
+    assert any(not torch.equal(one, other) for one, other in zip(batches, epoch, strict=True))
+    assert [len(batch) for batch in TokenBatches(source[:3] + 500, target[:3], 200)] == [1, 1, 1]
+
+
+def test_a_batch_is_filled_up_behind():
+    corpus = Corpus([[4, 5, END], [6, END]], [[BEGIN, 4, END], [BEGIN, 4, 5, END]], (["a b", "c"], ["x", "y z"]))
+    batch = corpus[torch.tensor([1, 0])]
+    assert batch.source.tolist() == [[6, END, PAD], [4, 5, END]]
+    assert batch.target.tolist() == [[BEGIN, 4, 5, END], [BEGIN, 4, END, PAD]]
+    assert (batch.sources, batch.references) == (["c", "a b"], ["y z", "x"])
+
+
+# Modules
+
+
+def make_text(folder, lines=20):
+    for split in ("train", "val", "test"):
+        write(folder / f"{split}.de", "".join(f"ein Hund {i % 7}\n" for i in range(lines)))
+        write(folder / f"{split}.en", "".join(f"a dog {i % 7}\n" for i in range(lines)))
+    return folder
+
+
+def test_parallel_text_from_files_to_batches(tmp_path):
+    data = ParallelText(str(make_text(tmp_path)), "de", "en", tokenizer="word", batch_size=40)
+    data.setup()
+    assert data.longest_answer == 5 + 5 // 4 + 5
+    words = make_tokenizer(data.source_vocabulary)
+    batch = next(iter(data.val_dataloader()))
+    assert words.decode(batch.source[3].tolist()) == batch.sources[3] == "ein Hund 3"
+    assert batch.target[:, 0].tolist() == [BEGIN] * 20
+    assert data.sources()[1].endswith("test.de:2")
+
+
+def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
+    folder = make_text(tmp_path)
+    write(folder / "val.de", "eins zwei drei vier\n" * 20)
+    options = {"tokenizer": "word", "longest": 4}
+    with pytest.raises(UserError, match=r"val\.de:1: source: 4 tokens; expected at most 3, or too_long: truncate"):
+        ParallelText(str(folder), "de", "en", **options).setup()
+    data = ParallelText(str(folder), "de", "en", **options, too_long="truncate")
+    with pytest.warns(UserWarning, match="val: 20 sentences of more than 3 tokens are cut"):
+        data.setup()
+    assert next(iter(data.val_dataloader())).source.shape == (20, 4)
+
+
+def test_a_shared_vocabulary_is_one(tmp_path):
+    data = ParallelText(str(make_text(tmp_path)), "de", "en", tokenizer="word", shared=True)
+    data.setup()
+    assert data.source_vocabulary == data.target_vocabulary
+    assert {"ein", "a"} <= set(data.source_vocabulary["tokens"])
+
+
+def test_pair_files_test_on_what_validates_where_there_is_no_more(tmp_path):
+    path = str(write(tmp_path / "a.tsv", "eins\tone\nzwei\ttwo\n"))
+    data = PairFiles(path, path, tokenizer="character")
+    data.setup()
+    assert len(data.splits["test"]) == 2
+
+
+def test_sagemakers_channels(tmp_path):
+    for side in ("src", "trg"):
+        write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
+    path = str(write(tmp_path / "train.rec", recordio(packed([4, 5, 1], [6]), packed([5], [4, 4]))))
+    data = SageMakerTokens(path, path, str(tmp_path))
+    data.setup()
+    batch = next(iter(data.test_dataloader()))
+    assert batch.source.tolist() == [[4, 5, 1, END], [5, END, PAD, PAD]]
+    assert batch.references == ["c", "a a"]
+    write(tmp_path / "vocab.trg.json", json.dumps({token: VOCABULARY[token] for token in [*SPECIAL, "a"]}))
+    with pytest.raises(UserError, match=r"train\.rec: record 1: target: token 6; expected 1 or 4 to 4"):
+        SageMakerTokens(path, path, str(tmp_path)).setup()
+
+
+def test_dates_are_right_and_no_day_is_in_two_splits():
+    splits = make_dates(600, 300, 300, withheld=False, seed=1)
+    days = [set(splits[name].target) for name in ("train", "val", "test")]
+    assert not days[0] & days[1] | days[0] & days[2] | days[1] & days[2]
+    assert splits == make_dates(600, 300, 300, withheld=False, seed=1)
+    for pairs in splits.values():
+        for source, target in zip(pairs.source, pairs.target, strict=True):
+            year, _, day = target.split("-")
+            assert year[2:] in source
+            assert str(int(day)) in source
+    assert len({language.split("_")[0] for language in LANGUAGES}) >= 12
+
+
+def test_the_withheld_style_is_only_tested():
+    language, style = WITHHELD
+    assert (language, style) == ("it", "long")
+    months = [
+        "gennaio",
+        "febbraio",
+        "marzo",
+        "aprile",
+        "maggio",
+        "giugno",
+        "luglio",
+        "agosto",
+        "settembre",
+        "ottobre",
+        "novembre",
+        "dicembre",
+    ]
+    held = make_dates(3000, 10, 200, withheld=True, seed=0)
+    assert sum(any(month in source.lower().split() for month in months) for source in held["test"].source) > 150
+    weekdays = ("luned", "marted", "mercoled", "gioved", "venerd", "sabat", "domenica")
+    for source in held["train"].source:
+        words = source.lower().split()
+        if "settembre" in words:
+            assert words[0].startswith(weekdays) or len(words) > 3, source
+
+
+def test_bad_counts_of_dates_are_refused():
+    refused(lambda: SyntheticDates(train=0).setup(), "train: 0; expected at least 1")
