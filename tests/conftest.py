@@ -8,9 +8,8 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
 SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "preprocess", "semantic_segmentation"]
-install_import_hook(
-    ["dlref.models", "dlref.data.windows", *(f"dlref.tasks.{name}" for name in SHAPED)], "beartype.beartype"
-)
+SHAPED = [*(f"dlref.tasks.{name}" for name in [*SHAPED, "translation"]), "dlref.data.pairs", "dlref.data.windows"]
+install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")
 
 import subprocess
 import sys

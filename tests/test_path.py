@@ -17,6 +17,7 @@ from test_segmentation import folders, painted
 from dlref.cli import TrainCLI, load_run, train
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
+from dlref.runtime.text import SPECIAL
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EMBEDDED = ["lenet5_digits"]  # what needs no files
@@ -53,6 +54,9 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     }
     facts |= {"cardinality": network.get("cardinality", []), "unseen": [], "category_names": [], "static_features": 0}
     facts |= {"dynamic_features": int(config.stem == "deepar_synthetic")}  # its promotions
+    vocabulary = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(network.get("target_vocabulary", 0) - 4))]}
+    facts |= {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
+    facts |= {"longest": 100, "longest_answer": 100, "too_long": "error"}
     task.remember({name: facts[name] for name in task.facts})
     task.check()
     assert list(tmp_path.iterdir()) == []
@@ -353,6 +357,82 @@ def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, tr
     answered = command("-c", WITHOUT_TORCH, "bundle", "request.json", "predict.jsonl:9", cwd=tmp_path)
     assert answered.returncode == 2
     assert answered.stderr.startswith("error: predict.jsonl:9: ")
+
+
+TEXTS = """
+best: {metric: val/exact_match, mode: max}
+model:
+  class_path: dlref.tasks.Translator
+  init_args:
+    network:
+      class_path: dlref.models.Seq2Seq
+      init_args:
+        source_vocabulary: 320
+        target_vocabulary: 320
+        cell: gru
+        hidden_size: 32
+        embedding_size: 32
+        dropout: 0.0
+    metric: exact_match
+    beam: 2
+    optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
+data:
+  class_path: dlref.data.ParallelText
+  init_args: {root: ., source: de, target: en, vocabulary_size: 290, batch_size: 400, longest: 30}
+trainer:
+  max_epochs: 60
+  check_val_every_n_epoch: 20
+  enable_progress_bar: false
+  log_every_n_steps: 5
+  callbacks:
+    - {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/bleu, mode: max, patience: 9}}
+"""
+
+
+def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
+    """From parallel files, cut into byte pairs, to a device without torch: a text, lines, a request, a beam."""
+    german, english = ("eins", "zwei", "drei", "vier"), ("one", "two", "three", "four")
+    for split in ("train", "val", "test"):
+        for ending, words in (("de", german), ("en", english)):
+            lines = [f"{a} {b} {c}" for a in words for b in words for c in words]
+            (tmp_path / f"{split}.{ending}").write_text("\n".join(lines) + "\n")
+    trained("texts", TEXTS)
+    scores = json.loads((tmp_path / "runs/texts/test.json").read_text())
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert scores["exact_match"] > 0.9
+    for side in ("pytorch", "bundle"):
+        assert manifest["verification"]["test"][side] == pytest.approx(scores["exact_match"])
+    assert manifest["metadata"]["source"]["kind"] == "bpe"
+    assert {path.name for path in (tmp_path / "runs/texts/figures").iterdir()} == {
+        "attention.png",
+        "by_length.png",
+        "curves.png",
+        "samples.md",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "runs/texts/predictions.jsonl").read_text().splitlines()]
+    answered = command("-c", WITHOUT_TORCH, "bundle", "test.de", cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    answers = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert [answer["target"] for answer in answers] == [row["target"] for row in rows]
+    assert answers[5]["input"] == "test.de:6"
+
+    (tmp_path / "request.json").write_text(json.dumps({"instances": [{"data": "eins zwei drei"}]}))
+    answered = command("-c", WITHOUT_TORCH, "bundle", "eins zwei drei", "request.json", "--beam", "3", cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    text, request = map(json.loads, answered.stdout.splitlines())
+    assert text["target"] == request["predictions"][0]["target"] == "one two three"
+    refused = command("-c", WITHOUT_TORCH, "bundle", "eins", "--attention", "out.png", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: attention is drawn by matplotlib; expected it to be installed\n"
+    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "--attention", "out.png", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    for arguments, complaint in ((["", "--beam", "17"], "beam: 17"), ([""], "empty; expected a text")):
+        refused = command("-m", "dlref.runtime", "bundle", *arguments, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert len(refused.stderr.splitlines()) == 1
+        assert complaint in refused.stderr or "empty" in refused.stderr
 
 
 def digits_of_the_test_split():

@@ -136,7 +136,7 @@ class Seq2Seq(nn.Module):
         """Logits of the token after each of `target`."""
         embedded = self.dropout(self.embed_target(target))
         if self.input_feeding:
-            state, parts = memory.state, []
+            state, parts = memory.state[:, :, None], []
             for token in embedded.split(1, dim=1):
                 part, state, _ = self._advance(token, state, memory)
                 parts.append(part)
@@ -150,18 +150,18 @@ class Seq2Seq(nn.Module):
         self, token: Int[Tensor, "B K"], state: Float[Tensor, "Y B K D"], memory: Memory
     ) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
         """One token of each of K hypotheses -> logits of the next, the state after it, attention to the source."""
-        sentences, hypotheses = token.shape
-        embedded = self.dropout(self.embed_target(token.flatten()))[:, None]
-        attentional, after, weights = self._advance(embedded, state.flatten(1, 2), memory, hypotheses)
-        return self.output(attentional), after.unflatten(1, (sentences, hypotheses)), weights
+        attentional, after, weights = self._advance(self.dropout(self.embed_target(token)), state, memory)
+        return self.output(attentional), after, weights
 
-    def _advance(self, embedded: Tensor, state: Tensor, memory: Memory, hypotheses: int = 1) -> tuple[Tensor, ...]:
-        """One token of each row (B K, 1, E) -> attentional vectors (B, K, D), the state after it, attention."""
-        inputs = torch.cat([embedded, state[-1][:, None]], dim=2) if self.input_feeding else embedded
-        hidden, after = self.decoder(inputs, state[: self.decoder.rows])
-        attentional, weights = self._attend(hidden.reshape(-1, hypotheses, hidden.shape[2]), memory)
+    def _advance(self, embedded: Tensor, state: Tensor, memory: Memory) -> tuple[Tensor, ...]:
+        """One token of each hypothesis (B, K, I) -> attentional vectors (B, K, D), the state after it, attention."""
+        shape, rows = embedded.shape[:2], self.decoder.rows
+        inputs = torch.cat([embedded, state[-1]], dim=2) if self.input_feeding else embedded
+        hidden, after = self.decoder(inputs.flatten(0, 1)[:, None], state[:rows].flatten(1, 2))
+        attentional, weights = self._attend(hidden[:, 0].unflatten(0, shape), memory)
+        after = after.unflatten(1, shape)
         if self.input_feeding:
-            after = torch.cat([after, attentional.reshape(1, -1, attentional.shape[2])])
+            after = torch.cat([after, attentional[None]])
         return attentional, after, weights
 
     def _attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -266,14 +266,21 @@ class Unidirectional(nn.Module):
 
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
         super().__init__()
-        self.layers = Layers(cell, inputs, size, num_layers, residual, dropout)
+        sizes = [inputs] + [size] * (num_layers - 1)
+        self.layers = nn.ModuleList(CELLS[cell](width, size, batch_first=True) for width in sizes)
+        self.residual, self.dropout = residual, nn.Dropout(dropout)
 
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
-        size = self.layers.layers[0].hidden_size
-        outputs, _ = self.layers(inputs, inputs.new_zeros(self.layers.rows, inputs.shape[0], size))
+        place = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+        outputs = inputs
+        for i, layer in enumerate(self.layers):
+            below = self.dropout(outputs) if i else outputs
+            # Each row at its own place: of outputs as they are, the exporter takes the number of times for a constant.
+            above = at(run(layer, below)[0], place)
+            outputs = above + below if i and self.residual else above
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 
@@ -301,7 +308,7 @@ class Convolutional(nn.Module):
 
 
 def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A layer over its inputs from a state of one or two rows; zeros are given too, for the exporter freezes none."""
+    """A layer from a state of one or two rows, or from zeros: left out, the exporter would freeze the time."""
     lstm = isinstance(layer, nn.LSTM)
     if state is None:
         state = inputs.new_zeros(2 if lstm else 1, inputs.shape[0], layer.hidden_size)

@@ -1,0 +1,441 @@
+"""Translation: loss, sampling, what is learnt, graphs against PyTorch, requests at the edge."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from PIL import Image
+from sacrebleu import corpus_bleu, corpus_chrf
+from test_detection import fit
+from test_tasks import sgd
+from torch.nn import functional as F
+
+from dlref.data import PairFiles, SyntheticDates
+from dlref.data.pairs import Batch
+from dlref.data.vocabulary import make_vocabulary
+from dlref.export.convert import Plan, convert, is_calibrated, is_quantised
+from dlref.export.graph import example_at, write_onnx
+from dlref.export.targets import TARGETS
+from dlref.export.verify import Reference, parity
+from dlref.models import Seq2Seq
+from dlref.runtime import UserError, make_runner
+from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.text import BEGIN, END, PAD, UNKNOWN
+from dlref.tasks import Translator
+from dlref.tasks.translation import WIDEST, bleu, exact_match
+
+LETTERS = make_vocabulary(["abcdefghijklmnopqrstuvwxyzü .", "0123456789-"], "character", 100)
+SIZE = len(LETTERS["tokens"])
+SIZES = {"hidden_size": 16, "embedding_size": 16, "dropout": 0.0}
+
+
+def translator(too_long="error", longest=40, network=None, **task):
+    network = network or {}
+    task = Translator(**{"network": Seq2Seq(64, 64, **SIZES | network), "optimizer": sgd} | task)
+    vocabularies = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
+    task.remember({**vocabularies, "longest": longest, "longest_answer": 12, "too_long": too_long})
+    return task.eval()
+
+
+def batch_of(*pairs, number=None):
+    """Pairs of texts, as a module gives them."""
+    tokens = {token: number for number, token in enumerate(LETTERS["tokens"])}
+    sources = [[*(tokens[c] for c in source), END] for source, _ in pairs]
+    targets = [[BEGIN, *(tokens[c] for c in target), END] for _, target in pairs]
+
+    def padded(rows):
+        length = max(map(len, rows))
+        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+    return Batch(padded(sources), padded(targets), torch.arange(len(pairs)), *zip(*pairs, strict=True))
+
+
+PAIRS = (("ab", "xyz"), ("abcdefg", "y"), ("c", "zzzz"))
+
+
+def test_the_loss_is_over_real_tokens_and_the_vocabulary_alone():
+    task, batch = translator(label_smoothing=0.0), batch_of(*PAIRS)
+    task.log = lambda *arguments, **options: None
+    loss = task.training_step(batch, 0)
+    total, count = 0.0, 0
+    for i, (source, target) in enumerate(PAIRS):
+        before, after = batch.target[i : i + 1, : len(target) + 1], batch.target[i, 1 : len(target) + 2]
+        length = torch.tensor([len(source) + 1])
+        logits = task.network(batch.source[i : i + 1, :length], length, before)[0, :, :SIZE]
+        total += F.cross_entropy(logits, after, reduction="sum")
+        count += len(after)
+    torch.testing.assert_close(loss, total / count)
+    smoothed = translator(label_smoothing=0.1)
+    smoothed.load_state_dict(task.state_dict())
+    smoothed.log = task.log
+    logits = task(batch, batch.target[:, :-1]).log_softmax(2)
+    real = (batch.target[:, 1:] != PAD).float()
+    expected = 0.9 * loss + 0.1 * -(logits.mean(2) * real).sum() / real.sum()
+    torch.testing.assert_close(smoothed.training_step(batch, 0), expected)
+
+
+class Progress:
+    """A trainer that is so far."""
+
+    estimated_stepping_batches = 10
+
+    def __init__(self, step):
+        self.global_step = step
+
+
+def test_scheduled_sampling_takes_the_networks_own_tokens_more_and_more(monkeypatch):
+    task, batch = translator(scheduled_sampling=1.0), batch_of(*PAIRS)
+    before = batch.target[:, :-1]
+    monkeypatch.setattr(Translator, "trainer", Progress(0))
+    assert torch.equal(task.mixed(batch, before), before)
+    monkeypatch.setattr(Translator, "trainer", Progress(10))
+    mixed = task.mixed(batch, before)
+    own = task(batch, before).argmax(2)
+    assert torch.equal(mixed[:, 0], before[:, 0])
+    real = before[:, 1:] != PAD
+    assert torch.equal(mixed[:, 1:][real], own[:, :-1][real])
+    assert (mixed[:, 1:][~real] == PAD).all()
+    monkeypatch.setattr(Translator, "trainer", Progress(5))
+    many = batch_of(*PAIRS * 200)
+    swapped = task.mixed(many, many.target[:, :-1])[:, 1:] != many.target[:, 1:-1]
+    assert 0.4 < swapped[many.target[:, 1:-1] != PAD].float().mean() < 0.55
+
+
+def numbers(folder):
+    """Two of ten words, and the digits they stand for, there and back."""
+    words = ["null", "eins", "zwei", "drei", "vier", "fuenf", "sechs", "sieben", "acht", "neun"]
+    rows = [f"{a} {b}\t{i} {j} {j} {i}\n" for i, a in enumerate(words) for j, b in enumerate(words)]
+    path = folder / "numbers.tsv"
+    path.write_text("".join(rows))
+    return PairFiles(str(path), str(path), tokenizer="character", batch_size=400)
+
+
+@pytest.mark.parametrize("options", [{}, {"cell": "gru", "attention": "dot", "input_feeding": True}])
+def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
+    network = Seq2Seq(64, 64, hidden_size=32, embedding_size=32, dropout=0.0, **options)
+    adam = lambda p: torch.optim.Adam(p, lr=0.01)  # noqa: E731
+    task, data = Translator(network=network, optimizer=adam, beam=3, metric="exact_match"), numbers(tmp_path)
+    trainer = fit(tmp_path, task, data, max_epochs=60, check_val_every_n_epoch=30)
+    (results,) = trainer.test(task, datamodule=data, verbose=False)
+    assert results["test/exact_match"] >= 0.95
+    assert results["test/bleu"] > 90
+    assert results["test/chrf"] > 90
+    assert results["test/perplexity"] == pytest.approx(math.exp(results["test/loss"]), rel=1e-5)
+    assert results["test/accuracy"] > 0.95
+    task.draw(tmp_path / "figures")
+    for name in ("attention", "by_length"):
+        with Image.open(tmp_path / f"figures/{name}.png") as figure:
+            assert np.asarray(figure.convert("L")).std() > 5
+    table = (tmp_path / "figures/samples.md").read_text()
+    assert "BLEU" in table
+    assert "|version:" in table
+    assert "| null null | 0 0 0 0 | 0 0 0 0 |" in table
+    (first, *_), *_ = trainer.predict(task, datamodule=data)
+    assert set(first) == {"target", "log_probability"}
+
+
+def test_weights_are_averaged_by_lightnings_callback(tmp_path):
+    """Checkpoint averaging: what validates and is saved is the mean, not the last weights."""
+    task, data = translator(), numbers(tmp_path)
+    task.known.clear()
+    fit(tmp_path, task, data, max_epochs=1, callbacks=[EMAWeightAveraging(decay=0.5)])
+    assert all(p.isfinite().all() for p in task.parameters())
+
+
+def test_scores_are_sacrebleus():
+    texts, references = ["the cat sat", "a dog"], ["the cat sat down", "a dog"]
+    assert bleu(texts, references) == corpus_bleu(texts, [references]).score
+    assert exact_match(texts, references) == 0.5
+    task = translator(metric="chrf")
+    assert task.lost(50.0, 49.0) == 1
+    assert translator(metric="exact_match").lost(0.9, 0.89) == pytest.approx(1)
+    assert corpus_chrf(texts, [references]).score > 50
+
+
+@pytest.mark.parametrize(
+    ("network", "task", "complaint"),
+    [
+        (Seq2Seq(20, 64, **SIZES), {}, f"source_vocabulary: {SIZE}, target_vocabulary: {SIZE}"),
+        (Seq2Seq(64, 20, **SIZES), {}, f"target_vocabulary: {SIZE}"),
+        (torch.nn.Linear(3, 3), {}, "network refuses"),
+        (Seq2Seq(64, 64, **SIZES), {"beam": 17}, "beam: 17; expected 1 to 16"),
+        (Seq2Seq(64, 64, **SIZES), {"beam": 0}, "beam: 0"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(network, task, complaint):
+    task = Translator(network=network, optimizer=sgd, **task)
+    facts = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
+    task.remember({**facts, "longest": 9, "longest_answer": 9, "too_long": "error"})
+    with pytest.raises(UserError) as caught:
+        task.check()
+    assert complaint in str(caught.value)
+
+
+# Graphs
+
+NETWORKS = [
+    {},
+    {"cell": "gru", "attention": "mlp"},
+    {"encoder": "unidirectional", "attention": "none", "num_layers": 2},
+    {"encoder": "convolutional", "attention": "dot", "cell": "gru", "initial": "avg"},
+    {"input_feeding": True, "tied": True, "num_layers": 2, "residual": True, "attention": "general", "initial": "zero"},
+]
+
+
+@pytest.fixture(scope="module", params=range(len(NETWORKS)))
+def exported(request, tmp_path_factory):
+    """What a task deploys, and its graphs in onnxruntime."""
+    torch.manual_seed(request.param)
+    task = translator(network=NETWORKS[request.param])
+    served = task.deployable(batch_of(*PAIRS))
+    folder = tmp_path_factory.mktemp("graphs")
+    graphs = {}
+    for name, graph in served.graphs.items():
+        write_onnx(graph, folder / f"{name}.onnx", TARGETS["cpu"])
+        graphs[name] = OnnxGraph(folder / f"{name}.onnx", "CPUExecutionProvider")
+    return served, graphs, folder
+
+
+def test_graphs_equal_pytorch_at_lengths_batches_and_beams_unseen(exported):
+    served, graphs, _ = exported
+    for name, graph in served.graphs.items():
+        rows = parity(name, graph, Reference(graph), graphs[name], graph.tolerance, static=False)
+        assert len({tuple(row["shape"]["source"]) for row in rows}) >= 4
+        assert max(row["max_abs_error"] for row in rows) < 1e-4
+    for sizes in ({"batch": 5, "source": 61}, {"batch": 1, "source": 2}):
+        inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs["encode"], sizes).items()}
+        for key, expected in served.graphs["encode"](**inputs).items():
+            np.testing.assert_allclose(graphs["encode"](**inputs)[key], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("beam", [1, 5])
+def test_the_bundle_finds_the_same_strings(exported, beam):
+    served, graphs, _ = exported
+    texts = ["abc", "a", "xyz def ghi jkl", "ü.", "the quick brown fox", "abc"] * 3
+    answers = []
+    for runs in (served.graphs, graphs):
+        runner = make_runner("translation", runs, served.metadata)
+        runner.beam = beam
+        answers.append(runner(texts))
+    for one, other in zip(*answers, strict=True):
+        assert one["target"] == other["target"]
+        assert one["log_probability"] == pytest.approx(other["log_probability"], abs=1e-4)
+        np.testing.assert_allclose(one["attention"], other["attention"], atol=1e-5)
+    assert answers[1][0]["target"] == answers[1][5]["target"]
+
+
+def test_batches_in_threads_are_the_same(exported):
+    served, graphs, _ = exported
+    runner = make_runner("translation", graphs, served.metadata)
+    texts = ["abc", "a", "xyz def ghi jkl", "ü.", "the quick brown fox"] * 9
+    alone = [one["target"] for one in runner(texts)]
+    runner.workers = 3
+    assert [one["target"] for one in runner(texts)] == alone
+
+
+def test_eight_bits_are_of_matrices_alone(exported, tmp_path):
+    served, _, folder = exported
+    for name, graph in served.graphs.items():
+        # Convolutions are quantised on data, and keep their biases; everything else without.
+        plan = Plan("int8", "MinMax") if is_calibrated(folder / f"{name}.onnx", TARGETS["x86-64"]) else Plan("int8")
+        feeds = [{key: tensor.numpy() for key, tensor in graph.inputs.items()}]
+        convert(folder / f"{name}.onnx", tmp_path / f"{name}.onnx", TARGETS["x86-64"], plan, feeds)
+    assert is_quantised(tmp_path / "step.onnx")
+    graphs = {name: OnnxGraph(tmp_path / f"{name}.onnx", "CPUExecutionProvider") for name in served.graphs}
+    answer = make_runner("translation", graphs, served.metadata)("abc")
+    assert np.isfinite(answer["log_probability"])
+
+
+class Fixed:
+    """A graph whose sizes are fixed, as a compiler for a device leaves it."""
+
+    def __init__(self, graph, sizes):
+        self.graph = graph
+        self.shape = {name: [sizes.get(size, size) for size in shape] for name, shape in graph.shape.items()}
+
+    def __call__(self, **inputs):
+        assert {name: list(array.shape) for name, array in inputs.items()} == self.shape
+        return self.graph(**inputs)
+
+
+def test_a_graph_of_fixed_sizes_is_filled_up():
+    served = translator().deployable(batch_of(*PAIRS))
+    free = make_runner("translation", served.graphs, served.metadata)
+    sizes = {"batch": 1, "source": 8, "beam": 5}
+    graphs = {name: Fixed(graph, sizes) for name, graph in served.graphs.items()}
+    fixed = make_runner("translation", graphs, served.metadata)
+    for one, other in zip(free(["abc", "d"]), fixed(["abc", "d"]), strict=True):
+        assert one["target"] == other["target"]
+        assert one["attention"].shape == other["attention"].shape
+    with pytest.raises(UserError, match="10 tokens; expected at most 8, which this bundle is fixed to"):
+        fixed("abcdefghi")
+
+
+# Requests
+
+
+@pytest.fixture(scope="module")
+def runner():
+    torch.manual_seed(0)
+    served = translator().deployable(batch_of(*PAIRS))
+    return make_runner("translation", served.graphs, served.metadata)
+
+
+def test_a_text_has_an_answer_and_what_is_for_programs(runner):
+    answer = runner("abc")
+    assert set(answer) >= {"target", "log_probability", "tokens", "source_tokens", "attention"}
+    assert answer["attention"].shape == (len(answer["tokens"]), 4)
+    np.testing.assert_allclose(answer["attention"].sum(1), 1, rtol=1e-5)
+    assert answer["target"] == "".join(LETTERS["tokens"][token] for token in answer["tokens"])
+    assert runner(["abc", "b"])[0]["target"] == answer["target"]
+
+
+def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):
+    asked = {"data": "abc", "configuration": {"attention_matrix": "true"}}
+    answer = runner({"instances": [{"data": "abc"}, asked]})
+    plain, matrix = answer["predictions"]
+    assert set(plain) == {"target"}
+    assert set(matrix) == {"target", "matrix"}
+    assert plain["target"] == matrix["target"] == runner("abc")["target"]
+    np.testing.assert_allclose(np.sum(matrix["matrix"], axis=1), 1, rtol=1e-5)
+    json.dumps(answer)
+    line = runner({"source": "abc"})
+    assert runner.forms["sagemaker"](line) == {"target": plain["target"]}
+    assert runner.forms["sagemaker"](answer) == answer
+    (tmp_path / "request.json").write_text(json.dumps({"instances": [{"data": "abc"}]}, indent=1))
+    ((_, source),) = runner.inputs(str(tmp_path / "request.json"))
+    assert runner(source)["predictions"] == [plain]
+
+
+def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text('abc\n\n{"source": "abc"}\nno {json}\n')
+    names, sources = zip(*runner.inputs(str(path)), strict=True)
+    assert names == tuple(f"{path}:{number}" for number in range(1, 5))
+    first, empty, line, braces = runner.stream(sources)
+    assert first["target"] == line["target"] == runner("abc")["target"]
+    assert str(empty) == f"{path}:2: empty; expected a text"
+    assert "target" in braces
+    assert list(runner.inputs("no such file")) == [("no such file", "no such file")]
+
+
+@pytest.mark.parametrize("text", ["日本語", "😀👍🏽", "\x00", "a\u2028b", "<pad>", "</s>", "\\n", "a" * 39, "\u0308"])
+def test_whatever_is_written_has_an_answer(runner, text):
+    answer = runner(text)
+    assert isinstance(answer["target"], str)
+    assert UNKNOWN in answer["source_tokens"] or text == "a" * 39
+    json.dumps(answer["target"])
+
+
+BAD = [
+    ("", "input: empty; expected a text"),
+    (" \n\t ", "input: empty"),
+    ("a " * 5000, "input: 9999 tokens; expected at most 39"),
+    ("a" * 40, "input: 40 tokens; expected at most 39"),
+    ("\ud800", "input: half of a surrogate pair"),
+    (3, "input: int; expected a text or a request"),
+    (None, "input: NoneType"),
+    (b"abc", "input: bytes"),
+    ({}, "input: {}; expected an object with source, a text"),
+    ({"source": 3}, "input: {'source': 3}"),
+    ({"source": ""}, "input: source: empty"),
+    ({"source": "a", "beam": 3}, "expected source and configuration"),
+    ({"source": "a", "configuration": []}, "expected source and configuration"),
+    ({"source": "a", "configuration": {"beam": 1}}, "configuration of attention_matrix alone"),
+    ({"source": "a", "configuration": {"attention_matrix": 3}}, "attention_matrix: '3'; expected true or false"),
+    ({"instances": []}, "input: instances: expected a list"),
+    ({"instances": {}}, "input: instances: expected a list"),
+    ({"instances": "abc"}, "input: instances: expected a list"),
+    ({"instances": ["abc"]}, "input: instances[0]: 'abc'; expected an object with data, a text"),
+    ({"instances": [{"data": "a"}, {"source": "a"}]}, "instances[1]: "),
+    ({"instances": [{"data": ["a"]}]}, "instances[0]: "),
+    ({"instances": [{"data": "a" * 50}]}, "instances[0]: 50 tokens"),
+    ({"instances": [None]}, "instances[0]: None"),
+]
+
+
+@pytest.mark.parametrize(("source", "complaint"), BAD, ids=range(len(BAD)))
+def test_bad_requests_are_one_line_with_what_was_expected(runner, source, complaint):
+    (answer,) = runner.stream([source])
+    assert isinstance(answer, UserError)
+    assert complaint in str(answer)
+    assert "expected" in str(answer)
+    assert len(str(answer).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"source": 1}', b'{"a"\n: 1}'])
+def test_files_that_are_no_requests(runner, tmp_path, content):
+    path = tmp_path / "request.json"
+    path.write_bytes(content)
+    answers = list(runner.stream(source for _, source in runner.inputs(str(path))))
+    assert any(isinstance(answer, UserError) and str(answer).startswith(str(path)) for answer in answers)
+    with pytest.raises(UserError, match="unreadable"):
+        runner(tmp_path)
+
+
+def test_long_texts_are_cut_where_the_model_says_so_and_the_answer_tells():
+    served = translator(too_long="truncate").deployable(batch_of(*PAIRS))
+    runner = make_runner("translation", served.graphs, served.metadata)
+    answer = runner("ab" * 5000)
+    assert answer["truncated"] is True
+    assert answer["target"] == runner(("ab" * 20)[:39])["target"]
+    assert "truncated" not in runner("ab")
+
+
+def test_a_wider_beam_than_the_graph_answers_is_refused(runner, monkeypatch):
+    monkeypatch.setattr(runner, "beam", WIDEST + 1)
+    with pytest.raises(UserError, match="beam: 17; expected at most 16"):
+        runner("abc")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": None},
+        {"target": {"kind": "word", "tokens": []}},
+        {"longest": 0},
+        {"longest_answer": -1},
+        {"longest_answer": 10**9},
+        {"too_long": "shorten"},
+        {"beam": "5"},
+        {"beam": 0},
+        {"widest": None},
+        {"length_penalty": None},
+    ],
+)
+def test_metadata_that_is_none_is_refused(changes):
+    served = translator().deployable(batch_of(*PAIRS))
+    with pytest.raises(UserError, match="expected"):
+        make_runner("translation", served.graphs, dict(served.metadata) | changes)
+    with pytest.raises(UserError, match="not translation"):
+        make_runner("translation", {"encode": served.graphs["encode"]}, served.metadata)
+
+
+def test_attention_is_drawn(runner):
+    picture = runner.draw("abc", runner("abc"))
+    assert np.asarray(picture.convert("L")).std() > 5
+    with pytest.raises(UserError, match="a request of several is not drawn"):
+        runner.draw("abc", runner({"instances": [{"data": "abc"}]}))
+
+
+def test_export_judges_a_bundle_by_the_texts_it_finds():
+    task = translator(metric="exact_match")
+    batch = batch_of(*PAIRS)
+    runner = task.runner(batch, 2)
+    found = [one["target"] for one in runner([source for source, _ in PAIRS])]
+    right = batch._replace(references=[found[0], "no", found[2]])
+    assert task.evaluate(runner, [right]) == pytest.approx(2 / 3)
+    assert task.evaluate(runner, [batch._replace(sources=(), references=())]) <= 1
+
+
+def test_dates_from_the_module_to_the_task(tmp_path):
+    data = SyntheticDates(train=64, val=16, test=16, tokenizer="character", vocabulary_size=128, batch_size=512)
+    network = Seq2Seq(128, 64, **SIZES)
+    task = Translator(network=network, optimizer=sgd, metric="exact_match")
+    trainer = fit(tmp_path, task, data)
+    (results,) = trainer.test(task, datamodule=data, verbose=False)
+    assert results["test/exact_match"] <= 1
+    assert len(task.translated) == 16
