@@ -31,7 +31,7 @@ from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import DeepAR
 from dlref.runtime import make_runner
-from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.bundle import OnnxGraph, cores
 from dlref.tasks import Forecaster, StudentT
 
 BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as GluonTS has it; the first is not timed
@@ -110,7 +110,7 @@ class Plain(SyntheticSeries):
 def runners(task: Forecaster, data: SyntheticSeries, folder: Path) -> Iterator[tuple[str, Callable]]:
     """The same runner over PyTorch and over the graphs of a bundle, each opened when the one before is done with.
 
-    Not in turns: threads of onnxruntime wait busily for a while, and would take a core from what comes next.
+    Not in turns: PyTorch's threads wait busily for a while, and would take a core from what comes next.
     """
     served = task.deployable(next(iter(data.val_dataloader())))
     yield "dlref, PyTorch", make_runner(served.kind, served.graphs, served.metadata)
@@ -120,8 +120,10 @@ def runners(task: Forecaster, data: SyntheticSeries, folder: Path) -> Iterator[t
             exact, path = folder / f"{name}.onnx", folder / f"{name}.{precision}.onnx"
             write_onnx(graph, exact, INT8)
             convert(exact, path, INT8, Plan(precision), [])
-            graphs[name] = OnnxGraph(path, INT8.provider)
-        yield title, make_runner(served.kind, graphs, served.metadata)
+            graphs[name] = OnnxGraph(path, INT8.provider, 1)
+        runner = make_runner(served.kind, graphs, served.metadata)
+        runner.workers = cores()  # as `load` opens a bundle
+        yield title, runner
 
 
 def timed(call: Callable, turns: int) -> list[float]:
