@@ -98,12 +98,13 @@ def training(python: str | None, folder: Path) -> None:
     tokens = sum(int((batch.target[:, 1:] != PAD).sum()) for batch in batches)
     arrays = {f"{side}{i}": getattr(batch, side).numpy() for i, batch in enumerate(batches) for side in SIDES}
     np.savez(folder / "batches.npz", **arrays)
-    calls = {"dlref": lambda: train(translator(), batches)}
+    calls = {}
     if python:
         calls |= {
-            "JoeyNMT as it comes": lambda: joeynmt(python, folder / "batches.npz", True),
             "JoeyNMT without input feeding": lambda: joeynmt(python, folder / "batches.npz", False),
+            "JoeyNMT as it comes": lambda: joeynmt(python, folder / "batches.npz", True),
         }
+    calls["dlref"] = lambda: train(translator(), batches)
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in track(range(TURNS), "training", console=Console(stderr=True), transient=True):
         for name, call in calls.items():
@@ -142,11 +143,11 @@ def decoding(folder: Path) -> None:
 def show(title: str, unit: str, rates: dict[str, list[float]]) -> None:
     """A table: medians, their ratio to the first row's, and the spread."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n| {title} | {unit} | the first row's over it | from to |\n|---|---|---|---|")
+    print(f"\n| {title} | {unit} | beside the first | from to |\n|---|---|---|---|")
     first = next(iter(medians.values()))
     for name, values in rates.items():
         print(
-            f"| {name} | {medians[name]:.0f} | {first / medians[name]:.2f}× | {min(values):.0f} to {max(values):.0f} |"
+            f"| {name} | {medians[name]:.0f} | {medians[name] / first:.2f}× | {min(values):.0f} to {max(values):.0f} |"
         )
 
 

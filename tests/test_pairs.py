@@ -91,6 +91,13 @@ def test_tables_of_two_forms(tmp_path):
     assert tabs.target == objects.target == ("one", "two")
 
 
+def test_a_gzip_that_breaks_off_within_is_one_line(tmp_path):
+    data = gzip.compress("".join(f"{i * i}\t{i}\n" for i in range(3000)).encode(), mtime=0)
+    for start in (200, 2000, 5000):
+        broken = bytes(byte ^ 255 * (start <= place < start + 50) for place, byte in enumerate(data))
+        refused(lambda broken=broken: read_table(write(tmp_path / "a.tsv.gz", broken)), "a.tsv.gz")
+
+
 def test_records_are_those_that_protobuf_writes(tmp_path):
     """Also numbers of several bytes, and fields that are none of ours."""
     sources, targets = [[4, 5, 200, 70_000], [1]], [[6], [4] * 300]
@@ -255,6 +262,8 @@ def test_byte_pairs_are_trained_the_same_again_and_have_their_size():
         {"kind": "word", "tokens": [*SPECIAL, "a", 1]},
         {"kind": "bpe", "model": "{}"},
         {"kind": "bpe", "model": 3},
+        {"kind": "word", "tokens": [*SPECIAL, []]},
+        {"kind": "bpe", "model": '{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1},"merges":[]}}'},
     ],
 )
 def test_tokenisers_that_are_none(described):

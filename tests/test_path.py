@@ -370,15 +370,16 @@ model:
         source_vocabulary: 320
         target_vocabulary: 320
         cell: gru
-        hidden_size: 32
-        embedding_size: 32
+        attention: general
+        hidden_size: 48
+        embedding_size: 48
         dropout: 0.0
     metric: exact_match
     beam: 2
     optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
 data:
   class_path: dlref.data.ParallelText
-  init_args: {root: ., source: de, target: en, vocabulary_size: 290, batch_size: 400, longest: 30}
+  init_args: {root: ., source: de, target: en, vocabulary_size: 290, batch_size: 100, longest: 30}
 trainer:
   max_epochs: 60
   check_val_every_n_epoch: 20
@@ -428,11 +429,23 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "out.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
-    for arguments, complaint in ((["", "--beam", "17"], "beam: 17"), ([""], "empty; expected a text")):
-        refused = command("-m", "dlref.runtime", "bundle", *arguments, cwd=tmp_path)
+    for arguments, complaint in (
+        (["--beam", "17", "bundle", "eins"], "beam: 17; expected at most 16"),
+        (["bundle", ""], "input: empty; expected a text"),
+        (["bundle", "eins " * 10_000], "10000 tokens; expected at most 29"),
+        (["bundle", "-heute"], "and -- before a text that begins with a dash"),
+        (["bundle", "--", "-" * 300], "tokens; expected at most 29"),
+    ):
+        refused = command("-m", "dlref.runtime", *arguments, cwd=tmp_path)
         assert refused.returncode == 2
         assert len(refused.stderr.splitlines()) == 1
-        assert complaint in refused.stderr or "empty" in refused.stderr
+        assert complaint in refused.stderr
+    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "request.json", "--attention", "maps", cwd=tmp_path)
+    assert drawn.returncode == 2
+    assert "a request of several is not drawn" in drawn.stderr
+    second = json.loads(drawn.stdout.splitlines()[1])
+    assert second["predictions"] == request["predictions"]
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["1.png"]
 
 
 def digits_of_the_test_split():

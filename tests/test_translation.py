@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from PIL import Image
 from sacrebleu import corpus_bleu, corpus_chrf
 from test_detection import fit
@@ -23,7 +23,7 @@ from dlref.export.verify import Reference, parity
 from dlref.models import Seq2Seq
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
-from dlref.runtime.text import BEGIN, END, PAD, UNKNOWN
+from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
 from dlref.tasks import Translator
 from dlref.tasks.translation import WIDEST, bleu, exact_match
 
@@ -138,11 +138,20 @@ def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
 
 
 def test_weights_are_averaged_by_lightnings_callback(tmp_path):
-    """Checkpoint averaging: what validates and is saved is the mean, not the last weights."""
+    """Checkpoint averaging: what is left of a fit is the mean, not the last weights."""
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, task, *rest):
+            seen.append(task.network.output.bias.detach().clone())
+
+    seen = []
     task, data = translator(), numbers(tmp_path)
     task.known.clear()
-    fit(tmp_path, task, data, max_epochs=1, callbacks=[EMAWeightAveraging(decay=0.5)])
-    assert all(p.isfinite().all() for p in task.parameters())
+    fit(tmp_path, task, data, max_epochs=3, callbacks=[Last(), EMAWeightAveraging(decay=0.5)])
+    weights = torch.stack(seen)
+    assert not torch.equal(task.network.output.bias, weights[-1])
+    assert (task.network.output.bias >= weights.min(0).values - 1e-6).all()
+    assert (task.network.output.bias <= weights.max(0).values + 1e-6).all()
 
 
 def test_scores_are_sacrebleus():
@@ -163,6 +172,7 @@ def test_scores_are_sacrebleus():
         (torch.nn.Linear(3, 3), {}, "network refuses"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 17}, "beam: 17; expected 1 to 16"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 0}, "beam: 0"),
+        (Seq2Seq(64, 64, **SIZES), {"length_penalty": -1.0}, "length_penalty: -1.0; expected 0 to 10"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused(network, task, complaint):
@@ -270,7 +280,7 @@ def test_a_graph_of_fixed_sizes_is_filled_up():
     for one, other in zip(free(["abc", "d"]), fixed(["abc", "d"]), strict=True):
         assert one["target"] == other["target"]
         assert one["attention"].shape == other["attention"].shape
-    with pytest.raises(UserError, match="10 tokens; expected at most 8, which this bundle is fixed to"):
+    with pytest.raises(UserError, match="9 tokens; expected at most 7"):
         fixed("abcdefghi")
 
 
@@ -402,6 +412,11 @@ def test_a_wider_beam_than_the_graph_answers_is_refused(runner, monkeypatch):
         {"too_long": "shorten"},
         {"beam": "5"},
         {"beam": 0},
+        {"length_penalty": 1e4},
+        {"length_penalty": math.nan},
+        {"length_penalty": -1.0},
+        {"source": {"kind": "word", "tokens": [[]]}},
+        {"source": {"kind": "word", "tokens": [*SPECIAL, "\u212b", "\u00c5"]}},
         {"widest": None},
         {"length_penalty": None},
     ],
@@ -412,6 +427,14 @@ def test_metadata_that_is_none_is_refused(changes):
         make_runner("translation", served.graphs, dict(served.metadata) | changes)
     with pytest.raises(UserError, match="not translation"):
         make_runner("translation", {"encode": served.graphs["encode"]}, served.metadata)
+
+
+def test_a_vocabulary_smaller_than_the_graphs_is_refused():
+    served = translator().deployable(batch_of(*PAIRS))
+    few = {"kind": "character", "tokens": LETTERS["tokens"][:5]}
+    runner = make_runner("translation", served.graphs, dict(served.metadata) | {"target": few})
+    with pytest.raises(UserError, match="expected a target vocabulary of more than 5 tokens"):
+        runner("abc")
 
 
 def test_attention_is_drawn(runner):
@@ -428,7 +451,12 @@ def test_export_judges_a_bundle_by_the_texts_it_finds():
     found = [one["target"] for one in runner([source for source, _ in PAIRS])]
     right = batch._replace(references=[found[0], "no", found[2]])
     assert task.evaluate(runner, [right]) == pytest.approx(2 / 3)
-    assert task.evaluate(runner, [batch._replace(sources=(), references=())]) <= 1
+    # Of training batches there are no texts: their tokens are.
+    tokens = {token: number for number, token in enumerate(LETTERS["tokens"])}
+    written = [[BEGIN, *(tokens[c] for c in text), END] for text in found]
+    length = max(map(len, written))
+    target = torch.tensor([row + [PAD] * (length - len(row)) for row in written])
+    assert task.evaluate(runner, [batch._replace(target=target, sources=(), references=())]) == 1
 
 
 def test_dates_from_the_module_to_the_task(tmp_path):
@@ -437,5 +465,9 @@ def test_dates_from_the_module_to_the_task(tmp_path):
     task = Translator(network=network, optimizer=sgd, metric="exact_match")
     trainer = fit(tmp_path, task, data)
     (results,) = trainer.test(task, datamodule=data, verbose=False)
-    assert results["test/exact_match"] <= 1
     assert len(task.translated) == 16
+    runner = task.runner(next(iter(data.test_dataloader())), task.beam)
+    texts, targets = ([side[i] for i in range(16)] for side in data.splits["test"].texts)
+    found = [answer["target"] for answer in runner(texts)]
+    assert [task.translated[i].text for i in range(16)] == found
+    assert results["test/exact_match"] == pytest.approx(exact_match(found, targets))

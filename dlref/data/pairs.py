@@ -5,6 +5,7 @@ B sentences, S source tokens, T target tokens, P tokens of all sentences.
 
 import gzip
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +78,7 @@ def read_table(path: Path) -> Pairs:
 def _lines(path: Path) -> list[str]:
     """The lines of a file, in UTF-8, gzipped or not. Raises UserError, with the line that is not UTF-8."""
     try:
-        text = read_text(path, "lines of text")
+        text = read_text(path, "lines of text", largest=None)
     except UserError as error:
         place = _undecodable(path)
         if place is None:
@@ -95,7 +96,7 @@ def _undecodable(path: Path) -> int | None:
                     line.decode()
                 except UnicodeDecodeError:
                     return number
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, zlib.error):
         pass
     return None
 

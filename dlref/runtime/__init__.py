@@ -14,23 +14,27 @@ from pathlib import Path
 from dlref.runtime.bundle import CPU, cores, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
-__all__ = ["UserError", "load", "make_runner"]
+__all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
 
 
 def load(folder: str | Path, threads: int | None = None, provider: str | None = None):
     """Open a bundle, every file checked against its hash, and return the runner of its kind.
 
-    `threads` bounds the cores that onnxruntime uses (default: the target's, or all); `provider` is an execution
+    `threads` bounds the cores that are used (default: the target's, or all); `provider` is an execution
     provider of onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
     missing file, or a kind that this version does not know.
     """
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
-    spreads = runner_of(manifest["kind"]).spreads and provider == CPU
-    graphs = open_graphs(Path(folder), manifest, 1 if spreads else threads, provider)
-    runner = make_runner(manifest["kind"], graphs, manifest["metadata"])
-    runner.workers = (threads or cores()) if spreads else 1
+    each, workers = sessions(manifest["kind"], threads or cores(), provider)
+    runner = make_runner(manifest["kind"], open_graphs(Path(folder), manifest, each, provider), manifest["metadata"])
+    runner.workers = workers
     return runner
+
+
+def sessions(kind: str, threads: int, provider: str) -> tuple[int, int]:
+    """Threads of each graph, and how many batches of a runner go side by side, for bundles of a kind."""
+    return (1, threads) if runner_of(kind).spreads and provider == CPU else (threads, 1)
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):
@@ -41,10 +45,13 @@ def make_runner(kind: str, graphs: dict, metadata: dict):
     return runner_of(kind)(graphs, metadata)
 
 
+def kinds() -> list[str]:
+    """Every kind of bundle that this version knows."""
+    return sorted(path.stem.replace("_", "-") for path in (Path(__file__).parent / "runners").glob("[a-z]*.py"))
+
+
 def runner_of(kind: str) -> type:
     """The class that serves bundles of a kind. Raises UserError for a kind that this version does not know."""
-    module = kind.replace("-", "_")
-    known = {path.stem for path in (Path(__file__).parent / "runners").glob("[a-z]*.py")}
-    if "_" in kind or module not in known:
+    if kind not in kinds():
         raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")
-    return import_module(f"dlref.runtime.runners.{module}").Runner
+    return import_module(f"dlref.runtime.runners.{kind.replace('-', '_')}").Runner

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dlref.runtime import UserError, load
+from dlref.runtime import UserError, kinds, load, runner_of
 from dlref.runtime.runner import BATCH, plain, positive
 
 
@@ -32,9 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, raised instead of printed with the usage."""
+
+    def error(self, message: str):
+        """Raise UserError."""
+        raise UserError(f"{message}; expected what --help says, and -- before a text that begins with a dash")
+
+
 def parser(description: str, name: str = "") -> argparse.ArgumentParser:
     """What both commands take."""
-    parser = argparse.ArgumentParser(prog=f"python -m dlref.runtime{name}", description=description)
+    parser = Parser(prog=f"python -m dlref.runtime{name}", description=description)
     parser.add_argument("bundle", type=Path, help="a folder that export.py wrote")
     parser.add_argument("--threads", type=positive, help="cores to use (default: the target's, or all)")
     parser.add_argument("--provider", help="execution provider of onnxruntime (default: the target's)")
@@ -58,23 +66,26 @@ def transform(arguments: list[str]) -> int:
         metavar="PNG",
         help="draw the answer over the input, or the input's attention; several: into a folder",
     )
-    options, _ = known.parse_known_args(arguments)
-    runner = load(options.bundle, options.threads, options.provider)
-    for name, (kind, text) in runner.options.items():
+    own = {name: option for kind in kinds() for name, option in runner_of(kind).options.items()}
+    for name, (kind, text) in own.items():
         known.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     options = known.parse_args(arguments)
-    for name in runner.options:
+    runner = load(options.bundle, options.threads, options.provider)
+    for name in own:
         if getattr(options, name) is not None:
+            if name not in runner.options:
+                raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
             setattr(runner, name, getattr(options, name))
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]
     names, sources = [name for name, _ in inputs], [source for _, source in inputs]
-    places = {"--output": options.output, "--overlay": options.overlay}
+    drawn = next((name for name in ("--attention", "--draw") if name in arguments), "--overlay")
+    places = {"--output": options.output, drawn: options.overlay}
     written = {option: places_of(names, path, option) for option, path in places.items() if path}
     bundle, *where = [options.bundle, *filter(None, places.values())]
     if len({path.resolve() for path in where}) < len(where):
-        raise UserError(f"--output and --overlay are both {options.output}; expected two places")
+        raise UserError(f"--output and {drawn} are both {options.output}; expected two places")
     for path in where:
         if bundle.resolve() in path.resolve().parents:
             raise UserError(
@@ -83,16 +94,18 @@ def transform(arguments: list[str]) -> int:
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
     for i, ((name, source), answer) in enumerate(zip(inputs, answers, strict=True)):
-        if isinstance(answer, UserError):
-            bad.append(answer)
-            answer = {"error": str(answer)}
-        else:
+        try:
+            if isinstance(answer, UserError):
+                raise answer
             if "--output" in written:
                 save(runner.picture(answer), written["--output"][i])
-            if "--overlay" in written:
-                save(runner.draw(source, answer), written["--overlay"][i])
+            if drawn in written:
+                save(runner.draw(source, answer), written[drawn][i])
             if options.form:
                 answer = runner.forms[options.form](answer)
+        except UserError as error:
+            bad.append(error)
+            answer = ({} if isinstance(answer, UserError) else answer) | {"error": str(error)}
         print(line({"input": name, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
@@ -110,10 +123,20 @@ def line(record: dict) -> str:
 
 
 def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
-    """Where the picture of each source goes: `path`, or a file of the source's name in the folder `path`."""
-    if not path.name or (len(sources) == 1 and path.is_dir()):
+    """Where the picture of each source goes: `path`, or a file in the folder `path`.
+
+    It has the name of the source, or where that is no file, such as a line or a text, its number.
+    """
+    if path.name in ("", "..") or (len(sources) == 1 and path.is_dir()):
         raise UserError(f"{option} {path}: a folder; expected the name of a PNG")
-    paths = [path] if len(sources) == 1 else [path / f"{Path(source).stem}.png" for source in sources]
+    paths = (
+        [path]
+        if len(sources) == 1
+        else [
+            path / f"{Path(source).stem if os.path.isfile(source) else number}.png"
+            for number, source in enumerate(sources, start=1)
+        ]
+    )
     names: set[Path] = set()
     for one in paths:
         if one in names:
@@ -142,9 +165,9 @@ def save(picture, path: Path) -> None:
 
 def files(given: str) -> list[str]:
     """Every file below a folder, sorted by path, hidden ones left out; anything else stands for itself."""
-    folder = Path(given)
-    if not folder.is_dir():
+    if not given or not os.path.isdir(given):  # not Path's, which raises for a text longer than a name may be
         return [given]
+    folder = Path(given)
     below = sorted(path for path in folder.rglob("*") if path.is_file())
     found = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not found:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dlref.runtime import sessions
 from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
@@ -190,7 +191,8 @@ def main(arguments: list[str]) -> int:
 
     def contender() -> Graphs:
         manifest.update(read_manifest(folder))
-        return open_graphs(folder, manifest, int(threads), provider)
+        each, _ = sessions(manifest["kind"], int(threads), provider)  # as `load` opens them
+        return open_graphs(folder, manifest, each, provider)
 
     try:
         if once:

@@ -68,8 +68,8 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: format {manifest['format']}; this version of dlref.runtime reads {FORMAT}")
     provider, threads = (manifest["target"].get(key) for key in ("provider", "threads"))
     check_provider(path, provider)
-    if threads is not None and type(threads) is not int:
-        raise UserError(f"{path}: threads {threads!r}; expected a number")
+    if threads is not None and (type(threads) is not int or threads < 0):
+        raise UserError(f"{path}: threads {threads!r}; expected a number, 0 for all")
     try:
         check_files(folder, manifest)
     except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read

@@ -19,13 +19,13 @@ class Line(NamedTuple):
     text: str
 
 
-def read_text(path: str | Path, expected: str) -> str:
-    """A whole file. Raises UserError."""
+def read_text(path: str | Path, expected: str, largest: int | None = LARGEST_TEXT) -> str:
+    """A whole file of at most so many bytes. Raises UserError."""
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
-            text = file.read(LARGEST_TEXT + 1)
-            if len(text) > LARGEST_TEXT:
-                raise UserError(f"{path}: more than {LARGEST_TEXT} bytes; expected a smaller file")
+            text = file.read(-1 if largest is None else largest + 1)
+            if largest is not None and len(text) > largest:
+                raise UserError(f"{path}: more than {largest} bytes; expected a smaller file")
             return text.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -46,7 +46,7 @@ class Runner:
 
     def draw(self, source, answer: dict):
         """A picture (PIL) of an answer to `source`. Raises UserError where answers are none to look at."""
-        raise UserError("these answers are not drawn; expected a bundle of object detection or segmentation")
+        raise UserError("these answers are not drawn; expected a bundle of detection, segmentation or translation")
 
     def picture(self, answer: dict):
         """An answer that is itself a picture (PIL). Raises UserError where answers are none."""

@@ -22,7 +22,7 @@ class Words:
 
     def __init__(self, tokens: list[str]):
         self.names = tokens
-        self.numbers = {name: number for number, name in enumerate(tokens)}
+        self.numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(tokens)}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,6 +65,8 @@ class BytePairs:
         except ImportError:
             raise UserError("a tokeniser of byte pairs; expected the package tokenizers, or install [text]") from None
         self.tokenizer = Tokenizer.from_str(model)
+        if [self.tokenizer.token_to_id(token) for token in SPECIAL] != list(range(len(SPECIAL))):
+            raise UserError(f"tokeniser of byte pairs: expected {' '.join(SPECIAL)} as its first tokens")
         self.tokenizer.encode_special_tokens = True  # what looks like one in a text is text
 
     def __len__(self) -> int:
@@ -99,11 +101,12 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | BytePairs:
         except Exception as error:  # tokenizers raises plain exceptions
             raise UserError(f"tokeniser: {' '.join(str(error).split())}; expected one of tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
-    if not isinstance(tokens, list) or tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(set(tokens)) < len(tokens):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise UserError(f"tokeniser of kind {kind!r}; expected word or character with tokens, or bpe with its model")
+    made = Words(tokens) if kind == "word" else Characters(tokens)
+    if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(made.numbers) < len(tokens):
         raise UserError(
-            f"tokeniser of kind {kind!r}; expected word or character with tokens that differ, the first "
-            f"{' '.join(SPECIAL)}, or bpe with its model"
+            f"tokeniser of kind {kind!r}: tokens that are equal, or first ones that are others; expected tokens that "
+            f"differ, the first {' '.join(SPECIAL)}"
         )
-    if not all(isinstance(token, str) for token in tokens):
-        raise UserError("tokeniser: a token that is no text; expected strings")
-    return Words(tokens) if kind == "word" else Characters(tokens)
+    return made

@@ -82,9 +82,11 @@ class Translator(Task):
 
     def check(self) -> None:
         """The largest tokens through the network: one with less room would fail in the middle of an epoch."""
-        if not 1 <= self.beam <= WIDEST:
-            raise UserError(f"beam: {self.beam}; expected 1 to {WIDEST}")
         source, target = (len(self.tokenizer(side)) for side in ("source", "target"))
+        if not 1 <= self.beam <= min(WIDEST, target - 2):
+            raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
+        if not 0 <= self.length_penalty <= 10:
+            raise UserError(f"length_penalty: {self.length_penalty}; expected 0 to 10")
         expected = (
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
             f"{target}"
@@ -196,8 +198,8 @@ class Translator(Task):
         source = batch.source[:EXAMPLES]
         encode, step = _Encode(self.network), _Step(self.network, len(self.tokenizer("target")))
         sentences = {0: "batch", 1: "source"}
-        length = source.shape[1]
-        lengths = (length, 1, length + 9, 2 * length + 3)
+        # The first is what a target of fixed shapes has: every source has to fit.
+        lengths = (self.known["longest"], 1, source.shape[1], 2 * self.known["longest"] + 3)
         first = Graph(
             encode,
             {"source": source},

@@ -66,13 +66,17 @@ class Runner(Base):
             raise UserError(f"not translation; expected graphs encode, step and metadata {', '.join(KEYS)}")
         if not all(0 < metadata[key] <= LONGEST for key in ("longest", "longest_answer", "beam", "widest")):
             raise UserError(f"not translation; expected longest, longest_answer, beam and widest from 1 to {LONGEST}")
+        if not 0 <= metadata["length_penalty"] <= 10:
+            raise UserError("not translation; expected length_penalty from 0 to 10")
         if metadata["too_long"] not in ("error", "truncate"):
             raise UserError("not translation; expected too_long: error or truncate")
         if "source" not in graphs["encode"].shape or not {"token", "state"} <= set(graphs["step"].shape):
             raise UserError("not translation; expected graphs with inputs source, token and state")
         self.source, self.target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
         self.encode, self.step = graphs["encode"], graphs["step"]
-        self.longest, self.longest_answer = metadata["longest"], metadata["longest_answer"]
+        fixed = graphs["encode"].shape["source"][1]
+        self.longest = min(metadata["longest"], fixed) if isinstance(fixed, int) else metadata["longest"]
+        self.longest_answer = metadata["longest_answer"]
         self.truncates, self.widest = metadata["too_long"] == "truncate", metadata["widest"]
         self.beam, self.length_penalty = metadata["beam"], metadata["length_penalty"]
 
@@ -182,6 +186,8 @@ class Runner(Base):
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         parts = [order[i : i + many] for i in range(0, len(order), many)]
         found = self.spread(lambda part: self._search([sources[i] for i in part]), parts)
+        if any(token >= len(self.target) for several in found for one in several for token in one.tokens):
+            raise UserError(f"not translation; expected a target vocabulary of more than {len(self.target)} tokens")
         answers = dict(zip(order, (one for several in found for one in several), strict=True))
         return [answers[i] for i in range(len(sources))]
 
@@ -189,11 +195,8 @@ class Runner(Base):
         """Hypotheses of sources that fit into one batch."""
         rows, length = self.encode.shape["source"]
         length = length if isinstance(length, int) else max(map(len, sources))
-        if max(map(len, sources)) > length:
-            raise UserError(
-                f"{max(map(len, sources))} tokens; expected at most {length}, which this bundle is fixed to"
-            )
         padded = np.full((rows if isinstance(rows, int) else len(sources), length), PAD)
+        padded[:, 0] = END  # of rows that are only there to fill up
         for row, tokens in zip(padded, sources, strict=False):
             row[: len(tokens)] = tokens
         memory = {"source": padded, **self.encode(source=padded)}
