@@ -11,6 +11,7 @@ decodes sentences by beam search in PyTorch and over its graphs as a bundle open
 
 import argparse
 import json
+import logging
 import platform
 import re
 import statistics
@@ -258,12 +259,13 @@ def show(title: str, unit: str, rates: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    """Both tables."""
+    """Every table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--joeynmt", metavar="PYTHON", help="interpreter of an environment with joeynmt; none: left out"
     )
     options = parser.parse_args()
+    logging.disable(logging.WARNING)  # Lightning's, at every start
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
     print(
         f"{platform.machine()}, {cores()} cores, {packages}; hidden size {SIZE}, {VOCABULARY} tokens, {BATCH} a batch"
