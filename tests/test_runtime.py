@@ -254,9 +254,12 @@ def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundl
     assert main([str(bundle), "absent.png"]) == 2
     assert capsys.readouterr().err == "error: absent.png: not found; expected an image file\n"
     for wrong in (["--threads", "0"], ["--batch-size", "-1"]):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(bundle), "absent.png", *wrong])
-        assert stopped.value.code == 2
+        assert main([str(bundle), "absent.png", *wrong]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: argument {wrong[0]}: {wrong[1]}; expected 1 or more")
+        assert len(printed.splitlines()) == 1
+    assert main([str(bundle), "absent.png", "--beam", "2"]) == 2
+    assert capsys.readouterr().err == "error: --beam: not of this bundle; expected a bundle of another kind\n"
 
 
 def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):

@@ -26,15 +26,15 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     """
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
-    each, workers = sessions(manifest["kind"], threads or cores(), provider)
+    each, workers = sessions(manifest["kind"], threads, provider)
     runner = make_runner(manifest["kind"], open_graphs(Path(folder), manifest, each, provider), manifest["metadata"])
     runner.workers = workers
     return runner
 
 
-def sessions(kind: str, threads: int, provider: str) -> tuple[int, int]:
-    """Threads of each graph, and how many batches of a runner go side by side, for bundles of a kind."""
-    return (1, threads) if runner_of(kind).spreads and provider == CPU else (threads, 1)
+def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None, int]:
+    """Threads of each graph, None for all, and how many batches of a runner go side by side, for bundles of a kind."""
+    return (1, threads or cores()) if runner_of(kind).spreads and provider == CPU else (threads, 1)
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):
