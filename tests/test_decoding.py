@@ -51,8 +51,8 @@ def test_a_beam_that_keeps_everything_finds_the_best_of_all(penalty):
     table, longest = Table(5), 4
     found = beam_search(table, table.start, 3**4 * 4, penalty, longest)
     for sentence, one in enumerate(found):
-        rank = lambda tokens: table.total(sentence, tokens) / ((5 + len(tokens)) / 6) ** penalty  # noqa: B023, E731
-        best = max(every(longest), key=rank)
+        ranked = [(table.total(sentence, t) / ((5 + len(t)) / 6) ** penalty, t) for t in every(longest)]
+        _, best = max(ranked)
         assert [*one.tokens, END] == best
         assert one.log_probability == pytest.approx(table.total(sentence, best))
         assert one.ended

@@ -140,7 +140,10 @@ def test_a_convolution_is_gehrings_block():
 
 def test_parameters_are_those_of_the_parts():
     """A bidirectional encoder of 2 × 4, a decoder of 8 with input feeding, mlp attention, tied output."""
-    layer = lambda inputs, size: 4 * size * (inputs + size + 2)  # noqa: E731
+
+    def layer(inputs, size):
+        return 4 * size * (inputs + size + 2)
+
     expected = 11 * 8 + 13 * 8 + 2 * layer(8, 4) + layer(8 + 8, 8)
     expected += (8 * 16 + 16) + (8 * 8 + 8) + 8 * 8 + 8 + 16 * 8 + 13
     model = network(input_feeding=True, tied=True)

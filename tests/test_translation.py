@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def numbers(folder):
 @pytest.mark.parametrize("options", [{}, {"cell": "gru", "attention": "dot", "input_feeding": True}])
 def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
     network = Seq2Seq(64, 64, hidden_size=32, embedding_size=32, dropout=0.0, **options)
-    adam = lambda p: torch.optim.Adam(p, lr=0.01)  # noqa: E731
+    adam = partial(torch.optim.Adam, lr=0.01)
     task, data = Translator(network=network, optimizer=adam, beam=3, metric="exact_match"), numbers(tmp_path)
     trainer = fit(tmp_path, task, data, max_epochs=60, check_val_every_n_epoch=30)
     (results,) = trainer.test(task, datamodule=data, verbose=False)

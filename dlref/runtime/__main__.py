@@ -49,8 +49,8 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def transform(arguments: list[str]) -> int:
-    """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
+def opened(arguments: list[str]):
+    """What was asked for, and the runner of the bundle, its own options set. Raises UserError."""
     known = parser(__doc__)
     known.add_argument("inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders")
     known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
@@ -76,6 +76,12 @@ def transform(arguments: list[str]) -> int:
             if name not in runner.options:
                 raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
             setattr(runner, name, getattr(options, name))
+    return options, runner
+
+
+def transform(arguments: list[str]) -> int:
+    """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
+    options, runner = opened(arguments)
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]

@@ -4,6 +4,7 @@ B sentences, S source tokens, T target tokens, K hypotheses, D hidden size, Y ro
 tokens.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shorten
@@ -84,7 +85,7 @@ class Runner(Base):
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
         """A text that is no file's name is itself the input; a file has one on each line, or is one JSON request."""
-        if not _is_file(path):
+        if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
             yield path, path
             return
         try:
@@ -236,10 +237,3 @@ def as_sagemaker(answer: dict) -> dict:
 Runner.forms = {
     "sagemaker": lambda answer: answer if "predictions" in answer else as_sagemaker(answer),
 }
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # longer than a name may be
-        return False
