@@ -1,6 +1,7 @@
 """The path from a config to answers at the edge: every config, and the commands of the README."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     vocabulary = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(network.get("target_vocabulary", 0) - 4))]}
     facts |= {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
     facts |= {"longest": 100, "longest_answer": 100, "too_long": "error"}
+    letters = [chr(256 + i) for i in range(min(network.get("vocabulary", 0), 300) - 4)]
+    facts |= {"vocabulary": {"kind": "character", "exact": True, "tokens": [*SPECIAL, *letters]}}
     task.remember({name: facts[name] for name in task.facts})
     task.check()
     assert list(tmp_path.iterdir()) == []
@@ -446,6 +449,76 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
     second = json.loads(drawn.stdout.splitlines()[1])
     assert second["predictions"] == request["predictions"]
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["1.png"]
+
+
+STORIES = """
+best: {metric: val/bits_per_byte, mode: min}
+model:
+  class_path: dlref.tasks.LanguageModel
+  init_args:
+    prompt: The
+    network:
+      class_path: dlref.models.GPT
+      init_args: {vocabulary: 320, context_length: 32, n_layer: 2, n_head: 2, n_embd: 32, positions: rotary}
+    optimizer: {class_path: dlref.tasks.MuonAdamW, init_args: {lr: 0.01}}
+    lr_scheduler: {class_path: dlref.tasks.WarmupCosine, init_args: {warmup: 0.1}}
+data:
+  class_path: dlref.data.TextFiles
+  init_args: {train: "texts/*.txt", vocabulary_size: 290, context_length: 32, batch_size: 16, batches: 60}
+trainer:
+  max_epochs: 2
+  gradient_clip_val: 1
+  enable_progress_bar: false
+  log_every_n_steps: 20
+"""
+
+
+def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, tmp_path):
+    """From text files, cut into byte pairs, to a device without torch: prompts, a request, a text as it comes."""
+    (tmp_path / "texts").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        animals = generator.choice(["cat", "dog", "bird", "cow"], 100)
+        (tmp_path / f"texts/{i}.txt").write_text("".join(f"The {animal} sat on the {animal}.\n" for animal in animals))
+    trained("stories", STORIES)
+    scores = json.loads((tmp_path / "runs/stories/test.json").read_text())
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert scores["bits_per_byte"] < scores["xz_bits_per_byte"] < 1
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]), rel=1e-4)
+    for side in ("pytorch", "bundle"):
+        assert manifest["verification"]["test"][side] == pytest.approx(scores["bits_per_byte"], rel=1e-3)
+    assert {path.name for path in (tmp_path / "runs/stories/figures").iterdir()} == {
+        "attention.png",
+        "by_position.png",
+        "curves.png",
+        "samples.md",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "runs/stories/predictions.jsonl").read_text().splitlines()]
+    answered = command("-c", WITHOUT_TORCH, "bundle", "--", *[row["input"] for row in rows], cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    answers = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert answers == rows
+
+    said = ["--prompt", "The dog sat on", "--temperature", "0", "--max-new-tokens", "9", "--stop", "\n"]
+    told = command("-c", WITHOUT_TORCH, "bundle", *said, cwd=tmp_path)
+    assert (told.returncode, told.stdout) == (0, "The dog sat on the dog.\n"), told.stderr
+    request = {"inputs": "The cow sat on", "parameters": {"temperature": 0, "stop": ["."]}}
+    (tmp_path / "request.jsonl").write_text(json.dumps(request) + "\n")
+    answered = command("-c", WITHOUT_TORCH, "bundle", "request.jsonl", "--form", "sagemaker", cwd=tmp_path)
+    assert json.loads(answered.stdout) == {"input": "request.jsonl:1", "generated_text": " the cow"}
+    for arguments, complaint in (
+        (["bundle"], "required: INPUT, or --prompt in its place"),
+        (["bundle", "a", "--prompt", "b"], "required: INPUT, or --prompt in its place"),
+        (["bundle", "--prompt", os.fsdecode(b"a\xff")], "input: not UTF-8"),
+        (["bundle", "a", "--temperature", "-1"], "--temperature: -1; expected a number from 0 to 100"),
+        (["bundle", "a", "--top-k", "1.5"], "--top-k: 1.5; expected a whole number"),
+        (["bundle", "a", "--beam", "3"], "--beam: not of this bundle"),
+        (["bundle", "a", "--draw", "a.png"], "these answers are not drawn"),
+    ):
+        refused = command("-m", "dlref.runtime", *arguments, cwd=tmp_path)
+        assert refused.returncode == 2, arguments
+        assert len(refused.stderr.splitlines()) == 1
+        assert complaint in refused.stderr
 
 
 def digits_of_the_test_split():

@@ -1,6 +1,7 @@
 """Data modules: files on disk to checked, augmented batches."""
 
 from dlref.data.forecasting import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
+from dlref.data.language import PythonSources, TextFiles, TokenFiles
 from dlref.data.object_detection import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
 from dlref.data.semantic_segmentation import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
 from dlref.data.small_images import CIFAR10, MNIST, Digits, FashionMNIST
@@ -25,12 +26,15 @@ __all__ = [
     "MaskLists",
     "PairFiles",
     "ParallelText",
+    "PythonSources",
     "RowSeries",
     "SageMakerBoxes",
     "SageMakerSeries",
     "SageMakerTokens",
     "SyntheticDates",
     "SyntheticSeries",
+    "TextFiles",
+    "TokenFiles",
     "VOCBoxes",
     "VOCMasks",
     "WideSeries",

@@ -7,9 +7,34 @@ from pathlib import Path
 from typing import Literal
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.lines import read_text
 from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 
 Kind = Literal["word", "character", "bpe"]
+Exact = Literal["byte", "character", "bpe"]
+PROBE = " Straße\n\t 多言語  x\u0301 = 1e-3  <s>\r\n"  # a text that tokens which change texts would change
+
+
+def make_exact(texts: Iterable[str], kind: Exact, size: int) -> dict:
+    """A tokeniser whose tokens spell a text as it is; otherwise as `make_vocabulary`."""
+    if kind == "byte":
+        return {"kind": kind, "exact": True}
+    if kind == "bpe":
+        return {"kind": kind, "exact": True, "model": _byte_pairs(texts, size, exact=True)}
+    return {"kind": kind, "exact": True, "tokens": _most_frequent(texts, size)}
+
+
+def read_exact(path: Path) -> dict:
+    """A tokeniser of byte pairs in the file format of `tokenizers`, such as GPT-2's. Raises UserError."""
+    described = {"kind": "bpe", "exact": True, "model": read_text(path, "a tokeniser of tokenizers")}
+    try:
+        tokenizer = make_tokenizer(described)
+        spelt = b"".join(tokenizer.spelling[number] for number in tokenizer.encode(PROBE))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if spelt != PROBE.encode():
+        raise UserError(f"{path}: {PROBE!r} becomes {spelt.decode(errors='replace')!r}; expected the text itself")
+    return described
 
 
 def make_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> dict:
@@ -19,26 +44,31 @@ def make_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> dict:
     pairs are merged until there are `size` tokens or no pair is left that comes twice.
     """
     if kind == "bpe":
-        return {"kind": kind, "model": _byte_pairs(texts, size)}
+        return {"kind": kind, "model": _byte_pairs(map(normal, texts), size)}
+    parts = (normal(text).split() if kind == "word" else normal(text) for text in texts)
+    return {"kind": kind, "tokens": _most_frequent(parts, size)}
+
+
+def _most_frequent(texts: Iterable[Iterable[str]], size: int) -> list[str]:
     if size <= len(SPECIAL):
         raise UserError(f"vocabulary_size: {size}; expected more than the {len(SPECIAL)} special tokens")
     counts = Counter()
     for text in texts:
-        counts.update(normal(text).split() if kind == "word" else normal(text))
+        counts.update(text)
     for special in SPECIAL:
         counts.pop(special, None)
     found = sorted(counts, key=lambda token: (-counts[token], token))
-    return {"kind": kind, "tokens": [*SPECIAL, *found[: size - len(SPECIAL)]]}
+    return [*SPECIAL, *found[: size - len(SPECIAL)]]
 
 
-def _byte_pairs(texts: Iterable[str], size: int) -> str:
+def _byte_pairs(texts: Iterable[str], size: int, exact: bool = False) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(SPECIAL) + len(alphabet):
         raise UserError(f"vocabulary_size: {size}; expected at least {len(SPECIAL) + len(alphabet)} for byte pairs")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not exact)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -47,7 +77,7 @@ def _byte_pairs(texts: Iterable[str], size: int) -> str:
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(map(normal, texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str()
 
 

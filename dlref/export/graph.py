@@ -1,5 +1,6 @@
 """One graph of a task -> one ONNX file. `graph` is a `Graph` of what the task's `deployable()` answers."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def write_onnx(graph, path: Path, target: Target) -> None:
                 dynamo=True,
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
-                dynamic_shapes=tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in graph.inputs),
+                dynamic_shapes=free(graph, axes),
                 opset_version=target.opset,
                 verbose=False,
             )
@@ -62,7 +63,7 @@ def write_program(graph, path: Path, target: Target) -> None:
     if any(batch.values()):
         sizes["batch"] = trace_sizes(graph)["batch"]
     inputs = example_at(graph, sizes)
-    shapes = tuple(dict.fromkeys(batch.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs)
+    shapes = free(graph, batch)
     module, arguments = graph.module.eval(), tuple(inputs.values())
     try:
         with unwarned():
@@ -70,6 +71,14 @@ def write_program(graph, path: Path, target: Target) -> None:
             torch.export.save(program, path)
     except Exception as error:  # torch.export has no base of its own
         raise UserError(f"{path.name}: torch.export refuses the graph: {' '.join(str(error).split())}") from error
+
+
+def free(graph, axes: dict[str, dict[int, str]]) -> tuple:
+    """The axes of each input that stay dynamic, as torch.export takes them: those of *arguments are a tuple in it."""
+    shapes = [dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs]
+    parameters = inspect.signature(graph.module.forward).parameters.values()
+    named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return (*shapes[:named], *[tuple(shapes[named:])] * (named < len(parameters)))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dlref.models.deepar import DeepAR
 from dlref.models.deeplabv3 import DeepLabV3
 from dlref.models.fcn import FCNVGG16, FCNCifarResNet, FCNResNet
 from dlref.models.googlenet import GoogLeNet
+from dlref.models.gpt import GPT
 from dlref.models.lenet import LeNet5
 from dlref.models.pspnet import PSPNet
 from dlref.models.resnet import CifarResNet, ResNet
@@ -25,6 +26,7 @@ from dlref.models.vgg import VGG
 
 __all__ = [
     "FCNVGG16",
+    "GPT",
     "SSDVGG16",
     "VGG",
     "ActivationName",

@@ -1,5 +1,7 @@
 """`python -m dlref.runtime BUNDLE INPUT...`: one JSON line for each input; a folder stands for its files.
 
+`python -m dlref.runtime BUNDLE --prompt TEXT`: the text and how it goes on, as it comes, of a language model.
+
 `python -m dlref.runtime bench BUNDLE` measures the bundle on this device instead.
 """
 
@@ -52,7 +54,8 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
 def opened(arguments: list[str]):
     """What was asked for, and the runner of the bundle, its own options set. Raises UserError."""
     known = parser(__doc__)
-    known.add_argument("inputs", nargs="+", metavar="INPUT", help="what the model reads (image files, ...), or folders")
+    known.add_argument("inputs", nargs="*", metavar="INPUT", help="what the model reads (image files, ...), or folders")
+    known.add_argument("--prompt", metavar="TEXT", help="in the place of INPUT: write how it goes on, as it comes")
     known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
     known.add_argument("--form", help="another form of the answers, such as sagemaker")
     known.add_argument(
@@ -70,6 +73,8 @@ def opened(arguments: list[str]):
     for name, (kind, text) in own.items():
         known.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     options = known.parse_args(arguments)
+    if bool(options.inputs) == (options.prompt is not None):
+        known.error("the following arguments are required: INPUT, or --prompt in its place")
     runner = load(options.bundle, options.threads, options.provider)
     for name in own:
         if getattr(options, name) is not None:
@@ -82,6 +87,8 @@ def opened(arguments: list[str]):
 def transform(arguments: list[str]) -> int:
     """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
     options, runner = opened(arguments)
+    if options.prompt is not None:
+        return tell(runner.written(options.prompt))
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]
@@ -115,6 +122,15 @@ def transform(arguments: list[str]) -> int:
         print(line({"input": name, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
+    return 0
+
+
+def tell(pieces: Iterable[str]) -> int:
+    """Print a text as it comes, letters that the output cannot show as numbers."""
+    for piece in pieces:
+        known = piece.encode(sys.stdout.encoding or "ascii", "backslashreplace")
+        print(known.decode(sys.stdout.encoding or "ascii"), end="", flush=True)
+    print()
     return 0
 
 

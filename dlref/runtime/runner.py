@@ -48,6 +48,10 @@ class Runner:
         """A picture (PIL) of an answer to `source`. Raises UserError where answers are none to look at."""
         raise UserError("these answers are not drawn; expected a bundle of detection, segmentation or translation")
 
+    def written(self, source) -> Iterator[str]:
+        """An answer that is a text, piece by piece as it comes. Raises UserError where answers are none."""
+        raise UserError("these answers do not come piece by piece; expected a bundle of a language model")
+
     def picture(self, answer: dict):
         """An answer that is itself a picture (PIL). Raises UserError where answers are none."""
         raise UserError("these answers are no pictures; expected a bundle of segmentation")
@@ -101,6 +105,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
     return int(text)
+
+
+def number(lowest: float, highest: float, kind: type = float) -> Callable[[str], float]:
+    """What reads a number between two others, from a command line."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not lowest <= value <= highest:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}; expected {what} from {lowest} to {highest}")
+        return value
+
+    return read
 
 
 def plain(answer: dict) -> dict:

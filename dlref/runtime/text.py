@@ -1,12 +1,17 @@
-"""Text <-> tokens, as the training and a bundle have it: by words, by characters, or by byte pairs.
+"""Text <-> tokens, as the training and a bundle have it: by words, characters, byte pairs or bytes.
 
 A tokeniser is data, plain JSON: `{"kind": "word" or "character", "tokens": [...]}` with a token for each number, or
-`{"kind": "bpe", "model": ...}` with the text that the `tokenizers` library reads. The first four tokens are SPECIAL,
-numbered as SageMaker's vocabularies are.
+`{"kind": "bpe", "model": ...}` with the text that the `tokenizers` library reads, or `{"kind": "byte"}`. The first four
+tokens are SPECIAL, numbered as SageMaker's vocabularies are.
+
+With `"exact": true` a text is taken as it is, its white space and its forms of letters too: each token then has a
+`spelling` in bytes, and a text is the spellings of its tokens one after the other, as a language model has to have it.
+Byte pairs from elsewhere may be so, such as GPT-2's; their special tokens are where they are.
 """
 
 import unicodedata
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from dlref.runtime.errors import UserError
@@ -19,10 +24,12 @@ class Words:
     """Text split at white space; a token that is not known is UNKNOWN."""
 
     between = " "
+    end = END
 
-    def __init__(self, tokens: list[str]):
-        self.names = tokens
-        self.numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(tokens)}
+    def __init__(self, tokens: list[str], exact: bool = False):
+        self.names, self.normal = tokens, str if exact else normal
+        names = tokens if exact else [unicodedata.normalize("NFC", name) for name in tokens]
+        self.numbers = {name: number for number, name in enumerate(names)}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -34,7 +41,7 @@ class Words:
     def encode(self, text: str) -> list[int]:
         """The number of each token."""
         numbers, known = self.numbers, range(len(SPECIAL), len(self))
-        found = (numbers.get(part, UNKNOWN) for part in self.parts(normal(text)))
+        found = (numbers.get(part, UNKNOWN) for part in self.parts(self.normal(text)))
         return [number if number in known else UNKNOWN for number in found]
 
     def pieces(self, numbers: list[int]) -> list[str]:
@@ -55,18 +62,48 @@ class Characters(Words):
         """The characters."""
         return list(text)
 
+    @cached_property
+    def spelling(self) -> list[bytes]:
+        """The bytes of each token; none of a special one."""
+        return [b""] * len(SPECIAL) + [name.encode() for name in self.names[len(SPECIAL) :]]
+
+
+class Bytes:
+    """Every byte of UTF-8 a token."""
+
+    end = END
+    spelling = (*[b""] * len(SPECIAL), *[bytes([byte]) for byte in range(256)])
+
+    def __len__(self) -> int:
+        return len(self.spelling)
+
+    def encode(self, text: str) -> list[int]:
+        """The number of each token."""
+        return [byte + len(SPECIAL) for byte in text.encode()]
+
+    def pieces(self, numbers: list[int]) -> list[str]:
+        """Each token as people read it."""
+        return [self.spelling[number].decode("ascii", "backslashreplace") or SPECIAL[number] for number in numbers]
+
 
 class BytePairs:
     """Byte-pair encoding over bytes, so that no text is unknown (Sennrich et al. 2016; `tokenizers`)."""
 
-    def __init__(self, model: str):
+    ends = (SPECIAL[END], "<|endoftext|>")  # GPT-2's is the other
+
+    def __init__(self, model: str, exact: bool = False):
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise UserError("a tokeniser of byte pairs; expected the package tokenizers, or install [text]") from None
-        self.tokenizer = Tokenizer.from_str(model)
-        if [self.tokenizer.token_to_id(token) for token in SPECIAL] != list(range(len(SPECIAL))):
+        self.tokenizer, self.exact = Tokenizer.from_str(model), exact
+        numbers = [self.tokenizer.token_to_id(token) for token in SPECIAL]
+        if not exact and numbers != list(range(len(SPECIAL))):
             raise UserError(f"tokeniser of byte pairs: expected {' '.join(SPECIAL)} as its first tokens")
+        ends = [number for token in self.ends if (number := self.tokenizer.token_to_id(token)) is not None]
+        if not ends:
+            raise UserError(f"tokeniser of byte pairs: no token that ends a text; expected {' or '.join(self.ends)}")
+        self.end = ends[0]
         self.tokenizer.encode_special_tokens = True  # what looks like one in a text is text
 
     def __len__(self) -> int:
@@ -74,7 +111,7 @@ class BytePairs:
 
     def encode(self, text: str) -> list[int]:
         """The number of each token."""
-        return self.tokenizer.encode(normal(text), add_special_tokens=False).ids
+        return self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
 
     def pieces(self, numbers: list[int]) -> list[str]:
         """Each token as people read it."""
@@ -84,26 +121,50 @@ class BytePairs:
         """The text of tokens, without those that begin, end or fill up."""
         return self.tokenizer.decode(numbers).strip()
 
+    @cached_property
+    def spelling(self) -> list[bytes]:
+        """The bytes of each token; none of a special one. Raises UserError where tokens are no bytes."""
+        special = self.tokenizer.get_added_tokens_decoder()
+        names = {number: name for name, number in self.tokenizer.get_vocab().items()}
+        try:
+            return [
+                b"" if number in special else bytes(BYTES[letter] for letter in names[number])
+                for number in range(len(self))
+            ]
+        except KeyError as error:
+            raise UserError(f"tokeniser of byte pairs: {error} in its vocabulary; expected GPT-2's bytes") from None
+
+
+# The letters that stand for bytes in the vocabulary of byte pairs: printable ones for themselves (GPT-2, encoder.py).
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)
+}
+
 
 def normal(text: str) -> str:
     """One form for letters with marks, however they were typed; white space around is none."""
     return unicodedata.normalize("NFC", text).strip()
 
 
-def make_tokenizer(described: Mapping[str, Any]) -> Words | BytePairs:
+def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
     """The tokeniser that `described` says. Raises UserError where it says none."""
-    kind = described.get("kind") if isinstance(described, Mapping) else None
+    kind, exact = (described.get(key) if isinstance(described, Mapping) else None for key in ("kind", "exact"))
+    if kind == "byte":
+        return Bytes()
     if kind == "bpe" and isinstance(described.get("model"), str):
         try:
-            return BytePairs(described["model"])
+            return BytePairs(described["model"], exact is True)
         except UserError:
             raise
         except Exception as error:  # tokenizers raises plain exceptions
             raise UserError(f"tokeniser: {' '.join(str(error).split())}; expected one of tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"tokeniser of kind {kind!r}; expected word or character with tokens, or bpe with its model")
-    made = Words(tokens) if kind == "word" else Characters(tokens)
+        raise UserError(
+            f"tokeniser of kind {kind!r}; expected word or character with tokens, bpe with its model, or byte"
+        )
+    made = Words(tokens) if kind == "word" else Characters(tokens, exact is True)
     if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(made.numbers) < len(tokens):
         raise UserError(
             f"tokeniser of kind {kind!r}: tokens that are equal, or first ones that are others; expected tokens that "

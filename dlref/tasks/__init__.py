@@ -3,7 +3,9 @@
 from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecasting import Forecaster
 from dlref.tasks.image_classification import ImageClassifier
+from dlref.tasks.language_modelling import LanguageModel
 from dlref.tasks.object_detection import ObjectDetector
+from dlref.tasks.optimizers import MuonAdamW
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
 from dlref.tasks.schedules import Poly, Steps, Triangle, WarmupCosine
 from dlref.tasks.semantic_segmentation import SemanticSegmenter
@@ -16,6 +18,8 @@ __all__ = [
     "Gaussian",
     "ImageClassifier",
     "ImagePreprocess",
+    "LanguageModel",
+    "MuonAdamW",
     "NegativeBinomial",
     "Normalise",
     "ObjectDetector",

@@ -285,6 +285,46 @@ def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -
     _save(figure, path)
 
 
+def heads(path: Path, layers: list[np.ndarray], pieces: list[str]) -> None:
+    """Attention (H, T, T) of each layer: a row of maps for a layer, a column for a head, tokens at the edges alone."""
+    names = [literal(repr(piece)[1:-1].replace(" ", "\u2423")) for piece in pieces]
+    rows, columns = len(layers), len(layers[0])
+    figure = Figure(figsize=(1 + 2.6 * columns, 1 + 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for i, j in np.ndindex(rows, columns):
+        axes = grid[i, j]
+        axes.imshow(layers[i][j], cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+        axes.set_yticks(range(len(names)), names, fontsize=5)
+        axes.set_title(f"layer {i + 1}, head {j + 1}", fontsize=8)
+    _save(figure, path)
+
+
+def by_position(path: Path, nats: Tensor) -> None:
+    """The loss of a token by how many tokens the network saw before it, with the mean of each octave."""
+    seen = np.arange(len(nats)) + 1
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(seen, nats.numpy(), color="tab:blue", alpha=0.35, linewidth=1, label="each place")
+    edges = [2**i for i in range(len(nats).bit_length())]
+    for low, high in zip(edges, [*edges[1:], len(nats) + 1], strict=True):
+        part = nats.numpy()[low - 1 : high - 1]
+        axes.hlines(part.mean(), low, high, color="tab:orange", linewidth=2, label="octave" if low == 1 else None)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens read", ylabel="nats a token", title="Loss by the place in the context")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def continuations(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Prompts and how they went on, as Markdown."""
+    fence = "~~~~~~"
+    parts = [f"{fence}\n{prompt}\n{fence}\n\ngoes on\n\n{fence}\n{text}\n{fence}\n" for prompt, text in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("# Prompts of the test split\n\n" + "\n---\n\n".join(parts), encoding="utf-8")
+
+
 def by_length(path: Path, lengths: list[int], texts: list[str], references: list[str], score: Callable) -> None:
     """The score of texts in groups by the length of their sources, and how many each group has."""
     bounds = np.unique(np.quantile(lengths, np.linspace(0, 1, GROUPS + 1)).astype(int))

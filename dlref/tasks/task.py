@@ -129,19 +129,22 @@ class Task(LightningModule):
         if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
+        """What the optimiser is built from: those with weight decay, and those without."""
+        if self.decay_vectors:
+            return [{"params": parameters}]
+        return [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
     def configure_optimizers(self):
         """The config's optimiser over the parameters that train, and its schedule stepped once a step."""
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if not parameters:
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
-        groups = [{"params": parameters}]
-        if not self.decay_vectors:
-            groups = [
-                {"params": [p for p in parameters if p.ndim > 1]},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
         try:
-            optimizer = self.optimizer(groups)
+            optimizer = self.optimizer(self.parameter_groups(parameters))
             if self.lr_scheduler is None:
                 return optimizer
             scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -62,8 +62,8 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     published for classification. The log says which; any other difference is a UserError.
     """
     state, own = read_state_dict(path), network.state_dict()
-    foreign = hasattr(network, "of_base") and not state.keys() <= own.keys()
-    of_base = network.of_base(state) if foreign else {}
+    fits = all(key in own and value.shape == own[key].shape for key, value in state.items())
+    of_base = network.of_base(state) if hasattr(network, "of_base") and not fits else {}
     if not of_base.keys() <= own.keys():
         of_base = {}
     state = of_base or state

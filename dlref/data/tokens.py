@@ -1,0 +1,231 @@
+"""Texts -> one row of tokens with a token between texts; windows of it; and files of tokens, for what no memory holds.
+
+    python -m dlref.data.tokens FOLDER --train 'books/*.txt' --val 'held/*.txt' --tokenizer bpe --vocabulary-size 32768
+
+writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, text after text. A .bin file is nothing but tokens,
+as nanoGPT's are: 16 bits each where the vocabulary is small enough, else 32.
+
+Legend of shapes: N tokens in a row, B windows, U tokens of one.
+"""
+
+import argparse
+import glob
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dlref.data.vocabulary import make_exact, read_exact
+from dlref.runtime.errors import UserError
+from dlref.runtime.lines import is_object, parse_object, read_text
+from dlref.runtime.runner import positive
+from dlref.runtime.text import UNKNOWN, make_tokenizer
+
+TRAINED = ("byte", "character", "bpe")  # tokenisers that are made from the training text
+BLOCK = 1 << 24  # tokens that are looked at at once
+
+
+# Texts
+
+
+def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
+    """The texts of all files that a pattern such as 'books/**/*.txt' matches, with their names, in order.
+
+    A file is one text; of .jsonl, gzipped or not, each line is one, under `text`. Raises UserError, for an undecodable
+    byte with its offset.
+    """
+    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    if not paths:
+        raise UserError(f"{pattern}: no such file; expected the name of a text, or a pattern such as 'texts/**/*.txt'")
+    for path in paths:
+        text = read_whole(path)
+        if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+            yield str(path), text
+            continue
+        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+            found = parse_object(line, f"{path}:{number}").get("text")
+            if not isinstance(found, str):
+                raise UserError(f"{path}:{number}: text: {type(found).__name__}; expected a text")
+            try:
+                found.encode()
+            except UnicodeEncodeError:  # JSON can write one
+                raise UserError(f"{path}:{number}: half of a surrogate pair; expected Unicode text") from None
+            yield f"{path}:{number}", found
+
+
+def read_whole(path: Path) -> str:
+    """A file as it is, its line ends too. Raises UserError."""
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            return file.read().decode()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path}: byte {error.start} is 0x{byte:02x}, not UTF-8; expected text in UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: unreadable ({reason}); expected text in UTF-8") from None
+
+
+def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
+    """One made from `texts`: byte, character, bpe; or one in a file, of `tokenizers` or as this module writes it."""
+    if asked in TRAINED:
+        return make_exact(texts, asked, size)
+    path = Path(asked)
+    if not path.is_file():
+        raise UserError(f"tokenizer: {asked}; expected {', '.join(TRAINED)}, or a file of tokenizers")
+    text = read_text(path, "a tokeniser")
+    if not is_object(text) or "kind" not in json.loads(text):
+        return read_exact(path)
+    described = json.loads(text)
+    try:
+        make_tokenizer(described)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if described.get("exact") is not True:
+        raise UserError(f"{path}: a tokeniser that changes texts; expected one with exact: true")
+    return described
+
+
+def rows_of(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
+    """The tokens of each text, before them the one that ends a text: there the next begins."""
+    for text in texts:
+        yield [tokenizer.end, *tokenizer.encode(text)]
+
+
+def width(tokenizer) -> type:
+    """The type of a token in a file."""
+    return np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+
+
+def unknown_in(tokens: Integer[Tensor, "N"], tokenizer) -> int:
+    """How many tokens stand for characters that the tokeniser does not know: of characters, for others have none."""
+    return int((tokens == UNKNOWN).sum()) if hasattr(tokenizer, "numbers") else 0
+
+
+# Windows
+
+
+class Windows(Dataset):
+    """Windows of a row of tokens: (B, U) of those that begin at B places, -1 beyond the end."""
+
+    def __init__(self, tokens: Integer[Tensor, "N"], context_length: int):
+        self.tokens, self.context_length = tokens, context_length
+
+    def __len__(self) -> int:
+        """Windows that cover every token after the first once."""
+        return -(-(len(self.tokens) - 1) // self.context_length)
+
+    def __getitem__(self, starts: Int[Tensor, "B"]) -> Int[Tensor, "B U"]:
+        device = self.tokens.device
+        places = starts.to(device)[:, None] + torch.arange(self.context_length + 1, device=device)
+        last = len(self.tokens) - 1
+        return self.tokens[places.clamp(max=last)].long().masked_fill(places > last, -1)
+
+    def to(self, device: torch.device) -> None:
+        """Move the tokens to where they are used; in 32 bits, for few operators take 16 without a sign."""
+        self.tokens = self.tokens.to(device, torch.int32)
+
+
+class RandomStarts(Sampler[Tensor]):
+    """Batches of places at which a window can begin, drawn anew at each turn."""
+
+    def __init__(self, places: int, batch_size: int, batches: int):
+        self.places, self.batch_size, self.batches = places, batch_size, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.batches):
+            yield torch.randint(self.places, (self.batch_size,))
+
+
+# Files
+
+
+def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
+    """The tokens of a .bin file, which stay on the disk until they are looked at. Raises UserError."""
+    kind = np.dtype(width(tokenizer))
+    try:
+        size = path.stat().st_size
+        if size % kind.itemsize or not size:
+            raise UserError(f"{path}: {size} bytes; expected tokens of {kind.itemsize} bytes each")
+        # Copied where it is written to, which nothing does: torch warns of arrays that cannot be.
+        tokens = np.memmap(path, kind, mode="c")
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror}); expected a file of tokens") from None
+    for start in range(0, len(tokens), BLOCK):
+        block = tokens[start : start + BLOCK]
+        if block.min() < 0 or block.max() >= len(tokenizer):
+            wrong = int(np.flatnonzero((block < 0) | (block >= len(tokenizer)))[0])
+            known = f"expected 0 to {len(tokenizer) - 1}, as its tokeniser has"
+            raise UserError(f"{path}: token {start + wrong} is {block[wrong]}; {known}")
+    return torch.from_numpy(tokens)
+
+
+def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> int:
+    """Write texts as tokens, whole or not at all; how many there are."""
+    part, count = path.with_name(f".{path.name}.part"), 0
+    try:
+        with part.open("wb") as file:
+            for row in rows_of((text for _, text in texts), tokenizer):
+                np.array(row, width(tokenizer)).tofile(file)
+                count += len(row)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a place for tokens") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
+    """Pass texts on, showing on a terminal how many characters there were."""
+    done = 0
+    for name, text in texts:
+        yield name, text
+        done += len(text)
+        if sys.stderr.isatty():
+            print(f"\r{title}: {done / 1e6:.1f} million characters", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 2 with one line on stderr when something given is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m dlref.data.tokens", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the files of tokens go")
+    parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
+    parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
+    parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
+    parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
+    asked = parser.parse_args(arguments)
+    patterns = {"train": asked.train, "val": asked.val}
+    try:
+        texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
+        described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
+        tokenizer = make_tokenizer(described)
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        for split, pattern in patterns.items():
+            count = write_tokens(asked.folder / f"{split}.bin", watched(texts_of(pattern), split), tokenizer)
+            print(f"{asked.folder / f'{split}.bin'}: {count} tokens")
+        (asked.folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    except OSError as error:
+        print(f"error: {asked.folder}: {error.strerror}; expected a folder to write to", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The runner of language models: a text -> how it goes on, token by token.
+
+B texts, T new tokens, P tokens of the past, W tokens whose logits are asked for, V tokens of the vocabulary, L layers,
+H heads, D width of a head.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlref.runtime.errors import UserError
+from dlref.runtime.generation import Settings, Writing
+from dlref.runtime.lines import Line, is_object, parse_object, read_text
+from dlref.runtime.runner import Runner as Base
+from dlref.runtime.runner import number, positive
+from dlref.runtime.text import make_tokenizer
+
+READ = 512  # tokens at once, for each of them is compared with all
+GROWTH = 64  # tokens by which the room for the past grows
+LONGEST = 1 << 24  # tokens
+
+OPTIONS = {
+    "max_new_tokens": (positive, "tokens after which a text stops"),
+    "temperature": (number(0, 100), "what logits are divided by; 0 takes the likeliest token"),
+    "top_k": (number(0, LONGEST, int), "draw from so many of the likeliest tokens; 0 is all"),
+    "top_p": (number(0.001, 1), "draw from the likeliest tokens that together have this probability"),
+    "repetition_penalty": (number(0.01, 100), "by which tokens that were there become less likely"),
+    "stop": (str, "a text that ends what is written, before it"),
+    "seed": (number(0, 1 << 63, int), "of what is drawn"),
+}
+
+
+class Request(NamedTuple):
+    """A prompt as tokens, and how it goes on."""
+
+    tokens: list[int]
+    settings: Settings
+
+
+class Past:
+    """The keys and values of what was read, with room to grow: new ones are written behind, and nothing is copied.
+
+    Args:
+        shape: of the graph's inputs; those named key_0, value_0, ... say of how many layers, heads and so on.
+        rows: texts.
+    """
+
+    def __init__(self, shape: Mapping[str, list], rows: int):
+        layers = sum(name.startswith("key_") for name in shape)
+        _, heads, room, width = shape["key_0"]
+        self.fixed = isinstance(room, int)
+        self.array = np.zeros((layers, 2, rows, heads, room if self.fixed else 0, width), np.float32)
+        self.length = np.zeros(rows, np.int64)
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the graph takes: each layer's keys and values where they lie."""
+        known = {"length": self.length}
+        for i, (key, value) in enumerate(self.array):
+            known |= {f"key_{i}": key, f"value_{i}": value}
+        return known
+
+    def add(self, present: np.ndarray, counts: np.ndarray) -> None:
+        """Append the first `counts` of new keys and values (L, 2, B, H, T, D) to each text's."""
+        needed, room = int((self.length + counts).max()), self.array.shape[4]
+        if needed > room and not self.fixed:
+            more = -(-(needed - room) // GROWTH) * GROWTH
+            self.array = np.pad(self.array, [(0, 0)] * 4 + [(0, more), (0, 0)])
+        for row, (start, count) in enumerate(zip(self.length.tolist(), counts.tolist(), strict=True)):
+            self.array[:, :, row, :, start : start + count] = present[:, :, row, :, :count]
+        self.length = self.length + counts
+
+
+class Runner(Base):
+    """Serves one graph.
+
+    `decode`: tokens int64 (B, T) to read after a past, back int64 (B, W): whose logits are asked for, counted back from
+    the last; length int64 (B) of the past, and of each layer i key_i and value_i (B, H, P, D) -> logits (B, W, V),
+    present (L, 2, B, H, T, D): the keys and values of the new tokens.
+
+    Raises UserError for metadata or graphs that are others.
+    """
+
+    options: Mapping = OPTIONS
+
+    def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
+        context = metadata.get("context_length")
+        if set(graphs) != {"decode"} or type(context) is not int or not 2 <= context <= LONGEST:
+            raise UserError("not a language model; expected a graph decode and metadata context_length, tokenizer")
+        self.decode, self.context_length = graphs["decode"], context
+        if not {"tokens", "back", "length", "key_0", "value_0"} <= set(self.decode.shape):
+            raise UserError(
+                "not a language model; expected a graph with inputs tokens, back, length, key_0 and value_0"
+            )
+        if len(self.decode.shape["key_0"]) != 4 or not all(type(n) is int for n in self.decode.shape["key_0"][1::2]):
+            raise UserError("not a language model; expected an input key_0 of four axes, heads and widths fixed")
+        self.tokenizer = make_tokenizer(metadata.get("tokenizer"))
+        if not hasattr(self.tokenizer, "spelling"):
+            raise UserError("not a language model; expected a tokeniser of bytes, characters or byte pairs")
+        for name, value in Settings()._asdict().items():
+            setattr(self, name, value)
+        self.stop = None
+
+    # Requests
+
+    def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
+        """A text that is no file's name is itself the prompt; a file is one, or has a request on each line."""
+        if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
+            yield path, path
+            return
+        try:
+            text = read_text(path, "text")
+        except UserError:
+            yield path, Path(path)  # reading says what is wrong, in its turn
+            return
+        lines = text.removesuffix("\n").split("\n")
+        if not all(map(is_object, lines)):
+            yield path, Line(path, text)
+            return
+        yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
+
+    def read(self, source: Any) -> Request:
+        """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
+        where, asked = "input", {}
+        if isinstance(source, Path):
+            source = Line(str(source), read_text(source, "text"))
+        if isinstance(source, Line):
+            where, text = source
+            source = parse_object(text, where) if is_object(text) else text
+        if isinstance(source, Mapping):
+            if not isinstance(source.get("inputs"), str) or set(source) - {"inputs", "parameters"}:
+                raise UserError(f"{where}: {shorten(source)}; expected inputs, a text, and parameters alone")
+            source, asked = source["inputs"], source.get("parameters", {})
+        if not isinstance(source, str):
+            raise UserError(f"{where}: {type(source).__name__}; expected a text or a request, as an object")
+        try:
+            source.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: not UTF-8, or half of a surrogate pair; expected Unicode text") from None
+        return Request([self.tokenizer.end, *self.tokenizer.encode(source)], self.settings(asked, where))
+
+    def settings(self, asked: object, where: str) -> Settings:
+        """The runner's own settings, but for those that a request asks for. Raises UserError."""
+        if not isinstance(asked, Mapping) or set(asked) - set(OPTIONS):
+            raise UserError(f"{where}: parameters: {shorten(asked)}; expected some of {', '.join(OPTIONS)}")
+        known = {name: getattr(self, name) for name in OPTIONS}
+        for name, value in asked.items():
+            if name == "stop":
+                known["stop"] = value
+                continue
+            if type(value) not in (int, float):
+                raise UserError(f"{where}: {name}: {shorten(value)}; expected a number")
+            try:
+                known[name] = OPTIONS[name][0](str(value))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{where}: {name}: {error}") from None
+        stop = known["stop"] if isinstance(known["stop"], list) else [known["stop"]] if known["stop"] else []
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"{where}: stop: {shorten(stop)}; expected texts")
+        return Settings(**known | {"stop": tuple(stop)})
+
+    # Answers
+
+    def answer(self, items: list[Request]) -> list[dict]:
+        """`text`, what follows the prompt; `new_tokens` of it; and the `reason` why it ends: length, stop or end.
+
+        `truncated` says that the prompt was longer than the context, and that only its end was read.
+        """
+        rows = self.decode.shape["tokens"][0]
+        many = rows if isinstance(rows, int) else len(items)
+        answers = []
+        for i in range(0, len(items), many):
+            texts = [Writing(item.tokens, item.settings, self.tokenizer) for item in items[i : i + many]]
+            for _ in self.write(texts):
+                pass
+            for one in texts:
+                answer = {"text": one.text, "new_tokens": one.new_tokens, "reason": one.reason}
+                answers.append(answer | ({"truncated": True} if one.prompt > self.context_length else {}))
+        return answers
+
+    def written(self, prompt: str) -> Iterator[str]:
+        """The prompt and how it goes on, piece by piece as it comes."""
+        asked = self.read(prompt)
+        text = Writing(asked.tokens, asked.settings, self.tokenizer)
+        yield prompt
+        for _ in self.write([text]):
+            yield text.news()
+
+    def write(self, texts: list[Writing]) -> Iterator[None]:
+        """Let texts go on until all have ended, a token of each at a time.
+
+        Where a text fills the context, its older half is forgotten and the rest is read again.
+        """
+        past = Past(self.decode.shape, self.rows(len(texts)))
+        unread = [text.tokens for text in texts]
+        while not all(text.reason for text in texts):
+            for row, text in enumerate(texts):
+                if past.length[row] + len(unread[row]) > self.context_length:
+                    past.length[row], unread[row] = 0, text.tokens[-(self.context_length // 2) :]
+            logits = self.last(past, unread)
+            for text, row in zip(texts, logits, strict=False):
+                if not text.reason:
+                    text.go_on(row)
+            unread = [[] if text.reason else text.tokens[-1:] for text in texts]
+            yield
+
+    # The graph
+
+    def rows(self, texts: int) -> int:
+        """Rows of a batch: as many as texts, unless the graph's are fixed."""
+        rows = self.decode.shape["tokens"][0]
+        return rows if isinstance(rows, int) else texts
+
+    def last(self, past: Past, unread: list[list[int]]) -> np.ndarray:
+        """Read tokens of each text, several at a time -> logits (B, V) after the last of each; the past grows."""
+        found = None
+        fixed = self.decode.shape["tokens"][1]
+        step = fixed if isinstance(fixed, int) else READ
+        for start in range(0, max(map(len, unread)), step):
+            parts = [tokens[start : start + step] for tokens in unread]
+            parts += [[]] * (len(past.length) - len(parts))
+            counts = np.array([len(part) for part in parts])
+            tokens = np.full((len(parts), fixed if isinstance(fixed, int) else counts.max()), self.tokenizer.end)
+            for row, part in zip(tokens, parts, strict=True):
+                row[: len(part)] = part
+            back = tokens.shape[1] - np.maximum(counts, 1)[:, None]
+            logits = self.step(past, tokens, back, counts)[:, 0]
+            found = logits if found is None else np.where(counts[:, None] > 0, logits, found)
+        return found
+
+    def step(self, past: Past, tokens: np.ndarray, back: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Call the graph -> logits (B, W, V); the first `counts` of each row's tokens join the past."""
+        answer = self.decode(tokens=tokens, back=back, **past.inputs())
+        if answer["logits"].shape[-1] != len(self.tokenizer):
+            raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
+        past.add(answer["present"], counts)
+        return answer["logits"]
+
+    def surprise(self, tokens: np.ndarray) -> np.ndarray:
+        """Nats (B, T) of each token after the first of `tokens` (B, T + 1), given those before it.
+
+        The first half is read at once, and the second one after that past, so that both ways of reading are tried.
+        """
+        rows, width = len(tokens), tokens.shape[1] - 1
+        fixed = self.decode.shape["tokens"]
+        if isinstance(fixed[0], int) and fixed[0] < rows:
+            return np.concatenate([self.surprise(part) for part in np.split(tokens, range(fixed[0], rows, fixed[0]))])
+        step = fixed[1] if isinstance(fixed[1], int) else min(READ, math.ceil(width / 2))
+        past, nats = Past(self.decode.shape, self.rows(rows)), []
+        for start in range(0, width, step):
+            part = tokens[:, start : min(start + step, width)]
+            counts = np.full(len(past.length), part.shape[1])
+            padded = np.full((len(counts), step if isinstance(fixed[1], int) else part.shape[1]), self.tokenizer.end)
+            padded[:rows, : part.shape[1]] = part
+            back = np.tile(np.arange(padded.shape[1])[::-1], (len(counts), 1))
+            logits = self.step(past, padded, back, counts)[:rows, : part.shape[1]].astype(np.float64)
+            after = tokens[:, start + 1 : start + 1 + part.shape[1], None]
+            most = logits.max(axis=2)
+            whole = most + np.log(np.exp(logits - most[..., None]).sum(axis=2))
+            nats.append(whole - np.take_along_axis(logits, after, axis=2)[..., 0])
+        return np.concatenate(nats, axis=1)
+
+
+Runner.forms = {"sagemaker": lambda answer: {"generated_text": answer["text"]}}

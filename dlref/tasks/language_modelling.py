@@ -1,0 +1,276 @@
+"""Language modelling: each token of a text given those before it.
+
+Legend of shapes: B texts, T tokens, U one more (T + 1), P tokens of the past, W tokens whose logits are asked for,
+V tokens of the vocabulary, L layers, H heads, D width of a head.
+"""
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from dlref.models.gpt import Past
+from dlref.runtime import UserError
+from dlref.runtime.runners.language import Runner
+from dlref.runtime.text import make_tokenizer
+from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.task import Task
+from dlref.tasks.weights import one_line
+
+NOTHING = -1  # in the place of a token beyond the end of a split
+READ = 3  # tokens of the example's past, and
+NEW = 2  # after it
+SAMPLE = 200  # tokens of a sample
+SHOWN = 24  # tokens of the sentence whose attention is drawn
+SAMPLES = 8  # in the table
+
+
+class LanguageModel(Task):
+    """Cross entropy of each token given the ones before it.
+
+    The network has `forward`, `read`, `logits`, `attention` and `context_length` as `GPT` does. A batch holds
+    (B, T + 1) tokens: the first T are read, the last T predicted.
+
+    Args:
+        prompt: text from which samples begin while training.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    facts = ("vocabulary", "context_length")
+    metric = "bits_per_byte"
+
+    def __init__(self, prompt: str = "", **task):
+        super().__init__(**task)
+        self.prompt = prompt
+        self.surprise: Surprise | None = None
+        self.sentence: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        """What the vocabulary decides, too."""
+        super().setup(stage)
+        if self.surprise is None:
+            sizes = torch.tensor([len(spelling) for spelling in self.tokenizer.spelling])
+            self.surprise = Surprise(self.known["context_length"], sizes).to(self.device)
+
+    def check(self) -> None:
+        """The last token through the network: one with less room would fail within an epoch."""
+        vocabulary, length = len(self.tokenizer), self.known["context_length"]
+        expected = (
+            f"expected model.init_args.network.init_args of at least vocabulary: {vocabulary}, context_length: {length}"
+        )
+        try:
+            with torch.no_grad():
+                logits = self.network(torch.full((1, 1), vocabulary - 1, device=self.device))
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
+        room, context = logits.shape[-1], self.network.context_length
+        if room < vocabulary or context < length:
+            raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
+        """Hidden matrices, tables of embeddings, and vectors, of which these have no weight decay."""
+        tables = {id(table.weight) for table in self.network.modules() if isinstance(table, nn.Embedding)}
+        matrices = [p for p in parameters if p.ndim > 1]
+        groups = [
+            {"params": [p for p in matrices if id(p) not in tables], "hidden": True},
+            {"params": [p for p in matrices if id(p) in tables]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # Texts
+
+    @cached_property
+    def tokenizer(self):
+        """The tokeniser, as the data has it."""
+        return make_tokenizer(self.known["vocabulary"])
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each of `tokens`; of tokens beyond the vocabulary, which pad it, none."""
+        return self.network(tokens)[..., : len(self.tokenizer)]
+
+    def runner(self) -> Runner:
+        """The runner that a device uses, over this network."""
+        served = self.deployable(torch.zeros(1, READ + NEW, dtype=torch.long, device=self.device))
+        return Runner(served.graphs, served.metadata)
+
+    # Lightning's steps
+
+    def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
+        """Cross entropy over what the network has room for: a copy of the logits without the padding costs time."""
+        logits = self.network(batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
+        """Nats of every token of a split."""
+        after = batch[:, 1:]
+        logits = self(batch[:, :-1].clamp(min=0)).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), after.flatten(), ignore_index=NOTHING, reduction="none")
+        self.surprise.update(nats.view_as(after), after)
+
+    def log_evaluation(self, stage: str) -> None:
+        """Every score, over all devices; beside them, unless it trains, what programs that compress reach."""
+        values = self.surprise.compute()
+        if self.trainer.state.fn != "fit":
+            values |= self.trainer.datamodule.compressed(stage)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing seen yet."""
+        self.surprise.reset()
+
+    def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
+        """Every token."""
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Scores of the epoch, and a sample as text among TensorBoard's events."""
+        self.log_evaluation("val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and self.trainer.is_global_zero:
+            runner = self.runner()
+            runner.max_new_tokens = SAMPLE
+            text = self.prompt + runner(self.prompt)["text"]
+            for logger in self.loggers:
+                if hasattr(logger.experiment, "add_text"):
+                    indented = "".join(f"    {line}\n" for line in text.split("\n"))  # as it is, in Markdown
+                    logger.experiment.add_text("sample", indented, self.global_step)
+
+    def on_test_epoch_start(self) -> None:
+        """Nothing seen yet."""
+        self.surprise.reset()
+        self.sentence = []
+
+    def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
+        """Every token."""
+        self.evaluation_step(batch)
+        self.sentence = self.sentence or batch[0, :SHOWN].clamp(min=0).tolist()
+
+    def on_test_epoch_end(self) -> None:
+        """Scores of the split."""
+        self.log_evaluation("test")
+
+    def predict_step(self, batch: str, batch_index: int) -> list[dict]:
+        """The answer that the bundle's runner gives to a prompt."""
+        return [self.runner()(batch)]
+
+    # The contract with the export step
+
+    def deployable(self, batch: Int[Tensor, "B U"]) -> Deployable:
+        """`decode` reads tokens after a past, and answers the logits after those that are asked for."""
+        tokens = batch[:2, : READ + NEW].clamp(min=0)
+        with torch.inference_mode():
+            _, keys, values = self.network.read(tokens[:, :READ])
+        past = {}
+        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
+        length = torch.arange(READ, READ - len(tokens), -1, device=tokens.device)  # of the second text one less
+        context_length = self.known["context_length"]
+        graph = Graph(
+            _Decode(self.network, len(self.tokenizer)),
+            {"tokens": tokens[:, READ:], "back": torch.zeros_like(tokens[:, :1]), "length": length, **past},
+            ["logits", "present"],
+            {
+                "tokens": {0: "batch", 1: "new"},
+                "back": {0: "batch", 1: "asked"},
+                "length": {0: "batch"},
+                **{name: {0: "batch", 2: "past"} for name in past},
+            },
+            # The first are those of a single token where the context is full, and of a target of fixed shapes.
+            {"batch": (1, 2, 3), "new": (1, 2, 4), "asked": (1, 2, 4), "past": (context_length, 0, READ, 1, 33)},
+            tolerance=1e-4,
+        )
+        metadata = {"tokenizer": self.known["vocabulary"], "context_length": context_length}
+        return Deployable("language", {"decode": graph}, metadata)
+
+    def evaluate(self, runner: Runner, batches: Iterable) -> float:
+        """Bits per byte by a runner."""
+        sizes = np.array([len(spelling) for spelling in runner.tokenizer.spelling])
+        nats = size = 0.0
+        for batch in batches:
+            tokens = batch.cpu().numpy()
+            real = tokens[:, 1:] != NOTHING
+            nats += runner.surprise(np.maximum(tokens, 0))[real].sum()
+            size += sizes[tokens[:, 1:][real]].sum()
+        return float(nats / math.log(2) / size)
+
+    def lost(self, reference: float, score: float) -> float:
+        """Hundredths of the bits."""
+        return 100 * (score - reference) / reference
+
+    def draw(self, folder: Path) -> None:
+        """Loss by the place in the context, the attention of every head, and samples."""
+        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+
+        figures.by_position(folder / "by_position.png", self.surprise.by_position())
+        with torch.inference_mode():
+            weights = self.network.eval().attention(torch.tensor([self.sentence], device=self.device))
+        pieces = self.tokenizer.pieces(self.sentence)
+        figures.heads(folder / "attention.png", [layer[0].float().cpu().numpy() for layer in weights], pieces)
+        runner, prompts = self.runner(), list(self.trainer.datamodule.sources())[:SAMPLES]
+        samples = [(prompt, answer["text"]) for prompt, answer in zip(prompts, runner(prompts), strict=True)]
+        figures.continuations(folder / "samples.md", samples)
+
+
+class Surprise(Metric):
+    """How little a text was expected: nats of each token, by its place in the context.
+
+    Args:
+        places: T.
+        sizes: (V), bytes of each token.
+    """
+
+    full_state_update = False
+
+    def __init__(self, places: int, sizes: Int[Tensor, "V"]):
+        super().__init__()
+        self.register_buffer("sizes", sizes, persistent=False)
+        for name, zeros in (("nats", torch.zeros(places)), ("count", torch.zeros(places)), ("bytes", torch.tensor(0))):
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, nats: Float[Tensor, "B T"], tokens: Int[Tensor, "B T"]) -> None:
+        """Add tokens and the nats of each, but for NOTHING."""
+        real = tokens != NOTHING
+        self.nats += nats.where(real, 0).sum(0)
+        self.count += real.sum(0)
+        self.bytes += self.sizes[tokens.clamp(min=0)].where(real, 0).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss`, nats a token; `perplexity`; `bits_per_byte` of the text, which no choice of tokens changes."""
+        loss = self.nats.sum() / self.count.sum()
+        bits = self.nats.sum() / math.log(2) / self.bytes
+        return {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": bits}
+
+    def by_position(self) -> Float[Tensor, "T"]:
+        """Nats of a token at each place where there was one."""
+        return (self.nats / self.count)[self.count > 0].cpu()
+
+
+class _Decode(nn.Module):
+    """The graph: tokens after a past -> logits of those asked for, and what the past grows by."""
+
+    def __init__(self, network: nn.Module, vocabulary: int):
+        super().__init__()
+        self.network, self.vocabulary = network, vocabulary
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        back: Int[Tensor, "B W"],
+        length: Int[Tensor, "B"],
+        *past: Float[Tensor, "B H P D"],
+    ) -> tuple[Float[Tensor, "B W V"], Float[Tensor, "L 2 B H T D"]]:
+        hidden, keys, values = self.network.read(tokens, Past(past[::2], past[1::2], length))
+        place = tokens.shape[1] - 1 - back
+        asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
+        logits = self.network.logits(asked)[..., : self.vocabulary]
+        present = torch.stack([torch.stack(layer) for layer in zip(keys, values, strict=True)])
+        return logits.float(), present.float()

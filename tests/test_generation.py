@@ -1,0 +1,332 @@
+"""Choosing tokens beside `transformers`, texts as they come, and what a runner's past holds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlref.data.vocabulary import make_exact
+from dlref.runtime import UserError, make_runner
+from dlref.runtime.generation import Settings, Writing, distribution, next_token
+from dlref.runtime.runners import language
+from dlref.runtime.text import END, make_tokenizer
+
+BYTES = make_tokenizer({"kind": "byte"})
+
+
+def of_hugging_face(logits, chosen, before):
+    """The probabilities of `transformers`' own processors, in the order in which its `generate` has them."""
+    from transformers.generation import logits_process as theirs
+
+    steps = [theirs.RepetitionPenaltyLogitsProcessor(float(chosen.repetition_penalty))]
+    steps += [theirs.TemperatureLogitsWarper(float(chosen.temperature))]
+    steps += [theirs.TopKLogitsWarper(chosen.top_k)] if chosen.top_k else []
+    steps += [theirs.TopPLogitsWarper(float(chosen.top_p))] if chosen.top_p < 1 else []
+    scores = torch.from_numpy(logits)[None].double()
+    for step in steps:
+        scores = step(torch.tensor([before]), scores)
+    return scores.softmax(1)[0].numpy()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 39, 99])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_what_may_be_drawn_is_what_transformers_draws_from(top_k, top_p, temperature):
+    chosen = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(0, 2, 40)
+        expected = of_hugging_face(logits, chosen, [0])
+        found = np.zeros(40)
+        tokens, probabilities = distribution(logits, chosen)
+        found[tokens] = probabilities
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_repetition_is_penalised_as_transformers_does(penalty):
+    chosen = Settings(temperature=0, repetition_penalty=penalty)
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        logits, before = generator.normal(0, 1, 12).astype(np.float32), generator.integers(0, 12, 5).tolist()
+        kept = logits.copy()
+        expected = of_hugging_face(logits, chosen._replace(temperature=1), before).argmax()
+        assert next_token(logits, before, chosen, generator) == expected
+        assert np.array_equal(logits, kept)
+
+
+def test_tokens_come_as_often_as_they_should():
+    generator, logits = np.random.default_rng(0), np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    chosen = Settings(temperature=1.0, top_p=0.9)
+    drawn = np.bincount([next_token(logits, [], chosen, generator) for _ in range(20_000)], minlength=4) / 20_000
+    np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.012)
+
+
+def told(settings, tokens):
+    """What becomes of a text whose next tokens are given."""
+    text = Writing([END], settings, BYTES)
+    pieces = []
+    for token in tokens:
+        text.go_on(np.eye(len(BYTES))[token])
+        pieces.append(text.news())
+        if text.reason:
+            break
+    return text, pieces
+
+
+@settings(max_examples=300)
+@given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=2))
+def test_pieces_are_the_text_until_a_stop(given_text, stop):
+    chosen = Settings(max_new_tokens=200, temperature=0, stop=tuple(stop))
+    text, pieces = told(chosen, [*BYTES.encode(given_text), END])
+    places = [given_text.find(one) for one in stop if one in given_text]
+    assert text.text == "".join(pieces) == (given_text[: min(places)] if places else given_text)
+    assert text.reason == ("stop" if places else "end")
+
+
+def test_a_letter_of_several_bytes_comes_whole():
+    text, pieces = told(Settings(max_new_tokens=5, temperature=0), BYTES.encode("aü€"))
+    assert pieces == ["a", "", "ü", "", "\ufffd"]  # the limit cuts the last one
+    assert (text.reason, text.new_tokens) == ("length", 5)
+
+
+def test_what_could_become_a_stop_is_held_back():
+    _, pieces = told(Settings(max_new_tokens=50, temperature=0, stop=("END",)), BYTES.encode("xEENEND"))
+    assert pieces == ["x", "", "E", "", "EN", "", ""]
+
+
+class Counting:
+    """A graph whose answer can be read off: the next token is the sum of all before it and how many there are.
+
+    The key of a token is its number, the value its place; what is not there must not count.
+    """
+
+    def __init__(self, new="new", past="past", batch="batch", heads=2):
+        self.shape = {"tokens": [batch, new], "back": [batch, "asked" if new == "new" else new], "length": [batch]}
+        self.shape |= {f"{side}_{i}": [batch, heads, past, 1] for i in range(2) for side in ("key", "value")}
+        self.calls = []
+
+    def __call__(self, tokens, back, length, **past):
+        for name, size in zip(("tokens", "key_0"), (tokens.shape[1], past["key_0"].shape[2]), strict=True):
+            fixed = self.shape[name][1 if name == "tokens" else 2]
+            assert not isinstance(fixed, int) or size == fixed
+        self.calls.append(tokens.shape)
+        rows, new = tokens.shape
+        logits = np.zeros((rows, back.shape[1], len(BYTES)), np.float32)
+        for row in range(rows):
+            before = past["key_1"][row, 0, : length[row], 0].astype(int)
+            assert past["value_1"][row, 1, : length[row], 0].tolist() == list(range(length[row]))
+            for column, place in enumerate(new - 1 - back[row]):
+                seen = [*before, *tokens[row, : place + 1]]
+                logits[row, column, follower(seen)] = 1
+        places = length[:, None] + np.arange(new)
+        present = np.stack([tokens, places], 0).astype(np.float32)[None, :, :, None, :, None]
+        return {"logits": logits, "present": np.broadcast_to(present, (2, 2, rows, 2, new, 1))}
+
+
+def follower(seen):
+    return 4 + int(sum(seen) + len(seen)) % 256
+
+
+def runner(context_length=1000, **shape):
+    graph = Counting(**shape)
+    metadata = {"tokenizer": {"kind": "byte", "exact": True}, "context_length": context_length}
+    made = make_runner("language", {"decode": graph}, metadata)
+    made.temperature = 0.0
+    return made, graph
+
+
+def by_hand(prompt, count, context_length=1000):
+    """What is not forgotten, and all that followed."""
+    seen, new = [END, *BYTES.encode(prompt)], []
+    for _ in range(count):
+        if len(seen) > context_length:
+            seen = seen[-(context_length // 2) :]
+        new.append(follower(seen))
+        seen.append(new[-1])
+    return b"".join(BYTES.spelling[token] for token in new).decode(errors="replace")
+
+
+PROMPTS = ["a", "", "a longer one", "x" * 70]
+
+
+def test_every_text_has_its_own_past():
+    made, graph = runner()
+    made.max_new_tokens = 100
+    answers = made(PROMPTS)
+    assert [answer["text"] for answer in answers] == [by_hand(prompt, 100) for prompt in PROMPTS]
+    assert graph.calls == [(4, 71), *[(4, 1)] * 99]
+    assert made(PROMPTS[2]) == answers[2]
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr(language, "READ", 8)
+    made, graph = runner()
+    made.max_new_tokens = 3
+    assert [answer["text"] for answer in made(PROMPTS)] == [by_hand(prompt, 3) for prompt in PROMPTS]
+    assert graph.calls[:9] == [(4, 8)] * 8 + [(4, 7)]
+
+
+def test_a_graph_of_fixed_shapes_is_served():
+    made, graph = runner(new=1, past=200, batch=1)
+    made.max_new_tokens = 20
+    assert [answer["text"] for answer in made(PROMPTS)] == [by_hand(prompt, 20) for prompt in PROMPTS]
+    assert set(graph.calls) == {(1, 1)}
+
+
+@pytest.mark.parametrize("prompt", ["", "abc", "0123456789abcd", "0123456789abcde", "0123456789abcdef" * 40])
+def test_where_the_context_is_full_its_older_half_is_forgotten(prompt):
+    made, graph = runner(context_length=16)
+    made.max_new_tokens = 50
+    answer = made(prompt)
+    assert answer["text"] == by_hand(prompt, 50, 16)
+    assert answer.get("truncated", False) is (len(prompt) >= 16)
+    assert max(size for _, size in graph.calls) <= 16
+
+
+def test_what_one_text_forgets_is_nothing_to_another():
+    made, _ = runner(context_length=16)
+    made.max_new_tokens = 50
+    prompts = ["", "abc", "0123456789abcdef" * 40]
+    assert [answer["text"] for answer in made(prompts)] == [by_hand(prompt, 50, 16) for prompt in prompts]
+
+
+def test_texts_end_apart():
+    made, _ = runner()
+    made.max_new_tokens = 30
+    wanted = by_hand("a", 30)
+    made.stop = wanted[3:5]
+    first, second = made(["a", "bcd"])
+    assert (first["text"], first["reason"]) == (wanted[: wanted.index(wanted[3:5])], "stop")
+    assert second["text"] == by_hand("bcd", 30).split(wanted[3:5])[0]
+
+
+def test_a_text_is_the_same_alone_and_in_company():
+    made, _ = runner()
+    made.temperature, made.max_new_tokens = 1.0, 20
+    together = made(["a", "b", "a"])
+    assert together[0] == together[2] == made("a")
+    made.seed = 1
+    assert made("a") != together[0]
+
+
+def test_pieces_are_the_answer():
+    made, _ = runner()
+    made.max_new_tokens = 30
+    assert "".join(made.written("abc")) == "abc" + made("abc")["text"]
+
+
+@pytest.mark.parametrize("batch", ["batch", 2])
+def test_every_token_of_a_window_surprises_as_it_should(batch):
+    made, graph = runner(batch=batch)
+    tokens = np.random.default_rng(0).integers(4, 260, (5, 12))
+    found = made.surprise(tokens)
+    base = np.log(np.exp(1) + len(BYTES) - 1)
+    for row, nats in zip(tokens, found, strict=True):
+        right = [follower(row[: t + 1]) == row[t + 1] for t in range(11)]
+        np.testing.assert_allclose(nats, base - np.array(right), rtol=1e-6)
+    assert [shape[1] for shape in graph.calls[:2]] == [6, 5]
+
+
+def test_every_token_surprises_a_graph_of_fixed_shapes_too():
+    tokens = np.random.default_rng(0).integers(4, 260, (3, 7))
+    fixed, free = runner(new=1, past=16, batch=1)[0], runner()[0]
+    np.testing.assert_allclose(fixed.surprise(tokens), free.surprise(tokens))
+
+
+GOOD = {"inputs": "a", "parameters": {"max_new_tokens": 2, "temperature": 0, "stop": ["zz"], "seed": 3}}
+
+
+def test_a_request_has_its_own_settings():
+    made, _ = runner()
+    made.temperature = 1.0
+    assert made(GOOD)["text"] == by_hand("a", 2)
+    assert made.forms["sagemaker"](made(GOOD)) == {"generated_text": by_hand("a", 2)}
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (3, "input: int; expected a text or a request"),
+        (None, "input: NoneType"),
+        (["a"], "input: list"),
+        ({}, "expected inputs, a text"),
+        ({"inputs": 3}, "expected inputs, a text"),
+        ({"inputs": "a", "more": 1}, "expected inputs, a text"),
+        ({"inputs": "a", "parameters": []}, "parameters: \\[\\]; expected some of max_new_tokens"),
+        ({"inputs": "a", "parameters": {"beams": 3}}, "expected some of max_new_tokens"),
+        ({"inputs": "a", "parameters": {"temperature": -1}}, "temperature: -1; expected a number from 0 to 100"),
+        ({"inputs": "a", "parameters": {"temperature": "hot"}}, "temperature: 'hot'; expected a number"),
+        ({"inputs": "a", "parameters": {"temperature": float("nan")}}, "temperature: nan; expected a number from 0"),
+        ({"inputs": "a", "parameters": {"temperature": True}}, "temperature: True; expected a number"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens: 0; expected 1 or more"),
+        ({"inputs": "a", "parameters": {"top_k": 1.5}}, "top_k: 1.5; expected a whole number from 0"),
+        ({"inputs": "a", "parameters": {"top_p": 0}}, "top_p: 0; expected a number from 0.001 to 1"),
+        ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty: 0; expected"),
+        ({"inputs": "a", "parameters": {"seed": -1}}, "seed: -1; expected a whole number"),
+        ({"inputs": "a", "parameters": {"stop": [3]}}, "stop: \\[3\\]; expected texts"),
+        ({"inputs": "a", "parameters": {"stop": [""]}}, "stop: \\[''\\]; expected texts"),
+        ("half of a pair: \ud83d", "input: not UTF-8, or half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_request_is_refused(source, complaint):
+    made, _ = runner()
+    with pytest.raises(UserError, match=complaint):
+        made(source if not isinstance(source, list) else [source])
+
+
+def test_files_are_prompts_or_requests(tmp_path):
+    made, _ = runner()
+    made.max_new_tokens = 2
+    (tmp_path / "prompt.txt").write_text("two\nlines\n")
+    (tmp_path / "requests.jsonl").write_text('{"inputs": "a"}\n{"inputs": 3}\n')
+    (tmp_path / "broken.txt").write_bytes(b"abc\xff")
+    (tmp_path / "empty.txt").write_bytes(b"")
+
+    def answers(name):
+        return list(made.stream([source for _, source in made.inputs(str(tmp_path / name))]))
+
+    assert answers("prompt.txt")[0]["text"] == by_hand("two\nlines\n", 2)
+    first, second = answers("requests.jsonl")
+    assert first["text"] == by_hand("a", 2)
+    assert f"{tmp_path}/requests.jsonl:2: " in str(second)
+    assert "position 3" in str(answers("broken.txt")[0])
+    assert answers("empty.txt")[0]["text"] == by_hand("", 2)
+
+
+def character(**changes):
+    return {"kind": "character", "exact": True, "tokens": ["<pad>", "<unk>", "<s>", "</s>", "a"]} | changes
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shape", "complaint"),
+    [
+        ({"context_length": "8"}, {}, "metadata context_length, tokenizer"),
+        ({"context_length": 1}, {}, "metadata context_length, tokenizer"),
+        ({"tokenizer": None}, {}, "tokeniser of kind None"),
+        ({"tokenizer": {"kind": "word", "tokens": character()["tokens"]}}, {}, "bytes, characters or byte pairs"),
+        ({"tokenizer": {"kind": "bpe", "exact": True, "model": "{}"}}, {}, "okeniser"),
+        ({"tokenizer": character(tokens=["a"])}, {}, "okeniser"),
+        ({}, {"key_0": ["batch", "heads", "past", 1]}, "heads and widths fixed"),
+        ({}, {"key_0": ["batch", 2]}, "four axes"),
+        ({}, {"tokens": None}, "inputs tokens, back"),
+    ],
+)
+def test_what_is_no_language_model_is_refused(metadata, shape, complaint):
+    graph = Counting()
+    graph.shape = {name: size for name, size in (graph.shape | shape).items() if size}
+    known = {"tokenizer": {"kind": "byte", "exact": True}, "context_length": 16}
+    with pytest.raises(UserError, match=complaint):
+        make_runner("language", {"decode": graph}, known | metadata)
+
+
+def test_logits_of_another_vocabulary_are_refused():
+    known = {"tokenizer": character(), "context_length": 16}
+    with pytest.raises(UserError, match="expected logits of 5 tokens"):
+        make_runner("language", {"decode": Counting()}, known)("a")
+
+
+def test_byte_pairs_spell_what_they_encode():
+    tokenizer = make_tokenizer(make_exact(["def f(x):\n    return x\n"] * 3, "bpe", 300))
+    text = " \tdef <s>  ü\u0301\r\n\n"
+    assert b"".join(tokenizer.spelling[token] for token in tokenizer.encode(text)).decode() == text

@@ -1,0 +1,219 @@
+"""GPT's network: Hugging Face's GPT-2 with shared weights, token by token as all at once, equations written out."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from dlref.models import GPT
+from dlref.models.gpt import Past, softmax_of, turned, waves
+from dlref.runtime import UserError
+from dlref.tasks.weights import load_weights
+
+POSITIONS = ("learned", "sinusoidal", "rotary")
+
+
+def network(**options):
+    sizes = {"vocabulary": 13, "context_length": 12, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    made = GPT(**sizes | options).eval()
+    for parameter in made.parameters():  # as initialised, attention is nearly even and biases are zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def of_hugging_face(**options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config(**options)).eval()
+
+
+def published(model):
+    """The state dict as it is published: without a prefix, with the masks."""
+    state = {key.removeprefix("transformer."): value for key, value in model.state_dict().items()}
+    state.pop("lm_head.weight")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 4, 4).tril() for i in range(model.config.n_layer)}
+    return {key: value.clone() for key, value in state.items()} | masks
+
+
+def test_gpt2_is_that_of_hugging_face(tmp_path):
+    theirs = of_hugging_face()
+    with torch.device("meta"):
+        ours = GPT(50257).eval()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 124_439_808
+    ours.to_empty(device="cpu")
+    save_file(published(theirs), tmp_path / "model.safetensors")
+    assert load_weights(ours, tmp_path / "model.safetensors") == []
+    tokens = torch.randint(50257, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+SMALL = {"vocab_size": 13, "n_positions": 12, "n_layer": 2, "n_head": 2, "n_embd": 16, "bos_token_id": 0}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_published_weights_fit_a_padded_vocabulary_and_a_shorter_context(tmp_path, prefix):
+    theirs = of_hugging_face(**SMALL, eos_token_id=0)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = {prefix + key: value for key, value in published(theirs).items()}
+    torch.save(state | {"lm_head.weight": theirs.lm_head.weight.detach()}, tmp_path / "gpt2.pt")
+    ours = network(vocabulary=16, context_length=8, n_layer=2)
+    load_weights(ours, tmp_path / "gpt2.pt")
+    tokens = torch.randint(13, (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[..., :13], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"vocabulary": 10}, "wte.weight"),
+        ({"context_length": 20}, "wpe.weight"),
+        ({"n_embd": 8}, "tensors do not fit GPT"),
+        ({"n_layer": 3}, "h.2."),
+        ({"bias": False}, "attn.c_attn.bias"),
+        ({"positions": "rotary"}, "wpe.weight"),
+    ],
+)
+def test_weights_of_another_size_are_refused(tmp_path, options, complaint):
+    torch.save(published(of_hugging_face(**SMALL, eos_token_id=0)), tmp_path / "gpt2.pt")
+    with pytest.raises(UserError, match=complaint):
+        load_weights(network(**{"n_layer": 2} | options), tmp_path / "gpt2.pt")
+
+
+@pytest.mark.parametrize(("positions", "qk_norm", "bias"), list(product(POSITIONS, [False, True], [False, True])))
+def test_after_a_past_is_all_at_once(positions, qk_norm, bias):
+    """At every position, in steps of several tokens, and whatever lies beyond the past's end."""
+    model = network(positions=positions, qk_norm=qk_norm, bias=bias)
+    tokens = torch.randint(13, (2, 12))
+    with torch.no_grad():
+        whole = model(tokens)
+        for cut in range(1, 12):
+            _, keys, values = model.read(tokens[:, :cut])
+            room = [[torch.cat([x, 50 * torch.randn(2, 2, 3, 8)], 2) for x in side] for side in (keys, values)]
+            past = Past(*room, torch.tensor([cut, cut]))
+            hidden, _, _ = model.read(tokens[:, cut:], past)
+            torch.testing.assert_close(model.logits(hidden), whole[:, cut:], rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_different_lengths_share_a_past():
+    model = network(positions="rotary")
+    tokens = torch.randint(13, (2, 12))
+    with torch.no_grad():
+        _, keys, values = model.read(tokens[:, :9])
+        past = Past(keys, values, torch.tensor([9, 4]))
+        hidden, _, _ = model.read(torch.stack([tokens[0, 9:11], tokens[1, 4:6]]), past)
+        whole = model(tokens)
+    expected = torch.stack([whole[0, 9:11], whole[1, 4:6]])
+    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_no_token_sees_what_comes_after_it(positions):
+    model = network(positions=positions)
+    tokens = torch.randint(13, (1, 12))
+    with torch.no_grad():
+        known = model(tokens)
+        for place in range(12):
+            changed = tokens.clone()
+            changed[0, place] = (changed[0, place] + 1) % 13
+            found = model(changed)
+            torch.testing.assert_close(found[:, :place], known[:, :place], rtol=0, atol=0)
+            assert (found[:, place:] - known[:, place:]).abs().amax(2).min() > 1e-4
+
+
+def test_the_plain_form_is_the_fused_one():
+    query, key, value = torch.randn(3, 2, 4, 7, 8)
+    weights = softmax_of(query, key)
+    fused = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(weights @ value, fused)
+    scores = torch.einsum("bhtd,bhsd->bhts", query, key) / math.sqrt(8)
+    row = torch.softmax(scores[1, 2, 4, :5], 0)
+    torch.testing.assert_close(weights[1, 2, 4], torch.cat([row, torch.zeros(2)]))
+
+
+def test_attention_is_what_the_network_uses():
+    model = network()
+    tokens = torch.randint(13, (2, 6))
+    weights = model.attention(tokens)
+    assert [layer.shape for layer in weights] == [(2, 2, 6, 6)] * 3
+    for layer in weights:
+        torch.testing.assert_close(layer.sum(3), torch.ones(2, 2, 6))
+        assert layer.triu(1).count_nonzero() == 0
+    hidden, _ = model.embed(tokens)
+    attn = model.h[0].attn
+    _, _, value = attn.project(model.h[0].ln_1(hidden), None)
+    mixed = (weights[0] @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attn.c_proj(mixed), attn(model.h[0].ln_1(hidden), None, None)[0])
+
+
+def test_rotary_positions_are_llamas():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    query, key = torch.randn(2, 2, 3, 9, 8)
+    config = LlamaConfig(hidden_size=24, num_attention_heads=3, head_dim=8, max_position_embeddings=9)
+    cosine, sine = LlamaRotaryEmbedding(config)(query, torch.arange(9)[None])
+    for ours, theirs in zip((query, key), apply_rotary_pos_emb(query, key, cosine, sine), strict=True):
+        torch.testing.assert_close(turned(ours, waves(9, 8)), theirs)
+
+
+def test_rotary_scores_depend_on_distances_alone():
+    query, key = torch.randn(2, 1, 1, 1, 8)
+    turns = waves(50, 8)
+    scores = [
+        (turned(query, turns[i : i + 1]) * turned(key, turns[j : j + 1])).sum() for i, j in ((5, 2), (33, 30), (49, 46))
+    ]
+    torch.testing.assert_close(scores, [scores[0]] * 3, rtol=1e-4, atol=1e-5)
+    further = (turned(query, turns[5:6]) * turned(key, turns[3:4])).sum()
+    assert (scores[0] - further).abs() > 1e-3
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_sinusoidal_positions_are_the_papers(width):
+    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d)), PE(pos, 2i + 1) the cosine; here sines come first."""
+    found = waves(20, width)
+    for i in range(-(-width // 2)):
+        angle = torch.arange(20.0) / 10_000 ** (2 * i / width)
+        torch.testing.assert_close(found[:, i], angle.sin(), rtol=1e-4, atol=1e-5)
+        if i < width // 2:
+            torch.testing.assert_close(found[:, -(-width // 2) + i], angle.cos(), rtol=1e-4, atol=1e-5)
+
+
+def test_initial_weights_are_gpt2s():
+    made = GPT(500, 64, n_layer=8, n_head=4, n_embd=128).requires_grad_(False)
+    assert made.h[0].attn.c_attn.weight.std() == pytest.approx(0.02, rel=0.05)
+    for projection in (made.h[3].attn.c_proj, made.h[3].mlp.c_proj):
+        assert projection.weight.std() == pytest.approx(0.02 / 4, rel=0.05)
+        assert projection.bias.count_nonzero() == 0
+    tokens = torch.randint(500, (2, 64))
+    assert F.cross_entropy(made(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) == pytest.approx(
+        math.log(500), rel=0.05
+    )
+
+
+def test_dropout_and_nothing_else_is_of_the_mode():
+    model, tokens = network(dropout=0.5), torch.randint(13, (1, 6))
+    assert torch.equal(model(tokens), model(tokens))
+    assert not torch.equal(model.train()(tokens), model(tokens))
+    plain = network(bias=False, dropout=0.0)
+    assert torch.equal(plain.train()(tokens), plain.eval()(tokens))
+    assert not [name for name, _ in plain.named_parameters() if "bias" in name]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"positions": "relative"}, "no positions 'relative': expected learned, sinusoidal, rotary"),
+        ({"n_embd": 15}, "n_embd 15: expected a multiple of 2 for 2 heads"),
+        ({"n_embd": 6, "positions": "rotary"}, "n_embd 6: expected a multiple of 4 for 2 heads"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(unchecked, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        network(**options)

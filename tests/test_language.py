@@ -1,0 +1,575 @@
+"""Language modelling: texts as tokens, losses, the optimiser, graphs against PyTorch, requests at the edge."""
+
+import gzip
+import json
+import lzma
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_detection import fit
+from test_tasks import sgd
+from torch import nn
+from torch.nn import functional as F
+
+from dlref.data import PythonSources, TextFiles, TokenFiles
+from dlref.data.language import cut, split_of
+from dlref.data.tokens import RandomStarts, Windows, main, open_tokens, texts_of, tokenizer_of
+from dlref.data.vocabulary import make_exact
+from dlref.export.convert import Plan, convert, is_quantised
+from dlref.export.graph import example_at, trace_sizes, write_onnx
+from dlref.export.targets import TARGETS
+from dlref.export.verify import Reference, parity
+from dlref.models import GPT
+from dlref.runtime import UserError, make_runner
+from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.text import END, make_tokenizer
+from dlref.tasks import LanguageModel, MuonAdamW
+from dlref.tasks.language_modelling import NOTHING, Surprise
+
+BYTE = {"kind": "byte", "exact": True}
+KINDS = ("byte", "character", "bpe")
+SENTENCES = "The cat sat on the mat. A dog, über-fast, ran: 1 2 3!\n" * 30
+
+
+# Texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
+@given(text=st.text(alphabet=sorted(set(SENTENCES)), max_size=50))
+def test_tokens_spell_the_text(kind, text):
+    tokenizer = make_tokenizer(make_exact([SENTENCES], kind, 300))
+    tokens = tokenizer.encode(text)
+    assert b"".join(tokenizer.spelling[token] for token in tokens) == text.encode()
+    assert max(tokens, default=0) < len(tokenizer) == len(tokenizer.spelling)
+    assert len(tokenizer.pieces(tokens)) == len(tokens)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@settings(max_examples=100)
+@given(text=st.text(max_size=30))
+def test_no_text_is_unknown_to_bytes(kind, text):
+    text = text.encode("utf-8", "ignore").decode()
+    tokenizer = make_tokenizer(make_exact([SENTENCES], kind, 300))
+    assert b"".join(tokenizer.spelling[token] for token in tokenizer.encode(text)).decode() == text
+
+
+def gpt2_like(path, **options):
+    """A tokeniser as GPT-2's is published: the same algorithm, its end token last."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator([SENTENCES], trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet))
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(path))
+    return made
+
+
+def test_gpt2s_tokeniser_is_read(tmp_path):
+    theirs = gpt2_like(tmp_path / "tokenizer.json")
+    ours = make_tokenizer(tokenizer_of(str(tmp_path / "tokenizer.json"), [], 0))
+    text = " A dog <|endoftext|> ran\n"
+    assert ours.end == theirs.token_to_id("<|endoftext|>") == len(ours) - 1
+    assert ours.end not in ours.encode(text)
+    assert b"".join(ours.spelling[token] for token in ours.encode(text)).decode() == text
+    assert ours.encode("The cat") == theirs.encode("The cat").ids
+    assert ours.spelling[ours.end] == b""
+
+
+def changed_file(tmp_path, change):
+    gpt2_like(tmp_path / "tokenizer.json")
+    known = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(known)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(known))
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda known: known.update(normalizer={"type": "Lowercase"}), "expected the text itself"),
+        (lambda known: known.update(added_tokens=[]), "expected </s> or <|endoftext|>"),
+        (lambda known: known.update(pre_tokenizer={"type": "Whitespace"}), "expected"),
+        (lambda known: known.pop("model"), "expected one of tokenizers"),
+        (lambda known: known["model"]["vocab"].update({"字": 300}), "expected GPT-2's bytes"),
+    ],
+)
+def test_a_tokeniser_that_is_none_for_this_is_refused(tmp_path, change, complaint):
+    with pytest.raises(UserError, match=complaint.replace("|", r"\|")) as error:
+        tokenizer_of(str(changed_file(tmp_path, change)), [], 0)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "expected one of tokenizers"),
+        ("[]", "expected one of tokenizers"),
+        ('{"kind": "word", "tokens": ["<pad>", "<unk>", "<s>", "</s>"]}', "a tokeniser that changes texts"),
+        ('{"kind": "character", "exact": true, "tokens": ["a"]}', "tokeniser of kind 'character'"),
+    ],
+)
+def test_a_file_that_is_no_tokeniser_is_refused(tmp_path, content, complaint):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        tokenizer_of(str(tmp_path / "tokenizer.json"), [], 0)
+
+
+def test_texts_are_files_and_lines(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/two.txt").write_bytes(b"two\r\n")
+    (tmp_path / "one.txt").write_bytes(" öne\n".encode())
+    with gzip.open(tmp_path / "three.jsonl.gz", "wt") as file:
+        file.write('{"text": "x"}\n{"text": "", "more": 1}\n')
+    assert list(texts_of(f"{tmp_path}/**/*.txt")) == [
+        (f"{tmp_path}/b/two.txt", "two\r\n"),
+        (f"{tmp_path}/one.txt", " öne\n"),
+    ]
+    assert [text for _, text in texts_of(f"{tmp_path}/three.jsonl.gz")] == ["x", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", b"abc\xffd", "a.txt: byte 3 is 0xff, not UTF-8; expected text in UTF-8"),
+        ("a.txt", "é".encode("latin-1"), "a.txt: byte 0 is 0xe9, not UTF-8"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz: unreadable"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "a.txt.gz: unreadable"),
+        ("a.jsonl", b'{"text": "x"}\nno\n', "a.jsonl:2: 'no'; expected one JSON object"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: text: NoneType; expected a text"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: text: int; expected a text"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1: half of a surrogate pair"),
+        ("a.txt", b"", "no text in its files; expected some"),
+        ("a.txt", b"abc", "train: 4 tokens; expected at least 17"),
+        ("b.txt", b"abc", "no such file; expected the name of a text, or a pattern"),
+    ],
+)
+def test_a_broken_text_is_refused_with_its_place(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    train = "a.*"
+    data = TextFiles(train, "a.*", root=str(tmp_path), tokenizer="byte", context_length=16)
+    with pytest.raises(UserError) as error:
+        data.setup()
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"context_length": 7}, "context_length: 7; expected at least 8"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batches": 0}, "batches"),
+        ({"vocabulary_size": 100}, "vocabulary_size: 100; expected at least 260"),
+        ({"tokenizer": "words"}, "tokenizer: words; expected byte, character, bpe, or a file"),
+        ({"val": "none/*.txt"}, "none/*.txt: no such file"),
+    ],
+)
+def test_what_a_module_cannot_do_is_refused(tmp_path, options, complaint):
+    (tmp_path / "a.txt").write_text(SENTENCES)
+    with pytest.raises(UserError) as error:
+        TextFiles(**{"train": "a.txt", "root": str(tmp_path), "context_length": 16} | options).setup()
+    assert complaint in str(error.value)
+
+
+def module(tmp_path, text=SENTENCES, **options):
+    (tmp_path / "a.txt").write_text(text)
+    data = TextFiles(**{"train": "a.txt", "root": str(tmp_path), "tokenizer": "byte", "context_length": 16} | options)
+    data.setup()
+    return data
+
+
+def test_the_last_tenth_validates_and_is_not_trained_from(tmp_path):
+    data = module(tmp_path)
+    spelling = data.tokenizer.spelling
+    train, val = (
+        b"".join(spelling[token] for token in data.splits[split].tokens.tolist()).decode() for split in ("train", "val")
+    )
+    assert train + val == SENTENCES
+    assert len(val) == math.ceil(len(SENTENCES) / 10)
+    assert data.splits["val"].tokens[0] == END
+    assert torch.equal(data.splits["val"].tokens, data.splits["test"].tokens)
+
+
+@given(st.lists(st.text(max_size=9), max_size=6), st.floats(0, 1))
+def test_what_is_cut_is_whole(texts, share):
+    first, last = cut(texts, share)
+    assert "".join(first + last) == "".join(texts)
+    assert len("".join(last)) == pytest.approx(share * len("".join(texts)), abs=1)
+
+
+def test_windows_cover_every_token_once(tmp_path):
+    data = module(tmp_path)
+    tokens = data.splits["val"].tokens.long()
+    batch = torch.cat(list(data.val_dataloader()))
+    assert len(batch) == len(data.val_dataloader().dataset)
+    after = batch[:, 1:]
+    assert torch.equal(after[after != NOTHING], tokens[1:])
+    assert torch.equal(batch[1:, 0], batch[:-1, -1])
+
+
+def test_training_windows_are_of_the_text(tmp_path):
+    data = module(tmp_path, batch_size=7, batches=11)
+    tokens = data.splits["train"].tokens
+    batches = list(data.train_dataloader())
+    assert [batch.shape for batch in batches] == [(7, 17)] * 11
+    windows = {tuple(window.tolist()) for window in tokens.unfold(0, 17, 1)}
+    assert {tuple(row.tolist()) for batch in batches for row in batch} <= windows
+    starts = torch.cat(list(RandomStarts(5, 100, 10)))
+    assert set(starts.tolist()) == set(range(5))
+
+
+def test_texts_are_apart(tmp_path):
+    (tmp_path / "b.txt").write_text("bb")
+    data = module(tmp_path, train="*.txt", val="b.txt")
+    train = data.splits["train"].tokens
+    assert (train == END).nonzero().flatten().tolist() == [0, len(train) - 3]
+    assert data.splits["val"].tokens.tolist() == [END, *data.tokenizer.encode("bb")]
+
+
+def test_unknown_characters_are_told(tmp_path):
+    (tmp_path / "b.txt").write_text("a§§")
+    with pytest.warns(UserWarning, match="val: 2 characters are not in the vocabulary"):
+        module(tmp_path, val="b.txt", test="a.txt", tokenizer="character")
+
+
+def test_gzip_and_xz_are_those_of_python(tmp_path):
+    data = module(tmp_path, tokenizer="bpe", vocabulary_size=300)
+    text = SENTENCES[int(0.9 * len(SENTENCES)) :].encode()
+    assert data.compressed("val") == {
+        "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+    }
+
+
+def test_prompts_are_the_beginnings_of_the_test(tmp_path):
+    data = module(tmp_path)
+    assert data.sources()[0] == SENTENCES[int(0.9 * len(SENTENCES)) :][:7]
+    assert list(data.predict_dataloader()) == list(data.sources())
+    assert list(module(tmp_path, prompts=["The"]).predict_dataloader()) == ["The"]
+
+
+def test_pythons_sources_are_whole_files_and_no_tests(tmp_path):
+    for i in range(60):
+        folder = tmp_path / ("test" if i % 10 == 0 else "package")
+        folder.mkdir(exist_ok=True)
+        (folder / f"m{i}.py").write_text(f"x{i} = {i}\n" * 3)
+    (tmp_path / "package/latin.py").write_bytes(b"\xe9")
+    with pytest.warns(UserWarning, match="1 files are not in UTF-8"):
+        found = PythonSources(root=str(tmp_path)).texts()
+    numbers = {split: {int(text.split()[0][1:]) for text in texts} for split, texts in found.items()}
+    assert sorted(n for known in numbers.values() for n in known) == [i for i in range(60) if i % 10]
+    for split, known in numbers.items():
+        assert {split_of(f"package/m{i}.py") for i in known} <= {split}
+    with pytest.raises(UserError, match="no sources in it"):
+        PythonSources(root=str(tmp_path / "none")).texts()
+
+
+def test_this_pythons_sources_are_there():
+    data = PythonSources()
+    texts = data.texts()
+    assert all(len(texts[split]) > 10 for split in ("train", "val", "test"))
+    assert sum(map(len, texts["train"])) > 4_000_000
+
+
+# Files of tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_tokens_are_what_texts_are(tmp_path, capsys, kind):
+    (tmp_path / "a.txt").write_text(SENTENCES)
+    (tmp_path / "b.txt").write_text("The end.")
+    arguments = ["tokens", "--train", "*.txt", "--val", "b.txt", "--tokenizer", kind, "--vocabulary-size", "300"]
+    assert main([str(tmp_path / "tokens"), *(str(tmp_path / a) if ".txt" in a else a for a in arguments[1:])]) == 0
+    assert "tokens" in capsys.readouterr().out
+    files = TokenFiles(str(tmp_path / "tokens"), context_length=8)
+    files.setup()
+    texts = module(tmp_path, train="*.txt", val="b.txt", tokenizer=kind, vocabulary_size=300, context_length=8)
+    assert files.vocabulary == texts.vocabulary
+    for split in ("train", "val", "test"):
+        assert torch.equal(files.splits[split].tokens.long(), texts.splits[split].tokens.long())
+    batch = next(iter(files.train_dataloader()))
+    assert batch.dtype == torch.long
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_files_of_tokens_stay_on_the_disk(tmp_path):
+    np.arange(4, 204, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    tokens = open_tokens(tmp_path / "train.bin", make_tokenizer(BYTE))
+    assert tokens.dtype == torch.uint16
+    assert Windows(tokens, 3)[torch.tensor([5, 198])].tolist() == [[9, 10, 11, 12], [202, 203, NOTHING, NOTHING]]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "train.bin: 0 bytes; expected tokens of 2 bytes each"),
+        (b"abc", "train.bin: 3 bytes; expected tokens of 2 bytes each"),
+        (np.array([1, 2, 260, 3], np.uint16).tobytes(), "train.bin: token 2 is 260; expected 0 to 259"),
+        (None, "train.bin: unreadable (No such file or directory)"),
+    ],
+)
+def test_a_broken_file_of_tokens_is_refused(tmp_path, content, complaint):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(BYTE))
+    np.arange(4, 204, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    if content is not None:
+        (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        TokenFiles(str(tmp_path)).setup()
+    assert complaint in str(error.value)
+
+
+def test_tokens_without_their_tokeniser_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer.json: not found; expected the tokeniser of these tokens"):
+        TokenFiles(str(tmp_path)).setup()
+
+
+def test_what_cannot_be_made_into_tokens_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    assert main([str(tmp_path / "out"), "--train", str(tmp_path / "a.txt"), "--val", "b.txt"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/a.txt: byte 2 is 0xff, not UTF-8; expected text in UTF-8\n"
+    (tmp_path / "a.txt").write_bytes(b"ab")
+    arguments = [str(tmp_path / "a.txt/x"), "--train", str(tmp_path / "a.txt"), "--val", "b.txt", "--tokenizer", "byte"]
+    assert main(arguments) == 2
+    assert "expected a folder to write to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+# The task
+
+
+def model(network=None, **task):
+    sizes = {"vocabulary": 264, "context_length": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    made = LanguageModel(**{"network": GPT(**sizes | (network or {})), "optimizer": sgd} | task)
+    made.remember({"vocabulary": BYTE, "context_length": 16})
+    return made.eval()
+
+
+def batch_of(*texts, width=17):
+    rows = [[END, *make_tokenizer(BYTE).encode(text)][:width] for text in texts]
+    return torch.tensor([row + [NOTHING] * (width - len(row)) for row in rows])
+
+
+def test_bits_per_byte_can_be_read_off():
+    """Where every token is as likely, a byte takes log2 of how many there are; the end of a text is no byte."""
+    task = model()
+    nn.init.zeros_(task.network.wte.weight)
+    task.surprise = Surprise(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
+    task.evaluation_step(batch_of("abc", "de"))
+    found = task.surprise.compute()
+    assert found["bits_per_byte"] == pytest.approx(math.log2(260))
+    assert found["loss"] == pytest.approx(math.log(260))
+    assert found["perplexity"] == pytest.approx(260)
+    torch.testing.assert_close(task.surprise.by_position(), torch.full((3,), math.log(260)))
+
+
+def test_bits_per_byte_do_not_depend_on_what_a_token_is():
+    metric = Surprise(2, torch.tensor([0, 1, 4]))
+    metric.update(torch.tensor([[3.0, 5.0], [1.0, 9.0]]), torch.tensor([[1, 2], [0, NOTHING]]))
+    found = metric.compute()
+    assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / 5)
+    assert found["loss"] == pytest.approx(3.0)
+    assert metric.by_position().tolist() == [2.0, 5.0]
+
+
+def test_the_loss_is_cross_entropy_over_the_window():
+    task, batch = model().train(), batch_of("abcdefghijklmnop")
+    task.log = lambda *_, **__: None
+    logits = task.network(batch[:, :-1])
+    expected = -logits.log_softmax(2).gather(2, batch[:, 1:, None]).mean()
+    assert task.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_hidden_matrices_tables_and_vectors_are_apart():
+    task = model()
+    groups = task.parameter_groups(list(task.network.parameters()))
+    named = {id(parameter): name for name, parameter in task.network.named_parameters()}
+    names = [[named[id(parameter)] for parameter in group["params"]] for group in groups]
+    assert len(names[0]) == 8
+    assert all("c_" in name and name.endswith("weight") for name in names[0])
+    assert sorted(names[1]) == ["wpe.weight", "wte.weight"]
+    assert [group.get("weight_decay") for group in groups] == [None, None, 0.0]
+    assert sum(map(len, names)) == len(named)
+
+
+def copies():
+    torch.manual_seed(0)
+    return [nn.ParameterList([torch.randn(8, 16), torch.randn(5, 8), torch.randn(8)]) for _ in range(2)]
+
+
+def groups_of(parameters):
+    matrix, table, vector = parameters
+    return [{"params": [matrix], "hidden": True}, {"params": [table]}, {"params": [vector], "weight_decay": 0.0}]
+
+
+def test_muon_and_adamw_are_torchs_own():
+    ours, theirs = copies()
+    with torch.no_grad():
+        for a, b in zip(ours, theirs, strict=True):
+            b.copy_(a)
+    optimizer = MuonAdamW(groups_of(ours), lr=0.01, weight_decay=0.2)
+    matrix, table, vector = theirs
+    parts = [
+        torch.optim.Muon([matrix], lr=0.01, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": [table]}, {"params": [vector], "weight_decay": 0.0}],
+            lr=0.01,
+            weight_decay=0.2,
+            betas=(0.9, 0.95),
+        ),
+    ]
+    for step in range(12):
+        if step == 5:  # a schedule, and a checkpoint
+            for part in (optimizer, *parts):
+                for group in part.param_groups:
+                    group["lr"] = 0.003
+        if step == 8:
+            kept = optimizer.state_dict()
+            optimizer = MuonAdamW(groups_of(ours), lr=0.5)
+            optimizer.load_state_dict(kept)
+        gradients = [torch.randn_like(parameter) for parameter in ours]
+        for side in (ours, theirs):
+            for parameter, gradient in zip(side, gradients, strict=True):
+                parameter.grad = gradient.clone()
+        for part in (optimizer, *parts):
+            part.step()
+            part.zero_grad()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_muon_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="no group is of hidden matrices"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}])
+
+
+@pytest.mark.parametrize(
+    ("network", "complaint"),
+    [
+        ({"vocabulary": 200}, "at least vocabulary: 260, context_length: 16"),
+        ({"context_length": 12}, "at least vocabulary: 260, context_length: 16"),
+        ({"context_length": 12, "positions": "rotary"}, "at least vocabulary: 260, context_length: 16"),
+    ],
+)
+def test_a_network_that_is_too_small_is_refused(unchecked, network, complaint):
+    with pytest.raises(UserError, match=complaint):
+        model(network).check()
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, lr=0.01), partial(MuonAdamW, lr=0.02)])
+def test_it_learns_what_repeats(tmp_path, optimizer):
+    data = module(tmp_path, text="abcdefgh" * 80, batch_size=16, batches=60)
+    task = model({"positions": "rotary"}, optimizer=optimizer)
+    fit(tmp_path, task, data)
+    assert task.trainer.callback_metrics["val/bits_per_byte"] < 0.6
+    runner = task.runner()
+    runner.temperature = 0.0
+    assert runner("abcdefghabc")["text"] == ("defghabc" * 9)[:64]
+
+
+# The contract with the export step
+
+
+@pytest.fixture(scope="module", params=["learned", "rotary"])
+def exported(request, tmp_path_factory):
+    """A network with weights that say something, as a task and as an ONNX file."""
+    torch.manual_seed(0)
+    task = model({"positions": request.param, "qk_norm": request.param == "rotary", "bias": request.param == "learned"})
+    for parameter in task.network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    (graph,) = (served := task.deployable(batch_of(SENTENCES, SENTENCES[9:]))).graphs.values()
+    path = tmp_path_factory.mktemp("onnx") / "decode.onnx"
+    write_onnx(graph, path, TARGETS["cpu"])
+    return task, served, graph, path
+
+
+def test_the_graph_equals_pytorch_at_sizes_it_was_not_traced_at(exported):
+    _, _, graph, path = exported
+    sizes = trace_sizes(graph)
+    assert all(sizes[symbol] not in known for symbol, known in graph.sizes.items())
+    rows = parity("decode", graph, Reference(graph), OnnxGraph(path, "CPUExecutionProvider"), 1e-4, static=False)
+    assert [row["shape"]["key_0"][2] for row in rows] == [16, 0, 3, 1, 33]
+
+
+def runners(served, path):
+    graph = OnnxGraph(path, "CPUExecutionProvider")
+    made = [make_runner(served.kind, graphs, served.metadata) for graphs in (served.graphs, {"decode": graph})]
+    for one in made:
+        one.max_new_tokens, one.temperature = 200, 0.0
+    return made
+
+
+def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
+    _, served, _, path = exported
+    ours, theirs = runners(served, path)
+    for prompt in ("", "The cat", "a much longer prompt than the context is"):
+        assert ours(prompt) == theirs(prompt)
+        assert ours(prompt)["new_tokens"] == 200 or ours(prompt)["reason"] == "end"
+    for one in (ours, theirs):
+        one.temperature, one.top_k, one.top_p, one.repetition_penalty, one.seed = 1.0, 50, 0.9, 1.2, 5
+    assert ours("The cat") == theirs("The cat")
+
+
+def test_the_runner_is_as_surprised_as_the_task(exported):
+    task, served, _, path = exported
+    batch = batch_of("abcdefghijklmnopq", "xyz", "über")
+    task.surprise = Surprise(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
+    with torch.no_grad():
+        task.evaluation_step(batch)
+    expected = task.surprise.compute()["bits_per_byte"].item()
+    for one in runners(served, path):
+        assert task.evaluate(one, [batch]) == pytest.approx(expected, rel=1e-4)
+    assert task.lost(2.0, 2.1) == pytest.approx(5)
+
+
+def test_weights_are_quantised_and_attention_is_not(exported, tmp_path):
+    task, served, _, path = exported
+    (tmp_path / "converted").mkdir()
+    convert(path, tmp_path / "converted/decode.onnx", TARGETS["x86-64"], Plan("int8"), [])
+    assert is_quantised(tmp_path / "converted/decode.onnx")
+    exact, coarse = runners(served, tmp_path / "converted/decode.onnx")
+    batch = [batch_of(SENTENCES, SENTENCES[5:])]
+    assert task.evaluate(coarse, batch) == pytest.approx(task.evaluate(exact, batch), rel=0.05)
+    import onnx
+
+    nodes = [node.op_type for node in onnx.load(tmp_path / "converted/decode.onnx").graph.node]
+    assert nodes.count("MatMulInteger") + nodes.count("DynamicQuantizeMatMul") >= 9
+    assert nodes.count("MatMul") + nodes.count("FusedMatMul") == 8  # scores and sums, over the past and the new
+
+
+def test_no_input_of_the_graph_is_copied_whole(exported):
+    """A past that is put together with what is new would be copied for each token."""
+    import onnx
+
+    *_, path = exported
+    nodes = onnx.load(path).graph.node
+    takers = {name: {node.op_type for node in nodes if name in node.input} for name in ("key_0", "value_1")}
+    assert takers["value_1"] <= {"MatMul", "Shape"}
+    assert takers["key_0"] <= {"Transpose", "Shape"}  # which onnxruntime takes into the product
+
+
+def test_a_static_graph_is_served(exported, tmp_path):
+    task, served, graph, _ = exported
+    write_onnx(graph, tmp_path / "decode.onnx", TARGETS["qualcomm"])
+    ours, theirs = runners(served, tmp_path / "decode.onnx")
+    assert theirs.decode.shape["tokens"] == [1, 1]
+    assert theirs.decode.shape["key_0"][2] == 16
+    assert ours(["The cat", "a"]) == theirs(["The cat", "a"])
+    batch = [batch_of("abcdefgh", "xyz")]
+    assert task.evaluate(theirs, batch) == pytest.approx(task.evaluate(ours, batch), rel=1e-4)
+
+
+def test_examples_fit_every_declared_size(exported):
+    _, _, graph, _ = exported
+    inputs = example_at(graph, {"batch": 3, "new": 4, "asked": 1, "past": 0})
+    assert inputs["key_0"].shape == (3, 2, 0, 8)
+    assert F.one_hot(inputs["tokens"], 260).sum() == 12
