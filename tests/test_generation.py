@@ -195,7 +195,7 @@ def test_texts_end_apart():
     made, _ = runner()
     made.max_new_tokens = 30
     wanted = by_hand("a", 30)
-    made.stop = wanted[3:5]
+    made.stop = (wanted[3:5],)
     first, second = made(["a", "bcd"])
     assert (first["text"], first["reason"]) == (wanted[: wanted.index(wanted[3:5])], "stop")
     assert second["text"] == by_hand("bcd", 30).split(wanted[3:5])[0]
@@ -259,13 +259,15 @@ def test_a_request_has_its_own_settings():
         ({"inputs": "a", "parameters": {"temperature": "hot"}}, "temperature: 'hot'; expected a number"),
         ({"inputs": "a", "parameters": {"temperature": float("nan")}}, "temperature: nan; expected a number from 0"),
         ({"inputs": "a", "parameters": {"temperature": True}}, "temperature: True; expected a number"),
-        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens: 0; expected 1 or more"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens: 0; expected a whole number from 1"),
         ({"inputs": "a", "parameters": {"top_k": 1.5}}, "top_k: 1.5; expected a whole number from 0"),
         ({"inputs": "a", "parameters": {"top_p": 0}}, "top_p: 0; expected a number from 0.001 to 1"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty: 0; expected"),
         ({"inputs": "a", "parameters": {"seed": -1}}, "seed: -1; expected a whole number"),
         ({"inputs": "a", "parameters": {"stop": [3]}}, "stop: \\[3\\]; expected texts"),
         ({"inputs": "a", "parameters": {"stop": [""]}}, "stop: \\[''\\]; expected texts"),
+        ({"inputs": "a", "parameters": {"seed": 10**5000}}, "seed: Exceeds the limit"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 1 << 30}}, "max_new_tokens: 1073741824; expected a whole"),
         ("half of a pair: \ud83d", "input: not UTF-8, or half of a surrogate pair"),
     ],
 )
@@ -282,6 +284,9 @@ def test_files_are_prompts_or_requests(tmp_path):
     (tmp_path / "requests.jsonl").write_text('{"inputs": "a"}\n{"inputs": 3}\n')
     (tmp_path / "broken.txt").write_bytes(b"abc\xff")
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "request.json").write_text('{\n"inputs": "a"\n}\n')
+    (tmp_path / "torn.txt").write_text('{"inputs": "a"}\n{"inputs": "b"\n')
+    (tmp_path / "list.jsonl").write_text("no object\n")
 
     def answers(name):
         return list(made.stream([source for _, source in made.inputs(str(tmp_path / name))]))
@@ -292,6 +297,11 @@ def test_files_are_prompts_or_requests(tmp_path):
     assert f"{tmp_path}/requests.jsonl:2: " in str(second)
     assert "position 3" in str(answers("broken.txt")[0])
     assert answers("empty.txt")[0]["text"] == by_hand("", 2)
+    assert answers("request.json")[0]["text"] == by_hand("a", 2)
+    first, second = answers("torn.txt")
+    assert first["text"] == by_hand("a", 2)
+    assert str(second).startswith(f"{tmp_path}/torn.txt:2: ")
+    assert str(answers("list.jsonl")[0]).startswith(f"{tmp_path}/list.jsonl:1: 'no object'; expected one JSON object")
 
 
 def character(**changes):
@@ -307,6 +317,7 @@ def character(**changes):
         ({"tokenizer": {"kind": "word", "tokens": character()["tokens"]}}, {}, "bytes, characters or byte pairs"),
         ({"tokenizer": {"kind": "bpe", "exact": True, "model": "{}"}}, {}, "okeniser"),
         ({"tokenizer": character(tokens=["a"])}, {}, "okeniser"),
+        ({"tokenizer": character(tokens=[*character()["tokens"], "\ud800"])}, {}, "okeniser"),
         ({}, {"key_0": ["batch", "heads", "past", 1]}, "heads and widths fixed"),
         ({}, {"key_0": ["batch", 2]}, "four axes"),
         ({}, {"tokens": None}, "inputs tokens, back"),
@@ -324,6 +335,20 @@ def test_logits_of_another_vocabulary_are_refused():
     known = {"tokenizer": character(), "context_length": 16}
     with pytest.raises(UserError, match="expected logits of 5 tokens"):
         make_runner("language", {"decode": Counting()}, known)("a")
+
+
+def test_answers_under_other_names_are_refused():
+    made, graph = runner()
+    made.decode = lambda **inputs: {"output": graph(**inputs)["logits"]}
+    made.decode.shape = graph.shape
+    with pytest.raises(UserError, match="expected logits of 260 tokens"):
+        made("a")
+
+
+def test_long_prompts_are_not_answered_all_at_once():
+    made, _ = runner()
+    made.max_new_tokens = 100
+    assert made.size(made.read("abc")) == 104 * 2 * 2 * 2
 
 
 def test_byte_pairs_spell_what_they_encode():

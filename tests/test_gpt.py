@@ -69,6 +69,21 @@ def test_published_weights_fit_a_padded_vocabulary_and_a_shorter_context(tmp_pat
         torch.testing.assert_close(ours(tokens)[..., :13], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):
+    """GPT-2's logits lie far below zero, which is where those of fresh rows would be."""
+    theirs = of_hugging_face(**SMALL, eos_token_id=0)
+    with torch.no_grad():
+        theirs.transformer.ln_f.bias.fill_(1.0)
+        theirs.transformer.wte.weight.sub_(3.0)
+    torch.save(published(theirs), tmp_path / "gpt2.pt")
+    ours = network(vocabulary=16, n_layer=2)
+    load_weights(ours, tmp_path / "gpt2.pt")
+    with torch.no_grad():
+        logits = ours(torch.randint(13, (2, 8)))
+    assert logits.max() < -10
+    assert (logits.logsumexp(2) - logits[..., :13].logsumexp(2)).max() < math.log(16 / 13) + 0.01
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

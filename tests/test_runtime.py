@@ -262,6 +262,30 @@ def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundl
     assert capsys.readouterr().err == "error: --beam: not of this bundle; expected a bundle of another kind\n"
 
 
+def test_options_may_stand_anywhere(bundle, tmp_path, capsys):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    paths = [str(bundle), str(tmp_path / "white.png")]
+    for arguments in (
+        [*paths, "--threads", "1"],
+        ["--threads", "1", *paths],
+        [paths[0], "--threads", "1", paths[1]],
+        [paths[0], "--threads", "1", "--", paths[1]],
+        [paths[0], paths[1], "--threads", "1", paths[1]],
+    ):
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [json.loads(line)["label"] for line in lines] == ["bright"] * arguments.count(paths[1])
+
+
+@pytest.mark.parametrize("option", [["--form", "sagemaker"], ["--output", "a.png"], ["--overlay", "a.png"]])
+def test_a_text_as_it_comes_is_nothing_else(bundle, tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(bundle), "--prompt", "a", *option]) == 2
+    assert "without --form, --output or a picture" in capsys.readouterr().err
+    assert main([str(bundle), "--prompt", "a"]) == 2
+    assert "do not come piece by piece; expected a bundle of a language model" in capsys.readouterr().err
+
+
 def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     write_manifest(bundle, target={"provider": "CUDAExecutionProvider"})

@@ -5,8 +5,10 @@ a split. After `setup`, `vocabulary` is the tokeniser as `dlref.runtime.text` de
 `context_length` is T.
 """
 
+import glob
 import hashlib
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader
 from dlref.data.image_classification import check_at_least
 from dlref.data.tokens import (
     BLOCK,
+    InOrder,
     RandomStarts,
     Windows,
     open_tokens,
@@ -90,8 +93,9 @@ class LanguageData(LightningDataModule):
     def in_order(self, split: str) -> DataLoader:
         """Windows one after the other, so that every token but the first is predicted once."""
         windows = self.splits[split]
-        starts = torch.arange(len(windows)) * self.context_length
-        return DataLoader(windows, sampler=starts.split(max(1, EVALUATED // self.context_length)), batch_size=None)
+        starts = (torch.arange(len(windows)) * self.context_length).split(max(1, EVALUATED // self.context_length))
+        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(windows, sampler=InOrder(starts, rank, devices), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """The validation text in order."""
@@ -158,9 +162,9 @@ class Texts(LanguageData):
         for split, known in texts.items():
             if not any(known):
                 raise UserError(f"{split}: no text in its files; expected some")
-            rows = [np.array(row, np.int32) for row in rows_of(known, tokenizer)]
-            splits[split] = torch.from_numpy(np.concatenate(rows))
-            if unknown := unknown_in(splits[split], tokenizer):
+            row = np.concatenate(list(rows_of(known, tokenizer)))
+            splits[split] = torch.from_numpy(row)
+            if unknown := unknown_in(row, tokenizer):
                 rank_zero_warn(
                     f"{split}: {unknown} characters are not in the vocabulary, and are one and the same token"
                 )
@@ -182,10 +186,15 @@ class TextFiles(Texts):
         super().__init__(**texts)
         self.patterns, self.root = {"train": train, "val": val, "test": test}, Path(root)
 
+    def place(self, pattern: str) -> str:
+        """A name or a pattern below the root, whose own name is no pattern."""
+        path = self.root / pattern
+        return str(path) if path.is_file() else os.path.join(glob.escape(str(self.root)), pattern)
+
     def texts(self) -> dict[str, list[str]]:
         """Read the files."""
         found = {
-            split: [text for _, text in texts_of(str(self.root / pattern))]
+            split: [text for _, text in texts_of(self.place(pattern))]
             for split, pattern in self.patterns.items()
             if pattern
         }

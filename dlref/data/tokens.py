@@ -13,24 +13,28 @@ import glob
 import gzip
 import json
 import sys
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from dlref.data.vocabulary import make_exact, read_exact
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import is_object, parse_object, read_text
 from dlref.runtime.runner import positive
-from dlref.runtime.text import UNKNOWN, make_tokenizer
+from dlref.runtime.text import UNKNOWN, is_unicode, make_tokenizer
 
 TRAINED = ("byte", "character", "bpe")  # tokenisers that are made from the training text
 BLOCK = 1 << 24  # tokens that are looked at at once
+PIECE = 1 << 20  # characters that are encoded at once
 
 
 # Texts
@@ -40,38 +44,57 @@ def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
     """The texts of all files that a pattern such as 'books/**/*.txt' matches, with their names, in order.
 
     A file is one text; of .jsonl, gzipped or not, each line is one, under `text`. Raises UserError, for an undecodable
-    byte with its offset.
+    byte with its offset in the file, or in the line.
     """
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    paths = [Path(pattern)]
+    if not paths[0].is_file():  # a name may have brackets, too
+        paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"{pattern}: no such file; expected the name of a text, or a pattern such as 'texts/**/*.txt'")
     for path in paths:
-        text = read_whole(path)
         if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            yield str(path), text
+            yield str(path), read_whole(path)
             continue
-        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-            found = parse_object(line, f"{path}:{number}").get("text")
+        for where, line in lines_of(path):
+            found = parse_object(line, where).get("text")
             if not isinstance(found, str):
-                raise UserError(f"{path}:{number}: text: {type(found).__name__}; expected a text")
-            try:
-                found.encode()
-            except UnicodeEncodeError:  # JSON can write one
-                raise UserError(f"{path}:{number}: half of a surrogate pair; expected Unicode text") from None
-            yield f"{path}:{number}", found
+                raise UserError(f"{where}: text: {type(found).__name__}; expected a text")
+            if not is_unicode(found):
+                raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
+            yield where, found
 
 
 def read_whole(path: Path) -> str:
     """A file as it is, its line ends too. Raises UserError."""
+    with readable(path) as file:
+        return decoded(file.read(), str(path))
+
+
+def lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file with their places, one by one. Raises UserError."""
+    with readable(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield f"{path}:{number}", decoded(line.rstrip(b"\r\n"), f"{path}:{number}")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[IO[bytes]]:
+    """A file, gzipped or not. Raises UserError where it cannot be read."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path}: byte {error.start} is 0x{byte:02x}, not UTF-8; expected text in UTF-8") from None
+            yield file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path}: unreadable ({reason}); expected text in UTF-8") from None
+
+
+def decoded(text: bytes, where: str) -> str:
+    """Bytes as text. Raises UserError, with the offset of what is none."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        byte = text[error.start]
+        raise UserError(f"{where}: byte {error.start} is 0x{byte:02x}, not UTF-8; expected text in UTF-8") from None
 
 
 def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
@@ -94,10 +117,16 @@ def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
     return described
 
 
-def rows_of(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
-    """The tokens of each text, before them the one that ends a text: there the next begins."""
+def rows_of(texts: Iterable[str], tokenizer) -> Iterator[Integer[np.ndarray, "N"]]:
+    """The tokens of each text, before them the one that ends a text: there the next begins.
+
+    A long text comes in pieces, each encoded by itself: a row takes a hundred times the memory while it is made.
+    """
+    kind = width(tokenizer)
     for text in texts:
-        yield [tokenizer.end, *tokenizer.encode(text)]
+        yield np.array([tokenizer.end], kind)
+        for start in range(0, len(text), PIECE):
+            yield np.array(tokenizer.encode(text[start : start + PIECE]), kind)
 
 
 def width(tokenizer) -> type:
@@ -105,7 +134,7 @@ def width(tokenizer) -> type:
     return np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
 
 
-def unknown_in(tokens: Integer[Tensor, "N"], tokenizer) -> int:
+def unknown_in(tokens: Integer[np.ndarray, "N"], tokenizer) -> int:
     """How many tokens stand for characters that the tokeniser does not know: of characters, for others have none."""
     return int((tokens == UNKNOWN).sum()) if hasattr(tokenizer, "numbers") else 0
 
@@ -132,6 +161,22 @@ class Windows(Dataset):
     def to(self, device: torch.device) -> None:
         """Move the tokens to where they are used; in 32 bits, for few operators take 16 without a sign."""
         self.tokens = self.tokens.to(device, torch.int32)
+
+
+class InOrder(DistributedSampler):
+    """Batches of places one after the other, shared out over the devices so that each batch is one device's alone.
+
+    Lightning's own sharing would give some of them twice where they do not come out even.
+    """
+
+    def __init__(self, batches: Sequence[Tensor], rank: int, devices: int):
+        self.mine = batches[rank::devices]
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.mine)
 
 
 class RandomStarts(Sampler[Tensor]):
@@ -171,20 +216,15 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
     return torch.from_numpy(tokens)
 
 
-def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> int:
-    """Write texts as tokens, whole or not at all; how many there are."""
-    part, count = path.with_name(f".{path.name}.part"), 0
-    try:
-        with part.open("wb") as file:
-            for row in rows_of((text for _, text in texts), tokenizer):
-                np.array(row, width(tokenizer)).tofile(file)
-                count += len(row)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a place for tokens") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return count
+def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
+    """Write texts as tokens, and say how many there are."""
+    count = unknown = 0
+    with path.open("wb") as file:
+        for row in rows_of((text for _, text in texts), tokenizer):
+            row.tofile(file)
+            count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
+    strange = f", {unknown} of them characters that are not in the vocabulary" if unknown else ""
+    print(f"{path.stem}: {count} tokens{strange}")
 
 
 def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
@@ -208,22 +248,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
     asked = parser.parse_args(arguments)
-    patterns = {"train": asked.train, "val": asked.val}
     try:
-        texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
-        described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
-        tokenizer = make_tokenizer(described)
         asked.folder.mkdir(parents=True, exist_ok=True)
-        for split, pattern in patterns.items():
-            count = write_tokens(asked.folder / f"{split}.bin", watched(texts_of(pattern), split), tokenizer)
-            print(f"{asked.folder / f'{split}.bin'}: {count} tokens")
-        (asked.folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
-    except OSError as error:
-        print(f"error: {asked.folder}: {error.strerror}; expected a folder to write to", file=sys.stderr)
-        return 2
-    except UserError as error:
+        with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:  # all of it appears, or nothing
+            texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
+            described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
+            for split, pattern in (("train", asked.train), ("val", asked.val)):
+                write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), make_tokenizer(described))
+            Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+            for path in Path(part).iterdir():
+                path.replace(asked.folder / path.name)
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError):
+            error = f"{asked.folder}: {error.strerror}; expected a folder to write to"
         print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # which it is not where something lies in it
+            asked.folder.rmdir()
         return 2
+    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
     return 0
 
 

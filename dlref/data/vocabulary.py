@@ -12,7 +12,7 @@ from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 
 Kind = Literal["word", "character", "bpe"]
 Exact = Literal["byte", "character", "bpe"]
-PROBE = " Straße\n\t 多言語  x\u0301 = 1e-3  <s>\r\n"  # a text that tokens which change texts would change
+PROBE = " Straße\n\t 多言語  e\u0301 = 1e-3  ½ <s>\r\n"  # a text that many tokenisers that change texts would change
 
 
 def make_exact(texts: Iterable[str], kind: Exact, size: int) -> dict:
@@ -28,12 +28,9 @@ def read_exact(path: Path) -> dict:
     """A tokeniser of byte pairs in the file format of `tokenizers`, such as GPT-2's. Raises UserError."""
     described = {"kind": "bpe", "exact": True, "model": read_text(path, "a tokeniser of tokenizers")}
     try:
-        tokenizer = make_tokenizer(described)
-        spelt = b"".join(tokenizer.spelling[number] for number in tokenizer.encode(PROBE))
+        make_tokenizer(described).encode(PROBE)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if spelt != PROBE.encode():
-        raise UserError(f"{path}: {PROBE!r} becomes {spelt.decode(errors='replace')!r}; expected the text itself")
     return described
 
 

@@ -148,8 +148,10 @@ class GPT(nn.Module):
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: self.context_length]
         own, given = self.wte.weight.detach(), state.get("wte.weight")
-        if given is not None and given.shape[1:] == own.shape[1:]:  # padded to a round number, which is faster
-            state["wte.weight"] = torch.cat([given, own[len(given) :]])
+        if given is not None and given.shape[1:] == own.shape[1:]:
+            # Padding is as likely as the middle of all tokens: at zero it would be far likelier than any of GPT-2's.
+            padding = given.mean(0, keepdim=True).expand(max(len(own) - len(given), 0), -1)
+            state["wte.weight"] = torch.cat([given, padding])
         return state
 
 

@@ -69,18 +69,23 @@ def opened(arguments: list[str]):
         metavar="PNG",
         help="draw the answer over the input, or the input's attention; several: into a folder",
     )
-    own = {name: option for kind in kinds() for name, option in runner_of(kind).options.items()}
-    for name, (kind, text) in own.items():
-        known.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    options = known.parse_args(arguments)
+    own = {}
+    for kind in map(runner_of, kinds()):
+        for name, (read, text) in kind.options.items():
+            own[name] = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
+            known.add_argument(f"--{name.replace('_', '-')}", type=read, action=own[name], help=text)
+    options = known.parse_intermixed_args(arguments)  # an option may stand between the bundle and its inputs
     if bool(options.inputs) == (options.prompt is not None):
         known.error("the following arguments are required: INPUT, or --prompt in its place")
+    if options.prompt is not None and (options.form or options.output or options.overlay):
+        known.error("--prompt writes a text as it comes, and nothing else: without --form, --output or a picture")
     runner = load(options.bundle, options.threads, options.provider)
     for name in own:
         if getattr(options, name) is not None:
             if name not in runner.options:
                 raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
-            setattr(runner, name, getattr(options, name))
+            value = getattr(options, name)
+            setattr(runner, name, tuple(value) if own[name] == "append" else value)
     return options, runner
 
 

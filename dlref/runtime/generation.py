@@ -4,7 +4,7 @@ V tokens of the vocabulary.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +33,13 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
-def next_token(logits: np.ndarray, before: Sequence[int], settings: Settings, generator: np.random.Generator) -> int:
-    """The token after those `before`, given logits (V): penalty, temperature, top-k, top-p, and a draw of the rest."""
+def next_token(logits: np.ndarray, before: Collection[int], settings: Settings, generator: np.random.Generator) -> int:
+    """The next token given logits (V): penalty on those `before`, temperature, top-k, top-p, and a draw of the rest.
+
+    `before` has each token once.
+    """
     if settings.repetition_penalty != 1 and len(before):
-        known = np.unique(before)
+        known = np.fromiter(before, np.int64)
         logits = logits.astype(np.float64)
         penalised = logits[known]
         logits[known] = np.where(
@@ -79,6 +82,7 @@ class Writing:
 
     def __init__(self, prompt: Sequence[int], settings: Settings, tokenizer):
         self.tokens, self.settings = list(prompt), settings
+        self.known = set(prompt)
         self.spelling, self.end = tokenizer.spelling, tokenizer.end
         self.prompt, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -93,15 +97,17 @@ class Writing:
 
     def go_on(self, logits: np.ndarray) -> None:
         """Add the token after the last one, given logits (V); set `reason` where it ends the text."""
-        token = next_token(logits, self.tokens, self.settings, self.generator)
+        token = next_token(logits, self.known, self.settings, self.generator)
         self.tokens.append(token)
+        self.known.add(token)
+        searched = max(0, len(self.text) - max(map(len, self.settings.stop), default=0))  # not all of it each time
         self.text += self.decoder.decode(self.spelling[token])
+        places = [place for stop in self.settings.stop if (place := self.text.find(stop, searched)) >= 0]
         if token == self.end:
             self.reason = "end"
-        elif any(stop in self.text for stop in self.settings.stop):
-            self.text = self.text[: min(self.text.find(stop) for stop in self.settings.stop if stop in self.text)]
-            self.reason = "stop"
-        elif self.new_tokens == self.settings.max_new_tokens:
+        elif places:
+            self.text, self.reason = self.text[: min(places)], "stop"
+        elif self.new_tokens >= self.settings.max_new_tokens:
             self.reason = "length"
         if self.reason in ("end", "length"):
             self.text += self.decoder.decode(b"", final=True)

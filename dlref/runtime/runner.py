@@ -17,7 +17,8 @@ class Runner:
 
     # Other forms of an answer, by name: what other services answer, for programs that were written for these.
     forms: Mapping[str, Callable[[dict], dict]] = {}
-    # Attributes that a user of the command sets by --name, with the type of each and what it is.
+    # Attributes that a user of the command sets by --name, with the type of each and what it is; one that is a tuple of
+    # the class may be given several times.
     options: Mapping[str, tuple[Callable[[str], object], str]] = {}
     # Whether `answer` shares its work out by `spread`, over graphs that use one thread each: of many small steps this
     # makes more than threads within each.
@@ -105,6 +106,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
     return int(text)
+
+
+def filled(text: str) -> str:
+    """A text with something in it, from a command line."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty; expected a text")
+    return text
 
 
 def number(lowest: float, highest: float, kind: type = float) -> Callable[[str], float]:

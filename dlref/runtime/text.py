@@ -97,6 +97,8 @@ class BytePairs:
         except ImportError:
             raise UserError("a tokeniser of byte pairs; expected the package tokenizers, or install [text]") from None
         self.tokenizer, self.exact = Tokenizer.from_str(model), exact
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         numbers = [self.tokenizer.token_to_id(token) for token in SPECIAL]
         if not exact and numbers != list(range(len(SPECIAL))):
             raise UserError(f"tokeniser of byte pairs: expected {' '.join(SPECIAL)} as its first tokens")
@@ -110,8 +112,14 @@ class BytePairs:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The number of each token."""
-        return self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
+        """The number of each token. Raises UserError for an exact tokeniser that changes the text."""
+        try:
+            found = self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise UserError(f"tokeniser of byte pairs: {' '.join(str(error).split())}; expected tokens") from None
+        if self.exact:
+            check_same(text.encode(), b"".join([self.spelling[number] for number in found]))
+        return found
 
     def pieces(self, numbers: list[int]) -> list[str]:
         """Each token as people read it."""
@@ -124,11 +132,13 @@ class BytePairs:
     @cached_property
     def spelling(self) -> list[bytes]:
         """The bytes of each token; none of a special one. Raises UserError where tokens are no bytes."""
-        special = self.tokenizer.get_added_tokens_decoder()
+        added = self.tokenizer.get_added_tokens_decoder()
         names = {number: name for name, number in self.tokenizer.get_vocab().items()}
         try:
             return [
-                b"" if number in special else bytes(BYTES[letter] for letter in names[number])
+                added[number].content.encode() * (not added[number].special)
+                if number in added
+                else bytes(BYTES[letter] for letter in names[number])
                 for number in range(len(self))
             ]
         except KeyError as error:
@@ -140,6 +150,23 @@ PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *
 BYTES = {chr(byte): byte for byte in PRINTABLE} | {
     chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)
 }
+
+
+def check_same(text: bytes, spelt: bytes) -> None:
+    """Raise UserError where tokens spell another text than the one that they were made of."""
+    if spelt != text:
+        place = next((i for i, (a, b) in enumerate(zip(text, spelt, strict=False)) if a != b), len(spelt))
+        found, known = spelt[place : place + 20], text[place : place + 20]
+        raise UserError(f"tokeniser of byte pairs: {known!r} becomes {found!r}; expected the text itself")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON and command lines can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def normal(text: str) -> str:
@@ -155,12 +182,12 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
     if kind == "bpe" and isinstance(described.get("model"), str):
         try:
             return BytePairs(described["model"], exact is True)
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # tokenizers raises plain exceptions
+        except BaseException as error:  # tokenizers raises plain exceptions, and panics that are not even these
             raise UserError(f"tokeniser: {' '.join(str(error).split())}; expected one of tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and is_unicode(token) for token in tokens):
         raise UserError(
             f"tokeniser of kind {kind!r}; expected word or character with tokens, bpe with its model, or byte"
         )

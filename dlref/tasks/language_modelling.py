@@ -25,8 +25,8 @@ from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line
 
 NOTHING = -1  # in the place of a token beyond the end of a split
-READ = 3  # tokens of the example's past, and
-NEW = 2  # after it
+NEW = 2  # tokens of the example after its past
+READ = 3  # of the past of its second text
 SAMPLE = 200  # tokens of a sample
 SHOWN = 24  # tokens of the sentence whose attention is drawn
 SAMPLES = 8  # in the table
@@ -40,14 +40,15 @@ class LanguageModel(Task):
 
     Args:
         prompt: text from which samples begin while training.
+        decay_vectors: True decays the weights of biases and norms, too.
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     facts = ("vocabulary", "context_length")
     metric = "bits_per_byte"
 
-    def __init__(self, prompt: str = "", **task):
-        super().__init__(**task)
+    def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):
+        super().__init__(decay_vectors=decay_vectors, **task)
         self.prompt = prompt
         self.surprise: Surprise | None = None
         self.sentence: list[int] = []
@@ -75,13 +76,13 @@ class LanguageModel(Task):
             raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Hidden matrices, tables of embeddings, and vectors, of which these have no weight decay."""
+        """Hidden matrices, tables of embeddings, and vectors."""
         tables = {id(table.weight) for table in self.network.modules() if isinstance(table, nn.Embedding)}
         matrices = [p for p in parameters if p.ndim > 1]
         groups = [
             {"params": [p for p in matrices if id(p) not in tables], "hidden": True},
             {"params": [p for p in matrices if id(p) in tables]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim <= 1]} | ({} if self.decay_vectors else {"weight_decay": 0.0}),
         ]
         return [group for group in groups if group["params"]]
 
@@ -166,17 +167,18 @@ class LanguageModel(Task):
 
     def deployable(self, batch: Int[Tensor, "B U"]) -> Deployable:
         """`decode` reads tokens after a past, and answers the logits after those that are asked for."""
-        tokens = batch[:2, : READ + NEW].clamp(min=0)
+        context_length = self.known["context_length"]
+        tokens = batch[:2, :context_length].clamp(min=0)
         with torch.inference_mode():
-            _, keys, values = self.network.read(tokens[:, :READ])
+            _, keys, values = self.network.read(tokens[:, :-NEW])
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
-        length = torch.arange(READ, READ - len(tokens), -1, device=tokens.device)  # of the second text one less
-        context_length = self.known["context_length"]
+        # All of a short past counts, half of a full one; of the second text less.
+        length = torch.tensor([context_length // 2, READ], device=tokens.device)[: len(tokens)]
         graph = Graph(
             _Decode(self.network, len(self.tokenizer)),
-            {"tokens": tokens[:, READ:], "back": torch.zeros_like(tokens[:, :1]), "length": length, **past},
+            {"tokens": tokens[:, -NEW:], "back": torch.zeros_like(tokens[:, :1]), "length": length, **past},
             ["logits", "present"],
             {
                 "tokens": {0: "batch", 1: "new"},

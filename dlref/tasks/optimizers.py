@@ -33,9 +33,10 @@ class MuonAdamW(Optimizer):
             raise ValueError("MuonAdamW: no group is of hidden matrices; expected one, as LanguageModel makes it")
         known = {"lr": lr, "weight_decay": weight_decay}
         self.parts: dict[bool, Optimizer] = {
-            True: Muon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw", **known),
-            False: AdamW([g for g in groups if not g.get("hidden")], betas=tuple(betas), fused=True, **known),
+            True: Muon(muon, momentum=momentum, adjust_lr_fn="match_rms_adamw", **known)
         }
+        if others := [group for group in groups if not group.get("hidden")]:
+            self.parts[False] = AdamW(others, betas=tuple(betas), fused=True, **known)
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
 
     @torch.no_grad()

@@ -18,20 +18,20 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import number, positive
-from dlref.runtime.text import make_tokenizer
+from dlref.runtime.runner import filled, number
+from dlref.runtime.text import is_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all
 GROWTH = 64  # tokens by which the room for the past grows
 LONGEST = 1 << 24  # tokens
 
 OPTIONS = {
-    "max_new_tokens": (positive, "tokens after which a text stops"),
+    "max_new_tokens": (number(1, LONGEST, int), "tokens after which a text stops"),
     "temperature": (number(0, 100), "what logits are divided by; 0 takes the likeliest token"),
     "top_k": (number(0, LONGEST, int), "draw from so many of the likeliest tokens; 0 is all"),
     "top_p": (number(0.001, 1), "draw from the likeliest tokens that together have this probability"),
     "repetition_penalty": (number(0.01, 100), "by which tokens that were there become less likely"),
-    "stop": (str, "a text that ends what is written, before it"),
+    "stop": (filled, "a text that ends what is written, before it; may be given several times"),
     "seed": (number(0, 1 << 63, int), "of what is drawn"),
 }
 
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Past:
-    """The keys and values of what was read, with room to grow: new ones are written behind, and nothing is copied.
+    """The keys and values of what was read, with room to grow: new ones are written behind, and no token copies them.
 
     Args:
         shape: of the graph's inputs; those named key_0, value_0, ... say of how many layers, heads and so on.
@@ -87,6 +87,7 @@ class Runner(Base):
     """
 
     options: Mapping = OPTIONS
+    stop: tuple[str, ...] = ()
 
     def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
         context = metadata.get("context_length")
@@ -104,12 +105,11 @@ class Runner(Base):
             raise UserError("not a language model; expected a tokeniser of bytes, characters or byte pairs")
         for name, value in Settings()._asdict().items():
             setattr(self, name, value)
-        self.stop = None
 
     # Requests
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
-        """A text that is no file's name is itself the prompt; a file is one, or has a request on each line."""
+        """A text that is no file's name is itself the prompt; a file is one, or a request, or has one on each line."""
         if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
             yield path, path
             return
@@ -118,9 +118,9 @@ class Runner(Base):
         except UserError:
             yield path, Path(path)  # reading says what is wrong, in its turn
             return
-        lines = text.removesuffix("\n").split("\n")
-        if not all(map(is_object, lines)):
-            yield path, Line(path, text)
+        lines = text.rstrip().split("\n")
+        if not path.lower().endswith(".jsonl") and not is_object(lines[0]):
+            yield path, Line(path, text) if is_object(text) else text
             return
         yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
 
@@ -128,20 +128,18 @@ class Runner(Base):
         """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
         where, asked = "input", {}
         if isinstance(source, Path):
-            source = Line(str(source), read_text(source, "text"))
+            source = read_text(source, "text")
         if isinstance(source, Line):
-            where, text = source
-            source = parse_object(text, where) if is_object(text) else text
+            where = source.where
+            source = parse_object(source.text, where)
         if isinstance(source, Mapping):
             if not isinstance(source.get("inputs"), str) or set(source) - {"inputs", "parameters"}:
                 raise UserError(f"{where}: {shorten(source)}; expected inputs, a text, and parameters alone")
             source, asked = source["inputs"], source.get("parameters", {})
         if not isinstance(source, str):
             raise UserError(f"{where}: {type(source).__name__}; expected a text or a request, as an object")
-        try:
-            source.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: not UTF-8, or half of a surrogate pair; expected Unicode text") from None
+        if not is_unicode(source):
+            raise UserError(f"{where}: not UTF-8, or half of a surrogate pair; expected Unicode text")
         return Request([self.tokenizer.end, *self.tokenizer.encode(source)], self.settings(asked, where))
 
     def settings(self, asked: object, where: str) -> Settings:
@@ -157,14 +155,20 @@ class Runner(Base):
                 raise UserError(f"{where}: {name}: {shorten(value)}; expected a number")
             try:
                 known[name] = OPTIONS[name][0](str(value))
-            except argparse.ArgumentTypeError as error:
+            except (argparse.ArgumentTypeError, ValueError) as error:  # Python writes no number of 5,000 digits
                 raise UserError(f"{where}: {name}: {error}") from None
-        stop = known["stop"] if isinstance(known["stop"], list) else [known["stop"]] if known["stop"] else []
+        stop = known["stop"] if isinstance(known["stop"], list | tuple) else [known["stop"]]
         if not all(isinstance(text, str) and text for text in stop):
             raise UserError(f"{where}: stop: {shorten(stop)}; expected texts")
         return Settings(**known | {"stop": tuple(stop)})
 
     # Answers
+
+    def size(self, item: Request) -> int:
+        """The elements of its past."""
+        heads, width = self.decode.shape["key_0"][1::2]
+        tokens = min(len(item.tokens) + item.settings.max_new_tokens, self.context_length)
+        return tokens * 2 * heads * width * sum(name.startswith("key_") for name in self.decode.shape)
 
     def answer(self, items: list[Request]) -> list[dict]:
         """`text`, what follows the prompt; `new_tokens` of it; and the `reason` why it ends: length, stop or end.
@@ -236,7 +240,7 @@ class Runner(Base):
     def step(self, past: Past, tokens: np.ndarray, back: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Call the graph -> logits (B, W, V); the first `counts` of each row's tokens join the past."""
         answer = self.decode(tokens=tokens, back=back, **past.inputs())
-        if answer["logits"].shape[-1] != len(self.tokenizer):
+        if not {"logits", "present"} <= set(answer) or answer["logits"].shape[-1] != len(self.tokenizer):
             raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
         past.add(answer["present"], counts)
         return answer["logits"]
