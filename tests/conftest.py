@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
 SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "preprocess", "semantic_segmentation"]
-SHAPED = [f"dlref.tasks.{name}" for name in [*SHAPED, "translation", "language_modelling"]]
+SHAPED = [f"dlref.tasks.{name}" for name in [*SHAPED, "translation", "language_modelling", "cross_entropy"]]
 SHAPED += ["dlref.data.pairs", "dlref.data.tokens", "dlref.data.windows"]
 install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")
 

@@ -24,6 +24,11 @@ def network(**options):
     return made
 
 
+def answers(model, tokens):
+    """Logits of the token after each."""
+    return model.logits(model(tokens)[0])
+
+
 def of_hugging_face(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -49,7 +54,7 @@ def test_gpt2_is_that_of_hugging_face(tmp_path):
     assert load_weights(ours, tmp_path / "model.safetensors") == []
     tokens = torch.randint(50257, (2, 9))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers(ours, tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 SMALL = {"vocab_size": 13, "n_positions": 12, "n_layer": 2, "n_head": 2, "n_embd": 16, "bos_token_id": 0}
@@ -66,7 +71,7 @@ def test_published_weights_fit_a_padded_vocabulary_and_a_shorter_context(tmp_pat
     load_weights(ours, tmp_path / "gpt2.pt")
     tokens = torch.randint(13, (2, 8))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens)[..., :13], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers(ours, tokens)[..., :13], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):
@@ -79,7 +84,7 @@ def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):
     ours = network(vocabulary=16, n_layer=2)
     load_weights(ours, tmp_path / "gpt2.pt")
     with torch.no_grad():
-        logits = ours(torch.randint(13, (2, 8)))
+        logits = answers(ours, torch.randint(13, (2, 8)))
     assert logits.max() < -10
     assert (logits.logsumexp(2) - logits[..., :13].logsumexp(2)).max() < math.log(16 / 13) + 0.01
 
@@ -107,12 +112,12 @@ def test_after_a_past_is_all_at_once(positions, qk_norm, bias):
     model = network(positions=positions, qk_norm=qk_norm, bias=bias)
     tokens = torch.randint(13, (2, 12))
     with torch.no_grad():
-        whole = model(tokens)
+        whole = answers(model, tokens)
         for cut in range(1, 12):
-            _, keys, values = model.read(tokens[:, :cut])
+            _, keys, values = model(tokens[:, :cut])
             room = [[torch.cat([x, 50 * torch.randn(2, 2, 3, 8)], 2) for x in side] for side in (keys, values)]
             past = Past(*room, torch.tensor([cut, cut]))
-            hidden, _, _ = model.read(tokens[:, cut:], past)
+            hidden, _, _ = model(tokens[:, cut:], past)
             torch.testing.assert_close(model.logits(hidden), whole[:, cut:], rtol=1e-4, atol=1e-4)
 
 
@@ -120,10 +125,10 @@ def test_texts_of_different_lengths_share_a_past():
     model = network(positions="rotary")
     tokens = torch.randint(13, (2, 12))
     with torch.no_grad():
-        _, keys, values = model.read(tokens[:, :9])
+        _, keys, values = model(tokens[:, :9])
         past = Past(keys, values, torch.tensor([9, 4]))
-        hidden, _, _ = model.read(torch.stack([tokens[0, 9:11], tokens[1, 4:6]]), past)
-        whole = model(tokens)
+        hidden, _, _ = model(torch.stack([tokens[0, 9:11], tokens[1, 4:6]]), past)
+        whole = answers(model, tokens)
     expected = torch.stack([whole[0, 9:11], whole[1, 4:6]])
     torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
 
@@ -133,11 +138,11 @@ def test_no_token_sees_what_comes_after_it(positions):
     model = network(positions=positions)
     tokens = torch.randint(13, (1, 12))
     with torch.no_grad():
-        known = model(tokens)
+        known = answers(model, tokens)
         for place in range(12):
             changed = tokens.clone()
             changed[0, place] = (changed[0, place] + 1) % 13
-            found = model(changed)
+            found = answers(model, changed)
             torch.testing.assert_close(found[:, :place], known[:, :place], rtol=0, atol=0)
             assert (found[:, place:] - known[:, place:]).abs().amax(2).min() > 1e-4
 
@@ -207,17 +212,17 @@ def test_initial_weights_are_gpt2s():
         assert projection.weight.std() == pytest.approx(0.02 / 4, rel=0.05)
         assert projection.bias.count_nonzero() == 0
     tokens = torch.randint(500, (2, 64))
-    assert F.cross_entropy(made(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) == pytest.approx(
+    assert F.cross_entropy(answers(made, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) == pytest.approx(
         math.log(500), rel=0.05
     )
 
 
 def test_dropout_and_nothing_else_is_of_the_mode():
     model, tokens = network(dropout=0.5), torch.randint(13, (1, 6))
-    assert torch.equal(model(tokens), model(tokens))
-    assert not torch.equal(model.train()(tokens), model(tokens))
+    assert torch.equal(answers(model, tokens), answers(model, tokens))
+    assert not torch.equal(answers(model.train(), tokens), answers(model, tokens))
     plain = network(bias=False, dropout=0.0)
-    assert torch.equal(plain.train()(tokens), plain.eval()(tokens))
+    assert torch.equal(answers(plain.train(), tokens), answers(plain.eval(), tokens))
     assert not [name for name, _ in plain.named_parameters() if "bias" in name]
 
 

@@ -30,6 +30,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.text import END, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
+from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy
 from dlref.tasks.language_modelling import NOTHING, Surprise
 
 BYTE = {"kind": "byte", "exact": True}
@@ -473,9 +474,40 @@ def test_bits_per_byte_do_not_depend_on_what_a_token_is():
 def test_the_loss_is_cross_entropy_over_the_window():
     task, batch = model().train(), batch_of("abcdefghijklmnop")
     task.log = lambda *_, **__: None
-    logits = task.network(batch[:, :-1])
+    logits = task.network.logits(task.network(batch[:, :-1])[0])
     expected = -logits.log_softmax(2).gather(2, batch[:, 1:, None]).mean()
     assert task.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 70, 1 << 21])
+def test_the_loss_in_parts_is_torchs_with_its_gradients(monkeypatch, at_once):
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+    sides = []
+    for loss in (linear_cross_entropy, lambda x, w, y: F.cross_entropy(F.linear(x, w), y)):
+        torch.manual_seed(0)
+        hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((9, 5), (7, 5)))
+        found = 3 * loss(hidden.sin(), weight, torch.randint(7, (9,)))
+        found.backward()
+        sides.append((found.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(*sides)
+
+
+def test_the_gradients_of_the_loss_are_its_differences():
+    hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((6, 3), (4, 3)))
+    targets = torch.randint(4, (6,))
+    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets), (hidden, weight))
+
+
+def test_the_loss_in_parts_is_torchs_in_half_precision():
+    hidden, weight = torch.randn(50, 32), torch.randn(40, 32, requires_grad=True)
+    targets = torch.randint(40, (50,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, targets)
+        theirs = F.cross_entropy(F.linear(hidden, weight), targets)
+    (of_ours,), (of_theirs,) = torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(of_ours, of_theirs, rtol=2e-2, atol=2e-3)
 
 
 def test_hidden_matrices_tables_and_vectors_are_apart():

@@ -89,17 +89,12 @@ class GPT(nn.Module):
                 added = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer) if added else 0.02)
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each of `tokens`, given those up to it."""
-        hidden, _, _ = self.read(tokens)
-        return self.logits(hidden)
-
-    def read(
+    def forward(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None
     ) -> tuple[Float[Tensor, "B T E"], list[Float[Tensor, "B H T D"]], list[Float[Tensor, "B H T D"]]]:
         """Read `tokens` after a `past` -> what `logits` takes, and the keys and values of these tokens in each layer.
 
-        They are what a past grows by: reading on from it is equal to reading everything at once.
+        They are what a past grows by: to read on from it is to read everything at once.
         """
         hidden, turn = self.embed(tokens, past)
         keys, values = [], []
@@ -110,9 +105,14 @@ class GPT(nn.Module):
             values.append(value)
         return self.ln_f(hidden), keys, values
 
+    @property
+    def output(self) -> Float[Tensor, "V E"]:
+        """The weight of the output layer: the embedding."""
+        return self.wte.weight
+
     def logits(self, hidden: Float[Tensor, "B T E"]) -> Float[Tensor, "B T V"]:
-        """The output layer, whose weight is the embedding."""
-        return F.linear(hidden, self.wte.weight)
+        """Logits of the token after each one that was read."""
+        return F.linear(hidden, self.output)
 
     def embed(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None

@@ -20,6 +20,7 @@ from dlref.models.gpt import Past
 from dlref.runtime import UserError
 from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
+from dlref.tasks.cross_entropy import linear_cross_entropy
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line
@@ -35,7 +36,7 @@ SAMPLES = 8  # in the table
 class LanguageModel(Task):
     """Cross entropy of each token given the ones before it.
 
-    The network has `forward`, `read`, `logits`, `attention` and `context_length` as `GPT` does. A batch holds
+    The network has `forward`, `output`, `logits`, `attention` and `context_length` as `GPT` does. A batch holds
     (B, T + 1) tokens: the first T are read, the last T predicted.
 
     Args:
@@ -68,7 +69,7 @@ class LanguageModel(Task):
         )
         try:
             with torch.no_grad():
-                logits = self.network(torch.full((1, 1), vocabulary - 1, device=self.device))
+                logits = self.network.logits(self.network(torch.full((1, 1), vocabulary - 1, device=self.device))[0])
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
         room, context = logits.shape[-1], self.network.context_length
@@ -95,7 +96,7 @@ class LanguageModel(Task):
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Logits of the token after each of `tokens`; of tokens beyond the vocabulary, which pad it, none."""
-        return self.network(tokens)[..., : len(self.tokenizer)]
+        return self.network.logits(self.network(tokens)[0])[..., : len(self.tokenizer)]
 
     def runner(self) -> Runner:
         """The runner that a device uses, over this network."""
@@ -105,9 +106,9 @@ class LanguageModel(Task):
     # Lightning's steps
 
     def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
-        """Cross entropy over what the network has room for: a copy of the logits without the padding costs time."""
-        logits = self.network(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        """Cross entropy, over what the network has room for."""
+        hidden, _, _ = self.network(batch[:, :-1])
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, batch[:, 1:].flatten())
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -170,7 +171,7 @@ class LanguageModel(Task):
         context_length = self.known["context_length"]
         tokens = batch[:2, :context_length].clamp(min=0)
         with torch.inference_mode():
-            _, keys, values = self.network.read(tokens[:, :-NEW])
+            _, keys, values = self.network(tokens[:, :-NEW])
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
@@ -270,7 +271,7 @@ class _Decode(nn.Module):
         length: Int[Tensor, "B"],
         *past: Float[Tensor, "B H P D"],
     ) -> tuple[Float[Tensor, "B W V"], Float[Tensor, "L 2 B H T D"]]:
-        hidden, keys, values = self.network.read(tokens, Past(past[::2], past[1::2], length))
+        hidden, keys, values = self.network(tokens, Past(past[::2], past[1::2], length))
         place = tokens.shape[1] - 1 - back
         asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
         logits = self.network.logits(asked)[..., : self.vocabulary]
