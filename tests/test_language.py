@@ -189,7 +189,7 @@ def test_texts_are_files_and_lines(tmp_path):
         ("a.txt", b"abc\xffd", "a.txt: byte 3 is 0xff, not UTF-8; expected text in UTF-8"),
         ("a.txt", "é".encode("latin-1"), "a.txt: byte 0 is 0xe9, not UTF-8"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: unreadable"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "a.txt.gz: unreadable"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "a.txt.gz: unreadable"),
         ("a.jsonl", b'{"text": "x"}\nno\n', "a.jsonl:2: 'no'; expected one JSON object"),
         ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: text: NoneType; expected a text"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: text: int; expected a text"),

@@ -34,12 +34,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             step = max(1, AT_ONCE.get(kind, AT_ONCE["cpu"]) // len(weight))
             for part, target, place in zip(*(x.split(step) for x in (rows, targets, of_rows)), strict=True):
                 scores = (part @ table.T).to(weight.dtype)
-                whole = scores.logsumexp(1, keepdim=True)
-                loss += (whole - scores.gather(1, target[:, None])).sum()
+                scores -= scores.amax(1, keepdim=True)
+                loss -= scores.gather(1, target[:, None]).sum()
+                whole = scores.exp_().sum(1, keepdim=True)
+                loss += whole.log().sum()
                 # d loss / d score is the probability, less one at the target.
-                error = scores.sub_(whole).exp_()
-                error[torch.arange(len(target), device=target.device), target] -= 1
-                error = error.div_(len(targets)).to(reduced)
+                error = scores.mul_(1 / (whole * len(targets)))
+                error[torch.arange(len(target), device=target.device), target] -= 1 / len(targets)
+                error = error.to(reduced)
                 place[:] = error @ table
                 of_weight += error.T @ part
         context.save_for_backward(of_rows.to(hidden.dtype), of_weight)
