@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,6 +279,21 @@ def test_each_batch_is_one_device_s(devices):
     assert sorted(place for share in shares for batch in share for place in batch.tolist()) == list(range(50))
     assert [len(InOrder(batches, rank, devices)) for rank in range(devices)] == list(map(len, shares))
     assert isinstance(InOrder(batches, 0, 1), DistributedSampler)  # what Lightning leaves as it is
+
+
+def test_few_windows_are_shared_out_too(tmp_path):
+    data = module(tmp_path)
+    windows = len(data.splits["val"])
+    for devices in (2, windows):
+        batches = []
+        for rank in range(devices):
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=devices)
+            batches += list(data.in_order("val"))
+        assert sum(map(len, batches)) == windows
+        assert len(batches) >= devices
+    data.trainer = SimpleNamespace(global_rank=0, world_size=windows + 1)
+    with pytest.raises(UserError, match=f"val: {windows} windows for {windows + 1} devices"):
+        data.in_order("val")
 
 
 def test_windows_cover_every_token_once(tmp_path):

@@ -93,8 +93,11 @@ class LanguageData(LightningDataModule):
     def in_order(self, split: str) -> DataLoader:
         """Windows one after the other, so that every token but the first is predicted once."""
         windows = self.splits[split]
-        starts = (torch.arange(len(windows)) * self.context_length).split(max(1, EVALUATED // self.context_length))
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if len(windows) < devices:
+            raise UserError(f"{split}: {len(windows)} windows for {devices} devices; expected one for each")
+        size = max(1, min(EVALUATED // self.context_length, len(windows) // devices))
+        starts = (torch.arange(len(windows)) * self.context_length).split(size)
         return DataLoader(windows, sampler=InOrder(starts, rank, devices), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:

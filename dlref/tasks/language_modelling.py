@@ -171,7 +171,7 @@ class LanguageModel(Task):
         context_length = self.known["context_length"]
         tokens = batch[:2, :context_length].clamp(min=0)
         with torch.inference_mode():
-            _, keys, values = self.network(tokens[:, :-NEW])
+            _, keys, values = self.network.forward(tokens[:, :-NEW])
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
@@ -271,7 +271,8 @@ class _Decode(nn.Module):
         length: Int[Tensor, "B"],
         *past: Float[Tensor, "B H P D"],
     ) -> tuple[Float[Tensor, "B W V"], Float[Tensor, "L 2 B H T D"]]:
-        hidden, keys, values = self.network(tokens, Past(past[::2], past[1::2], length))
+        # Not by a call, which may be compiled: samples while training would compile it again for every past.
+        hidden, keys, values = self.network.forward(tokens, Past(past[::2], past[1::2], length))
         place = tokens.shape[1] - 1 - back
         asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
         logits = self.network.logits(asked)[..., : self.vocabulary]
