@@ -228,6 +228,16 @@ def test_every_token_of_a_window_surprises_as_it_should(batch):
     assert [shape[1] for shape in graph.calls[:2]] == [6, 5]
 
 
+def test_logits_of_many_windows_are_asked_for_in_turns(monkeypatch):
+    made, graph = runner()
+    tokens = np.random.default_rng(0).integers(4, 260, (5, 13))
+    together = made.surprise(tokens)
+    monkeypatch.setattr(language, "LOGITS", 2 * 6 * len(BYTES))
+    graph.calls.clear()
+    np.testing.assert_array_equal(made.surprise(tokens), together)
+    assert [rows for rows, _ in graph.calls] == [2, 2, 2, 2, 1, 1]
+
+
 def test_every_token_surprises_a_graph_of_fixed_shapes_too():
     tokens = np.random.default_rng(0).integers(4, 260, (3, 7))
     fixed, free = runner(new=1, past=16, batch=1)[0], runner()[0]

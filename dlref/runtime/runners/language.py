@@ -22,6 +22,7 @@ from dlref.runtime.runner import filled, number
 from dlref.runtime.text import is_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all
+LOGITS = 1 << 25  # at once, where those after each token are asked for
 GROWTH = 64  # tokens by which the room for the past grows
 LONGEST = 1 << 24  # tokens
 
@@ -252,9 +253,10 @@ class Runner(Base):
         """
         rows, width = len(tokens), tokens.shape[1] - 1
         fixed = self.decode.shape["tokens"]
-        if isinstance(fixed[0], int) and fixed[0] < rows:
-            return np.concatenate([self.surprise(part) for part in np.split(tokens, range(fixed[0], rows, fixed[0]))])
         step = fixed[1] if isinstance(fixed[1], int) else min(READ, math.ceil(width / 2))
+        many = fixed[0] if isinstance(fixed[0], int) else max(1, LOGITS // (step * len(self.tokenizer)))
+        if many < rows:
+            return np.concatenate([self.surprise(part) for part in np.split(tokens, range(many, rows, many))])
         past, nats = Past(self.decode.shape, self.rows(rows)), []
         for start in range(0, width, step):
             part = tokens[:, start : min(start + step, width)]
