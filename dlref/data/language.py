@@ -34,6 +34,7 @@ from dlref.data.tokens import (
     tokenizer_of,
     unknown_in,
 )
+from dlref.data.vocabulary import read_exact
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import make_tokenizer
 
@@ -272,7 +273,7 @@ class TokenFiles(LanguageData):
         path = self.root / self.asked
         if not path.is_file():
             raise UserError(f"{path}: not found; expected the tokeniser of these tokens")
-        described = tokenizer_of(str(path), [], 0)
+        described = read_exact(path)
         tokenizer = make_tokenizer(described)
         return described, {split: open_tokens(self.root / name, tokenizer) for split, name in self.names.items()}
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object, read_text
-from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
+from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, is_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
 
@@ -104,10 +104,8 @@ def _undecodable(path: Path) -> int | None:
 def _not_empty(text: str, where: str) -> None:
     if not text.strip():
         raise UserError(f"{where}: empty; expected a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can write one
-        raise UserError(f"{where}: half of a surrogate pair; expected Unicode text") from None
+    if not is_unicode(text):
+        raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
 
 
 # SageMaker's records

@@ -10,15 +10,13 @@ Legend of shapes: N tokens in a row, B windows, U tokens of one.
 
 import argparse
 import glob
-import gzip
 import json
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import get_args
 
 import numpy as np
 import torch
@@ -26,13 +24,13 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-from dlref.data.vocabulary import make_exact, read_exact
+from dlref.data.vocabulary import Exact, make_exact, read_exact
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import is_object, parse_object, read_text
+from dlref.runtime.lines import opened, parse_object
 from dlref.runtime.runner import positive
 from dlref.runtime.text import UNKNOWN, is_unicode, make_tokenizer
 
-TRAINED = ("byte", "character", "bpe")  # tokenisers that are made from the training text
+TRAINED = get_args(Exact)  # tokenisers that are made from the training text
 BLOCK = 1 << 24  # tokens that are looked at at once
 PIECE = 1 << 20  # characters that are encoded at once
 
@@ -66,26 +64,15 @@ def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
 
 def read_whole(path: Path) -> str:
     """A file as it is, its line ends too. Raises UserError."""
-    with readable(path) as file:
+    with opened(path, "text") as file:
         return decoded(file.read(), str(path))
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file with their places, one by one. Raises UserError."""
-    with readable(path) as file:
+    with opened(path, "text") as file:
         for number, line in enumerate(file, start=1):
             yield f"{path}:{number}", decoded(line.rstrip(b"\r\n"), f"{path}:{number}")
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[IO[bytes]]:
-    """A file, gzipped or not. Raises UserError where it cannot be read."""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: unreadable ({reason}); expected text in UTF-8") from None
 
 
 def decoded(text: bytes, where: str) -> str:
@@ -104,17 +91,7 @@ def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
     path = Path(asked)
     if not path.is_file():
         raise UserError(f"tokenizer: {asked}; expected {', '.join(TRAINED)}, or a file of tokenizers")
-    text = read_text(path, "a tokeniser")
-    if not is_object(text) or "kind" not in json.loads(text):
-        return read_exact(path)
-    described = json.loads(text)
-    try:
-        make_tokenizer(described)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if described.get("exact") is not True:
-        raise UserError(f"{path}: a tokeniser that changes texts; expected one with exact: true")
-    return described
+    return read_exact(path)
 
 
 def rows_of(texts: Iterable[str], tokenizer) -> Iterator[Integer[np.ndarray, "N"]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import read_text
+from dlref.runtime.lines import is_object, read_text
 from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 
 Kind = Literal["word", "character", "bpe"]
@@ -25,10 +25,19 @@ def make_exact(texts: Iterable[str], kind: Exact, size: int) -> dict:
 
 
 def read_exact(path: Path) -> dict:
-    """A tokeniser of byte pairs in the file format of `tokenizers`, such as GPT-2's. Raises UserError."""
-    described = {"kind": "bpe", "exact": True, "model": read_text(path, "a tokeniser of tokenizers")}
+    """A tokeniser from a file: of byte pairs as `tokenizers` writes it, such as GPT-2's, or as described here.
+
+    Raises UserError where it is none, or changes texts.
+    """
+    text = read_text(path, "a tokeniser")
+    known = json.loads(text) if is_object(text) else {}
+    described = known if "kind" in known else {"kind": "bpe", "exact": True, "model": text}
+    if described.get("exact") is not True:
+        raise UserError(f"{path}: a tokeniser that changes texts; expected one with exact: true")
     try:
-        make_tokenizer(described).encode(PROBE)
+        tokenizer = make_tokenizer(described)
+        if described["kind"] == "bpe":
+            tokenizer.encode(PROBE)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return described

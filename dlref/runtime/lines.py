@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from dlref.runtime.errors import UserError
 
@@ -21,15 +24,32 @@ class Line(NamedTuple):
 
 def read_text(path: str | Path, expected: str, largest: int | None = LARGEST_TEXT) -> str:
     """A whole file of at most so many bytes. Raises UserError."""
+    with opened(path, expected) as file:
+        text = file.read(-1 if largest is None else largest + 1)
+        if largest is not None and len(text) > largest:
+            raise UserError(f"{path}: more than {largest} bytes; expected a smaller file")
+        return text.decode("utf-8-sig")
+
+
+@contextmanager
+def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
+    """A file, gzipped or not. What goes wrong in reading or decoding it is a UserError."""
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
-            text = file.read(-1 if largest is None else largest + 1)
-            if largest is not None and len(text) > largest:
-                raise UserError(f"{path}: more than {largest} bytes; expected a smaller file")
-            return text.decode("utf-8-sig")
+            yield file
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path}: unreadable ({reason}); expected {expected} in UTF-8") from None
+
+
+def text_in(path: str) -> str | Path | None:
+    """The text in a file; None where no file has this name, and the file where reading it will say what is wrong."""
+    if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
+        return None
+    try:
+        return read_text(path, "text")
+    except UserError:
+        return Path(path)
 
 
 def is_object(text: str) -> bool:

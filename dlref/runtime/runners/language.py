@@ -6,7 +6,6 @@ H heads, D width of a head.
 
 import argparse
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shorten
@@ -16,7 +15,7 @@ import numpy as np
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
-from dlref.runtime.lines import Line, is_object, parse_object, read_text
+from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import filled, number
 from dlref.runtime.text import is_unicode, make_tokenizer
@@ -111,13 +110,9 @@ class Runner(Base):
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
         """A text that is no file's name is itself the prompt; a file is one, or a request, or has one on each line."""
-        if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
-            yield path, path
-            return
-        try:
-            text = read_text(path, "text")
-        except UserError:
-            yield path, Path(path)  # reading says what is wrong, in its turn
+        text = text_in(path)
+        if not isinstance(text, str):
+            yield path, text or path
             return
         lines = text.rstrip().split("\n")
         if not path.lower().endswith(".jsonl") and not is_object(lines[0]):

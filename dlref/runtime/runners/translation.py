@@ -4,7 +4,6 @@ B sentences, S source tokens, T target tokens, K hypotheses, D hidden size, Y ro
 tokens.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shorten
@@ -15,10 +14,10 @@ import numpy as np
 from dlref.runtime.attention import heat_map
 from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import Line, is_object, parse_object, read_text
+from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import positive
-from dlref.runtime.text import END, PAD, make_tokenizer
+from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
 LONGEST = 100_000  # tokens
@@ -85,13 +84,9 @@ class Runner(Base):
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
         """A text that is no file's name is itself the input; a file has one on each line, or is one JSON request."""
-        if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
-            yield path, path
-            return
-        try:
-            text = read_text(path, "text")
-        except UserError:
-            yield path, Path(path)  # reading says what is wrong, in its turn
+        text = text_in(path)
+        if not isinstance(text, str):
+            yield path, text or path
             return
         lines = text.removesuffix("\n").split("\n")
         if len(lines) > 1 and is_object(text):
@@ -135,10 +130,8 @@ class Runner(Base):
 
     def sentence(self, text: str, where: str, matrix: bool = False) -> Sentence:
         """A text as tokens. Raises UserError for an empty one, and for one that is too long unless it is to be cut."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half of a surrogate pair; expected Unicode text") from None
+        if not is_unicode(text):
+            raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
         tokens = self.source.encode(text)
         if not tokens:
             raise UserError(f"{where}: empty; expected a text")
