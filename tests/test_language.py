@@ -20,7 +20,8 @@ from torch.utils.data import DistributedSampler
 
 from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
 from dlref.data.language import cut, split_of
-from dlref.data.tokens import InOrder, RandomStarts, Windows, main, open_tokens, texts_of, tokenizer_of
+from dlref.data.make_tokens import main
+from dlref.data.tokens import InOrder, RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
 from dlref.data.vocabulary import make_exact
 from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, trace_sizes, write_onnx
@@ -389,6 +390,14 @@ def test_files_of_tokens_are_what_texts_are(tmp_path, capsys, kind):
     batch = next(iter(files.train_dataloader()))
     assert batch.dtype == torch.long
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_the_command_that_makes_them_says_what_it_did_and_nothing_else(tmp_path, command):
+    (tmp_path / "a.txt").write_text("abc")
+    arguments = ["tok", "--train", "a.txt", "--val", "a.txt", "--tokenizer", "byte"]
+    made = command("-m", "dlref.data.make_tokens", *arguments, cwd=tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.splitlines()[:2] == ["train: 4 tokens", "val: 4 tokens"]
 
 
 def test_files_of_tokens_stay_on_the_disk(tmp_path):

@@ -243,14 +243,14 @@ class PythonSources(Texts):
 
 
 class TokenFiles(LanguageData):
-    """Files of tokens, which stay on the disk: for texts that no memory holds; see `dlref.data.tokens`.
+    """Files of tokens, which stay on the disk: for texts that no memory holds; see `dlref.data.make_tokens`.
 
     Args:
         root: folder of the files.
         train: to train from.
         val: to validate on.
         test: to test on; left out: `val`.
-        tokenizer: the tokeniser that they were made with: a file of `tokenizers`, or what `dlref.data.tokens` writes.
+        tokenizer: the tokeniser that they were made with: a file of `tokenizers`, or what `make_tokens` writes.
         windows: what every `LanguageData` takes.
     """
 

@@ -1,20 +1,12 @@
 """Texts -> one row of tokens with a token between texts; windows of it; and files of tokens, for what no memory holds.
 
-    python -m dlref.data.tokens FOLDER --train 'books/*.txt' --val 'held/*.txt' --tokenizer bpe --vocabulary-size 32768
-
-writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, text after text. A .bin file is nothing but tokens,
-as nanoGPT's are: 16 bits each where the vocabulary is small enough, else 32.
+A file of tokens is nothing but tokens, as nanoGPT's are: 16 bits each where the vocabulary is small enough, else 32.
 
 Legend of shapes: N tokens in a row, B windows, U tokens of one.
 """
 
-import argparse
 import glob
-import json
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -27,8 +19,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 from dlref.data.vocabulary import Exact, make_exact, read_exact
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import opened, parse_object
-from dlref.runtime.runner import positive
-from dlref.runtime.text import UNKNOWN, is_unicode, make_tokenizer
+from dlref.runtime.text import UNKNOWN, is_unicode
 
 TRAINED = get_args(Exact)  # tokenisers that are made from the training text
 BLOCK = 1 << 24  # tokens that are looked at at once
@@ -191,60 +182,3 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
             known = f"expected 0 to {len(tokenizer) - 1}, as its tokeniser has"
             raise UserError(f"{path}: token {start + wrong} is {block[wrong]}; {known}")
     return torch.from_numpy(tokens)
-
-
-def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
-    """Write texts as tokens, and say how many there are."""
-    count = unknown = 0
-    with path.open("wb") as file:
-        for row in rows_of((text for _, text in texts), tokenizer):
-            row.tofile(file)
-            count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
-    strange = f", {unknown} of them characters that are not in the vocabulary" if unknown else ""
-    print(f"{path.stem}: {count} tokens{strange}")
-
-
-def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
-    """Pass texts on, showing on a terminal how many characters there were."""
-    done = 0
-    for name, text in texts:
-        yield name, text
-        done += len(text)
-        if sys.stderr.isatty():
-            print(f"\r{title}: {done / 1e6:.1f} million characters", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 with one line on stderr when something given is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m dlref.data.tokens", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the files of tokens go")
-    parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
-    parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
-    parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
-    parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
-    asked = parser.parse_args(arguments)
-    try:
-        asked.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:  # all of it appears, or nothing
-            texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
-            described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
-            for split, pattern in (("train", asked.train), ("val", asked.val)):
-                write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), make_tokenizer(described))
-            Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
-            for path in Path(part).iterdir():
-                path.replace(asked.folder / path.name)
-    except (OSError, UserError) as error:
-        if isinstance(error, OSError):
-            error = f"{asked.folder}: {error.strerror}; expected a folder to write to"
-        print(f"error: {error}", file=sys.stderr)
-        with suppress(OSError):  # which it is not where something lies in it
-            asked.folder.rmdir()
-        return 2
-    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Text files -> files of tokens, text after text, for what no memory holds; see `dlref.data.TokenFiles`.
+
+    python -m dlref.data.make_tokens FOLDER --train 'books/*.txt' --val 'held/*.txt' --vocabulary-size 32768
+
+writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, all of them or none.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
+from dlref.runtime.errors import UserError
+from dlref.runtime.runner import positive
+from dlref.runtime.text import make_tokenizer
+
+
+def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
+    """Write texts as tokens, and say how many there are."""
+    count = unknown = 0
+    with path.open("wb") as file:
+        for row in rows_of((text for _, text in texts), tokenizer):
+            row.tofile(file)
+            count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
+    strange = f", {unknown} of them characters that are not in the vocabulary" if unknown else ""
+    print(f"{path.stem}: {count} tokens{strange}")
+
+
+def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
+    """Pass texts on, showing on a terminal how many characters there were."""
+    done = 0
+    for name, text in texts:
+        yield name, text
+        done += len(text)
+        if sys.stderr.isatty():
+            print(f"\r{title}: {done / 1e6:.1f} million characters", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 2 with one line on stderr when something given is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m dlref.data.make_tokens", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the files of tokens go")
+    parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
+    parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
+    parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
+    parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
+    asked = parser.parse_args(arguments)
+    try:
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:  # all of it appears, or nothing
+            texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
+            described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
+            for split, pattern in (("train", asked.train), ("val", asked.val)):
+                write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), make_tokenizer(described))
+            Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+            for path in Path(part).iterdir():
+                path.replace(asked.folder / path.name)
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError):
+            error = f"{asked.folder}: {error.strerror}; expected a folder to write to"
+        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # which it is not where something lies in it
+            asked.folder.rmdir()
+        return 2
+    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
