@@ -51,8 +51,7 @@ def make_batches() -> tuple[Corpus, list[torch.Tensor]]:
     source, target = sentences(4000)
     corpus = Corpus([[*row, END] for row in source], [[BEGIN, *row, END] for row in target])
     batches = TokenBatches(corpus.source.lengths, corpus.target.lengths - 1, BATCH)
-    torch.manual_seed(0)
-    return corpus, list(batches)[:BATCHES]
+    return corpus, list(batches.draw(torch.Generator().manual_seed(0)))[:BATCHES]
 
 
 def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:

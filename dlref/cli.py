@@ -4,8 +4,10 @@ A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv, Ten
 a test test.json and figures/.
 """
 
+import errno
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -14,32 +16,22 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dlref.allowed import ALLOWED, check_parts, no_other_configs
 from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
 from dlref.runtime import UserError
 from dlref.runtime.runner import plain
+from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
+from dlref.tasks.debug import PRESET, Overfit
+from dlref.tasks.devices import Alike
+from dlref.tasks.finite import Finite
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line, read_checkpoint
-
-# A config names classes, and a named class is code that runs: nothing else can be named.
-ALLOWED_CLASS_PATHS = [
-    "dlref.data",
-    "dlref.models",
-    "dlref.tasks",
-    "torch.nn",
-    "torch.optim",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.profilers",
-    "lightning.pytorch.strategies",
-]
-ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
-set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
@@ -47,6 +39,9 @@ warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).
 warnings.filterwarnings("ignore", message="The dirpath has changed from")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+AFTER_VALIDATION = {"save_on_train_epoch_end": False, "enable_version_counter": False}
 
 
 @dataclass
@@ -68,6 +63,11 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None):
         """Raise UserError with the parser's message on one readable line."""
         raise UserError(readable(message)) from ex
+
+    def parse_string(self, *args, **kwargs):
+        """A config's text; what it names is not read as config."""
+        with no_other_configs():
+            return super().parse_string(*args, **kwargs)
 
 
 def readable(message: str) -> str:
@@ -125,7 +125,10 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME of NAME.yaml)")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace a run that is there")
         parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing the best checkpoint")
-        parser.set_defaults({"trainer.num_sanity_val_steps": 1})
+        parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between two last.ckpt of an epoch")
+        parser.add_argument("--debug", type=bool, default=False, help="overfit three batches, and write nothing")
+        # The data modules share batches out between devices themselves.
+        parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse, and settle the run's folder and its checkpoint.
@@ -136,15 +139,24 @@ class TrainCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise UserError(f"config: not UTF-8 ({error.reason}); expected YAML") from None
+        except RecursionError:
+            raise UserError("config: nested too deep, or in itself; expected YAML") from None
         command = self.config.subcommand
         self.options = options = self.config[command]
+        check_parts(options)
         for name in ("logger", "default_root_dir"):
             if options.trainer[name] is not None:
                 raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
         self.run, self.checkpoint, self.overwrite = run_folder(options), None, options.overwrite
+        self.step = 0  # of the checkpoint
+        for path in self.run.glob("hpc_ckpt_*.ckpt"):
+            read_checkpoint(path)  # Lightning takes it where SLURM starts a job again
         if command != "fit" or options.ckpt_path is not None:
             self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
-            read_checkpoint(self.checkpoint)
+            self.step = read_checkpoint(self.checkpoint)["global_step"]
+        self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
+        if options.debug:
+            options.trainer.update(PRESET)
         if command != "fit":
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
@@ -156,48 +168,52 @@ class TrainCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise UserError(readable(str(error))) from error
+        self.datamodule.same = self.options.debug
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that, if this command trains, writes into the run's folder."""
         trainer = self.options.trainer
         self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [RichProgressBar()]
         kwargs["default_root_dir"] = self.run
-        if self.subcommand != "fit" or trainer.fast_dev_run:
-            return super().instantiate_trainer(logger=False, **kwargs)
-        best = self.options.best
-        keep = {"dirpath": self.run / "checkpoints", "enable_version_counter": False}
+        if self.options.debug:
+            self.trainer_defaults["callbacks"] += [Overfit()]
+        if self.subcommand != "fit" or self.dry:
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        best, folder = self.options.best, self.run / "checkpoints"
         self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
         self.trainer_defaults["callbacks"] += [
-            ModelCheckpoint(filename="best", monitor=best.metric, mode=best.mode, **keep),
-            ModelCheckpoint(filename="last", **keep),  # `save_last` writes only when the best improves
+            Finite(self.run / "not_finite.pt"),
+            Alike(),
+            ModelCheckpoint(folder, "best", best.metric, mode=best.mode, **AFTER_VALIDATION),
+            Last(folder / "last.ckpt", self.options.checkpoint_minutes),  # after the best: it knows of that
             Start(best, self.claim),
         ]
         loggers = [
-            metrics_file(self.run, resume=self.checkpoint is not None),
-            TensorBoardLogger(self.run, name="", version=""),
+            metrics_file(self.run, before=self.step if self.checkpoint else None),
+            TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         try:
-            return super().instantiate_trainer(logger=loggers, **kwargs)
+            built = super().instantiate_trainer(logger=loggers, **kwargs)
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
+        built.strategy.checkpoint_io = SealedCheckpointIO({self.checkpoint})
+        return built
 
     def fit(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Train, then test the best checkpoint unless told not to."""
         if self.checkpoint:
             arguments["ckpt_path"] = self.checkpoint
             model.weights = None  # the checkpoint holds what became of them
-        if self.trainer.fast_dev_run:
+        if self.dry:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
-        try:
+        with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-        finally:
-            self.claim.give_back()
-        if self.options.final_test and self.trainer.state.finished:
-            # The weights alone: restoring callbacks too would put EMA's current weights over their average.
-            model.restore(checkpoint_of(self.run, None))
-            self.test(model, datamodule)
+            if self.options.final_test and self.trainer.state.finished:
+                # The weights alone: restoring callbacks too would put EMA's current weights over their average.
+                model.restore(checkpoint_of(self.run, None))
+                self.test(model, datamodule)
 
     def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Print the validation metrics."""
@@ -243,7 +259,7 @@ class TrainCLI(LightningCLI):
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """`train.py`: 0, or 2 with one line on stderr when something given is wrong."""
+    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end before the end."""
     try:
         TrainCLI(
             Task,
@@ -258,8 +274,17 @@ def train(arguments: list[str] | None = None) -> int:
             parser_kwargs={"description": __doc__.splitlines()[0]},
             args=arguments,
         )
+    except Interrupted as reason:
+        print(reason, file=sys.stderr)
+        return os.EX_TEMPFAIL
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "the run's folder"
+        print(f"error: {where}: {error.strerror}; expected space: the checkpoints before are whole", file=sys.stderr)
         return 2
     return 0
 
@@ -273,13 +298,16 @@ def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
     try:
         parts = yaml.safe_load(config.read_text(encoding="utf-8"))
         arguments = [word for key in ("model", "data") for word in (f"--{key}", json.dumps(parts[key]))]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{config}: {one_line(error)}; expected the config of a run that train.py wrote") from None
     parser = Parser()
     parser.add_subclass_arguments(Task, "model", fail_untyped=False, required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
     try:
-        built = parser.instantiate(parser.parse_args([*arguments, *overrides]))
+        with no_other_configs():
+            options = parser.parse_args([*arguments, *overrides])
+        check_parts(options)
+        built = parser.instantiate(options)
     except ValueError as error:
         raise UserError(readable(str(error))) from error
     built.model.restore(checkpoint)

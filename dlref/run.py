@@ -3,15 +3,18 @@
 import csv
 import os
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dlref.runtime import UserError
+from dlref.tasks.seal import damage
 
 OWN = (
     "checkpoints",
@@ -22,6 +25,7 @@ OWN = (
     "test.json",
     "predictions",
     "predictions.jsonl",
+    "not_finite.pt",
 )
 
 
@@ -39,9 +43,21 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     """The checkpoint asked for: a file, "last", or by default the run's best. Raises UserError."""
     named = asked in (None, "best", "last")
     path = run / "checkpoints" / f"{asked or 'best'}.ckpt" if named else Path(asked)
+    if asked == "last":
+        path = whole(path, path.with_name("previous.ckpt"))
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
     return path
+
+
+def whole(last: Path, previous: Path) -> Path:
+    """The last checkpoint, or the one before it where the last is damaged or gone, which one line says."""
+    wrong = damage(last) if last.is_file() else "not there"
+    if wrong is None or not previous.is_file() or damage(previous):
+        return last
+    if rank_zero_only.rank == 0:
+        print(f"{last}: {wrong}; {previous.name}, the one before it, is whole and is used", file=sys.stderr)
+    return previous
 
 
 class Claim:
@@ -62,18 +78,38 @@ class Claim:
         blocked = next((path for path in (run, *run.parents) if path.exists()), run)
         if blocked.exists() and not blocked.is_dir():
             raise UserError(f"{blocked}: a file; expected a folder for the run")
+        self.created = [path for path in (run, *run.parents) if not path.exists()]
+        self.take()
         if (run / "checkpoints").exists() and not (resume or overwrite):
+            self.lock.release()
             raise UserError(
                 f"{run} already holds a run; expected --run with another folder, --ckpt_path last to resume it, or "
                 "--overwrite true to replace it"
             )
-        self.created = [path for path in (run, *run.parents) if not path.exists()]
         self.there = self.own() if resume else []
-        self.config = (run / "config.yaml").read_bytes() if run / "config.yaml" in self.there else None
+        rewritten = (run / "config.yaml", run / "metrics.csv")  # before a fit trains
+        self.before = {path: path.read_bytes() for path in rewritten if path in self.there}
         self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
             path.rename(self.aside / path.name)
+
+    def take(self) -> None:
+        """Take the folder for this process, until it ends in whatever way. Raises UserError."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.run / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.run}: another fit is writing there; expected --run with another folder") from None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+        if rank_zero_only.rank == 0:
+            self.lock.release()
 
     def own(self) -> list[Path]:
         """What of the folder belongs to a run; other files in it are nobody's to touch."""
@@ -90,26 +126,31 @@ class Claim:
         """Unless training has started: remove what the fit wrote, bring back what was set aside."""
         if not self.refusable:
             return
+        (self.run / ".lock").unlink(missing_ok=True)
         for path in set(self.own()) - set(self.there):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.config is not None:
-            (self.run / "config.yaml").write_bytes(self.config)
+        for path, data in self.before.items():
+            path.write_bytes(data)
         for path in self.aside.iterdir() if self.aside.exists() else []:
             path.rename(self.run / path.name)
         for folder in (self.aside, *self.created):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        self.lock.release()
 
 
-def metrics_file(run: Path, resume: bool) -> CSVLogger:
-    """The logger of metrics.csv. A fresh CSVLogger deletes the file; a resumed run keeps its rows."""
+def metrics_file(run: Path, before: int | None) -> CSVLogger:
+    """The logger of metrics.csv. A fresh CSVLogger deletes the file; a resumed run keeps the rows `before` a step.
+
+    Those of later steps, which a process that was killed had taken, come again.
+    """
     logger = CSVLogger(run, name="", version="")
     if rank_zero_only.rank == 0 and run.exists():
         path = run / "metrics.csv"
         earlier = []
-        if resume and path.is_file():
+        if before is not None and path.is_file():
             with path.open(newline="") as file:
-                earlier = list(csv.DictReader(file))
+                earlier = [row for row in csv.DictReader(file) if int(row["step"]) < before]
         with warnings.catch_warnings(action="ignore"):  # of the file being deleted: its rows are in `earlier`
             logger.experiment.metrics.extend(earlier)
         logger.save()

@@ -580,7 +580,7 @@ def test_short_series_are_left_out_and_counted(tmp_path, capfd):
 
 def test_draws_take_each_series_as_often_or_by_its_scale():
     counts, weights = torch.tensor([1000, 0, 10]), torch.tensor([1.0, 50.0, 3.0])
-    numbers = torch.cat(list(Draws(counts, weights, 100, 200)))
+    numbers = torch.cat(list(Draws(counts, weights, 100, 200).draw(torch.Generator().manual_seed(0))))
     assert len(numbers) == 20_000
     assert numbers.max() < 1010
     assert (numbers >= 1000).float().mean() == pytest.approx(0.75, abs=0.02)

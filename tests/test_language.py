@@ -5,7 +5,6 @@ import json
 import lzma
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +15,11 @@ from test_detection import fit
 from test_tasks import sgd
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DistributedSampler
 
 from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
 from dlref.data.language import cut, split_of
 from dlref.data.make_tokens import main
-from dlref.data.tokens import InOrder, RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
+from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
 from dlref.data.vocabulary import make_exact
 from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, trace_sizes, write_onnx
@@ -273,30 +271,6 @@ def test_long_texts_are_encoded_in_pieces(tmp_path, monkeypatch):
     assert b"".join(spelling[token] for token in row).decode() == SENTENCES[: int(0.9 * len(SENTENCES))]
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 7])
-def test_each_batch_is_one_device_s(devices):
-    batches = torch.arange(50).split(8)
-    shares = [list(InOrder(batches, rank, devices)) for rank in range(devices)]
-    assert sorted(place for share in shares for batch in share for place in batch.tolist()) == list(range(50))
-    assert [len(InOrder(batches, rank, devices)) for rank in range(devices)] == list(map(len, shares))
-    assert isinstance(InOrder(batches, 0, 1), DistributedSampler)  # what Lightning leaves as it is
-
-
-def test_few_windows_are_shared_out_too(tmp_path):
-    data = module(tmp_path)
-    windows = len(data.splits["val"])
-    for devices in (2, windows):
-        batches = []
-        for rank in range(devices):
-            data.trainer = SimpleNamespace(global_rank=rank, world_size=devices)
-            batches += list(data.in_order("val"))
-        assert sum(map(len, batches)) == windows
-        assert len(batches) >= devices
-    data.trainer = SimpleNamespace(global_rank=0, world_size=windows + 1)
-    with pytest.raises(UserError, match=f"val: {windows} windows for {windows + 1} devices"):
-        data.in_order("val")
-
-
 def test_windows_cover_every_token_once(tmp_path):
     data = module(tmp_path)
     tokens = data.splits["val"].tokens.long()
@@ -314,7 +288,7 @@ def test_training_windows_are_of_the_text(tmp_path):
     assert [batch.shape for batch in batches] == [(7, 17)] * 11
     windows = {tuple(window.tolist()) for window in tokens.unfold(0, 17, 1)}
     assert {tuple(row.tolist()) for batch in batches for row in batch} <= windows
-    starts = torch.cat(list(RandomStarts(5, 100, 10)))
+    starts = torch.cat(list(RandomStarts(5, 100, 10).draw(torch.Generator())))
     assert set(starts.tolist()) == set(range(5))
 
 

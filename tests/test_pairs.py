@@ -277,17 +277,20 @@ def test_every_sentence_is_in_one_batch_of_bounded_size():
     torch.manual_seed(0)
     source, target = torch.randint(1, 40, (500,)), torch.randint(1, 40, (500,))
     batches = TokenBatches(source, target, 200)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        epoch = list(batches)
+        epoch = list(batches.draw(generator))
         assert len(epoch) == len(batches)
         assert sorted(torch.cat(epoch).tolist()) == list(range(500))
         for batch in epoch:
             assert len(batch) * max(source[batch].max(), target[batch].max()) <= 200
-    assert Counter(map(len, batches)) == Counter(map(len, epoch))
+    another = list(batches.draw(generator))
+    assert Counter(map(len, another)) == Counter(map(len, epoch))
     padding = sum(len(batch) * int(source[batch].max()) for batch in epoch) / int(source.sum())
     assert padding < 1.25
-    assert any(not torch.equal(one, other) for one, other in zip(batches, epoch, strict=True))
-    assert [len(batch) for batch in TokenBatches(source[:3] + 500, target[:3], 200)] == [1, 1, 1]
+    assert any(not torch.equal(one, other) for one, other in zip(another, epoch, strict=True))
+    long = TokenBatches(source[:3] + 500, target[:3], 200)
+    assert [len(batch) for batch in long.draw(generator)] == [1, 1, 1]
 
 
 def test_a_batch_is_filled_up_behind():

@@ -207,7 +207,7 @@ def test_a_reader_s_own_mistakes_cost_one_input(bundle, tmp_path, monkeypatch, c
         raise AttributeError("'NoneType' object has no attribute 'seek'")
 
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: broken() if "bad" in str(path) else real(path))
+    monkeypatch.setattr(Image, "open", lambda path, **_: broken() if "bad" in str(path) else real(path))
     assert main([str(bundle), "bad.spi", str(tmp_path / "white.png")]) == 2
     bad, good = map(json.loads, capsys.readouterr().out.splitlines())
     assert "bad.spi: cannot be decoded" in bad["error"]

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dlref.data.image_classification import check_at_least
+from dlref.data.loader import SplitData
 from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows
@@ -44,7 +44,7 @@ class Channels(NamedTuple):
     truth: np.ndarray | None = None
 
 
-class ForecastingData(LightningDataModule):
+class ForecastingData(SplitData):
     """Series, cut into windows; a subclass reads them.
 
     Args:
@@ -162,24 +162,14 @@ class ForecastingData(LightningDataModule):
         if fewer:
             rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
 
-    def train_dataloader(self) -> DataLoader:
+    def order(self, devices: int) -> Draws:
         """Windows drawn at random, batches all of one size."""
         windows = self.splits["train"]
-        draws = Draws(windows.count, self.weight, self.batch_size, self.batches)
-        return DataLoader(windows, sampler=draws, batch_size=None)
+        return Draws(windows.count, self.weight, self.batch_size * devices, self.batches)
 
-    def in_order(self, split: str) -> DataLoader:
-        """Every window of a split once."""
-        windows = self.splits[split]
-        return DataLoader(windows, sampler=torch.arange(len(windows)).split(EVALUATED), batch_size=None)
-
-    def val_dataloader(self) -> DataLoader:
-        """Every validation window once, in order."""
-        return self.in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test window once, in order."""
-        return self.in_order("test")
+    def at_once(self, split: str) -> int:
+        """Few: each window has all of its sample paths."""
+        return EVALUATED
 
     def predict_dataloader(self) -> DataLoader:
         """What comes after the end of each series to predict."""

@@ -10,18 +10,17 @@ Small sets live on the training device (`small_images`), large ones stream from 
 """
 
 from pathlib import Path
-from typing import Any
 
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dlref.data.listings import Listing, read_folder
+from dlref.data.loader import SplitData
 from dlref.runtime.errors import UserError
 
 
-class ImageClassificationData(LightningDataModule):
-    """The loaders over `splits`, which `setup` of a subclass fills: "train", "val" and "test"."""
+class ImageClassificationData(SplitData):
+    """Images with their classes; a subclass fills `splits`."""
 
     labels: list[str]
     multi_label = False
@@ -32,33 +31,10 @@ class ImageClassificationData(LightningDataModule):
         self.batch_size = batch_size
         self.splits: dict[str, Dataset] = {}
 
-    def loader_options(self) -> dict[str, Any]:
-        """Return the arguments that all of the DataLoaders take."""
-        raise NotImplementedError
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, all of one size."""
-        train = self.splits["train"]
-        # A last, smaller batch would be another shape for torch.compile and for CUDA graphs.
-        full = len(train) >= self.batch_size
-        return DataLoader(train, batch_size=self.batch_size, shuffle=True, drop_last=full, **self.loader_options())
-
-    def val_dataloader(self) -> DataLoader:
-        """Every validation image once, in order."""
-        return DataLoader(self.splits["val"], batch_size=self.batch_size, **self.loader_options())
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test image once, in order."""
-        return DataLoader(self.splits["test"], batch_size=self.batch_size, **self.loader_options())
-
     def sources(self) -> list[str]:
         """Return a name for each test image, in order: its path, or its number."""
         test = self.splits["test"]
         return list(getattr(test, "paths", map(str, range(len(test)))))
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test images."""
-        return self.test_dataloader()
 
 
 def check_at_least(minimum: int, **arguments: int) -> None:

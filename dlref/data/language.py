@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dlref.data.image_classification import check_at_least
+from dlref.data.loader import SplitData
 from dlref.data.tokens import (
     BLOCK,
-    InOrder,
     RandomStarts,
     Windows,
     open_tokens,
@@ -44,7 +43,7 @@ HELD_OUT = 0.1  # of a text that has to serve as everything
 SHARES = 20  # of Python's files one is for validation, one for the test
 
 
-class LanguageData(LightningDataModule):
+class LanguageData(SplitData):
     """Rows of tokens; a subclass makes them.
 
     Args:
@@ -85,29 +84,18 @@ class LanguageData(LightningDataModule):
             for windows in self.splits.values():
                 windows.to(device)
 
-    def train_dataloader(self) -> DataLoader:
+    def order(self, devices: int) -> RandomStarts:
         """Windows from anywhere in the training text."""
-        windows = self.splits["train"]
-        starts = RandomStarts(len(windows.tokens) - self.context_length, self.batch_size, self.batches)
-        return DataLoader(windows, sampler=starts, batch_size=None)
+        places = len(self.splits["train"].tokens) - self.context_length
+        return RandomStarts(places, self.batch_size * devices, self.batches)
 
-    def in_order(self, split: str) -> DataLoader:
-        """Windows one after the other, so that every token but the first is predicted once."""
-        windows = self.splits[split]
-        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if len(windows) < devices:
-            raise UserError(f"{split}: {len(windows)} windows for {devices} devices; expected one for each")
-        size = max(1, min(EVALUATED // self.context_length, len(windows) // devices))
-        starts = (torch.arange(len(windows)) * self.context_length).split(size)
-        return DataLoader(windows, sampler=InOrder(starts, rank, devices), batch_size=None)
+    def samples(self, split: str) -> torch.Tensor:
+        """The beginnings of windows one after the other, so that every token but the first is predicted once."""
+        return torch.arange(len(self.splits[split])) * self.context_length
 
-    def val_dataloader(self) -> DataLoader:
-        """The validation text in order."""
-        return self.in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """The test text in order."""
-        return self.in_order("test")
+    def at_once(self, split: str) -> int:
+        """As many windows as have so many tokens."""
+        return EVALUATED // self.context_length
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts, one by one."""

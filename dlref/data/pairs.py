@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object, read_text
@@ -282,19 +282,20 @@ class Corpus(Dataset):
         return batch._replace(sources=sources, references=references)
 
 
-class TokenBatches(Sampler[Tensor]):
+class TokenBatches:
     """Batches of sentences that are about as long, each of at most so many tokens, padding included.
 
     Sentences of one length are shuffled, and so are the batches: what a batch holds is new in every epoch, how many
-    there are is not. A sentence longer than a batch is one alone.
+    there are is not. Sentences longer than a batch are one alone, or of several `devices` one for each.
     """
 
-    def __init__(self, source: Int[Tensor, "N"], target: Int[Tensor, "N"], tokens: int):
+    def __init__(self, source: Int[Tensor, "N"], target: Int[Tensor, "N"], tokens: int, devices: int = 1):
         self.source, self.target = source, target
         self.cuts = [0]
         widths = self.width(self.order(torch.arange(len(source))))
         for place, width in enumerate(widths.tolist()):
-            if (place + 1 - self.cuts[-1]) * width > tokens and place > self.cuts[-1]:
+            full = (place + 1 - self.cuts[-1]) * width > tokens
+            if full and min(place - self.cuts[-1], len(widths) - place) >= devices:
                 self.cuts.append(place)
         self.cuts.append(len(widths))
 
@@ -310,7 +311,8 @@ class TokenBatches(Sampler[Tensor]):
     def __len__(self) -> int:
         return len(self.cuts) - 1
 
-    def __iter__(self) -> Iterator[Tensor]:
-        order = self.order(torch.randperm(len(self.source)))
-        for i in torch.randperm(len(self)).tolist():
+    def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """The numbers of the sentences of each batch."""
+        order = self.order(torch.randperm(len(self.source), generator=generator))
+        for i in torch.randperm(len(self), generator=generator).tolist():
             yield order[self.cuts[i] : self.cuts[i + 1]]

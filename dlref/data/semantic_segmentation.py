@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -143,18 +143,9 @@ class SegmentationData(StreamedPictures):
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
-    def val_dataloader(self) -> DataLoader:
-        """Every validation picture once, in order."""
-        return self.whole("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Every test picture once, in order."""
-        return self.whole("test")
-
-    def whole(self, split: str) -> DataLoader:
-        """Pictures as they are; alone where others have other sizes, for what pads one would be seen by the network."""
-        alike = len(set(self.splits[split].sizes)) == 1
-        return self.loader(split, batch_size=self.batch_size if alike else 1)
+    def at_once(self, split: str) -> int:
+        """Pictures stay as they are; alone where others have other sizes, for the network would see what pads one."""
+        return self.batch_size if len(set(self.splits[split].sizes)) == 1 else 1
 
     def sources(self) -> list[str]:
         """Return the name of each test picture, in order."""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +31,9 @@ class ImageTensors(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
-        index = torch.tensor(indices).to(self.images.device, non_blocking=True)
+        index = index.to(self.images.device, non_blocking=True)
         return self.images[index], self.targets[index]
 
     def to(self, device: torch.device) -> "ImageTensors":
@@ -76,10 +75,6 @@ class InMemoryImages(ImageClassificationData):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         self.splits = {name: split.to(device) for name, split in self.splits.items()}
 
-    def loader_options(self) -> dict[str, Any]:
-        """Return the options for a dataset that already answers in batches."""
-        return {"collate_fn": _already_a_batch}
-
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment training batches, on the device."""
         images, targets = batch
@@ -92,10 +87,6 @@ class InMemoryImages(ImageClassificationData):
         if self.cutout:
             images = random_erase(images, self.cutout)
         return images, targets
-
-
-def _already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
 
 
 class Digits(InMemoryImages):

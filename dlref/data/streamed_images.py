@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,6 +11,7 @@ from torchvision.transforms import v2
 from dlref.data.image_classification import ImageClassificationData, check_at_least, list_folder
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_lst, read_manifest
+from dlref.data.loader import Gathered
 from dlref.runtime.errors import UserError
 
 
@@ -102,13 +101,9 @@ class StreamedImages(ImageClassificationData):
         """Return what validation and testing do to each image."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)])
 
-    def loader_options(self) -> dict[str, Any]:
-        """Return the options of the worker processes."""
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+    def as_batches(self, split: str) -> Gathered:
+        """Decoded one by one."""
+        return Gathered(self.splits[split])
 
 
 class ImageFolder(StreamedImages):

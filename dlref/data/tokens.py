@@ -6,7 +6,7 @@ Legend of shapes: N tokens in a row, B windows, U tokens of one.
 """
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset
 
 from dlref.data.vocabulary import Exact, make_exact, read_exact
 from dlref.runtime.errors import UserError
@@ -131,23 +131,7 @@ class Windows(Dataset):
         self.tokens = self.tokens.to(device, torch.int32)
 
 
-class InOrder(DistributedSampler):
-    """Batches of places one after the other, shared out over the devices so that each batch is one device's alone.
-
-    Lightning's own sharing would give some of them twice where they do not come out even.
-    """
-
-    def __init__(self, batches: Sequence[Tensor], rank: int, devices: int):
-        self.mine = batches[rank::devices]
-
-    def __len__(self) -> int:
-        return len(self.mine)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.mine)
-
-
-class RandomStarts(Sampler[Tensor]):
+class RandomStarts:
     """Batches of places at which a window can begin, drawn anew at each turn."""
 
     def __init__(self, places: int, batch_size: int, batches: int):
@@ -156,9 +140,10 @@ class RandomStarts(Sampler[Tensor]):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """The places of each batch."""
         for _ in range(self.batches):
-            yield torch.randint(self.places, (self.batch_size,))
+            yield torch.randint(self.places, (self.batch_size,), generator=generator)
 
 
 # Files

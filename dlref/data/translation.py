@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from dlref.data.image_classification import check_at_least
+from dlref.data.loader import SplitData
 from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import make_dates
 from dlref.data.vocabulary import Kind, make_vocabulary, read_vocabulary
@@ -24,7 +23,7 @@ from dlref.runtime.text import BEGIN, END, make_tokenizer
 EVALUATED = 64  # sentences at once
 
 
-class TranslationData(LightningDataModule):
+class TranslationData(SplitData):
     """Sources and targets; a subclass reads them.
 
     Args:
@@ -104,28 +103,14 @@ class TranslationData(LightningDataModule):
             rank_zero_warn(f"{split}: {cut} sentences of more than {self.longest - 1} tokens are cut")
         return Corpus(*sides, tuple(texts) or None)
 
-    def train_dataloader(self) -> DataLoader:
+    def order(self, devices: int) -> TokenBatches:
         """Batches of about equal lengths, new ones in each epoch."""
-        corpus = self.splits["train"]
-        batches = TokenBatches(corpus.source.lengths, corpus.target.lengths - 1, self.batch_size)
-        return DataLoader(corpus, sampler=batches, batch_size=None)
+        source, target = (side.lengths for side in (self.splits["train"].source, self.splits["train"].target))
+        return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
-    def in_order(self, split: str) -> DataLoader:
-        """Every sentence of a split once."""
-        corpus = self.splits[split]
-        return DataLoader(corpus, sampler=torch.arange(len(corpus)).split(EVALUATED), batch_size=None)
-
-    def val_dataloader(self) -> DataLoader:
-        """The validation sentences in order."""
-        return self.in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """The test sentences in order."""
-        return self.in_order("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test sentences in order."""
-        return self.in_order("test")
+    def at_once(self, split: str) -> int:
+        """The number does not hang on the lengths."""
+        return EVALUATED
 
     def sources(self) -> Sequence[str]:
         """The name of each sentence to predict."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dlref.data.series import Series
 from dlref.runtime.calendar import Frequency
@@ -162,7 +162,7 @@ class Windows(Dataset):
         return Windows(self.store.to(device), *parts, self.stride, self.steps, self.horizon)
 
 
-class Draws(Sampler[Tensor]):
+class Draws:
     """Batches of windows drawn with replacement: a series first, then one of its windows, each as likely.
 
     Args:
@@ -179,9 +179,10 @@ class Draws(Sampler[Tensor]):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """The numbers of the windows of each batch."""
         total = self.batch_size * self.batches
-        item = torch.multinomial(self.weight, total, replacement=True)
-        place = (torch.rand(total, dtype=torch.float64) * self.count[item]).long()
+        item = torch.multinomial(self.weight, total, replacement=True, generator=generator)
+        place = (torch.rand(total, dtype=torch.float64, generator=generator) * self.count[item]).long()
         number = self.count.cumsum(0)[item] - self.count[item] + place
-        yield from number.split(self.batch_size)
+        return iter(number.split(self.batch_size))

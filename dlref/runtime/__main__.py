@@ -8,6 +8,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from dlref.runtime import UserError, kinds, load, runner_of
 from dlref.runtime.runner import BATCH, plain, positive
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what moves a terminal's cursor and more; no tab, no line feed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,6 +136,7 @@ def transform(arguments: list[str]) -> int:
 def tell(pieces: Iterable[str]) -> int:
     """Print a text as it comes, letters that the output cannot show as numbers."""
     for piece in pieces:
+        piece = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], piece)
         known = piece.encode(sys.stdout.encoding or "ascii", "backslashreplace")
         print(known.decode(sys.stdout.encoding or "ascii"), end="", flush=True)
     print()
@@ -142,6 +146,8 @@ def tell(pieces: Iterable[str]) -> int:
 def line(record: dict) -> str:
     """A record as JSON, letters as they are where the output can show them."""
     text = json.dumps(record, ensure_ascii=False)
+    if CONTROLS.search(text):
+        return json.dumps(record)
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

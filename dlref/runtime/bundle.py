@@ -127,7 +127,7 @@ class OnnxGraph:
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
-        options.log_severity_level = 3  # errors; they come as exceptions
+        options.log_severity_level = 4  # errors come as exceptions
         # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         self.path = path
@@ -136,6 +136,7 @@ class OnnxGraph:
                 self.session = onnxruntime.InferenceSession(path, options, providers=[(provider, PROVIDERS[provider])])
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({' '.join(str(error).split())})") from None
+        self.session.disable_fallback()  # it exchanges the session that other threads may be in, and prints
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.shape = {value.name: value.shape for value in self.session.get_inputs()}
         for name, shape in self.shape.items():

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that says where, what is wrong and what was expected; the commands print it
     to stderr and exit with code 2, without a traceback.
     """
+
+    def __str__(self) -> str:
+        # Names from files may hold what moves a terminal's cursor.
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in super().__str__())

@@ -8,6 +8,9 @@ from PIL import Image, ImageOps
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
+# Not PostScript, for which pillow starts another program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
     """One image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
@@ -18,7 +21,7 @@ def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return _as_hwc(source, channels)
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.mode.startswith("I;16"):  # the high byte, as the training side takes it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":

@@ -106,13 +106,18 @@ class Forecaster(Task):
         raw, _ = self.network(history[:, places], features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
 
-    def loss(self, window) -> Tensor:
-        """Negative log-likelihood of an observed point, on average over context and prediction."""
+    def surprise(self, window) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of all observed points of context and prediction, and their number, at least 1."""
         parameters = self(window)
         times = parameters[0].shape[1]
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         likelihood = self.distribution.log_prob(values, parameters).where(observed, 0)
-        return -likelihood.sum() / observed.sum().clamp(min=1)
+        return -likelihood.sum(), observed.sum().clamp(min=1)
+
+    def loss(self, window) -> Tensor:
+        """Negative log-likelihood of an observed point, on average over context and prediction."""
+        total, count = self.surprise(window)
+        return total / count
 
     def past(self, window) -> Past:
         """What a runner knows of windows: no value that it is to forecast."""
@@ -131,9 +136,8 @@ class Forecaster(Task):
 
     def training_step(self, batch, batch_index: int) -> Tensor:
         """Negative log-likelihood."""
-        loss = self.loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        total, count = self.surprise(batch)
+        return self.reported(total / count, count)
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Negative log-likelihood, and how good forecasts are."""

@@ -129,8 +129,8 @@ class ImageClassifier(Task):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        by_class = self.class_weights is not None and not targets.is_floating_point()
+        return self.reported(loss, self.class_weights[targets].sum() if by_class else len(images))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Loss and metrics of the head."""

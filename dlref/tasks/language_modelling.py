@@ -109,8 +109,7 @@ class LanguageModel(Task):
         """Cross entropy, over what the network has room for."""
         hidden, _, _ = self.network(batch[:, :-1])
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, batch[:, 1:].flatten())
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        return self.reported(loss, batch[:, 1:].numel())
 
     def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
         """Nats of every token of a split."""

@@ -109,18 +109,19 @@ class ObjectDetector(Task):
         return self.network(self.preprocess(images))
 
     def losses(self, heads: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of the loss and their sum."""
+        """The parts of the loss, their sum and over how many default boxes it is a mean."""
         anchors = self.network.anchors
         matched = match(targets["boxes"], targets["labels"], anchors, self.overlap_threshold)
         boxes, classes = multibox_loss(*heads, targets["boxes"], targets["labels"], anchors, matched)
-        return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes}
+        positives = (matched >= 0).sum().clamp(min=1)
+        return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes, "positives": positives}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Localisation and confidence loss, of equal weight."""
         images, targets = batch
         losses = self.losses(self(images), targets)
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
-        return losses["loss"]
+        self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")}, prog_bar=True)
+        return self.reported(losses["loss"], losses["positives"])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss; detections are kept for the metrics."""

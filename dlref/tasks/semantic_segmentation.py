@@ -107,9 +107,7 @@ class SemanticSegmenter(Task):
             outputs = self(images)
         except ValueError as error:  # normalising a single value: pooled maps of a single image
             raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
-        loss = self.losses(outputs, masks)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        return self.reported(self.losses(outputs, masks), counted(masks, self.class_weights))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss, and what is taken for what."""
@@ -235,10 +233,15 @@ def pixel_loss(logits: Float[Tensor, "B K h w"], masks: UInt8[Tensor, "B H W"], 
     targets = masks.long()
     pixels = enlarged(logits, masks.shape[1:])
     total = F.cross_entropy(pixels, targets, weights, ignore_index=VOID, reduction="sum")
-    counted = targets != VOID
+    return total / counted(masks, weights)
+
+
+def counted(masks: UInt8[Tensor, "B H W"], weights: Tensor | None) -> Tensor:
+    """How many pixels count, each as much as its class weighs; more than 0, for something is divided by it."""
+    there = masks != VOID
     if weights is not None:
-        counted = counted * weights[targets.where(counted, 0)]
-    return total / counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        there = there * weights[masks.long().where(there, 0)]
+    return there.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Confusion(Metric):

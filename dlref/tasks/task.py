@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -128,6 +129,21 @@ class Task(LightningModule):
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
+
+    def reported(self, loss: Tensor, count: Tensor | int) -> Tensor:
+        """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
+
+        Args:
+            loss: a mean over `count` things of this device's share. What DDP does, the mean of the devices' gradients,
+                would give a thing less weight where there are more of them.
+        """
+        self.train_loss, own = loss.detach(), loss
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            both = torch.stack([self.train_loss * count, self.train_loss.new_tensor(1.0) * count])
+            torch.distributed.all_reduce(both)
+            self.train_loss, own = both[0] / both[1], loss * (count * torch.distributed.get_world_size() / both[1])
+        self.log("train/loss", self.train_loss, prog_bar=True)
+        return own
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
         """What the optimiser is built from: those with weight decay, and those without."""

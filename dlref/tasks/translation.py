@@ -139,8 +139,7 @@ class Translator(Task):
             before = self.mixed(batch, before)
         logits = self(batch, before).flatten(0, 1)
         loss = F.cross_entropy(logits, after.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        return self.reported(loss, (after != PAD).sum())
 
     def evaluation_step(self, batch, beam: int) -> None:
         """Likelihood and accuracy of the true tokens, and the text that is found without them."""

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -9,14 +10,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dlref.runtime import UserError
+from dlref.tasks.seal import damage, seal_of
 
 log = logging.getLogger(__name__)
+
+# What a run goes on from; the keys are Lightning's.
+PARTS = {
+    "state_dict": (dict, OrderedDict),
+    "facts": (dict,),
+    "global_step": (int,),
+    "loops": (dict,),
+    "callbacks": (dict,),
+    "optimizer_states": (list,),
+    "lr_schedulers": (list,),
+    "pytorch-lightning_version": (str,),
+}
 
 
 def read(path: Path) -> object:
     """What a PyTorch or safetensors file holds; never unpickles code. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a .safetensors or .pt state dict, or the folder of a run")
+    if seal_of(path) and (wrong := damage(path)):
+        raise UserError(f"{path}: damaged ({wrong}); expected it as it was written")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -30,7 +46,8 @@ def read(path: Path) -> object:
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project. Raises UserError."""
     state = read(path)
-    if not (isinstance(state, dict) and {"state_dict", "facts"} <= state.keys()):
+    parts = isinstance(state, dict) and all(type(state.get(key)) in kinds for key, kinds in PARTS.items())
+    if not (parts and all(isinstance(name, str) for name in state["state_dict"])):
         raise UserError(f"{path}: not a checkpoint of dlref; expected one that train.py wrote")
     return state
 
@@ -49,7 +66,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         }
     elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict; expected names and tensors")
     return state
 

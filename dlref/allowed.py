@@ -1,0 +1,68 @@
+"""What a config may name. A class that is named is code that runs, so few can be, and nothing but classes."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pydoc import locate
+
+from jsonargparse import Namespace, _optionals, set_parsing_settings
+
+from dlref.runtime import UserError
+
+ALLOWED_CLASS_PATHS = [
+    "dlref.data",
+    "dlref.models",
+    "dlref.tasks",
+    "torch.nn",
+    "torch.optim",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+]
+PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
+ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
+set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning lets configs come from servers
+
+
+@contextmanager
+def no_other_configs() -> Iterator[None]:
+    """Keep jsonargparse from reading a file in the place of each class or group that is a text.
+
+    Only the command line may name files of config. There is no public switch for it.
+    """
+    mode, _optionals._config_read_mode = _optionals._config_read_mode, "fF"  # a file, and no file
+    try:
+        yield
+    finally:
+        _optionals._config_read_mode = mode
+
+
+def check_parts(value: object) -> None:
+    """Raise UserError for what a config may not name, though its module is allowed.
+
+    A function would be called while things are built, with arguments of the config's choice, and some write files. What
+    has a folder of its own would write outside of the run's.
+    """
+    if inspect.isroutine(value):
+        raise UserError(f"{value.__module__}.{value.__qualname__}: a function; expected a class of {ALLOWED}")
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        check_part(value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            check_parts(part)
+
+
+def check_part(part: dict) -> None:
+    """Raise UserError for a class that is none, and for places to write."""
+    path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
+    if isinstance(path, str) and not (path.startswith(PREFIXES) and inspect.isclass(locate(path))):
+        raise UserError(f"{path}: not a class; expected a class of {ALLOWED}")
+    if folder is not None or (isinstance(name, str) and ".." in Path(name).parts):
+        raise UserError(
+            f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
+        )

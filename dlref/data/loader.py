@@ -1,0 +1,212 @@
+"""Loaders whose batches follow from the run's seed, the epoch and their number, and from nothing that came before.
+
+A run can so go on from any of its steps as if it had never stopped, any batch can be had once more, and neither how
+many processes decode nor how many devices share a batch changes what is in it.
+
+A data set of batches answers a tensor of B numbers with a batch. Legend of shapes: N samples, B of them in a batch.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from dlref.runtime.errors import UserError
+
+ORDER, SAMPLES, STEP = range(3)  # what a seed is for: who is in a batch; decoding and augmenting them; the step
+
+
+class Order(Protocol):
+    """Which samples make the batches of an epoch. The devices share each batch."""
+
+    def __len__(self) -> int:
+        """How many batches an epoch has."""
+
+    def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Their samples, (B,) each; all that is random comes from the generator."""
+
+
+class Shuffled:
+    """Each sample once, in batches of one size; what does not fill one is left to another epoch.
+
+    A last, smaller batch would be another shape for torch.compile and for CUDA graphs. A single one may be smaller.
+    """
+
+    def __init__(self, count: int, batch_size: int):
+        self.count, self.batch_size = count, min(batch_size, count)
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Batches of a permutation."""
+        order = torch.randperm(self.count, generator=generator)
+        return iter(order.split(self.batch_size)[: len(self)])
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process among those that train together, and how many they are."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
+class Steps(Sampler[tuple[int, Tensor]]):
+    """For each step of an epoch a seed and this process' samples, from the step `first` on.
+
+    Args:
+        order: of all processes.
+        same: whether all epochs are the first one.
+    """
+
+    def __init__(self, order: Order, same: bool = False):
+        self.order, self.same, self.epoch, self.first = order, same, 0, 0
+        self.run = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning keeps the seed of a run
+        self.rank, self.devices = processes()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = 0 if self.same else epoch
+
+    def seed(self, purpose: int, number: int = 0, rank: int = 0) -> int:
+        """A seed of 32 bits, of which each is as good as drawn."""
+        parts = (purpose, self.run, self.epoch, number, rank)
+        return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return self.since(self.first)
+
+    def since(self, first: int) -> Iterator[tuple[int, Tensor]]:
+        """The steps of this epoch from one on."""
+        generator = torch.Generator().manual_seed(self.seed(ORDER))
+        for number, samples in enumerate(self.order.draw(generator)):
+            if number >= first:
+                yield self.seed(SAMPLES, number, self.rank), samples[self.rank :: self.devices]
+
+
+class Seeded(Dataset):
+    """Batches, each made after seeding: the same in any process that makes it."""
+
+    def __init__(self, batches: Dataset):
+        self.batches = batches
+
+    def __getitem__(self, step: tuple[int, Tensor]) -> Any:
+        seed, samples = step
+        torch.manual_seed(seed)
+        return self.batches[samples]
+
+
+class Gathered(Dataset):
+    """The batches of a data set of single samples."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, samples: Tensor) -> Any:
+        return default_collate([self.dataset[i] for i in samples.tolist()])
+
+
+class TrainLoader(DataLoader):
+    """Batches to train from; it knows how many of an epoch it gave, and goes on from there."""
+
+    taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken = self.sampler.first
+        for batch in super().__iter__():
+            self.sampler.first = 0  # of the epochs to come
+            self.seed(self.taken)
+            self.taken += 1
+            yield batch
+
+    def seed(self, number: int) -> None:
+        """Before augmentation on the device and dropout: all that is random until the next batch."""
+        torch.manual_seed(self.sampler.seed(STEP, number, self.sampler.rank))
+
+    def batch(self, number: int) -> Any:
+        """A batch of this epoch once more."""
+        batch = self.dataset[next(self.sampler.since(number))]
+        self.seed(number)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that were given."""
+        self.sampler.first = state["taken"]
+
+
+class SplitData(LightningDataModule):
+    """Data in `splits`, which `setup` of a subclass fills: "train", "val" and "test".
+
+    Training draws shuffled batches of `batch_size`, evaluation takes so many samples at once, unless a subclass says
+    otherwise.
+    """
+
+    splits: dict[str, Dataset]
+    batch_size: int
+    num_workers = 0  # processes that make batches; 0: the one that trains
+    same = False  # whether all epochs are the first one
+
+    def order(self, devices: int) -> Order:
+        """The batches of an epoch, each to be shared by so many devices."""
+        return Shuffled(len(self.splits["train"]), self.batch_size * devices)
+
+    def at_once(self, split: str) -> int:
+        """The most samples that are evaluated together."""
+        return self.batch_size
+
+    def as_batches(self, split: str) -> Dataset:
+        """A split as a data set of batches."""
+        return self.splits[split]
+
+    def samples(self, split: str) -> Tensor:
+        """The samples of a split."""
+        return torch.arange(len(self.splits[split]))
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in an order that is new in each epoch."""
+        steps = Steps(self.order(processes()[1]), self.same)
+        return TrainLoader(Seeded(self.as_batches("train")), sampler=steps, batch_size=None, **self.workers())
+
+    def in_order(self, split: str) -> DataLoader:
+        """Each sample of a split once; each batch is one device's alone.
+
+        Lightning's own sharing would give some of them twice where they do not come out even. Raises UserError where
+        there are fewer samples than devices.
+        """
+        samples, (rank, devices) = self.samples(split), processes()
+        if 0 < len(samples) < devices:
+            raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
+        size = max(1, min(self.at_once(split), len(samples) // devices))
+        parts = samples.split(size) if len(samples) else ()
+        return DataLoader(self.as_batches(split), sampler=parts[rank::devices], batch_size=None, **self.workers())
+
+    def workers(self) -> dict[str, Any]:
+        """What a DataLoader has to know of processes."""
+        several = self.num_workers > 0
+        return {"num_workers": self.num_workers, "persistent_workers": several, "pin_memory": torch.cuda.is_available()}
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation samples in order."""
+        return self.in_order("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """The test samples in order."""
+        return self.in_order("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test samples in order."""
+        return self.in_order("test")

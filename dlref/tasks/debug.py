@@ -1,0 +1,37 @@
+"""The first question to ask of a network that does not learn: does it learn three batches by heart?"""
+
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from dlref.tasks.task import Task
+
+BATCHES, PASSES = 3, 100
+PRESET = {
+    "limit_train_batches": BATCHES,
+    "max_epochs": PASSES,
+    "max_steps": -1,
+    "max_time": None,
+    "limit_val_batches": 0,
+    "accumulate_grad_batches": 1,
+    "detect_anomaly": True,  # names the operation whose gradient is NaN
+}
+
+
+class Overfit(Callback):
+    """Say how far the loss of the same few batches falls."""
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Nothing seen yet."""
+        self.losses = []
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep each loss, on the device."""
+        self.losses.append(task.train_loss)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        """The mean of the first pass and of the last one."""
+        first, last = (float(sum(part) / len(part)) for part in (self.losses[:BATCHES], self.losses[-BATCHES:]))
+        print(f"debug: train/loss {first:.4g} -> {last:.4g}, {BATCHES} batches {len(self.losses) // BATCHES} times")

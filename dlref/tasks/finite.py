@@ -1,0 +1,58 @@
+"""The stop at a loss that is no number, with what is needed to see why."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from dlref.runtime import UserError
+from dlref.tasks.seal import write_sealed
+from dlref.tasks.task import Task
+
+
+class Finite(Callback):
+    """End a run whose loss is NaN or infinite, and keep the first batch of which it was.
+
+    A look at the loss waits for the device, so one is taken only now and then: as often as losses are logged, and
+    before anything is kept. The batch is made once more; it need not have stayed in memory.
+
+    Args:
+        path: where the batch goes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Nothing seen yet."""
+        self.first, self.seen = torch.full((), -1, device=task.device), {}
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Remember on the device which batch was the first."""
+        bad = ~task.train_loss.isfinite() & (self.first < 0)
+        self.first = torch.where(bad, batch_idx, self.first)
+        self.seen[batch_idx] = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "learning_rate": task.optimizers().param_groups[0]["lr"],
+        }
+        if trainer.is_last_batch or len(self.seen) >= trainer.log_every_n_steps:
+            self.look(trainer)
+
+    def look(self, trainer: Trainer) -> None:
+        """Raise UserError where a loss since the last look was no number."""
+        first = int(self.first)
+        if first < 0:
+            self.seen = {}
+            return
+        where = self.seen[first]
+        if trainer.is_global_zero:
+            batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(first))
+            write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, self.path)
+        raise UserError(
+            "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
+            "expected a number, see a lower rate or trainer.gradient_clip_val; ".format(**where)
+            + f"the batch is in {self.path}"
+        )

@@ -1,0 +1,190 @@
+"""What a spot instance meets: SIGTERM, checkpoints that are damaged, a disk that is full; each run goes on to the same.
+
+    python -m tests.faults.spot [--times 20]
+
+SIGTERM comes to fits of every family at random steps: last.ckpt has to be of that step (of the next step of the
+optimiser, or of the end of a validation that is due), the status 75, and the resumed run bit for bit that which nobody
+stopped. A last.ckpt is cut off, emptied, removed or has one bit turned: the one before it is used, one line says so.
+The disk is a small tmpfs in a name space of its own (`unshare`).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from dlref.run import checkpoint_of
+from dlref.tasks.seal import damage
+from tests.faults.families import FAMILIES, at, differing, fit_words, in_a_process, write_text_file
+
+FAMILY = "image classification"  # where one will do
+STEPS = 6  # of an epoch, in all families
+
+
+# SIGTERM
+
+
+def told(family: str, folder: Path, number: int) -> str:
+    """SIGTERM in the step of a number, and the resumption: how it went."""
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    status = in_a_process(fit_words(family, run), folder, lambda: at("on_train_batch_start", number, signal.SIGTERM))
+    if status != os.EX_TEMPFAIL:
+        return f"step {number}: status {status}"
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    step = kept["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+    if step - number > (0 if number % STEPS and number % 2 == 0 else 1):
+        return f"step {number}: kept in step {step}"
+    if status := in_a_process(fit_words(family, run, ckpt_path="last"), folder):
+        return f"step {number}: status {status} when resumed"
+    found = differing(run, folder / "whole")
+    return f"step {number}: {', '.join(found)}" if found else "equal"
+
+
+def sigterm(folder: Path, times: int, chance: random.Random) -> Counter:
+    """Each family so many times."""
+    counts = Counter()
+    for family in track(FAMILIES, "SIGTERM", transient=True):
+        shutil.rmtree(folder / "whole", ignore_errors=True)
+        in_a_process(fit_words(family, folder / "whole"), folder)
+        for _ in range(times):
+            counts[told(family, folder, chance.randint(1, 3 * STEPS))] += 1
+    return counts
+
+
+# Damage
+
+
+def cut(path: Path, chance: random.Random) -> None:
+    """Keep the beginning."""
+    os.truncate(path, chance.randrange(1, path.stat().st_size - 100))
+
+
+def empty(path: Path, chance: random.Random) -> None:
+    """Keep nothing."""
+    os.truncate(path, 0)
+
+
+def turn(path: Path, chance: random.Random) -> None:
+    """Turn one bit of what is sealed."""
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data) - 80)] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def remove(path: Path, chance: random.Random) -> None:
+    """As where the process was killed between two renames."""
+    path.unlink()
+
+
+def damaged(folder: Path, times: int, chance: random.Random) -> Counter:
+    """Damages that are found, of each kind; of each one run that goes on."""
+    whole, run = folder / "whole", folder / "run"
+    shutil.rmtree(whole, ignore_errors=True)
+    in_a_process(fit_words(FAMILY, whole), folder)
+    stopped = folder / "stopped"
+    in_a_process(
+        fit_words(FAMILY, stopped, checkpoint_minutes=0), folder, lambda: at("on_train_batch_start", 11, signal.SIGKILL)
+    )
+    counts = Counter()
+    for kind in track((cut, empty, turn, remove), "damage", transient=True):
+        for i in range(times):
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(stopped, run)
+            kind(run / "checkpoints" / "last.ckpt", chance)
+            found = checkpoint_of(run, "last").name == "previous.ckpt"
+            counts[f"{kind.__name__}: {'found' if found else 'NOT FOUND'}"] += 1
+            if i == 0:
+                counts[f"{kind.__name__}: {goes_on(run, whole, folder)}"] += 1
+    return counts
+
+
+def goes_on(run: Path, whole: Path, folder: Path) -> str:
+    """Resume a run, once: how it went."""
+    (folder / "output.txt").unlink()
+    status = in_a_process(fit_words(FAMILY, run, checkpoint_minutes=0, ckpt_path="last"), folder)
+    lines = [line for line in (folder / "output.txt").read_text().splitlines() if "previous.ckpt, the one" in line]
+    found = differing(run, whole)
+    return "resumed, equal" if (status, len(lines), found) == (0, 1, []) else f"{status}, {lines}, {found}"
+
+
+# A full disk
+
+
+def full(folder: Path, times: int, chance: random.Random) -> Counter:
+    """Fits on a disk that is too small for them; then it grows, and they go on."""
+    counts, disk = Counter(), folder / "disk"
+    disk.mkdir()
+    in_a_process(fit_words(FAMILY, folder / "whole"), folder)
+    for _ in range(times):
+        size = chance.randint(800, 3000)  # KB; the run takes four checkpoints of 750, one of them in the making
+        mounted("-t", "tmpfs", "-o", f"size={size}k", "none", str(disk))
+        (folder / "output.txt").unlink()
+        status = in_a_process(fit_words(FAMILY, disk / "run", checkpoint_minutes=0), folder)
+        lines = [x for x in (folder / "output.txt").read_text().splitlines() if x.startswith("error: ")]
+        kept = sorted((disk / "run" / "checkpoints").glob("*"))
+        parts, broken = [x for x in kept if x.suffix != ".ckpt"], [x for x in kept if damage(x)]
+        mounted("-o", "remount,size=100m", str(disk))
+        if (status, len(lines), parts, broken) != (2, 1, [], []):
+            counts[f"{size} KB: {status}, {lines}, {parts}, {broken}"] += 1
+        elif (disk / "run" / "checkpoints" / "last.ckpt").exists():
+            more = {"checkpoint_minutes": 0, "ckpt_path": "last"}
+            in_a_process(fit_words(FAMILY, disk / "run", **more), folder)
+            counts[f"one line, whole, {differing(disk / 'run', folder / 'whole') or 'resumed, equal'}"] += 1
+        else:
+            counts["one line, nothing kept yet"] += 1
+        subprocess.run(["umount", str(disk)], check=True)
+    return counts
+
+
+def mounted(*arguments: str) -> None:
+    """`mount` with these arguments."""
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def own_mounts() -> bool:
+    """Leave the name space of mounts that others see, where the system lets us."""
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        root = os.getuid() == 0
+        private = 1 << 18 | 1 << 14  # MS_PRIVATE, MS_REC: what is mounted here stays here
+        return root and libc.unshare(0x00020000) == 0 and libc.mount(None, b"/", None, private, None) == 0
+    return False
+
+
+PARTS: dict[str, Callable[[Path, int, random.Random], Counter]] = {"SIGTERM": sigterm, "damage": damaged}
+
+
+def main() -> int:
+    """0 where nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=20, help="of each family, kind of damage, and size of disk")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = PARTS | ({"full disk": full} if own_mounts() else {})
+    failed = False
+    for part, tally in parts.items():
+        with tempfile.TemporaryDirectory() as name:
+            write_text_file(Path(name))
+            counts = tally(Path(name), options.times, random.Random(0))
+        print(part, *(f"  {number} {outcome}" for outcome, number in counts.items()), sep="\n")
+        failed |= any(not outcome.endswith(("equal", "found", "yet")) for outcome in counts)
+    if "full disk" not in parts:
+        print("full disk\n  NOT RUN: needs root and name spaces of mounts")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

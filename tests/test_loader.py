@@ -1,0 +1,154 @@
+"""Batches that follow from the seed, the epoch and their number alone."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from dlref.data import loader
+from dlref.data.loader import Gathered, Shuffled, SplitData
+from dlref.data.pairs import TokenBatches
+from dlref.data.tokens import RandomStarts
+from dlref.data.windows import Draws
+from dlref.runtime import UserError
+
+LENGTHS = torch.arange(50) % 7 + 1
+ORDERS = {
+    "shuffled": lambda devices: Shuffled(50, 6 * devices),
+    "windows": lambda devices: Draws(torch.tensor([40, 10]), torch.ones(2), 6 * devices, 8),
+    "tokens": lambda devices: RandomStarts(50, 6 * devices, 8),
+    "sentences": lambda devices: TokenBatches(
+        torch.arange(50) % 7 + 1, torch.arange(50) % 5 + 1, 30 * devices, devices
+    ),
+}
+
+
+class Noisy(Dataset):
+    """Samples whose augmentation is random."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index), torch.rand(()).item()])
+
+
+class Data(SplitData):
+    def __init__(self, order="shuffled", num_workers=0):
+        super().__init__()
+        self.batch_size, self.num_workers, self.kind = 6, num_workers, order
+        self.splits = {"train": Noisy(), "val": Noisy()}
+
+    def order(self, devices):
+        return ORDERS[self.kind](devices)
+
+    def as_batches(self, split):
+        return Gathered(self.splits[split])
+
+
+def epoch_of(train, number):
+    train.sampler.set_epoch(number)
+    return [(batch, torch.rand(3)) for batch in train]  # the second is what a step draws
+
+
+def same(one, other):
+    return len(one) == len(other) and all(map(torch.equal, chain(*one), chain(*other)))
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Be one of several processes."""
+
+    def be(rank, count):
+        monkeypatch.setattr(loader, "processes", lambda: (rank, count))
+
+    return be
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_epoch_does_not_hang_on_what_came_before(order):
+    train = Data(order).train_dataloader()
+    first, second = epoch_of(train, 0), epoch_of(train, 1)
+    assert len(first) == len(train)
+    assert not same(first, second)
+    torch.manual_seed(5)
+    assert same(epoch_of(Data(order).train_dataloader(), 1), second)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_it_goes_on_from_any_batch_however_many_processes_there_are(order, num_workers):
+    whole = epoch_of(Data(order).train_dataloader(), 3)
+    train = Data(order, num_workers).train_dataloader()
+    train.load_state_dict({"taken": 2})
+    assert same(epoch_of(train, 3), whole[2:])
+    assert train.state_dict() == {"taken": len(whole)}
+    assert same(epoch_of(train, 3), whole)  # once: the next epoch is a whole one
+
+
+def test_a_batch_can_be_had_once_more():
+    train = Data().train_dataloader()
+    whole = epoch_of(train, 2)
+    assert torch.equal(train.batch(4), whole[4][0])
+    assert torch.equal(torch.rand(3), whole[4][1])
+
+
+def test_runs_of_other_seeds_are_others(monkeypatch):
+    first = epoch_of(Data().train_dataloader(), 0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert not same(epoch_of(Data().train_dataloader(), 0), first)
+
+
+def test_all_epochs_are_the_first_where_that_is_asked():
+    data = Data()
+    first = epoch_of(data.train_dataloader(), 0)
+    data.same = True
+    assert same(epoch_of(data.train_dataloader(), 5), first)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_devices_share_each_batch(order, count, devices):
+    shares = []
+    for rank in range(count):
+        devices(rank, count)
+        shares.append([batch[:, 0].tolist() for batch, _ in epoch_of(Data(order).train_dataloader(), 0)])
+    devices(0, 1)
+    data = Data(order)
+    data.order = lambda _: ORDERS[order](count)  # the batches of all devices, by one
+    whole = [batch[:, 0].tolist() for batch, _ in epoch_of(data.train_dataloader(), 0)]
+    assert [sorted(chain(*parts)) for parts in zip(*shares, strict=True)] == list(map(sorted, whole))
+    assert all(parts for share in shares for parts in share)
+
+
+def test_what_devices_draw_beside_a_batch_is_their_own(devices):
+    drawn = []
+    for rank in range(2):
+        devices(rank, 2)
+        drawn.append([step for _, step in epoch_of(Data().train_dataloader(), 0)])
+    assert not any(map(torch.equal, *drawn))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
+def test_devices_evaluate_each_sample_once(count, devices):
+    seen = []
+    for rank in range(count):
+        devices(rank, count)
+        batches = list(Data().val_dataloader())
+        assert all(len(batch) <= 6 for batch in batches)
+        seen.append([int(row[0]) for batch in batches for row in batch])
+    assert all(seen)
+    assert sorted(chain(*seen)) == list(range(50))
+
+
+def test_more_devices_than_samples(devices):
+    devices(0, 51)
+    with pytest.raises(UserError, match="val: 50 samples for 51 devices"):
+        Data().val_dataloader()
+
+
+def test_sentences_that_are_longer_than_a_batch_are_enough_for_all_devices():
+    lengths = torch.full((7,), 100)
+    batches = TokenBatches(lengths, lengths, 60, devices=2).draw(torch.Generator())
+    assert [len(batch) for batch in batches] in ([2, 2, 3], [2, 3, 2], [3, 2, 2])

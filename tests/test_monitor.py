@@ -1,0 +1,322 @@
+"""The monitor: each rule on a network made to have its trouble and on a healthy one, what it costs, the front door."""
+
+import math
+import shlex
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from test_tasks import Pixels, classifier, trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlref.cli import train
+from dlref.tasks import monitor
+from dlref.tasks.monitor import (
+    LOOKS,
+    RULES,
+    Monitor,
+    Seen,
+    dead_relu,
+    exploding_gradient,
+    loss_not_decreasing,
+    overfitting,
+    saturated_outputs,
+    silent_units,
+    vanishing_gradient,
+)
+
+STEPS = 45  # 15 epochs of 3 batches
+
+
+class Stack(nn.Module):
+    """Linear layers with an activation after all but the last."""
+
+    class_layers = ("fc",)
+
+    def __init__(self, activation=nn.ReLU, depth=1, width=16):
+        super().__init__()
+        widths = [1024] + [width] * depth
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.act = nn.ModuleList(activation() for _ in range(depth))
+        self.fc = nn.Linear(width, 3)
+        self.listened = []
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer, act in zip(self.hidden, self.act, strict=True):
+            x = act(layer(x))
+        self.listened += [any(act._forward_hooks for act in self.act)] * self.training
+        return self.fc(x)
+
+
+def with_(network, **changes):
+    """The first layer's parameters set (numbers) or multiplied (by `times`)."""
+    with torch.no_grad():
+        for name, value in changes.items():
+            parameter = network.hidden[0].weight if name == "times" else getattr(network.hidden[0], name)
+            parameter.mul_(value) if name == "times" else parameter.fill_(value)
+    return network
+
+
+class Bright(Pixels):
+    """Pictures whose class is how bright they are, enough of them in a batch for `ENOUGH`."""
+
+    def __init__(self):
+        super().__init__(n=96)
+
+    def train_dataloader(self):
+        return DataLoader(self.set, batch_size=32)
+
+    val_dataloader = train_dataloader
+
+
+class Chance(Bright):
+    """Twenty pictures of noise with labels by chance, and for validation by chance again: there is nothing to learn."""
+
+    def __init__(self):
+        super().__init__()
+        images = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8)
+        self.set, self.again = (TensorDataset(images, torch.randint(0, 3, (20,))) for _ in range(2))
+
+    def val_dataloader(self):
+        return DataLoader(self.again, batch_size=20)
+
+
+def fitted(tmp_path, network=None, lr=0.01, data=None, stop=(), every=1, max_epochs=15, **options):
+    """A trainer after its run, beside the monitor."""
+    task = classifier(network or Stack(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr))
+    watch = Monitor(every, stop)
+    done = trainer(tmp_path, max_epochs=max_epochs, callbacks=[watch], num_sanity_val_steps=1, **options)
+    done.fit(task, datamodule=data or Bright())
+    return done, watch
+
+
+def told(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("monitor: ")]
+
+
+TROUBLES = {
+    "vanishing_gradient": (lambda: {"network": Stack(nn.Sigmoid, depth=14)}, "network.hidden."),
+    "exploding_gradient": (lambda: {"network": Stack(depth=6), "lr": 100.0}, "network."),
+    "dead_relu": (lambda: {"network": with_(Stack(), bias=-100.0)}, "network.act.0: 100% of the units"),
+    "saturated_activation": (lambda: {"network": with_(Stack(nn.Tanh), times=1000)}, "network.act.0: "),
+    "loss_not_decreasing": (lambda: {"lr": 0.0}, "training loss"),
+    "overfitting": (lambda: {"lr": 0.1, "data": Chance()}, "validation loss"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_fires_on_its_trouble_and_ends_the_run_where_it_is_to(rule, tmp_path, capsys):
+    make, words = TROUBLES[rule]
+    whole, _ = fitted(tmp_path, **make())
+    assert whole.current_epoch == 15
+    first = next(line for line in told(capsys) if f": {rule}: " in line)
+    assert f": {rule}: {words}" in first
+    torch.manual_seed(0)
+    ended, _ = fitted(tmp_path, **make(), stop=[rule])
+    assert f"{first}; the run ends" in told(capsys)
+    assert first.startswith(f"monitor: step {ended.global_step}: ")
+    assert ended.global_step < whole.global_step
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+def test_a_healthy_network_is_left_alone(activation, tmp_path, capsys):
+    done, watch = fitted(tmp_path, Stack(activation, depth=2), lr=0.05, every=3, stop=list(RULES), max_epochs=40)
+    assert told(capsys) == []
+    assert done.global_step == 120
+    assert len(watch.seen.losses) == 40
+    assert len(watch.seen.validations) == 40
+    assert watch.seen.gradients.keys() == {f"network.{name}.weight" for name in ("hidden.0", "hidden.1", "fc")}
+    shares = watch.seen.silent if activation is nn.ReLU else watch.seen.saturated
+    assert shares.keys() == {"network.act.0", "network.act.1"}
+
+
+def test_a_look_is_taken_at_every_so_many_steps_alone(tmp_path, monkeypatch):
+    looks = []
+    look = Monitor._look
+    monkeypatch.setattr(
+        Monitor, "_look", lambda self, **scaled: looks.append(len(self.measured)) or look(self, **scaled)
+    )
+    network = Stack()
+    fitted(tmp_path, network, every=4)
+    assert network.listened == [step % 4 == 0 for step in range(1, STEPS + 1)]
+    assert looks == [2 * 2 + 1] * (STEPS // 4)  # two norms of two weights, and a ReLU
+
+
+def test_batches_whose_gradients_add_up_are_one_step(tmp_path):
+    network = Stack()
+    done, watch = fitted(tmp_path, network, every=2, accumulate_grad_batches=3)
+    assert done.global_step == 15
+    assert network.listened == [(batch // 3 + 1) % 2 == 0 for batch in range(STEPS)]
+    once, many = watch.seen.losses, fitted(tmp_path, Stack(), lr=0.0, every=3)[1].seen.losses
+    assert len(once) == 7
+    assert once[0] == pytest.approx(many[0], rel=0.2)  # not a third of it
+
+
+def test_a_step_in_between_fetches_nothing_from_the_device():
+    """On the meta device there are no numbers to fetch: whoever asks for one fails."""
+    watch = Monitor(every=3)
+    with torch.device("meta"):
+        task = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        batch = torch.ones(64, 4)
+    task.compile_network = False
+    at = SimpleNamespace(global_step=0, accumulate_grad_batches=1, precision_plugin=None, is_global_zero=True)
+    watch.on_train_start(at, task)
+    for step in range(3):
+        at.global_step = step
+        watch.on_train_batch_start(at, task, batch, step)
+        loss = task(batch).mean()
+        loss.backward()
+        watch.on_before_optimizer_step(at, task, None)
+        assert len(watch.measured) == (3 if step == 2 else 0)
+        at.global_step = step + 1
+        if step < 2:
+            watch.on_train_batch_end(at, task, {"loss": loss.detach()}, batch, step)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        watch.on_train_batch_end(at, task, {"loss": loss.detach()}, batch, step)
+
+
+def test_a_rule_is_told_again_only_after_it_ceased(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(RULES, "dead_relu", lambda seen: "so" if len(seen.losses) in (2, 3, 4, 7, 8) else None)
+    fitted(tmp_path, max_epochs=4)
+    assert told(capsys) == [f"monitor: step {step}: dead_relu: so" for step in (2, 7)]
+
+
+def test_a_compiled_network_is_not_listened_to_and_that_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    network = with_(Stack(), bias=-100.0)
+    task = classifier(network, compile_network=True)
+    trainer(tmp_path, callbacks=[Monitor(1)]).fit(task, datamodule=Bright())
+    assert told(capsys) == ["monitor: dead_relu and saturated_activation see nothing inside of a compiled network"]
+    assert not any(network.listened)
+
+
+def test_where_biases_alone_train_there_is_nothing_to_look_at(tmp_path):
+    task = classifier(Stack(nn.ELU), freeze=r"hidden|fc\.weight")
+    watch = Monitor(1)
+    trainer(tmp_path, callbacks=[watch]).fit(task, datamodule=Bright())
+    assert (watch.seen.gradients, len(watch.seen.losses)) == ({}, 3)
+
+
+def test_no_steps_between_looks_is_refused():
+    with pytest.raises(ValueError, match="every: 0; expected 1 or more"):
+        Monitor(every=0)
+
+
+# Rules at their edges
+
+
+def test_gradients_are_measured_against_their_weights():
+    gradients = {"small": (1e-9, 1.0), "zero": (0.0, 1.0), "large": (1e3, 1.0), "unset": (5.0, 0.0)}
+    assert vanishing_gradient(Seen(gradients)).startswith("small: gradient norm 1.0e-09, 1.0e-09 times")
+    assert vanishing_gradient(Seen({"small": (1e-9, 1e-3), "zero": (0.0, 1.0)})) is None
+    assert exploding_gradient(Seen(gradients)) is None
+    assert exploding_gradient(Seen({**gradients, "w": (2e5, 10.0)})).startswith("w: gradient norm 2.0e+05, 2.0e+04")
+    assert exploding_gradient(Seen({**gradients, "w": (2e5, 100.0)})) is None
+    assert exploding_gradient(Seen({**gradients, "w": (math.nan, 1.0)})).startswith("w: gradient norm nan")
+    assert exploding_gradient(Seen()) is vanishing_gradient(Seen()) is dead_relu(Seen()) is None
+
+
+def test_what_a_scaler_tries_is_no_explosion():
+    watch = Monitor()
+    for scaled in (True, False):
+        watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
+        watch.measured = {
+            (kind, name): torch.tensor(number)
+            for kind, name, number in [("gradient", "w", math.inf), ("weight", "w", 1.0), ("gradient", "v", 1e9)]
+        } | {("weight", "v"): torch.tensor(1.0)}
+        watch._look(scaled=scaled)
+        assert watch.seen.gradients.keys() == ({"v"} if scaled else {"w", "v"})
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (8, 4, 3, 3), (8, 8, 4)])
+def test_a_unit_is_silent_where_it_is_0_everywhere(shape):
+    output = torch.zeros(shape)
+    units = output.movedim(2 if len(shape) == 3 else 1, 0)
+    units[1].flatten()[0] = 1e-3
+    units[1, 5] = 1e-3  # one example is enough
+    assert silent_units(nn.ReLU(), output) == 0.75
+    assert silent_units(nn.ReLU(), output[:2]) is None  # two examples tell nothing
+    assert dead_relu(Seen(silent={"a": 0.5, "b": 0.1})) is None
+    assert dead_relu(Seen(silent={"a": 0.51, "b": 0.75})).startswith("b: 75% of the units")
+
+
+def test_an_output_is_saturated_close_to_its_bounds():
+    """Where the derivative is below 0.2% of its largest, of either function."""
+    inputs = torch.linspace(-12, 12, 1001, requires_grad=True)
+    for squashing, largest in ((nn.Tanh(), 1.0), (nn.Sigmoid(), 0.25)):
+        outputs = squashing(inputs)
+        (slope,) = torch.autograd.grad(outputs.sum(), inputs)
+        expected = (slope < 0.002 * largest).float().mean()
+        torch.testing.assert_close(saturated_outputs(squashing, outputs), expected, atol=0.003, rtol=0)
+
+
+def test_a_loss_has_to_fall_within_ten_looks():
+    falling = [1 - 0.01 * i for i in range(30)]
+    assert loss_not_decreasing(Seen(losses=falling)) is None
+    assert loss_not_decreasing(Seen(losses=[0.5] * LOOKS)) is None  # too early to tell
+    assert loss_not_decreasing(Seen(losses=[0.5] * (LOOKS + 1)))
+    assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * (LOOKS - 1)])) is None
+    assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * LOOKS]))
+    assert loss_not_decreasing(Seen(losses=[-1 - loss for loss in falling]))  # a likelihood that falls
+    assert loss_not_decreasing(Seen(losses=[-2 + loss for loss in falling])) is None
+    assert loss_not_decreasing(Seen(losses=[0.5, *[math.nan] * LOOKS]))
+
+
+def test_overfitting_is_a_validation_loss_that_rises_for_long_while_the_other_falls():
+    better = [(1.0, 1.2), (0.8, 1.0), (0.6, 0.9)]
+    worse = [(0.5, 1.05), (0.4, 1.1), (0.3, 1.2)]
+    assert overfitting(Seen(validations=better + worse))
+    assert overfitting(Seen(validations=better + worse[:2])) is None
+    assert overfitting(Seen(validations=[*better, *worse[:2], (0.3, 0.95)])) is None
+    assert overfitting(Seen(validations=better + [(0.7, loss) for _, loss in worse])) is None  # both: no overfitting
+    assert overfitting(Seen(validations=better + [(loss, 0.91) for loss, _ in worse])) is None  # chance
+    likelihoods = [(1.0, 2.0), (0.5, 1.0), (0.0, 0.0), (-0.1, 0.02), (-0.2, 0.02), (-0.3, 0.02)]
+    assert overfitting(Seen(validations=likelihoods)) is None  # of a lowest loss of 0, all is a tenth
+    assert overfitting(Seen(validations=likelihoods + [(-0.3, 0.2)] * 3))
+
+
+# The front door
+
+
+@pytest.fixture
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+COMMAND = shlex.split(monitor.Monitor.__doc__.partition("python train.py ")[2].partition("\n\n")[0])
+SHORT = ["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.callbacks.every", "10"]
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys):
+    arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in COMMAND]
+    assert arguments[:2] == ["fit", "--config"]
+    large = ["--model.init_args.optimizer.init_args.lr", "100"]
+    large += ["--model.init_args.network.init_args.activation", "leaky_relu"]  # the plain one would be dead
+    assert train([*arguments, *SHORT, *large]) == 0
+    (line,) = [line for line in told(capsys) if "exploding_gradient" in line]
+    assert line.startswith("monitor: step 10: exploding_gradient: network.")
+    assert line.endswith("; the run ends")
+    run = tmp_path / "runs/lenet5_digits"
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
+    assert (run / "checkpoints/best.ckpt").is_file()
+    assert (run / "test.json").is_file()
+    assert train(["validate", "--config", str(run / "config.yaml")]) == 0  # with the monitor in its config
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_misspelt(tmp_path, capsys):
+    digits = ["fit", "--config", str(ROOT / "configs/lenet5_digits.yaml"), "--trainer.callbacks+"]
+    digits += ["dlref.tasks.monitor.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]
+    assert train([*digits, "[exploding]"]) == 2
+    assert "exploding_gradient" in capsys.readouterr().err
+    assert train([*digits, "[exploding_gradient, vanishing_gradient]"]) == 0
+    assert told(capsys) == []
+    last = torch.load(tmp_path / "runs/lenet5_digits/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3 * 33  # of 1,077 digits the last incomplete batch is left out
