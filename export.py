@@ -1,17 +1,17 @@
 """Export a run for a device: `python export.py runs/NAME --target cpu --output bundles/NAME`."""
 
-import argparse
 import signal
 import sys
 from pathlib import Path
 
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError
+from dlref.runtime.__main__ import Parser
 
 
 def main() -> int:
     """0, or 2 with one line on stderr when something given is wrong, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Further arguments change the run's config, such as --data.init_args.root DIR.",
     )
@@ -19,12 +19,12 @@ def main() -> int:
     parser.add_argument("--target", help="the device; see --list-targets")
     parser.add_argument("--output", type=Path, help="folder of the bundle")
     parser.add_argument("--list-targets", action="store_true", help="print the targets and stop")
-    options, overrides = parser.parse_known_args()
-    if options.list_targets:
-        print_targets()
-        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     try:
+        options, overrides = parser.parse_known_args()
+        if options.list_targets:
+            print_targets()
+            return 0
         export_run(options.run, options.target, options.output, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -64,6 +64,17 @@ class Parser(LightningArgumentParser):
         """Raise UserError with the parser's message on one readable line."""
         raise UserError(readable(message)) from ex
 
+    def parse_path(self, path, *args, **kwargs):
+        """A file of config, which what is wrong with it names."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason}); expected YAML") from None
+        except RecursionError:
+            raise UserError(f"{path}: nested too deep, or in itself; expected YAML") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}; expected YAML as in configs/") from None
+
     def parse_string(self, *args, **kwargs):
         """A config's text; what it names is not read as config."""
         with no_other_configs():
@@ -110,9 +121,12 @@ class Start(Callback):
             raise UserError(f"best.metric {self.best.metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
-        """From here on the run is real."""
+        """Without validation no checkpoint would be kept."""
         if not sum(trainer.num_val_batches):
             raise UserError("nothing to validate on, so no checkpoint is the best; expected validation images")
+
+    def on_train_batch_start(self, trainer: Trainer, task: Task, batch, batch_idx: int) -> None:
+        """There is a batch: from here on the run is real."""
         self.claim.keep()
 
 
@@ -135,12 +149,7 @@ class TrainCLI(LightningCLI):
 
         Neither is left in the config that a run saves: it may be moved, and is to be repeated from the start.
         """
-        try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
-            raise UserError(f"config: not UTF-8 ({error.reason}); expected YAML") from None
-        except RecursionError:
-            raise UserError("config: nested too deep, or in itself; expected YAML") from None
+        super().parse_arguments(parser, args)
         command = self.config.subcommand
         self.options = options = self.config[command]
         check_parts(options)

@@ -5,7 +5,7 @@ needs no bundle but one made by hand, and of the readers (`python -m tests.fault
 """
 
 import pytest
-from faults import bad_input, fuzz
+from tests.faults import bad_input, fuzz
 
 pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.filterwarnings("default")]
 
@@ -24,7 +24,7 @@ def larder(tmp_path_factory):
     return bad_input.Larder(tmp_path_factory.mktemp("larder"))
 
 
-@pytest.mark.parametrize("case", some_cases(), ids=str)
+@pytest.mark.parametrize("case", list(some_cases()), ids=str)
 def test_malformed_input_ends_in_one_line_and_leaves_nothing(larder, case):
     assert bad_input.faults(case, larder.outcome(case.family, case.source, case.breaker)) == {}
 

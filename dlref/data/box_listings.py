@@ -102,15 +102,15 @@ class Record(NamedTuple):
     objects: list[Found]
 
 
-def split(listing: BoxListing, share: float, seed: int) -> tuple[BoxListing, BoxListing]:
-    """Hold out a share of the pictures, the same ones whenever the seed is.
+def split(listing: BoxListing, share: float, seed: int, where: str = "share") -> tuple[BoxListing, BoxListing]:
+    """Hold out a share of the pictures, the same ones whenever the seed is; errors name `where` it is asked for.
 
     Returns:
         The pictures that stay and those held out, both in the order of the listing. `mended` stays with the former.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: {seed}; expected 0 to {2**32 - 1}")
-    out = drawn(len(listing.pictures), share, seed, "share")
+    out = drawn(len(listing.pictures), share, seed, where)
     kept = [picture for i, picture in enumerate(listing.pictures) if i not in out]
     held_out = [picture for i, picture in enumerate(listing.pictures) if i in out]
     return BoxListing(kept, listing.classes, listing.mended), BoxListing(held_out, listing.classes, {})

@@ -77,12 +77,16 @@ class LanguageData(SplitData):
             for split, tokens in splits.items():
                 needed = self.context_length + 1 if split == "train" else 2
                 if len(tokens) < needed:
-                    raise UserError(f"{split}: {len(tokens)} tokens; expected at least {needed}")
+                    raise UserError(f"{self.where(split)}: {len(tokens)} tokens; expected at least {needed}")
                 self.splits[split] = Windows(tokens, self.context_length)
         if self.resident:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             for windows in self.splits.values():
                 windows.to(device)
+
+    def where(self, split: str) -> str:
+        """What an error of a split names."""
+        return split
 
     def order(self, devices: int) -> RandomStarts:
         """Windows from anywhere in the training text."""
@@ -95,7 +99,7 @@ class LanguageData(SplitData):
 
     def at_once(self, split: str) -> int:
         """As many windows as have so many tokens."""
-        return EVALUATED // self.context_length
+        return max(1, EVALUATED // self.context_length)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts, one by one."""
@@ -153,7 +157,7 @@ class Texts(LanguageData):
         tokenizer, splits = make_tokenizer(described), {}
         for split, known in texts.items():
             if not any(known):
-                raise UserError(f"{split}: no text in its files; expected some")
+                raise UserError(f"{self.where(split)}: no text in its files; expected some")
             row = np.concatenate(list(rows_of(known, tokenizer)))
             splits[split] = torch.from_numpy(row)
             if unknown := unknown_in(row, tokenizer):
@@ -182,6 +186,10 @@ class TextFiles(Texts):
         """A name or a pattern below the root, whose own name is no pattern."""
         path = self.root / pattern
         return str(path) if path.is_file() else os.path.join(glob.escape(str(self.root)), pattern)
+
+    def where(self, split: str) -> str:
+        """The files; those that train also make the splits that are left out."""
+        return f"{split}: {self.place(self.patterns[split] or self.patterns['train'])}"
 
     def texts(self) -> dict[str, list[str]]:
         """Read the files."""
@@ -255,6 +263,10 @@ class TokenFiles(LanguageData):
     ):
         super().__init__(**windows)
         self.root, self.names, self.asked = Path(root), {"train": train, "val": val, "test": test or val}, tokenizer
+
+    def where(self, split: str) -> str:
+        """The file."""
+        return f"{split}: {self.root / self.names[split]}"
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """Open the files."""

@@ -215,12 +215,13 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
 def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Number the lines from 1 and leave out blank ones."""
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); expected a list of images as text") from None
+        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); expected a list of images as text") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; expected a list of images") from None
 

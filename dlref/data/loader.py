@@ -190,8 +190,11 @@ class SplitData(LightningDataModule):
         samples, (rank, devices) = self.samples(split), processes()
         if 0 < len(samples) < devices:
             raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
-        size = max(1, min(self.at_once(split), len(samples) // devices))
-        parts = samples.split(size) if len(samples) else ()
+        size = self.at_once(split)
+        if devices == 1:
+            parts = samples.split(size) if len(samples) else ()
+        else:  # as many for each device, where there are enough: those that share a network wait for each other
+            parts = samples.tensor_split(min(len(samples), -(-len(samples) // (size * devices)) * devices))
         return DataLoader(self.as_batches(split), sampler=parts[rank::devices], batch_size=None, **self.workers())
 
     def workers(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, all of them or none.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
+from dlref.runtime.__main__ import Parser
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import positive
 from dlref.runtime.text import make_tokenizer
@@ -44,14 +44,14 @@ def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str,
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 2 with one line on stderr when something given is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m dlref.data.make_tokens", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dlref.data.make_tokens", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files of tokens go")
     parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
     parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
     parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
-    asked = parser.parse_args(arguments)
     try:
+        asked = parser.parse_args(arguments)
         asked.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:  # all of it appears, or nothing
             texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))

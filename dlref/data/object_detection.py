@@ -288,7 +288,7 @@ class ListedBoxes(ObjectDetectionData):
         given = {name: lists for name, lists in self.lists.items() if lists is not None and name != "train"}
         read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
         if "val" not in read:
-            train, read["val"] = split(train, self.held_out, SPLIT_SEED)
+            train, read["val"] = split(train, self.held_out, SPLIT_SEED, "--data.init_args.held_out")
         if "test" not in read:
             rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
         return {"train": train, "val": read["val"], "test": read.get("test", read["val"])}

@@ -196,6 +196,7 @@ class CIFAR10(PublishedImages):
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     md5 = "c32a1d4ab5d03f1284b67883e8d87530"
     train_batches = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+    binary = (*train_batches, "test_batch.bin", "batches.meta.txt")
 
     def prepare_data(self) -> None:
         """Download the binary version if there is no data, if asked to."""
@@ -216,15 +217,23 @@ class CIFAR10(PublishedImages):
             test = list_folder(folder / "test", train.classes)
             pairs = ((read_images(listing.paths), listing.targets) for listing in (train, test))
             return train.classes, self.split(*pairs)
+        for folder in self._binary_folders():
+            missing = self._missing(folder)
+            if len(missing) < len(self.binary):
+                raise UserError(f"{folder}: no {', '.join(missing)} in it; expected {', '.join(self.binary)}")
         raise UserError(
-            f"{self.root}: no CIFAR-10 in it; expected {self.train_batches[0]} and the other binary "
+            f"{self.root}: no CIFAR-10 in it; expected {self.binary[0]} and the other binary "
             "files, or train/<class>/ and test/<class>/ with images, or --data.init_args.download true"
         )
 
+    def _binary_folders(self) -> tuple[Path, Path]:
+        return self.root, self.root / "cifar-10-batches-bin"
+
+    def _missing(self, folder: Path) -> list[str]:
+        return [name for name in self.binary if not (folder / name).is_file()]
+
     def _binary_folder(self) -> Path | None:
-        names = (*self.train_batches, "test_batch.bin", "batches.meta.txt")
-        folders = (self.root, self.root / "cifar-10-batches-bin")
-        return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
+        return next((folder for folder in self._binary_folders() if not self._missing(folder)), None)
 
     def _image_folder(self) -> Path | None:
         folders = (self.root, self.root / "CIFAR-10-images")

@@ -102,5 +102,8 @@ def read_vocabulary(path: Path) -> dict:
     if tuple(tokens[: len(SPECIAL)]) != SPECIAL:
         raise UserError(f"{path}: begins with {' '.join(tokens[:4])}; expected {' '.join(SPECIAL)}")
     described = {"kind": "word", "tokens": tokens}
-    make_tokenizer(described)
+    try:
+        make_tokenizer(described)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return described

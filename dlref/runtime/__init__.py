@@ -11,7 +11,7 @@ The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner`
 from importlib import import_module
 from pathlib import Path
 
-from dlref.runtime.bundle import CPU, cores, open_graphs, read_manifest
+from dlref.runtime.bundle import CPU, MANIFEST, cores, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
 __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
@@ -27,7 +27,11 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
     each, workers = sessions(manifest["kind"], threads, provider)
-    runner = make_runner(manifest["kind"], open_graphs(Path(folder), manifest, each, provider), manifest["metadata"])
+    graphs = open_graphs(Path(folder), manifest, each, provider)
+    try:
+        runner = make_runner(manifest["kind"], graphs, manifest["metadata"])
+    except UserError as error:
+        raise UserError(f"{Path(folder) / MANIFEST}: {error}") from None
     runner.workers = workers
     return runner
 

@@ -1,10 +1,26 @@
-"""What several devices need to evaluate one network."""
+"""What several devices need to train and to evaluate one network."""
+
+from typing import TypeVar
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
-from dlref.tasks.task import Task
+Mine = TypeVar("Mine")
+
+
+def several() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def everyone(mine: Mine) -> list[Mine]:
+    """What each process has, in the order of their numbers."""
+    if not several():
+        return [mine]
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
 
 
 class Alike(Callback):
@@ -14,14 +30,14 @@ class Alike(Callback):
     where one of them has no batch left. Once is enough: what is kept of batch norm is the first device's.
     """
 
-    def on_validation_start(self, trainer: Trainer, task: Task) -> None:
+    def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Send them now, and not before each batch."""
         if isinstance(trainer.model, DistributedDataParallel):
             for buffer in task.buffers():
                 torch.distributed.broadcast(buffer, 0)
             trainer.model.require_forward_param_sync = False
 
-    def on_validation_end(self, trainer: Trainer, task: Task) -> None:
+    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Training goes on as DDP has it."""
         if isinstance(trainer.model, DistributedDataParallel):
             trainer.model.require_forward_param_sync = True

@@ -141,7 +141,8 @@ class Forecaster(Task):
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Negative log-likelihood, and how good forecasts are."""
-        self.log("val/loss", self.loss(batch), batch_size=len(batch.values), sync_dist=True)
+        total, count = self.surprise(batch)
+        self.evaluated("val", total / count, count)
         self.val_scores.update(self.paths(batch), *self.outcome(batch), batch.seasonal_error)
 
     def on_validation_epoch_end(self) -> None:
@@ -156,7 +157,8 @@ class Forecaster(Task):
 
     def test_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
-        self.log("test/loss", self.loss(batch), batch_size=len(batch.values), sync_dist=True)
+        total, count = self.surprise(batch)
+        self.evaluated("test", total / count, count)
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.test_scores.update(paths, target, observed, batch.seasonal_error)
         horizon = self.known["prediction_length"]

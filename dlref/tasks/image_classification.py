@@ -118,6 +118,11 @@ class ImageClassifier(Task):
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
         return F.cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=self.label_smoothing)
 
+    def counted(self, targets: Tensor) -> Tensor | int:
+        """Over how much the loss is a mean: images, or what their classes weigh together."""
+        by_class = self.class_weights is not None and not targets.is_floating_point()
+        return self.class_weights[targets].sum() if by_class else len(targets)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""
         images, targets = batch
@@ -129,15 +134,14 @@ class ImageClassifier(Task):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        by_class = self.class_weights is not None and not targets.is_floating_point()
-        return self.reported(loss, self.class_weights[targets].sum() if by_class else len(images))
+        return self.reported(loss, self.counted(targets))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Loss and metrics of the head."""
         images, targets = batch
         logits = self(images)[0]
         self.val_metrics.update(self.probability(logits), targets.long())
-        self.log("val/loss", self.loss(logits, targets), batch_size=len(images), sync_dist=True)
+        self.evaluated("val", self.loss(logits, targets), self.counted(targets))
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_start(self) -> None:
@@ -151,7 +155,7 @@ class ImageClassifier(Task):
         logits = self(images)[0]
         probability = self.probability(logits)
         self.test_metrics.update(probability, targets.long())
-        self.log("test/loss", self.loss(logits, targets), batch_size=len(images), sync_dist=True)
+        self.evaluated("test", self.loss(logits, targets), self.counted(targets))
         self.seen.append((probability.cpu(), targets.long().cpu()))
         if not self.known["multi_label"]:
             self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)

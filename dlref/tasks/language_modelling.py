@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torchmetrics import Metric
 
@@ -105,6 +106,16 @@ class LanguageModel(Task):
 
     # Lightning's steps
 
+    def configure_model(self) -> None:
+        """Where the strategy shards (Lightning's ModelParallelStrategy): FSDP, block by block.
+
+        Each device keeps a part of every parameter, its gradient and its moments; a block is whole while it computes.
+        """
+        if self.device_mesh is None or isinstance(self.network, FSDPModule):
+            return
+        for module in (*self.network.h, self.network):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
         """Cross entropy, over what the network has room for."""
         hidden, _, _ = self.network(batch[:, :-1])
@@ -134,9 +145,10 @@ class LanguageModel(Task):
         self.evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Scores of the epoch, and a sample as text among TensorBoard's events."""
+        """Scores of the epoch, and a sample as text among TensorBoard's events: the first device's, if it has all."""
         self.log_evaluation("val")
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and self.trainer.is_global_zero:
+        samples = self.trainer.is_global_zero and self.device_mesh is None
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and samples:
             runner = self.runner()
             runner.max_new_tokens = SAMPLE
             text = self.prompt + runner(self.prompt)["text"]
@@ -153,7 +165,7 @@ class LanguageModel(Task):
     def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Every token."""
         self.evaluation_step(batch)
-        self.sentence = self.sentence or batch[0, :SHOWN].clamp(min=0).tolist()
+        self.sentence = self.sentence or batch[0, :-1][:SHOWN].clamp(min=0).tolist()
 
     def on_test_epoch_end(self) -> None:
         """Scores of the split."""

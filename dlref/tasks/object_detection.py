@@ -12,6 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
 from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.devices import everyone
 from dlref.tasks.multibox import PADDED, Detections, match, multibox_loss
 from dlref.tasks.preprocess import ImagePreprocess
 from dlref.tasks.task import Task
@@ -127,12 +128,13 @@ class ObjectDetector(Task):
         """Loss; detections are kept for the metrics."""
         images, targets = batch
         heads = self(images)
-        self.log("val/loss", self.losses(heads, targets)["loss"], batch_size=len(images), sync_dist=True)
+        losses = self.losses(heads, targets)
+        self.evaluated("val", losses["loss"], losses["positives"])
         self.val_map.update(predictions(self.found(heads), targets["sizes"]), truth(targets))
 
     def on_validation_epoch_end(self) -> None:
         """COCO's mean average precision, over ten overlaps and at one half."""
-        values = self.val_map.compute()
+        values = computed(self.val_map)
         self.log_dict({f"val/{name}": values[name] for name in ("map", "map_50")}, prog_bar=True)
         self.val_map.reset()
 
@@ -144,7 +146,8 @@ class ObjectDetector(Task):
         """Detections for the metrics, and the first pictures for the figure."""
         images, targets = batch
         heads = self(images)
-        self.log("test/loss", self.losses(heads, targets)["loss"], batch_size=len(images), sync_dist=True)
+        losses = self.losses(heads, targets)
+        self.evaluated("test", losses["loss"], losses["positives"])
         found = self.found(heads)
         self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
         for i in range(min(len(images), PICTURES - len(self.pictures))):
@@ -152,7 +155,7 @@ class ObjectDetector(Task):
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the curves are for the figure alone. COCO's -1, nothing to count, is left out."""
-        values = self.test_map.compute()
+        values = computed(self.test_map)
         self.precision = curves_at_half(values["precision"].cpu(), values["classes"], len(self.known["labels"]))
         log = {name: values[name] for name in SUMMARY if values[name] >= 0}
         precision = values["precision"][..., 0, -1].cpu()  # (overlaps, recalls, classes), objects of any size
@@ -247,9 +250,19 @@ SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "m
 
 def average_precision(**options) -> MeanAveragePrecision:
     """COCO's metrics over boxes in pixels."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval", **options)
+    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False, **options)
     metric.warn_on_many_detections = False  # COCO looks at the best hundred; more are kept for those who want them
     return metric
+
+
+def computed(metric: MeanAveragePrecision) -> dict[str, Tensor]:
+    """The metrics over all devices' pictures.
+
+    torchmetrics would gather them one by one, which fails where devices have not as many.
+    """
+    for name, mine in metric.metric_state.items():
+        setattr(metric, name, [rows.to(metric.device) for part in everyone(mine) for rows in part])
+    return metric.compute()
 
 
 def predictions(found: list[Found], sizes: Int[Tensor, "B 2"]) -> list[dict[str, Tensor]]:

@@ -66,7 +66,7 @@ def seal_of(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - SIZE))
         end = file.read()
-    return end if end.startswith(SEAL) else b""
+    return end if end.startswith(SEAL) and len(end) == SIZE else b""
 
 
 def damage(path: Path) -> str | None:

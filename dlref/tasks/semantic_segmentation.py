@@ -113,7 +113,7 @@ class SemanticSegmenter(Task):
         """Loss, and what is taken for what."""
         images, masks = batch
         outputs = self(images)
-        self.log("val/loss", self.losses(outputs, masks), batch_size=len(images), sync_dist=True)
+        self.evaluated("val", self.losses(outputs, masks), counted(masks, self.class_weights))
         self.val_confusion.update(classes_of(outputs[0], masks.shape[1:]), masks)
 
     def on_validation_epoch_end(self) -> None:
@@ -130,7 +130,7 @@ class SemanticSegmenter(Task):
         """What is taken for what, and some pictures from all over the split for the figure."""
         images, masks = batch
         outputs = self(images)
-        self.log("test/loss", self.losses(outputs, masks), batch_size=len(images), sync_dist=True)
+        self.evaluated("test", self.losses(outputs, masks), counted(masks, self.class_weights))
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
         batches = self.trainer.num_test_batches[0]

@@ -9,9 +9,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from dlref.runtime import UserError
 from dlref.tasks.deployable import Deployable
+from dlref.tasks.devices import several
 from dlref.tasks.weights import load_weights, one_line, read_checkpoint
 
 
@@ -50,6 +52,7 @@ class Task(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weights, self.freeze_pattern = weights, freeze
         self.decay_vectors, self.compile_network = decay_vectors, compile_network
+        self.mean_loss = MeanMetric(nan_strategy="disable")  # to look for NaN waits for the device
         self.known: dict[str, object] = {}
         self.prepared = False
 
@@ -138,12 +141,22 @@ class Task(LightningModule):
                 would give a thing less weight where there are more of them.
         """
         self.train_loss, own = loss.detach(), loss
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several():
             both = torch.stack([self.train_loss * count, self.train_loss.new_tensor(1.0) * count])
             torch.distributed.all_reduce(both)
             self.train_loss, own = both[0] / both[1], loss * (count * torch.distributed.get_world_size() / both[1])
         self.log("train/loss", self.train_loss, prog_bar=True)
         return own
+
+    def evaluated(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
+        """Log the loss of an evaluation: the mean over all that counts, however it is shared out into batches.
+
+        Args:
+            stage: val or test.
+            loss: a mean over `count` things.
+        """
+        self.mean_loss.update(loss, count)
+        self.log(f"{stage}/loss", self.mean_loss)
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
         """What the optimiser is built from: those with weight decay, and those without."""

@@ -20,6 +20,7 @@ from dlref.runtime.decoding import Hypothesis
 from dlref.runtime.runners.translation import Runner
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
+from dlref.tasks.devices import everyone
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line
 
@@ -153,7 +154,7 @@ class Translator(Task):
     def log_evaluation(self, stage: str) -> None:
         """Every score, over all devices."""
         loss = self.nll.compute()
-        everything = list(together(self.translated).values())
+        everything = [one for part in everyone(self.translated) for one in part.values()]
         texts, references = [one.text for one in everything], [one.reference for one in everything]
         values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.accuracy.compute()}
         values |= {name: score(texts, references) for name, score in SCORES.items()}
@@ -359,12 +360,3 @@ def signatures(texts: Sequence[str], references: Sequence[str]) -> list[str]:
 def spread(items: list, count: int) -> list:
     """At most `count` items from all over a list."""
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
-
-
-def together(mine: dict) -> dict:
-    """What all devices have, by number: a sentence that two of them had counts once."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    parts: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return {number: one for part in parts for number, one in part.items()}

@@ -58,7 +58,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises UserError.
     """
     state = read(path / "checkpoints" / "best.ckpt" if path.is_dir() else path)
-    if isinstance(state, dict) and "facts" in state:  # a checkpoint of this project
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and "facts" in state:  # of this project
         state = {
             key.removeprefix("network."): value
             for key, value in state["state_dict"].items()

@@ -1,0 +1,252 @@
+"""Nothing is lost: whole checkpoints, SIGTERM, losses that are no number, one fit a folder, three batches by heart.
+
+The modules of `tests/faults` do the same many times and for all families; docs/reliability.md has their tallies.
+"""
+
+import errno
+import os
+import signal
+import sys
+from io import BytesIO
+
+import pytest
+import torch
+from conftest import ROOT
+from filelock import FileLock
+
+import dlref.cli
+from dlref.cli import train
+from dlref.run import checkpoint_of
+from dlref.runtime import UserError
+from dlref.tasks.finite import Finite
+from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
+from dlref.tasks.weights import read
+from tests.faults.devices import arguments, furthest, losses
+from tests.faults.families import equal, state_of, write_text_file
+
+DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
+SHORT = {"trainer.max_epochs": "2", "trainer.limit_train_batches": "6", "trainer.enable_progress_bar": "false"}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def fit(**options):
+    options = SHORT | {"final_test": "false"} | {key.replace("__", "."): str(value) for key, value in options.items()}
+    return train(["fit", "--config", DIGITS, *(word for key, value in options.items() for word in (f"--{key}", value))])
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Do something in a hook of a fit."""
+
+    def when(hook, action):
+        monkeypatch.setattr(dlref.cli, "Start", type("Start", (dlref.cli.Start,), {hook: action}))
+
+    return when
+
+
+# Seals
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_sealed({"weights": torch.arange(1000.0)}, path)
+    return path
+
+
+def test_a_sealed_file_is_one_of_torch_save(sealed):
+    assert damage(sealed) is None
+    assert len(seal_of(sealed)) == SIZE
+    for options in ({}, {"mmap": True}):
+        assert torch.equal(torch.load(sealed, weights_only=True, **options)["weights"], torch.arange(1000.0))
+
+
+def test_any_bit_that_turns_is_found(sealed):
+    whole = sealed.read_bytes()
+    for place in range(0, len(whole) - SIZE, 97):
+        sealed.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert damage(sealed) == "its hash is another"
+    with pytest.raises(UserError, match=r"last.ckpt: damaged \(its hash is another\)"):
+        read(sealed)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1, -SIZE, -SIZE + 1])
+def test_any_cut_is_found(kept, sealed):
+    whole = sealed.read_bytes()[:kept]
+    sealed.write_bytes(whole)
+    assert damage(sealed) == f"cut off after {len(whole)} bytes"
+
+
+def test_files_of_others_have_no_seal(tmp_path):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "theirs.pt")
+    assert torch.equal(read(tmp_path / "theirs.pt")["weight"], torch.ones(3))
+    (tmp_path / "seal.pt").write_bytes(b"\ndlref sha256 ")
+    with pytest.raises(UserError, match="unreadable"):
+        read(tmp_path / "seal.pt")
+
+
+class Full(BytesIO):
+    """A disk with room for 1000 bytes."""
+
+    name = "last.ckpt.part"
+
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_what_torch_makes_of_a_full_disk_is_told_as_such():
+    hashed = Hashed(Full())
+    with pytest.raises(RuntimeError):
+        torch.save({"weights": torch.ones(10_000)}, hashed)
+    assert (hashed.error.errno, hashed.error.filename) == (errno.ENOSPC, "last.ckpt.part")
+
+
+def test_nothing_is_left_of_a_checkpoint_that_finds_no_room(sealed, monkeypatch):
+    before = sealed.read_bytes()
+    monkeypatch.setattr(Hashed, "write", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_sealed({"weights": torch.ones(10_000)}, sealed, sealed.with_name("previous.ckpt"))
+    assert sealed.read_bytes() == before
+    assert [path.name for path in sealed.parent.iterdir()] == ["last.ckpt"]
+
+
+def refuse(hashed, data):
+    hashed.error = OSError(errno.ENOSPC, "No space left on device")
+    raise hashed.error
+
+
+def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    last, previous = folder / "last.ckpt", folder / "previous.ckpt"
+    write_sealed({"step": 1}, last)
+    write_sealed({"step": 2}, last, previous)
+    assert checkpoint_of(tmp_path, "last") == last
+    assert read(previous) == {"step": 1}
+    last.write_bytes(last.read_bytes()[:-50])
+    assert checkpoint_of(tmp_path, "last") == previous
+    last.unlink()
+    assert checkpoint_of(tmp_path, "last") == previous
+    first, second = capsys.readouterr().err.splitlines()
+    assert "last.ckpt: cut off after" in first
+    assert "last.ckpt: not there; previous.ckpt, the one before it, is whole and is used" in second
+
+
+# SIGTERM
+
+
+def test_sigterm_keeps_the_step_and_the_run_goes_on_to_the_same(during, tmp_path, capsys):
+    assert fit(run="whole") == 0
+    before = signal.getsignal(signal.SIGTERM)
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 7 and tell())
+    assert fit(run="told") == os.EX_TEMPFAIL
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "last.ckpt is of step 8; --ckpt_path last goes on from there" in capsys.readouterr().err
+    assert fit(run="told", ckpt_path="last") == 0
+    assert equal(state_of(tmp_path / "told"), state_of(tmp_path / "whole"))
+    assert (tmp_path / "told/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
+def tell():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_validation_waits_for_its_end(during, tmp_path):
+    during("on_validation_batch_start", lambda self, trainer, *_: trainer.global_step == 6 and tell())
+    assert fit(run="told") == os.EX_TEMPFAIL
+    assert state_of(tmp_path / "told")["global_step"] == 6
+    assert "0.1" in (tmp_path / "told/metrics.csv").read_text().splitlines()[-1]  # what validation found
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same(command):
+    done = command("-m", "tests.faults.resume", "--kills", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("1 equal") == 6
+
+
+# Numerical trouble
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(during, tmp_path, capsys):
+    seen = {}
+
+    def spoil(self, trainer, task, batch, batch_idx):
+        seen[trainer.current_epoch, batch_idx] = batch
+        if (trainer.current_epoch, batch_idx) == (1, 2):
+            with torch.no_grad():
+                task.network.f6.weight.fill_(torch.nan)
+
+    during("on_train_batch_start", spoil)
+    assert fit(run="mine") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "train/loss is not finite in step 9 (epoch 1, batch 2, learning rate 0.00" in error[0]
+    assert "mine/not_finite.pt" in error[0]
+    kept = read(tmp_path / "mine" / "not_finite.pt")
+    assert all(map(torch.equal, kept["inputs"], seen[1, 2]))  # augmentation and all
+    assert state_of(tmp_path / "mine")["global_step"] == 6
+    assert torch.isfinite(state_of(tmp_path / "mine")["state_dict"]["network.f6.weight"]).all()
+
+
+def test_a_loss_is_looked_at_no_more_often_than_it_is_logged(monkeypatch):
+    looks = []
+    monkeypatch.setattr(Finite, "look", lambda self, trainer: looks.append(trainer.global_step) or self.seen.clear())
+    assert fit(trainer__limit_train_batches=12, trainer__log_every_n_steps=5, trainer__max_epochs=1) == 0
+    assert looks == [5, 10, 12]
+
+
+@pytest.mark.parametrize("config", ["lenet5_digits", "seq2seq_dates"])
+def test_debug_learns_three_batches_by_heart_and_writes_nothing(config, tmp_path, capsys):
+    small = ["--data.init_args.batch_size", "32"] if config == "lenet5_digits" else []
+    small += ["--data.init_args.train", "300", "--data.init_args.batch_size", "400"] if not small else []
+    options = ["--debug", "true", "--trainer.enable_progress_bar", "false", *small]
+    assert train(["fit", "--config", str(ROOT / "configs" / f"{config}.yaml"), *options]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("debug: ")]
+    first, last = (float(line.split()[i]) for i in (2, 4))
+    assert last < 0.3 * first, line
+    assert line.endswith("3 batches 100 times")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Several fits, several processes
+
+
+def test_two_fits_do_not_share_a_folder(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    with FileLock(tmp_path / "mine" / ".lock"):
+        assert fit(run="mine") == 2
+        assert fit(run="mine", overwrite="true") == 2
+    assert capsys.readouterr().err.count("mine: another fit is writing there; expected --run with another folder") == 2
+    assert fit(run="mine") == 0
+    assert fit(run="mine", overwrite="true") == 0  # the first has let it go
+
+
+def test_a_second_fit_that_starts_meanwhile_is_refused(during, tmp_path, capsys):
+    statuses = []
+
+    def start_another(self, trainer, *_):
+        if not statuses:
+            statuses.append(None)
+            statuses[0] = fit(run="mine", overwrite="true")
+
+    during("on_train_start", start_another)
+    assert fit(run="mine") == 0
+    assert statuses == [2]
+    assert "another fit is writing there" in capsys.readouterr().err
+    assert state_of(tmp_path / "mine")["global_step"] == 12
+
+
+def test_two_processes_train_as_one(command, tmp_path):
+    write_text_file(tmp_path)
+    for devices, name in ((1, "one"), (2, "two")):
+        done = command("train.py", *arguments("language modelling", tmp_path / name, devices), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "one")) == 8
+    assert furthest(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-4
+    assert state_of(tmp_path / "two")["global_step"] == 8
