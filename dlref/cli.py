@@ -70,8 +70,6 @@ class Parser(LightningArgumentParser):
             return super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); expected YAML") from None
-        except RecursionError:
-            raise UserError(f"{path}: nested too deep, or in itself; expected YAML") from None
         except UserError as error:
             raise UserError(f"{path}: {error}; expected YAML as in configs/") from None
 
@@ -149,7 +147,10 @@ class TrainCLI(LightningCLI):
 
         Neither is left in the config that a run saves: it may be moved, and is to be repeated from the start.
         """
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except RecursionError:
+            raise UserError("config: nested too deep, or in itself; expected YAML") from None
         command = self.config.subcommand
         self.options = options = self.config[command]
         check_parts(options)
@@ -165,7 +166,8 @@ class TrainCLI(LightningCLI):
             self.step = read_checkpoint(self.checkpoint)["global_step"]
         self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
         if options.debug:
-            options.trainer.update(PRESET)
+            for name, value in PRESET.items():
+                options.trainer[name] = value
         if command != "fit":
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False

@@ -377,7 +377,7 @@ TWO, ONE = "Annotations/two.xml", "Annotations/one.xml"
 BROKEN = [
     ("voc", "train.txt", None, None, "train.txt: No such file or directory"),
     ("voc", "train.txt", None, "\n \n", "train.txt: no lines; expected the name of a picture on each"),
-    ("voc", "train.txt", None, b"two\n\xff\n", "train.txt: not UTF-8"),
+    ("voc", "train.txt", None, b"two\n\xff\n", "train.txt:2: not UTF-8"),
     ("voc", "train.txt", "none", "none -1", "train.txt:2: 2 columns; expected one, the name of a picture"),
     ("voc", "train.txt", "\none ", "\ntwo ", "train.txt:4: 'two' again; expected it once, as in line 1"),
     ("voc", "train.txt", "none", "three", "train.txt:2: '{root}/Annotations/three.xml': No such file"),
@@ -432,7 +432,7 @@ BROKEN = [
     ("coco", "coco.json", '"id": 6', '"id": true', "coco.json: images[1]: id True; expected a whole number"),
     ("coco", "coco.json", '"two.png"', "5", "coco.json: images[0]: image 5; expected a path"),
     ("coco", "coco.json", '"two.png"', '"a\\u0000"', "coco.json: images[0]: image 'a\\x00'; expected a path"),
-    ("coco", "coco.json", '"two.png"', '"a\\ud800"', "JPEGImages/a\ud800: no such file"),
+    ("coco", "coco.json", '"two.png"', '"a\\ud800"', r"JPEGImages/a\ud800: no such file"),
     ("coco", "coco.json", '"two.png"', '"../../a.png"', "images[0]: {root}/JPEGImages/../../a.png: no such file"),
     ("coco", "coco.json", '"one.png"', '"./two.png"', "images[2]: {root}/JPEGImages/./two.png again; expected each"),
     ("coco", "coco.json", '"width": 40', '"width": 41', "coco.json: images[0]: size 41 x 30; expected 40 x 30"),
@@ -529,7 +529,7 @@ BROKEN = [
         "categories[1]: class 0: 'dog'; expected 'cat' again",
     ),
     ("manifest", "a.manifest", None, b"", "a.manifest: no lines; expected a picture on each"),
-    ("manifest", "a.manifest", None, b"\xff", "a.manifest: not UTF-8"),
+    ("manifest", "a.manifest", None, b"\xff", "a.manifest:1: not UTF-8"),
     ("manifest", "a.manifest", None, b"[" * 100_000, "a.manifest:1: '[[[[["),
     (
         "manifest",

@@ -313,7 +313,7 @@ def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys)
         ({"batch_size": 0}, "batch_size: 0; expected at least 1"),
         ({"train": []}, "an empty list of lists; expected at least one file"),
         ({"train": "ImageSets/Main/missing.txt"}, "missing.txt: No such file"),
-        ({"held_out": 0.0}, "share: 0.0 of 4 pictures; expected at least one in each part"),
+        ({"held_out": 0.0}, "--data.init_args.held_out: 0.0 of 4 pictures; expected at least one in each part"),
     ],
 )
 def test_what_is_asked_of_the_data_is_checked(tmp_path, options, message):

@@ -5,6 +5,7 @@ needs no bundle but one made by hand, and of the readers (`python -m tests.fault
 """
 
 import pytest
+
 from tests.faults import bad_input, fuzz
 
 pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.filterwarnings("default")]

@@ -1,6 +1,7 @@
 """Files that somebody else made to do harm, each through a command; see `tests/faults/untrusted.py`."""
 
 import pytest
+
 from tests.faults.untrusted import ATTACKS, attacked, make_base, missed
 
 

@@ -44,7 +44,12 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     built = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: built.update(task=self.model))
+
+    def build_only(cli, name):
+        built.update(task=cli.model)
+        cli.claim.give_back()
+
+    monkeypatch.setattr(TrainCLI, "_run_subcommand", build_only)
     arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
     assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"]
@@ -375,7 +380,7 @@ model:
         target_vocabulary: 320
         cell: gru
         attention: general
-        hidden_size: 48
+        hidden_size: 96
         embedding_size: 48
         dropout: 0.0
     metric: exact_match
@@ -385,7 +390,7 @@ data:
   class_path: dlref.data.ParallelText
   init_args: {root: ., source: de, target: en, vocabulary_size: 290, batch_size: 100, longest: 30}
 trainer:
-  max_epochs: 60
+  max_epochs: 100
   check_val_every_n_epoch: 20
   enable_progress_bar: false
   log_every_n_steps: 5

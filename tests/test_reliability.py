@@ -21,6 +21,7 @@ from dlref.runtime import UserError
 from dlref.tasks.finite import Finite
 from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
 from dlref.tasks.weights import read
+from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
 from tests.faults.families import equal, state_of, write_text_file
 
@@ -44,7 +45,7 @@ def during(monkeypatch):
     """Do something in a hook of a fit."""
 
     def when(hook, action):
-        monkeypatch.setattr(dlref.cli, "Start", type("Start", (dlref.cli.Start,), {hook: action}))
+        monkeypatch.setattr(dlref.cli, "Start", families.during(hook, action))
 
     return when
 

@@ -41,6 +41,10 @@ class Finite(Callback):
         if trainer.is_last_batch or len(self.seen) >= trainer.log_every_n_steps:
             self.look(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
+        """What is kept is of steps whose losses were numbers."""
+        self.look(trainer)
+
     def look(self, trainer: Trainer) -> None:
         """Raise UserError where a loss since the last look was no number."""
         first = int(self.first)

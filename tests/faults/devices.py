@@ -184,6 +184,7 @@ def sharded(folder: Path) -> str:
     parts = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
     strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": parts}
     options = ["--data.init_args.batches", "4", "--model.init_args.optimizer", json.dumps(adamw)]
+    options += ["--model.init_args.lr_scheduler", "null"]  # which would follow the number of steps
     shard = ["--trainer.strategy", json.dumps(strategy)]
     run(folder, *arguments("language modelling", folder / "one", 1), *options)
     run(folder, *arguments("language modelling", folder / "two", 2), *options, *shard, "--trainer.max_steps", "5")

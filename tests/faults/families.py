@@ -172,4 +172,15 @@ def at(hook: str, number: int, given: signal.Signals) -> None:
         if calls[hook] == number:
             os.kill(os.getpid(), given)
 
-    dlref.cli.Start = type("Start", (dlref.cli.Start,), {hook: count})
+    dlref.cli.Start = during(hook, count)
+
+
+def during(hook: str, action: Callable[..., None]) -> type[dlref.cli.Start]:
+    """The callback of a fit that also does something in one of its hooks."""
+    own = getattr(dlref.cli.Start, hook)
+
+    def both(*arguments: object) -> None:
+        own(*arguments)
+        action(*arguments)
+
+    return type("Start", (dlref.cli.Start,), {hook: both})
