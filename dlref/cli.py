@@ -168,7 +168,7 @@ class TrainCLI(LightningCLI):
         if options.debug:
             for name, value in PRESET.items():
                 options.trainer[name] = value
-        if command != "fit":
+        if command != "fit" or self.dry:
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
         options.weights_only = True  # a checkpoint is data; never unpickle code from one

@@ -5,6 +5,7 @@
 writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, all of them or none.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -52,8 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
     try:
         asked = parser.parse_args(arguments)
+        make(asked)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
+    return 0
+
+
+def make(asked: argparse.Namespace) -> None:
+    """Write all that is asked for, or nothing. Raises UserError."""
+    try:
         asked.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:  # all of it appears, or nothing
+        with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:
             texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
             described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
             for split, pattern in (("train", asked.train), ("val", asked.val)):
@@ -61,15 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
             Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)
-    except (OSError, UserError) as error:
-        if isinstance(error, OSError):
-            error = f"{asked.folder}: {error.strerror}; expected a folder to write to"
-        print(f"error: {error}", file=sys.stderr)
-        with suppress(OSError):  # which it is not where something lies in it
+    except OSError as error:
+        raise UserError(f"{asked.folder}: {error.strerror}; expected a folder to write to") from None
+    finally:
+        with suppress(OSError):  # where something lies in it
             asked.folder.rmdir()
-        return 2
-    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
-    return 0
 
 
 if __name__ == "__main__":
