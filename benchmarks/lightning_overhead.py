@@ -2,7 +2,7 @@
 
 Both train the same network on the same batches with the same augmentation, optimiser and schedule, in this
 process, in turns. The Lightning path is what `train.py fit` runs: the task, the data module, CSV and
-TensorBoard logging, checkpoint callback. The bare loop does only what the mathematics needs. Timed is the
+TensorBoard logging, the look for NaN, checkpoints. The bare loop does only what the mathematics needs. Timed is the
 middle of an epoch: neither start-up nor the validation after it.
 """
 
@@ -13,10 +13,10 @@ import statistics
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
@@ -25,6 +25,8 @@ from rich.table import Table
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.models import LeNet5, ResNet
 from dlref.tasks import ImageClassifier, ImagePreprocess, WarmupCosine
+from dlref.tasks.checkpoints import Last
+from dlref.tasks.finite import Finite
 
 WARMUP = 2  # steps before the clock starts
 CASES = {  # network, channels, batch size, timed steps
@@ -77,7 +79,8 @@ def lightning_path(network, channels: int, batch_size: int, steps: int) -> float
             max_epochs=1,
             limit_val_batches=0,
             logger=[CSVLogger(folder), TensorBoardLogger(folder)],
-            callbacks=[clock, ModelCheckpoint(folder)],
+            callbacks=[clock, Finite(Path(folder) / "not_finite.pt"), Last(Path(folder) / "last.ckpt", minutes=10)],
+            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )

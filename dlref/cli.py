@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message="The dirpath has changed from")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
-
+# Of the best checkpoint, and under one name.
 AFTER_VALIDATION = {"save_on_train_epoch_end": False, "enable_version_counter": False}
 
 

@@ -60,8 +60,8 @@ class Last(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was."""
-        (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-        self.taken = loader["taken"]
+        for loader in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+            self.taken = loader["taken"]
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Go on in the epoch, and listen to SIGTERM: Lightning's own answer ends a run without keeping it."""

@@ -11,6 +11,7 @@ The disk is a small tmpfs in a name space of its own (`unshare`).
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import random
 import shutil
@@ -104,7 +105,8 @@ def damaged(folder: Path, times: int, chance: random.Random) -> Counter:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(stopped, run)
             kind(run / "checkpoints" / "last.ckpt", chance)
-            found = checkpoint_of(run, "last").name == "previous.ckpt"
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = checkpoint_of(run, "last").name == "previous.ckpt"
             counts[f"{kind.__name__}: {'found' if found else 'NOT FOUND'}"] += 1
             if i == 0:
                 counts[f"{kind.__name__}: {goes_on(run, whole, folder)}"] += 1
