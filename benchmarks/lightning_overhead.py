@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer
@@ -79,8 +78,8 @@ def lightning_path(network, channels: int, batch_size: int, steps: int) -> float
             max_epochs=1,
             limit_val_batches=0,
             logger=[CSVLogger(folder), TensorBoardLogger(folder)],
-            callbacks=[clock, Finite(Path(folder) / "not_finite.pt"), Last(Path(folder) / "last.ckpt", minutes=10)],
-            enable_checkpointing=False,
+            callbacks=[clock, Finite(), Last(minutes=10)],
+            default_root_dir=folder,
             enable_progress_bar=False,
             enable_model_summary=False,
         )

@@ -62,7 +62,7 @@ def check_part(part: dict) -> None:
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not (path.startswith(PREFIXES) and inspect.isclass(locate(path))):
         raise UserError(f"{path}: not a class; expected a class of {ALLOWED}")
-    if folder is not None or (isinstance(name, str) and ".." in Path(name).parts):
+    if folder is not None or (isinstance(name, str) and {"..", "/"} & {*Path(name).parts}):
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )

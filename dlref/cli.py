@@ -20,7 +20,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
 from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
@@ -120,7 +120,9 @@ class Start(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Without validation no checkpoint would be kept."""
-        if not sum(trainer.num_val_batches):
+        # A run that is resumed in an epoch without validation has not loaded it yet.
+        loaded = trainer.val_dataloaders is not None
+        if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
             raise UserError("nothing to validate on, so no checkpoint is the best; expected validation images")
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch, batch_idx: int) -> None:
@@ -190,25 +192,25 @@ class TrainCLI(LightningCLI):
             self.trainer_defaults["callbacks"] += [Overfit()]
         if self.subcommand != "fit" or self.dry:
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
-        best, folder = self.options.best, self.run / "checkpoints"
+        best = self.options.best
         self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
         self.trainer_defaults["callbacks"] += [
-            Finite(self.run / "not_finite.pt"),
+            Finite(),
             Alike(),
-            ModelCheckpoint(folder, "best", best.metric, mode=best.mode, **AFTER_VALIDATION),
-            Last(folder / "last.ckpt", self.options.checkpoint_minutes),  # after the best: it knows of that
+            ModelCheckpoint(self.run / "checkpoints", "best", best.metric, mode=best.mode, **AFTER_VALIDATION),
+            Last(self.options.checkpoint_minutes),  # after the best: it knows of that
             Start(best, self.claim),
         ]
-        loggers = [
-            metrics_file(self.run, before=self.step if self.checkpoint else None),
-            TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
-        ]
         try:
+            loggers = [
+                metrics_file(self.run, before=self.step if self.checkpoint else None),
+                TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
+            ]
             built = super().instantiate_trainer(logger=loggers, **kwargs)
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
-        built.strategy.checkpoint_io = SealedCheckpointIO({self.checkpoint})
+        built.strategy.checkpoint_io = SealedCheckpointIO(self.checkpoint)
         return built
 
     def fit(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
@@ -221,6 +223,7 @@ class TrainCLI(LightningCLI):
             return
         with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
+            self.claim.keep()  # a run that was complete has no first batch
             if self.options.final_test and self.trainer.state.finished:
                 # The weights alone: restoring callbacks too would put EMA's current weights over their average.
                 model.restore(checkpoint_of(self.run, None))
@@ -285,8 +288,8 @@ def train(arguments: list[str] | None = None) -> int:
             parser_kwargs={"description": __doc__.splitlines()[0]},
             args=arguments,
         )
-    except Interrupted as reason:
-        print(reason, file=sys.stderr)
+    except (Interrupted, SIGTERMException) as reason:
+        print(f"told to end{f': {reason}' if str(reason) else ''}; start it again to go on", file=sys.stderr)
         return os.EX_TEMPFAIL
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

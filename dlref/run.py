@@ -95,13 +95,24 @@ class Claim:
             path.rename(self.aside / path.name)
 
     def take(self) -> None:
-        """Take the folder for this process, until it ends in whatever way. Raises UserError."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.run / ".lock")
+        """Take the folder for this process, until it ends in whatever way. Raises UserError.
+
+        What a fit had set aside, and was killed before it trained, comes back.
+        """
         try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.run / ".lock")
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.run}: another fit is writing there; expected --run with another folder") from None
+        except OSError as error:
+            raise UserError(f"{self.run}: {error.strerror}; expected a folder to write to") from None
+        for aside in self.run.glob(".earlier.*"):
+            if not (self.run / "checkpoints").exists():
+                remove(self.own())
+                for path in aside.iterdir():
+                    path.rename(self.run / path.name)
+            shutil.rmtree(aside)
 
     def __enter__(self) -> None:
         pass
@@ -127,8 +138,7 @@ class Claim:
         if not self.refusable:
             return
         (self.run / ".lock").unlink(missing_ok=True)
-        for path in set(self.own()) - set(self.there):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(set(self.own()) - set(self.there))
         for path, data in self.before.items():
             path.write_bytes(data)
         for path in self.aside.iterdir() if self.aside.exists() else []:
@@ -137,6 +147,12 @@ class Claim:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         self.lock.release()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files, and folders with all that is in them."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def metrics_file(run: Path, before: int | None) -> CSVLogger:
@@ -150,7 +166,8 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
         earlier = []
         if before is not None and path.is_file():
             with path.open(newline="") as file:
-                earlier = [row for row in csv.DictReader(file) if int(row["step"]) < before]
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
+            earlier = [row for row in whole if row.get("step", "").isdigit() and int(row["step"]) < before]
         with warnings.catch_warnings(action="ignore"):  # of the file being deleted: its rows are in `earlier`
             logger.experiment.metrics.extend(earlier)
         logger.save()

@@ -251,3 +251,102 @@ def test_two_processes_train_as_one(command, tmp_path):
     assert len(losses(tmp_path / "one")) == 8
     assert furthest(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-4
     assert state_of(tmp_path / "two")["global_step"] == 8
+
+
+# What fresh eyes found
+
+
+def test_a_run_that_was_told_to_end_in_its_last_step_is_tested_when_it_goes_on(during, tmp_path):
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 11 and tell())
+    assert fit(run="mine") == os.EX_TEMPFAIL
+    assert fit(run="mine", ckpt_path="last", final_test="true") == 0
+    assert (tmp_path / "mine" / "test.json").is_file()
+    assert (tmp_path / "mine" / "figures").is_dir()
+
+
+def test_sigterm_before_the_first_step_leaves_the_earlier_run(during, tmp_path):
+    assert fit(run="mine") == 0
+    before = state_of(tmp_path / "mine")
+    during("on_sanity_check_start", lambda *_: tell())
+    assert fit(run="mine", overwrite="true", seed_everything=1) == os.EX_TEMPFAIL
+    assert equal(state_of(tmp_path / "mine"), before)
+
+
+def test_what_a_killed_fit_had_set_aside_comes_back(tmp_path, capsys):
+    assert fit(run="mine") == 0
+    before = state_of(tmp_path / "mine")
+    aside = tmp_path / "mine" / ".earlier.1"
+    aside.mkdir()
+    for name in ("checkpoints", "config.yaml", "metrics.csv"):
+        (tmp_path / "mine" / name).rename(aside / name)
+    (tmp_path / "mine" / "metrics.csv").touch()
+    assert fit(run="mine") == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert equal(state_of(tmp_path / "mine"), before)
+    assert not aside.exists()
+    assert (tmp_path / "mine" / "metrics.csv").stat().st_size
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_goes_on_in_an_epoch_without_validation(epoch, during, tmp_path):
+    options = {"trainer__check_val_every_n_epoch": 2, "trainer__max_epochs": 3}
+    assert fit(run="whole", **options) == 0
+    assert state_of(tmp_path / "whole")["global_step"] == 18
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 6 * epoch + 3 and tell())
+    assert fit(run="told", **options) == os.EX_TEMPFAIL
+    during("on_train_start", lambda *_: None)
+    assert fit(run="told", ckpt_path="last", **options) == 0
+    assert equal(state_of(tmp_path / "told"), state_of(tmp_path / "whole"))
+
+
+def test_a_run_that_ends_between_validations_keeps_its_last_step(tmp_path):
+    assert fit(run="mine", trainer__max_steps=4, trainer__max_epochs=1) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 4
+
+
+def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
+    assert fit(trainer__accumulate_grad_batches=4, trainer__val_check_interval=3) == 2
+    assert "validation after each 3 batches, the optimiser's step after each 4" in capsys.readouterr().err
+
+
+def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 2 and tell())
+    assert fit(run="mine") == os.EX_TEMPFAIL
+    assert fit(run="mine", ckpt_path="last", trainer__limit_train_batches=5) == 2
+    assert "the checkpoint is of batch 3 of 6, an epoch has 5 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", ["1", "1,", "1,8", "1,x,,,"])
+def test_a_torn_row_of_metrics_is_no_obstacle(torn, during, tmp_path):
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 8 and tell())
+    assert fit(run="mine", trainer__log_every_n_steps=1) == os.EX_TEMPFAIL
+    metrics = tmp_path / "mine" / "metrics.csv"
+    whole = metrics.read_text()
+    metrics.write_text(whole + torn)
+    during("on_train_start", lambda *_: None)
+    assert fit(run="mine", trainer__log_every_n_steps=1, ckpt_path="last") == 0
+    assert metrics.read_text().startswith(whole)
+    assert state_of(tmp_path / "mine")["global_step"] == 12
+
+
+def test_checkpoints_of_others_end_in_one_line(tmp_path, capsys):
+    assert fit(run="mine") == 0
+    kept = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
+    for loops in ({}, {"fit_loop": {"state_dict": {"combined_loader": [{"taken": "x"}]}}}):
+        torch.save({**kept, "loops": loops}, tmp_path / "other.ckpt")
+        assert fit(run="mine", ckpt_path="other.ckpt", trainer__max_epochs=3) == 2
+        assert "expected a checkpoint that train.py wrote" in capsys.readouterr().err
+
+
+def test_a_nan_that_is_found_when_validation_comes_keeps_the_batch_as_it_was(during, tmp_path):
+    seen = []
+
+    def spoil(self, trainer, task, batch, batch_idx):
+        if batch_idx == 1:
+            seen.append(batch)
+            with torch.no_grad():
+                task.network.f6.weight.fill_(torch.nan)
+
+    during("on_train_batch_start", spoil)
+    assert fit(run="mine", trainer__val_check_interval=3, trainer__log_every_n_steps=50) == 2
+    assert all(map(torch.equal, read(tmp_path / "mine" / "not_finite.pt")["inputs"], seen[0]))

@@ -38,6 +38,8 @@ class Shuffled:
     """
 
     def __init__(self, count: int, batch_size: int):
+        if not count:
+            raise UserError("train: 0 samples; expected some")
         self.count, self.batch_size = count, min(batch_size, count)
 
     def __len__(self) -> int:
@@ -188,7 +190,7 @@ class SplitData(LightningDataModule):
         there are fewer samples than devices.
         """
         samples, (rank, devices) = self.samples(split), processes()
-        if 0 < len(samples) < devices:
+        if len(samples) < devices and devices > 1:
             raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
         size = self.at_once(split)
         if devices == 1:
@@ -200,7 +202,9 @@ class SplitData(LightningDataModule):
     def workers(self) -> dict[str, Any]:
         """What a DataLoader has to know of processes."""
         several = self.num_workers > 0
-        return {"num_workers": self.num_workers, "persistent_workers": several, "pin_memory": torch.cuda.is_available()}
+        # What this process makes may lie on the device already, and cannot be pinned.
+        pinned = several and torch.cuda.is_available()
+        return {"num_workers": self.num_workers, "persistent_workers": several, "pin_memory": pinned}
 
     def val_dataloader(self) -> DataLoader:
         """The validation samples in order."""

@@ -9,7 +9,9 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dlref.runtime import UserError
 from dlref.tasks.seal import write_sealed
 from dlref.tasks.task import Task
 
@@ -18,71 +20,97 @@ class Interrupted(Exception):
     """The process was told to end, and the run can go on from `path`."""
 
     def __init__(self, path: Path, step: int):
-        super().__init__(f"told to end: {path} is of step {step}; --ckpt_path last goes on from there")
+        super().__init__(f"{path} is of step {step}; --ckpt_path last goes on from there")
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
     """Lightning's way of writing checkpoints, sealed; of last.ckpt the one before it stays, as previous.ckpt.
 
     Args:
-        whole: checkpoints known to be whole, which are worth keeping when another takes their place.
+        known: a checkpoint known to be whole, which is worth keeping when another takes its place.
     """
 
-    def __init__(self, whole: set[Path]):
-        self.whole = whole
+    def __init__(self, known: Path | None):
+        self.whole = {known and known.resolve()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write one; called in the first process only."""
-        path = Path(path)
+        path = Path(path).resolve()
         worth_keeping = path.name == "last.ckpt" and path in self.whole and path.exists()
         write_sealed(checkpoint, path, path.with_name("previous.ckpt") if worth_keeping else None)
         self.whole.add(path)
 
 
 class Last(Checkpoint):
-    """Keep last.ckpt: after each validation, every few minutes in between, and when the process is told to end.
+    """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when told to end.
 
     A step after which validation comes is not kept by itself: a run that went on from there would do without it.
 
     Args:
-        path: of the file.
         minutes: between two of them.
     """
 
-    def __init__(self, path: Path, minutes: float):
-        self.path, self.minutes = path, minutes
+    def __init__(self, minutes: float):
+        self.minutes = minutes
         self.told = self.ending = False
-        self.step, self.taken = 0, 0
+        self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
 
     def hear(self, *_: Any) -> None:
         """SIGTERM: what a spot instance gets two minutes before it ends."""
         self.told = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches an epoch has: the place of a batch means nothing among more or fewer."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Those of the run that wrote the checkpoint."""
+        self.batches = state["batches"]
+
     def on_load_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
-        """Where in its epoch the run was."""
-        for loader in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
-            self.taken = loader["taken"]
+        """Where in its epoch the run was. Raises UserError."""
+        try:
+            loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+            self.taken = sum(int(loader["taken"]) for loader in loaders)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"loops: {error!r}; expected a checkpoint that train.py wrote") from None
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Go on in the epoch, and listen to SIGTERM: Lightning's own answer ends a run without keeping it."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        batches, every = trainer.num_training_batches, trainer.val_check_batch
+        if every < batches and every % trainer.accumulate_grad_batches:
+            raise UserError(
+                f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
+                f"{trainer.accumulate_grad_batches}; expected a multiple: gradients that add up are in no checkpoint"
+            )
+        if self.taken % batches and self.batches not in (None, batches):
+            raise UserError(
+                f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
+                "same data, batch size and devices"
+            )
+        self.batches = batches
         # Lightning forgets where it was once the number of steps has been asked for, as schedules do.
-        trainer.train_dataloader.load_state_dict({"taken": self.taken % trainer.num_training_batches})
+        trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
+        self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         self.saved, self.step = time.monotonic(), trainer.global_step
+        self.kept = self.step
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.hear)  # Lightning puts the earlier one back
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_idx: int) -> None:
         """End here rather than in the step before: its losses are logged by now."""
         if self.ending:
-            raise Interrupted(self.path, self.step)
+            raise Interrupted(self.path, self.kept)
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Between two steps of the optimiser; gradients that add up are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         if not stepped or validates_next(trainer, batch_idx):
             return
-        self.ending = trainer.strategy.reduce_boolean_decision(self.told, all=False)
-        if self.ending or self.due(trainer):
+        self.ending = self.agreed(trainer)
+        if self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
@@ -90,12 +118,22 @@ class Last(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self.save(trainer)
-        if trainer.strategy.reduce_boolean_decision(self.told, all=False):
-            raise Interrupted(self.path, self.step)
+        if self.agreed(trainer):
+            raise Interrupted(self.path, self.kept)
+
+    def on_train_epoch_end(self, trainer: Trainer, task: Task) -> None:
+        """Where no validation came."""
+        if trainer.is_last_batch and trainer.global_step > self.kept:
+            self.save(trainer)
+            self.ending = self.agreed(trainer)
+
+    def agreed(self, trainer: Trainer) -> bool:
+        """Whether any of the processes was told to end."""
+        return trainer.strategy.reduce_boolean_decision(self.told, all=False)
 
     def due(self, trainer: Trainer) -> bool:
         """Whether the minutes are over by the first process' clock. Several ask it now and then: each time all wait."""
-        if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps:
+        if trainer.world_size > 1 and trainer.global_step % max(1, trainer.log_every_n_steps):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
 
@@ -104,7 +142,7 @@ class Last(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         for logger in trainer.loggers:
             logger.save()
-        self.saved = time.monotonic()
+        self.saved, self.kept = time.monotonic(), trainer.global_step
 
 
 def validates_next(trainer: Trainer, batch_idx: int) -> bool:

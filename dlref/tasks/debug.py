@@ -15,6 +15,7 @@ PRESET = {
     "max_time": None,
     "limit_val_batches": 0,
     "accumulate_grad_batches": 1,
+    "callbacks": None,  # which may wait for a validation
     "detect_anomaly": True,  # names the operation whose gradient is NaN
 }
 
@@ -33,5 +34,6 @@ class Overfit(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
         """The mean of the first pass and of the last one."""
-        first, last = (float(sum(part) / len(part)) for part in (self.losses[:BATCHES], self.losses[-BATCHES:]))
-        print(f"debug: train/loss {first:.4g} -> {last:.4g}, {BATCHES} batches {len(self.losses) // BATCHES} times")
+        batches = int(trainer.num_training_batches)
+        first, last = (float(sum(part) / len(part)) for part in (self.losses[:batches], self.losses[-batches:]))
+        print(f"debug: train/loss {first:.4g} -> {last:.4g}, {batches} batches {len(self.losses) // batches} times")

@@ -15,14 +15,9 @@ class Finite(Callback):
     """End a run whose loss is NaN or infinite, and keep the first batch of which it was.
 
     A look at the loss waits for the device, so one is taken only now and then: as often as losses are logged, and
-    before anything is kept. The batch is made once more; it need not have stayed in memory.
-
-    Args:
-        path: where the batch goes.
+    before anything is kept. The batch is made once more, the first device's share of it; it need not have stayed in
+    memory. It goes to not_finite.pt in the run's folder.
     """
-
-    def __init__(self, path: Path):
-        self.path = path
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Nothing seen yet."""
@@ -51,12 +46,14 @@ class Finite(Callback):
         if first < 0:
             self.seen = {}
             return
-        where = self.seen[first]
+        where, path = self.seen[first], Path(trainer.default_root_dir) / "not_finite.pt"
         if trainer.is_global_zero:
+            stage, trainer.training = trainer.state.stage, True  # validation would not augment
             batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(first))
-            write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, self.path)
+            trainer.state.stage = stage
+            write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, path)
         raise UserError(
             "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
             "expected a number, see a lower rate or trainer.gradient_clip_val; ".format(**where)
-            + f"the batch is in {self.path}"
+            + f"the batch is in {path}"
         )

@@ -142,7 +142,7 @@ class Task(LightningModule):
         """
         self.train_loss, own = loss.detach(), loss
         if several():
-            both = torch.stack([self.train_loss * count, self.train_loss.new_tensor(1.0) * count])
+            both = torch.stack([self.train_loss * count, self.train_loss.new_ones(()) * count])
             torch.distributed.all_reduce(both)
             self.train_loss, own = both[0] / both[1], loss * (count * torch.distributed.get_world_size() / both[1])
         self.log("train/loss", self.train_loss, prog_bar=True)

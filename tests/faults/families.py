@@ -54,7 +54,7 @@ FAMILIES = {
             "data.init_args.batch_size": 8,
             "model.init_args.network.init_args.num_cells": 8,
             "model.init_args.network.init_args.dropout": 0.2,
-            "trainer.check_val_every_n_epoch": 1,
+            "trainer.check_val_every_n_epoch": 2,
         },
     ),
     "translation": (
