@@ -765,7 +765,7 @@ WITHIN: dict[str, dict[str, object]] = {
     },
     "a checkpoint elsewhere": callback("ModelCheckpoint", dirpath="@OUTSIDE@", every_n_train_steps=1),
     "a checkpoint above": callback("ModelCheckpoint", filename="../../../../outside/new", every_n_train_steps=1),
-    "a checkpoint elsewhere": callback("ModelCheckpoint", filename="@OUTSIDE@/new", every_n_train_steps=1),
+    "a checkpoint by its whole path": callback("ModelCheckpoint", filename="@OUTSIDE@/new", every_n_train_steps=1),
     "a checkpoint on a server": callback("ModelCheckpoint", dirpath="http://127.0.0.1:9/new", every_n_train_steps=1),
     "a checkpoint at an error": callback("OnExceptionCheckpoint", dirpath="@OUTSIDE@")
     | {"model.init_args.weights": "gone.pt"},
