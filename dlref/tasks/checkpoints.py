@@ -127,6 +127,11 @@ class Last(Checkpoint):
             self.save(trainer)
             self.ending = self.agreed(trainer)
 
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        """Told in the last step: what comes after training is left to the one who goes on."""
+        if self.ending:
+            raise Interrupted(self.path, self.kept)
+
     def agreed(self, trainer: Trainer) -> bool:
         """Whether any of the processes was told to end."""
         return trainer.strategy.reduce_boolean_decision(self.told, all=False)
