@@ -33,7 +33,7 @@ PLAIN = {
         "model.init_args.mixup": 0,
     },
     "object detection": {
-        "data.init_args": '{"train": 26, "held_out": 17, "batch_size": 4, "photometric": false, "crop": false, '
+        "data.init_args": '{"train": 26, "held_out": 18, "batch_size": 4, "photometric": false, "crop": false, '
         '"zoom_out": 1}',
         "model.init_args.freeze": r".*(bn\d|downsample\.1|extra\.\d\.[14])\.",
     },
