@@ -289,7 +289,7 @@ def train(arguments: list[str] | None = None) -> int:
             args=arguments,
         )
     except (Interrupted, SIGTERMException) as reason:
-        print(f"told to end{f': {reason}' if str(reason) else ''}; start it again to go on", file=sys.stderr)
+        print(f"told to end{reason}", file=sys.stderr)  # Lightning's own, outside of training, says no more
         return os.EX_TEMPFAIL
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

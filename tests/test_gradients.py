@@ -7,7 +7,6 @@ a max-pool) between the points of one, the two would differ: such a direction fa
 
 import inspect
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -34,7 +33,6 @@ from dlref.tasks.semantic_segmentation import VOID
 STEPS = (2e-8, 1e-8)  # of each tensor's size: as short as rounding (1e-16) allows, for kinks to be rare
 TOLERANCE = 1e-6  # of the difference, relative to what the tensors contribute to the derivative
 ENTRIES = 1000  # of a tensor that change at once
-ONE_DEVICE = SimpleNamespace(world_size=1)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +58,6 @@ class Given(nn.Module):
 def alone(task):
     """A task in float64 that trains on one device and logs nothing."""
     task.double().log = task.log_dict = lambda *_, **__: None
-    task.trainer = ONE_DEVICE
     return task
 
 

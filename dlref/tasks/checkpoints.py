@@ -20,7 +20,7 @@ class Interrupted(Exception):
     """The process was told to end, and the run can go on from `path`."""
 
     def __init__(self, path: Path, step: int):
-        super().__init__(f"{path} is of step {step}; --ckpt_path last goes on from there")
+        super().__init__(f": {path} is of step {step}; --ckpt_path last goes on from there")
 
 
 class SealedCheckpointIO(TorchCheckpointIO):

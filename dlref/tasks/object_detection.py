@@ -110,11 +110,11 @@ class ObjectDetector(Task):
         return self.network(self.preprocess(images))
 
     def losses(self, heads: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of the loss, their sum and over how many default boxes it is a mean."""
+        """The parts of the loss, their sum and over how many default boxes it is a mean; of none it is a sum."""
         anchors = self.network.anchors
         matched = match(targets["boxes"], targets["labels"], anchors, self.overlap_threshold)
         boxes, classes = multibox_loss(*heads, targets["boxes"], targets["labels"], anchors, matched)
-        positives = (matched >= 0).sum().clamp(min=1)
+        positives = (matched >= 0).sum()
         return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes, "positives": positives}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from dlref.runtime import UserError
 from dlref.tasks.deployable import Deployable
@@ -52,7 +52,7 @@ class Task(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weights, self.freeze_pattern = weights, freeze
         self.decay_vectors, self.compile_network = decay_vectors, compile_network
-        self.mean_loss = MeanMetric(nan_strategy="disable")  # to look for NaN waits for the device
+        self.mean_loss = MeanLoss()
         self.known: dict[str, object] = {}
         self.prepared = False
 
@@ -137,14 +137,15 @@ class Task(LightningModule):
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
 
         Args:
-            loss: a mean over `count` things of this device's share. What DDP does, the mean of the devices' gradients,
-                would give a thing less weight where there are more of them.
+            loss: a mean over `count` things of this device's share; of no things, a sum. What DDP does, the mean of the
+                devices' gradients, would give a thing less weight where there are more of them.
         """
         self.train_loss, own = loss.detach(), loss
         if several():
-            both = torch.stack([self.train_loss * count, self.train_loss.new_ones(()) * count])
+            both = sums(self.train_loss, count)
+            scale = or_one(count * torch.ones_like(self.train_loss)) * torch.distributed.get_world_size()
             torch.distributed.all_reduce(both)
-            self.train_loss, own = both[0] / both[1], loss * (count * torch.distributed.get_world_size() / both[1])
+            self.train_loss, own = both[0] / or_one(both[1]), loss * (scale / or_one(both[1]))
         self.log("train/loss", self.train_loss, prog_bar=True)
         return own
 
@@ -153,7 +154,7 @@ class Task(LightningModule):
 
         Args:
             stage: val or test.
-            loss: a mean over `count` things.
+            loss: a mean over `count` things; of no things, a sum.
         """
         self.mean_loss.update(loss, count)
         self.log(f"{stage}/loss", self.mean_loss)
@@ -180,6 +181,35 @@ class Task(LightningModule):
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def or_one(count: Tensor) -> Tensor:
+    """What a sum is divided by: by 1 where nothing counts. A count of weights may be a fraction."""
+    return torch.where(count > 0, count, 1)
+
+
+def sums(loss: Tensor, count: Tensor | int) -> Tensor:
+    """A loss that is a mean, as a sum (2,) with its count, to be added to others."""
+    count = count * torch.ones_like(loss)
+    return torch.stack([loss * or_one(count), count])
+
+
+class MeanLoss(Metric):
+    """The mean of a loss over all batches of all devices: torchmetrics' own would lose the sum of a batch of none."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("both", torch.zeros(2), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: Tensor | int) -> None:
+        """Add a batch."""
+        self.both += sums(loss.detach(), count)
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.both[0] / or_one(self.both[1])
 
 
 def freeze(network: nn.Module, pattern: str) -> None:
