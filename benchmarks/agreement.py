@@ -1,10 +1,12 @@
-"""A classifier and its bundle on the whole test split, image by image: `python -m benchmarks.agreement RUN BUNDLE`.
+"""A run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
 
-PyTorch answers as `train.py test` does, on the loader's batches; the bundle answers each image through the runner
-that a device uses. Prints how many labels differ and how far probabilities are apart.
+Of a classifier: PyTorch answers as `train.py test` does, on the loader's batches, and the bundle answers image by image
+through the runner that a device uses. Printed are how many labels differ and how far probabilities are apart. Of any
+other task: its metric, of detections all that COCO reports, of PyTorch and of the bundle, both by that runner.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,11 +14,49 @@ from rich.console import Console
 from rich.progress import track
 
 from dlref.cli import load_run
-from dlref.runtime import load
+from dlref.runtime import load, make_runner
+from dlref.tasks.task import Task
+
+
+def watched(batches, title: str) -> Iterator:
+    """The batches, showing how far they are."""
+    return track(batches, title, console=Console(stderr=True), transient=True)
+
+
+def labels(task: Task, batches, bundle: Path) -> list[str]:
+    """Of a classifier, image by image."""
+    runner, names = load(bundle), task.known["labels"]
+    images_seen = differing = correct = 0
+    error = 0.0
+    for images, targets in watched(batches, "comparing"):
+        with torch.no_grad():
+            probability = task.probability(task(images)[0])
+        answers = runner([image.permute(1, 2, 0).numpy() for image in images])
+        answered = torch.tensor([names.index(answer["label"]) for answer in answers])
+        certainty = torch.tensor([answer["probability"] for answer in answers])
+        images_seen += len(images)
+        correct += (answered == targets).sum().item()
+        differing += (answered != probability.argmax(-1)).sum().item()
+        error = max(error, (certainty - probability.max(-1).values).abs().max().item())
+    return [
+        f"{images_seen} test images, bundle's accuracy {correct / images_seen:.4f}, "
+        f"{differing} labels differ from PyTorch's, probabilities by {error:.1e} at most"
+    ]
+
+
+def metrics(task: Task, batches, bundle: Path) -> list[str]:
+    """Of any task, by its own scores where it has several."""
+    served = task.deployable(next(iter(batches)))
+    runners = {"PyTorch": make_runner(served.kind, served.graphs, served.metadata), "bundle": load(bundle)}
+    scores = getattr(task, "scores", lambda *arguments: {task.metric: task.evaluate(*arguments)})
+    found = {name: scores(runner, watched(batches, name)) for name, runner in runners.items()}
+    return [
+        f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in values.items())}" for name, values in found.items()
+    ]
 
 
 def main() -> None:
-    """Compare and print one line."""
+    """Compare and print a line or two."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("bundle", type=Path)
@@ -24,24 +64,10 @@ def main() -> None:
     task, data = load_run(options.run, overrides)
     data.prepare_data()
     data.setup("test")
-    runner, labels = load(options.bundle), task.known["labels"]
-    images_seen = differing = correct = 0
-    error = 0.0
-    batches = data.test_dataloader()
-    for images, targets in track(batches, "comparing", console=Console(stderr=True), transient=True):
-        with torch.no_grad():
-            probability = task.probability(task(images)[0])
-        answers = runner([image.permute(1, 2, 0).numpy() for image in images])
-        answered = torch.tensor([labels.index(answer["label"]) for answer in answers])
-        certainty = torch.tensor([answer["probability"] for answer in answers])
-        images_seen += len(images)
-        correct += (answered == targets).sum().item()
-        differing += (answered != probability.argmax(-1)).sum().item()
-        error = max(error, (certainty - probability.max(-1).values).abs().max().item())
-    print(
-        f"{options.run.name}: {images_seen} test images, bundle's accuracy {correct / images_seen:.4f}, "
-        f"{differing} labels differ from PyTorch's, probabilities by {error:.1e} at most"
-    )
+    task.learn(data)
+    compare = labels if hasattr(task, "probability") else metrics
+    for line in compare(task, data.test_dataloader(), options.bundle):
+        print(f"{options.run.name}, {line}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,31 @@
-"""SSD300 with a VGG-16 base beside torchvision's: `python -m benchmarks.detection`.
+"""SSD300 with a VGG-16 base beside torchvision's.
 
 Both hold the same weights and see the same pictures and boxes, in one process and in turns. Timed are the way from the
 heads to detections, for a network that knows nothing (every class of every default box is above the threshold) and for
 heads as a trained one has them (a few in a hundred default boxes are certain of something), and the training step:
 forward, matching, loss and backward, without the optimiser, dlref in NHWC as its configs have it.
-
-`python -m benchmarks.detection --agreement RUN BUNDLE` compares COCO's metrics of a run and of its bundle on the whole
-test split instead.
 """
 
-import argparse
-import platform
-from importlib.metadata import version
-from pathlib import Path
-
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from benchmarks.turns import in_turns, show
-from dlref.cli import load_run
+from benchmarks.rows import Row, Rows, in_turns
 from dlref.models import SSDVGG16
-from dlref.runtime import load, make_runner
 from dlref.tasks.multibox import Detections, match, multibox_loss
 
 CLASSES = 90
-BATCH = 8  # pictures whose heads are decoded
+DECODED, TRAINED = 8, 4  # pictures whose heads are decoded, and of a training step
+
+
+def both(device: str) -> tuple[torch.nn.Module, SSDVGG16]:
+    """Theirs and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1, trainable_backbone_layers=5)
+    own = SSDVGG16(CLASSES)
+    own.load_state_dict(theirs.state_dict())
+    return theirs.to(device), own.to(device)
 
 
 def heads(batch: int, boxes: int, trained: bool, device: str) -> tuple[Tensor, Tensor]:
@@ -42,91 +39,64 @@ def heads(batch: int, boxes: int, trained: bool, device: str) -> tuple[Tensor, T
     return offsets.to(device), logits.to(device)
 
 
-def detections(theirs, own: SSDVGG16, trained: bool, device: str) -> dict[str, list[float]]:
+def detections(theirs: torch.nn.Module, own: SSDVGG16, trained: bool, device: str) -> Row:
     """From the heads to detections. Both have to find as many."""
     detect = Detections(0.01, 0.45, 200).to(device)
-    offsets, logits = heads(BATCH, len(own.anchors), trained, device)
-    corners = [box_convert(own.anchors, "cxcywh", "xyxy") * 300] * BATCH
+    offsets, logits = heads(DECODED, len(own.anchors), trained, device)
+    corners = [box_convert(own.anchors, "cxcywh", "xyxy") * 300] * DECODED
 
     def published() -> list[dict[str, Tensor]]:
         heads = {"bbox_regression": offsets, "cls_logits": logits}
-        return theirs.postprocess_detections(heads, corners, [(300, 300)] * BATCH)
+        return theirs.postprocess_detections(heads, corners, [(300, 300)] * DECODED)
 
     with torch.inference_mode():
         counts = [len(found["scores"]) for found in published()], detect(offsets, logits, own.anchors)[3].tolist()
-        print(f"detections of an image: torchvision {counts[0]}, dlref {counts[1]}")
+        assert counts[0] == counts[1], f"detections of an image: torchvision {counts[0]}, dlref {counts[1]}"
         calls = {"torchvision": published, "dlref": lambda: detect(offsets, logits, own.anchors)}
-        return in_turns("detections", calls, device)
+        seconds = in_turns("detections", calls, device)
+    return Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
 
 
-def steps(theirs, own: SSDVGG16, batch: int, device: str) -> dict[str, list[float]]:
-    """Forward, matching, loss and backward."""
-    images = torch.rand(batch, 3, 300, 300, device=device)
-    corner = torch.rand(batch, 8, 2, device=device) * 0.7
-    boxes = torch.cat([corner, corner + 0.05 + 0.25 * torch.rand(batch, 8, 2, device=device)], dim=-1)
-    labels = torch.randint(0, CLASSES, (batch, 8), device=device)
+def decoding(device: str = "cpu") -> Rows:
+    """Heads of two kinds."""
+    networks = both(device)
+    title = f"from the heads to detections, SSD300, batch {DECODED}"
+    return {
+        f"{title}, untrained": detections(*networks, False, device),
+        f"{title}, as trained": detections(*networks, True, device),
+    }
+
+
+def step(device: str = "cpu") -> Rows:
+    """Forward, matching, loss and backward. Both losses have to be equal."""
+    theirs, own = both(device)
+    images = torch.rand(TRAINED, 3, 300, 300, device=device)
+    corner = torch.rand(TRAINED, 8, 2, device=device) * 0.7
+    boxes = torch.cat([corner, corner + 0.05 + 0.25 * torch.rand(TRAINED, 8, 2, device=device)], dim=-1)
+    labels = torch.randint(0, CLASSES, (TRAINED, 8), device=device)
     targets = [{"boxes": b * 300, "labels": k + 1} for b, k in zip(boxes, labels, strict=True)]
+    means = torch.tensor([0.48235, 0.45882, 0.40784], device=device)[:, None, None]  # as torchvision normalises
 
-    def published() -> None:
+    def published() -> Tensor:
         theirs.zero_grad()
-        sum(theirs(list(images), targets).values()).backward()
+        loss = sum(theirs(list(images), targets).values())
+        loss.backward()
+        return loss
 
-    own = own.to(memory_format=torch.channels_last)  # as the configs have it
+    own.to(memory_format=torch.channels_last)  # as the configs have it
 
-    def ours() -> None:
+    def ours() -> Tensor:
         own.zero_grad()
         matched = match(boxes, labels, own.anchors, 0.5)
-        pixels = ((images - 0.45) * 255).contiguous(memory_format=torch.channels_last)
-        sum(multibox_loss(*own(pixels), boxes, labels, own.anchors, matched)).backward()
+        pixels = ((images - means) * 255).contiguous(memory_format=torch.channels_last)
+        loss = sum(multibox_loss(*own(pixels), boxes, labels, own.anchors, matched))
+        loss.backward()
+        return loss
 
-    return in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
-
-
-def agreement(run: Path, bundle: Path, overrides: list[str]) -> None:
-    """Print the metrics of PyTorch and of the bundle, both by the runner that a device uses."""
-    task, data = load_run(run, overrides)
-    data.prepare_data()
-    data.setup("test")
-    task.learn(data)
-    deployable = task.deployable(next(iter(data.test_dataloader())))
-    runners = {"PyTorch": make_runner(deployable.kind, deployable.graphs, deployable.metadata), "bundle": load(bundle)}
-    batches = data.test_dataloader()
-    for name, runner in runners.items():
-        shown = track(batches, name, console=Console(stderr=True), transient=True)
-        scores = task.scores(runner, shown)
-        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in scores.items())}")
-    print(f"{run.name}, {len(batches.dataset)} test pictures")
+    torch.testing.assert_close(ours(), published(), rtol=1e-3, atol=0)
+    seconds = in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
+    row = Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
+    return {f"training step, SSD300 with VGG-16, batch {TRAINED}": row}
 
 
-def main() -> None:
-    """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=4, help="pictures of a training step (default: 4)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--agreement", type=Path, nargs=2, metavar=("RUN", "BUNDLE"))
-    options, overrides = parser.parse_known_args()
-    if options.agreement:
-        agreement(*options.agreement, overrides)
-        return
-    torch.manual_seed(0)
-    device = options.device
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1, trainable_backbone_layers=5)
-    own = SSDVGG16(CLASSES)
-    own.load_state_dict(theirs.state_dict())
-    theirs, own = theirs.to(device), own.to(device)
-    rows = {
-        f"detections, batch {BATCH}, untrained heads": detections(theirs, own, False, device),
-        f"detections, batch {BATCH}, heads as trained": detections(theirs, own, True, device),
-        f"training step, batch {options.batch}": steps(theirs, own, options.batch, device),
-    }
-    where = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"\n{where}\n\n| what | torchvision, ms | dlref, ms | torchvision / dlref |\n| --- | --- | --- | --- |")
-    for title, seconds in rows.items():
-        show(title, seconds)
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision")), platform.python_version())
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARKS = {"detection-decoding": decoding, "detection-step": step}

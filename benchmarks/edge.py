@@ -1,31 +1,46 @@
-"""PyTorch eager, compiled, ONNX float32 and the bundle, for every run there is: `python -m benchmarks.edge`.
+"""A bundle beside what it replaces on this machine: PyTorch eager and compiled, and its own float32 graph.
 
-Exports each run that a config has under `--runs` for this machine's own processor, and prints what the export step
-measured, each contender in a process of its own. `--untrained` adds networks of published sizes with random weights,
-whose speed and memory are those of trained ones.
+Each contender answers in a process of its own, one answer at a time; the export step measures them once a turn. A
+config's is exported from the run that the config's own benchmark has made; ResNet and LeNet-5 at published sizes have
+random weights, whose speed and memory are those of trained ones. A model is the bundle's graphs or the program that
+torch.export saved; "installed" are the packages that answer, with the CUDA libraries that PyTorch's wheel requires.
 """
 
-import argparse
 import platform
-from importlib.metadata import version
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.configs import trained
+from benchmarks.rows import Row, Rows
 from dlref.cli import load_run
 from dlref.export.bundle import export
-from dlref.export.report import FIGURES, busy, contenders, table
-from dlref.export.targets import ARM, TARGETS, Target
+from dlref.export.targets import ARM, TARGETS
 from dlref.models import LeNet5, ResNet
 from dlref.tasks import ImageClassifier, ImagePreprocess
+from dlref.tasks.task import Task
 
+TURNS = 3
+EMBEDDED = ("lenet5_digits", "ssd_digit_scenes", "fcn_digit_scenes", "deepar_synthetic", "seq2seq_dates", "gpt_python")
 UNTRAINED = {  # network, classes, side, channels
-    "LeNet-5": (lambda: LeNet5(10, activation="relu"), 10, 32, 1),
-    "ResNet-18 at 224 px": (lambda: ResNet(18, 1000), 1000, 224, 3),
-    "ResNet-50 at 224 px": (lambda: ResNet(50, 1000), 1000, 224, 3),
+    "edge-lenet5": (lambda: LeNet5(10, activation="relu"), 10, 32, 1),
+    "edge-resnet18": (lambda: ResNet(18, 1000), 1000, 224, 3),
+    "edge-resnet50": (lambda: ResNet(50, 1000), 1000, 224, 3),
 }
-RATIOS = ("latency_ms", "peak_rss_mb", "first_answer_s", "model_mb", "installed_mb")
+FIGURES = {  # of a contender: key, what, unit, factor
+    "latency_ms": ("an answer", "s", 1e-3),
+    "first_answer_s": ("start to first answer", "s", 1),
+    "peak_rss_mb": ("peak memory", "MB", 1),
+    "model_mb": ("model", "MB", 1),
+    "installed_mb": ("installed", "MB", 1),
+}
+PEERS = {"pytorch-eager": "PyTorch eager", "pytorch-compiled": "PyTorch compiled", "onnx-float32": "its float32 graph"}
+GOALS = {("pytorch-eager", "latency_ms"): ">= 2", ("pytorch-eager", "peak_rss_mb"): ">= 5"}
 
 
 class Noise:
@@ -61,50 +76,26 @@ def untrained(network, classes: int, side: int, channels: int) -> tuple[ImageCla
     )
 
 
-def rows(name: str, manifest: dict, trained: bool) -> list[list[str]]:
-    """The contenders of one export, and how many times less the bundle takes than PyTorch eager."""
-    measured = manifest["measurement"]["contenders"]
-    test = manifest["verification"]["test"]
-    score = {"pytorch": f"{test['pytorch']:.4f}", "bundle": f"{test['bundle']:.4f}"} if trained else {}
-    lines = []
-    for contender in busy(measured):
-        print(f"{name}: {contender} waited for a core {measured[contender]['waited']:.0%} of the time")
-    for contender, *figures in contenders(measured):
-        precision = f"bundle, {manifest['precision']}" if contender == "bundle" else contender
-        side = "bundle" if contender == "bundle" else "pytorch"
-        lines.append(["", precision, score.get(side, "–"), *figures])
-    lines[0][0] = name
-    eager, bundle = measured["pytorch-eager"], measured["bundle"]
-    known = [key for key in RATIOS if eager[key] and bundle[key]]
-    times = [f"**{eager[key] / bundle[key]:.1f}×**" if key in known else "" for key in FIGURES]
-    return [*lines, ["", "**eager / bundle**", "", *times]]
+def bundle(built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
+    """Every figure of a bundle beside those of the others."""
+    target, contenders = TARGETS["arm64" if platform.machine() in ARM else "x86-64"], []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(TURNS):
+            manifest = export(*built(), target, Path(folder, str(turn)))
+            contenders.append(manifest["measurement"]["contenders"])
+    rows = {}
+    for peer, beside in PEERS.items():
+        for key, (what, unit, factor) in FIGURES.items():
+            own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
+            goal = GOALS.get((peer, key), "")
+            rows[f"{what}, {manifest['precision']} bundle beside {beside}"] = Row(own, theirs, unit, beside, goal)
+    return rows
 
 
-def main() -> None:
-    """Export, and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
-    parser.add_argument("--output", type=Path, default=Path("bundles/edge"), help="folder of the bundles")
-    parser.add_argument("--untrained", action="store_true", help="networks of published sizes too")
-    options = parser.parse_args()
-    configs = sorted(path.stem for path in Path("configs").glob("*.yaml"))
-    names = [name for name in configs if (options.runs / name / "config.yaml").is_file()]
-    print(f"without a run in {options.runs}: {', '.join(sorted(set(configs) - set(names))) or 'none'}")
-    target: Target = TARGETS["arm64" if platform.machine() in ARM else "x86-64"]
-    lines = []
-    for name in names:
-        manifest = export(*load_run(options.runs / name, []), target, options.output / name)
-        lines += rows(f"`{name}`", manifest, trained=True)
-    for name, case in UNTRAINED.items() if options.untrained else ():
-        manifest = export(*untrained(*case), target, options.output / name)
-        lines += rows(f"{name}, random weights", manifest, trained=False)
-    if lines:
-        print(
-            f"\n{manifest['measurement']['processor']}, {manifest['measurement']['threads']} threads, {target.name}\n"
-        )
-        print(table(["network", "contender", "test score", *(title for title, _ in FIGURES.values())], lines))
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime")), platform.python_version())
+def of_run(config: str) -> tuple[Task, LightningDataModule]:
+    """A trained task and its data."""
+    return load_run(trained(config), [])
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = {f"edge-{config.replace('_', '-')}": partial(bundle, partial(of_run, config)) for config in EMBEDDED}
+BENCHMARKS |= {name: partial(bundle, partial(untrained, *case)) for name, case in UNTRAINED.items()}

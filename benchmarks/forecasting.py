@@ -1,21 +1,16 @@
-"""DeepAR beside GluonTS's: `python -m benchmarks.forecasting` (needs the extra `bench`).
+"""DeepAR beside GluonTS's.
 
 Both train two LSTM layers of 40 cells on the same synthetic series with the same context, prediction, batch and numbers
 of windows, by Lightning's Trainer, in one process and in turns: GluonTS as it comes, GluonTS with its data cached, and
-dlref. Then each forecasts the same series with 100 sample paths, one after the other: GluonTS, dlref in PyTorch, and
-its graphs in onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation,
-and whole forecasts from series as they are, features and quantiles included.
+dlref. Then each forecasts the same series with 100 sample paths, in turns: GluonTS, dlref in PyTorch, and its graphs in
+onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation, and whole
+forecasts from series as they are, features and quantiles included.
 """
 
-import argparse
-import logging
-import platform
-import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.rows import Row, Rows, in_turns, needs, rest
 from dlref.data import SyntheticSeries
 from dlref.data.series import Series
 from dlref.export.convert import Plan, convert
@@ -33,17 +29,21 @@ from dlref.models import DeepAR
 from dlref.runtime import make_runner
 from dlref.runtime.bundle import OnnxGraph, cores
 from dlref.tasks import Forecaster, StudentT
+from dlref.tasks.deployable import Deployable
 
+SERIES, HORIZON, CONTEXT = 100, 24, 24  # hours
 BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as GluonTS has it; the first is not timed
+TURNS, SINGLE = 5, 20  # fits, and forecasts of all series; forecasts of one series
+PATHS, LEVELS = 100, np.arange(1, 10) / 10
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 INT8 = TARGETS["x86-64"]
 
 
 class Clock(Callback):
-    """Windows a second of each epoch but the first."""
+    """Windows a second of the epochs but the first."""
 
     def __init__(self) -> None:
-        self.rates: list[float] = []
+        self.seconds = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, task) -> None:
         """Start."""
@@ -52,46 +52,12 @@ class Clock(Callback):
     def on_train_epoch_end(self, trainer: Trainer, task) -> None:
         """Stop."""
         if trainer.current_epoch:
-            self.rates.append(BATCH * BATCHES / (time.perf_counter() - self.start))
+            self.seconds += time.perf_counter() - self.start
 
-
-def gluonts_estimator(horizon: int, context: int, clock: Clock):
-    """GluonTS's defaults but for the number of epochs."""
-    from gluonts.torch.model.deepar import DeepAREstimator
-
-    trainer = {**QUIET, "max_epochs": EPOCHS, "default_root_dir": tempfile.mkdtemp(), "callbacks": [clock]}
-    return DeepAREstimator(
-        freq="h", prediction_length=horizon, context_length=context, batch_size=BATCH, trainer_kwargs=trainer
-    )
-
-
-def listed(series: Series, cut: int = 0) -> list[dict]:
-    """Series as GluonTS takes them, without their last `cut` points."""
-    import pandas as pd
-
-    targets = np.split(series.target, series.offsets[1:-1])
-    return [
-        {"start": pd.Period(str(start), freq="h"), "target": target[: len(target) - cut]}
-        for start, target in zip(series.start, targets, strict=True)
-    ]
-
-
-def train_gluonts(series: Series, horizon: int, context: int, cached: bool):
-    """Windows a second of each timed epoch, and a predictor."""
-    clock = Clock()
-    estimator = gluonts_estimator(horizon, context, clock)
-    predictor = estimator.train(listed(series, horizon), cache_data=cached)
-    return clock.rates, predictor
-
-
-def train_dlref(data: SyntheticSeries) -> tuple[list[float], Forecaster]:
-    """Windows a second of each timed epoch, and the task."""
-    clock, network = Clock(), DeepAR(lags=40, features=5)
-    task = Forecaster(StudentT(), network=network, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
-    options = {"max_epochs": EPOCHS, "callbacks": [clock], "gradient_clip_val": 10, "limit_val_batches": 0}
-    trainer = Trainer(**options, enable_checkpointing=False, **QUIET)
-    trainer.fit(task, datamodule=data)
-    return clock.rates, task.eval()
+    @property
+    def rate(self) -> float:
+        """Of all of them together."""
+        return BATCH * BATCHES * (EPOCHS - 1) / self.seconds
 
 
 class Plain(SyntheticSeries):
@@ -107,96 +73,120 @@ class Plain(SyntheticSeries):
         return channels._replace(train=self.series, test=self.series, predict=None)
 
 
-def runners(task: Forecaster, data: SyntheticSeries, folder: Path) -> Iterator[tuple[str, Callable]]:
-    """The same runner over PyTorch and over the graphs of a bundle, each opened when the one before is done with.
-
-    Not in turns: PyTorch's threads wait busily for a while, and would take a core from what comes next.
-    """
-    served = task.deployable(next(iter(data.val_dataloader())))
-    yield "dlref, PyTorch", make_runner(served.kind, served.graphs, served.metadata)
-    for title, precision in (("dlref, float32 bundle", "float32"), ("dlref, int8 bundle", "int8")):
-        graphs = {}
-        for name, graph in served.graphs.items():
-            exact, path = folder / f"{name}.onnx", folder / f"{name}.{precision}.onnx"
-            write_onnx(graph, exact, INT8)
-            convert(exact, path, INT8, Plan(precision), [])
-            graphs[name] = OnnxGraph(path, INT8.provider, 1)
-        runner = make_runner(served.kind, graphs, served.metadata)
-        runner.workers = cores()  # as `load` opens a bundle
-        yield title, runner
-
-
-def timed(call: Callable, turns: int) -> list[float]:
-    """Seconds of each of several calls, after one that does not count."""
-    seconds = []
-    for turn in range(turns + 1):
-        start = time.perf_counter()
-        call()
-        seconds += [time.perf_counter() - start] * bool(turn)
-    return seconds
-
-
-def row(title: str, rates: list[float], peer: list[float]) -> str:
-    """Medians and their ratio to a peer's."""
-    own, theirs = statistics.median(rates), statistics.median(peer)
-    return f"| {title} | {own:.0f} | {own / theirs:.1f}× | {min(rates):.0f} to {max(rates):.0f} |"
-
-
-def main() -> None:
-    """Measure and print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--horizon", type=int, default=24, help="hours to forecast (default: 24)")
-    parser.add_argument("--context", type=int, default=24, help="hours before them (default: 24)")
-    parser.add_argument("--series", type=int, default=200, help="series (default: 200)")
-    parser.add_argument("--turns", type=int, default=3, help="fits and forecasts of each (default: 3)")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    horizon, context = options.horizon, options.context
+def make_data() -> Plain:
+    """The series of every benchmark here."""
+    needs("gluonts")
+    torch.manual_seed(0)
     data = Plain(
-        count=options.series,
+        count=SERIES,
         frequency="1H",
-        prediction_length=horizon,
-        context_length=context,
+        prediction_length=HORIZON,
+        context_length=CONTEXT,
         batch_size=BATCH,
         batches=BATCHES,
     )
     data.setup()
-    rates: dict[str, list[float]] = {"GluonTS, data cached": [], "GluonTS, as it comes": [], "dlref": []}
-    for _ in track(range(options.turns), "training", console=Console(stderr=True), transient=True):
-        rates["GluonTS, data cached"] += train_gluonts(data.series, horizon, context, cached=True)[0]
-        found, predictor = train_gluonts(data.series, horizon, context, cached=False)
-        rates["GluonTS, as it comes"] += found
-        found, task = train_dlref(data)
-        rates["dlref"] += found
-    series, levels = listed(data.series, horizon), np.arange(1, 10) / 10
+    return data
 
-    def gluonts() -> list:
-        return [[f.quantile(level) for level in levels] for f in predictor.predict(series, num_samples=100)]
 
+def listed(series: Series) -> list[dict]:
+    """Series as GluonTS takes them, without the hours to forecast."""
+    import pandas as pd
+
+    targets = np.split(series.target, series.offsets[1:-1])
+    return [
+        {"start": pd.Period(str(start), freq="h"), "target": target[: len(target) - HORIZON]}
+        for start, target in zip(series.start, targets, strict=True)
+    ]
+
+
+def train_gluonts(data: Plain, cached: bool):
+    """Windows a second, and a predictor. GluonTS's defaults but for the number of epochs."""
+    from gluonts.torch.model.deepar import DeepAREstimator
+
+    clock = Clock()
+    trainer = {**QUIET, "max_epochs": EPOCHS, "default_root_dir": tempfile.mkdtemp(), "callbacks": [clock]}
+    estimator = DeepAREstimator(
+        freq="h", prediction_length=HORIZON, context_length=CONTEXT, batch_size=BATCH, trainer_kwargs=trainer
+    )
+    predictor = estimator.train(listed(data.series), cache_data=cached)
+    return clock.rate, predictor
+
+
+def train_dlref(data: Plain) -> tuple[float, Forecaster]:
+    """Windows a second, and the task."""
+    clock, network = Clock(), DeepAR(lags=40, features=5)
+    task = Forecaster(StudentT(), network=network, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    options = {"max_epochs": EPOCHS, "callbacks": [clock], "gradient_clip_val": 10, "limit_val_batches": 0}
+    trainer = Trainer(**options, enable_checkpointing=False, **QUIET)
+    trainer.fit(task, datamodule=data)
+    return clock.rate, task.eval()
+
+
+def training() -> Rows:
+    """Windows a second, in turns."""
+    data = make_data()
+    calls = {
+        "GluonTS, data cached": partial(train_gluonts, data, cached=True),
+        "GluonTS, as it comes": partial(train_gluonts, data, cached=False),
+        "dlref": partial(train_dlref, data),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in track(range(TURNS), "training", console=Console(stderr=True), transient=True):
+        for name, call in calls.items():
+            rates[name].append(call()[0])
+    title, (cached, plain, own) = "training, DeepAR, two LSTM layers of 40", rates.values()
+    return {
+        title: Row(own, plain, "windows/s", "GluonTS, as it comes", ">= 5"),
+        f"{title}, beside cached data": Row(own, cached, "windows/s", "GluonTS, data cached"),
+    }
+
+
+def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
+    """The same runner over PyTorch and over the graphs of a bundle as `load` opens it, in two precisions."""
+    found = {"PyTorch": make_runner(served.kind, served.graphs, served.metadata)}
+    for name, graph in served.graphs.items():
+        write_onnx(graph, folder / f"{name}.onnx", INT8)
+    for precision in ("float32", "int8"):
+        graphs = {}
+        for name in served.graphs:
+            path = folder / f"{name}.{precision}.onnx"
+            convert(folder / f"{name}.onnx", path, INT8, Plan(precision), [])
+            graphs[name] = OnnxGraph(path, INT8.provider, 1)
+        found[precision] = make_runner(served.kind, graphs, served.metadata)
+        found[precision].workers = cores()
+    return found
+
+
+def sampling() -> Rows:
+    """Series a second of all series, and seconds of a single one, in turns."""
+    data = make_data()
+    _, predictor = train_gluonts(data, cached=True)
+    _, task = train_dlref(data)
+    series = listed(data.series)
     starts = [str(start).replace("T", " ") for start in data.series.start]
     requests = [{"start": start, "target": entry["target"]} for start, entry in zip(starts, series, strict=True)]
-    seconds, single = {"GluonTS": timed(gluonts, options.turns)}, {}
+
+    def gluonts() -> list:
+        return [[f.quantile(level) for level in LEVELS] for f in predictor.predict(series, num_samples=PATHS)]
+
     with tempfile.TemporaryDirectory() as folder:
-        for name, runner in track(
-            runners(task, data, Path(folder)), "forecasts", total=3, console=Console(stderr=True)
-        ):
-            seconds[name] = timed(lambda r=runner: r(requests), options.turns)
-            single[name] = timed(lambda r=runner: r(requests[0]), 20)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; torch {version('torch')}, "
-        f"gluonts {version('gluonts')}, onnxruntime {version('onnxruntime')}; {options.series} series, "
-        f"context {context}, prediction {horizon}, batch {BATCH}\n"
-    )
-    peer = rates["GluonTS, as it comes"]
-    print("| training | windows a second | beside GluonTS as it comes | spread |\n| --- | --- | --- | --- |")
-    print("\n".join(row(name, found, peer) for name, found in rates.items()))
-    forecasts = {name: [options.series / s for s in found] for name, found in seconds.items()}
-    print("\n| forecasts, 100 paths | series a second | beside GluonTS | spread |\n| --- | --- | --- | --- |")
-    print("\n".join(row(name, found, forecasts["GluonTS"]) for name, found in forecasts.items()))
-    print("\n| one series | milliseconds |\n| --- | --- |")
-    print("\n".join(f"| {name} | {1e3 * statistics.median(found):.1f} |" for name, found in single.items()))
+        opened = runners(task.deployable(next(iter(data.val_dataloader()))), Path(folder))
+        order = ("float32", "int8", "PyTorch")  # PyTorch last, and then rest
+        calls = {name: partial(opened[name], requests) for name in order}
+        every = in_turns("forecasts", {**calls, "GluonTS": gluonts, "rest": rest}, turns=TURNS)
+        calls = {name: partial(opened[name], requests[0]) for name in order}
+        single = in_turns("one series", {**calls, "rest": rest}, turns=SINGLE)
+    rates = {name: [SERIES / s for s in seconds] for name, seconds in every.items()}
+    title, one = f"forecasts of {SERIES} series, {PATHS} paths", f"forecast of one series, {PATHS} paths"
+    rows = {f"{title}, PyTorch": Row(rates["PyTorch"], rates["GluonTS"], "series/s", "GluonTS")}
+    for name, goals in {"float32": ("", ""), "int8": (">= 10", ">= 2")}.items():
+        rows[f"{title}, {name} bundle"] = Row(rates[name], rates["GluonTS"], "series/s", "GluonTS", goals[0])
+        rows[f"{title}, {name} bundle beside PyTorch"] = Row(
+            rates[name], rates["PyTorch"], "series/s", "dlref in PyTorch", goals[1]
+        )
+        rows[f"{one}, {name} bundle"] = Row(single[name], single["PyTorch"], "s", "dlref in PyTorch")
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARKS = {"forecasting-training": training, "forecasting-sampling": sampling}

@@ -1,40 +1,36 @@
-"""GPT beside `transformers`' GPT-2: `python -m benchmarks.language`, with the extra [bench].
+"""GPT beside `transformers`' GPT-2.
 
 Both networks have the same sizes and the same weights. Training: forward, cross entropy, backward, clipping, AdamW, on
 the same random tokens, in float32 and by bfloat16 autocast. Generation: one prompt, token by token, the likeliest each
 time: `transformers`' own generate with its cache, and dlref's runner over PyTorch, over the graph as a bundle opens it,
-and over its int8 form. Then what a token costs where much has been read, and how it is that a past is not copied: the
-attention of one token, by ONNX's Attention with a past that it puts together (opset 23), with one written in place
-(opset 24), and by the two products of dlref's graph. They all take turns.
-
-On a GPU instead: training of GPT-2 small, as configs/gpt2_124m.yaml has it, with the share of what a matrix product
-reaches there in the same run.
+and over its int8 form. Then what a token costs where little and where much has been read, and how it is that a past is
+not copied: the attention of one token, by ONNX's Attention with a past that it puts together (opset 23), with one
+written in place (opset 24), and by the two products of dlref's graph. They all take turns.
 """
 
-import argparse
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from rich.console import Console
+from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.turns import in_turns
+from benchmarks.rows import Row, Rows, in_turns, needs, rest
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
-from dlref.export.measure import processor
 from dlref.export.targets import TARGETS
 from dlref.models import GPT
 from dlref.runtime import make_runner
-from dlref.runtime.bundle import OnnxGraph, cores
-from dlref.tasks import LanguageModel, MuonAdamW
+from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.generation import Settings, Writing
+from dlref.tasks import LanguageModel
 from dlref.tasks.cross_entropy import linear_cross_entropy
 
 TRAINED = {
@@ -46,18 +42,18 @@ TRAINED = {
 }  # configs/gpt_python.yaml
 BATCH, STEPS = 16, 2
 GENERATING = {
-    "gpt_python, 2.2 million": TRAINED | {"context_length": 1024},
-    "gpt_shakespeare_char, 10.7 million": {"vocabulary": 128, "n_layer": 6, "n_head": 6, "n_embd": 384},
-    "GPT-2, 124 million": {"vocabulary": 50257},
-}
-TOKENS = 100
+    "2.2 million parameters": TRAINED | {"context_length": 1024},
+    "10.7 million parameters": {"vocabulary": 128, "n_layer": 6, "n_head": 6, "n_embd": 384},
+    "GPT-2's 124 million parameters": {"vocabulary": 50257},
+}  # configs/gpt_python.yaml, configs/gpt_shakespeare_char.yaml
+TOKENS, AFTER, GENERATED = 100, 64, 5  # tokens written; those timed where much has been read; turns of both
 PLACES = (32, 900)
-SMALL = {"vocabulary": 50304, "context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 FLOAT32, INT8 = TARGETS["cpu"], TARGETS["x86-64"]
 
 
 def both(**sizes):
     """Our network and theirs with the same weights."""
+    needs("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ours = GPT(**{"context_length": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768} | sizes)
@@ -110,28 +106,22 @@ def trainer(network: torch.nn.Module, half: bool, loss_of: Callable) -> Callable
     return steps
 
 
-def training() -> None:
-    """A table of tokens a second."""
-    print("\n| training | transformers, tokens/s | dlref, tokens/s | dlref is faster |\n|---|---|---|---|")
-    for half in (False, True):
+def training() -> Rows:
+    """Tokens a second."""
+    torch.manual_seed(0)
+    tokens = STEPS * BATCH * TRAINED["context_length"]
+    rows = {}
+    for title, half in (("float32", False), ("bfloat16 autocast", True)):
         ours, theirs = both(**TRAINED)
-        calls = {
-            "transformers": trainer(theirs, half, their_loss),
-            "dlref": trainer(ours, half, our_loss),
-        }
-        tokens = STEPS * BATCH * TRAINED["context_length"]
-        row("bfloat16" if half else "float32", in_turns("training", calls, "cpu"), tokens)
+        calls = {"transformers": trainer(theirs, half, their_loss), "dlref": trainer(ours, half, our_loss)}
+        rates = {name: [tokens / s for s in seconds] for name, seconds in in_turns("training", calls).items()}
+        rows[f"training, 2.2 million parameters, {title}"] = beside_transformers(rates, "dlref")
+    return rows
 
 
-def row(title: str, seconds: dict[str, list[float]], tokens: int, own: str = "dlref") -> None:
-    """Tokens a second of `transformers` and of `own`, and the ratio of their pairs."""
-    rates = {name: [tokens / s for s in seconds[name]] for name in ("transformers", own)}
-    ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
-    middle = [statistics.median(rate) for rate in rates.values()]
-    print(
-        f"| {title} | {middle[0]:.0f} | {middle[1]:.0f} | {statistics.median(ratios):.2f}× "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) |"
-    )
+def beside_transformers(rates: dict[str, list[float]], own: str) -> Row:
+    """Tokens a second."""
+    return Row(rates[own], rates["transformers"], "tokens/s", "transformers")
 
 
 def served(network: GPT, folder: Path, precision: str | None = None):
@@ -159,79 +149,80 @@ def served(network: GPT, folder: Path, precision: str | None = None):
 
 def written(runner, prompt: list[int]) -> list[int]:
     """The likeliest tokens after a prompt, as the runner goes on."""
-    from dlref.runtime.generation import Settings, Writing
-
     text = Writing(prompt, Settings(max_new_tokens=TOKENS, temperature=0), runner.tokenizer)
     for _ in runner.write([text]):
         pass
     return text.tokens[len(prompt) :]
 
 
-def generation(folder: Path) -> None:
-    """A table of tokens a second for each size, and what a token costs early and late."""
-    heads = ["one text, token by token", "transformers", "dlref in PyTorch", "float32", "int8"]
-    print(f"\n| {' | '.join(heads)} | float32 is faster | int8 is faster |\n|{'---|' * 7}")
-    late = []
-    for number, (title, sizes) in enumerate(GENERATING.items()):
+def generated(theirs: torch.nn.Module, prompt: list[int]) -> list[int]:
+    """The same by `transformers`."""
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 3}
+    tokens = torch.tensor([prompt])
+    with torch.inference_mode():
+        found = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return found[0, len(prompt) :].tolist()
+
+
+def generation() -> Rows:
+    """Tokens a second for each size. All texts but those of the int8 graphs have to be equal."""
+    torch.manual_seed(0)
+    rows = {}
+    for title, sizes in GENERATING.items():
         ours, theirs = both(**sizes)
-        place = folder / str(number)
-        place.mkdir()
-        runners = {"dlref in PyTorch": served(ours, place)}
-        runners |= {precision: served(ours, place, precision) for precision in ("float32", "int8")}
-        prompt = torch.randint(4, sizes["vocabulary"], (1, 16))
-        options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 3}
-
-        def generate(theirs=theirs, prompt=prompt, options=options) -> list[int]:
-            with torch.inference_mode():
-                found = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            return found[0, prompt.shape[1] :].tolist()
-
-        calls = {"transformers": generate}
-        calls |= {
-            name: lambda one=one, prompt=prompt: written(one, prompt[0].tolist()) for name, one in runners.items()
-        }
-        same = written(runners["dlref in PyTorch"], prompt[0].tolist()) == written(
-            runners["float32"], prompt[0].tolist()
-        )
-        seconds = in_turns(title, calls, "cpu", turns=5)
-        rates = {name: statistics.median(TOKENS / s for s in known) for name, known in seconds.items()}
-        ratios = [
-            statistics.median(a / b for a, b in zip(seconds["transformers"], seconds[name], strict=True))
-            for name in ("float32", "int8")
-        ]
-        print(
-            f"| {title} parameters | {' | '.join(f'{rate:.0f}' for rate in rates.values())} | {ratios[0]:.1f}× | "
-            f"{ratios[1]:.1f}× |" + ("" if same else " the texts of PyTorch and of float32 differ")
-        )
-        late.append((title, {name: costs(runners[name]) for name in ("float32", "int8")}))
-    print(f"\n| a token, ms | {' | '.join(f'{name}, after {n}' for name in ('float32', 'int8') for n in PLACES)} |")
-    print(f"|{'---|' * 5}")
-    for title, known in late:
-        print(f"| {title} parameters | {' | '.join(f'{ms:.2f}' for pair in known.values() for ms in pair)} |")
+        prompt = torch.randint(4, sizes["vocabulary"], (16,)).tolist()
+        with tempfile.TemporaryDirectory() as folder:
+            opened = {name: served(ours, Path(folder), name) for name in ("float32", "int8")}
+            opened["PyTorch"] = served(ours, Path(folder))
+            for name in ("PyTorch", "float32"):
+                same = written(opened[name], prompt) == generated(theirs, prompt)
+                assert same, f"the texts of transformers and of {name} differ ({title})"
+            calls = {name: partial(written, runner, prompt) for name, runner in opened.items()}
+            calls |= {"transformers": partial(generated, theirs, prompt), "rest": rest}
+            seconds = in_turns(title, calls, turns=GENERATED)
+        rates = {name: [TOKENS / s for s in found] for name, found in seconds.items()}
+        shown = {"PyTorch": "PyTorch", "float32": "float32 graph", "int8": "int8 graph"}
+        for name in shown:
+            rows[f"one text token by token, {title}, {shown[name]}"] = beside_transformers(rates, name)
+    return rows
 
 
-def costs(runner) -> list[float]:
-    """Milliseconds of a token after so many, the cache's growth and the choice of the token included."""
-    from dlref.runtime.generation import Settings, Writing
+def late_tokens() -> Rows:
+    """Seconds of a token after so many, of the int8 graph beside the float32 graph."""
+    torch.manual_seed(0)
+    rows = {}
+    for title, sizes in GENERATING.items():
+        ours, _ = both(**sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            opened = {name: served(ours, Path(folder), name) for name in ("float32", "int8")}
+            for place in PLACES:
+                found: dict[str, list[float]] = {name: [] for name in opened}
+                for _ in track(range(GENERATED), title, console=Console(stderr=True), transient=True):
+                    for name, runner in opened.items():
+                        found[name].append(cost(runner, place))
+                row = Row(found["int8"], found["float32"], beside="float32 graph")
+                rows[f"a token after {place} others, {title}, int8 graph"] = row
+    return rows
 
-    found = []
-    for place in PLACES:
-        text = Writing(list(np.arange(place) % 50 + 4), Settings(max_new_tokens=80, temperature=0), runner.tokenizer)
-        stamps = [time.perf_counter() for _ in runner.write([text])]
-        found.append(1e3 * statistics.mean(np.diff(stamps)))  # the mean, for the cache does not grow at each of them
-    return found
+
+def cost(runner, place: int) -> float:
+    """Seconds of a token after so many, the cache's growth and the choice of the token included."""
+    known = list(np.arange(place) % 50 + 4)
+    text = Writing(known, Settings(max_new_tokens=AFTER, temperature=0), runner.tokenizer)
+    stamps = [time.perf_counter() for _ in runner.write([text])]
+    return float(np.mean(np.diff(stamps)))  # the mean, for the cache does not grow at each of them
 
 
-def cache() -> None:
-    """A table of microseconds of one token's attention: 12 heads of 64, room for 1,024 tokens, by three graphs."""
-    print("\n| attention of one token, µs | after 32 | after 900 |\n|---|---|---|")
-    known: dict[str, list[float]] = {name: [] for name in GRAPHS}
+def attention() -> Rows:
+    """Seconds of one token's attention: 12 heads of 64, room for 1,024 tokens, by three graphs."""
+    rows = {}
     for place in PLACES:
         calls = {name: make(place) for name, make in GRAPHS.items()}
-        for name, seconds in in_turns("attention", calls, "cpu").items():
-            known[name].append(1e6 * statistics.median(seconds) / CALLS)
-    for name, times in known.items():
-        print(f"| {name} | {times[0]:.0f} | {times[1]:.0f} |")
+        found = in_turns("attention", calls)
+        own, *peers = [[s / CALLS for s in seconds] for seconds in found.values()]
+        for name, peer in zip(list(GRAPHS)[1:], peers, strict=True):
+            rows[f"attention of one token after {place}, beside {name}"] = Row(own, peer, beside=name)
+    return rows
 
 
 HEADS, WIDTH, ROOM, CALLS = 12, 64, 1024, 50
@@ -315,56 +306,13 @@ def two_products(place: int) -> Callable:
 
 
 GRAPHS = {
+    "two products, as dlref's graph (opset 20)": two_products,
     "Attention, past and new put together (opset 23)": put_together,
     "TensorScatter in place, Attention (opset 24)": in_place,
-    "two products, as dlref's graph (opset 20)": two_products,
 }
-
-
-def on_gpu() -> None:
-    """Tokens a second of GPT-2 small, and the share of a matrix product's rate: 6 operations a parameter and token."""
-    device = torch.device("cuda")
-    network = GPT(**SMALL, positions="rotary", bias=False, qk_norm=True).to(device)
-    network.compile()
-    task = LanguageModel(network=network, optimizer=None)
-    optimizer = MuonAdamW(task.parameter_groups(list(network.parameters())), lr=1e-3)
-    batch = torch.randint(SMALL["vocabulary"], (64, 1025), device=device)
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = our_loss(network, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    side = 8192
-    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    seconds = in_turns("GPT-2 small", {"step": step, "product": lambda: left @ right}, "cuda", turns=20)
-    rate = batch[:, 1:].numel() / statistics.median(seconds["step"])
-    peak = 2 * side**3 / statistics.median(seconds["product"])
-    attention = 12 * SMALL["n_layer"] * SMALL["n_embd"] * SMALL["context_length"]
-    used = rate * (6 * sum(p.numel() for p in network.parameters()) + attention)
-    print(f"{torch.cuda.get_device_name()}: {rate:.0f} tokens/s, {used / peak:.0%} of {peak / 1e12:.0f} TFLOP/s")
-
-
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"training": training, "generation": generation, "cache": cache}
-    parser.add_argument("--only", choices=parts, help="one of the tables")
-    asked = parser.parse_args().only
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnx", "onnxruntime"))
-    print(f"{processor()}, {cores()} threads, Python {platform.python_version()}, {packages}")
-    if torch.cuda.is_available():
-        on_gpu()
-        return
-    torch.manual_seed(0)
-    for name, part in parts.items():
-        if asked in (None, name):
-            with tempfile.TemporaryDirectory() as folder:
-                part(Path(folder)) if part is generation else part()
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARKS = {
+    "language-training": training,
+    "language-generation": generation,
+    "language-late-tokens": late_tokens,
+    "language-attention": attention,
+}

@@ -1,17 +1,12 @@
-"""FCN with a ResNet-50 beside torchvision's: `python -m benchmarks.segmentation`.
+"""FCN with a ResNet-50 beside torchvision's.
 
 Both hold the same weights and see the same pictures and masks, in one process and in turns. Timed are the training step
 (forward, enlarging, loss of both heads and backward, without the optimiser; dlref in NHWC as its configs have it) and
-the update of the metric, beside torchmetrics' own on the same pixels. Of each metric it says whether it waits for the
-device: on a GPU by torch.cuda.set_sync_debug_mode, elsewhere by tensors that have no values.
-
-A bundle beside PyTorch is what export.py measures; see its report.md.
+the update of the metric, beside torchmetrics' own on the same pixels. Of both metrics it is made sure that theirs waits
+for the device and ours does not: on a GPU by torch.cuda.set_sync_debug_mode, elsewhere by tensors that have no values.
 """
 
-import argparse
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -20,16 +15,33 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation import fcn_resnet50
 
-from benchmarks.turns import in_turns, show
+from benchmarks.rows import Row, Rows, in_turns
 from dlref.models import FCNResNet
 from dlref.tasks.semantic_segmentation import VOID, Confusion, pixel_loss
 
 CLASSES = 21
 AUXILIARY = 0.5  # torchvision's weight of the auxiliary head
+BATCH, SIZE = 2, 224  # pictures of a training step, and their sides
+MASKS = (8, 360, 480)  # of a metric's update
 
 
-def steps(theirs: torch.nn.Module, own: FCNResNet, images: Tensor, masks: Tensor) -> dict[str, list[float]]:
+def both(device: str) -> tuple[torch.nn.Module, FCNResNet]:
+    """Theirs and ours with the same weights, without dropout so that losses can be compared."""
+    theirs = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+    own = FCNResNet(50, CLASSES)
+    own.load_state_dict(theirs.state_dict())
+    for dropout in (m for network in (theirs, own) for m in network.modules() if isinstance(m, torch.nn.Dropout)):
+        dropout.p = 0
+    return theirs.to(device), own.to(device, memory_format=torch.channels_last)
+
+
+def step(device: str = "cpu") -> Rows:
     """Forward, loss of both heads and backward. Both losses have to be equal."""
+    torch.manual_seed(0)
+    theirs, own = both(device)
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device)
+    masks = torch.randint(0, CLASSES, (BATCH, SIZE, SIZE), dtype=torch.uint8, device=device)
+    masks[:, : SIZE // 10] = VOID
     targets = masks.long()
 
     def published() -> Tensor:
@@ -41,8 +53,6 @@ def steps(theirs: torch.nn.Module, own: FCNResNet, images: Tensor, masks: Tensor
         loss.backward()
         return loss
 
-    own = own.to(memory_format=torch.channels_last)
-
     def ours() -> Tensor:
         own.zero_grad()
         head, auxiliary = own(images.contiguous(memory_format=torch.channels_last))
@@ -50,8 +60,10 @@ def steps(theirs: torch.nn.Module, own: FCNResNet, images: Tensor, masks: Tensor
         loss.backward()
         return loss
 
-    print(f"losses of one step: torchvision {published().item():.6f}, dlref {ours().item():.6f}")
-    return in_turns("training steps", {"torchvision": published, "dlref": ours}, images.device.type)
+    torch.testing.assert_close(ours(), published(), rtol=1e-4, atol=0)
+    seconds = in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
+    row = Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
+    return {f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}": row}
 
 
 def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:
@@ -73,59 +85,27 @@ def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:
     return False
 
 
-def updates(masks: Tensor) -> dict[str, list[float]]:
+def metric(device: str = "cpu") -> Rows:
     """The confusion matrix of a batch, by torchmetrics and by this project. Both have to be equal."""
-    found = torch.randint(0, CLASSES, masks.shape, device=masks.device)
+    torch.manual_seed(0)
+    masks = torch.randint(0, CLASSES, MASKS, dtype=torch.uint8, device=device)
+    found = torch.randint(0, CLASSES, MASKS, device=device)
 
-    def metrics() -> dict:
+    def metrics() -> tuple[MulticlassConfusionMatrix, Confusion]:
         theirs = MulticlassConfusionMatrix(CLASSES, ignore_index=VOID, validate_args=False)
-        return {"torchvision": theirs.to(masks.device), "dlref": Confusion(CLASSES).to(masks.device)}
+        return theirs.to(device), Confusion(CLASSES).to(device)
 
-    theirs, own = metrics().values()
+    theirs, own = metrics()
     theirs.update(found, masks)
     own.update(found, masks)
-    assert torch.equal(theirs.compute(), own.compute())
-    names = {"torchvision": "torchmetrics", "dlref": "dlref"}
-    for name, metric in metrics().items():
-        print(f"{names[name]}'s confusion matrix waits for the device: {waits(metric.update, found, masks)}")
-    calls = {name: (lambda m=metric: m.update(found, masks)) for name, metric in metrics().items()}
-    return in_turns("metric", calls, masks.device.type)
+    assert torch.equal(theirs.compute(), own.compute()), "the confusion matrices differ"
+    waiting = [waits(one.update, found, masks) for one in metrics()]
+    assert waiting == [True, False], f"waits for the device: torchmetrics {waiting[0]}, dlref {waiting[1]}"
+    theirs, own = metrics()
+    calls = {"torchmetrics": lambda: theirs.update(found, masks), "dlref": lambda: own.update(found, masks)}
+    seconds = in_turns("metric", calls, device)
+    row = Row(seconds["dlref"], seconds["torchmetrics"], beside="torchmetrics")
+    return {f"confusion matrix, {MASKS[0]} masks of {MASKS[2]}×{MASKS[1]}": row}
 
 
-def main() -> None:
-    """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2, help="pictures of a training step (default: 2)")
-    parser.add_argument("--size", type=int, default=224, help="side of a picture, in pixels (default: 224)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    device = options.device
-    theirs = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
-    own = FCNResNet(50, CLASSES)
-    own.load_state_dict(theirs.state_dict())
-    for dropout in (m for network in (theirs, own) for m in network.modules() if isinstance(m, torch.nn.Dropout)):
-        dropout.p = 0  # so that the losses can be compared
-    theirs, own = theirs.to(device), own.to(device)
-    shape = (options.batch, options.size, options.size)
-    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    masks = torch.randint(0, CLASSES, shape, dtype=torch.uint8, device=device)
-    masks[:, : options.size // 10] = VOID
-    rows = {
-        f"training step, {options.batch} pictures of {options.size}×{options.size}": steps(theirs, own, images, masks),
-        "confusion matrix of 8 masks of 480×360 (torchmetrics)": updates(
-            torch.randint(0, CLASSES, (8, 360, 480), dtype=torch.uint8, device=device)
-        ),
-    }
-    where = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"\n{where}\n\n| what | torchvision, ms | dlref, ms | torchvision / dlref |\n| --- | --- | --- | --- |")
-    for title, seconds in rows.items():
-        show(title, seconds)
-    packages = ("torch", "torchvision", "torchmetrics")
-    print(", ".join(f"{name} {version(name)}" for name in packages), platform.python_version())
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARKS = {"segmentation-step": step, "segmentation-metric": metric}

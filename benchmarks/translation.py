@@ -1,24 +1,24 @@
-"""Seq2Seq beside JoeyNMT's RNN: `python -m benchmarks.translation --joeynmt PYTHON`.
+"""Seq2Seq beside JoeyNMT's RNN.
 
-PYTHON is the interpreter of an environment with joeynmt (its requirements clash with onnx's). Both train a
-bidirectional LSTM encoder and an LSTM decoder with Luong's general attention, of the same sizes, on random sentences
-as long as Multi30k's. First as a user does, `joeynmt train` beside Lightning's Trainer, on the same files with batches
-of the same tokens; JoeyNMT's batches are not of sentences of about a length. Then both networks on dlref's batches by a
-bare loop: forward, smoothed cross entropy, backward, clipping, Adam. JoeyNMT as it comes feeds the attentional vector
-back; it is timed without, as dlref's is, too. They take turns, each of JoeyNMT's in a process of its own. Last, dlref
-decodes sentences by beam search in PyTorch and over its graphs as a bundle opens them, float32 and int8.
+JOEYNMT_PYTHON is the interpreter of an environment with joeynmt (its requirements clash with onnx's) and with
+importlib_metadata, which joeynmt 2.3.0 imports without requiring it. Both train a bidirectional LSTM encoder and an
+LSTM decoder with Luong's general attention, of the same sizes, on random sentences as long as Multi30k's. First as a
+user does, `joeynmt train` beside Lightning's Trainer, on the same files with batches of the same tokens; JoeyNMT's
+batches are not of sentences of about a length. Then both networks on dlref's batches by a bare loop: forward, smoothed
+cross entropy, backward, clipping, Adam. JoeyNMT as it comes feeds the attentional vector back; it is timed without, as
+dlref's is, too. They take turns, each of JoeyNMT's in a process of its own. Last, dlref decodes sentences by beam
+search in PyTorch and over its graphs as a bundle opens them, float32 and int8.
 """
 
-import argparse
 import json
-import logging
-import platform
+import os
 import re
 import statistics
 import subprocess
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +28,37 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.forecasting import runners
+from benchmarks.rows import NotHere, Row, Rows, in_turns, rest
 from dlref.data import ParallelText
 from dlref.data.pairs import Batch, Corpus, TokenBatches
-from dlref.export.convert import Plan, convert
-from dlref.export.graph import write_onnx
-from dlref.export.targets import TARGETS
 from dlref.models import Seq2Seq
-from dlref.runtime import make_runner
-from dlref.runtime.bundle import OnnxGraph, cores
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL
 from dlref.tasks import Translator
 
 VOCABULARY, SIZE, DROPOUT, SMOOTHING = 4096, 384, 0.4, 0.1  # those of configs/seq2seq_multi30k_de_en.yaml
 BATCH, BATCHES, SENTENCES, BEAM = 1536, 12, 128, 5
-PASSES, TURNS = 2, 3
+PASSES, TURNS = 2, 3  # of the training loops, and of both trainings
 FILES = 2000  # sentences of the programs
-INT8 = TARGETS["x86-64"]
+AS_IT_COMES, WITHOUT = "JoeyNMT, as it comes", "JoeyNMT, without input feeding"
+TOKENS = "target tokens/s"
+SIDES = ("source", "target")
+
+
+def joeynmt_python() -> str:
+    """The interpreter that has joeynmt."""
+    if python := os.environ.get("JOEYNMT_PYTHON"):
+        return python
+    raise NotHere("JOEYNMT_PYTHON is not set to an interpreter that has joeynmt")
+
+
+def in_turn(title: str, calls: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each call answers, one after the other, TURNS times."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in track(range(TURNS), title, console=Console(stderr=True), transient=True):
+        for name, call in calls.items():
+            rates[name].append(call())
+    return rates
 
 
 def make_batches() -> tuple[Corpus, list[torch.Tensor]]:
@@ -63,10 +78,7 @@ def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 class Clock(Callback):
-    """Seconds of each epoch but the first."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    """Seconds of the last epoch."""
 
     def on_train_epoch_start(self, trainer: Trainer, task) -> None:
         """Start."""
@@ -74,8 +86,7 @@ class Clock(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, task) -> None:
         """Stop."""
-        if trainer.current_epoch:
-            self.seconds.append(time.perf_counter() - self.start)
+        self.seconds = time.perf_counter() - self.start
 
 
 def write_files(folder: Path) -> int:
@@ -90,8 +101,8 @@ def write_files(folder: Path) -> int:
     return tokens
 
 
-def run_dlref(folder: Path) -> list[float]:
-    """Seconds of an epoch by Lightning's Trainer, the first left out."""
+def run_dlref(folder: Path) -> float:
+    """Seconds of the second epoch by Lightning's Trainer."""
     clock = Clock()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     options = {"max_epochs": 2, "callbacks": [clock], "gradient_clip_val": 1.0, "limit_val_batches": 0}
@@ -101,8 +112,8 @@ def run_dlref(folder: Path) -> list[float]:
     return clock.seconds
 
 
-def run_joeynmt(python: str, folder: Path, input_feeding: bool) -> list[float]:
-    """Target tokens a second that `joeynmt train` reports of an epoch, the first report left out."""
+def run_joeynmt(python: str, folder: Path, input_feeding: bool) -> float:
+    """Target tokens a second of an epoch as `joeynmt train` reports them, the first report left out."""
     side = {"max_length": 100, "level": "word", "voc_limit": VOCABULARY - 4, "voc_min_freq": 1}
     layers = {"type": "recurrent", "rnn_type": "lstm", "num_layers": 1, "dropout": DROPOUT}
     table = {"embedding_dim": SIZE, "scale": False, "dropout": DROPOUT}
@@ -139,24 +150,26 @@ def run_joeynmt(python: str, folder: Path, input_feeding: bool) -> list[float]:
     command = [python, "-m", "joeynmt", "train", str(path), "--skip-test"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     rates = re.findall(r"Tokens per Sec:\s+([0-9]+)", result.stdout + result.stderr)
-    return [float(rate) for rate in rates[1:]]
+    return statistics.harmonic_mean([float(rate) for rate in rates[1:]])  # each report is of as many steps
 
 
-def programs(python: str | None, folder: Path) -> None:
+def programs() -> Rows:
     """Target tokens a second of the programs as users start them, in turns."""
-    tokens = write_files(folder)
-    calls = {}
-    if python:
-        calls |= {
-            "`joeynmt train`": lambda: run_joeynmt(python, folder, True),
-            "`joeynmt train` without input feeding": lambda: run_joeynmt(python, folder, False),
+    python = joeynmt_python()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = write_files(folder)
+        calls = {
+            AS_IT_COMES: partial(run_joeynmt, python, folder, True),
+            WITHOUT: partial(run_joeynmt, python, folder, False),
+            "dlref": lambda: tokens / run_dlref(folder),
         }
-    calls["dlref, Lightning's Trainer"] = lambda: [tokens / seconds for seconds in run_dlref(folder)]
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in track(range(TURNS), "programs", console=Console(stderr=True), transient=True):
-        for name, call in calls.items():
-            rates[name] += call()
-    show("training, programs", "target tokens/s", rates)
+        rates = in_turn("programs", calls)
+    title = f"training as users start it, LSTMs of {SIZE}"
+    return {
+        title: Row(rates["dlref"], rates[AS_IT_COMES], TOKENS, AS_IT_COMES, ">= 2"),
+        f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT),
+    }
 
 
 def translator(alone: bool = True) -> Translator:
@@ -171,109 +184,73 @@ def translator(alone: bool = True) -> Translator:
     return task
 
 
-def train(task: Translator, batches: list[Batch]) -> list[float]:
-    """Seconds of each pass over the batches, the first left out."""
+def train(task: Translator, batches: list[Batch]) -> float:
+    """Seconds of a pass over the batches, on average; the first does not count."""
     optimizer = torch.optim.Adam(task.parameters(), lr=1e-3)
     task.train()
-    seconds = []
-    for _ in range(PASSES + 1):
-        start = time.perf_counter()
+
+    def one() -> None:
         for batch in batches:
             task.training_step(batch, 0).backward()
             torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+
+    one()
+    start = time.perf_counter()
+    for _ in range(PASSES):
+        one()
+    return (time.perf_counter() - start) / PASSES
 
 
-def joeynmt(python: str, path: Path, input_feeding: bool) -> list[float]:
+def joeynmt(python: str, path: Path, input_feeding: bool) -> float:
     """The same of JoeyNMT, in a process of its own."""
     options = {"vocabulary": VOCABULARY, "size": SIZE, "dropout": DROPOUT, "smoothing": SMOOTHING}
     options |= {"input_feeding": input_feeding, "passes": PASSES, "threads": torch.get_num_threads()}
     program = Path(__file__).with_name("joeynmt_rnn.py")
-    command = [python, str(program), str(path), json.dumps(options)]
+    command = [python, "-I", str(program), str(path), json.dumps(options)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])["seconds"]
+    return statistics.mean(json.loads(result.stdout.splitlines()[-1])["seconds"])
 
 
-def training(python: str | None, folder: Path) -> None:
-    """Target tokens a second, in turns."""
+def training() -> Rows:
+    """Target tokens a second of both networks on the same batches, in turns."""
+    python = joeynmt_python()
     corpus, numbers = make_batches()
     batches = [corpus[number] for number in numbers]
     tokens = sum(int((batch.target[:, 1:] != PAD).sum()) for batch in batches)
     arrays = {f"{side}{i}": getattr(batch, side).numpy() for i, batch in enumerate(batches) for side in SIDES}
-    np.savez(folder / "batches.npz", **arrays)
-    calls = {}
-    if python:
-        calls |= {
-            "JoeyNMT without input feeding": lambda: joeynmt(python, folder / "batches.npz", False),
-            "JoeyNMT as it comes": lambda: joeynmt(python, folder / "batches.npz", True),
-        }
-    calls["dlref"] = lambda: train(translator(), batches)
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in track(range(TURNS), "training", console=Console(stderr=True), transient=True):
-        for name, call in calls.items():
-            rates[name] += [tokens / seconds for seconds in call()]
-    show("training, dlref's batches, bare loop", "target tokens/s", rates)
-
-
-SIDES = ("source", "target")
-
-
-def decoding(folder: Path) -> None:
-    """Sentences a second of the same runner, over PyTorch and over the graphs as a bundle opens them."""
-    task = translator().eval()
-    corpus, _ = make_batches()
-    served = task.deployable(corpus[torch.arange(2)])
-    sources = [row[row != PAD].tolist() for row in corpus[torch.arange(SENTENCES)].source]
-    rates = {}
-    for title, precision in (("dlref, PyTorch", None), ("dlref, float32", "float32"), ("dlref, int8", "int8")):
-        graphs = dict(served.graphs)
-        for name, graph in served.graphs.items() if precision else ():
-            exact, path = folder / f"{name}.onnx", folder / f"{name}.{precision}.onnx"
-            write_onnx(graph, exact, INT8)
-            convert(exact, path, INT8, Plan(precision), [])
-            graphs[name] = OnnxGraph(path, INT8.provider, 1)
-        runner = make_runner(served.kind, graphs, served.metadata)
-        runner.workers = cores() if precision else 1
-        runner.search(sources[:8])
-        rates[title] = []
-        for _ in track(range(TURNS), title, console=Console(stderr=True), transient=True):
-            start = time.perf_counter()
-            runner.search(sources)
-            rates[title].append(SENTENCES / (time.perf_counter() - start))
-    show("decoding", f"sentences/s, beam {BEAM}", rates)
-
-
-def show(title: str, unit: str, rates: dict[str, list[float]]) -> None:
-    """A table: medians, their ratio to the first row's, and the spread."""
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n| {title} | {unit} | beside the first | from to |\n|---|---|---|---|")
-    first = next(iter(medians.values()))
-    for name, values in rates.items():
-        print(
-            f"| {name} | {medians[name]:.0f} | {medians[name] / first:.2f}× | {min(values):.0f} to {max(values):.0f} |"
-        )
-
-
-def main() -> None:
-    """Every table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--joeynmt", metavar="PYTHON", help="interpreter of an environment with joeynmt; none: left out"
-    )
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)  # Lightning's, at every start
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
-    print(
-        f"{platform.machine()}, {cores()} cores, {packages}; hidden size {SIZE}, {VOCABULARY} tokens, {BATCH} a batch"
-    )
     with tempfile.TemporaryDirectory() as folder:
-        programs(options.joeynmt, Path(folder))
-        training(options.joeynmt, Path(folder))
-        decoding(Path(folder))
+        path = Path(folder) / "batches.npz"
+        np.savez(path, **arrays)
+        calls = {
+            WITHOUT: lambda: tokens / joeynmt(python, path, False),
+            AS_IT_COMES: lambda: tokens / joeynmt(python, path, True),
+            "dlref": lambda: tokens / train(translator(), batches),
+        }
+        rates = in_turn("training", calls)
+    title = f"training by a bare loop, LSTMs of {SIZE}"
+    return {
+        title: Row(rates["dlref"], rates[AS_IT_COMES], TOKENS, AS_IT_COMES, ">= 2"),
+        f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def decoding() -> Rows:
+    """Sentences a second, in turns."""
+    torch.manual_seed(0)
+    corpus, _ = make_batches()
+    sources = [row[row != PAD].tolist() for row in corpus[torch.arange(SENTENCES)].source]
+    with tempfile.TemporaryDirectory() as folder:
+        opened = runners(translator().eval().deployable(corpus[torch.arange(2)]), Path(folder))
+        calls = {name: partial(opened[name].search, sources) for name in ("float32", "int8", "PyTorch")}
+        seconds = in_turns("decoding", {**calls, "rest": rest})
+    rates = {name: [SENTENCES / s for s in found] for name, found in seconds.items()}
+    title = f"decoding of {SENTENCES} sentences, beam {BEAM}"
+    return {
+        f"{title}, {name} bundle": Row(rates[name], rates["PyTorch"], "sentences/s", "dlref in PyTorch")
+        for name in ("float32", "int8")
+    }
+
+
+BENCHMARKS = {"translation-programs": programs, "translation-training": training, "translation-decoding": decoding}

@@ -17,7 +17,7 @@ from typing import Literal
 
 import yaml
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -30,6 +30,9 @@ from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
 from dlref.tasks.devices import Alike
 from dlref.tasks.finite import Finite
+from dlref.tasks.profile import PRESET as PROFILE
+from dlref.tasks.profile import StepProfile
+from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line, read_checkpoint
 
@@ -141,6 +144,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing the best checkpoint")
         parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between two last.ckpt of an epoch")
         parser.add_argument("--debug", type=bool, default=False, help="overfit three batches, and write nothing")
+        parser.add_argument("--profile", type=bool, default=False, help="train some steps, and say what takes the time")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
@@ -159,6 +163,10 @@ class TrainCLI(LightningCLI):
         for name in ("logger", "default_root_dir"):
             if options.trainer[name] is not None:
                 raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+        self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
+        self.profile = command == "fit" and options.profile
+        if self.profile:
+            self.prepare_profile()
         self.run, self.checkpoint, self.overwrite = run_folder(options), None, options.overwrite
         self.step = 0  # of the checkpoint
         for path in self.run.glob("hpc_ckpt_*.ckpt"):
@@ -166,7 +174,6 @@ class TrainCLI(LightningCLI):
         if command != "fit" or options.ckpt_path is not None:
             self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
             self.step = read_checkpoint(self.checkpoint)["global_step"]
-        self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
         if options.debug:
             for name, value in PRESET.items():
                 options.trainer[name] = value
@@ -174,6 +181,23 @@ class TrainCLI(LightningCLI):
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
+
+    def prepare_profile(self) -> None:
+        """A short run into a folder of its own. Raises UserError."""
+        options = self.options
+        others = {
+            "--debug": options.debug,
+            "--ckpt_path": options.ckpt_path,
+            "trainer.fast_dev_run": options.trainer.fast_dev_run,
+            "trainer.profiler": options.trainer.profiler,
+        }
+        given = ", ".join(name for name, value in others.items() if value)
+        if given:
+            raise UserError(f"--profile with {given}; expected one without the other")
+        options.run = options.run or f"{run_folder(options)}-profile"
+        options.final_test = False
+        for name, value in PROFILE.items():
+            options.trainer[name] = value
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is the user's to mend."""
@@ -186,7 +210,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that, if this command trains, writes into the run's folder."""
         trainer = self.options.trainer
-        self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [RichProgressBar()]
+        self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [Progress()]
         kwargs["default_root_dir"] = self.run
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
@@ -201,6 +225,10 @@ class TrainCLI(LightningCLI):
             Last(self.options.checkpoint_minutes),  # after the best: it knows of that
             Start(best, self.claim),
         ]
+        if self.profile:
+            from dlref.export.measure import processor
+
+            kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes, processor())
         try:
             loggers = [
                 metrics_file(self.run, before=self.step if self.checkpoint else None),
@@ -211,6 +239,8 @@ class TrainCLI(LightningCLI):
             self.claim.give_back()
             raise
         built.strategy.checkpoint_io = SealedCheckpointIO(self.checkpoint)
+        if self.profile:
+            built.profiler.trainer = built
         return built
 
     def fit(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
@@ -308,12 +338,19 @@ def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
 
     `overrides` are command-line arguments such as --data.init_args.root DIR. Raises UserError.
     """
-    config, checkpoint = run / "config.yaml", checkpoint_of(run, None)
+    checkpoint = checkpoint_of(run, None)
+    task, data = build(run / "config.yaml", overrides)
+    task.restore(checkpoint)
+    return task.eval(), data
+
+
+def build(config: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
+    """The task and the data of a config, nothing trained or read. Raises UserError."""
     try:
         parts = yaml.safe_load(config.read_text(encoding="utf-8"))
         arguments = [word for key in ("model", "data") for word in (f"--{key}", json.dumps(parts[key]))]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{config}: {one_line(error)}; expected the config of a run that train.py wrote") from None
+        raise UserError(f"{config}: {one_line(error)}; expected the config of a run, or one of configs/") from None
     parser = Parser()
     parser.add_subclass_arguments(Task, "model", fail_untyped=False, required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
@@ -324,5 +361,4 @@ def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
         built = parser.instantiate(options)
     except ValueError as error:
         raise UserError(readable(str(error))) from error
-    built.model.restore(checkpoint)
-    return built.model.eval(), built.data
+    return built.model, built.data

@@ -23,6 +23,8 @@ OWN = (
     "hparams.yaml",
     "metrics.csv",
     "test.json",
+    "profile.md",
+    "trace.json.gz",
     "predictions",
     "predictions.jsonl",
     "not_finite.pt",

@@ -144,7 +144,7 @@ def test_a_dry_run_leaves_nothing_that_stands_in_the_way(tmp_path):
     assert fit("--run", "mine", "--final_test", "false") == 0
 
 
-AVERAGE = '{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}'
+AVERAGE = '{"class_path": "dlref.tasks.EMA", "init_args": {"decay": 0.9}}'
 
 
 def test_a_fit_tests_the_checkpoint_that_test_does(tmp_path):

@@ -18,7 +18,7 @@ from dlref.data.streamed_images import StreamedImages
 from dlref.models import CifarResNet, LeNet5
 from dlref.runtime import UserError
 from dlref.runtime.images import centre
-from dlref.tasks import ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
+from dlref.tasks import EMA, ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
 from dlref.tasks.task import freeze
 from dlref.tasks.weights import load_weights
 
@@ -367,7 +367,7 @@ def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
 
 def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
     task, data = classifier(), Pixels()
-    average = EMAWeightAveraging(decay=0.5)
+    average = EMA(decay=0.5)
     fitted = trainer(tmp_path, max_epochs=1, callbacks=[average])
     steps = []
     task.on_before_zero_grad = lambda _: steps.append(task.network.output.bias.detach().clone())
@@ -377,6 +377,25 @@ def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
     torch.testing.assert_close(saved, task.network.output.bias.detach())  # swapped in when training ends
     last = [*steps, None]
     assert not torch.equal(saved, last[-2])
+
+
+def test_the_average_is_lightning_s_own(tmp_path):
+    """In three epochs of which the second is resumed; buffers of batch norm too."""
+    found = []
+    for average in (EMA, EMAWeightAveraging):
+        torch.manual_seed(0)
+        task, folder = classifier(network=nn.Sequential(nn.Flatten(), nn.Linear(1024, 3), nn.BatchNorm1d(3))), tmp_path
+        fitted = trainer(folder, max_epochs=2, callbacks=[average(decay=0.9, update_every_n_steps=2)])
+        fitted.fit(task, datamodule=Pixels())
+        fitted.save_checkpoint(folder / "a.ckpt", weights_only=False)
+        again = trainer(folder, max_epochs=3, callbacks=[average(decay=0.9, update_every_n_steps=2)])
+        again.fit(task, datamodule=Pixels(), ckpt_path=folder / "a.ckpt", weights_only=True)
+        found.append({name: value.clone() for name, value in task.network.state_dict().items()})
+    ours, theirs = found
+    assert not torch.equal(ours["1.weight"], ours["1.weight"].round())
+    for name, value in ours.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, theirs[name])
 
 
 def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look (ITU-R BT.601)
+LUMA = torch.tensor([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601)
+TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # the axis of greys, crossed
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -73,9 +74,8 @@ def photometric(images: Tensor) -> Tensor:
     brightness, contrast, saturation = draw(-32, 32, 0.0), draw(0.5, 1.5, 1.0), draw(0.5, 1.5, 1.0)
     angle = draw(-math.pi / 10, math.pi / 10, 0.0)
     same = torch.eye(3, device=device)
-    luma = torch.tensor(LUMA, device=device).expand(3, 3)
+    luma, turn = (part.to(device, non_blocking=True) for part in (LUMA.expand(3, 3), TURN))
     grey = torch.full((3, 3), 1 / 3, device=device)
-    turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / math.sqrt(3)
     hue = angle.cos() * same + angle.sin() * turn + (1 - angle.cos()) * grey  # Rodrigues' formula
     colours = contrast * (hue @ (saturation * same + (1 - saturation) * luma))  # (B, 3, 3)
     moved = colours @ brightness.expand(-1, 3, 1)

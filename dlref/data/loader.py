@@ -51,6 +51,17 @@ class Shuffled:
         return iter(order.split(self.batch_size)[: len(self)])
 
 
+def seed_all(seed: int) -> None:
+    """Seed what is drawn from on the CPU and on the GPU in use.
+
+    torch.manual_seed would keep the seed for every kind of accelerator that is not in use, each time, with the stack
+    of calls it came from: 0.7 ms and some memory that is never given back.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
 def processes() -> tuple[int, int]:
     """The number of this process among those that train together, and how many they are."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -101,7 +112,7 @@ class Seeded(Dataset):
 
     def __getitem__(self, step: tuple[int, Tensor]) -> Any:
         seed, samples = step
-        torch.manual_seed(seed)
+        seed_all(seed)
         return self.batches[samples]
 
 
@@ -133,7 +144,7 @@ class TrainLoader(DataLoader):
 
     def seed(self, number: int) -> None:
         """Before augmentation on the device and dropout: all that is random until the next batch."""
-        torch.manual_seed(self.sampler.seed(STEP, number, self.sampler.rank))
+        seed_all(self.sampler.seed(STEP, number, self.sampler.rank))
 
     def batch(self, number: int) -> Any:
         """A batch of this epoch once more."""

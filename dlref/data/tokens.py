@@ -122,7 +122,8 @@ class Windows(Dataset):
 
     def __getitem__(self, starts: Int[Tensor, "B"]) -> Int[Tensor, "B U"]:
         device = self.tokens.device
-        places = starts.to(device)[:, None] + torch.arange(self.context_length + 1, device=device)
+        # Non-blocking: starts in the host's memory would make every batch wait for the GPU to catch up.
+        places = starts.to(device, non_blocking=True)[:, None] + torch.arange(self.context_length + 1, device=device)
         last = len(self.tokens) - 1
         return self.tokens[places.clamp(max=last)].long().masked_fill(places > last, -1)
 

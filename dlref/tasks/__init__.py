@@ -1,5 +1,6 @@
 """LightningModules: one a task, around any network of `dlref.models`."""
 
+from dlref.tasks.averaging import EMA
 from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecasting import Forecaster
 from dlref.tasks.image_classification import ImageClassifier
@@ -12,6 +13,7 @@ from dlref.tasks.semantic_segmentation import SemanticSegmenter
 from dlref.tasks.translation import Translator
 
 __all__ = [
+    "EMA",
     "Beta",
     "Deterministic",
     "Forecaster",

@@ -133,6 +133,16 @@ class Task(LightningModule):
         if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 
+    def log(self, name: str, value, *arguments, **options) -> None:
+        """As Lightning's; what is of a training step only in the steps that loggers take.
+
+        In the steps between, Lightning would keep it for nobody, in as much time as a small network needs for a layer.
+        """
+        every = max(1, self.trainer.log_every_n_steps)
+        if name.startswith("train/") and (self.trainer.global_step + 1) % every and not self.trainer.should_stop:
+            return
+        super().log(name, value, *arguments, **options)
+
     def reported(self, loss: Tensor, count: Tensor | int) -> Tensor:
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
 

@@ -15,7 +15,7 @@ import dlref.cli
 from dlref.cli import train
 
 ROOT = Path(__file__).parents[2]
-AVERAGE = '{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}'
+AVERAGE = '{"class_path": "dlref.tasks.EMA", "init_args": {"decay": 0.9}}'
 # Two steps for each of the optimiser's; the network's own dropout; files that two worker processes read.
 FAMILIES = {
     "image classification": (

@@ -1,0 +1,98 @@
+"""Every benchmark that this machine can run: `python -m benchmarks`, with the extra [bench].
+
+    python -m benchmarks                    all of them, and docs/benchmarks.md is written anew
+    python -m benchmarks NAME...            these; the other rows stay as they are
+    python -m benchmarks --list             what there is
+    python -m benchmarks reproduce NAME...  these once more: is each row within the spread that is written there?
+
+Each benchmark has a process of its own, and wants the machine for itself. Figures are kept after each of them.
+`reproduce` writes nothing, and ends with 1 where a row is not within its spread.
+
+DLREF_DATA names the folder of the data sets, JOEYNMT_PYTHON an interpreter that has JoeyNMT; what needs them is
+left out without.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.measure import modules
+from benchmarks.page import Record, Records, read, record, spread, within, write
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def measured(name: str) -> Record:
+    """One benchmark, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.measure", name]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        return Record(modules()[name], not_run=f"it failed with status {child.returncode}")
+    return record(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def shown(names: list[str]):
+    """The names, with a bar."""
+    return track(names, "benchmarks", console=Console(stderr=True))
+
+
+def measure(names: list[str], folder: Path) -> int:
+    """Measure, and keep what was found beside what was there. 1 where one failed."""
+    records, order = read(folder), list(modules())
+    failed = False
+    for name in shown(names):
+        found = measured(name)
+        failed |= found.not_run.startswith("it failed")
+        if not (found.not_run and name in records and records[name].rows):  # of a machine that could run it
+            records[name] = found
+        print(f"{name}: {found.not_run or ', '.join(spread(row.values, row.sign) for row in found.rows.values())}")
+        write(folder, {name: records[name] for name in order if name in records})
+    return int(failed)
+
+
+def reproduce(names: list[str], stated: Records) -> int:
+    """Measure once more, and compare. 1 where a row is outside of its spread, 2 where there is none."""
+    outside = False
+    for name in shown(names):
+        if name not in stated or not stated[name].rows:
+            print(f"error: {name}: not measured yet; expected a name that docs/benchmarks.md has", file=sys.stderr)
+            return 2
+        found = measured(name)
+        if found.not_run:
+            print(f"error: {name}: not run, {found.not_run}", file=sys.stderr)
+            return 2
+        for title, inside in within(stated[name], found).items():
+            row = stated[name].rows[title]
+            now = spread(found.rows[title].values, row.sign) if title in found.rows else "no such row"
+            print(f"{name}: {title}: {now}; stated {spread(row.values, row.sign)}: {'within' if inside else 'OUTSIDE'}")
+            outside |= not inside
+    return int(outside)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; reproduce as the first: once more")
+    parser.add_argument("--list", action="store_true", help="the names")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where benchmarks.json and benchmarks.md are")
+    options = parser.parse_args()
+    again = options.names[:1] == ["reproduce"]
+    names = options.names[again:] or list(modules())
+    if options.list:
+        print("\n".join(modules()))
+        return 0
+    if unknown := [name for name in names if name not in modules()]:
+        print(f"error: {unknown[0]}: no such benchmark; expected one that --list shows", file=sys.stderr)
+        return 2
+    if again:
+        return reproduce(options.names[1:] or list(read(options.docs)), read(options.docs))
+    return measure(names, options.docs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The configs as users run them: `train.py fit`, start-up, training, validation, test and figures, in a process each.
+
+Two seeds each. The score is that of the metric by which the config chooses its best checkpoint, on the test split.
+Configs with data find it in the folder that DLREF_DATA names, as each header says it lies there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.rows import NotHere, Row, Rows
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "benchmarks"
+SEEDS = (0, 1)
+ON_A_CPU = (  # an hour of two cores at most; the others want a GPU
+    "deepar_ett_hourly",
+    "deepar_exchange_rate",
+    "deepar_gru_m4_hourly",
+    "deepar_m4_hourly",
+    "deepar_synthetic",
+    "fcn_digit_scenes",
+    "gpt_python",
+    "gpt_shakespeare_char_cpu",
+    "lenet5_digits",
+    "lenet5_fashion_mnist",
+    "lenet5_mnist",
+    "seq2seq_dates",
+    "seq2seq_multi30k_de_en",
+    "seq2seq_multi30k_en_de",
+    "ssd_digit_scenes",
+)
+
+
+def read(config: str) -> dict:
+    """A config's text."""
+    return yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8"))
+
+
+def roots(config: str) -> list[str]:
+    """Where its data lies, as arguments of `train.py`. Raises NotHere where there is none."""
+    root = read(config)["data"].get("init_args", {}).get("root")
+    if root is None:
+        return []
+    place = Path(os.environ.get("DLREF_DATA", "data"), Path(root).name)
+    if not place.is_dir():
+        raise NotHere(f"its data is not in {Path(root).name} of the folder that DLREF_DATA names")
+    return ["--data.init_args.root", str(place)]
+
+
+def fit(config: str, seed: int) -> tuple[float, float]:
+    """Seconds of the command, and the score it ends with."""
+    run = RUNS / f"{config}-{seed}"
+    command = [sys.executable, "train.py", "fit", "--config", f"configs/{config}.yaml", "--run", str(run)]
+    options = ["--overwrite", "true", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
+    start = time.perf_counter()
+    subprocess.run([*command, *options, *roots(config)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    return seconds, json.loads((run / "test.json").read_text(encoding="utf-8"))[metric(config)]
+
+
+def metric(config: str) -> str:
+    """The key of test.json by which a config chooses."""
+    return read(config)["best"]["metric"].removeprefix("val/")
+
+
+def trained(config: str) -> Path:
+    """A run of the first seed, made now where there is none."""
+    run = RUNS / f"{config}-{SEEDS[0]}"
+    if not (run / "test.json").is_file():
+        fit(config, SEEDS[0])
+    return run
+
+
+def results(config: str) -> Rows:
+    """Scores and seconds over the seeds."""
+    if config not in ON_A_CPU and not torch.cuda.is_available():
+        raise NotHere("it wants a GPU")
+    roots(config)
+    found = [fit(config, seed) for seed in track(SEEDS, config, console=Console(stderr=True), transient=True)]
+    seconds, scores = map(list, zip(*found, strict=True))
+    return {f"{metric(config)} on the test split": Row(scores), "the command": Row(seconds, unit="s")}
+
+
+BENCHMARKS = {path.stem: partial(results, path.stem) for path in sorted((ROOT / "configs").glob("*.yaml"))}

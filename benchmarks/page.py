@@ -1,0 +1,153 @@
+"""What has been measured, kept in docs/benchmarks.json and shown in docs/benchmarks.md."""
+
+import json
+import statistics
+import textwrap
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.rows import Row
+from dlref.export.measure import processor
+from dlref.export.report import table
+from dlref.run import write_text
+
+PACKAGES = ("torch", "torchvision", "lightning", "onnxruntime", "timm", "transformers", "gluonts")
+HEADER = """\
+# Benchmarks
+
+Written by `python -m benchmarks`, not by hand; benchmarks.json holds every single figure. A ratio says how many times
+better dlref is than what stands beside it: faster, smaller, sooner. Both sides of a row are measured in turns in one
+run; the ratio is the median of the ratios of all turns, with the least and the greatest in brackets, and the figures of
+either side are medians. A row without a peer is a figure of dlref's.
+
+`python -m benchmarks reproduce NAME` measures a name's rows once more and says of each whether its median lies between
+the least and the greatest here. [results.md](results.md) tells what stands behind the figures.
+"""
+
+
+@dataclass
+class Where:
+    """The machine, the packages and the day of a measurement."""
+
+    machine: str
+    packages: str
+    day: str
+
+    @classmethod
+    def here(cls) -> "Where":
+        """This machine, today."""
+        machine = f"{processor()}, {torch.get_num_threads()} threads"
+        if torch.cuda.is_available():
+            machine = f"{torch.cuda.get_device_name()}; {machine}"
+        packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed(name)))
+        return cls(machine, packages, str(date.today()))
+
+
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass
+class Record:
+    """One benchmark as it was last measured: its rows by title, or why it was not run."""
+
+    module: str
+    rows: dict[str, Row] = field(default_factory=dict)
+    not_run: str = ""
+    where: Where | None = None
+
+
+Records = dict[str, Record]
+
+
+def read(folder: Path) -> Records:
+    """What was measured so far, by name."""
+    path = folder / "benchmarks.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: record(**parts) for name, parts in known.items()}
+
+
+def record(module: str, rows: dict[str, dict], not_run: str, where: dict | None) -> Record:
+    """A record from the parts that JSON keeps of it."""
+    return Record(module, {title: Row(**row) for title, row in rows.items()}, not_run, where and Where(**where))
+
+
+def write(folder: Path, records: Records) -> None:
+    """Keep it, and write the page."""
+    figures = {name: asdict(record) for name, record in records.items()}
+    write_text(folder / "benchmarks.json", json.dumps(figures, indent=1) + "\n")
+    write_text(folder / "benchmarks.md", page(records))
+
+
+def page(records: Records) -> str:
+    """The page in Markdown: a section for each module, and the machines at its end."""
+    places: list[Where] = []
+    for record in records.values():
+        if record.where and record.where not in places:
+            places.append(record.where)
+    sections = [HEADER]
+    for module in dict.fromkeys(record.module for record in records.values()):
+        own = {name: record for name, record in records.items() if record.module == module}
+        sections.append(section(module, own, places))
+    lines = [f"- [{number}] {where.machine}; {where.packages}; {where.day}" for number, where in enumerate(places, 1)]
+    return "\n".join([*sections, "## Machines\n", *lines]) + "\n"
+
+
+def section(module: str, records: Records, places: list[Where]) -> str:
+    """A module's own words, and a table of its rows."""
+    first, _, rest = import_module(f"benchmarks.{module}").__doc__.partition("\n")
+    titles = ["name", "what", "beside", "peer", "dlref", "ratio", "goal", "run"]
+    lines, missing = [], []
+    for name, record in records.items():
+        if record.not_run:
+            missing.append(f"- `{name}`: not run, {record.not_run}")
+        for title, row in record.rows.items():
+            lines.append([f"`{name}`", title, *cells(row), f"[{places.index(record.where) + 1}]"])
+    words = textwrap.dedent(rest).strip()
+    parts = [f"## {first.rstrip('.')}", *([words] if words else []), *([table(titles, lines)] if lines else [])]
+    return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])]) + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """Peer, both sides' figures, the ratio with its spread, and the goal."""
+    own = spread(row.own, row.unit) if not row.peer else figure(statistics.median(row.own), row.unit)
+    goal = f"{row.goal.replace('>=', '≥').replace('<=', '≤')}: {'met' if row.met else 'not met'}" if row.goal else ""
+    if not row.peer:
+        return ["", "", own, "", goal]
+    return [row.beside, figure(statistics.median(row.peer), row.unit), own, f"**{spread(row.values, '×')}**", goal]
+
+
+def spread(values: list[float], unit: str) -> str:
+    """The median, and the least and the greatest where there are several."""
+    least, most = (number(end(values)) for end in (min, max))
+    several = f" ({least} to {most})" if len(values) > 1 else ""
+    return figure(statistics.median(values), unit) + several
+
+
+def figure(value: float, unit: str) -> str:
+    """A number with its unit, in milliseconds where seconds are few."""
+    if unit == "s" and value < 1:
+        value, unit = 1e3 * value, "ms"
+    return f"{number(value)}{unit}" if unit == "×" else f"{number(value)} {unit}".rstrip()
+
+
+def number(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def within(stated: Record, found: Record) -> dict[str, bool]:
+    """By the title of a row, whether what was found lies within the spread that is stated."""
+    return {
+        title: title in found.rows and min(row.values) <= found.rows[title].median <= max(row.values)
+        for title, row in stated.rows.items()
+    }

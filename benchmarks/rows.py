@@ -1,0 +1,97 @@
+"""What a benchmark finds: figures of dlref and of a peer, side by side, in one run.
+
+A module of this folder has BENCHMARKS, from names to functions without arguments that measure and answer rows by title.
+`python -m benchmarks` runs each in a process of its own.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+TURNS = 7
+
+
+class NotHere(Exception):
+    """A benchmark that cannot be run on this machine, and why."""
+
+
+def needs(package: str) -> None:
+    """Raise NotHere unless a package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NotHere(f"{package} is not installed; pip install -e '.[bench]'")
+
+
+@dataclass
+class Row:
+    """One comparison.
+
+    Attributes:
+        own: dlref's figures, one a turn.
+        peer: those of what it is compared with in the same turns; none for a figure that stands alone.
+        unit: of both. More is better of what ends with "/s" and of shares and scores, less of seconds and bytes.
+        beside: what the peer is.
+        goal: what the ratio is to be, or the figure where there is no peer; as `met` reads it: ">= 2", "<= 0.05".
+    """
+
+    own: list[float]
+    peer: list[float] = field(default_factory=list)
+    unit: str = ""
+    beside: str = ""
+    goal: str = ""
+
+    @property
+    def values(self) -> list[float]:
+        """How many times better dlref is, pair by pair; its own figures where it has no peer."""
+        if not self.peer:
+            return self.own
+        pairs = zip(self.own, self.peer, strict=True)
+        return [own / peer if self.unit.endswith("/s") else peer / own for own, peer in pairs]
+
+    @property
+    def sign(self) -> str:
+        """The unit of the values."""
+        return "×" if self.peer else self.unit
+
+    @property
+    def median(self) -> float:
+        """Of the values."""
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median is what the goal says; None without one."""
+        if not self.goal:
+            return None
+        sign, number = self.goal.split()
+        return self.median >= float(number) if sign == ">=" else self.median <= float(number)
+
+
+Rows = dict[str, Row]
+
+
+def in_turns(title: str, calls: dict[str, Callable], device: str = "cpu", turns: int = TURNS) -> dict[str, list[float]]:
+    """Seconds of each call, one after the other, `turns` times after one that does not count.
+
+    What else a machine does meets all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in track(range(turns + 1), title, console=Console(stderr=True), transient=True):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rest() -> None:
+    """PyTorch's threads wait busily for a while, and would take a core from what comes next."""
+    time.sleep(0.5)

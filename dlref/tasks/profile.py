@@ -1,0 +1,410 @@
+"""Where the time of a step goes: a short run that is timed part by part, with a trace of its last steps."""
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import Profiler
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
+
+from dlref.runtime import UserError
+
+WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
+PRESET = {
+    "max_steps": WARM_UP + COUNTED + TRACED + 1,  # after the last a checkpoint is written, which the trace is not of
+    "max_epochs": WARM_UP + COUNTED + TRACED + 1,  # each has a step
+    "max_time": None,
+    "limit_val_batches": 2,  # after which checkpoints are written as in any run
+}
+
+ON_CPU, ON_CUDA = {ProfilerActivity.CPU}, {ProfilerActivity.CPU, ProfilerActivity.CUDA}  # what a trace shows
+PARTS = ("data", "forward", "backward", "optimiser", "callbacks", "logging", "loop")
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+# How the names of what Lightning does end, and of which part that is. What is not here belongs to what it is called by.
+ENDINGS = {
+    "train_dataloader_next": "data",
+    "batch_to_device": "data",
+    ".on_after_batch_transfer": "data",
+    ".training_step": "forward",
+    ".backward": "backward",
+    ".optimizer_step": "optimiser",
+    ".configure_gradient_clipping": "optimiser",
+    ".optimizer_zero_grad": "optimiser",
+    ".lr_scheduler_step": "optimiser",
+    "save_checkpoint": "checkpoint",
+    "run_training_epoch": "loop",
+    "run_training_batch": "loop",
+}
+
+# Shares of a step from which on a part is told to bound the run, rather than the device's arithmetic.
+DATA = 0.2  # workers that keep up leave next to nothing
+AROUND = 0.3  # callbacks, logging and the loop together
+CHECKPOINT = 0.1  # on top of the steps of an epoch
+BUSY = 0.7  # below it a GPU waits for what launches its kernels
+
+ADVICE = {
+    "data": "Waiting for data bounds the run. Try more data.init_args.num_workers, smaller files to decode, or data "
+    "that is kept in memory.",
+    "callbacks": "Callbacks bound the run. Try to have them do their work less often, as EMA's update_every_n_steps.",
+    "logging": "Logging bounds the run. Try a larger trainer.log_every_n_steps, or trainer.enable_progress_bar false.",
+    "loop": "Lightning's loop around the steps bounds the run: they are short. Try a larger batch, for fewer of them.",
+    "launches": "Python and the launches of kernels bound the run: the GPU waits for them. Try "
+    "model.init_args.compile_network true, or a larger batch.",
+    "checkpoint": "Checkpoints bound the run. Try fewer validations: a larger trainer.check_val_every_n_epoch.",
+    "arithmetic": "The device's arithmetic (forward, backward, optimiser) bounds the run, as it should. Try "
+    "trainer.precision bf16-mixed, model.init_args.compile_network true, a smaller network or a faster device.",
+}
+
+
+@cache
+def part_of(action: str, bars: tuple[str, ...] = ()) -> str | None:
+    """The part that an action of Lightning's belongs to; None: to that of what calls it.
+
+    Args:
+        action: as Lightning names it: `[Strategy]SingleDeviceStrategy.backward`.
+        bars: how the names of progress bars' actions begin.
+    """
+    if action.startswith(("[Logging]", *bars)):
+        return "logging"
+    for ending, part in ENDINGS.items():
+        if action.endswith(ending):
+            return part
+    return "callbacks" if action.startswith("[Callback]") else None
+
+
+def bound(shares: dict[str, float], busy: float | None) -> str:
+    """What bounds a run, a key of ADVICE.
+
+    Args:
+        shares: of a step's time, by part; that of checkpoints comes on top.
+        busy: the share of a step that a GPU computes, None where there is none.
+    """
+    around = {name: shares[name] for name in ("callbacks", "logging", "loop")}
+    found = {
+        "data": (shares["data"], DATA),
+        max(around, key=around.get): (sum(around.values()), AROUND),
+        "checkpoint": (shares["checkpoint"], CHECKPOINT),
+    }
+    large = {name: share for name, (share, limit) in found.items() if share > limit}
+    if large:
+        return max(large, key=large.get)
+    return "launches" if busy is not None and busy < BUSY else "arithmetic"
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of what (start, end) spans cover together; kernels of several streams overlap."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run was found to spend its time on. Times are seconds.
+
+    Attributes:
+        parts: of a step, by name; they add up to it.
+        steps: those that were timed part by part.
+        free: those that nothing waited in; on a CPU the same.
+        checkpoint: writing one.
+        checkpoints: at most so many in an epoch.
+        epoch: steps of an epoch.
+        busy: the share of a step that a GPU computes, None where there is none.
+    """
+
+    parts: dict[str, float]
+    steps: Sequence[float]
+    free: Sequence[float]
+    checkpoint: float
+    checkpoints: float
+    epoch: int
+    busy: float | None
+
+    @property
+    def rows(self) -> dict[str, tuple[float, float]]:
+        """Seconds a step and the share of it, by part. Checkpoints are spread over an epoch and come on top."""
+        step = sum(self.parts.values())
+        free = statistics.fmean(self.free)
+        written = self.checkpoint * self.checkpoints / self.epoch
+        parts = {name: (self.parts[name], self.parts[name] / step) for name in PARTS}
+        return parts | {"step": (step, 1.0), "checkpoint": (written, written / free)}
+
+    @property
+    def bound(self) -> str:
+        """What bounds the run, a key of ADVICE."""
+        return bound({name: share for name, (_, share) in self.rows.items()}, self.busy)
+
+    def lines(self) -> list[str]:
+        """What there is to say beside the table."""
+        mean, median = statistics.fmean(self.free), statistics.median(self.free)
+        said = [f"A step takes {milli(mean)} in the mean and {milli(median)} in the median of {len(self.free)}."]
+        if self.busy is not None:
+            said += [
+                f"In the table it is {milli(statistics.fmean(self.steps))}: there each part waits for the GPU, which "
+                "tells them apart.",
+                f"The GPU computes {self.busy:.0%} of a step.",
+            ]
+        said += [
+            f"A checkpoint takes {milli(self.checkpoint)}. At most {self.checkpoints:.2g} are written in an epoch of "
+            f"{self.epoch} steps: two after each validation, one every --checkpoint_minutes."
+        ]
+        return [" ".join(said), ADVICE[self.bound]]
+
+
+def milli(seconds: float) -> str:
+    """A time, for people."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+class StepProfile(Profiler):
+    """Times the parts of steps, each without what is inside of it: they add up to the steps' time.
+
+    A step ends where the next one asks for its data. Validation, and what happens between epochs, belongs to none.
+
+    On a GPU work is only launched. In the first half of the counted steps nothing waits for it, so their time is that
+    of a run; in the second half each part does at its end, so that it takes what it costs.
+
+    Args:
+        run: folder of the report and the trace.
+        minutes: between two checkpoints of an epoch.
+        machine: the processor's name, for the report.
+
+    Attributes:
+        trainer: to be set before it trains.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, run: Path, minutes: float, machine: str):
+        super().__init__()
+        self.run, self.minutes, self.machine = run, minutes, machine
+        self.steps: list[dict[str, float]] = []  # seconds by part
+        self.saves: list[float] = []
+        self.step = defaultdict(float)  # the one under way
+        self.inside, self.stepped = False, False  # a step; its optimiser's step is done
+        self.stack: list[tuple[str, Any]] = []  # the parts that are open, with their labels in the trace
+        self.last = self.save_began = 0.0
+        self.tracer, self.traced, self.tracing = None, 0, False
+        self.cuda, self.free, self.bars, self.replaced = False, 0, (), []
+
+    # What Lightning calls
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Once devices and loggers are known. Lightning does not say when it logs."""
+        super().setup(stage, local_rank, log_dir)
+        self.cuda = self.on_cuda()
+        self.free = COUNTED // 2 if self.cuda else 0
+        bars = [callback for callback in self.trainer.callbacks if isinstance(callback, ProgressBar)]
+        self.bars = tuple(f"[Callback]{bar.state_key}." for bar in bars)
+        for logger in self.trainer.loggers:
+            self._time_logging(logger, "log_metrics")
+            self._time_logging(logger, "save")
+        self._time_logging(self.trainer.lightning_module, "log")
+
+    def start(self, action_name: str) -> None:
+        """A part may begin."""
+        if action_name == FETCH:
+            self._next_batch()
+        elif ".on_validation" in action_name:
+            self._pause()
+        if action_name == "save_checkpoint":
+            self._wait()  # what was launched is not its own
+        part = part_of(action_name, self.bars) or self._current()
+        self._border(part != self._current())
+        label = None
+        if self.tracing and part != self._current():
+            label = record_function(part)
+            label.__enter__()
+        self.stack.append((part, label))
+        if action_name == "save_checkpoint":
+            self.save_began = self.last
+
+    def stop(self, action_name: str) -> None:
+        """What began last ends."""
+        part, label = self.stack[-1]
+        if action_name == "run_training_epoch":
+            self._pause()
+        before = self.stack[-2][0] if len(self.stack) > 1 else "loop"
+        self._border(part != before)
+        self.stack.pop()
+        if label is not None:
+            label.__exit__(None, None, None)
+        if action_name == "save_checkpoint":
+            self.saves.append(self.last - self.save_began)
+        self.stepped |= action_name.startswith("[LightningModule]") and action_name.endswith(".optimizer_step")
+
+    def describe(self) -> None:
+        """Write and print the report. Raises UserError where the run was too short for one."""
+        for owner, name in self.replaced:
+            delattr(owner, name)
+        self.replaced.clear()
+        if not self.trainer.is_global_zero:
+            return
+        if len(self.steps) <= WARM_UP + self.free:
+            raise UserError(
+                f"the run ended after {len(self.steps)} steps; expected more than {WARM_UP + self.free}, of which the "
+                "first are not timed"
+            )
+        findings = self.findings()
+        if self.tracer is not None:
+            self.tracer.export_chrome_trace(str(self.run / "trace.json.gz"))
+        (self.run / "profile.md").write_text(self._markdown(findings), encoding="utf-8")
+        self._print(findings)
+
+    # Steps
+
+    def on_cuda(self) -> bool:
+        """Whether work is only launched, and has to be waited for."""
+        return self.trainer.strategy.root_device.type == "cuda"
+
+    def _current(self) -> str:
+        return self.stack[-1][0] if self.stack else "loop"
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _border(self, of_a_part: bool) -> None:
+        """Up to now the time was the current part's."""
+        if of_a_part and WARM_UP + self.free <= len(self.steps) < WARM_UP + COUNTED:
+            self._wait()
+        now = time.perf_counter()
+        if self.inside:
+            self.step[self._current()] += now - self.last
+        self.last = now
+
+    def _next_batch(self) -> None:
+        """A step begins, unless this is another batch of the one under way: gradients of several may add up."""
+        if self.inside and self.stepped and len(self.steps) + 1 in (WARM_UP, WARM_UP + self.free):
+            self._wait()  # what was launched is of the steps before
+        self._border(False)
+        self._finish()
+        if self.tracer is None and len(self.steps) == WARM_UP + COUNTED:
+            self._start_trace()
+        elif self.tracing and self.traced == TRACED:
+            self._stop_trace()
+        self.inside, self.last = True, time.perf_counter()
+
+    def _pause(self) -> None:
+        """What comes now is of no step."""
+        if not self.inside:
+            return
+        self._wait()
+        self._border(False)
+        self._finish()
+        self.inside = False
+        if self.tracing:
+            self._stop_trace()
+
+    def _finish(self) -> None:
+        if self.stepped:
+            self.steps.append(dict(self.step))
+            self.traced += self.tracing
+            self.step.clear()
+        self.stepped = False
+
+    def _time_logging(self, owner: Any, name: str) -> None:
+        """Have calls of one object's method count as logging, until the report is written."""
+        method = getattr(owner, name)
+
+        @wraps(method)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            with self.profile(f"[Logging]{name}"):
+                return method(*arguments, **options)
+
+        setattr(owner, name, timed)
+        self.replaced.append((owner, name))
+
+    # The trace
+
+    def _start_trace(self) -> None:
+        self._wait()
+        if not self.cuda:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it complains that there is no GPU
+        self.tracer = torch.profiler.profile(activities=ON_CUDA if self.cuda else ON_CPU, acc_events=True)
+        self.tracer.start()
+        self.tracing = True
+
+    def _stop_trace(self) -> None:
+        self._wait()
+        self.tracing = False
+        self.tracer.stop()
+
+    def _busy(self, step: float) -> float | None:
+        """The share of a step that the GPU computes: being traced makes a step longer, but no kernel."""
+        if not (self.cuda and self.traced):
+            return None
+        kernels = [e for e in self.tracer.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        microseconds = covered((e.time_range.start, e.time_range.end) for e in kernels)
+        return min(1.0, microseconds / 1e6 / self.traced / step)
+
+    # The report
+
+    def findings(self) -> Findings:
+        """What was measured."""
+        half = WARM_UP + self.free
+        counted = self.steps[half : WARM_UP + COUNTED]
+        parts = {name: statistics.fmean(step.get(name, 0.0) for step in counted) for name in PARTS}
+        steps, free = ([total(step) for step in these] for these in (counted, self.steps[WARM_UP:half]))
+        free = free or steps
+        batches = self.trainer.num_training_batches
+        epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        validations = batches / self.trainer.val_check_batch / (self.trainer.check_val_every_n_epoch or 1)
+        mean = statistics.fmean(free)
+        return Findings(
+            parts=parts,
+            steps=steps,
+            free=free,
+            checkpoint=statistics.median(self.saves) if self.saves else 0.0,
+            checkpoints=2 * validations + epoch * mean / max(60 * self.minutes, mean),
+            epoch=epoch,
+            busy=self._busy(mean),
+        )
+
+    def _where(self) -> list[str]:
+        """What ran, and the files."""
+        cards = f"{torch.cuda.get_device_name()}; " if self.cuda else ""
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {version('lightning')}"
+        precision, threads = self.trainer.precision, torch.get_num_threads()
+        lines = [f"{cards}{self.machine}, {threads} threads; {precision}; {versions}."]
+        if self.tracer is not None:
+            lines.append(f"{self.run / 'trace.json.gz'} has {self.traced} steps; open it in https://ui.perfetto.dev.")
+        return lines
+
+    def _markdown(self, findings: Findings) -> str:
+        rows = [f"| {name} | {1000 * one:.3f} | {share:.1%} |" for name, (one, share) in findings.rows.items()]
+        table = "\n".join(["| part | ms a step | share |", "|---|---:|---:|", *rows])
+        return "\n\n".join(["# Where the time of a step goes", table, *findings.lines(), *self._where()]) + "\n"
+
+    def _print(self, findings: Findings) -> None:
+        table = Table("part", title="where the time of a step goes", title_justify="left")
+        for title in ("ms a step", "share"):
+            table.add_column(title, justify="right")
+        for name, (seconds, share) in findings.rows.items():
+            table.add_row(name, f"{1000 * seconds:.3f}", f"{share:.1%}", style="bold" * (name == findings.bound))
+        console = Console()
+        console.print(table)
+        for line in [*findings.lines(), *self._where(), f"All of this is in {self.run / 'profile.md'}."]:
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def total(step: dict[str, float]) -> float:
+    """A step's seconds, without the checkpoint that was written in it."""
+    return sum(seconds for part, seconds in step.items() if part != "checkpoint")

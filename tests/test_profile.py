@@ -1,0 +1,250 @@
+"""Where the time of a step goes: parts that add up, what bounds a run, a trace that opens."""
+
+import gzip
+import json
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from torch.profiler import ProfilerActivity
+
+import dlref.cli
+import dlref.tasks.profile
+from dlref.cli import train
+from dlref.data.loader import Seeded
+from dlref.tasks.finite import Finite
+from dlref.tasks.profile import ADVICE, COUNTED, FETCH, PARTS, WARM_UP, StepProfile, bound, covered, part_of, total
+
+DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
+EMA = ("--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+@pytest.fixture
+def profiles(monkeypatch):
+    """The profilers of the fits to come, which note by their own clock when batches are asked for."""
+    made = []
+
+    class Noted(StepProfile):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.asked = []
+            made.append(self)
+
+        def start(self, action_name):
+            if action_name == FETCH:
+                self.asked.append(time.perf_counter())
+            super().start(action_name)
+
+    monkeypatch.setattr(dlref.cli, "StepProfile", Noted)
+    return made
+
+
+def profile(*arguments):
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    return train(["fit", "--config", DIGITS, "--profile", "true", *quiet, *arguments])
+
+
+# A run
+
+
+def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
+    assert profile("--data.init_args.batch_size", "16", *EMA) == 0  # an epoch of 67 batches: no validation in between
+    (made,) = profiles
+    run, findings = tmp_path / "runs" / "lenet5_digits-profile", made.findings()
+    assert (made.asked[WARM_UP + COUNTED] - made.asked[WARM_UP]) == pytest.approx(sum(findings.steps), rel=0.02)
+    assert len(findings.steps) == COUNTED
+    assert sum(findings.parts.values()) * COUNTED == pytest.approx(sum(findings.steps))
+    assert min(findings.parts.values()) > 0
+    assert findings.epoch == 67
+    assert findings.busy is None
+    assert "log" not in vars(made.trainer.lightning_module)  # it is Lightning's again
+
+    report, printed = (run / "profile.md").read_text(), capsys.readouterr().out
+    for name in (*PARTS, "step", "checkpoint"):
+        assert f"| {name} | " in report
+        assert f"│ {name} " in printed
+    assert ADVICE[findings.bound] in report
+    assert ADVICE[findings.bound] in printed
+    assert "runs/lenet5_digits-profile/profile.md" in printed
+
+    trace = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
+    labels = [event["name"] for event in trace if event.get("cat") == "user_annotation"]
+    assert {"data", "forward", "backward", "optimiser", "callbacks", "logging"} <= set(labels)
+    assert labels.count("forward") == labels.count("backward") == dlref.tasks.profile.TRACED
+
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "metrics.csv").is_file()
+    assert not (run / "test.json").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text())["profile"]
+    assert profile() == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
+    make = Seeded.__getitem__
+    monkeypatch.setattr(Seeded, "__getitem__", lambda self, step: time.sleep(0.03) or make(self, step))
+    assert profile("--run", "mine") == 0
+    findings = profiles[0].findings()
+    assert findings.bound == "data"
+    assert findings.parts["data"] > 0.03
+    assert ADVICE["data"] in (tmp_path / "mine" / "profile.md").read_text()
+
+
+def test_a_slow_callback_is_told_and_slow_validation_is_of_no_step(profiles, monkeypatch):
+    end = Finite.on_train_batch_end
+    monkeypatch.setattr(Finite, "on_train_batch_end", lambda *arguments: time.sleep(0.03) or end(*arguments))
+    monkeypatch.setattr(Finite, "on_validation_batch_end", lambda *arguments: time.sleep(0.25))
+    assert profile("--run", "mine", "--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "64") == 0
+    findings = profiles[0].findings()
+    assert findings.bound == "callbacks"
+    assert findings.parts["callbacks"] > 0.06  # of two batches
+    assert max(findings.steps) < 0.45  # validation takes 0.5
+    assert findings.epoch == 8
+
+
+def test_nothing_waits_for_a_gpu_in_the_first_half(profiles, monkeypatch):
+    waits = Counter()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.update([len(profiles[0].steps)]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
+    monkeypatch.setattr(dlref.tasks.profile, "ON_CUDA", {ProfilerActivity.CPU})
+    monkeypatch.setattr(StepProfile, "on_cuda", lambda self: True)
+    assert profile("--run", "mine", "--data.init_args.batch_size", "16") == 0
+    half = WARM_UP + COUNTED // 2
+    free, parts = ([waits[step] for step in steps] for steps in (range(WARM_UP, half - 1), range(half, half + 20)))
+    assert not any(free)
+    assert waits[WARM_UP - 1] == waits[half - 1] == 1  # for what was launched before
+    assert min(parts) > 8
+    findings = profiles[0].findings()
+    assert len(findings.free) == len(findings.steps) == COUNTED // 2
+    assert "the GPU" in findings.lines()[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_are_also_timed_without_waiting(profiles):
+    assert profile("--run", "mine", "--trainer.accelerator", "gpu", "--data.init_args.batch_size", "16") == 0
+    findings = profiles[0].findings()
+    assert len(findings.free) == len(findings.steps) == COUNTED // 2
+    assert 0 < findings.busy <= 1
+    assert sum(findings.free) < 1.1 * sum(findings.steps)
+
+
+def test_a_run_that_ends_too_soon_is_no_profile(monkeypatch, capsys):
+    monkeypatch.setattr(dlref.tasks.profile, "WARM_UP", 100)
+    assert profile("--run", "mine") == 2
+    assert "error: the run ended after 56 steps; expected more than 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "value"),
+    [
+        ("--debug", "true"),
+        ("--ckpt_path", "last"),
+        ("--trainer.fast_dev_run", "true"),
+        ("--trainer.profiler", "simple"),
+    ],
+)
+def test_a_profile_is_a_run_of_its_own(other, value, tmp_path, capsys):
+    assert profile(other, value) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error == f"error: --profile with {other.replace('--trainer', 'trainer')}; expected one without the other"
+    assert list(tmp_path.iterdir()) == []
+
+
+# By the clock's hand
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is moved by hand."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    made = Clock()
+    monkeypatch.setattr(dlref.tasks.profile, "time", made)
+    return made
+
+
+def test_a_part_has_no_time_of_what_is_inside_of_it(clock, tmp_path):
+    profiler = StepProfile(tmp_path, 10, "")
+    inside = {
+        "[LightningModule]Task.optimizer_step": 4,  # and all that follows is inside of it
+        "[Strategy]Single.training_step": 8,
+        "[Logging]log": 16,
+    }
+
+    def during(actions):
+        (action, seconds), *others = actions
+        with profiler.profile(action):
+            clock.now += seconds
+            if others:
+                during(others)
+            clock.now += seconds
+
+    with profiler.profile("run_training_epoch"):
+        clock.now += 1000  # before the first step
+        for _ in range(2):
+            during([(FETCH, 1)])
+            with profiler.profile("[Strategy]Single.batch_to_device"):
+                clock.now += 1
+            during(inside.items())
+            during([("[Callback]EMA.on_train_batch_end", 32), ("save_checkpoint", 1000)])
+            clock.now += 64
+        during([("[LightningModule]Task.on_validation_model_eval", 1000), ("[Callback]EMA.on_validation_start", 1000)])
+        clock.now += 1000
+    step = {"data": 3, "optimiser": 8, "forward": 16, "logging": 32, "callbacks": 64, "loop": 64}
+    assert profiler.steps == [step | {"checkpoint": 2000}] * 2
+    assert total(profiler.steps[0]) == sum(step.values())
+    assert profiler.saves == [2000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("action", "part"),
+    [
+        ("[Strategy]SingleDeviceStrategy.backward", "backward"),
+        ("[Callback]Monitor.on_before_optimizer_step", "callbacks"),
+        ("[Callback]Progress.on_train_batch_end", "logging"),
+        ("[Callback]EMAWeightAveraging.on_save_checkpoint", "checkpoint"),
+        ("[LightningModule]ImageClassifier.on_before_zero_grad", None),
+    ],
+)
+def test_actions_belong_to_parts(action, part):
+    assert part_of(action, ("[Callback]Progress.",)) == part
+
+
+@pytest.mark.parametrize(
+    ("shares", "busy", "what"),
+    [
+        ({}, None, "arithmetic"),
+        ({}, 0.9, "arithmetic"),
+        ({}, 0.5, "launches"),
+        ({"data": 0.15}, None, "arithmetic"),
+        ({"data": 0.25}, 0.5, "data"),
+        ({"callbacks": 0.2, "logging": 0.15, "loop": 0.05}, 0.5, "callbacks"),
+        ({"callbacks": 0.05, "logging": 0.25, "loop": 0.05}, None, "logging"),
+        ({"callbacks": 0.05, "logging": 0.05, "loop": 0.25}, None, "loop"),
+        ({"checkpoint": 0.15}, None, "checkpoint"),
+        ({"checkpoint": 0.15, "data": 0.25}, None, "data"),
+        ({"checkpoint": 0.35, "data": 0.25}, None, "checkpoint"),
+    ],
+)
+def test_what_bounds_a_run(shares, busy, what):
+    assert bound(dict.fromkeys((*PARTS, "checkpoint"), 0.0) | shares, busy) == what
+
+
+def test_kernels_that_overlap_are_counted_once():
+    assert covered([(0, 4), (5, 6), (1, 2), (3, 5.5), (8, 9)]) == 7
+    assert covered([]) == 0

@@ -1,0 +1,168 @@
+"""No training step waits for the GPU: shown without one by tensors that are said to be there, and on one by torch."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dlref.cli import build
+from dlref.tasks import EMA
+from dlref.tasks.checkpoints import Last
+from dlref.tasks.devices import Alike
+from dlref.tasks.finite import Finite
+from dlref.tasks.progress import Progress
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = {  # the embedded config of each family, with little data
+    "lenet5_digits": ["--data.init_args.flip", "true", "--data.init_args.cutout", "4"],
+    "ssd_digit_scenes": [
+        *("--data.init_args.train", "80", "--data.init_args.held_out", "2"),
+        *("--data.init_args.photometric", "true", "--data.init_args.crop", "true"),
+    ],
+    "fcn_digit_scenes": ["--data.init_args.train", "80", "--data.init_args.held_out", "2"],
+    "deepar_synthetic": ["--data.init_args.count", "8"],
+    "seq2seq_dates": [],
+    "gpt_python": [],
+}
+
+
+class Waits(TorchDispatchMode):
+    """Collect the copies between devices for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        """Run an operation, and look at where its tensors are."""
+        answer = operation(*arguments, **(options or {}))
+        tensors = [t for t in tree_leaves((arguments, options, answer)) if isinstance(t, torch.Tensor) and t.ndim]
+        apart = len({tensor.device.type for tensor in tensors}) > 1
+        asked = (options or {}).get("non_blocking") or any(a is True for a in arguments[2:])
+        if apart and "copy" in str(operation) and not asked:
+            self.found.append(str(operation))
+        return answer
+
+
+def faked(mode: FakeTensorMode, thing: nn.Module) -> None:
+    """Parameters and buffers without values, on a GPU that need not be there."""
+    for module in thing.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    own[name] = mode.from_tensor(tensor).to("cuda").detach().requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_a_step_waits_for_nothing(config, unchecked):
+    task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
+    data.prepare_data()
+    data.setup("fit")
+    task.trainer = data.trainer = SimpleNamespace(
+        datamodule=data, training=True, sanity_checking=False, world_size=1, log_every_n_steps=1, global_step=0
+    )
+    task.log = lambda *arguments, **options: None
+    task.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.backends.cudnn.flags(enabled=False):
+        faked(mode, task)
+        batch = tree_map(lambda t: mode.from_tensor(t).to("cuda") if isinstance(t, torch.Tensor) else t, batch)
+        with Waits() as waits:
+            loss = task.train().training_step(data.on_after_batch_transfer(batch, 0), 0)
+    assert loss.device.type == "cuda"
+    assert not waits.found
+
+
+def test_what_waits_is_found():
+    with FakeTensorMode(), Waits() as waits:
+        there = torch.zeros(3, device="cuda")
+        torch.zeros(3).to("cuda", non_blocking=True)
+        assert not waits.found
+        there.cpu()
+        torch.tensor([1.0, 2.0], device="cuda")
+        assert len(waits.found) == 2
+
+
+class Strict(Callback):
+    """From the third step to the fifth, and between them, what waits for the GPU is an error."""
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, index):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= trainer.global_step < 5 else "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", SMALL)
+def test_a_gpu_is_not_waited_for(config, tmp_path, unchecked):
+    seed_everything(0, verbose=False)
+    task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
+    trainer = Trainer(
+        accelerator="gpu",
+        devices=1,
+        max_epochs=1,
+        limit_train_batches=5,
+        limit_val_batches=0,
+        log_every_n_steps=100,
+        gradient_clip_val=1,
+        precision="bf16-mixed",
+        logger=False,
+        callbacks=[Strict(), EMA(), Finite(), Alike(), Last(10), Progress()],
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    try:
+        trainer.fit(task, datamodule=data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.global_step == 5
+    assert task.train_loss.isfinite()
+
+
+class Asked(Progress):
+    """Counts how often the bar asks for what stands behind it."""
+
+    times = 0
+
+    def get_metrics(self, trainer, task):
+        self.times += self.due
+        return super().get_metrics(trainer, task)
+
+
+class Losses(Callback):
+    """Keeps the loss of every step."""
+
+    def on_train_start(self, trainer, task):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, index):
+        self.seen.append(task.train_loss.item())
+
+
+def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsys):
+    seed_everything(0, verbose=False)
+    task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
+    bar, losses, log = Asked(), Losses(), CSVLogger(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=40,
+        limit_val_batches=0,
+        log_every_n_steps=10,
+        logger=log,
+        callbacks=[bar, losses],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, datamodule=data)
+    assert bar.times < 10  # of 40 steps four, and what Lightning asks at the ends of epochs
+    with open(log.experiment.metrics_file_path, newline="") as file:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    assert [step for step, _ in rows] == [9, 19, 29, 39]
+    assert [loss for _, loss in rows] == pytest.approx([losses.seen[step] for step, _ in rows], rel=1e-5)
