@@ -1,1 +1,1 @@
-"""Each module measures dlref beside a peer in one run, and prints a table of ratios."""
+"""What dlref is measured by, beside its peers: `python -m benchmarks`."""

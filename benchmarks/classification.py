@@ -71,7 +71,7 @@ def step(device: str = "cpu") -> Rows:
     seconds = in_turns("training steps", calls, device)
     title = f"training step, ResNet-18 at {SIDE} px, batch {BATCH}"
     return {
-        f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], beside=name) for name in ("torchvision", "timm")
+        f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], "s", name) for name in ("torchvision", "timm")
     }
 
 
@@ -111,7 +111,7 @@ def inference() -> Rows:
     title = f"one answer, ResNet-50 at {ANSWERED} px, float32 bundle"
     return {
         f"{title}, beside {name}": Row(
-            [s / CALLS for s in seconds["dlref"]], [s / CALLS for s in seconds[name]], beside=f"{name} in PyTorch"
+            [s / CALLS for s in seconds["dlref"]], [s / CALLS for s in seconds[name]], "s", f"{name} in PyTorch"
         )
         for name in found
     }

@@ -47,14 +47,22 @@ def read(config: str) -> dict:
 
 
 def roots(config: str) -> list[str]:
-    """Where its data lies, as arguments of `train.py`. Raises NotHere where there is none."""
-    root = read(config)["data"].get("init_args", {}).get("root")
-    if root is None:
-        return []
-    place = Path(os.environ.get("DLREF_DATA", "data"), Path(root).name)
-    if not place.is_dir():
-        raise NotHere(f"its data is not in {Path(root).name} of the folder that DLREF_DATA names")
-    return ["--data.init_args.root", str(place)]
+    """Where its data lies, as arguments of `train.py`. Raises NotHere where it does not."""
+    folder, arguments = Path(os.environ.get("DLREF_DATA", "data")), []
+    text = read(config)
+    given = {
+        (part, name): value for part in ("data", "model") for name, value in text[part].get("init_args", {}).items()
+    }
+    for (part, name), value in given.items():
+        paths = value if isinstance(value, list) else [value]
+        if not all(isinstance(path, str) and path.startswith("data/") for path in paths):
+            continue
+        places = [folder / path.removeprefix("data/") for path in paths]
+        if missing := [str(place.relative_to(folder)) for place in places if not place.exists()]:
+            raise NotHere(f"the folder that DLREF_DATA names has no {missing[0]}")
+        moved = [str(place) for place in places]
+        arguments += [f"--{part}.init_args.{name}", json.dumps(moved) if isinstance(value, list) else moved[0]]
+    return arguments
 
 
 def fit(config: str, seed: int) -> tuple[float, float]:

@@ -54,7 +54,7 @@ def detections(theirs: torch.nn.Module, own: SSDVGG16, trained: bool, device: st
         assert counts[0] == counts[1], f"detections of an image: torchvision {counts[0]}, dlref {counts[1]}"
         calls = {"torchvision": published, "dlref": lambda: detect(offsets, logits, own.anchors)}
         seconds = in_turns("detections", calls, device)
-    return Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
+    return Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
 
 
 def decoding(device: str = "cpu") -> Rows:
@@ -95,7 +95,7 @@ def step(device: str = "cpu") -> Rows:
 
     torch.testing.assert_close(ours(), published(), rtol=1e-3, atol=0)
     seconds = in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
-    row = Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
+    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
     return {f"training step, SSD300 with VGG-16, batch {TRAINED}": row}
 
 

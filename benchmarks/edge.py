@@ -78,17 +78,17 @@ def untrained(network, classes: int, side: int, channels: int) -> tuple[ImageCla
 
 def bundle(built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
     """Every figure of a bundle beside those of the others."""
-    target, contenders = TARGETS["arm64" if platform.machine() in ARM else "x86-64"], []
+    target = TARGETS["arm64" if platform.machine() in ARM else "x86-64"]
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(TURNS):
-            manifest = export(*built(), target, Path(folder, str(turn)))
-            contenders.append(manifest["measurement"]["contenders"])
+        manifests = [export(*built(), target, Path(folder, str(turn))) for turn in range(TURNS)]
+    contenders = [manifest["measurement"]["contenders"] for manifest in manifests]
+    precision = " or ".join(sorted({manifest["precision"] for manifest in manifests}))
     rows = {}
     for peer, beside in PEERS.items():
         for key, (what, unit, factor) in FIGURES.items():
             own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
             goal = GOALS.get((peer, key), "")
-            rows[f"{what}, {manifest['precision']} bundle beside {beside}"] = Row(own, theirs, unit, beside, goal)
+            rows[f"{what}, beside {beside}"] = Row(own, theirs, unit, f"{beside} (bundle: {precision})", goal)
     return rows
 
 

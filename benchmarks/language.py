@@ -200,7 +200,7 @@ def late_tokens() -> Rows:
                 for _ in track(range(GENERATED), title, console=Console(stderr=True), transient=True):
                     for name, runner in opened.items():
                         found[name].append(cost(runner, place))
-                row = Row(found["int8"], found["float32"], beside="float32 graph")
+                row = Row(found["int8"], found["float32"], "s", "float32 graph")
                 rows[f"a token after {place} others, {title}, int8 graph"] = row
     return rows
 
@@ -221,7 +221,7 @@ def attention() -> Rows:
         found = in_turns("attention", calls)
         own, *peers = [[s / CALLS for s in seconds] for seconds in found.values()]
         for name, peer in zip(list(GRAPHS)[1:], peers, strict=True):
-            rows[f"attention of one token after {place}, beside {name}"] = Row(own, peer, beside=name)
+            rows[f"attention of one token after {place}, beside {name}"] = Row(own, peer, "s", name)
     return rows
 
 

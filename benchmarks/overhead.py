@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,8 @@ import yaml
 from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.rows import TURNS, Row, Rows
+from benchmarks.rows import Row, Rows, figures_in_turns
 from dlref.cli import build
 from dlref.tasks.checkpoints import Last
 from dlref.tasks.devices import Alike
@@ -44,6 +42,7 @@ STEPS = {  # of the embedded config of each family, so many that a turn takes a 
     "seq2seq_dates": 20,
     "gpt_python": 12,
 }
+FEWER = dict.fromkeys(("ssd_digit_scenes", "fcn_digit_scenes"), ("--data.init_args.train", "400"))  # enough to time
 KEPT = ("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps")  # of a config's trainer
 
 
@@ -73,9 +72,16 @@ def options(config: str) -> dict:
     return {name: trainer[name] for name in KEPT if name in trainer}
 
 
-def under_trainer(task: Task, data: LightningDataModule, steps: int, options: dict, bar: type = Progress) -> float:
-    """Seconds of a training step under the Trainer, as `train.py fit` has it."""
-    clock = Clock()
+def under_trainer(
+    task: Task,
+    data: LightningDataModule,
+    steps: int,
+    options: dict,
+    bar: type = Progress,
+    clock: Callback | None = None,
+) -> float:
+    """Seconds of a training step under the Trainer, as `train.py fit` has it, by a clock."""
+    clock = clock or Clock()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         trainer = Trainer(
             max_steps=WARMUP + steps,
@@ -139,16 +145,21 @@ def bare_loop(task: Task, data: LightningDataModule, steps: int, options: dict) 
 def made(config: str, overrides: tuple[str, ...] = ()) -> tuple[Task, LightningDataModule]:
     """A config's task and data, from the same seed each time."""
     seed_everything(0, verbose=False)
-    return build(CONFIGS / f"{config}.yaml", list(overrides))
+    return build(CONFIGS / f"{config}.yaml", [*FEWER.get(config, ()), *overrides])
 
 
 def overhead(config: str) -> Rows:
     """One family."""
-    steps, row = STEPS[config], Row([], [], "steps/s", "a bare loop", ">= 0.952")
-    for _ in track(range(TURNS), config, console=Console(stderr=True), transient=True):
-        row.peer.append(1 / bare_loop(*made(config), steps, options(config)))
-        row.own.append(1 / under_trainer(*made(config), steps, options(config)))
+    loops = {"bare": bare_loop, "Trainer": under_trainer}
+    calls = {name: partial(rate, config, loop) for name, loop in loops.items()}
+    rates = figures_in_turns(config, calls)
+    row = Row(rates["Trainer"], rates["bare"], "steps/s", "a bare loop", ">= 0.952")
     return {f"training under the Trainer, `{config}`": row}
+
+
+def rate(config: str, loop: Callable, overrides: tuple[str, ...] = (), changed: dict | None = None, **named) -> float:
+    """Steps a second of a loop over a config, with arguments of train.py and what its Trainer is told otherwise."""
+    return 1 / loop(*made(config, overrides), STEPS[config], options(config) | (changed or {}), **named)
 
 
 BENCHMARKS = {f"overhead-{config.replace('_', '-')}": partial(overhead, config) for config in STEPS}

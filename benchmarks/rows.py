@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ class Row:
     Attributes:
         own: dlref's figures, one a turn.
         peer: those of what it is compared with in the same turns; none for a figure that stands alone.
-        unit: of both. More is better of what ends with "/s" and of shares and scores, less of seconds and bytes.
+        unit: of both. With a peer, more is better of what ends with "/s", and less of all else, such as "s" and "MB".
         beside: what the peer is.
         goal: what the ratio is to be, or the figure where there is no peer; as `met` reads it: ">= 2", "<= 0.05".
     """
@@ -44,6 +45,10 @@ class Row:
     unit: str = ""
     beside: str = ""
     goal: str = ""
+
+    def __post_init__(self) -> None:
+        if self.peer and not self.unit:
+            raise ValueError("a row beside a peer without a unit; expected one, which says what is better")
 
     @property
     def values(self) -> list[float]:
@@ -76,20 +81,30 @@ Rows = dict[str, Row]
 
 
 def in_turns(title: str, calls: dict[str, Callable], device: str = "cpu", turns: int = TURNS) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, `turns` times after one that does not count.
+    """Seconds of each call, in turns."""
+
+    def seconds(call: Callable) -> float:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return figures_in_turns(title, {name: partial(seconds, call) for name, call in calls.items()}, turns)
+
+
+def figures_in_turns(title: str, calls: dict[str, Callable[[], float]], turns: int = TURNS) -> dict[str, list[float]]:
+    """What each call answers, one after the other, `turns` times after one that does not count.
 
     What else a machine does meets all of them alike.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    figures: dict[str, list[float]] = {name: [] for name in calls}
     for turn in track(range(turns + 1), title, console=Console(stderr=True), transient=True):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            figure = call()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                figures[name].append(figure)
+    return figures
 
 
 def rest() -> None:

@@ -62,7 +62,7 @@ def step(device: str = "cpu") -> Rows:
 
     torch.testing.assert_close(ours(), published(), rtol=1e-4, atol=0)
     seconds = in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
-    row = Row(seconds["dlref"], seconds["torchvision"], beside="torchvision")
+    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
     return {f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}": row}
 
 
@@ -104,7 +104,7 @@ def metric(device: str = "cpu") -> Rows:
     theirs, own = metrics()
     calls = {"torchmetrics": lambda: theirs.update(found, masks), "dlref": lambda: own.update(found, masks)}
     seconds = in_turns("metric", calls, device)
-    row = Row(seconds["dlref"], seconds["torchmetrics"], beside="torchmetrics")
+    row = Row(seconds["dlref"], seconds["torchmetrics"], "s", "torchmetrics")
     return {f"confusion matrix, {MASKS[0]} masks of {MASKS[2]}×{MASKS[1]}": row}
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from sacrebleu import corpus_bleu, corpus_chrf
 from test_detection import fit
@@ -25,7 +25,7 @@ from dlref.models import Seq2Seq
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
-from dlref.tasks import Translator
+from dlref.tasks import EMA, Translator
 from dlref.tasks.translation import WIDEST, bleu, exact_match
 
 LETTERS = make_vocabulary(["abcdefghijklmnopqrstuvwxyzü .", "0123456789-"], "character", 100)
@@ -148,7 +148,7 @@ def test_weights_are_averaged_by_lightnings_callback(tmp_path):
     seen = []
     task, data = translator(), numbers(tmp_path)
     task.known.clear()
-    fit(tmp_path, task, data, max_epochs=3, callbacks=[Last(), EMAWeightAveraging(decay=0.5)])
+    fit(tmp_path, task, data, max_epochs=3, callbacks=[Last(), EMA(decay=0.5)])
     weights = torch.stack(seen)
     assert not torch.equal(task.network.output.bias, weights[-1])
     assert (task.network.output.bias >= weights.min(0).values - 1e-6).all()

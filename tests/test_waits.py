@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,10 +25,10 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {  # the embedded config of each family, with little data
     "lenet5_digits": ["--data.init_args.flip", "true", "--data.init_args.cutout", "4"],
     "ssd_digit_scenes": [
-        *("--data.init_args.train", "80", "--data.init_args.held_out", "2"),
+        *("--data.init_args.train", "200", "--data.init_args.held_out", "2"),
         *("--data.init_args.photometric", "true", "--data.init_args.crop", "true"),
     ],
-    "fcn_digit_scenes": ["--data.init_args.train", "80", "--data.init_args.held_out", "2"],
+    "fcn_digit_scenes": ["--data.init_args.train", "200", "--data.init_args.held_out", "2"],
     "deepar_synthetic": ["--data.init_args.count", "8"],
     "seq2seq_dates": [],
     "gpt_python": [],
@@ -44,7 +45,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         """Run an operation, and look at where its tensors are."""
         answer = operation(*arguments, **(options or {}))
-        tensors = [t for t in tree_leaves((arguments, options, answer)) if isinstance(t, torch.Tensor) and t.ndim]
+        tensors = [t for t in tree_leaves((arguments, options, answer)) if isinstance(t, torch.Tensor)]
         apart = len({tensor.device.type for tensor in tensors}) > 1
         asked = (options or {}).get("non_blocking") or any(a is True for a in arguments[2:])
         if apart and "copy" in str(operation) and not asked:
@@ -92,38 +93,69 @@ def test_what_waits_is_found():
 
 
 class Strict(Callback):
-    """From the third step to the fifth, and between them, what waits for the GPU is an error."""
+    """In steps that are not logged, and between them, what waits for the GPU is an error; the first ones compile."""
 
     def on_train_batch_end(self, trainer, task, outputs, batch, index):
-        torch.cuda.set_sync_debug_mode("error" if 2 <= trainer.global_step < 5 else "default")
+        torch.cuda.set_sync_debug_mode("default" if trainer.global_step % LOGGED == 0 else self.mode(trainer))
+
+    def on_train_batch_start(self, trainer, task, batch, index):
+        torch.cuda.set_sync_debug_mode(self.mode(trainer))
+
+    def mode(self, trainer):
+        return "error" if 2 <= trainer.global_step < STEPS - 1 else "default"
+
+
+LOGGED, STEPS = 4, 12
+
+
+def trained(config, folder, callbacks, **options):
+    """The task of a config after some steps with all that a config may ask for."""
+    seed_everything(0, verbose=False)
+    task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
+    trainer = Trainer(
+        devices=1,
+        max_epochs=1,
+        gradient_clip_val=1,
+        precision="bf16-mixed",
+        logger=False,
+        callbacks=[*callbacks, EMA(0.5), Finite(), Alike(), Last(10), Progress()],
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+    try:
+        trainer.fit(task, datamodule=data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default") if torch.cuda.is_available() else None
+    assert task.train_loss.isfinite()
+    return task, trainer
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked):
+    seen = {}
+    keep = LambdaCallback(
+        on_train_batch_end=lambda trainer, task, *_: seen.setdefault("now", first(task)),
+        on_validation_batch_start=lambda trainer, task, *_: seen.update(averaged=first(task)),
+    )
+    options = {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    task, trainer = trained(config, tmp_path, [keep], **options)
+    assert trainer.global_step == 2
+    assert not torch.equal(seen["now"], seen["averaged"])  # validation sees half of two steps
+    torch.testing.assert_close(first(task), seen["averaged"])  # and so does what comes after training
+
+
+def first(task) -> torch.Tensor:
+    return next(task.network.parameters()).detach().clone()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", SMALL)
 def test_a_gpu_is_not_waited_for(config, tmp_path, unchecked):
-    seed_everything(0, verbose=False)
-    task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
-    trainer = Trainer(
-        accelerator="gpu",
-        devices=1,
-        max_epochs=1,
-        limit_train_batches=5,
-        limit_val_batches=0,
-        log_every_n_steps=100,
-        gradient_clip_val=1,
-        precision="bf16-mixed",
-        logger=False,
-        callbacks=[Strict(), EMA(), Finite(), Alike(), Last(10), Progress()],
-        default_root_dir=tmp_path,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    try:
-        trainer.fit(task, datamodule=data)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert trainer.global_step == 5
-    assert task.train_loss.isfinite()
+    options = {"limit_train_batches": STEPS, "limit_val_batches": 0, "log_every_n_steps": LOGGED}
+    _, trainer = trained(config, tmp_path, [Strict()], accelerator="gpu", **options)
+    assert trainer.global_step == STEPS
 
 
 class Asked(Progress):
@@ -137,13 +169,24 @@ class Asked(Progress):
 
 
 class Losses(Callback):
-    """Keeps the loss of every step."""
+    """Keeps the loss of every step, where it is."""
 
     def on_train_start(self, trainer, task):
         self.seen = []
 
     def on_train_batch_end(self, trainer, task, outputs, batch, index):
-        self.seen.append(task.train_loss.item())
+        self.seen.append(task.train_loss)
+
+
+class Values(TorchDispatchMode):
+    """Counts how often a tensor is asked for its value."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        """Run an operation."""
+        self.asked += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*arguments, **(options or {}))
 
 
 def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsys):
@@ -160,9 +203,42 @@ def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsy
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(task, datamodule=data)
+    with Values() as values:
+        trainer.fit(task, datamodule=data)
     assert bar.times < 10  # of 40 steps four, and what Lightning asks at the ends of epochs
+    assert values.asked < 30  # by bar and loggers
     with open(log.experiment.metrics_file_path, newline="") as file:
         rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
     assert [step for step, _ in rows] == [9, 19, 29, 39]
-    assert [loss for _, loss in rows] == pytest.approx([losses.seen[step] for step, _ in rows], rel=1e-5)
+    assert [loss for _, loss in rows] == pytest.approx([losses.seen[step].item() for step, _ in rows], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ends", "steps"), [(15, [9, 14]), (None, [9, 19, 29, 32])])
+def test_what_is_logged_is_of_its_step(ends, steps, tmp_path, unchecked):
+    """Where a callback ends the run, and at the end of an epoch, for what watches train/loss."""
+    seed_everything(0, verbose=False)
+    task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
+
+    def end(trainer, *_):
+        trainer.should_stop = trainer.global_step == ends
+
+    losses, log = Losses(), CSVLogger(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        min_epochs=0,
+        limit_val_batches=0,
+        log_every_n_steps=10,
+        logger=log,
+        callbacks=[losses, LambdaCallback(on_train_batch_end=end)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(task, datamodule=data)
+    with open(log.experiment.metrics_file_path, newline="") as file:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    assert trainer.callback_metrics["train/loss"] == losses.seen[-1]
+    assert [loss for _, loss in rows] == pytest.approx([losses.seen[step].item() for step, _ in rows], rel=1e-5)
+    assert {step for step, _ in rows} <= set(steps)
+    assert {9, 14 if ends else 29} <= {step for step, _ in rows}

@@ -21,18 +21,20 @@ class Finite(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Nothing seen yet."""
-        self.first, self.seen = torch.full((), -1, device=task.device), {}
+        self.losses: list[torch.Tensor] = []
+        self.seen: list[dict[str, Any]] = []
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Remember on the device which batch was the first."""
-        bad = ~task.train_loss.isfinite() & (self.first < 0)
-        self.first = torch.where(bad, batch_idx, self.first)
-        self.seen[batch_idx] = {
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "batch": batch_idx,
-            "learning_rate": task.optimizers().param_groups[0]["lr"],
-        }
+        """Keep the loss where it is, and of which batch it was."""
+        self.losses.append(task.train_loss)
+        self.seen.append(
+            {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "batch": batch_idx,
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            }
+        )
         if trainer.is_last_batch or len(self.seen) >= trainer.log_every_n_steps:
             self.look(trainer)
 
@@ -42,14 +44,14 @@ class Finite(Callback):
 
     def look(self, trainer: Trainer) -> None:
         """Raise UserError where a loss since the last look was no number."""
-        first = int(self.first)
-        if first < 0:
-            self.seen = {}
+        finite = torch.stack(self.losses).isfinite().tolist() if self.losses else []
+        seen, self.losses, self.seen = self.seen, [], []
+        if all(finite):
             return
-        where, path = self.seen[first], Path(trainer.default_root_dir) / "not_finite.pt"
+        where, path = seen[finite.index(False)], Path(trainer.default_root_dir) / "not_finite.pt"
         if trainer.is_global_zero:
             stage, trainer.training = trainer.state.stage, True  # validation would not augment
-            batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(first))
+            batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
             trainer.state.stage = stage
             write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, path)
         raise UserError(

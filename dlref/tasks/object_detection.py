@@ -121,7 +121,7 @@ class ObjectDetector(Task):
         """Localisation and confidence loss, of equal weight."""
         images, targets = batch
         losses = self.losses(self(images), targets)
-        self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")}, prog_bar=True)
+        self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")})
         return self.reported(losses["loss"], losses["positives"])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

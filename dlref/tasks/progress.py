@@ -1,31 +1,40 @@
 """The progress bar of a run."""
 
+import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+
+DRAWN = 4  # times a second
 
 
 class Progress(RichProgressBar):
     """Lightning's bar, which a step neither waits nor works for.
 
     Lightning's own asks the device for the loss after every step, and so waits for all that the step has set off; a
-    thread of its own draws it a hundred times a second. This one asks as often as losses are logged, and is drawn ten
-    times a second.
+    thread of its own draws it a hundred times a second, and holds up all other Python meanwhile. This one asks as often
+    as losses are logged, for those that tasks do not log to the bar.
     """
 
     def __init__(self, **options: Any):
-        super().__init__(refresh_rate=10, **options)
-        self.due, self.shown = True, {}
+        super().__init__(refresh_rate=DRAWN, **options)
+        self.due, self.shown, self.moved, self.stepped = True, {}, 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        """Go on."""
-        self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0
-        super().on_train_batch_end(trainer, task, outputs, batch, index)
+        """Go on, where somebody could see it."""
+        self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and trainer.global_step > self.stepped
+        self.stepped = trainer.global_step  # the same for several batches whose gradients add up
+        now = time.monotonic()
+        if self.due or trainer.is_last_batch or now - self.moved >= 1 / DRAWN:
+            super().on_train_batch_end(trainer, task, outputs, batch, index)
+            self.moved = now
         self.due = True
 
     def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
         if self.due:
             self.shown = super().get_metrics(trainer, task)
+            if trainer.training:
+                self.shown["train/loss"] = task.train_loss.item()
         return self.shown

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -134,14 +136,39 @@ class Task(LightningModule):
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 
     def log(self, name: str, value, *arguments, **options) -> None:
-        """As Lightning's; what is of a training step only in the steps that loggers take.
+        """As Lightning's; what is of a training step only in the steps that are logged, and in the last of an epoch.
 
         In the steps between, Lightning would keep it for nobody, in as much time as a small network needs for a layer.
         """
-        every = max(1, self.trainer.log_every_n_steps)
-        if name.startswith("train/") and (self.trainer.global_step + 1) % every and not self.trainer.should_stop:
-            return
-        super().log(name, value, *arguments, **options)
+        if not name.startswith("train/") or self.logs_now():
+            super().log(name, value, *arguments, **options)
+
+    def logs_now(self) -> bool:
+        """Whether the step is one of those that are logged."""
+        due = (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0
+        return due or self.trainer.is_last_batch or self.trainer.should_stop
+
+    def on_train_batch_end(self, outputs, batch, batch_index: int) -> None:
+        """A run that a callback ends here is logged to its last step."""
+        if self.trainer.should_stop:
+            self.log("train/loss", self.train_loss)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """As Lightning's, which refuses fused optimisers with bf16-mixed too, where no scale has to be undone first.
+
+        Raises UserError where one has to be: with 16-mixed.
+        """
+        plugin, norm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not (gradient_clip_val and fused and isinstance(plugin, MixedPrecision)):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif plugin.scaler is None:
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, GradClipAlgorithmType(norm))
+        else:
+            raise UserError(
+                "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
+                "model.init_args.optimizer.init_args.fused to be false"
+            )
 
     def reported(self, loss: Tensor, count: Tensor | int) -> Tensor:
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
@@ -156,7 +183,7 @@ class Task(LightningModule):
             scale = or_one(count * torch.ones_like(self.train_loss)) * torch.distributed.get_world_size()
             torch.distributed.all_reduce(both)
             self.train_loss, own = both[0] / or_one(both[1]), loss * (scale / or_one(both[1]))
-        self.log("train/loss", self.train_loss, prog_bar=True)
+        self.log("train/loss", self.train_loss)  # not to the bar: Lightning would fetch it after every step
         return own
 
     def evaluated(self, stage: str, loss: Tensor, count: Tensor | int) -> None:

@@ -1,0 +1,245 @@
+"""The benchmarks' arithmetic, page and command; that both sides of the overhead do the same; that headers are true."""
+
+import json
+import re
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import configs, gpu, measure, overhead
+from benchmarks.page import Record, Where, figure, page, read, spread, within, write
+from benchmarks.rows import NotHere, Row, in_turns, needs
+
+ROOT = Path(__file__).parent.parent
+WHERE = Where("a machine", "torch 1", "2026-01-01")
+
+
+def recorded(*own: float, peer: tuple[float, ...] = (), **options) -> Record:
+    return Record("edge", {"what": Row(list(own), list(peer), **options)}, where=WHERE)
+
+
+# Rows
+
+
+def test_a_ratio_says_how_many_times_better():
+    assert Row([2.0, 3.0], [4.0, 9.0], "s").values == [2.0, 3.0]  # half the seconds
+    assert Row([2.0, 3.0], [4.0, 9.0], "MB").values == [2.0, 3.0]
+    assert Row([4.0, 9.0], [2.0, 3.0], "images/s").values == [2.0, 3.0]  # twice the rate
+    assert Row([4.0, 9.0], [], "s").values == [4.0, 9.0]
+
+
+def test_a_row_beside_a_peer_has_a_unit():
+    with pytest.raises(ValueError, match="without a unit"):
+        Row([1.0], [2.0])
+
+
+def test_a_ratio_is_of_pairs():
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        _ = Row([1.0], [1.0, 2.0], "s").values
+    assert Row([1.0, 10.0, 1.0], [2.0, 20.0, 2.0], "s").median == 2  # whatever a turn did to both
+
+
+@pytest.mark.parametrize(
+    ("row", "met"),
+    [
+        (Row([1.0], [5.0], "s", goal=">= 5"), True),
+        (Row([1.0], [4.9], "s", goal=">= 5"), False),
+        (Row([0.9], [], "s", goal="<= 1"), True),
+        (Row([1.1], [], "s", goal="<= 1"), False),
+        (Row([1.1], [], "s"), None),
+    ],
+)
+def test_goals(row, met):
+    assert row.met is met
+
+
+def test_turns_leave_the_first_out():
+    seen = []
+    seconds = in_turns("turns", {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, turns=2)
+    assert seen == ["a", "b"] * 3
+    assert [len(found) for found in seconds.values()] == [2, 2]
+
+
+def test_a_package_that_is_not_there():
+    needs("torch")
+    with pytest.raises(NotHere, match="no_such_package is not installed"):
+        needs("no_such_package")
+
+
+# The page
+
+
+def test_figures_have_three_digits():
+    assert [figure(value, "s") for value in (0.00123, 0.5, 1.5, 12345.0)] == ["1.23 ms", "500 ms", "1.5 s", "12,345 s"]
+    assert spread([2.0, 1.0, 3.0], "×") == "2× (1 to 3)"
+    assert spread([0.4, 0.3, 2.0], "s") == "400 ms (300 to 2,000)"
+    assert spread([0.98765], "") == "0.988"
+
+
+def test_what_was_measured_is_read_as_it_was_written(tmp_path):
+    records = {"edge-lenet5": recorded(1.0, 2.0, peer=(3.0, 8.0), unit="s", beside="PyTorch", goal=">= 2")}
+    records["gpu-resnet50"] = Record("gpu", not_run="it wants a GPU")
+    write(tmp_path, records)
+    assert read(tmp_path) == records
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| `edge-lenet5` | what | PyTorch | 5.5 s | 1.5 s | **3.5× (3 to 4)** | ≥ 2: met | [1] |" in text
+    assert "- `gpu-resnet50`: not run, it wants a GPU" in text
+    assert "- [1] a machine; torch 1; 2026-01-01" in text
+
+
+@pytest.mark.parametrize(("now", "inside"), [(1.5, True), (0.96, True), (2.09, True), (0.94, False), (2.11, False)])
+def test_within_the_spread(now, inside):
+    assert within(recorded(1.0, 2.0, 1.7), recorded(now)) == {"what": inside}
+
+
+def test_a_row_that_is_gone_is_not_within():
+    assert within(recorded(1.0), Record("edge", {}, where=WHERE)) == {"what": False}
+
+
+def test_the_page_is_what_the_figures_say():
+    records = read(ROOT / "docs")
+    assert page(records) == (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert set(records) <= set(measure.modules())
+
+
+# The command
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What benchmarks are to find, by name."""
+    found = {}
+    monkeypatch.setattr(command, "measured", found.get)
+    return found
+
+
+def run(monkeypatch, capsys, *words) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["benchmarks", *map(str, words)])
+    status = command.main()
+    return status, *capsys.readouterr()
+
+
+def test_names_are_of_one_module_each():
+    names = [name for module in measure.MODULES for name in import_module(f"benchmarks.{module}").BENCHMARKS]
+    assert len(names) == len(set(names))
+
+
+def test_what_is_measured_is_kept_beside_the_rest(tmp_path, monkeypatch, capsys, answers):
+    answers |= {"edge-lenet5": recorded(1.0), "edge-resnet18": recorded(2.0)}
+    assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[0] == 0
+    assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-resnet18")[0] == 0
+    assert list(read(tmp_path)) == ["edge-lenet5", "edge-resnet18"]
+
+
+def test_a_machine_that_cannot_leaves_the_figures_of_one_that_could(tmp_path, monkeypatch, capsys, answers):
+    answers["gpu-resnet50"] = recorded(1.0)
+    run(monkeypatch, capsys, "--docs", tmp_path, "gpu-resnet50")
+    answers["gpu-resnet50"] = Record("gpu", not_run="it wants a GPU")
+    status, told, _ = run(monkeypatch, capsys, "--docs", tmp_path, "gpu-resnet50")
+    assert status == 0
+    assert "it wants a GPU" in told
+    assert read(tmp_path)["gpu-resnet50"].rows["what"].own == [1.0]
+
+
+def test_one_that_fails_is_told_by_the_status(tmp_path, monkeypatch, capsys, answers):
+    answers |= {"edge-lenet5": Record("edge", not_run="it failed with status 1"), "edge-resnet18": recorded(2.0)}
+    assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5", "edge-resnet18")[0] == 1
+    assert read(tmp_path)["edge-resnet18"].rows
+
+
+@pytest.mark.parametrize(("now", "status", "word"), [(1.5, 0, "within"), (3.0, 1, "OUTSIDE")])
+def test_reproduce(tmp_path, monkeypatch, capsys, answers, now, status, word):
+    write(tmp_path, {"edge-lenet5": recorded(1.0, 2.0)})
+    before = (tmp_path / "benchmarks.json").read_bytes()
+    answers["edge-lenet5"] = recorded(now)
+    found, told, _ = run(monkeypatch, capsys, "--docs", tmp_path, "reproduce", "edge-lenet5")
+    assert (found, word in told) == (status, True)
+    assert (tmp_path / "benchmarks.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["no-such"], ["reproduce", "edge-lenet5"], ["reproduce", "no-such"]])
+def test_names_that_are_none(tmp_path, monkeypatch, capsys, words):
+    status, _, told = run(monkeypatch, capsys, "--docs", tmp_path, *words)
+    assert status == 2
+    assert told.count("error: ") == 1
+
+
+@pytest.mark.parametrize("name", gpu.BENCHMARKS)
+def test_without_a_gpu_its_rows_say_so(name, monkeypatch):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(measure.logging, "disable", lambda level: None)
+    assert measure.measure(name).not_run == "it wants a GPU"
+
+
+def test_speed_is_of_the_steps_that_count(monkeypatch):
+    """By a clock that goes on by one at each look, two a step; what comes after the last is not timed."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "WARMUP", 2)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ticks))
+    speed, trainer = gpu.Speed(4), SimpleNamespace(should_stop=False)
+    for index in range(9):
+        speed.on_train_batch_start(trainer, None, None, index)
+        speed.on_train_batch_end(trainer, None, None, None, index)
+        assert trainer.should_stop is (index >= 5)
+    assert speed.mean() == 7 / 4  # from the look before the first to that after the fourth
+    assert speed.between == 3
+
+
+def test_operations_of_a_step_are_those_of_its_products(monkeypatch):
+    """LeNet-5's, forward and twice as many backward, but for the gradient of the pictures."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    facts = {"labels": list("0123456789"), "multi_label": False, "crop": None}
+    found = gpu.operations("lenet5_mnist", lambda n: (torch.zeros(n, 1, 28, 28).byte(), torch.arange(n)), facts, 64)
+    layers = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25, 120 * 400, 84 * 120, 10 * 84]
+    assert found == 64 * 2 * (3 * sum(layers) - layers[0])
+
+
+# Both sides of a row
+
+
+def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
+    found = []
+    for train in (overhead.bare_loop, overhead.under_trainer):
+        task, data = overhead.made("lenet5_digits")
+        train(task, data, 8, overhead.options("lenet5_digits"))
+        found.append(task.cpu().network.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+# Configs
+
+
+def test_headers_say_what_was_measured():
+    """The first figure of `Score:` is the first seed's, in as many digits as it has."""
+    scores = 0
+    for name, record in read(ROOT / "docs").items():
+        if record.module != "configs" or not record.rows:
+            continue
+        header = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        stated = re.search(r"# Score:.*?(\d+\.\d+)", header).group(1)
+        (row,) = (row for title, row in record.rows.items() if "on the test split" in title)
+        digits = len(stated.split(".")[1])
+        assert f"{row.own[0]:.{digits}f}" == stated, name
+        scores += 1
+    assert scores
+
+
+def test_data_lies_in_the_folder_of_the_config_s_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLREF_DATA", str(tmp_path))
+    assert configs.roots("lenet5_digits") == []
+    with pytest.raises(NotHere, match="mnist"):
+        configs.roots("lenet5_mnist")
+    (tmp_path / "mnist").mkdir()
+    assert configs.roots("lenet5_mnist") == ["--data.init_args.root", str(tmp_path / "mnist")]
+
+
+def test_rows_survive_json():
+    row = Row([1.0], [2.0], "s", "x", ">= 1")
+    assert Row(**json.loads(json.dumps(asdict(row)))) == row
