@@ -22,6 +22,7 @@ import yaml
 from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich import reconfigure
 
 from benchmarks.rows import Row, Rows, figures_in_turns
 from dlref.cli import build
@@ -102,6 +103,7 @@ def under_trainer(
             **options,
         )
         trainer.fit(task, datamodule=data)
+        reconfigure()  # the bar has made its console everybody's
     return clock.mean()
 
 
