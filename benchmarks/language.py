@@ -1,7 +1,7 @@
 """GPT beside `transformers`' GPT-2.
 
 Both networks have the same sizes and the same weights. Training: forward, cross entropy, backward, clipping, AdamW, on
-the same random tokens, in float32 and by bfloat16 autocast. Generation: one prompt, token by token, the likeliest each
+random tokens, in float32 and by bfloat16 autocast. Generation: one prompt, token by token, the likeliest each
 time: `transformers`' own generate with its cache, and dlref's runner over PyTorch, over the graph as a bundle opens it,
 and over its int8 form. Then what a token costs where little and where much has been read, and how it is that a past is
 not copied: the attention of one token, by ONNX's Attention with a past that it puts together (opset 23), with one
