@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
-from benchmarks.rows import Row, Rows, in_turns, needs, rest
+from benchmarks.rows import DEVICE, Row, Rows, in_turns, needs, rest
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import ResNet
@@ -58,17 +58,17 @@ def trainer(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
     return step
 
 
-def step(device: str = "cpu") -> Rows:
+def step() -> Rows:
     """The first losses have to be equal."""
-    found = {name: network.to(device).train() for name, network in networks(18).items()}
+    found = {name: network.to(DEVICE).train() for name, network in networks(18).items()}
     found["dlref"].to(memory_format=torch.channels_last)
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
-    labels = torch.randint(CLASSES, (BATCH,), device=device)
+    images = torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE)
+    labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
     calls = {name: trainer(network, images, labels) for name, network in found.items()}
     losses = {name: call() for name, call in calls.items()}
     for loss in losses.values():
         torch.testing.assert_close(loss, losses["torchvision"], rtol=1e-4, atol=0)
-    seconds = in_turns("training steps", calls, device)
+    seconds = in_turns("training steps", calls)
     title = f"training step, ResNet-18 at {SIDE} px, batch {BATCH}"
     return {
         f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], "s", name) for name in ("torchvision", "timm")

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import read, roots
-from benchmarks.overhead import DEVICE, made, options, under_trainer
-from benchmarks.rows import NotHere, Row, Rows, in_turns
+from benchmarks.overhead import made, options, under_trainer
+from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns
 from dlref.data.loader import SplitData
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.tasks import EMA
@@ -150,7 +150,7 @@ def operations(config: str, make: Callable, facts: dict, size: int) -> float:
 def product() -> float:
     """Operations a second of a product of two matrices."""
     left, right = torch.randn(2, SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
-    seconds = in_turns("product", {"product": lambda: left @ right}, DEVICE, turns=20)["product"]
+    seconds = in_turns("product", {"product": lambda: left @ right}, turns=20)["product"]
     return 2 * SIDE**3 / statistics.median(seconds)
 
 

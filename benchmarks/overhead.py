@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich import reconfigure
 
-from benchmarks.rows import Row, Rows, figures_in_turns
+from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns
 from dlref.cli import build
 from dlref.tasks.checkpoints import Last
 from dlref.tasks.devices import Alike
@@ -33,7 +33,6 @@ from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP = 3  # steps before the clock starts
 STEPS = {  # of the embedded config of each family, so many that a turn takes a few seconds
     "lenet5_digits": 600,

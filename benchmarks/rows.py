@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 TURNS = 7
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class NotHere(Exception):
@@ -80,7 +81,9 @@ class Row:
 Rows = dict[str, Row]
 
 
-def in_turns(title: str, calls: dict[str, Callable], device: str = "cpu", turns: int = TURNS) -> dict[str, list[float]]:
+def in_turns(
+    title: str, calls: dict[str, Callable], device: str = DEVICE, turns: int = TURNS
+) -> dict[str, list[float]]:
     """Seconds of each call, in turns."""
 
     def seconds(call: Callable) -> float:

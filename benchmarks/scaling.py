@@ -411,8 +411,12 @@ def copies(store: SeriesStore, times: int, length: int) -> SeriesStore:
 def sweeps(device: str) -> dict[str, Sweep]:
     """All of them by name. A GPU is given sixteen times the batch, or its cores would wait for most of a step."""
     many = 16 if device == "cuda" else 1
+    return of_pictures(many, device) | of_texts(many, device) | of_sequences(many, device)
+
+
+def of_pictures(many: int, device: str) -> dict[str, Sweep]:
+    """Batch, side and depth."""
     depths = {round(forward_flops(depth, 128), 3): depth for depth in (18, 34, 50, 101, 152)}
-    context, width, vocabulary = 128, 128, 1024
     return {
         "batch": Sweep(
             "ResNet-18 at 96 px",
@@ -450,6 +454,13 @@ def sweeps(device: str) -> dict[str, Sweep]:
             ],
             place={depth: flops for flops, depth in depths.items()}.get,
         ),
+    }
+
+
+def of_texts(many: int, device: str) -> dict[str, Sweep]:
+    """Context, width and vocabulary of a language model."""
+    context, width, vocabulary = 128, 128, 1024
+    return {
         "context": Sweep(
             f"GPT of 2.1 million, {many} text{'s' if many > 1 else ''}",
             "context T, tokens",
@@ -514,6 +525,12 @@ def sweeps(device: str) -> dict[str, Sweep]:
                 ),
             ],
         ),
+    }
+
+
+def of_sequences(many: int, device: str) -> dict[str, Sweep]:
+    """Sentences of a translator; context, cells and series of a forecaster."""
+    return {
         "sentences": Sweep(
             f"Seq2Seq, {16 * many} pairs",
             "tokens of source and of target, S = T",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation import fcn_resnet50
 
-from benchmarks.rows import Row, Rows, in_turns
+from benchmarks.rows import DEVICE, Row, Rows, in_turns
 from dlref.models import FCNResNet
 from dlref.tasks.semantic_segmentation import VOID, Confusion, pixel_loss
 
@@ -25,22 +25,22 @@ BATCH, SIZE = 2, 224  # pictures of a training step, and their sides
 MASKS = (8, 360, 480)  # of a metric's update
 
 
-def both(device: str) -> tuple[torch.nn.Module, FCNResNet]:
+def both() -> tuple[torch.nn.Module, FCNResNet]:
     """Theirs and ours with the same weights, without dropout so that losses can be compared."""
     theirs = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
     own = FCNResNet(50, CLASSES)
     own.load_state_dict(theirs.state_dict())
     for dropout in (m for network in (theirs, own) for m in network.modules() if isinstance(m, torch.nn.Dropout)):
         dropout.p = 0
-    return theirs.to(device), own.to(device, memory_format=torch.channels_last)
+    return theirs.to(DEVICE), own.to(DEVICE, memory_format=torch.channels_last)
 
 
-def step(device: str = "cpu") -> Rows:
+def step() -> Rows:
     """Forward, loss of both heads and backward. Both losses have to be equal."""
     torch.manual_seed(0)
-    theirs, own = both(device)
-    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device)
-    masks = torch.randint(0, CLASSES, (BATCH, SIZE, SIZE), dtype=torch.uint8, device=device)
+    theirs, own = both()
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
+    masks = torch.randint(0, CLASSES, (BATCH, SIZE, SIZE), dtype=torch.uint8, device=DEVICE)
     masks[:, : SIZE // 10] = VOID
     targets = masks.long()
 
@@ -61,7 +61,7 @@ def step(device: str = "cpu") -> Rows:
         return loss
 
     torch.testing.assert_close(ours(), published(), rtol=1e-4, atol=0)
-    seconds = in_turns("training steps", {"torchvision": published, "dlref": ours}, device)
+    seconds = in_turns("training steps", {"torchvision": published, "dlref": ours})
     row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
     return {f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}": row}
 
@@ -85,15 +85,15 @@ def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:
     return False
 
 
-def metric(device: str = "cpu") -> Rows:
+def metric() -> Rows:
     """The confusion matrix of a batch, by torchmetrics and by this project. Both have to be equal."""
     torch.manual_seed(0)
-    masks = torch.randint(0, CLASSES, MASKS, dtype=torch.uint8, device=device)
-    found = torch.randint(0, CLASSES, MASKS, device=device)
+    masks = torch.randint(0, CLASSES, MASKS, dtype=torch.uint8, device=DEVICE)
+    found = torch.randint(0, CLASSES, MASKS, device=DEVICE)
 
     def metrics() -> tuple[MulticlassConfusionMatrix, Confusion]:
         theirs = MulticlassConfusionMatrix(CLASSES, ignore_index=VOID, validate_args=False)
-        return theirs.to(device), Confusion(CLASSES).to(device)
+        return theirs.to(DEVICE), Confusion(CLASSES).to(DEVICE)
 
     theirs, own = metrics()
     theirs.update(found, masks)
@@ -103,7 +103,7 @@ def metric(device: str = "cpu") -> Rows:
     assert waiting == [True, False], f"waits for the device: torchmetrics {waiting[0]}, dlref {waiting[1]}"
     theirs, own = metrics()
     calls = {"torchmetrics": lambda: theirs.update(found, masks), "dlref": lambda: own.update(found, masks)}
-    seconds = in_turns("metric", calls, device)
+    seconds = in_turns("metric", calls)
     row = Row(seconds["dlref"], seconds["torchmetrics"], "s", "torchmetrics")
     return {f"confusion matrix, {MASKS[0]} masks of {MASKS[2]}×{MASKS[1]}": row}
 

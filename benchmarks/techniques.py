@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from benchmarks.overhead import DEVICE, bare_loop, rate, under_trainer
-from benchmarks.rows import Row, Rows, figures_in_turns, in_turns
+from benchmarks.overhead import bare_loop, rate, under_trainer
+from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns
 from dlref.models import ResNet
 from dlref.tasks.averaging import Average
 
@@ -64,7 +64,7 @@ def averaging() -> Rows:
         "own": Average(network, 0.999, torch.device(DEVICE)),
     }
     calls = {name: partial(average.update_parameters, network) for name, average in averages.items()}
-    seconds = in_turns("averaging", calls, DEVICE)
+    seconds = in_turns("averaging", calls)
     for parameter in network.parameters():
         parameter.data += 1
     for call in calls.values():
