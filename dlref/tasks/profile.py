@@ -1,5 +1,6 @@
 """Where the time of a step goes: a short run that is timed part by part, with a trace of its last steps."""
 
+import gc
 import math
 import os
 import platform
@@ -296,6 +297,8 @@ class StepProfile(Profiler):
             self._wait()  # what was launched is of the steps before
         self._border(False)
         self._finish()
+        if len(self.steps) == WARM_UP:
+            gc.collect()  # a quarter of a second, which would fall to whatever part it came in
         if self.tracer is None and len(self.steps) == WARM_UP + COUNTED:
             self._start_trace()
         elif self.tracing and self.traced == TRACED:
