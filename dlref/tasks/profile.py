@@ -297,7 +297,7 @@ class StepProfile(Profiler):
             self._wait()  # what was launched is of the steps before
         self._border(False)
         self._finish()
-        if len(self.steps) == WARM_UP:
+        if len(self.steps) == WARM_UP - 1:
             gc.collect()  # a quarter of a second, which would fall to whatever part it came in
         if self.tracer is None and len(self.steps) == WARM_UP + COUNTED:
             self._start_trace()
