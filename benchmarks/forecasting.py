@@ -1,12 +1,15 @@
 """DeepAR beside GluonTS's.
 
-Both train two LSTM layers of 40 cells on the same synthetic series with the same context, prediction, batch and numbers
-of windows, by Lightning's Trainer, in one process and in turns: GluonTS as it comes, GluonTS with its data cached, and
-dlref. Then each forecasts the same series with 100 sample paths, in turns: GluonTS, dlref in PyTorch, and its graphs in
-onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation, and whole
-forecasts from series as they are, features and quantiles included.
+Both train two LSTM layers of 40 cells on the same series with the same context, prediction, batch and numbers of
+windows, by Lightning's Trainer, in one process and in turns: GluonTS as it comes, GluonTS with its data cached, and
+dlref. Then each forecasts the same windows with 100 sample paths, in turns: GluonTS, dlref in PyTorch, and its graphs
+in onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation, and whole
+forecasts from series as they are, features and quantiles included. The series are synthetic, and where DLREF_DATA has
+them the exchange rates and the hourly series of M4; GluonTS reads whole series again and again, and is slower on longer
+ones.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,23 +19,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.rows import Row, Rows, in_turns, needs, rest
-from dlref.data import SyntheticSeries
-from dlref.data.series import Series
+from benchmarks.gluonts_deepar import before_test, pasts
+from benchmarks.rows import NotHere, Row, Rows, figures_in_turns, in_turns, needs, rest
+from dlref.data.forecasting import Channels, ForecastingData, RowSeries, SyntheticSeries, WideSeries
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import DeepAR
 from dlref.runtime import make_runner
 from dlref.runtime.bundle import OnnxGraph, cores
+from dlref.runtime.calendar import Frequency
 from dlref.tasks import Forecaster, StudentT
 from dlref.tasks.deployable import Deployable
 
-SERIES, HORIZON, CONTEXT = 100, 24, 24  # hours
 BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as GluonTS has it; the first is not timed
+SIZES = {"batch_size": BATCH, "batches": BATCHES}
+MOST = 100  # windows that are forecast
 TURNS, SINGLE = 5, 20  # fits, and forecasts of all series; forecasts of one series
 PATHS, LEVELS = 100, np.arange(1, 10) / 10
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -63,79 +66,92 @@ class Clock(Callback):
 class Plain(SyntheticSeries):
     """Without categories and promotions, which GluonTS's defaults do not see."""
 
-    def read(self, frequency):
+    def read(self, frequency: Frequency) -> Channels:
         """The targets alone."""
-        channels = super().read(frequency)
+        series = super().read(frequency).train
         nothing = np.zeros((0, 0), np.float32)
-        self.series = channels.train._replace(
-            cat=channels.train.cat[:, :0], dynamic=nothing, dynamic_offsets=np.zeros_like(channels.train.offsets)
-        )
-        return channels._replace(train=self.series, test=self.series, predict=None)
+        series = series._replace(cat=series.cat[:, :0], dynamic=nothing, dynamic_offsets=np.zeros_like(series.offsets))
+        return Channels(series, series)
 
 
-def make_data() -> Plain:
-    """The series of every benchmark here."""
+def real(name: str) -> str:
+    """The path of a file of DLREF_DATA. Raises NotHere."""
+    path = Path(os.environ.get("DLREF_DATA", "")) / name
+    if "DLREF_DATA" not in os.environ or not path.exists():
+        raise NotHere(f"no {name}; DLREF_DATA is the folder that has it")
+    return str(path)
+
+
+def synthetic() -> Plain:
+    """A hundred hourly series of 1,000 hours."""
+    return Plain(count=100, frequency="1H", prediction_length=24, context_length=24, **SIZES)
+
+
+def exchange_rate() -> WideSeries:
+    """Eight daily series of 6,221 days, GluonTS's split, and its context."""
+    path = real("exchange_rate/exchange_rate.txt.gz")
+    lengths = {"prediction_length": 30, "context_length": 30, "points": 6221, "test_windows": 5}
+    return WideSeries(path=path, start="1990-01-01", frequency="1B", **lengths, **SIZES)
+
+
+def m4_hourly() -> RowSeries:
+    """The 414 series of up to 1,008 hours, GluonTS's split, and its context."""
+    paths = {name: real(f"m4/Hourly-{name}.csv.gz") for name in ("train", "test")}
+    return RowSeries(**paths, frequency="1H", prediction_length=48, context_length=48, **SIZES)
+
+
+def made(make: Callable[[], ForecastingData]) -> ForecastingData:
+    """Data, read."""
     needs("gluonts")
     torch.manual_seed(0)
-    data = Plain(
-        count=SERIES,
-        frequency="1H",
-        prediction_length=HORIZON,
-        context_length=CONTEXT,
-        batch_size=BATCH,
-        batches=BATCHES,
-    )
+    data = make()
     data.setup()
     return data
 
 
-def listed(series: Series) -> list[dict]:
-    """Series as GluonTS takes them, without the hours to forecast."""
-    import pandas as pd
-
-    targets = np.split(series.target, series.offsets[1:-1])
-    return [
-        {"start": pd.Period(str(start), freq="h"), "target": target[: len(target) - HORIZON]}
-        for start, target in zip(series.start, targets, strict=True)
-    ]
-
-
-def train_gluonts(data: Plain, cached: bool):
+def train_gluonts(data: ForecastingData, cached: bool):
     """Windows a second, and a predictor. GluonTS's defaults but for the number of epochs."""
     from gluonts.torch.model.deepar import DeepAREstimator
 
-    clock = Clock()
+    clock, series = Clock(), before_test(data, pasts(data))
     trainer = {**QUIET, "max_epochs": EPOCHS, "default_root_dir": tempfile.mkdtemp(), "callbacks": [clock]}
     estimator = DeepAREstimator(
-        freq="h", prediction_length=HORIZON, context_length=CONTEXT, batch_size=BATCH, trainer_kwargs=trainer
+        freq=series[0]["start"].freqstr,
+        prediction_length=data.prediction_length,
+        context_length=data.context_length,
+        batch_size=BATCH,
+        trainer_kwargs=trainer,
     )
-    predictor = estimator.train(listed(data.series), cache_data=cached)
+    predictor = estimator.train(series, cache_data=cached)
     return clock.rate, predictor
 
 
-def train_dlref(data: Plain) -> tuple[float, Forecaster]:
+def fused(groups) -> torch.optim.Optimizer:
+    """As dlref's configs have it, with GluonTS's rate."""
+    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+
+
+def train_dlref(data: ForecastingData) -> tuple[float, Forecaster]:
     """Windows a second, and the task."""
-    clock, network = Clock(), DeepAR(lags=40, features=5)
-    task = Forecaster(StudentT(), network=network, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    frequency = Frequency.parse(data.frequency)
+    clock, network = Clock(), DeepAR(lags=len(frequency.lags), features=len(frequency.cycles) + 1)
+    task = Forecaster(StudentT(), network=network, optimizer=fused)
     options = {"max_epochs": EPOCHS, "callbacks": [clock], "gradient_clip_val": 10, "limit_val_batches": 0}
     trainer = Trainer(**options, enable_checkpointing=False, **QUIET)
     trainer.fit(task, datamodule=data)
     return clock.rate, task.eval()
 
 
-def training() -> Rows:
+def training(make: Callable[[], ForecastingData]) -> Rows:
     """Windows a second, in turns."""
-    data = make_data()
+    data = made(make)
     calls = {
-        "GluonTS, data cached": partial(train_gluonts, data, cached=True),
-        "GluonTS, as it comes": partial(train_gluonts, data, cached=False),
-        "dlref": partial(train_dlref, data),
+        "GluonTS, data cached": lambda: train_gluonts(data, cached=True)[0],
+        "GluonTS, as it comes": lambda: train_gluonts(data, cached=False)[0],
+        "dlref": lambda: train_dlref(data)[0],
     }
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in track(range(TURNS), "training", console=Console(stderr=True), transient=True):
-        for name, call in calls.items():
-            rates[name].append(call()[0])
-    title, (cached, plain, own) = "training, DeepAR, two LSTM layers of 40", rates.values()
+    cached, plain, own = figures_in_turns("training", calls, turns=TURNS).values()
+    title = f"training, {make.__name__}"
     return {
         title: Row(own, plain, "windows/s", "GluonTS, as it comes", ">= 5"),
         f"{title}, beside cached data": Row(own, cached, "windows/s", "GluonTS, data cached"),
@@ -158,14 +174,13 @@ def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
     return found
 
 
-def sampling() -> Rows:
-    """Series a second of all series, and seconds of a single one, in turns."""
-    data = make_data()
+def sampling(make: Callable[[], ForecastingData]) -> Rows:
+    """Series a second of all windows, and seconds of a single one, in turns."""
+    data = made(make)
     _, predictor = train_gluonts(data, cached=True)
     _, task = train_dlref(data)
-    series = listed(data.series)
-    starts = [str(start).replace("T", " ") for start in data.series.start]
-    requests = [{"start": start, "target": entry["target"]} for start, entry in zip(starts, series, strict=True)]
+    series = pasts(data)[:MOST]
+    requests = [{"start": entry["start"].strftime("%Y-%m-%d %H:%M:%S"), "target": entry["target"]} for entry in series]
 
     def gluonts() -> list:
         return [[f.quantile(level) for level in LEVELS] for f in predictor.predict(series, num_samples=PATHS)]
@@ -177,8 +192,8 @@ def sampling() -> Rows:
         every = in_turns("forecasts", {**calls, "GluonTS": gluonts, "rest": rest}, turns=TURNS)
         calls = {name: partial(opened[name], requests[0]) for name in order}
         single = in_turns("one series", {**calls, "rest": rest}, turns=SINGLE)
-    rates = {name: [SERIES / s for s in seconds] for name, seconds in every.items()}
-    title, one = f"forecasts of {SERIES} series, {PATHS} paths", f"forecast of one series, {PATHS} paths"
+    rates = {name: [len(series) / s for s in seconds] for name, seconds in every.items()}
+    title, one = f"forecasts, {make.__name__}, {len(series)} series", f"forecast of one series, {make.__name__}"
     rows = {f"{title}, PyTorch": Row(rates["PyTorch"], rates["GluonTS"], "series/s", "GluonTS")}
     for name, goals in {"float32": ("", ""), "int8": (">= 10", ">= 2")}.items():
         rows[f"{title}, {name} bundle"] = Row(rates[name], rates["GluonTS"], "series/s", "GluonTS", goals[0])
@@ -189,4 +204,8 @@ def sampling() -> Rows:
     return rows
 
 
-BENCHMARKS = {"forecasting-training": training, "forecasting-sampling": sampling}
+BENCHMARKS = {
+    f"forecasting-{what.__name__}{suffix}": partial(what, make)
+    for what in (training, sampling)
+    for suffix, make in {"": synthetic, "-exchange-rate": exchange_rate, "-m4-hourly": m4_hourly}.items()
+}

@@ -18,16 +18,17 @@ import yaml
 from lightning.pytorch import seed_everything
 
 from dlref.cli import load_run
-from dlref.data.windows import Windows
+from dlref.data.forecasting import ForecastingData
 from dlref.runtime.calendar import Frequency
 from dlref.tasks.forecast_scores import SampleScores
 
 
-def entries(windows: Windows, data, horizon: int, begin: np.ndarray) -> list[dict]:
-    """Each window's past as GluonTS takes it."""
+def pasts(data: ForecastingData) -> list[dict]:
+    """Each test window's past as GluonTS takes it."""
     import pandas as pd
 
-    store, frequency = windows.store, Frequency.parse(data.frequency)
+    windows, horizon, frequency = data.splits["test"], data.prediction_length, Frequency.parse(data.frequency)
+    store = windows.store
     unit = {"M": "M", "W": "W", "D": "D", "B": "B", "H": "h", "min": "min"}[frequency.unit]
     values = store.values.where(store.observed, torch.nan).numpy()
     items, ends = windows.ends(torch.arange(len(windows)))
@@ -35,11 +36,18 @@ def entries(windows: Windows, data, horizon: int, begin: np.ndarray) -> list[dic
     for item, end in zip(items.tolist(), ends.tolist(), strict=True):
         first = store.begin[item].item()
         entry = {
-            "start": pd.Period(str(begin[item]), freq=f"{frequency.count}{unit}"),
+            "start": pd.Period(str(data.starts[item]), freq=f"{frequency.count}{unit}"),
             "target": values[first : first + end - horizon],
         }
         listed.append(entry | ({"feat_static_cat": store.categories[item].tolist()} if data.cardinality else {}))
     return listed
+
+
+def before_test(data: ForecastingData, listed: list[dict]) -> list[dict]:
+    """Of each series what lies before its first test window, among the pasts of all of them."""
+    windows = data.splits["test"]
+    items = windows.ends(torch.arange(len(windows)))[0].tolist()
+    return list(dict(zip(items[::-1], listed[::-1], strict=True)).values())
 
 
 def main() -> None:
@@ -54,12 +62,10 @@ def main() -> None:
 
     _, data = load_run(options.run, overrides)
     data.setup()
-    horizon, test = data.prediction_length, data.splits["test"]
+    horizon = data.prediction_length
     trainer = yaml.safe_load((options.run / "config.yaml").read_text())["trainer"]
     categories = {"num_feat_static_cat": len(data.cardinality), "cardinality": data.cardinality}
-    past = entries(test, data, horizon, data.starts)
-    items = test.ends(torch.arange(len(test)))[0].tolist()
-    first = dict(zip(items[::-1], past[::-1], strict=True))  # of each series the window that ends first
+    past = pasts(data)
     seed_everything(options.seed, verbose=False)
     estimator = DeepAREstimator(
         freq=str(past[0]["start"].freqstr),
@@ -78,7 +84,7 @@ def main() -> None:
         **(categories if data.cardinality else {}),
     )
     start = time.perf_counter()
-    predictor = estimator.train(list(first.values()), cache_data=True)
+    predictor = estimator.train(before_test(data, past), cache_data=True)
     trained = time.perf_counter()
     forecasts = predictor.predict(past, num_samples=100)
     paths = torch.from_numpy(np.stack([forecast.samples for forecast in forecasts]))

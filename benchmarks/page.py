@@ -42,7 +42,7 @@ class Where:
     @classmethod
     def here(cls) -> "Where":
         """This machine, today."""
-        machine = f"{processor()}, {torch.get_num_threads()} threads"
+        machine = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if torch.cuda.is_available():
             machine = f"{torch.cuda.get_device_name()}; {machine}"
         packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed(name)))

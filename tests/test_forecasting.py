@@ -26,6 +26,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.runners.forecasting import LEVELS
+from dlref.runtime.series import changes
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
 from dlref.tasks.forecasting import last_value, scale_of, seasonal_naive
@@ -49,14 +50,14 @@ def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6
 
 
 def window_of(values, observed=None, features=5, categories=0, context=6, horizon=4):
-    """Values (B, context + horizon), and longer histories of ones before them."""
+    """Values (B, context + horizon), and before them histories of ones as long as the data has them."""
     values = torch.as_tensor(values, dtype=torch.float32)
-    history = torch.ones(len(values), LONGEST)
+    history = torch.ones(len(values), LONGEST + 1)
     observed = torch.ones_like(values, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
     return Window(
         torch.cat([history, values], 1),
         torch.cat([history.bool(), observed], 1),
-        torch.rand(len(values), LONGEST + values.shape[1], features),
+        torch.rand(len(values), history.shape[1] + values.shape[1], features),
         torch.zeros(len(values), categories, dtype=torch.long),
         torch.ones(len(values)),
     )
@@ -163,6 +164,66 @@ def test_a_training_step_on_a_gpu_never_waits_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+# Changes
+
+
+class Ones(nn.Module):
+    """A network that answers ones."""
+
+    def forward(self, lagged, features, categories, scale, state=None):
+        return torch.ones(*lagged.shape[:2], 1), torch.zeros(2, len(lagged), 1)
+
+
+def test_a_change_from_or_to_what_is_missing_is_missing():
+    values, observed = np.array([1.0, 3.0, 3.0, 7.0, 6.0]), np.array([True, True, False, True, True])
+    for kind in (np.asarray, torch.from_numpy):
+        change, known = changes(kind(values), kind(observed))
+        assert change.tolist() == [2, 0, 0, -1]
+        assert known.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("missing", "expected"), [([], [13, 15, 17, 19]), ([-2], [13.5, 16, 18.5, 21])])
+def test_changes_are_scaled_by_their_mean_and_added_to_the_last_value(missing, expected):
+    """Changes of 3, 2, 1, 4, 0 and 2, on average 2, or the first four alone; each to come is as large as the scale."""
+    task = forecaster(Deterministic(), network=Ones(), difference=True)
+    values, observed = np.array([-1.0, 2, 4, 5, 9, 9, 11]), np.ones(11, bool)
+    observed[[place - 4 for place in missing]] = False
+    values[missing] = values[[place - 1 for place in missing]]  # as the data module fills them
+    window = window_of([[*values, 0, 0, 0, 0]], [observed.tolist()])
+    assert task.paths(window)[0, 0].tolist() == expected
+    served = task.deployable(window)
+    runner = make_runner("forecasting", served.graphs, served.metadata)
+    target = [*np.ones(LONGEST).tolist(), *np.where(observed[:7], values, np.nan).tolist()]
+    target = [None if np.isnan(value) else value for value in target]
+    assert runner({"start": START, "target": target})["mean"] == expected
+
+
+def test_the_likelihood_of_values_is_that_of_their_changes():
+    torch.manual_seed(0)
+    differenced = forecaster(difference=True)
+    plain = forecaster(network=differenced.network)
+    window = window_of(torch.rand(3, 10), torch.rand(3, 10) > 0.2)
+    values, observed = changes(window.values, window.observed)
+    torch.testing.assert_close(differenced.loss(window), plain.loss(window._replace(values=values, observed=observed)))
+
+
+def test_drawn_changes_are_what_the_network_sees_all_at_once():
+    task = forecaster(Deterministic(), difference=True)
+    window = window_of(torch.rand(2, 10))
+    paths = task.paths(window)[:, 0]
+    filled = window._replace(values=torch.cat([window.values[:, :-4], paths], 1))
+    change, _ = task(task.modelled(filled))
+    added = window.values[:, -5, None] + change[:, -4:].cumsum(1)
+    torch.testing.assert_close(added, paths, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_change_of_the_longest_lag_is_there():
+    """A window reaches one step beyond the lags, however long the season is."""
+    module = data()
+    module.setup()
+    assert len(module.splits["train"][torch.tensor([0])].values[0]) == LONGEST + 6 + 4 + 1
 
 
 # Baselines and scores
@@ -278,9 +339,9 @@ def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
 
 def test_eight_bits_change_little(exported, tmp_path):
     task, window, served, folder, runner = exported
-    graphs = {}
+    graphs = {}  # of seven bits, which every x86-64 can add up
     for path in folder.glob("*.onnx"):
-        convert(path, tmp_path / path.name, TARGETS["x86-64"], Plan("int8"), [])
+        convert(path, tmp_path / path.name, TARGETS["x86-64-avx2"], Plan("int8"), [])
         assert is_quantised(tmp_path / path.name) == ("LSTM" in served_operators(path) or path.stem == "step")
         graphs[path.stem] = OnnxGraph(tmp_path / path.name, "CPUExecutionProvider")
     small = make_runner("forecasting", dict(served.graphs) | graphs, served.metadata)
@@ -510,6 +571,8 @@ def test_files_that_are_no_text(runner, tmp_path, content):
         {"lags": [0]},
         {"lags": ["1"]},
         {"lags": [10**12]},
+        {"lags": [2, 1]},
+        {"differenced": None},
         {"context_length": 0},
         {"context_length": 10**13},
         {"uniforms": -1},
@@ -720,6 +783,12 @@ def test_another_number_of_parameters_is_refused(tmp_path):
     network = DeepAR(40, 6, [4], parameters=2)
     with pytest.raises(UserError, match=r"network answers 2 parameters; expected .*parameters: 3"):
         fit(tmp_path, Forecaster(StudentT(), network=network, optimizer=sgd), data(count=12))
+
+
+def test_changes_without_a_likelihood_are_refused(tmp_path):
+    task = Forecaster(Beta(), difference=True, network=DeepAR(40, 6, [4], parameters=2), optimizer=sgd)
+    with pytest.raises(UserError, match="target: changes that Beta gives no likelihood; expected 0 to 1"):
+        fit(tmp_path, task, data(count=12))
 
 
 @pytest.mark.parametrize(("distribution", "support"), [(NegativeBinomial(), "whole numbers"), (Beta(), "0 to 1")])

@@ -126,7 +126,8 @@ class ForecastingData(SplitData):
         store = SeriesStore(train, frequency, truth=truth if together else None)
         tested = store if together else SeriesStore(test, frequency, truth=truth)
         held = horizon * (self.val_windows + self.test_windows * together)
-        steps = max(max(frequency.lags) + self.context_length, frequency.season) + horizon
+        # One more than lags look back, for a task that forecasts changes.
+        steps = max(max(frequency.lags) + self.context_length + 1, frequency.season) + horizon
         self.splits = {
             "train": Windows(store, *each_end(store.length - held, horizon), 1, steps),
             "val": self.rolling(store, store.length - held + horizon * self.val_windows, self.val_windows, steps),

@@ -33,6 +33,12 @@ class Record(NamedTuple):
     filled: int = 0
 
 
+def changes(values, observed):
+    """From each time to the next (..., T - 1), 0 and not observed unless both are; arrays of numpy or of torch."""
+    both = observed[..., 1:] & observed[..., :-1]
+    return (values[..., 1:] - values[..., :-1]) * both, both
+
+
 # SageMaker's form
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlref.runtime import UserError
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.runners.forecasting import LEVELS, SAMPLES, Past, Runner, prediction
-from dlref.runtime.series import lag_places
+from dlref.runtime.series import changes, lag_places
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
@@ -36,6 +36,8 @@ class Forecaster(Task):
     Args:
         distribution: of the values, given the network's answer.
         longest_lag: leave out the frequency's lags beyond so many steps, which short series rarely have.
+        difference: forecast the change from each time to the next, and add them up: for prices and the like, of which
+            the last value says more than any other.
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
@@ -51,9 +53,9 @@ class Forecaster(Task):
     )
     metric = "wql"
 
-    def __init__(self, distribution: Distribution, longest_lag: int | None = None, **task):
+    def __init__(self, distribution: Distribution, longest_lag: int | None = None, difference: bool = False, **task):
         super().__init__(**task)
-        self.distribution, self.longest_lag = distribution, longest_lag
+        self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
 
     def check(self) -> None:
         """One window of zeros through the network: one of other sizes would not train, or on other series."""
@@ -79,9 +81,11 @@ class Forecaster(Task):
     def setup(self, stage: str) -> None:
         """Once the series are known, what counts over them."""
         super().setup(stage)
-        if stage == "fit" and not self.distribution.supports(self.trainer.datamodule.values):
+        values = self.trainer.datamodule.values
+        if stage == "fit" and not self.distribution.supports(values.diff() if self.difference else values):
             name = type(self.distribution).__name__
-            raise UserError(f"target: values that {name} gives no likelihood; expected {self.distribution.support}")
+            what = "changes" if self.difference else "values"
+            raise UserError(f"target: {what} that {name} gives no likelihood; expected {self.distribution.support}")
         horizon = self.known["prediction_length"]
         self.val_scores, self.test_scores = (SampleScores(horizon) for _ in range(2))
         self.baselines = nn.ModuleDict({name: SampleScores(horizon) for name in BASELINES})
@@ -95,8 +99,15 @@ class Forecaster(Task):
         lags = Frequency.parse(self.known["frequency"]).lags
         return [lag for lag in lags if self.longest_lag is None or lag <= self.longest_lag]
 
+    def modelled(self, window):
+        """A window with what is forecast: its values as they are, or their changes."""
+        if not self.difference:
+            return window
+        values, observed = changes(window.values, window.observed)
+        return window._replace(values=values, observed=observed)
+
     def forward(self, window) -> tuple[Tensor, ...]:
-        """A window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
+        """A modelled window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
         context, times = self.known["context_length"], self.known["context_length"] + self.known["prediction_length"]
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         scale = scale_of(values[:, :context], observed[:, :context])[:, None]
@@ -108,6 +119,7 @@ class Forecaster(Task):
 
     def surprise(self, window) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of all observed points of context and prediction, and their number, at least 1."""
+        window = self.modelled(window)
         parameters = self(window)
         times = parameters[0].shape[1]
         values, observed = window.values[:, -times:], window.observed[:, -times:]
@@ -122,10 +134,11 @@ class Forecaster(Task):
     def past(self, window) -> Past:
         """What a runner knows of windows: no value that it is to forecast."""
         context, horizon = self.known["context_length"], self.known["prediction_length"]
+        last, window = window.values[:, -horizon - 1], self.modelled(window)
         values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
         observed = window.observed[:, :-horizon][:, -context:]
         features = window.features[:, -context - horizon :].float()
-        return Past(*(part.cpu().numpy() for part in (values, observed, features, window.categories)))
+        return Past(*(part.cpu().numpy() for part in (values, observed, features, window.categories, last)))
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
         """Sample paths, drawn by the runner that a device uses."""
@@ -252,6 +265,7 @@ class Forecaster(Task):
             **{name: self.known[name] for name in self.facts},
             "lags": self.lags,
             "uniforms": uniforms,
+            "differenced": self.difference,
             "whole_numbers": self.distribution.whole_numbers,
         }
         return Deployable("forecasting", {"encode": first, "step": second}, metadata)

@@ -16,7 +16,7 @@ from dlref.runtime.calendar import LARGEST_LAG, Frequency
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.series import Record, carried, features_at, lag_places, parse_record
+from dlref.runtime.series import Record, carried, changes, features_at, lag_places, parse_record
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
 SAMPLES = 100  # SageMaker's
@@ -37,6 +37,7 @@ KEYS = {
     "dynamic_features": int,
     "static_features": int,
     "uniforms": int,
+    "differenced": bool,
     "whole_numbers": bool,
 }
 
@@ -45,16 +46,18 @@ class Past(NamedTuple):
     """What is known of a series.
 
     Attributes:
-        values: float32 (max(lags) + T,).
+        values: float32 (max(lags) + T,), or changes from one to the next.
         observed: bool (T,), which of the last values are there.
         features: float32 (T + H, F).
         categories: int64 (G,).
+        last: float32, the last value, to which changes are added.
     """
 
     values: np.ndarray
     observed: np.ndarray
     features: np.ndarray
     categories: np.ndarray
+    last: np.ndarray
 
 
 class Request(NamedTuple):
@@ -91,8 +94,9 @@ class Runner(Base):
         self.frequency = Frequency.parse(metadata["frequency"])
         self.context, self.horizon = metadata["context_length"], metadata["prediction_length"]
         lags, cardinality, steps = metadata["lags"], metadata["cardinality"], (self.context, self.horizon)
-        if not lags or not all(type(lag) is int and 0 < lag <= LARGEST_LAG for lag in lags):
-            raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}")
+        rising = all(type(lag) is int for lag in lags) and lags == sorted(set(lags))
+        if not lags or not rising or not 0 < lags[0] <= lags[-1] <= LARGEST_LAG:
+            raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}, each above the one before")
         if not all(0 < length <= LONGEST for length in steps) or not 0 <= metadata["uniforms"] < LONGEST:
             raise UserError(f"not forecasting; expected context_length and prediction_length from 1 to {LONGEST}")
         counted = all(type(size) is int and size > 0 for size in cardinality)
@@ -186,13 +190,16 @@ class Runner(Base):
         """The end of a series, with zeros before its start."""
         points = len(record.target)
         values, observed = carried(record.target, np.array([0, points]))
-        first = max(0, points - self.context)
+        last, first = values[-1], max(0, points - self.context)
+        if self.metadata["differenced"]:
+            values, observed = changes(values, observed)
         features = features_at(self.frequency, record, np.arange(first, points + self.horizon))
         return Past(
             _last(values, max(self.lags) + self.context),
             _last(observed, self.context),
             _last(features, self.context + self.horizon),
             np.array(record.cat, np.int64),
+            last,
         )
 
     # Answers
@@ -248,9 +255,9 @@ class Runner(Base):
         paths = np.empty((len(values), samples, self.horizon), np.float32)
         lagged = np.empty((len(values), samples, len(self.lags)), np.float32)
         for time in range(self.horizon):
-            drawn = self.lags <= time  # of this path; those before are the same for all
-            lagged[:, :, ~drawn] = scaled[:, None, known + time - self.lags[~drawn]]
-            lagged[:, :, drawn] = paths[:, :, time - self.lags[drawn]]
+            drawn = np.searchsorted(self.lags, time, side="right")  # lags of this path; the others are the same for all
+            lagged[:, :, drawn:] = scaled[:, None, known + time - self.lags[drawn:]]
+            lagged[:, :, :drawn] = paths[:, :, time - self.lags[:drawn]]
             answer = self.step(
                 lagged=lagged,
                 features=features[:, self.context + time],
@@ -261,6 +268,8 @@ class Runner(Base):
             )
             paths[:, :, time], state = answer["value"], answer["next_state"]
         paths *= scale[:, None, None]
+        if self.metadata["differenced"]:
+            paths = past.last[:, None, None] + paths.cumsum(axis=2)
         return np.rint(paths) if self.metadata["whole_numbers"] else paths
 
     def noise(self, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
