@@ -35,7 +35,7 @@ from dlref.tasks.deployable import Deployable
 
 BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as GluonTS has it; the first is not timed
 SIZES = {"batch_size": BATCH, "batches": BATCHES}
-MOST = 100  # windows that are forecast
+MOST = 100  # windows that are forecast, from all over the test split
 TURNS, SINGLE = 5, 20  # fits, and forecasts of all series; forecasts of one series
 PATHS, LEVELS = 100, np.arange(1, 10) / 10
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -179,7 +179,8 @@ def sampling(make: Callable[[], ForecastingData]) -> Rows:
     data = made(make)
     _, predictor = train_gluonts(data, cached=True)
     _, task = train_dlref(data)
-    series = pasts(data)[:MOST]
+    series = pasts(data)
+    series = series[:: -(-len(series) // MOST)]
     requests = [{"start": entry["start"].strftime("%Y-%m-%d %H:%M:%S"), "target": entry["target"]} for entry in series]
 
     def gluonts() -> list:

@@ -119,10 +119,11 @@ def test_missing_values_have_no_part_in_the_loss():
     assert task.loss(window_of(torch.rand(1, 10), [[False] * 10])) == 0
 
 
-def test_a_cold_start_has_a_finite_loss_and_forecast():
+@pytest.mark.parametrize("difference", [False, True])
+def test_a_cold_start_has_a_finite_loss_and_forecast(difference):
     """Of a series with a single point, and of one with only zeros."""
-    task = forecaster()
-    values = torch.zeros(2, LONGEST + 10)
+    task = forecaster(difference=difference)
+    values = torch.zeros(2, LONGEST + 11)
     values[0, -5] = 3.0
     observed = torch.zeros_like(values, dtype=torch.bool)
     observed[0, -5], observed[1] = True, True
@@ -178,10 +179,9 @@ class Ones(nn.Module):
 
 def test_a_change_from_or_to_what_is_missing_is_missing():
     values, observed = np.array([1.0, 3.0, 3.0, 7.0, 6.0]), np.array([True, True, False, True, True])
-    for kind in (np.asarray, torch.from_numpy):
-        change, known = changes(kind(values), kind(observed))
-        assert change.tolist() == [2, 0, 0, -1]
-        assert known.tolist() == [True, False, False, True]
+    change, known = changes(values, observed)
+    assert change.tolist() == [2, 0, 0, -1]
+    assert known.tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize(("missing", "expected"), [([], [13, 15, 17, 19]), ([-2], [13.5, 16, 18.5, 21])])
@@ -205,7 +205,8 @@ def test_the_likelihood_of_values_is_that_of_their_changes():
     differenced = forecaster(difference=True)
     plain = forecaster(network=differenced.network)
     window = window_of(torch.rand(3, 10), torch.rand(3, 10) > 0.2)
-    values, observed = changes(window.values, window.observed)
+    both = [changes(*row) for row in zip(window.values.numpy(), window.observed.numpy(), strict=True)]
+    values, observed = (torch.from_numpy(np.stack(part)) for part in zip(*both, strict=True))
     torch.testing.assert_close(differenced.loss(window), plain.loss(window._replace(values=values, observed=observed)))
 
 
@@ -219,11 +220,43 @@ def test_drawn_changes_are_what_the_network_sees_all_at_once():
     torch.testing.assert_close(added, paths, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_change_of_the_longest_lag_is_there():
-    """A window reaches one step beyond the lags, however long the season is."""
-    module = data()
+@pytest.mark.parametrize("difference", [False, True])
+def test_a_device_knows_of_a_series_what_its_window_says(tmp_path, difference):
+    """Byte by byte, for the noise follows from them: zeros of another sign would draw other paths."""
+    series = [
+        [-3.0, -2, -1, 1, 2],
+        [-1.0],
+        [5.0],
+        [None, None, 4.0, None, 6.0, 7.0],
+        [7.0, 7.0, 3.0, None, None],
+        np.random.default_rng(0).normal(size=LONGEST + 50).round(2).tolist(),
+    ]
+    entries = [{"start": START, "target": target} for target in series]
+    (tmp_path / "series.json").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    module = SageMakerSeries(str(tmp_path / "series.json"), frequency="H", prediction_length=4, context_length=6)
     module.setup()
-    assert len(module.splits["train"][torch.tensor([0])].values[0]) == LONGEST + 6 + 4 + 1
+    task = forecaster(difference=difference)
+    window = module.splits["predict"][torch.arange(len(series))]
+    seen, served = task.past(window), task.deployable(window)
+    runner = make_runner("forecasting", served.graphs, served.metadata)
+    for i, entry in enumerate(entries):
+        for name, part in runner.past(entry, "here")._asdict().items():
+            if name == "features":
+                np.testing.assert_allclose(part, seen.features[i], rtol=1e-6)
+            else:
+                assert part.tobytes() == getattr(seen, name)[i].tobytes(), (i, name)
+    paths = [runner(one)["mean"] for one in entries]
+    np.testing.assert_allclose(paths, task.paths(window).mean(1), rtol=1e-4, atol=1e-4)
+
+
+def test_changes_beyond_float32_are_one_line_and_no_warning():
+    task = forecaster(difference=True)
+    served = task.deployable(window_of(torch.rand(1, 10)))
+    runner = make_runner("forecasting", served.graphs, served.metadata)
+    for target in ([3e38, -3e38] * 10, [1.0, 2.0] * 20 + [3e38, -3e38, 1.0, 2.0], [-3e38, None, 3e38, 3.4e38, 3e38]):
+        with pytest.raises(UserError, match="no finite forecast"):
+            runner({"start": START, "target": target})
+    assert np.isfinite(runner({"start": START, "target": [3e38, -3e38] + [1.0, 2.0] * LONGEST})["mean"]).all()
 
 
 # Baselines and scores
@@ -337,7 +370,7 @@ def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
             np.testing.assert_allclose(array, expected[key], rtol=1e-4, atol=1e-4)
 
 
-def test_eight_bits_change_little(exported, tmp_path):
+def test_integers_change_little(exported, tmp_path):
     task, window, served, folder, runner = exported
     graphs = {}  # of seven bits, which every x86-64 can add up
     for path in folder.glob("*.onnx"):
@@ -785,10 +818,26 @@ def test_another_number_of_parameters_is_refused(tmp_path):
         fit(tmp_path, Forecaster(StudentT(), network=network, optimizer=sgd), data(count=12))
 
 
-def test_changes_without_a_likelihood_are_refused(tmp_path):
-    task = Forecaster(Beta(), difference=True, network=DeepAR(40, 6, [4], parameters=2), optimizer=sgd)
-    with pytest.raises(UserError, match="target: changes that Beta gives no likelihood; expected 0 to 1"):
-        fit(tmp_path, task, data(count=12))
+@pytest.mark.parametrize(
+    ("targets", "complaint"),
+    [
+        ([range(100, 500), range(200)], None),  # meters that count up, and stand lower in the next house
+        ([range(400, 0, -1)], "target: changes that NegativeBinomial gives no likelihood; expected whole numbers of 0"),
+        ([[1, None] * 400], "target: no two values that follow each other; expected some, or difference false"),
+    ],
+)
+def test_it_is_changes_that_need_a_likelihood(tmp_path, targets, complaint):
+    lines = [json.dumps({"start": START, "target": list(target)}) for target in targets]
+    (tmp_path / "counts.json").write_text("\n".join(lines) + "\n")
+    sizes = {"frequency": "H", "prediction_length": 4, "context_length": 6, "batches": 2}
+    counts = SageMakerSeries(str(tmp_path / "counts.json"), **sizes)
+    network = DeepAR(len(H.lags), 5, parameters=2, num_cells=4)
+    task = Forecaster(NegativeBinomial(), difference=True, network=network, optimizer=sgd)
+    if complaint is None:
+        fit(tmp_path, task, counts)
+        return
+    with pytest.raises(UserError, match=complaint):
+        fit(tmp_path, task, counts)
 
 
 @pytest.mark.parametrize(("distribution", "support"), [(NegativeBinomial(), "whole numbers"), (Beta(), "0 to 1")])

@@ -253,6 +253,10 @@ def test_the_whole_network_detects_what_torchvision_s_does(torchvision_ssd):
     for i, found in enumerate(expected):
         assert count[i] == len(found["scores"]) > 0
         n = count[i]
-        torch.testing.assert_close(boxes[i, :n] * 300, found["boxes"], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(scores[i, :n], found["scores"], atol=1e-4, rtol=0)
-        assert torch.equal(labels[i, :n] + 1, found["labels"])
+        # Those whose scores a rounding apart puts into another order are the same detections.
+        own = torch.cat([boxes[i, :n] * 300, scores[i, :n, None], labels[i, :n, None] + 1], 1)
+        theirs = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None]], 1)
+        apart = (own[:, None] - theirs).abs().amax(2)
+        assert apart.amin(1).max() < 4e-3
+        assert apart.amin(0).max() < 4e-3

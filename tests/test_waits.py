@@ -133,7 +133,8 @@ def trained(config, folder, callbacks, **options):
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked):
+def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # it has no LSTM in bfloat16 without AVX-512
     seen = {}
     keep = LambdaCallback(
         on_train_batch_end=lambda trainer, task, *_: seen.setdefault("now", first(task)),

@@ -138,7 +138,7 @@ class ForecastingData(SplitData):
         self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
         if not (self.weight * (self.splits["train"].count > 0)).any():
             raise UserError("by_scale: only zeros to train from; expected other values, or by_scale false")
-        self.values, self.starts = torch.from_numpy(train.target[~np.isnan(train.target)]), test.start
+        self.starts = test.start
         self.names = [] if predict is None else predict.names
         if predict is not None:
             future = SeriesStore(predict, frequency, future=horizon)

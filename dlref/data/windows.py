@@ -83,6 +83,14 @@ class SeriesStore(nn.Module):
             categories=self.categories[item],
         )
 
+    def outcomes(self, difference: bool) -> Float[Tensor, "P"]:
+        """All observed values; or all changes from one of a series to its next, where both are observed."""
+        if not difference:
+            return self.values[self.observed]
+        both = self.observed[1:] & self.observed[:-1]
+        both[self.begin[1:] - 1] = False  # from one series to the next
+        return self.values.diff()[both]
+
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Mean absolute difference of the values a season apart before the time `end` of each series; 0: none."""
         begin = self.begin[item]

@@ -33,10 +33,11 @@ class Record(NamedTuple):
     filled: int = 0
 
 
-def changes(values, observed):
-    """From each time to the next (..., T - 1), 0 and not observed unless both are; arrays of numpy or of torch."""
-    both = observed[..., 1:] & observed[..., :-1]
-    return (values[..., 1:] - values[..., :-1]) * both, both
+def changes(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each of the values (T,) adds to the one before (T - 1,); 0 and not observed unless both are."""
+    both = observed[1:] & observed[:-1]
+    with np.errstate(over="ignore"):  # a forecast from there is found not to be finite
+        return np.where(both, np.diff(values), np.float32(0)), both
 
 
 # SageMaker's form

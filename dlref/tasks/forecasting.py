@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlref.runtime import UserError
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.runners.forecasting import LEVELS, SAMPLES, Past, Runner, prediction
-from dlref.runtime.series import changes, lag_places
+from dlref.runtime.series import lag_places
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
@@ -81,15 +81,20 @@ class Forecaster(Task):
     def setup(self, stage: str) -> None:
         """Once the series are known, what counts over them."""
         super().setup(stage)
-        values = self.trainer.datamodule.values
-        if stage == "fit" and not self.distribution.supports(values.diff() if self.difference else values):
-            name = type(self.distribution).__name__
-            what = "changes" if self.difference else "values"
-            raise UserError(f"target: {what} that {name} gives no likelihood; expected {self.distribution.support}")
+        if stage == "fit":
+            self.check_outcomes(self.trainer.datamodule.splits["train"].store.outcomes(self.difference))
         horizon = self.known["prediction_length"]
         self.val_scores, self.test_scores = (SampleScores(horizon) for _ in range(2))
         self.baselines = nn.ModuleDict({name: SampleScores(horizon) for name in BASELINES})
         self.oracle = QuantileScores(horizon)
+
+    def check_outcomes(self, outcomes: Float[Tensor, "P"]) -> None:
+        """Raise UserError where there is nothing to learn from, or what has no likelihood."""
+        if not len(outcomes):  # of values there are always some
+            raise UserError("target: no two values that follow each other; expected some, or difference false")
+        if not self.distribution.supports(outcomes):
+            what, name = "changes" if self.difference else "values", type(self.distribution).__name__
+            raise UserError(f"target: {what} that {name} gives no likelihood; expected {self.distribution.support}")
 
     # Windows
 
@@ -103,8 +108,8 @@ class Forecaster(Task):
         """A window with what is forecast: its values as they are, or their changes."""
         if not self.difference:
             return window
-        values, observed = changes(window.values, window.observed)
-        return window._replace(values=values, observed=observed)
+        both = window.observed[:, 1:] & window.observed[:, :-1]
+        return window._replace(values=window.values.diff().where(both, 0), observed=both)
 
     def forward(self, window) -> tuple[Tensor, ...]:
         """A modelled window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
@@ -134,7 +139,7 @@ class Forecaster(Task):
     def past(self, window) -> Past:
         """What a runner knows of windows: no value that it is to forecast."""
         context, horizon = self.known["context_length"], self.known["prediction_length"]
-        last, window = window.values[:, -horizon - 1], self.modelled(window)
+        last, window = window.values[:, -horizon - 1].float(), self.modelled(window)
         values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
         observed = window.observed[:, :-horizon][:, -context:]
         features = window.features[:, -context - horizon :].float()

@@ -237,6 +237,7 @@ class Runner(Base):
         parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, count, many)]
         return np.concatenate(self.spread(lambda part: self._paths(part, samples, seed), parts))
 
+    @np.errstate(over="ignore", invalid="ignore")  # `answer` refuses what is not finite
     def _paths(self, past: Past, samples: int, seed: int) -> np.ndarray:
         """Ancestral sampling (section 3.2 of the paper): each value is drawn given those drawn before it."""
         values, features, categories = past.values, past.features, past.categories
