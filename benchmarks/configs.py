@@ -5,7 +5,6 @@ Configs with data find it in the folder that DLREF_DATA names, as each header sa
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.rows import NotHere, Row, Rows
+from benchmarks.rows import NotHere, Row, Rows, data_file
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
@@ -48,8 +47,7 @@ def read(config: str) -> dict:
 
 def roots(config: str) -> list[str]:
     """Where its data lies, as arguments of `train.py`. Raises NotHere where it does not."""
-    folder, arguments = Path(os.environ.get("DLREF_DATA", "data")), []
-    text = read(config)
+    arguments, text = [], read(config)
     given = {
         (part, name): value for part in ("data", "model") for name, value in text[part].get("init_args", {}).items()
     }
@@ -57,10 +55,7 @@ def roots(config: str) -> list[str]:
         paths = value if isinstance(value, list) else [value]
         if not all(isinstance(path, str) and path.startswith("data/") for path in paths):
             continue
-        places = [folder / path.removeprefix("data/") for path in paths]
-        if missing := [str(place.relative_to(folder)) for place in places if not place.exists()]:
-            raise NotHere(f"the folder that DLREF_DATA names has no {missing[0]}")
-        moved = [str(place) for place in places]
+        moved = [str(data_file(path.removeprefix("data/"))) for path in paths]
         arguments += [f"--{part}.init_args.{name}", json.dumps(moved) if isinstance(value, list) else moved[0]]
     return arguments
 

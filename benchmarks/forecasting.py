@@ -9,7 +9,6 @@ them the exchange rates and the hourly series of M4; GluonTS reads whole series 
 ones.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.gluonts_deepar import before_test, pasts
-from benchmarks.rows import NotHere, Row, Rows, figures_in_turns, in_turns, needs, rest
+from benchmarks.rows import Row, Rows, data_file, figures_in_turns, in_turns, needs, rest
 from dlref.data.forecasting import Channels, ForecastingData, RowSeries, SyntheticSeries, WideSeries
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
@@ -74,14 +73,6 @@ class Plain(SyntheticSeries):
         return Channels(series, series)
 
 
-def real(name: str) -> str:
-    """The path of a file of DLREF_DATA. Raises NotHere."""
-    path = Path(os.environ.get("DLREF_DATA", "")) / name
-    if "DLREF_DATA" not in os.environ or not path.exists():
-        raise NotHere(f"no {name}; DLREF_DATA is the folder that has it")
-    return str(path)
-
-
 def synthetic() -> Plain:
     """A hundred hourly series of 1,000 hours."""
     return Plain(count=100, frequency="1H", prediction_length=24, context_length=24, **SIZES)
@@ -89,14 +80,14 @@ def synthetic() -> Plain:
 
 def exchange_rate() -> WideSeries:
     """Eight daily series of 6,221 days, GluonTS's split, and its context."""
-    path = real("exchange_rate/exchange_rate.txt.gz")
+    path = str(data_file("exchange_rate/exchange_rate.txt.gz"))
     lengths = {"prediction_length": 30, "context_length": 30, "points": 6221, "test_windows": 5}
     return WideSeries(path=path, start="1990-01-01", frequency="1B", **lengths, **SIZES)
 
 
 def m4_hourly() -> RowSeries:
     """The 414 series of up to 1,008 hours, GluonTS's split, and its context."""
-    paths = {name: real(f"m4/Hourly-{name}.csv.gz") for name in ("train", "test")}
+    paths = {name: str(data_file(f"m4/Hourly-{name}.csv.gz")) for name in ("train", "test")}
     return RowSeries(**paths, frequency="1H", prediction_length=48, context_length=48, **SIZES)
 
 

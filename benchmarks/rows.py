@@ -5,11 +5,13 @@ A module of this folder has BENCHMARKS, from names to functions without argument
 """
 
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,6 +29,14 @@ def needs(package: str) -> None:
     """Raise NotHere unless a package is installed."""
     if importlib.util.find_spec(package) is None:
         raise NotHere(f"{package} is not installed; pip install -e '.[bench]'")
+
+
+def data_file(name: str) -> Path:
+    """A file of the folder that DLREF_DATA names. Raises NotHere without it."""
+    path = Path(os.environ.get("DLREF_DATA", "data")) / name
+    if not path.exists():
+        raise NotHere(f"the folder that DLREF_DATA names has no {name}")
+    return path
 
 
 @dataclass
