@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from benchmarks.overhead import bare_loop, rate, under_trainer
@@ -82,6 +83,7 @@ BENCHMARKS = {
     "technique-bfloat16": bfloat16,
     "technique-averaging": averaging,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
+    "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
     "technique-logging": partial(
         around_a_step, "losses logged every tenth step", "every step", changed={"log_every_n_steps": 1}
     ),

@@ -31,7 +31,7 @@ from dlref.tasks.debug import PRESET, Overfit
 from dlref.tasks.devices import Alike
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import PRESET as PROFILE
-from dlref.tasks.profile import StepProfile
+from dlref.tasks.profile import StepProfile, Unprofiled
 from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line, read_checkpoint
@@ -229,6 +229,8 @@ class TrainCLI(LightningCLI):
             from dlref.export.measure import processor
 
             kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes, processor())
+        elif trainer.profiler is None:
+            kwargs["profiler"] = Unprofiled()
         try:
             loggers = [
                 metrics_file(self.run, before=self.step if self.checkpoint else None),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from lightning.pytorch.profilers import Profiler
 from torch.profiler import ProfilerActivity
 
 import dlref.cli
@@ -49,9 +50,13 @@ def profiles(monkeypatch):
     return made
 
 
-def profile(*arguments):
+def fit(*arguments):
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-    return train(["fit", "--config", DIGITS, "--profile", "true", *quiet, *arguments])
+    return train(["fit", "--config", DIGITS, *quiet, *arguments])
+
+
+def profile(*arguments):
+    return fit("--profile", "true", *arguments)
 
 
 # A run
@@ -158,6 +163,22 @@ def test_a_profile_is_a_run_of_its_own(other, value, tmp_path, capsys):
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert error == f"error: --profile with {other.replace('--trainer', 'trainer')}; expected one without the other"
     assert list(tmp_path.iterdir()) == []
+
+
+# No profile
+
+
+def test_without_a_profiler_nothing_is_wrapped_around_a_step(monkeypatch):
+    def wrap(*_):
+        raise AssertionError("a call was wrapped")
+
+    monkeypatch.setattr(Profiler, "profile", wrap)
+    assert fit("--trainer.max_epochs", "1") == 0
+
+
+def test_a_profiler_of_lightnings_is_used(caplog):
+    assert fit("--trainer.max_epochs", "1", "--trainer.profiler", "simple") == 0
+    assert "FIT Profiler Report" in caplog.text
 
 
 # By the clock's hand
