@@ -17,6 +17,7 @@ from benchmarks.overhead import bare_loop, rate, under_trainer
 from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns
 from dlref.models import ResNet
 from dlref.tasks.averaging import Average
+from dlref.tasks.optimizers import Muon
 
 FUSED = "--model.init_args.optimizer.init_args.fused"
 COMPILED, CHANNELS_LAST = "--model.init_args.compile_network", "--model.init_args.channels_last"
@@ -76,12 +77,28 @@ def averaging() -> Rows:
     return {"an update of averaged weights, ResNet-18": Row(seconds["own"], seconds["peer"], "s", beside)}
 
 
+def muon() -> Rows:
+    """One step of the matrices of twelve layers, as GPT-2 small has them, a fourth as wide."""
+    shapes = [(576, 192), (192, 192), (768, 192), (192, 768)] * 12
+    sides = {"peer": partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), "own": Muon}
+    steps = {}
+    for side, optimizer in sides.items():
+        torch.manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        steps[side] = optimizer(matrices, lr=0.01).step
+    seconds = in_turns("Muon", steps)
+    return {"a step of Muon, 48 matrices": Row(seconds["own"], seconds["peer"], "s", "torch.optim.Muon")}
+
+
 BENCHMARKS = {
     "technique-fused": partial(switch, "fused optimiser", FUSED, "lenet5_digits", "deepar_synthetic", "seq2seq_dates"),
     "technique-channels-last": partial(switch, "channels_last", CHANNELS_LAST, "ssd_digit_scenes", "fcn_digit_scenes"),
     "technique-compile": partial(switch, "compiled in place", COMPILED, "lenet5_digits", "gpt_python"),
     "technique-bfloat16": bfloat16,
     "technique-averaging": averaging,
+    "technique-muon": muon,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
     "technique-logging": partial(

@@ -521,69 +521,10 @@ def test_hidden_matrices_tables_and_vectors_are_apart():
     assert sum(map(len, names)) == len(named)
 
 
-def copies():
-    torch.manual_seed(0)
-    return [nn.ParameterList([torch.randn(8, 16), torch.randn(5, 8), torch.randn(8)]) for _ in range(2)]
-
-
-def groups_of(parameters):
-    matrix, table, vector = parameters
-    return [{"params": [matrix], "hidden": True}, {"params": [table]}, {"params": [vector], "weight_decay": 0.0}]
-
-
-def test_muon_and_adamw_are_torchs_own():
-    ours, theirs = copies()
-    with torch.no_grad():
-        for a, b in zip(ours, theirs, strict=True):
-            b.copy_(a)
-    optimizer = MuonAdamW(groups_of(ours), lr=0.01, weight_decay=0.2)
-    matrix, table, vector = theirs
-    parts = [
-        torch.optim.Muon([matrix], lr=0.01, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [{"params": [table]}, {"params": [vector], "weight_decay": 0.0}],
-            lr=0.01,
-            weight_decay=0.2,
-            betas=(0.9, 0.95),
-        ),
-    ]
-    for step in range(12):
-        if step == 5:  # a schedule, and a checkpoint
-            for part in (optimizer, *parts):
-                for group in part.param_groups:
-                    group["lr"] = 0.003
-        if step == 8:
-            kept = optimizer.state_dict()
-            optimizer = MuonAdamW(groups_of(ours), lr=0.5)
-            optimizer.load_state_dict(kept)
-        gradients = [torch.randn_like(parameter) for parameter in ours]
-        for side in (ours, theirs):
-            for parameter, gradient in zip(side, gradients, strict=True):
-                parameter.grad = gradient.clone()
-        for part in (optimizer, *parts):
-            part.step()
-            part.zero_grad()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_muon_alone_trains_what_is_not_frozen():
-    matrix = nn.Parameter(torch.randn(4, 4))
-    optimizer = MuonAdamW([{"params": [matrix], "hidden": True}])
-    before, matrix.grad = matrix.detach().clone(), torch.randn(4, 4)
-    optimizer.step()
-    assert not torch.equal(matrix, before)
-
-
 def test_vectors_are_decayed_where_that_is_asked_for():
     task = model(decay_vectors=True)
     groups = task.parameter_groups(list(task.network.parameters()))
     assert [group.get("weight_decay") for group in groups] == [None] * 3
-
-
-def test_muon_without_matrices_is_refused():
-    with pytest.raises(ValueError, match="no group is of hidden matrices"):
-        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}])
 
 
 @pytest.mark.parametrize(

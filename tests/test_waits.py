@@ -31,7 +31,10 @@ SMALL = {  # the embedded config of each family, with little data
     "fcn_digit_scenes": ["--data.init_args.train", "200", "--data.init_args.held_out", "2"],
     "deepar_synthetic": ["--data.init_args.count", "8"],
     "seq2seq_dates": [],
-    "gpt_python": [],
+    "gpt_python": [
+        *("--data.init_args.tokenizer", "byte"),
+        *("--data.init_args.batch_size", "2", "--data.init_args.context_length", "32"),
+    ],
 }
 RECURRENT = ("deepar_synthetic", "seq2seq_dates")
 
