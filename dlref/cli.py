@@ -28,7 +28,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
-from dlref.tasks.devices import Alike
+from dlref.tasks.devices import Alike, imitates_bfloat16
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import PRESET as PROFILE
 from dlref.tasks.profile import StepProfile, Unprofiled
@@ -240,6 +240,9 @@ class TrainCLI(LightningCLI):
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
+        if built.precision.startswith("bf16") and imitates_bfloat16(built.strategy.root_device):
+            words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
+            print(f"trainer.precision {built.precision}: {words}", file=sys.stderr)
         built.strategy.checkpoint_io = SealedCheckpointIO(self.checkpoint)
         if self.profile:
             built.profiler.trainer = built

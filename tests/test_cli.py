@@ -263,3 +263,11 @@ def test_a_default_optimiser_does_not_leak_into_another(monkeypatch):
     optimizer = seen["task"].optimizer(seen["task"].parameters())
     assert type(optimizer) is torch.optim.SGD
     assert optimizer.defaults["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
+def test_who_trains_in_bfloat16_on_a_processor_without_is_told(capability, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    half = ["--trainer.precision", "bf16-mixed", "--trainer.accelerator", "cpu", "--final_test", "false"]
+    assert fit(*half, "--trainer.max_epochs", "1") == 0
+    assert ("imitates it, many times slower than 32-true" in capsys.readouterr().err) is told

@@ -9,6 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 Mine = TypeVar("Mine")
 
 
+def imitates_bfloat16(device: torch.device) -> bool:
+    """Whether it computes in bfloat16 by way of float32, many times slower: as processors without AVX-512 do."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def several() -> bool:
     """Whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
