@@ -240,7 +240,11 @@ class TrainCLI(LightningCLI):
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
-        if built.precision.startswith("bf16") and imitates_bfloat16(built.strategy.root_device):
+        if (
+            built.is_global_zero
+            and built.precision.startswith("bf16")
+            and imitates_bfloat16(built.strategy.root_device)
+        ):
             words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
             print(f"trainer.precision {built.precision}: {words}", file=sys.stderr)
         built.strategy.checkpoint_io = SealedCheckpointIO(self.checkpoint)

@@ -265,9 +265,12 @@ def test_a_default_optimiser_does_not_leak_into_another(monkeypatch):
     assert optimizer.defaults["weight_decay"] == 0
 
 
-@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
-def test_who_trains_in_bfloat16_on_a_processor_without_is_told(capability, told, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("precision", "capability", "told"),
+    [("bf16-mixed", "AVX2", True), ("bf16-mixed", "AVX512", False), ("32-true", "AVX2", False)],
+)
+def test_who_trains_in_bfloat16_on_a_processor_without_is_told(precision, capability, told, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    half = ["--trainer.precision", "bf16-mixed", "--trainer.accelerator", "cpu", "--final_test", "false"]
-    assert fit(*half, "--trainer.max_epochs", "1") == 0
+    how = ["--trainer.precision", precision, "--trainer.accelerator", "cpu", "--final_test", "false"]
+    assert fit(*how, "--trainer.max_epochs", "1") == 0
     assert ("imitates it, many times slower than 32-true" in capsys.readouterr().err) is told

@@ -10,7 +10,7 @@ Mine = TypeVar("Mine")
 
 
 def imitates_bfloat16(device: torch.device) -> bool:
-    """Whether it computes in bfloat16 by way of float32, many times slower: as processors without AVX-512 do."""
+    """Whether it is known to compute in bfloat16 by way of float32, many times slower: x86 with AVX2 and no more is."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,23 +18,33 @@ ITERATIONS = 5
 def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     """Each matrix with its singular values near 1, by Newton and Schulz' iteration (Jordan et al. 2024).
 
-    In bfloat16, but on a CPU in float32: a processor without AVX-512 imitates bfloat16, seventy times slower.
+    In bfloat16, but on a CPU in float32: many only imitate bfloat16, and all are to find the same.
     """
-    wide = matrices if matrices.size(1) <= matrices.size(2) else matrices.mT
+    tall = matrices.size(1) > matrices.size(2)
+    wide = matrices.mT if tall else matrices
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     wide = wide.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if matrices.size(1) <= matrices.size(2) else wide.mT
+    return wide.mT if tall else wide
 
 
 class Muon(OneByOne):
     """torch's Muon, all matrices of one shape at a time rather than one by one: a GPU waits for launches otherwise.
 
     A step has the size of AdamW's (Liu et al. 2025, equation 4), so that one rate and one weight decay fit both.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: the rate.
+        weight_decay: decoupled.
+        momentum: Nesterov's.
     """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -54,12 +65,16 @@ class Muon(OneByOne):
     def move(self, parameters: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
         """Matrices of one shape, by one step with Nesterov's momentum."""
         gradients = [parameter.grad for parameter in parameters]
-        means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = orthogonal(torch.stack(torch._foreach_lerp(gradients, means, momentum)))
         size = 0.2 * math.sqrt(max(parameters[0].shape))
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-lr * size)
+        updates = updates.to(parameters[0].dtype, memory_format=torch.contiguous_format)
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-lr * size)
 
 
 class MuonAdamW(Optimizer):

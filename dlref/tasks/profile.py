@@ -69,7 +69,7 @@ ADVICE = {
     "model.init_args.compile_network true, or a larger batch.",
     "checkpoint": "Checkpoints bound the run. Try fewer validations: a larger trainer.check_val_every_n_epoch.",
     "arithmetic": "The device's arithmetic (forward, backward, optimiser) bounds the run, as it should. Try "
-    "trainer.precision bf16-mixed, model.init_args.compile_network true, a smaller network or a faster device.",
+    "model.init_args.compile_network true, trainer.precision bf16-mixed on a GPU, a smaller network or another device.",
 }
 
 

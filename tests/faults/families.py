@@ -75,7 +75,6 @@ FAMILIES = {
             '"context_length": 32, "batch_size": 2, "batches": 6}}',
             "model.init_args.network.init_args": '{"vocabulary": 260, "context_length": 32, "n_layer": 1, "n_head": 2, '
             '"n_embd": 16, "positions": "rotary", "dropout": 0.2}',
-            "trainer.precision": "32-true",
             "trainer.accumulate_grad_batches": 2,
         },
     ),
