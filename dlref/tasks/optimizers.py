@@ -32,7 +32,7 @@ def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
 
 
 class Muon(OneByOne):
-    """torch's Muon, all matrices of one shape at a time rather than one by one: a GPU waits for launches otherwise.
+    """torch's Muon, all matrices of one shape at a time rather than one by one: fewer launches on a GPU.
 
     A step has the size of AdamW's (Liu et al. 2025, equation 4), so that one rate and one weight decay fit both.
 
