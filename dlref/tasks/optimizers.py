@@ -47,7 +47,7 @@ class Muon(OneByOne):
         super().__init__(params, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all groups."""
         loss = None
         if closure is not None:
@@ -107,7 +107,7 @@ class MuonAdamW(Optimizer):
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both, over the groups and the state of this one, which a schedule and a checkpoint change."""
         loss = None
         if closure is not None:
