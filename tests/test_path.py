@@ -17,6 +17,7 @@ from test_export import export
 from test_segmentation import folders, painted
 
 from dlref.cli import TrainCLI, load_run, train
+from dlref.export.measure import CONTENDERS
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
 from dlref.runtime.text import SPECIAL
@@ -101,7 +102,11 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
     assert 0 < lines[0]["probability"] <= 1
 
     accuracy = json.loads((run / "test.json").read_text())["accuracy"]
-    verification = json.loads((bundle / "manifest.json").read_text())["verification"]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    measured, verification = manifest["measurement"], manifest["verification"]
+    assert set(measured["not_run"]) <= {"pytorch-compiled"}  # which needs a C++ compiler
+    assert set(measured["contenders"]) | set(measured["not_run"]) == set(CONTENDERS)
+    assert all(figures["latency_p95_ms"] >= figures["latency_ms"] > 0 for figures in measured["contenders"].values())
     assert verification["test"]["pytorch"] == pytest.approx(accuracy)
     assert verification["test"]["bundle"] == pytest.approx(accuracy)
     assert verification["test"]["n"] == 360
