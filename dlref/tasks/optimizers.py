@@ -106,15 +106,12 @@ class MuonAdamW(Optimizer):
             self.parts[False] = AdamW(others, betas=tuple(betas), fused=True, **known)
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both, over the groups and the state of this one, which a schedule and a checkpoint change."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for hidden, part in self.parts.items():
             part.param_groups = [group for group in self.param_groups if bool(group.get("hidden")) is hidden]
             part.state = self.state
-            part.step()
+        loss = self.parts[True].step(closure)  # which finds the gradients of both
+        if False in self.parts:
+            self.parts[False].step()
         return loss
