@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
 from dlref.export.convert import Plan, after_the_network, convert
-from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx
+from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Reference, Refused, parity
 from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
@@ -154,6 +154,46 @@ def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
     rows = parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
     assert [row["shape"]["memory"][:2] for row in rows] == [[1, 1], [2, 5], [7, 11]]
     assert max(row["max_abs_error"] for row in rows) < 1e-5
+
+
+class Paths(nn.Module):
+    """Recurrent layers over several paths of each row at once, as forecasts are drawn and sentences searched."""
+
+    def __init__(self, layer: type[nn.Module], **options):
+        super().__init__()
+        self.rnn = layer(3, 4, batch_first=True, **options)
+
+    def forward(self, inputs, state):
+        shape, state, lstm = state.shape[1:3], state.flatten(1, 2), isinstance(self.rnn, nn.LSTM)
+        outputs, after = self.rnn(inputs.flatten(0, 1), tuple(state.chunk(2)) if lstm else state)
+        after = torch.cat(after) if lstm else after
+        again, _ = self.rnn(outputs[..., :3])
+        return again.unflatten(0, shape), after.unflatten(1, shape)
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 1}, {"num_layers": 2, "bidirectional": True}], ids=["one", "four"])
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_of_any_length(layer, options, tmp_path):
+    module = Paths(layer, **options).eval()
+    num_layers = options["num_layers"]
+    rows = num_layers * (2 if layer is nn.LSTM else 1) * (2 if "bidirectional" in options else 1)
+    free = {0: "batch", 1: "paths", 2: "time"}
+    graph = Graph(
+        module=module,
+        inputs={"inputs": torch.randn(3, 2, 6, 3), "state": torch.randn(rows, 3, 2, 4)},
+        outputs=["outputs", "next_state"],
+        dynamic_axes={"inputs": free, "state": {1: "batch", 2: "paths"}},
+        sizes={"batch": (1, 2, 7), "paths": (1, 5, 3), "time": (1, 9, 33)},
+    )
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    compared = parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
+    assert max(row["max_abs_error"] for row in compared) < 1e-5
+    layers = [node for node in onnx.load(tmp_path / "step.onnx").graph.node if node.op_type == layer.__name__]
+    assert len(layers) == 2 * num_layers  # whole, not taken apart into products
+
+    write_program(graph, tmp_path / "step.pt2", CPU)
+    example = example_at(graph, {"batch": 5, "paths": 1, "time": 1}).values()
+    torch.testing.assert_close(torch.export.load(tmp_path / "step.pt2").module()(*example), module(*example))
 
 
 def test_tracing_and_verifying_never_share_a_size():

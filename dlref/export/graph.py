@@ -4,13 +4,15 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import onnx
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from dlref.export.targets import Target
 from dlref.runtime import UserError
@@ -24,12 +26,8 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     """
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
-    # The exporter has its own way to take recurrent layers apart, but torch remembers that of an earlier export, which
-    # freezes the time.
-    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
-        operator._dispatch_cache.clear()
     try:
-        with unwarned():
+        with unwarned(), recurrent_layers_whole():
             exported = torch.onnx.export(
                 graph.module.eval(),
                 tuple(inputs.values()),
@@ -66,7 +64,7 @@ def write_program(graph, path: Path, target: Target) -> None:
     shapes = free(graph, batch)
     module, arguments = graph.module.eval(), tuple(inputs.values())
     try:
-        with unwarned():
+        with unwarned(), recurrent_layers_whole():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch.export.save(program, path)
     except Exception as error:  # torch.export has no base of its own
@@ -91,6 +89,28 @@ def unwarned() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def recurrent_layers_whole() -> Iterator[None]:
+    """Trace LSTMs and GRUs by their shapes alone, where torch would step through the times and so fix their number.
+
+    The traced graph has the whole layer as one operator either way. Torch 2.11's steps also give the last state of an
+    LSTM an axis too many.
+    """
+    with ExitStack() as stack:
+        for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+            stack.enter_context(patch.dict(decomposition_table, {operator: recurrent_shapes}))
+            stack.enter_context(patch.dict(operator.py_kernels, dict.fromkeys(operator.py_kernels, recurrent_shapes)))
+            stack.enter_context(patch.dict(operator._dispatch_cache, clear=True))
+        yield
+
+
+def recurrent_shapes(inputs, before, weights, biases, num_layers, dropout, train, bidirectional, batch_first) -> tuple:
+    """Outputs and last state of `torch.ops.aten.gru.input`, or states of `lstm.input`, unfilled."""
+    states = before if isinstance(before, list | tuple) else [before]
+    width = states[0].shape[2] * (2 if bidirectional else 1)
+    return inputs.new_empty(*inputs.shape[:2], width), *(torch.empty_like(state) for state in states)
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

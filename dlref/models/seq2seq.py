@@ -254,8 +254,8 @@ class Bidirectional(nn.Module):
         outputs = inputs
         for i, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
             below = self.dropout(outputs) if i else outputs
-            right, _ = run(ahead, below)
-            left = at(run(back, at(below, mirrored))[0], mirrored)
+            right, _ = ahead(below)
+            left = at(back(at(below, mirrored))[0], mirrored)
             above = torch.cat([right, left], dim=2)
             outputs = above + below if i and self.residual else above
         return outputs, torch.cat([at(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
@@ -274,12 +274,10 @@ class Unidirectional(nn.Module):
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
-        place = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
         outputs = inputs
         for i, layer in enumerate(self.layers):
             below = self.dropout(outputs) if i else outputs
-            # Each row at its own place: of outputs as they are, the exporter takes the number of times for a constant.
-            above = at(run(layer, below)[0], place)
+            above, _ = layer(below)
             outputs = above + below if i and self.residual else above
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
@@ -307,11 +305,9 @@ class Convolutional(nn.Module):
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 
-def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A layer from a state of one or two rows, or from zeros: left out, the exporter would freeze the time."""
+def run(layer: nn.Module, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer from a state of one row, or of an LSTM's two."""
     lstm = isinstance(layer, nn.LSTM)
-    if state is None:
-        state = inputs.new_zeros(2 if lstm else 1, inputs.shape[0], layer.hidden_size)
     outputs, after = layer(inputs, (state[:1], state[1:]) if lstm else state)
     return outputs, torch.cat(after) if lstm else after
 
