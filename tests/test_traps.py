@@ -21,8 +21,6 @@ from dlref.tasks import ImageClassifier
 from dlref.tasks.deployable import Deployable, Graph
 
 CPU = TARGETS["cpu"]
-# torch 2.11 has no way to export a recurrent layer over a free time axis, and says so.
-OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
 class Reader(nn.Module):
@@ -119,28 +117,6 @@ def test_a_bidirectional_lstm_whose_time_froze_at_the_example_s_length(tmp_path,
     with pytest.raises(UserError, match=r"classify at .*'height': 5.* differs from PyTorch"):
         made(task, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
-
-
-FREE_TIME = """
-import sys; sys.path[:0] = ["tests", "."]
-import torch; from pathlib import Path; from torch import nn
-import test_traps
-both_ways = sys.argv[2] == "True"
-layer = getattr(nn, sys.argv[1])(32, 6, batch_first=True, bidirectional=both_ways)
-task = test_traps.reading(layer, 12 if both_ways else 6, ("batch", "height"))
-print(test_traps.made(task, Path(sys.argv[3]))["verification"]["parity"])
-"""
-
-
-@pytest.mark.parametrize(("layer", "both_ways"), [("LSTM", True), ("LSTM", False), ("GRU", True)])
-def test_a_recurrent_layer_over_a_free_time_is_exported_right(layer, both_ways, tmp_path, command):
-    """In a process of its own: an earlier export in the same one changes what torch does."""
-    result = command("-c", FREE_TIME, layer, both_ways, tmp_path / "bundle")
-    if OLD_TORCH:
-        assert "torch.export refuses the graph" in result.stderr
-        return
-    assert result.returncode == 0, result.stderr
-    assert "'image': [7, 40, 32, 1]" in result.stdout
 
 
 def test_a_gru_exported_without_linear_before_reset(tmp_path, monkeypatch):
