@@ -204,13 +204,24 @@ def test_operations_of_a_step_are_those_of_its_products(monkeypatch):
 
 
 def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
-    found = []
-    for train in (overhead.bare_loop, overhead.under_trainer):
-        task, data = overhead.made("lenet5_digits")
-        train(task, data, 8, overhead.options("lenet5_digits"))
-        found.append(task.cpu().network.state_dict())
-    for name, value in found[0].items():
-        assert torch.equal(value, found[1][name]), name
+    """Each alone, and both in turns."""
+    said, clock = overhead.options("lenet5_digits"), overhead.Clock()
+    alone, other, trained, bare = (overhead.made("lenet5_digits") for _ in range(4))
+    overhead.bare_loop(*alone, 9, said)
+    overhead.under_trainer(*other, 9, said)
+    in_turns = overhead.InTurns(overhead.bare_steps(*bare, 12, said, clock), 4)
+    overhead.under_trainer(*trained, 9, said, clock=in_turns)
+    assert len(clock.seconds) == len(in_turns.seconds) == 11  # all but the first of the epoch
+    expected = alone[0].cpu().network.state_dict()
+    for task in (other[0], trained[0], bare[0]):
+        for name, value in task.cpu().network.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_rates_are_of_equal_parts():
+    clock = overhead.Clock()
+    clock.seconds = [1.0, 3.0, 0.5, 0.5, 9.0]
+    assert clock.rates(2) == [0.5, 2.0]
 
 
 # Configs
