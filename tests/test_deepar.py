@@ -33,7 +33,7 @@ def test_one_layer_is_the_equations_of_an_lstm():
     network = DeepAR(2, 1, [4], num_layers=1, num_cells=5, embedding_dimension=3).eval()
     lagged, features, categories, scale = inputs(1, 3, 2, 1, (4,))
     h = c = torch.zeros(5)
-    rnn, expected = network.rnn, []
+    rnn, expected = network.rnn.layers[0], []
     for t in range(3):
         static = torch.cat([network.embeddings[0].weight[categories[0, 0]], scale[:1].log()])
         x = torch.cat([lagged[0, t], features[0, t], static])
@@ -65,5 +65,5 @@ def test_series_without_categories_and_scales_that_matter():
 
 
 def test_another_cell_is_refused(unchecked):
-    with pytest.raises(ValueError, match="no cell 'rnn': expected lstm or gru"):
+    with pytest.raises(ValueError, match="no cell 'rnn': expected lstm, gru"):
         DeepAR(4, 2, cell="rnn")

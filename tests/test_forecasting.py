@@ -158,8 +158,8 @@ def test_a_training_step_on_a_gpu_never_waits_for_it():
     windows = module.splits["train"].to(torch.device("cuda"))
     task = forecaster(cardinality=(4,), dynamic=1).cuda().train()
     numbers = torch.arange(8).cuda()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         loss = task.loss(windows[numbers])
         loss.backward()
     finally:

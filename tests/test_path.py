@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
@@ -68,6 +69,7 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     letters = [chr(256 + i) for i in range(min(network.get("vocabulary", 0), 300) - 4)]
     facts |= {"vocabulary": {"kind": "character", "exact": True, "tokens": [*SPECIAL, *letters]}}
     task.remember({name: facts[name] for name in task.facts})
+    task._device = torch.device("cuda")  # as Lightning has it in setup, when everything is on the CPU still
     task.check()
     assert list(tmp_path.iterdir()) == []
 

@@ -279,8 +279,8 @@ def test_a_step_and_the_metric_never_wait_for_the_device(unchecked):
 def test_the_metric_never_waits_for_a_gpu():
     confusion = Confusion(11).cuda()
     found, masks = torch.randint(0, 11, (2, 64, 64)).cuda(), torch.randint(0, 11, (2, 64, 64)).byte().cuda()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         confusion.update(found, masks)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from dlref.export.bundle import export
 from dlref.export.convert import SAMPLES
 from dlref.export.targets import TARGETS
-from dlref.models import ResNet
+from dlref.models import CifarResNet
 from dlref.runtime import load
 from dlref.tasks import ImageClassifier, ImagePreprocess
 
 NETWORKS = {
     "lenet5": lambda: (classifier().eval(), Pixels()),
-    "resnet18": lambda: (
+    "resnet20": lambda: (
         ImageClassifier(
-            network=ResNet(18, 3), preprocess=ImagePreprocess(64, mean=[0.4] * 3, std=[0.2] * 3), optimizer=sgd
+            network=CifarResNet(20, 3), preprocess=ImagePreprocess(32, mean=[0.4] * 3, std=[0.2] * 3), optimizer=sgd
         ).eval(),
-        Photographs(64, n=6),
+        Photographs(32, n=6),
     ),
 }
 

@@ -36,7 +36,6 @@ SMALL = {  # the embedded config of each family, with little data
         *("--data.init_args.batch_size", "2", "--data.init_args.context_length", "32"),
     ],
 }
-RECURRENT = ("deepar_synthetic", "seq2seq_dates")
 
 
 class Waits(TorchDispatchMode):
@@ -137,9 +136,7 @@ def trained(config, folder, callbacks, **options):
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked, monkeypatch):
-    if config in RECURRENT:
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # it has no LSTM in bfloat16 without AVX-512
+def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked):
     seen = {}
     keep = LambdaCallback(
         on_train_batch_end=lambda trainer, task, *_: seen.setdefault("now", first(task)),

@@ -6,7 +6,7 @@ by the series' scale, and what is known of that time, and answers the parameters
 The inputs are GluonTS's: values at several lags where the paper has the last one, calendar features and age, the
 logarithm of the scale, and an embedding of each category.
 
-Legend of shapes: B series, T times, L lags, F features of a time, G categories, S layers of the state, D cells,
+Legend of shapes: B series, T times, L lags, F features of a time, G categories, S rows of the state, D cells,
 P parameters of the distribution.
 """
 
@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from dlref.models.recurrent import CELLS, Layers
 
 
 class DeepAR(nn.Module):
@@ -50,16 +52,14 @@ class DeepAR(nn.Module):
         embedding_dimension: int | None = None,
     ) -> None:
         super().__init__()
-        if cell not in ("lstm", "gru"):
-            raise ValueError(f"no cell {cell!r}: expected lstm or gru")
+        if cell not in CELLS:
+            raise ValueError(f"no cell {cell!r}: expected {', '.join(CELLS)}")
         cardinality = cardinality or []
         self.embeddings = nn.ModuleList(
             nn.Embedding(values, embedding_dimension or min(50, (values + 1) // 2)) for values in cardinality
         )
         static = sum(table.embedding_dim for table in self.embeddings) + 1
-        layer = nn.LSTM if cell == "lstm" else nn.GRU
-        dropout = dropout if num_layers > 1 else 0.0
-        self.rnn = layer(lags + features + static, num_cells, num_layers, batch_first=True, dropout=dropout)
+        self.rnn = Layers(cell, lags + features + static, num_cells, num_layers, dropout=dropout)
         self.head = nn.Linear(num_cells, parameters)
 
     def forward(
@@ -72,17 +72,13 @@ class DeepAR(nn.Module):
     ) -> tuple[Float[Tensor, "B T P"], Float[Tensor, "S B D"]]:
         """Return the parameters of each time, not yet in their domains, and the state after the last one.
 
-        `lagged` are values divided by `scale`. The state has one layer for each of a GRU, and with LSTM as many more
-        for the cells' contents; None is all zeros.
+        `lagged` are values divided by `scale`. The state has one row for each layer of a GRU, two for each of an LSTM;
+        None is all zeros.
         """
         # Not unbind: of no columns, torch.export saves what it cannot load.
         columns = range(categories.shape[1])
         embedded = [table(categories[:, i]) for table, i in zip(self.embeddings, columns, strict=True)]
         static = torch.cat([*embedded, scale.log()[:, None]], dim=1)
         static = static[:, None].expand(-1, lagged.shape[1], -1)
-        outputs, after = self.rnn(torch.cat([lagged, features, static], dim=2), self._unpacked(state))
-        return self.head(outputs), torch.cat(after) if isinstance(after, tuple) else after
-
-    def _unpacked(self, state: Tensor | None) -> Tensor | tuple[Tensor, ...] | None:
-        """As torch's layers take it: hidden state and cells' contents apart."""
-        return state if state is None or isinstance(self.rnn, nn.GRU) else tuple(state.chunk(2))
+        outputs, after = self.rnn(torch.cat([lagged, features, static], dim=2), state)
+        return self.head(outputs), after

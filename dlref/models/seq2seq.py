@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlref.models.recurrent import CELLS, Layers, run
+
 PAD = 0  # the token that fills up a batch, in both vocabularies
 
 
@@ -126,7 +128,8 @@ class Seq2Seq(nn.Module):
             last = values.where(there[..., None], 0).sum(1) / lengths[:, None]
         state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
-            state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1)).transpose(0, 1)
+            state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1))
+            state = state.transpose(0, 1).contiguous()  # each row: cuDNN refuses others
         if self.input_feeding:
             state = torch.cat([state, torch.zeros_like(state[:1])])
         keys = values if self.attention is None else self.attention.keys(values)
@@ -203,32 +206,6 @@ class Attention(nn.Module):
         return weights @ memory.values, weights
 
 
-class Layers(nn.Module):
-    """Recurrent layers, each over all its times in one call.
-
-    A state has one row for each layer of a GRU, two for each of an LSTM: output, then content of the cells.
-    """
-
-    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
-        super().__init__()
-        sizes = [inputs] + [size] * (num_layers - 1)
-        self.layers = nn.ModuleList(CELLS[cell](width, size, batch_first=True) for width in sizes)
-        self.rows = num_layers * (2 if cell == "lstm" else 1)
-        self.residual, self.dropout = residual, nn.Dropout(dropout)
-
-    def forward(
-        self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "Y B D"]
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "Y B D"]]:
-        """Return the last layer's outputs, and the state after the last time."""
-        outputs, after = inputs, []
-        for i, (layer, rows) in enumerate(zip(self.layers, state.chunk(len(self.layers)), strict=True)):
-            below = self.dropout(outputs) if i else outputs
-            above, last = run(layer, below, rows)
-            outputs = above + below if i and self.residual else above
-            after.append(last)
-        return outputs, torch.cat(after)
-
-
 class Bidirectional(nn.Module):
     """Each layer reads the sentence from its start, and another from its end (Bahdanau et al., section 3.2).
 
@@ -254,31 +231,21 @@ class Bidirectional(nn.Module):
         outputs = inputs
         for i, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
             below = self.dropout(outputs) if i else outputs
-            right, _ = ahead(below)
-            left = at(back(at(below, mirrored))[0], mirrored)
+            right, _ = run(ahead, below)
+            left = at(run(back, at(below, mirrored))[0], mirrored)
             above = torch.cat([right, left], dim=2)
             outputs = above + below if i and self.residual else above
         return outputs, torch.cat([at(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
 
 
-class Unidirectional(nn.Module):
+class Unidirectional(Layers):
     """Layers that read the sentence from its start (Sutskever et al., section 2)."""
-
-    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
-        super().__init__()
-        sizes = [inputs] + [size] * (num_layers - 1)
-        self.layers = nn.ModuleList(CELLS[cell](width, size, batch_first=True) for width in sizes)
-        self.residual, self.dropout = residual, nn.Dropout(dropout)
 
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
-        outputs = inputs
-        for i, layer in enumerate(self.layers):
-            below = self.dropout(outputs) if i else outputs
-            above, _ = layer(below)
-            outputs = above + below if i and self.residual else above
+        outputs, _ = super().forward(inputs)
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 
@@ -305,17 +272,9 @@ class Convolutional(nn.Module):
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 
-def run(layer: nn.Module, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer from a state of one row, or of an LSTM's two."""
-    lstm = isinstance(layer, nn.LSTM)
-    outputs, after = layer(inputs, (state[:1], state[1:]) if lstm else state)
-    return outputs, torch.cat(after) if lstm else after
-
-
 def at(rows: Float[Tensor, "B S D"], places: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
     """The rows at some places of each sentence."""
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
 
 
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 ENCODERS = {"bidirectional": Bidirectional, "unidirectional": Unidirectional, "convolutional": Convolutional}

@@ -86,7 +86,7 @@ class ImageClassifier(Task):
         try:
             with torch.no_grad():
                 self.network.eval()
-                width = self(torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.device))[0].shape[-1]
+                width = self(torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.place))[0].shape[-1]
         except RuntimeError as error:
             raise UserError(
                 f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "
@@ -116,7 +116,11 @@ class ImageClassifier(Task):
         """Mean over the batch; `targets` are class indices (B,), or probabilities or several labels (B, K)."""
         if self.known["multi_label"]:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
-        return F.cross_entropy(logits.float(), targets, weight=self.class_weights, label_smoothing=self.label_smoothing)
+        options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
+        if self.class_weights is None:
+            return F.cross_entropy(logits.float(), targets, **options)
+        # With weights and smoothing torch's own mean waits for the GPU.
+        return F.cross_entropy(logits.float(), targets, **options, reduction="sum") / self.counted(targets)
 
     def counted(self, targets: Tensor) -> Tensor | int:
         """Over how much the loss is a mean: images, or what their classes weigh together."""

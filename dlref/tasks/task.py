@@ -87,6 +87,11 @@ class Task(LightningModule):
     def check(self) -> None:
         """Raise UserError where the network and the facts of the data do not fit together."""
 
+    @property
+    def place(self) -> torch.device:
+        """Where the network is; in `setup` that is not yet `device`, where Lightning will move it."""
+        return next(self.network.parameters()).device
+
     # What the data said of itself
 
     def learn(self, datamodule) -> None:

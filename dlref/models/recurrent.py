@@ -1,0 +1,64 @@
+"""Recurrent layers, as DeepAR and Seq2Seq stack them.
+
+Legend of shapes: B sequences, T times, I inputs, D hidden units, Y rows of the state: one for each layer of a GRU, two
+for each of an LSTM, its output and the content of its cells.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class Layers(nn.Module):
+    """Recurrent layers, each over all its times in one call.
+
+    One module for each, for what is dropped between those of a module of several is drawn from a state that cuDNN sets
+    up anew, and waits for, whenever a seed is set; here one is before each batch.
+
+    Args:
+        cell: lstm or gru.
+        inputs: I.
+        size: D.
+        num_layers: how many.
+        residual: add a layer's input to its output, from the second layer on (Wu et al. 2016, section 3.1).
+        dropout: probability of dropping an output of a layer, between layers.
+    """
+
+    def __init__(
+        self, cell: str, inputs: int, size: int, num_layers: int, residual: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        sizes = [inputs] + [size] * (num_layers - 1)
+        self.layers = nn.ModuleList(CELLS[cell](width, size, batch_first=True) for width in sizes)
+        self.rows = num_layers * (2 if cell == "lstm" else 1)
+        self.residual, self.dropout = residual, nn.Dropout(dropout)
+
+    def forward(
+        self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "Y B D"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "Y B D"]]:
+        """Return the last layer's outputs, and the state after the last time; None before the first is all zeros."""
+        outputs, after = inputs, []
+        before = [None] * len(self.layers) if state is None else state.chunk(len(self.layers))
+        for i, (layer, rows) in enumerate(zip(self.layers, before, strict=True)):
+            below = self.dropout(outputs) if i else outputs
+            above, last = run(layer, below, rows)
+            outputs = above + below if i and self.residual else above
+            after.append(last)
+        return outputs, torch.cat(after)
+
+
+def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A layer from a state of one row, or of an LSTM's two; None is zeros.
+
+    In float32 where autocast is on: it would take them to float16 on a GPU, whatever it is told, and on a processor
+    without AVX-512 oneDNN has no LSTM in bfloat16.
+    """
+    kind = inputs.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return run(layer, inputs.float(), None if state is None else state.float())
+    lstm = isinstance(layer, nn.LSTM)
+    outputs, after = layer(inputs, (state[:1], state[1:]) if lstm and state is not None else state)
+    return outputs, torch.cat(after) if lstm else after

@@ -1,0 +1,80 @@
+"""Recurrent layers: what cuDNN asks of them, without a GPU, and that they are torch's own stacked."""
+
+import pytest
+import torch
+from torch import nn
+
+from dlref.models import DeepAR, Seq2Seq
+from dlref.models.recurrent import CELLS, Layers
+
+SOURCE, LENGTHS, TARGET = torch.randint(1, 9, (3, 5)), torch.tensor([5, 3, 1]), torch.randint(1, 9, (3, 4))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_they_are_torch_s_own_of_as_many_layers(cell):
+    mine, own = Layers(cell, 3, 4, 2), CELLS[cell](3, 4, 2, batch_first=True)
+    own.load_state_dict(
+        {name.replace("_l0", f"_l{i}"): value for i in (0, 1) for name, value in mine.layers[i].state_dict().items()}
+    )
+    inputs, before = torch.randn(2, 7, 3), torch.randn(mine.rows, 2, 4)
+    outputs, after = mine(inputs, before)
+    expected, last = own(inputs, (before[::2], before[1::2]) if cell == "lstm" else before)
+    torch.testing.assert_close(outputs, expected)
+    if cell == "lstm":
+        last = torch.stack(last, dim=1).flatten(0, 1)
+    torch.testing.assert_close(after, last)
+    torch.testing.assert_close(mine(inputs)[0], mine(inputs, torch.zeros_like(before))[0])
+
+
+def states_given(network: nn.Module) -> list[torch.Tensor]:
+    """Filled with every state that a recurrent layer of the network starts from."""
+    given = []
+
+    def note(layer, arguments):
+        for tensor in arguments[1:]:
+            given.extend(tensor if isinstance(tensor, tuple) else [tensor])
+
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_pre_hook(note)
+    return given
+
+
+@pytest.mark.parametrize("input_feeding", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_lie_as_cudnn_asks(cell, num_layers, input_feeding):
+    """It refuses those that are not contiguous."""
+    network = Seq2Seq(9, 9, cell, num_layers, 6, 4, input_feeding=input_feeding)
+    given = states_given(network)
+    network(SOURCE, LENGTHS, TARGET)
+    memory = network.encode(SOURCE, LENGTHS)
+    _, after, _ = network.step(TARGET[:, :2], memory.state[:, :, None].repeat(1, 1, 2, 1), memory)
+    network.step(TARGET[:, 2:], after, memory)
+    states = [state for state in given if state is not None]
+    assert len(states) > num_layers
+    assert all(state.is_contiguous() for state in states)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_none_draws_what_it_drops_itself(cell):
+    """cuDNN would set up a state for that, and wait, after each seed."""
+    for network in (DeepAR(4, 2, cell=cell), Seq2Seq(9, 9, cell, 2, 6, 4)):
+        layers = [module for module in network.modules() if isinstance(module, nn.RNNBase)]
+        assert layers
+        assert all(layer.dropout == 0 for layer in layers)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_they_stay_float32_under_autocast(cell):
+    """On a GPU autocast would take them to float16 without a scaled loss, on some processors there is no bfloat16."""
+    network = Seq2Seq(9, 9, cell, 2, 6, 4).eval()
+    seen = []
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_hook(lambda layer, given, answer: seen.append((given[0].dtype, answer[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(SOURCE, LENGTHS, TARGET)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), network(SOURCE, LENGTHS, TARGET), atol=0.02, rtol=0.02)
