@@ -49,7 +49,9 @@ STEPS = {  # so many that a turn takes a few seconds
     "gpt_python": 12,
 }
 FEWER = dict.fromkeys(("ssd_digit_scenes", "fcn_digit_scenes"), ("--data.init_args.train", "400"))  # enough to time
-KEPT = ("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps")  # of a config's trainer
+KEPT = (  # of a config's trainer
+    *("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps", "benchmark"),
+)
 
 
 class Clock(Callback):

@@ -137,6 +137,8 @@ class Task(LightningModule):
                 load_weights(self.network, Path(self.weights))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions and recurrent layers have it
         if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 
