@@ -29,7 +29,7 @@ from benchmarks.configs import roots
 from benchmarks.rows import DEVICE, TURNS, Row, Rows
 from dlref.cli import build
 from dlref.tasks.checkpoints import Last
-from dlref.tasks.devices import Alike
+from dlref.tasks.devices import Alike, fast_products
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import Unprofiled
 from dlref.tasks.progress import Progress
@@ -49,9 +49,8 @@ STEPS = {  # so many that a turn takes a few seconds
     "gpt_python": 12,
 }
 FEWER = dict.fromkeys(("ssd_digit_scenes", "fcn_digit_scenes"), ("--data.init_args.train", "400"))  # enough to time
-KEPT = (  # of a config's trainer
-    *("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps", "benchmark"),
-)
+# Of a config's trainer:
+KEPT = ("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps", "benchmark")
 
 
 class Clock(Callback):
@@ -87,12 +86,13 @@ class InTurns(Clock):
 
     def __init__(self, other: Iterator[None], piece: int) -> None:
         super().__init__()
-        self.other, self.piece = other, piece
+        self.other, self.piece, self.steps = other, piece, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
         """Read the clock; the bar, which a thread of its own draws, is drawn in the Trainer's time."""
         super().on_train_batch_end(trainer, task, outputs, batch, batch_index)
-        if trainer.global_step % self.piece == 0:
+        self.steps += 1
+        if self.steps % self.piece == 0:
             with trainer.progress_bar_callback.progress.live._lock:
                 for _ in range(self.piece):
                     next(self.other)
@@ -116,6 +116,7 @@ def under_trainer(
 ) -> float:
     """Seconds of a training step under the Trainer, as `train.py fit` has it, by a clock."""
     clock = clock or Clock()
+    fast_products(torch.device(DEVICE))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         trainer = Trainer(
             max_steps=WARMUP + steps,
@@ -160,7 +161,10 @@ def bare_loop(task: Task, data: LightningDataModule, steps: int, options: dict) 
 
 
 def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict, clock: Clock) -> Iterator[None]:
-    """Training without Lightning, step by step; `steps` in all by the schedule."""
+    """Training without Lightning, step by step, without end; `steps` is what the schedule is told."""
+    if options.get("accumulate_grad_batches", 1) != 1:
+        raise ValueError("accumulate_grad_batches: the bare loop steps after each batch")
+    fast_products(torch.device(DEVICE))
     strategy = SimpleNamespace(root_device=torch.device(DEVICE))
     trained = SimpleNamespace(datamodule=data, strategy=strategy, training=True, sanity_checking=False, world_size=1)
     task.trainer = data.trainer = trained

@@ -28,7 +28,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
-from dlref.tasks.devices import Alike, imitates_bfloat16
+from dlref.tasks.devices import Alike, fast_products, imitates_bfloat16
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import PRESET as PROFILE
 from dlref.tasks.profile import StepProfile, Unprofiled
@@ -240,6 +240,7 @@ class TrainCLI(LightningCLI):
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
+        fast_products(built.strategy.root_device)
         if (
             built.is_global_zero
             and built.precision.startswith("bf16")

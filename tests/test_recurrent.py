@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from dlref.models import DeepAR, Seq2Seq
-from dlref.models.recurrent import CELLS, Layers
+from dlref.models.recurrent import CELLS, RecurrentLayers
 
 SOURCE, LENGTHS, TARGET = torch.randint(1, 9, (3, 5)), torch.tensor([5, 3, 1]), torch.randint(1, 9, (3, 4))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_they_are_torch_s_own_of_as_many_layers(cell):
-    mine, own = Layers(cell, 3, 4, 2), CELLS[cell](3, 4, 2, batch_first=True)
+    mine, own = RecurrentLayers(cell, 3, 4, 2), CELLS[cell](3, 4, 2, batch_first=True)
     own.load_state_dict(
         {name.replace("_l0", f"_l{i}"): value for i in (0, 1) for name, value in mine.layers[i].state_dict().items()}
     )

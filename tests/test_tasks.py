@@ -95,6 +95,19 @@ def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
     torch.testing.assert_close(task.loss(logits, targets), expected)
 
 
+@pytest.mark.gpu
+def test_smoothing_with_class_weights_waits_for_no_gpu():
+    """As torch's own mean does."""
+    task = classifier(label_smoothing=0.1, class_weights=[1.0, 2.0, 0.5]).cuda()
+    logits, targets = torch.randn(5, 3).cuda(), torch.tensor([0, 1, 2, 2, 1]).cuda()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        loss = task.loss(logits, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
 def test_several_labels_are_independent_binary_cross_entropies():
     task = classifier(class_weights=[1.0, 3.0, 0.5])
     task.known["multi_label"] = True

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._decomp import decomposition_table
 
 from dlref.export.targets import Target
@@ -27,7 +27,7 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
     try:
-        with unwarned(), recurrent_layers_whole():
+        with unwarned(), recurrent_layers_whole(graph.module):
             exported = torch.onnx.export(
                 graph.module.eval(),
                 tuple(inputs.values()),
@@ -64,7 +64,7 @@ def write_program(graph, path: Path, target: Target) -> None:
     shapes = free(graph, batch)
     module, arguments = graph.module.eval(), tuple(inputs.values())
     try:
-        with unwarned(), recurrent_layers_whole():
+        with unwarned(), recurrent_layers_whole(module):
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch.export.save(program, path)
     except Exception as error:  # torch.export has no base of its own
@@ -92,14 +92,16 @@ def unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def recurrent_layers_whole() -> Iterator[None]:
+def recurrent_layers_whole(module: nn.Module) -> Iterator[None]:
     """Trace LSTMs and GRUs by their shapes alone, where torch would step through the times and so fix their number.
 
     The traced graph has the whole layer as one operator either way. Torch 2.11's steps also give the last state of an
     LSTM an axis too many.
     """
+    recurrent = any(isinstance(layer, nn.LSTM | nn.GRU) for layer in module.modules())
     with ExitStack() as stack:
-        for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input) if recurrent else ():
+            # Where torch looks for the steps: with free sizes, with fixed ones, and in what it remembers of exports.
             stack.enter_context(patch.dict(decomposition_table, {operator: recurrent_shapes}))
             stack.enter_context(patch.dict(operator.py_kernels, dict.fromkeys(operator.py_kernels, recurrent_shapes)))
             stack.enter_context(patch.dict(operator._dispatch_cache, clear=True))
@@ -109,8 +111,14 @@ def recurrent_layers_whole() -> Iterator[None]:
 def recurrent_shapes(inputs, before, weights, biases, num_layers, dropout, train, bidirectional, batch_first) -> tuple:
     """Outputs and last state of `torch.ops.aten.gru.input`, or states of `lstm.input`, unfilled."""
     states = before if isinstance(before, list | tuple) else [before]
-    width = states[0].shape[2] * (2 if bidirectional else 1)
-    return inputs.new_empty(*inputs.shape[:2], width), *(torch.empty_like(state) for state in states)
+    first, second, width = *inputs.shape[:2], states[0].shape[2] * (2 if bidirectional else 1)
+    # In memory time comes first either way; what is traced later hangs on that.
+    outputs = (
+        inputs.new_empty(second, first, width).transpose(0, 1)
+        if batch_first
+        else inputs.new_empty(first, second, width)
+    )
+    return outputs, *(torch.empty_like(state) for state in states)
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

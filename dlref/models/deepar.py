@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dlref.models.recurrent import CELLS, Layers
+from dlref.models.recurrent import CELLS, RecurrentLayers
 
 
 class DeepAR(nn.Module):
@@ -59,7 +59,7 @@ class DeepAR(nn.Module):
             nn.Embedding(values, embedding_dimension or min(50, (values + 1) // 2)) for values in cardinality
         )
         static = sum(table.embedding_dim for table in self.embeddings) + 1
-        self.rnn = Layers(cell, lags + features + static, num_cells, num_layers, dropout=dropout)
+        self.rnn = RecurrentLayers(cell, lags + features + static, num_cells, num_layers, dropout=dropout)
         self.head = nn.Linear(num_cells, parameters)
 
     def forward(

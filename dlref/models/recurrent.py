@@ -11,11 +11,11 @@ from torch import Tensor, nn
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
-class Layers(nn.Module):
+class RecurrentLayers(nn.Module):
     """Recurrent layers, each over all its times in one call.
 
-    One module for each, for what is dropped between those of a module of several is drawn from a state that cuDNN sets
-    up anew, and waits for, whenever a seed is set; here one is before each batch.
+    A module each: cuDNN's own dropout between layers has a state that is set up anew, and waited for, after every seed,
+    and each batch has one.
 
     Args:
         cell: lstm or gru.
@@ -43,22 +43,22 @@ class Layers(nn.Module):
         before = [None] * len(self.layers) if state is None else state.chunk(len(self.layers))
         for i, (layer, rows) in enumerate(zip(self.layers, before, strict=True)):
             below = self.dropout(outputs) if i else outputs
-            above, last = run(layer, below, rows)
+            above, last = run_layer(layer, below, rows)
             outputs = above + below if i and self.residual else above
             after.append(last)
         return outputs, torch.cat(after)
 
 
-def run(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_layer(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A layer from a state of one row, or of an LSTM's two; None is zeros.
 
-    In float32 where autocast is on: it would take them to float16 on a GPU, whatever it is told, and on a processor
-    without AVX-512 oneDNN has no LSTM in bfloat16.
+    In the precision of its weights where autocast is on: it would take them to float16 on a GPU, whatever it is told,
+    and on a processor without AVX-512 oneDNN has no LSTM in bfloat16.
     """
-    kind = inputs.device.type
+    kind, precision = inputs.device.type, layer.weight_ih_l0.dtype
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
-            return run(layer, inputs.float(), None if state is None else state.float())
+            return run_layer(layer, inputs.to(precision), None if state is None else state.to(precision))
     lstm = isinstance(layer, nn.LSTM)
     outputs, after = layer(inputs, (state[:1], state[1:]) if lstm and state is not None else state)
     return outputs, torch.cat(after) if lstm else after

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlref.models.recurrent import CELLS, Layers, run
+from dlref.models.recurrent import CELLS, RecurrentLayers, run_layer
 
 PAD = 0  # the token that fills up a batch, in both vocabularies
 
@@ -105,7 +105,7 @@ class Seq2Seq(nn.Module):
             nn.init.normal_(table.weight, std=embedding_size**-0.5)
         self.encoder = ENCODERS[encoder](cell, embedding_size, hidden_size, num_layers, residual, dropout)
         fed = embedding_size + hidden_size * input_feeding
-        self.decoder = Layers(cell, fed, hidden_size, num_layers, residual, dropout)
+        self.decoder = RecurrentLayers(cell, fed, hidden_size, num_layers, residual, dropout)
         self.bridge = None if initial == "zero" else nn.Linear(hidden_size, self.decoder.rows * hidden_size)
         self.attention = None if attention == "none" else Attention(attention, hidden_size)
         self.combine = None if attention == "none" else nn.Linear(2 * hidden_size, hidden_size, bias=False)
@@ -231,21 +231,25 @@ class Bidirectional(nn.Module):
         outputs = inputs
         for i, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
             below = self.dropout(outputs) if i else outputs
-            right, _ = run(ahead, below)
-            left = at(run(back, at(below, mirrored))[0], mirrored)
+            right, _ = run_layer(ahead, below)
+            left = at(run_layer(back, at(below, mirrored))[0], mirrored)
             above = torch.cat([right, left], dim=2)
             outputs = above + below if i and self.residual else above
         return outputs, torch.cat([at(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
 
 
-class Unidirectional(Layers):
+class Unidirectional(nn.Module):
     """Layers that read the sentence from its start (Sutskever et al., section 2)."""
+
+    def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
+        super().__init__()
+        self.rnn = RecurrentLayers(cell, inputs, size, num_layers, residual, dropout)
 
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
-        outputs, _ = super().forward(inputs)
+        outputs, _ = self.rnn(inputs)
         return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
 
 

@@ -14,6 +14,12 @@ def imitates_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+def fast_products(device: torch.device) -> None:
+    """On a GPU multiply matrices of float32 in TF32, as cuDNN does in convolutions and recurrent layers."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def several() -> bool:
     """Whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -68,8 +68,8 @@ class Forecaster(Task):
             f"expected model.init_args.network.init_args of lags: {lags}, features: {features}, "
             f"cardinality: {cardinality}, parameters: {parameters}"
         )
-        zeros = torch.zeros(1, 1, max(lags, features), device=self.place)
-        largest = torch.tensor([cardinality], device=self.place).reshape(1, -1).long() - 1
+        zeros = torch.zeros(1, 1, max(lags, features), device=self.network_device)
+        largest = torch.tensor([cardinality], device=self.network_device).reshape(1, -1).long() - 1
         try:
             with torch.no_grad():
                 answer, _ = self.network(zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1)

@@ -70,7 +70,9 @@ class LanguageModel(Task):
         )
         try:
             with torch.no_grad():
-                logits = self.network.logits(self.network(torch.full((1, 1), vocabulary - 1, device=self.place))[0])
+                logits = self.network.logits(
+                    self.network(torch.full((1, 1), vocabulary - 1, device=self.network_device))[0]
+                )
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
         room, context = logits.shape[-1], self.network.context_length

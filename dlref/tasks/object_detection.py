@@ -87,7 +87,7 @@ class ObjectDetector(Task):
         try:
             with torch.no_grad():
                 self.network.eval()
-                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.place)
+                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
                 width = self(black)[1].shape[-1]
         except RuntimeError as error:
             raise UserError(

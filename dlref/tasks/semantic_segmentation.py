@@ -70,7 +70,7 @@ class SemanticSegmenter(Task):
         try:
             with torch.no_grad():
                 self.network.eval()
-                outputs = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.place))
+                outputs = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.network_device))
         except RuntimeError as error:
             raise UserError(
                 f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"

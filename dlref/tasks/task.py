@@ -88,7 +88,7 @@ class Task(LightningModule):
         """Raise UserError where the network and the facts of the data do not fit together."""
 
     @property
-    def place(self) -> torch.device:
+    def network_device(self) -> torch.device:
         """Where the network is; in `setup` that is not yet `device`, where Lightning will move it."""
         return next(self.network.parameters()).device
 
@@ -137,8 +137,6 @@ class Task(LightningModule):
                 load_weights(self.network, Path(self.weights))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions and recurrent layers have it
         if first and self.compile_network:
             self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
 

@@ -92,7 +92,7 @@ class Translator(Task):
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
             f"{target}"
         )
-        one = torch.ones(1, 1, dtype=torch.long, device=self.place)
+        one = torch.ones(1, 1, dtype=torch.long, device=self.network_device)
         try:
             with torch.no_grad():
                 logits = self.network(one * (source - 1), one[0], one * (target - 1))
