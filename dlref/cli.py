@@ -215,7 +215,9 @@ class TrainCLI(LightningCLI):
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
         if self.subcommand != "fit" or self.dry:
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+            built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+            fast_products(built.strategy.root_device)  # as in the test that ends a fit
+            return built
         best = self.options.best
         self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
         self.trainer_defaults["callbacks"] += [

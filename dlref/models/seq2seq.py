@@ -129,7 +129,7 @@ class Seq2Seq(nn.Module):
         state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
             state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1))
-            state = state.transpose(0, 1).contiguous()  # each row: cuDNN refuses others
+            state = state.transpose(0, 1).contiguous()  # for cuDNN refuses a row that is not
         if self.input_feeding:
             state = torch.cat([state, torch.zeros_like(state[:1])])
         keys = values if self.attention is None else self.attention.keys(values)

@@ -86,9 +86,8 @@ class ImageClassifier(Task):
         try:
             with torch.no_grad():
                 self.network.eval()
-                width = self(torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device))[
-                    0
-                ].shape[-1]
+                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
+                width = self(black)[0].shape[-1]
         except RuntimeError as error:
             raise UserError(
                 f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "

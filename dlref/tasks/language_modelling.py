@@ -70,9 +70,8 @@ class LanguageModel(Task):
         )
         try:
             with torch.no_grad():
-                logits = self.network.logits(
-                    self.network(torch.full((1, 1), vocabulary - 1, device=self.network_device))[0]
-                )
+                last = torch.full((1, 1), vocabulary - 1, device=self.network_device)
+                logits = self.network.logits(self.network(last)[0])
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
         room, context = logits.shape[-1], self.network.context_length
