@@ -177,18 +177,18 @@ def test_without_a_gpu_its_rows_say_so(name, monkeypatch):
 
 
 def test_speed_is_of_the_steps_that_count(monkeypatch):
-    """By a clock that goes on by one at each look, two a step; what comes after the last is not timed."""
+    """By a clock that goes on by one at each look, two a step; what comes after the last turn is not timed."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "WARMUP", 2)
     ticks = iter(range(1000))
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ticks))
-    speed, trainer = gpu.Speed(4), SimpleNamespace(should_stop=False)
-    for index in range(9):
+    speed, trainer = gpu.Speed(4, turns=2), SimpleNamespace(should_stop=False)
+    for index in range(13):
         speed.on_train_batch_start(trainer, None, None, index)
         speed.on_train_batch_end(trainer, None, None, None, index)
-        assert trainer.should_stop is (index >= 5)
-    assert speed.mean() == 7 / 4  # from the look before the first to that after the fourth
-    assert speed.between == 3
+        assert trainer.should_stop is (index >= 9)
+    assert speed.seconds == [7 / 4, 7 / 4]  # from the look before the first step of a turn to that after the fourth
+    assert speed.without == [3 / 4, 3 / 4]
 
 
 def test_operations_of_a_step_are_those_of_its_products(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.text import END, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
-from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy
+from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy, softmax_errors
 from dlref.tasks.language_modelling import NOTHING, Surprise
 
 BYTE = {"kind": "byte", "exact": True}
@@ -488,6 +489,32 @@ def test_the_loss_in_parts_is_torchs_with_its_gradients(monkeypatch, at_once):
         found = 3 * loss(hidden.sin(), weight, torch.randint(7, (9,)))
         found.backward()
         sides.append((found.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(*sides)
+
+
+def test_parts_of_the_loss_have_one_shape_where_a_batch_is_of_the_usual_size(monkeypatch):
+    monkeypatch.setitem(AT_ONCE, "cpu", 1000)
+    seen = []
+    hidden, weight, targets = torch.randn(64, 3), torch.randn(100, 3), torch.randint(100, (64,))
+    linear_cross_entropy(hidden, weight, targets, lambda *parts: seen.append(len(parts[0])) or softmax_errors(*parts))
+    assert seen == [8] * 8  # and not ten at a time, and four
+
+
+def test_a_compiled_network_comes_with_a_compiled_loss(monkeypatch, unchecked):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)  # the network's own is another test's
+    task, batch = model().train(), batch_of("abcdefghijklmnop")
+    task.log = lambda *_, **__: None
+    sides = []
+    for compiled in (False, True):
+        if compiled:
+            task.compile_network, task.prepared = True, False
+            task.trainer = SimpleNamespace(datamodule=SimpleNamespace(**task.known))
+            task.setup("test")
+            assert task.errors is not softmax_errors
+        task.zero_grad()
+        loss = task.training_step(batch, 0)
+        loss.backward()
+        sides.append((loss.detach(), task.network.output.grad.clone()))
     torch.testing.assert_close(*sides)
 
 

@@ -188,7 +188,7 @@ def test_a_rule_is_told_again_only_after_it_ceased(tmp_path, capsys, monkeypatch
 
 
 def test_a_compiled_network_is_not_listened_to_and_that_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
     network = with_(Stack(), bias=-100.0)
     task = classifier(network, compile_network=True)
     trainer(tmp_path, callbacks=[Monitor(1)]).fit(task, datamodule=Bright())

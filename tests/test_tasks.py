@@ -411,6 +411,14 @@ def test_the_average_is_lightning_s_own(tmp_path):
             torch.testing.assert_close(value, theirs[name])
 
 
+@pytest.mark.parametrize(("said", "mode"), [(True, None), ("graphs", "reduce-overhead")])
+def test_launches_are_recorded_where_it_is_asked_for(said, mode, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(options))
+    trainer(tmp_path).test(classifier(compile_network=said), Pixels(), verbose=False)
+    assert seen == [{"mode": mode}]
+
+
 def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
     task = classifier(compile_network=True, channels_last=True)
     assert task.network.c3.weight.is_contiguous(memory_format=torch.channels_last)

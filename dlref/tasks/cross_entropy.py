@@ -3,51 +3,72 @@
 Legend of shapes: N tokens, E width of the network, V tokens of the vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 # Logits at once: what stays in a processor's cache, or is enough to keep a GPU busy.
-AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
+AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 29}
+
+
+def softmax_errors(
+    scores: Float[Tensor, "N V"], targets: Int[Tensor, "N"], tokens: int, exact: torch.dtype
+) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N V"]]:
+    """-log softmax(scores) at the targets, and the gradient to the scores of its sum over `tokens`.
+
+    The scores are overwritten. What is between is of the type `exact`, the gradient of theirs.
+    """
+    reduced, targets = scores.dtype, targets[:, None]
+    scores = scores.to(exact)
+    scores -= scores.amax(1, keepdim=True)
+    at_target = scores.gather(1, targets)
+    whole = scores.exp_().sum(1, keepdim=True)
+    losses = whole.log() - at_target
+    errors = scores.mul_(1 / (whole * tokens)).to(reduced)
+    # The gradient is the probability, less one at the target: found there before it is rounded.
+    return losses, errors.scatter_(1, targets, ((at_target.exp() / whole - 1) / tokens).to(reduced))
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "N E"], weight: Float[Tensor, "V E"], targets: Int[Tensor, "N"]
+    hidden: Float[Tensor, "N E"],
+    weight: Float[Tensor, "V E"],
+    targets: Int[Tensor, "N"],
+    errors: Callable = softmax_errors,
 ) -> Float[Tensor, ""]:
     """The mean of -log softmax(hidden weight^T) at the targets, as `F.cross_entropy` of `F.linear`.
 
     The gradients are found beside the loss, while the logits of a few rows are there (Wijmans et al. 2025, section 4,
-    do so in one kernel).
+    do so in one kernel). `errors` is `softmax_errors`, or what a compiler made of it: it is all memory traffic.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, errors)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor, errors: Callable) -> Tensor:
         kind = hidden.device.type
         reduced = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
             rows, table = hidden.to(reduced), weight.to(reduced)
             of_rows, of_weight = torch.empty_like(rows), torch.zeros_like(weight)
             loss = weight.new_zeros(())
-            step = max(1, AT_ONCE.get(kind, AT_ONCE["cpu"]) // len(weight))
+            step = rows_at_once(len(weight), kind)
             for part, target, place in zip(*(x.split(step) for x in (rows, targets, of_rows)), strict=True):
-                scores = (part @ table.T).to(weight.dtype)
-                scores -= scores.amax(1, keepdim=True)
-                loss -= scores.gather(1, target[:, None]).sum()
-                whole = scores.exp_().sum(1, keepdim=True)
-                loss += whole.log().sum()
-                # d loss / d score is the probability, less one at the target.
-                error = scores.mul_(1 / (whole * len(targets)))
-                error[torch.arange(len(target), device=target.device), target] -= 1 / len(targets)
-                error = error.to(reduced)
+                losses, error = errors(part @ table.T, target, len(targets), weight.dtype)
+                loss += losses.sum()
                 place[:] = error @ table
                 of_weight += error.T @ part
         context.save_for_backward(of_rows.to(hidden.dtype), of_weight)
         return loss / len(targets)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_rows, of_weight = context.saved_tensors
-        return gradient * of_rows, gradient * of_weight, None
+        return gradient * of_rows, gradient * of_weight, None, None
+
+
+def rows_at_once(vocabulary: int, kind: str) -> int:
+    """A power of two, which batches of the usual sizes are a multiple of: all parts are of one shape then."""
+    return 1 << max(0, (AT_ONCE.get(kind, AT_ONCE["cpu"]) // vocabulary).bit_length() - 1)

@@ -21,7 +21,7 @@ from dlref.models.gpt import Past
 from dlref.runtime import UserError
 from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
-from dlref.tasks.cross_entropy import linear_cross_entropy
+from dlref.tasks.cross_entropy import linear_cross_entropy, softmax_errors
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line
@@ -48,6 +48,8 @@ class LanguageModel(Task):
 
     facts = ("vocabulary", "context_length")
     metric = "bits_per_byte"
+    compiled = ("errors",)
+    errors = staticmethod(softmax_errors)
 
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):
         super().__init__(decay_vectors=decay_vectors, **task)
@@ -120,8 +122,9 @@ class LanguageModel(Task):
     def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
         """Cross entropy, over what the network has room for."""
         hidden, _, _ = self.network(batch[:, :-1])
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, batch[:, 1:].flatten())
-        return self.reported(loss, batch[:, 1:].numel())
+        after = batch[:, 1:].flatten()
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.errors)
+        return self.reported(loss, len(after))
 
     def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
         """Nats of every token of a split."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning import LightningModule
@@ -30,7 +31,8 @@ class Task(LightningModule):
         freeze: regular expression; parameters of the network whose names match it from their start stay
             as they are, and norm layers all frozen keep their statistics.
         decay_vectors: False spares biases and norms (every parameter with one axis) from weight decay.
-        compile_network: `torch.compile` the network in place.
+        compile_network: `torch.compile` the network in place, and what a loss has that pays. `graphs` also records
+            as CUDA graphs what it launches: for small networks, whose kernels are done sooner than launched.
     """
 
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
@@ -38,6 +40,8 @@ class Task(LightningModule):
     facts: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
+    # Functions of the loss that are all memory traffic: compiled where the network is.
+    compiled: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class Task(LightningModule):
         weights: str | None = None,
         freeze: str | None = None,
         decay_vectors: bool = True,
-        compile_network: bool = False,
+        compile_network: bool | Literal["graphs"] = False,
     ):
         super().__init__()
         self.network = network
@@ -138,7 +142,10 @@ class Task(LightningModule):
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
-            self.network.compile()  # in place: rebinding would put `_orig_mod.` into every checkpoint key
+            # In place: rebinding would put `_orig_mod.` into every checkpoint key.
+            self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
+            for name in self.compiled:
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def log(self, name: str, value, *arguments, **options) -> None:
         """As Lightning's; what is of a training step only in the steps that are logged, and in the last of an epoch.
