@@ -16,7 +16,7 @@ from dlref.export.measure import processor
 from dlref.export.report import table
 from dlref.run import write_text
 
-PACKAGES = ("torch", "torchvision", "lightning", "onnxruntime", "timm", "transformers", "gluonts")
+PACKAGES = ("torch", "torchvision", "lightning", "onnxruntime", "timm", "transformers", "gluonts", "airbench")
 MARGIN = 0.05
 HEADER = """\
 # Benchmarks

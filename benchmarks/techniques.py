@@ -1,9 +1,9 @@
 """What each technique of a training step gives, with beside without, on this machine.
 
 The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging and no profiler under the
-Trainer; an update of averaged weights, a step of Muon and a language model's loss alone. Steps are those of an epoch
-but the first. Data on the device, static shapes and steps that wait for nothing are how every config is, and have no
-row. What CUDA graphs give is among the figures of a GPU.
+Trainer; an update of averaged weights and a step of Muon alone. Steps are those of an epoch but the first. Data on the
+device, static shapes and steps that wait for nothing are how every config is, and have no row. What CUDA graphs and a
+compiled output layer give is among the figures of a GPU.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,12 @@ from functools import partial
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from benchmarks.overhead import bare_loop, rate, under_trainer
 from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns
 from dlref.models import ResNet
 from dlref.tasks.averaging import Average
-from dlref.tasks.cross_entropy import linear_cross_entropy, softmax_errors
 from dlref.tasks.optimizers import Muon
 
 FUSED = "--model.init_args.optimizer.init_args.fused"
@@ -105,26 +103,6 @@ def muon() -> Rows:
     }
 
 
-def output_layer() -> Rows:
-    """The loss of 2,048 tokens out of 16,384, with its gradients."""
-    hidden, weight = (torch.randn(rows, 192, device=DEVICE, requires_grad=True) for rows in (2048, 16_384))
-    targets = torch.randint(len(weight), (len(hidden),), device=DEVICE)
-    compiled = torch.compile(softmax_errors, dynamic=False)
-    losses = {
-        "own": lambda: linear_cross_entropy(hidden, weight, targets, compiled),
-        "a few rows at a time, not compiled": lambda: linear_cross_entropy(hidden, weight, targets),
-        "all logits at once": lambda: F.cross_entropy(F.linear(hidden, weight), targets),
-    }
-    steps = {side: partial(lambda loss: torch.autograd.grad(loss(), weight)[0], loss) for side, loss in losses.items()}
-    for step in steps.values():
-        torch.testing.assert_close(step(), steps["own"](), rtol=1e-3, atol=1e-5)
-    seconds = in_turns("output layer", steps)
-    return {
-        f"loss of 2,048 tokens out of 16,384, compiled, beside {side}": Row(seconds["own"], seconds[side], "s", side)
-        for side in list(losses)[1:]
-    }
-
-
 BENCHMARKS = {
     "technique-fused": partial(switch, "fused optimiser", FUSED, "lenet5_digits", "deepar_synthetic", "seq2seq_dates"),
     "technique-channels-last": partial(switch, "channels_last", CHANNELS_LAST, "ssd_digit_scenes", "fcn_digit_scenes"),
@@ -132,7 +110,6 @@ BENCHMARKS = {
     "technique-bfloat16": bfloat16,
     "technique-averaging": averaging,
     "technique-muon": muon,
-    "technique-output-layer": output_layer,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
     "technique-logging": partial(

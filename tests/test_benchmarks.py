@@ -189,6 +189,7 @@ def test_speed_is_of_the_steps_that_count(monkeypatch):
         assert trainer.should_stop is (index >= 9)
     assert speed.seconds == [7 / 4, 7 / 4]  # from the look before the first step of a turn to that after the fourth
     assert speed.without == [3 / 4, 3 / 4]
+    assert speed.mean() == 7 / 4
 
 
 def test_operations_of_a_step_are_those_of_its_products(monkeypatch):

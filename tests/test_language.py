@@ -500,22 +500,38 @@ def test_parts_of_the_loss_have_one_shape_where_a_batch_is_of_the_usual_size(mon
     assert seen == [8] * 8  # and not ten at a time, and four
 
 
-def test_a_compiled_network_comes_with_a_compiled_loss(monkeypatch, unchecked):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)  # the network's own is another test's
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *parts: seen.append(f) or f(*parts))
     task, batch = model().train(), batch_of("abcdefghijklmnop")
-    task.log = lambda *_, **__: None
-    sides = []
-    for compiled in (False, True):
-        if compiled:
-            task.compile_network, task.prepared = True, False
-            task.trainer = SimpleNamespace(datamodule=SimpleNamespace(**task.known))
-            task.setup("test")
-            assert task.errors is not softmax_errors
-        task.zero_grad()
-        loss = task.training_step(batch, 0)
-        loss.backward()
-        sides.append((loss.detach(), task.network.output.grad.clone()))
-    torch.testing.assert_close(*sides)
+    task.log, task.compile_network = lambda *_, **__: None, True
+    strategy = SimpleNamespace(root_device=torch.device(kind))
+    data = SimpleNamespace(**task.known)
+    task.trainer = SimpleNamespace(datamodule=data, strategy=strategy, accumulate_grad_batches=1)
+    task.setup("fit")
+    task.training_step(batch, 0)
+    assert seen == [softmax_errors] * (kind == "cuda")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_loss_compiled_is_the_loss(kind, unchecked):
+    scores, targets = torch.randn(8, 40).to(kind), torch.randint(40, (8,))
+    expected = softmax_errors(scores.clone(), targets, torch.float32)
+    found = torch.compile(softmax_errors, dynamic=False)(scores.clone(), targets, torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_gradients_of_the_loss_do_not_vanish_in_float16():
+    """Of tens of thousands of tokens each has a part that float16 cannot hold."""
+    hidden, weight = torch.randn(20_000, 8, requires_grad=True), torch.randn(500, 8)
+    targets = torch.randint(500, (20_000,))
+    with torch.autocast("cpu", torch.float16):
+        found = linear_cross_entropy(hidden, weight, targets)
+    exact = F.cross_entropy(F.linear(hidden, weight), targets)
+    (ours,), (theirs,) = torch.autograd.grad(found, hidden), torch.autograd.grad(exact, hidden)
+    torch.testing.assert_close(ours * 20_000, theirs * 20_000, rtol=2e-2, atol=2e-2)
 
 
 def test_the_gradients_of_the_loss_are_its_differences():

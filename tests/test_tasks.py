@@ -71,10 +71,9 @@ def classifier(network=None, **options):
 
 
 def trainer(tmp_path, **options):
-    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
     return Trainer(
         default_root_dir=tmp_path,
-        accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
@@ -417,6 +416,25 @@ def test_launches_are_recorded_where_it_is_asked_for(said, mode, monkeypatch, tm
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(options))
     trainer(tmp_path).test(classifier(compile_network=said), Pixels(), verbose=False)
     assert seen == [{"mode": mode}]
+
+
+@pytest.mark.gpu
+def test_recorded_launches_train_to_the_same_weights(tmp_path, unchecked):
+    found = []
+    for said in (False, "graphs"):
+        torch.manual_seed(0)
+        task = classifier(compile_network=said)
+        trainer(tmp_path, accelerator="gpu", devices=1, max_epochs=5, callbacks=[EMA(0.5)]).fit(task, Pixels())
+        found.append({name: value.cpu() for name, value in task.network.state_dict().items()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_recorded_launches_are_of_one_batch_a_step(tmp_path):
+    task = classifier(compile_network="graphs")
+    with pytest.raises(UserError, match=r"accumulate_grad_batches 2; expected 1") as error:
+        trainer(tmp_path, accumulate_grad_batches=2).fit(task, Pixels())
+    assert "\n" not in str(error.value)
 
 
 def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):

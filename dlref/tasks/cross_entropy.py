@@ -14,9 +14,9 @@ AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 29}
 
 
 def softmax_errors(
-    scores: Float[Tensor, "N V"], targets: Int[Tensor, "N"], tokens: int, exact: torch.dtype
+    scores: Float[Tensor, "N V"], targets: Int[Tensor, "N"], exact: torch.dtype
 ) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N V"]]:
-    """-log softmax(scores) at the targets, and the gradient to the scores of its sum over `tokens`.
+    """-log softmax(scores) at the targets, and the gradient of its sum to the scores.
 
     The scores are overwritten. What is between is of the type `exact`, the gradient of theirs.
     """
@@ -26,9 +26,9 @@ def softmax_errors(
     at_target = scores.gather(1, targets)
     whole = scores.exp_().sum(1, keepdim=True)
     losses = whole.log() - at_target
-    errors = scores.mul_(1 / (whole * tokens)).to(reduced)
+    errors = scores.mul_(1 / whole).to(reduced)
     # The gradient is the probability, less one at the target: found there before it is rounded.
-    return losses, errors.scatter_(1, targets, ((at_target.exp() / whole - 1) / tokens).to(reduced))
+    return losses, errors.scatter_(1, targets, (at_target.exp() / whole - 1).to(reduced))
 
 
 def linear_cross_entropy(
@@ -56,17 +56,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = weight.new_zeros(())
             step = rows_at_once(len(weight), kind)
             for part, target, place in zip(*(x.split(step) for x in (rows, targets, of_rows)), strict=True):
-                losses, error = errors(part @ table.T, target, len(targets), weight.dtype)
+                losses, error = errors(part @ table.T, target, weight.dtype)
                 loss += losses.sum()
                 place[:] = error @ table
                 of_weight += error.T @ part
         context.save_for_backward(of_rows.to(hidden.dtype), of_weight)
+        context.tokens = len(targets)
         return loss / len(targets)
 
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_rows, of_weight = context.saved_tensors
-        return gradient * of_rows, gradient * of_weight, None, None
+        each = gradient / context.tokens  # not before: in float16 so small a gradient would be zero
+        return each * of_rows, each * of_weight, None, None
 
 
 def rows_at_once(vocabulary: int, kind: str) -> int:

@@ -48,19 +48,20 @@ class LanguageModel(Task):
 
     facts = ("vocabulary", "context_length")
     metric = "bits_per_byte"
-    compiled = ("errors",)
-    errors = staticmethod(softmax_errors)
 
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):
         super().__init__(decay_vectors=decay_vectors, **task)
         self.prompt = prompt
         self.surprise: Surprise | None = None
+        self.errors = softmax_errors
         self.sentence: list[int] = []
 
     def setup(self, stage: str) -> None:
         """What the vocabulary decides, too."""
         super().setup(stage)
         if self.surprise is None:
+            if self.compile_network and self.trainer.strategy.root_device.type == "cuda":  # a processor gains little
+                self.errors = torch.compile(softmax_errors, dynamic=False)
             sizes = torch.tensor([len(spelling) for spelling in self.tokenizer.spelling])
             self.surprise = Surprise(self.known["context_length"], sizes).to(self.device)
 

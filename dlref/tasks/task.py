@@ -31,8 +31,8 @@ class Task(LightningModule):
         freeze: regular expression; parameters of the network whose names match it from their start stay
             as they are, and norm layers all frozen keep their statistics.
         decay_vectors: False spares biases and norms (every parameter with one axis) from weight decay.
-        compile_network: `torch.compile` the network in place, and what a loss has that pays. `graphs` also records
-            as CUDA graphs what it launches: for small networks, whose kernels are done sooner than launched.
+        compile_network: `torch.compile` the network in place. `graphs` also records as CUDA graphs what it launches:
+            for small networks, whose kernels are done sooner than launched.
     """
 
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
@@ -40,8 +40,6 @@ class Task(LightningModule):
     facts: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
-    # Functions of the loss that are all memory traffic: compiled where the network is.
-    compiled: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -142,10 +140,14 @@ class Task(LightningModule):
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
-            # In place: rebinding would put `_orig_mod.` into every checkpoint key.
-            self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
-            for name in self.compiled:
-                setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+            self.compile_in_place()
+
+    def compile_in_place(self) -> None:
+        """Rebinding would put `_orig_mod.` into every checkpoint key."""
+        graphs, batches = self.compile_network == "graphs", self.trainer.accumulate_grad_batches
+        if graphs and batches != 1:  # each graph writes its gradients where those of the batch before lie
+            raise UserError(f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1")
+        self.network.compile(mode="reduce-overhead" if graphs else None)
 
     def log(self, name: str, value, *arguments, **options) -> None:
         """As Lightning's; what is of a training step only in the steps that are logged, and in the last of an epoch.
