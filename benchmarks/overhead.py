@@ -167,6 +167,7 @@ def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict,
     fast_products(torch.device(DEVICE))
     strategy = SimpleNamespace(root_device=torch.device(DEVICE))
     trained = SimpleNamespace(datamodule=data, strategy=strategy, training=True, sanity_checking=False, world_size=1)
+    trained.accumulate_grad_batches = 1
     task.trainer = data.trainer = trained
     task.log = lambda *arguments, **named: None
     data.prepare_data()

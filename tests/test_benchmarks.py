@@ -204,6 +204,15 @@ def test_operations_of_a_step_are_those_of_its_products(monkeypatch):
 # Both sides of a row
 
 
+@pytest.mark.parametrize("compiled", ["true", "graphs"])
+def test_the_bare_loop_compiles_as_the_trainer_does(compiled, monkeypatch, unchecked):
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
+    task, data = overhead.made("lenet5_digits", ("--model.init_args.compile_network", compiled))
+    overhead.bare_loop(task, data, 1, overhead.options("lenet5_digits"))
+    assert seen == [{"mode": "reduce-overhead" if compiled == "graphs" else None}]
+
+
 def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
     """Each alone, and both in turns, over the ends of epochs."""
     said, clock, epoch = overhead.options("lenet5_digits"), overhead.Clock(), ("--data.init_args.batch_size", "200")

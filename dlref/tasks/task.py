@@ -144,8 +144,9 @@ class Task(LightningModule):
 
     def compile_in_place(self) -> None:
         """Rebinding would put `_orig_mod.` into every checkpoint key."""
-        graphs, batches = self.compile_network == "graphs", self.trainer.accumulate_grad_batches
-        if graphs and batches != 1:  # each graph writes its gradients where those of the batch before lie
+        graphs = self.compile_network == "graphs"
+        if graphs and (batches := self.trainer.accumulate_grad_batches) != 1:
+            # Each graph writes its gradients where those of the batch before lie.
             raise UserError(f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1")
         self.network.compile(mode="reduce-overhead" if graphs else None)
 
