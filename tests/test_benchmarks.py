@@ -209,7 +209,7 @@ def test_the_bare_loop_compiles_as_the_trainer_does(compiled, monkeypatch, unche
     seen = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
     task, data = overhead.made("lenet5_digits", ("--model.init_args.compile_network", compiled))
-    overhead.bare_loop(task, data, 1, overhead.options("lenet5_digits"))
+    overhead.bare_loop(task, data, 2, overhead.options("lenet5_digits"))
     assert seen == [{"mode": "reduce-overhead" if compiled == "graphs" else None}]
 
 
