@@ -31,7 +31,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.text import END, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
-from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy, softmax_errors
+from dlref.tasks.cross_entropy import softmax_errors
 from dlref.tasks.language_modelling import NOTHING, Surprise
 
 BYTE = {"kind": "byte", "exact": True}
@@ -479,27 +479,6 @@ def test_the_loss_is_cross_entropy_over_the_window():
     assert task.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 20, 70, 1 << 21])
-def test_the_loss_in_parts_is_torchs_with_its_gradients(monkeypatch, at_once):
-    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
-    sides = []
-    for loss in (linear_cross_entropy, lambda x, w, y: F.cross_entropy(F.linear(x, w), y)):
-        torch.manual_seed(0)
-        hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((9, 5), (7, 5)))
-        found = 3 * loss(hidden.sin(), weight, torch.randint(7, (9,)))
-        found.backward()
-        sides.append((found.detach(), hidden.grad, weight.grad))
-    torch.testing.assert_close(*sides)
-
-
-def test_parts_of_the_loss_have_one_shape_where_a_batch_is_of_the_usual_size(monkeypatch):
-    monkeypatch.setitem(AT_ONCE, "cpu", 1000)
-    seen = []
-    hidden, weight, targets = torch.randn(64, 3), torch.randn(100, 3), torch.randint(100, (64,))
-    linear_cross_entropy(hidden, weight, targets, lambda *parts: seen.append(len(parts[0])) or softmax_errors(*parts))
-    assert seen == [8] * 8  # and not ten at a time, and four
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
@@ -513,43 +492,6 @@ def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatc
     task.setup("fit")
     task.training_step(batch, 0)
     assert seen == [softmax_errors] * (kind == "cuda")
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_loss_compiled_is_the_loss(kind, unchecked):
-    scores, targets = torch.randn(8, 40).to(kind), torch.randint(40, (8,))
-    expected = softmax_errors(scores.clone(), targets, torch.float32)
-    found = torch.compile(softmax_errors, dynamic=False)(scores.clone(), targets, torch.float32)
-    torch.testing.assert_close(found, expected)
-
-
-def test_the_gradients_of_the_loss_do_not_vanish_in_float16():
-    """Of tens of thousands of tokens each has a part that float16 cannot hold."""
-    hidden, weight = torch.randn(20_000, 8, requires_grad=True), torch.randn(500, 8)
-    targets = torch.randint(500, (20_000,))
-    with torch.autocast("cpu", torch.float16):
-        found = linear_cross_entropy(hidden, weight, targets)
-    exact = F.cross_entropy(F.linear(hidden, weight), targets)
-    (ours,), (theirs,) = torch.autograd.grad(found, hidden), torch.autograd.grad(exact, hidden)
-    torch.testing.assert_close(ours * 20_000, theirs * 20_000, rtol=2e-2, atol=2e-2)
-
-
-def test_the_gradients_of_the_loss_are_its_differences():
-    hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((6, 3), (4, 3)))
-    targets = torch.randint(4, (6,))
-    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets), (hidden, weight))
-
-
-def test_the_loss_in_parts_is_torchs_in_half_precision():
-    hidden, weight = torch.randn(50, 32), torch.randn(40, 32, requires_grad=True)
-    targets = torch.randint(40, (50,))
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, targets)
-        theirs = F.cross_entropy(F.linear(hidden, weight), targets)
-    (of_ours,), (of_theirs,) = torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(of_ours, of_theirs, rtol=2e-2, atol=2e-3)
 
 
 def test_hidden_matrices_tables_and_vectors_are_apart():

@@ -143,7 +143,7 @@ class Task(LightningModule):
             self.compile_in_place()
 
     def compile_in_place(self) -> None:
-        """Rebinding would put `_orig_mod.` into every checkpoint key."""
+        """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""
         graphs = self.compile_network == "graphs"
         if graphs and (batches := self.trainer.accumulate_grad_batches) != 1:
             # Each graph writes its gradients where those of the batch before lie.
