@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scaling
-from benchmarks.scaling import Case, Line, Sweep, kept
+from benchmarks.scaling import cases, measure, page, sweeps
+from benchmarks.scaling.measure import Case, Line, Sweep, kept
 from dlref.models import ResNet
 from dlref.tasks.task import freeze
 
@@ -43,72 +43,72 @@ def test_counting_changes_no_gradient():
 @pytest.mark.parametrize("power", [0, 0.5, 1, 2])
 def test_the_slope_of_a_power_is_its_exponent(power):
     sizes = [1, 2, 4, 8, 16]
-    assert scaling.slope(sizes, [3 * x**power for x in sizes]) == pytest.approx(power)
+    assert page.slope(sizes, [3 * x**power for x in sizes]) == pytest.approx(power)
 
 
 def test_small_sizes_have_no_part_in_the_slope():
-    assert scaling.slope([1, 2, 4, 8, 16], [70, 80, 4, 8, 16]) == pytest.approx(1)
+    assert page.slope([1, 2, 4, 8, 16], [70, 80, 4, 8, 16]) == pytest.approx(1)
 
 
 def test_the_formula_counts_the_operations_of_gpt():
     torch.manual_seed(0)
-    case = scaling.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=256, written_out=True)
+    case = cases.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=256, written_out=True)
     # The fused kernel computes the scores once more on the way back, and is not counted on a CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         case.step()
-    assert scaling.gpt_flops(2 * 128, 128, 2, 128, 256) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cases.gpt_flops(2 * 128, 128, 2, 128, 256) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_the_formula_counts_what_gpt_keeps():
     for choices in ({}, {"whole": True}, {"written_out": True}):
-        case = scaling.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=512, **choices)
-        assert scaling.gpt_bytes(2 * 128, 128, 2, 128, 512, **choices) == pytest.approx(kept(case), rel=0.1)
+        case = cases.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=512, **choices)
+        assert cases.gpt_bytes(2 * 128, 128, 2, 128, 512, **choices) == pytest.approx(kept(case), rel=0.1)
 
 
 def test_twice_the_batch_keeps_twice_as_much():
     network = ResNet(18)
-    one, two, three = (kept(scaling.images(network, batch, 64, "cpu")) for batch in (1, 2, 3))
+    one, two, three = (kept(cases.images(network, batch, 64, "cpu")) for batch in (1, 2, 3))
     assert three - two == two - one
     # What does not grow: a mean and a deviation for each channel of a norm, and over how much the loss is a mean.
     channels = sum(layer.num_features for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
     assert 2 * one - two == 4 * (2 * channels + 1)
-    assert one == pytest.approx(scaling.map_bytes(18, 64), rel=0.2)
+    assert one == pytest.approx(cases.map_bytes(18, 64), rel=0.2)
 
 
 def test_maps_and_operations_grow_with_the_picture():
-    assert scaling.map_bytes(18, 128) == 4 * scaling.map_bytes(18, 64)
-    assert scaling.forward_flops(50, 224) == pytest.approx(2 * 4.1, rel=0.02)  # table 1 of the paper has 3.8
+    assert cases.map_bytes(18, 128) == 4 * cases.map_bytes(18, 64)
+    assert cases.forward_flops(50, 224) == pytest.approx(2 * 4.1, rel=0.02)  # table 1 of the paper has 3.8
 
 
 def test_loss_in_parts_keeps_no_logits():
-    plain, parts = (scaling.gpt(4, 64, "cpu", 1, 64, 4096, whole=whole) for whole in (True, False))
+    plain, parts = (cases.gpt(4, 64, "cpu", 1, 64, 4096, whole=whole) for whole in (True, False))
     logits, gradient = 4 * 4 * 64 * 4096, 4 * 4096 * 64
     hidden = 4 * 4 * 64 * 64
     assert kept(plain) - kept(parts) == pytest.approx(logits - gradient, abs=2 * hidden)
 
 
 def test_no_weights_of_the_attention_are_kept():
-    one, two = (kept(scaling.gpt(1, context, "cpu", 1, 64, 64)) for context in (256, 512))
+    one, two = (kept(cases.gpt(1, context, "cpu", 1, 64, 64)) for context in (256, 512))
     assert two < 2 * one
-    written_out = kept(scaling.gpt(1, 512, "cpu", 1, 64, 64, written_out=True))
+    written_out = kept(cases.gpt(1, 512, "cpu", 1, 64, 64, written_out=True))
     assert written_out - two == pytest.approx(4 * 512**2, rel=0.1)
 
 
 def test_frozen_layers_keep_nothing():
     network = ResNet(18)
-    whole = kept(scaling.images(network, 2, 64, "cpu"))
+    whole = kept(cases.images(network, 2, 64, "cpu"))
     freeze(network, "conv1|bn1|layer[123]")
-    assert kept(scaling.images(network, 2, 64, "cpu")) < whole / 5
+    assert kept(cases.images(network, 2, 64, "cpu")) < whole / 5
 
 
 def test_adam_holds_sixteen_bytes_a_parameter():
-    case = scaling.with_adam(stack(2))
+    case = cases.with_adam(stack(2))
     case.step()
     assert case.stands() == 16 * sum(p.numel() for p in case.network.parameters())
 
 
 def test_a_hundred_times_the_series_are_a_hundred_times_the_bytes():
-    few, many = (scaling.many_series(number, "cpu", batch=4) for number in (100, 1000))
+    few, many = (cases.many_series(number, "cpu", batch=4) for number in (100, 1000))
     assert many.stands() == pytest.approx(10 * few.stands(), rel=0.001)
     many.step()
     assert kept(many) == pytest.approx(kept(few), rel=0.01)
@@ -116,12 +116,12 @@ def test_a_hundred_times_the_series_are_a_hundred_times_the_bytes():
 
 def test_attention_of_sentences_keeps_products_of_lengths():
     for attention in ("general", "mlp"):
-        case = scaling.seq2seq(2, 64, "cpu", attention)
-        assert 2 * scaling.seq2seq_bytes(64, attention) == pytest.approx(kept(case), rel=0.15)
+        case = cases.seq2seq(2, 64, "cpu", attention)
+        assert 2 * cases.seq2seq_bytes(64, attention) == pytest.approx(kept(case), rel=0.15)
 
 
 def test_every_sweep_begins():
-    for name, sweep in scaling.sweeps("cpu").items():
+    for name, sweep in sweeps.sweeps("cpu").items():
         assert 4 <= len(sweep.sizes) <= 6, name
         assert sweep.sizes == sorted(sweep.sizes)
         for line in sweep.lines:
@@ -133,7 +133,7 @@ def test_a_sweep_is_measured_drawn_and_written(tmp_path):
         return stack(rows)
 
     lines = [Line("one", made_up, (1, 1)), Line("no time", made_up, (None, 1), memory=lambda size: 32 * size)]
-    found = scaling.measured(Sweep("a stack", "rows", [1, 2, 4, 8], "∝ rows", lines), "a stack", "cpu", turns=1)
+    found = measure.measured(Sweep("a stack", "rows", [1, 2, 4, 8], "∝ rows", lines), "a stack", "cpu", turns=1)
     assert found["lines"]["one"]["bytes"] == [32, 64, 128, 256] == found["lines"]["no time"]["paper_memory"]
     assert found["lines"]["no time"]["seconds"] is None
     whole = {
@@ -146,9 +146,9 @@ def test_a_sweep_is_measured_drawn_and_written(tmp_path):
         "sweeps": {"rows": found},
         "levers": {"a stack": {"as it comes": {"seconds": [1.0], "bytes": 10}, "half": {"seconds": [0.5], "bytes": 5}}},
     }
-    page = "before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n"
-    (tmp_path / "scaling.md").write_text(page)
-    scaling.write(whole, tmp_path)
+    before = "before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n"
+    (tmp_path / "scaling.md").write_text(before)
+    page.write(whole, tmp_path)
     text = (tmp_path / "scaling.md").read_text()
     assert text.startswith("before\n<!-- measured -->\n")
     assert text.endswith("\n<!-- /measured -->\nafter\n")
@@ -157,21 +157,21 @@ def test_a_sweep_is_measured_drawn_and_written(tmp_path):
     assert "old" not in text
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"scaling.png", "scaling-memory.png"}
     with pytest.raises(ValueError, match="once"):
-        scaling.put_between("no marks", "")
+        page.put_between("no marks", "")
 
 
 def test_lists_of_numbers_are_lines():
-    assert scaling.lines_of({"a": [[1, 2], [3.5]]}) == '{\n "a": [\n  [1, 2],\n  [3.5]\n ]\n}\n'
+    assert page.lines_of({"a": [[1, 2], [3.5]]}) == '{\n "a": [\n  [1, 2],\n  [3.5]\n ]\n}\n'
 
 
 def test_less_precision_keeps_less():
-    case = scaling.gpt(4, 128, "cpu", 2, 64, 256)
-    assert kept(scaling.halved(case, "cpu")) < 0.9 * kept(case)
+    case = cases.gpt(4, 128, "cpu", 2, 64, 256)
+    assert kept(cases.halved(case, "cpu")) < 0.9 * kept(case)
 
 
 def test_both_losses_are_the_same():
     torch.manual_seed(0)
-    whole = scaling.gpt(2, 32, "cpu", 1, 64, 128, whole=True)
+    whole = cases.gpt(2, 32, "cpu", 1, 64, 128, whole=True)
     torch.manual_seed(0)
-    parts = scaling.gpt(2, 32, "cpu", 1, 64, 128, written_out=True)
+    parts = cases.gpt(2, 32, "cpu", 1, 64, 128, written_out=True)
     torch.testing.assert_close(whole.loss(), parts.loss())

@@ -1,0 +1,1 @@
+"""What grows how, on paper and measured: docs/scaling.md is written by `python -m benchmarks.scaling`."""
