@@ -14,8 +14,7 @@ def slope(sizes: list[float], values: list[float]) -> float:
     """The exponent of the power through the upper half of the sizes: least squares over the logarithms."""
     half = len(sizes) // 2
     xs, ys = ([math.log(max(v, 1e-12)) for v in part[half:]] for part in (sizes, values))
-    middle, height = statistics.mean(xs), statistics.mean(ys)
-    return sum((x - middle) * (y - height) for x, y in zip(xs, ys, strict=True)) / sum((x - middle) ** 2 for x in xs)
+    return statistics.linear_regression(xs, ys).slope
 
 
 def exponent(sizes: list[float], values: list[float] | None, large: float | None = None) -> str:

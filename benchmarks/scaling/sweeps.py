@@ -83,19 +83,13 @@ def of_texts(many: int, device: str) -> dict[str, Sweep]:
             "time 6 N T + 12 L E T²; memory ∝ T, with all weights of the attention ∝ T²",
             [
                 Line(
-                    "fused attention",
-                    lambda size: gpt(many, size, device),
-                    (2, 1),
+                    name,
+                    lambda size, out=out: gpt(many, size, device, written_out=out),
+                    (2, 2 if out else 1),
                     lambda size: gpt_flops(size, size, 3, 192, 4096),
-                    lambda size: gpt_bytes(many * size, size, 3, 192, 4096),
-                ),
-                Line(
-                    "written out",
-                    lambda size: gpt(many, size, device, written_out=True),
-                    (2, 2),
-                    lambda size: gpt_flops(size, size, 3, 192, 4096),
-                    lambda size: gpt_bytes(many * size, size, 3, 192, 4096, written_out=True),
-                ),
+                    lambda size, out=out: gpt_bytes(many * size, size, 3, 192, 4096, written_out=out),
+                )
+                for name, out in (("fused attention", False), ("written out", True))
             ],
         ),
         "width": Sweep(
@@ -125,19 +119,13 @@ def of_texts(many: int, device: str) -> dict[str, Sweep]:
             "time ∝ V; memory of all logits ∝ B T V, in parts only the gradient of the output layer: E V",
             [
                 Line(
-                    "loss in parts",
-                    lambda size: gpt(8 * many, context, device, 1, width, size),
+                    name,
+                    lambda size, whole=whole: gpt(8 * many, context, device, 1, width, size, whole=whole),
                     (1, 1),
                     lambda size: gpt_flops(8 * many * context, context, 1, width, size),
-                    lambda size: gpt_bytes(8 * many * context, context, 1, width, size),
-                ),
-                Line(
-                    "all logits",
-                    lambda size: gpt(8 * many, context, device, 1, width, size, whole=True),
-                    (1, 1),
-                    lambda size: gpt_flops(8 * many * context, context, 1, width, size),
-                    lambda size: gpt_bytes(8 * many * context, context, 1, width, size, whole=True),
-                ),
+                    lambda size, whole=whole: gpt_bytes(8 * many * context, context, 1, width, size, whole=whole),
+                )
+                for name, whole in (("loss in parts", False), ("all logits", True))
             ],
         ),
     }
