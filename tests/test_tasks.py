@@ -1,13 +1,14 @@
 """Losses, metrics, schedules, transfer and what a task remembers, against libraries and by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from safetensors.torch import save_file
 from sklearn import metrics as sklearn_metrics
 from torch import nn
@@ -19,6 +20,7 @@ from dlref.models import CifarResNet, LeNet5
 from dlref.runtime import UserError
 from dlref.runtime.images import centre
 from dlref.tasks import EMA, ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
+from dlref.tasks.averaging import Average
 from dlref.tasks.task import freeze
 from dlref.tasks.weights import load_weights
 
@@ -105,6 +107,20 @@ def test_smoothing_with_class_weights_waits_for_no_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([], "class_weights has 0 factors; expected 3"),
+        ([1.0, -1.0, 1.0], "expected factors of 0 or more"),
+        ([1.0, math.nan, 1.0], "expected factors of 0 or more"),
+        ([0.0, 0.0, 0.0], "and not all 0"),
+    ],
+)
+def test_class_weights_that_are_no_factors_are_refused(weights, message):
+    with pytest.raises(UserError, match=message):
+        classifier(class_weights=weights).check()
 
 
 def test_several_labels_are_independent_binary_cross_entropies():
@@ -391,16 +407,25 @@ def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
     assert not torch.equal(saved, last[-2])
 
 
-def test_the_average_is_lightning_s_own(tmp_path):
-    """In three epochs of which the second is resumed; buffers of batch norm too."""
+def test_the_average_is_lightning_s_with_its_bias_corrected(tmp_path):
+    """In three epochs of which the last is resumed; buffers of batch norm too."""
+
+    class Theirs(EMAWeightAveraging):
+        def __init__(self):
+            WeightAveraging.__init__(self, use_buffers=True, avg_fn=corrected)
+            self.update_every_n_steps, self.update_starting_at_step, self.update_starting_at_epoch = 2, None, None
+
+    def corrected(average, now, count):
+        return average + (now - average) * 0.1 / (1 - 0.9 ** (count + 1))
+
     found = []
-    for average in (EMA, EMAWeightAveraging):
+    for average in (partial(EMA, decay=0.9, update_every_n_steps=2), Theirs):
         torch.manual_seed(0)
         task, folder = classifier(network=nn.Sequential(nn.Flatten(), nn.Linear(1024, 3), nn.BatchNorm1d(3))), tmp_path
-        fitted = trainer(folder, max_epochs=2, callbacks=[average(decay=0.9, update_every_n_steps=2)])
+        fitted = trainer(folder, max_epochs=2, callbacks=[average()])
         fitted.fit(task, datamodule=Pixels())
         fitted.save_checkpoint(folder / "a.ckpt", weights_only=False)
-        again = trainer(folder, max_epochs=3, callbacks=[average(decay=0.9, update_every_n_steps=2)])
+        again = trainer(folder, max_epochs=3, callbacks=[average()])
         again.fit(task, datamodule=Pixels(), ckpt_path=folder / "a.ckpt", weights_only=True)
         found.append({name: value.clone() for name, value in task.network.state_dict().items()})
     ours, theirs = found
@@ -408,6 +433,18 @@ def test_the_average_is_lightning_s_own(tmp_path):
     for name, value in ours.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, theirs[name])
+
+
+def test_each_update_weighs_by_its_age():
+    weight = nn.Linear(1, 1, bias=False)
+    average = Average(weight, decay=0.9, device=torch.device("cpu"))
+    values = [1.0, 2.0, 4.0, 8.0]
+    for value in values:
+        nn.init.constant_(weight.weight, value)
+        average.update_parameters(weight)
+    weights = [0.9**age for age in (3, 2, 1, 0)]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert average.module.weight.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("said", "mode"), [(True, None), ("graphs", "reduce-overhead")])
