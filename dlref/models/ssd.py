@@ -5,13 +5,13 @@ Detector", ECCV 2016.
 arXiv version's footnote 5). `SSDResNet` has the base of NVIDIA's DeepLearningExamples: a ResNet to its third stage,
 which keeps the resolution of the second, and batch norm in the extra layers.
 
-A network answers the raw heads, in training and in evaluation: for each default box the offsets of a box and the
+A network returns the raw heads, in training and in evaluation: for each default box the offsets of a box and the
 logits of its class. Matching, loss and detections are the task's. The background is class 0, as in the paper.
 
 Legend of shapes: B batch, C channels, H W height and width, N default boxes, K classes, background aside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import sqrt
 from typing import Literal
@@ -67,6 +67,8 @@ class Layout:
         return torch.cat(found)
 
 
+# At 300 pixels the scales are the paper's for COCO (section 3.4), as torchvision and NVIDIA have them; at 512 those for
+# VOC (section 3.1). configs/ssd300_vgg16_voc.yaml has VOC's for 300.
 LAYOUTS = {
     # Neither paper's nor published: for pictures that a CPU learns from in minutes.
     96: Layout(
@@ -227,9 +229,13 @@ class SSD(nn.Module):
     class_layers = ("head.classification_head",)
     base = "backbone.features."
 
-    def __init__(self, backbone: nn.Module, size: int, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, size: int, num_classes: int, scales: list[float] | None = None) -> None:
         super().__init__()
         layout = LAYOUTS[size]
+        if scales is not None:
+            if len(scales) != len(layout.scales) or min(scales) <= 0:
+                raise ValueError(f"scales {scales}: expected {len(layout.scales)} numbers above 0 at {size} pixels")
+            layout = replace(layout, scales=tuple(scales))
         self.size = size
         self.backbone = backbone
         self.head = nn.ModuleDict(
@@ -256,13 +262,14 @@ class SSDVGG16(SSD):
     Args:
         num_classes: K.
         size: side of the images, in pixels.
+        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted.
 
     Raises:
-        ValueError: `size` is neither 300 nor 512.
+        ValueError: `size` is neither 300 nor 512, or `scales` are not one more than there are maps.
     """
 
-    def __init__(self, num_classes: int = 20, size: Literal[300, 512] = 300) -> None:
-        super().__init__(VGGFeatures(size), size, num_classes)
+    def __init__(self, num_classes: int = 20, size: Literal[300, 512] = 300, scales: list[float] | None = None) -> None:
+        super().__init__(VGGFeatures(size), size, num_classes, scales)
 
 
 class SSDResNet(SSD):
@@ -272,15 +279,21 @@ class SSDResNet(SSD):
         depth: of the ResNet.
         num_classes: K.
         size: side of the images, in pixels; 96 has 866 default boxes.
+        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted.
 
     Raises:
-        ValueError: no ResNet has this depth, or `size` is none of those listed.
+        ValueError: no ResNet has this depth, `size` is none of those listed, or `scales` are not one more than there
+            are maps.
     """
 
     def __init__(
-        self, depth: Literal[18, 34, 50, 101, 152] = 50, num_classes: int = 20, size: Literal[96, 300, 512] = 300
+        self,
+        depth: Literal[18, 34, 50, 101, 152] = 50,
+        num_classes: int = 20,
+        size: Literal[96, 300, 512] = 300,
+        scales: list[float] | None = None,
     ) -> None:
-        super().__init__(ResNetFeatures(depth, size), size, num_classes)
+        super().__init__(ResNetFeatures(depth, size), size, num_classes, scales)
 
 
 def _extra(
