@@ -32,7 +32,7 @@ from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs
 from dlref.data.loader import SplitData
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.tasks import EMA
-from dlref.tasks.cross_entropy import linear_cross_entropy, softmax_errors
+from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.task import Task
 
 TURNS, WARMUP, SIDE = 3, 20, 8192
@@ -202,15 +202,15 @@ def output_layer() -> Rows:
     wanted()
     hidden, weight = (torch.randn(rows, 768, device=DEVICE, requires_grad=True) for rows in (65_536, 50_304))
     targets = torch.randint(len(weight), (len(hidden),), device=DEVICE)
-    compiled = torch.compile(softmax_errors, dynamic=False)
+    compiled = torch.compile(nll_and_gradient, dynamic=False)
 
-    def gradients(errors: Callable) -> None:
+    def gradients(row_step: Callable) -> None:
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = linear_cross_entropy(hidden, weight, targets, errors)
+            loss = linear_cross_entropy(hidden, weight, targets, row_step)
         torch.autograd.grad(loss, (hidden, weight))
 
     seconds = in_turns(
-        "output layer", {"own": partial(gradients, compiled), "peer": partial(gradients, softmax_errors)}
+        "output layer", {"own": partial(gradients, compiled), "peer": partial(gradients, nll_and_gradient)}
     )
     return {
         "the output layer's loss and gradients, compiled": Row(seconds["own"], seconds["peer"], "s", "not compiled")

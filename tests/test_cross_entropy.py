@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy, softmax_errors
+from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy, nll_and_gradient
 
 
 @pytest.mark.parametrize("at_once", [1, 20, 70, 1 << 21])
@@ -24,15 +24,15 @@ def test_parts_of_the_loss_have_one_shape_where_a_batch_is_of_the_usual_size(mon
     monkeypatch.setitem(AT_ONCE, "cpu", 1000)
     seen = []
     hidden, weight, targets = torch.randn(64, 3), torch.randn(100, 3), torch.randint(100, (64,))
-    linear_cross_entropy(hidden, weight, targets, lambda *parts: seen.append(len(parts[0])) or softmax_errors(*parts))
+    linear_cross_entropy(hidden, weight, targets, lambda *parts: seen.append(len(parts[0])) or nll_and_gradient(*parts))
     assert seen == [8] * 8  # and not ten at a time, and four
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_the_loss_compiled_is_the_loss(kind, unchecked):
     scores, targets = torch.randn(8, 40).to(kind), torch.randint(40, (8,))
-    expected = softmax_errors(scores.clone(), targets, torch.float32)
-    found = torch.compile(softmax_errors, dynamic=False)(scores.clone(), targets, torch.float32)
+    expected = nll_and_gradient(scores.clone(), targets, torch.float32)
+    found = torch.compile(nll_and_gradient, dynamic=False)(scores.clone(), targets, torch.float32)
     torch.testing.assert_close(found, expected)
 
 

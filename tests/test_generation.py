@@ -220,7 +220,7 @@ def test_pieces_are_the_answer():
 def test_every_token_of_a_window_surprises_as_it_should(batch):
     made, graph = runner(batch=batch)
     tokens = np.random.default_rng(0).integers(4, 260, (5, 12))
-    found = made.surprise(tokens)
+    found = made.nll(tokens)
     base = np.log(np.exp(1) + len(BYTES) - 1)
     for row, nats in zip(tokens, found, strict=True):
         right = [follower(row[: t + 1]) == row[t + 1] for t in range(11)]
@@ -231,17 +231,17 @@ def test_every_token_of_a_window_surprises_as_it_should(batch):
 def test_logits_of_many_windows_are_asked_for_in_turns(monkeypatch):
     made, graph = runner()
     tokens = np.random.default_rng(0).integers(4, 260, (5, 13))
-    together = made.surprise(tokens)
+    together = made.nll(tokens)
     monkeypatch.setattr(language, "LOGITS", 2 * 6 * len(BYTES))
     graph.calls.clear()
-    np.testing.assert_array_equal(made.surprise(tokens), together)
+    np.testing.assert_array_equal(made.nll(tokens), together)
     assert [rows for rows, _ in graph.calls] == [2, 2, 2, 2, 1, 1]
 
 
 def test_every_token_surprises_a_graph_of_fixed_shapes_too():
     tokens = np.random.default_rng(0).integers(4, 260, (3, 7))
     fixed, free = runner(new=1, past=16, batch=1)[0], runner()[0]
-    np.testing.assert_allclose(fixed.surprise(tokens), free.surprise(tokens))
+    np.testing.assert_allclose(fixed.nll(tokens), free.nll(tokens))
 
 
 GOOD = {"inputs": "a", "parameters": {"max_new_tokens": 2, "temperature": 0, "stop": ["zz"], "seed": 3}}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from dlref.models import GPT
-from dlref.models.gpt import Past, softmax_of, turned, waves
+from dlref.models.gpt import Past, apply_rotary, sinusoids, softmax_of
 from dlref.runtime import UserError
 from dlref.tasks.weights import load_weights
 
@@ -180,24 +180,25 @@ def test_rotary_positions_are_llamas():
     config = LlamaConfig(hidden_size=24, num_attention_heads=3, head_dim=8, max_position_embeddings=9)
     cosine, sine = LlamaRotaryEmbedding(config)(query, torch.arange(9)[None])
     for ours, theirs in zip((query, key), apply_rotary_pos_emb(query, key, cosine, sine), strict=True):
-        torch.testing.assert_close(turned(ours, waves(9, 8)), theirs)
+        torch.testing.assert_close(apply_rotary(ours, sinusoids(9, 8)), theirs)
 
 
 def test_rotary_scores_depend_on_distances_alone():
     query, key = torch.randn(2, 1, 1, 1, 8)
-    turns = waves(50, 8)
+    turns = sinusoids(50, 8)
     scores = [
-        (turned(query, turns[i : i + 1]) * turned(key, turns[j : j + 1])).sum() for i, j in ((5, 2), (33, 30), (49, 46))
+        (apply_rotary(query, turns[i : i + 1]) * apply_rotary(key, turns[j : j + 1])).sum()
+        for i, j in ((5, 2), (33, 30), (49, 46))
     ]
     torch.testing.assert_close(scores, [scores[0]] * 3, rtol=1e-4, atol=1e-5)
-    further = (turned(query, turns[5:6]) * turned(key, turns[3:4])).sum()
+    further = (apply_rotary(query, turns[5:6]) * apply_rotary(key, turns[3:4])).sum()
     assert (scores[0] - further).abs() > 1e-3
 
 
 @pytest.mark.parametrize("width", [6, 7])
 def test_sinusoidal_positions_are_the_papers(width):
     """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d)), PE(pos, 2i + 1) the cosine; here sines come first."""
-    found = waves(20, width)
+    found = sinusoids(20, width)
     for i in range(-(-width // 2)):
         angle = torch.arange(20.0) / 10_000 ** (2 * i / width)
         torch.testing.assert_close(found[:, i], angle.sin(), rtol=1e-4, atol=1e-5)

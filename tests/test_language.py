@@ -31,8 +31,8 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.text import END, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
-from dlref.tasks.cross_entropy import softmax_errors
-from dlref.tasks.language_modelling import NOTHING, Surprise
+from dlref.tasks.cross_entropy import nll_and_gradient
+from dlref.tasks.language_modelling import IGNORE, TokenNLL
 
 BYTE = {"kind": "byte", "exact": True}
 KINDS = ("byte", "character", "bpe")
@@ -278,7 +278,7 @@ def test_windows_cover_every_token_once(tmp_path):
     batch = torch.cat(list(data.val_dataloader()))
     assert len(batch) == len(data.val_dataloader().dataset)
     after = batch[:, 1:]
-    assert torch.equal(after[after != NOTHING], tokens[1:])
+    assert torch.equal(after[after != IGNORE], tokens[1:])
     assert torch.equal(batch[1:, 0], batch[:-1, -1])
 
 
@@ -379,7 +379,7 @@ def test_files_of_tokens_stay_on_the_disk(tmp_path):
     np.arange(4, 204, dtype=np.uint16).tofile(tmp_path / "train.bin")
     tokens = open_tokens(tmp_path / "train.bin", make_tokenizer(BYTE))
     assert tokens.dtype == torch.uint16
-    assert Windows(tokens, 3)[torch.tensor([5, 198])].tolist() == [[9, 10, 11, 12], [202, 203, NOTHING, NOTHING]]
+    assert Windows(tokens, 3)[torch.tensor([5, 198])].tolist() == [[9, 10, 11, 12], [202, 203, IGNORE, IGNORE]]
 
 
 @pytest.mark.parametrize(
@@ -446,25 +446,25 @@ def model(network=None, **task):
 
 def batch_of(*texts, width=17):
     rows = [[END, *make_tokenizer(BYTE).encode(text)][:width] for text in texts]
-    return torch.tensor([row + [NOTHING] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])
 
 
 def test_bits_per_byte_can_be_read_off():
     """Where every token is as likely, a byte takes log2 of how many there are; the end of a text is no byte."""
     task = model()
     nn.init.zeros_(task.network.wte.weight)
-    task.surprise = Surprise(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
+    task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
     task.evaluation_step(batch_of("abc", "de"))
-    found = task.surprise.compute()
+    found = task.nll.compute()
     assert found["bits_per_byte"] == pytest.approx(math.log2(260))
     assert found["loss"] == pytest.approx(math.log(260))
     assert found["perplexity"] == pytest.approx(260)
-    torch.testing.assert_close(task.surprise.by_position(), torch.full((3,), math.log(260)))
+    torch.testing.assert_close(task.nll.by_position(), torch.full((3,), math.log(260)))
 
 
 def test_bits_per_byte_do_not_depend_on_what_a_token_is():
-    metric = Surprise(2, torch.tensor([0, 1, 4]))
-    metric.update(torch.tensor([[3.0, 5.0], [1.0, 9.0]]), torch.tensor([[1, 2], [0, NOTHING]]))
+    metric = TokenNLL(2, torch.tensor([0, 1, 4]))
+    metric.update(torch.tensor([[3.0, 5.0], [1.0, 9.0]]), torch.tensor([[1, 2], [0, IGNORE]]))
     found = metric.compute()
     assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / 5)
     assert found["loss"] == pytest.approx(3.0)
@@ -491,7 +491,7 @@ def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatc
     task.trainer = SimpleNamespace(datamodule=data, strategy=strategy, accumulate_grad_batches=1)
     task.setup("fit")
     task.training_step(batch, 0)
-    assert seen == [softmax_errors] * (kind == "cuda")
+    assert seen == [nll_and_gradient] * (kind == "cuda")
 
 
 def test_hidden_matrices_tables_and_vectors_are_apart():
@@ -597,13 +597,13 @@ def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
 def test_the_runner_is_as_surprised_as_the_task(exported):
     task, served, _, path = exported
     batch = batch_of("abcdefghijklmnopq", "xyz", "über")
-    task.surprise = Surprise(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
+    task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
     with torch.no_grad():
         task.evaluation_step(batch)
-    expected = task.surprise.compute()["bits_per_byte"].item()
+    expected = task.nll.compute()["bits_per_byte"].item()
     for one in runners(served, path):
         assert task.evaluate(one, [batch]) == pytest.approx(expected, rel=1e-4)
-    assert task.lost(2.0, 2.1) == pytest.approx(5)
+    assert task.degradation(2.0, 2.1) == pytest.approx(5)
 
 
 def test_weights_are_quantised_and_attention_is_not(exported, tmp_path):

@@ -16,7 +16,7 @@ from dlref.tasks.multibox import Detections, decode, encode, match, multibox_los
 QUARTERS = torch.tensor(
     [[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.25, 0.75, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]
 )
-NOTHING = [0.0, 0.0, 0.0, 0.0]
+NO_BOX = [0.0, 0.0, 0.0, 0.0]
 
 
 def some_boxes(*shape):
@@ -68,7 +68,7 @@ def test_no_offset_decodes_to_infinity():
 
 
 def test_matching_by_hand():
-    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.55, 0.0, 1.0, 0.4], NOTHING]])
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.55, 0.0, 1.0, 0.4], NO_BOX]])
     labels = torch.tensor([[3, 1, -1]])
     # The first box is the first quarter. The second overlaps the second quarter by 0.18 of 0.25.
     assert match(boxes, labels, QUARTERS, 0.5).tolist() == [[0, 1, -1, -1]]
@@ -81,7 +81,7 @@ def test_a_box_that_overlaps_little_still_gets_its_best_default_box():
 
 
 def test_of_two_boxes_with_one_best_default_box_the_later_gets_it():
-    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4], NOTHING]])
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4], NO_BOX]])
     assert match(boxes, torch.tensor([[0, 0, -1]]), QUARTERS, 0.5).tolist() == [[1, -1, -1, -1]]
 
 
@@ -159,7 +159,7 @@ def test_padding_changes_no_loss(anchors):
 
 
 def test_the_step_never_waits_for_the_device_and_has_finite_gradients():
-    """It can be traced without values: nothing in matching and loss reads one, and no shape hangs on the data."""
+    """It can be traced without values: nothing in matching and loss reads one, and no shape depends on the data."""
 
     def step(offsets, logits, boxes, labels):
         return sum(multibox_loss(offsets, logits, boxes, labels, QUARTERS, match(boxes, labels, QUARTERS, 0.5)))

@@ -9,7 +9,7 @@ from torchvision.models import segmentation
 
 from dlref.models import FCNVGG16, CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet, ResNet
 from dlref.models.fcn import bilinear
-from dlref.models.pspnet import averages
+from dlref.models.pspnet import BINS, PyramidPooling, averages
 from dlref.runtime import UserError
 from dlref.tasks.weights import load_weights
 
@@ -142,6 +142,16 @@ def test_what_no_network_is_made_with(unchecked, network, message):
 def test_averages_are_adaptive_pooling(bins, size):
     x = torch.randn(2, 4, *size)
     torch.testing.assert_close(averages(x, bins), F.adaptive_avg_pool2d(x, bins), atol=1e-6, rtol=1e-5)
+
+
+def test_averages_are_of_float32_under_autocast():
+    x, pooling, seen = torch.randn(2, 8, 60, 45), PyramidPooling(8), []
+    for level in pooling.levels:
+        level.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        pooling(x)
+    for found, bins in zip(seen, BINS, strict=True):
+        torch.testing.assert_close(found, F.adaptive_avg_pool2d(x, bins), atol=1e-6, rtol=1e-5)
 
 
 def test_pspnet_has_the_paper_s_parts():

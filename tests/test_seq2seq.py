@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dlref.models import Seq2Seq
+from dlref.models.recurrent import RecurrentLayers
 from dlref.models.seq2seq import PAD, Attention, Bidirectional, Memory
 
 ENCODERS = ("bidirectional", "unidirectional", "convolutional")
@@ -108,6 +109,21 @@ def test_scores_are_the_papers_equations():
         context, found = attention(query, memory)
         torch.testing.assert_close(found[0, 0], weights)
         torch.testing.assert_close(context[0, 0], weights @ values[0])
+
+
+@pytest.mark.parametrize("layers", [RecurrentLayers, Bidirectional])
+def test_a_residual_is_not_dropped_out(layers):
+    """With upper layers of zeros all that comes out is what the first layer says, in training too."""
+    stack = layers("gru", 4, 8, 3, residual=True, dropout=0.5).train()
+    for name, parameter in stack.named_parameters():
+        if ".0." not in name:
+            nn.init.zeros_(parameter)
+    inputs, lengths = torch.randn(2, 5, 4), torch.tensor([5, 5])
+    rest = (lengths, torch.ones(2, 5, dtype=torch.bool)) if layers is Bidirectional else ()
+    outputs, _ = stack(inputs, *rest)
+    expected, _ = stack.eval()(inputs, *rest)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(outputs, expected)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

@@ -53,7 +53,7 @@ class ForecastingData(SplitData):
         context_length: T, points before them that a forecast starts from; lags look further back.
         batch_size: windows in a training batch.
         batches: of an epoch, drawn with replacement: a series, then one of its windows.
-        by_scale: draw a series the more often the larger its values are (section 3.4 of the paper), not each as often.
+        by_scale: draw a series the more often the larger its values are (section 3.3 of the paper), not each as often.
         val_windows: forecasts of each series that validate.
         test_windows: forecasts of each series that test.
         points: use only so many of each series.
@@ -94,11 +94,10 @@ class ForecastingData(SplitData):
             frequency = Frequency.parse(self.frequency)
             self.frequency = str(frequency)
             self.cut(self.checked(self.read(frequency)))
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        self.splits = {name: windows.to(device) for name, windows in self.splits.items()}
+        self.splits = {name: windows.to(self.device) for name, windows in self.splits.items()}
 
     def checked(self, channels: Channels) -> Channels:
-        """The channels, held against SageMaker's rules and each other; what a model has to know of them is kept."""
+        """The channels, checked against SageMaker's rules and each other; what a model has to know of them is kept."""
         horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
             raise UserError("--data.init_args.points: expected none where test or predict are series of their own")

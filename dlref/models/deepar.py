@@ -6,8 +6,8 @@ by the series' scale, and what is known of that time, and answers the parameters
 The inputs are GluonTS's: values at several lags where the paper has the last one, calendar features and age, the
 logarithm of the scale, and an embedding of each category.
 
-Legend of shapes: B series, T times, L lags, F features of a time, G categories, S rows of the state, D cells,
-P parameters of the distribution.
+Legend of shapes: B series, T times, L lags, F features of a time, G categories, Y rows of the state (one a layer of a
+GRU, two of an LSTM), D cells, P parameters of the distribution.
 """
 
 from typing import Literal
@@ -68,8 +68,8 @@ class DeepAR(nn.Module):
         features: Float[Tensor, "B T F"],
         categories: Int[Tensor, "B G"],
         scale: Float[Tensor, "B"],
-        state: Float[Tensor, "S B D"] | None = None,
-    ) -> tuple[Float[Tensor, "B T P"], Float[Tensor, "S B D"]]:
+        state: Float[Tensor, "Y B D"] | None = None,
+    ) -> tuple[Float[Tensor, "B T P"], Float[Tensor, "Y B D"]]:
         """Return the parameters of each time, not yet in their domains, and the state after the last one.
 
         `lagged` are values divided by `scale`. The state has one row for each layer of a GRU, two for each of an LSTM;

@@ -1,5 +1,6 @@
 """DeepLabV3: L.-C. Chen, G. Papandreou, F. Schroff and H. Adam, "Rethinking Atrous Convolution for Semantic Image
-Segmentation", 2017; figure 5, without the multi-grid of its blocks, with torchvision's keys, parameters and outputs.
+Segmentation", 2017; figure 5, with torchvision's keys, parameters and outputs. Torchvision's and not the paper's:
+no multi-grid in the last stage, a 3x3 convolution after the pyramid, dropout, and an auxiliary head.
 
 Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
 """

@@ -44,7 +44,7 @@ class GPT(nn.Module):
         n_layer: L.
         n_head: H.
         n_embd: E, a multiple of H.
-        positions: `learned`, or fixed: `sinusoidal` ones that are added, `rotary` ones that turn queries and keys.
+        positions: `learned`, or fixed: `sinusoidal` ones that are added, `rotary` ones that rotate queries and keys.
         bias: whether linear layers and norms have one.
         qk_norm: bring queries and keys to a root mean square of 1 (Henry et al., without the learned scale).
         dropout: probability of dropping a unit of the embeddings, of the attention weights and of each part's output.
@@ -83,7 +83,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(context_length, n_embd)
         else:
             width = n_embd if positions == "sinusoidal" else n_embd // n_head
-            self.register_buffer("waves", waves(context_length, width), persistent=False)
+            self.register_buffer("sinusoids", sinusoids(context_length, width), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:  # GPT-2, section 2.3: what is added to the residual path grows with its depth
                 added = name.endswith("c_proj.weight")
@@ -96,11 +96,11 @@ class GPT(nn.Module):
 
         They are what a past grows by: to read on from it is to read everything at once.
         """
-        hidden, turn = self.embed(tokens, past)
+        hidden, rotary = self.embed(tokens, past)
         keys, values = [], []
         for i, block in enumerate(self.h):
             before = None if past is None else (past.keys[i], past.values[i], past.length)
-            hidden, key, value = block(hidden, turn, before)
+            hidden, key, value = block(hidden, rotary, before)
             keys.append(key)
             values.append(value)
         return self.ln_f(hidden), keys, values
@@ -117,31 +117,31 @@ class GPT(nn.Module):
     def embed(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "..."] | None]:
-        """The tokens at their places, and where positions are rotary by what to turn queries and keys."""
+        """Token embeddings with their positions; of rotary ones, the sines and cosines that rotate queries and keys."""
         place = torch.arange(tokens.shape[1], device=tokens.device)
         if past is not None:
-            # What fills up a row of fewer new tokens than another may stand beyond the end; nobody asks for it.
+            # Padding of a row with fewer new tokens may lie beyond the context; its output is never read.
             place = (past.length[:, None] + place).clamp(max=self.context_length - 1)
         hidden = self.wte(tokens)
         if self.positions == "rotary":
-            turn = self.waves[place]
-            return self.drop(hidden), turn if past is None else turn[:, None]  # the same for each head
+            rotary = self.sinusoids[place]
+            return self.drop(hidden), rotary if past is None else rotary[:, None]  # the same for each head
         if self.positions == "sinusoidal":
-            return self.drop(hidden * math.sqrt(hidden.shape[2]) + self.waves[place]), None
+            return self.drop(hidden * math.sqrt(hidden.shape[2]) + self.sinusoids[place]), None
         return self.drop(hidden + self.wpe(place)), None
 
     def attention(self, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B H T T"]]:
         """The weights of each head in each layer: rows sum to one, over the tokens up to their own."""
-        hidden, turn = self.embed(tokens)
+        hidden, rotary = self.embed(tokens)
         weights = []
         for block in self.h:
-            query, key, _ = block.attn.project(block.ln_1(hidden), turn)
+            query, key, _ = block.attn.project(block.ln_1(hidden), rotary)
             weights.append(softmax_of(query, key))
-            hidden, _, _ = block(hidden, turn)
+            hidden, _, _ = block(hidden, rotary)
         return weights
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Hugging Face's weights under these names; a vocabulary and a context cut or filled up to these sizes."""
+        """Hugging Face's weights under these names; a smaller vocabulary is filled up, a longer context cut."""
         state = {key.removeprefix("transformer."): value for key, value in state.items()}
         state.pop("lm_head.weight", None)
         state = {key: value for key, value in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
@@ -166,10 +166,10 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, bias, dropout)
 
     def forward(
-        self, hidden: Float[Tensor, "B T E"], turn: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None = None
+        self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
         """Return the tokens after this layer, with their keys and values."""
-        attended, key, value = self.attn(self.ln_1(hidden), turn, before)
+        attended, key, value = self.attn(self.ln_1(hidden), rotary, before)
         hidden = hidden + attended
         return hidden + self.mlp(self.ln_2(hidden)), key, value
 
@@ -184,21 +184,21 @@ class Attention(nn.Module):
         self.c_proj = Linear(width, width, bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def project(self, hidden: Float[Tensor, "B T E"], turn: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
+    def project(self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
         """Queries, keys and values of each head."""
         parts = self.c_attn(hidden).chunk(3, dim=2)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         if self.qk_norm:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
-        if turn is not None:
-            query, key = turned(query, turn), turned(key, turn)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         return query, key, value
 
     def forward(
-        self, hidden: Float[Tensor, "B T E"], turn: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None
+        self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
         """Return what each token gathers from itself and those before it, with keys and values."""
-        query, key, value = self.project(hidden, turn)
+        query, key, value = self.project(hidden, rotary)
         if before is None:
             dropped = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropped)
@@ -259,15 +259,15 @@ def softmax_of(
     return scores.softmax(dim=3)
 
 
-def waves(places: int, width: int) -> Float[Tensor, "places width"]:
+def sinusoids(places: int, width: int) -> Float[Tensor, "places width"]:
     """Sines, then cosines, of each place over 10000^(2i / width) (Vaswani et al., section 3.5, their order aside)."""
     rates = 10_000 ** (-torch.arange(0, width, 2) / width)
     angles = torch.arange(places)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-def turned(vectors: Float[Tensor, "B H T D"], turn: Float[Tensor, "... T D"]) -> Float[Tensor, "B H T D"]:
+def apply_rotary(vectors: Float[Tensor, "B H T D"], rotary: Float[Tensor, "... T D"]) -> Float[Tensor, "B H T D"]:
     """Turn each pair (x_i, x_i+D/2) by the angle of its place (Su et al., equation 34, their order aside)."""
-    sine, cosine = turn.chunk(2, dim=-1)
+    sine, cosine = rotary.chunk(2, dim=-1)
     first, second = vectors.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

@@ -6,6 +6,7 @@ Figure 3 on a dilated ResNet with torchvision's stem and keys (`backbone.*`), wh
 Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -38,7 +39,12 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H W"]:
         """Return the maps and, after them, what each grid says of its cells."""
         size = x.shape[-2:]
-        pooled = [level(averages(x, bins)) for level, bins in zip(self.levels, BINS, strict=True)]
+        # In float32 under autocast, as pooling sums: bfloat16 has not even the digits of 1/n.
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            means = [averages(exact, bins) for bins in BINS]
+        pooled = [level(mean) for level, mean in zip(self.levels, means, strict=True)]
         return torch.cat([x, *(F.interpolate(y, size, mode="bilinear", align_corners=False) for y in pooled)], dim=1)
 
 

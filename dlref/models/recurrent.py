@@ -14,15 +14,16 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 class RecurrentLayers(nn.Module):
     """Recurrent layers, each over all its times in one call.
 
-    A module each: cuDNN's own dropout between layers has a state that is set up anew, and waited for, after every seed,
-    and each batch has one.
+    One module a layer: cuDNN's own dropout between layers rebuilds the state of its generator, and waits for it, after
+    every seed, and each batch is seeded.
 
     Args:
         cell: lstm or gru.
         inputs: I.
         size: D.
         num_layers: how many.
-        residual: add a layer's input to its output, from the second layer on (Wu et al. 2016, section 3.1).
+        residual: add a layer's input, before dropout, to its output, from the second layer on (Wu et al. 2016, section
+            3.1).
         dropout: probability of dropping an output of a layer, between layers.
     """
 
@@ -44,7 +45,7 @@ class RecurrentLayers(nn.Module):
         for i, (layer, rows) in enumerate(zip(self.layers, before, strict=True)):
             below = self.dropout(outputs) if i else outputs
             above, last = run_layer(layer, below, rows)
-            outputs = above + below if i and self.residual else above
+            outputs = above + outputs if i and self.residual else above
             after.append(last)
         return outputs, torch.cat(after)
 
@@ -52,8 +53,8 @@ class RecurrentLayers(nn.Module):
 def run_layer(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A layer from a state of one row, or of an LSTM's two; None is zeros.
 
-    In the precision of its weights where autocast is on: it would take them to float16 on a GPU, whatever it is told,
-    and on a processor without AVX-512 oneDNN has no LSTM in bfloat16.
+    It runs in the precision of its weights under autocast too, which would cast it to float16 on a GPU even where
+    bfloat16 was asked for; and on a processor without AVX-512 oneDNN has no LSTM in bfloat16.
     """
     kind, precision = inputs.device.type, layer.weight_ih_l0.dtype
     if torch.is_autocast_enabled(kind):

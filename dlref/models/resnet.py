@@ -10,8 +10,8 @@ are not the paper's:
   200 layers put normalisation and activation before each convolution.
 
 A stage can keep the resolution of the one before and dilate its convolutions instead ("à trous", L.-C. Chen et al.,
-"Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.1). With the same weights, every other
-pixel of its maps is then what it would have been.
+"Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.1). With the same weights, every second
+pixel along each side of its maps is then what it would have been; every fourth, where two stages do so.
 
 Legend of shapes: B batch, C channels, H W height and width, K classes, D and h w the channels, height and
 width of the maps that come out.

@@ -5,7 +5,8 @@ D. Bahdanau, K. Cho and Y. Bengio, "Neural Machine Translation by Jointly Learni
 bidirectional encoder, attention `mlp`.
 M.-T. Luong, H. Pham and C. D. Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015:
 attention `dot` and `general`, the attentional vector, input feeding.
-J. Gehring et al., "A Convolutional Encoder Model for Neural Machine Translation", 2017: the convolutional encoder.
+J. Gehring, M. Auli, D. Grangier, D. Yarats and Y. N. Dauphin, "Convolutional Sequence to Sequence Learning", 2017: the
+convolutional encoder.
 
 As in Luong's paper the decoder attends with its state after reading a token, whatever the score: so, without input
 feeding, the whole target is one call of each layer.
@@ -33,13 +34,13 @@ class Memory(NamedTuple):
     Attributes:
         values: (B, S, D), an annotation of each source token (Bahdanau et al., section 3.2).
         keys: (B, S, D), what a query is compared with.
-        there: (B, S), False for padding.
+        mask: (B, S), False for padding.
         state: (Y, B, D), where the decoder starts.
     """
 
     values: Float[Tensor, "B S D"]
     keys: Float[Tensor, "B S D"]
-    there: Bool[Tensor, "B S"]
+    mask: Bool[Tensor, "B S"]
     state: Float[Tensor, "Y B D"]
 
 
@@ -99,8 +100,8 @@ class Seq2Seq(nn.Module):
         if encoder == "bidirectional" and hidden_size % 2:
             raise ValueError(f"hidden_size {hidden_size} of a bidirectional encoder: expected an even number")
         self.input_feeding, self.initial = input_feeding, initial
-        self.embed_source = nn.Embedding(source_vocabulary, embedding_size, padding_idx=PAD)
-        self.embed_target = nn.Embedding(target_vocabulary, embedding_size, padding_idx=PAD)
+        self.embed_source = nn.Embedding(source_vocabulary, embedding_size)
+        self.embed_target = nn.Embedding(target_vocabulary, embedding_size)
         for table in (self.embed_source, self.embed_target):
             nn.init.normal_(table.weight, std=embedding_size**-0.5)
         self.encoder = ENCODERS[encoder](cell, embedding_size, hidden_size, num_layers, residual, dropout)
@@ -122,10 +123,10 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"]) -> Memory:
         """Read the source; tokens from a sentence's length on are padding, and change nothing."""
-        there = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
-        values, last = self.encoder(self.dropout(self.embed_source(source)), lengths, there)
+        mask = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
+        values, last = self.encoder(self.dropout(self.embed_source(source)), lengths, mask)
         if self.initial == "avg":
-            last = values.where(there[..., None], 0).sum(1) / lengths[:, None]
+            last = values.where(mask[..., None], 0).sum(1) / lengths[:, None]
         state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
             state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1))
@@ -133,7 +134,7 @@ class Seq2Seq(nn.Module):
         if self.input_feeding:
             state = torch.cat([state, torch.zeros_like(state[:1])])
         keys = values if self.attention is None else self.attention.keys(values)
-        return Memory(values, keys, there, state)
+        return Memory(values, keys, mask, state)
 
     def decode(self, target: Int[Tensor, "B T"], memory: Memory) -> Float[Tensor, "B T V"]:
         """Logits of the token after each of `target`."""
@@ -170,7 +171,7 @@ class Seq2Seq(nn.Module):
     def _attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """States of the decoder (B, Q, D) -> attentional vectors (Luong et al., equation 5), attention (B, Q, S)."""
         if self.attention is None:
-            return self.dropout(hidden), hidden.new_zeros(*hidden.shape[:2], memory.there.shape[1])
+            return self.dropout(hidden), hidden.new_zeros(*hidden.shape[:2], memory.mask.shape[1])
         context, weights = self.attention(hidden, memory)
         return self.dropout(torch.tanh(self.combine(torch.cat([context, hidden], dim=2)))), weights
 
@@ -202,7 +203,7 @@ class Attention(nn.Module):
             scores = query @ memory.keys.transpose(1, 2)
         else:
             scores = self.score(torch.tanh(self.query(query)[:, :, None] + memory.keys[:, None]))[..., 0]
-        weights = scores.masked_fill(~memory.there[:, None], -math.inf).softmax(dim=2)
+        weights = scores.masked_fill(~memory.mask[:, None], -math.inf).softmax(dim=2)
         return weights @ memory.values, weights
 
 
@@ -223,19 +224,19 @@ class Bidirectional(nn.Module):
         self.residual, self.dropout = residual, nn.Dropout(dropout)
 
     def forward(
-        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each direction."""
         place = torch.arange(inputs.shape[1], device=inputs.device)
-        mirrored = torch.where(there, lengths[:, None] - 1 - place, place)
+        mirrored = torch.where(mask, lengths[:, None] - 1 - place, place)
         outputs = inputs
         for i, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
             below = self.dropout(outputs) if i else outputs
             right, _ = run_layer(ahead, below)
-            left = at(run_layer(back, at(below, mirrored))[0], mirrored)
+            left = gather_rows(run_layer(back, gather_rows(below, mirrored))[0], mirrored)
             above = torch.cat([right, left], dim=2)
-            outputs = above + below if i and self.residual else above
-        return outputs, torch.cat([at(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
+            outputs = above + outputs if i and self.residual else above
+        return outputs, torch.cat([gather_rows(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
 
 
 class Unidirectional(nn.Module):
@@ -246,17 +247,18 @@ class Unidirectional(nn.Module):
         self.rnn = RecurrentLayers(cell, inputs, size, num_layers, residual, dropout)
 
     def forward(
-        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
         outputs, _ = self.rnn(inputs)
-        return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
+        return outputs, gather_rows(outputs, lengths[:, None] - 1)[:, 0]
 
 
 class Convolutional(nn.Module):
-    """Convolutions with gated linear units and residuals (Gehring et al., section 3; no position embeddings).
+    """Convolutions with gated linear units and residuals (Gehring et al., section 3.2, scaled as in 3.5).
 
-    Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is.
+    Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is. Without the
+    paper's position embeddings: only the zeros at either end tell where a token stands.
     """
 
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
@@ -266,17 +268,17 @@ class Convolutional(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], there: Bool[Tensor, "B S"]
+        self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
         """Return annotations, and the last of each sentence."""
         outputs = self.project(inputs)
         for layer in self.layers:
-            below = self.dropout(outputs.where(there[..., None], 0))
+            below = self.dropout(outputs.where(mask[..., None], 0))
             outputs = (outputs + F.glu(layer(below.transpose(1, 2)), dim=1).transpose(1, 2)) * 0.5**0.5
-        return outputs, at(outputs, lengths[:, None] - 1)[:, 0]
+        return outputs, gather_rows(outputs, lengths[:, None] - 1)[:, 0]
 
 
-def at(rows: Float[Tensor, "B S D"], places: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
+def gather_rows(rows: Float[Tensor, "B S D"], places: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
     """The rows at some places of each sentence."""
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
 

@@ -13,12 +13,12 @@ from torch import Tensor
 AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 29}
 
 
-def softmax_errors(
+def nll_and_gradient(
     scores: Float[Tensor, "N V"], targets: Int[Tensor, "N"], exact: torch.dtype
 ) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N V"]]:
     """-log softmax(scores) at the targets, and the gradient of its sum to the scores.
 
-    The scores are overwritten. What is between is of the type `exact`, the gradient of theirs.
+    The scores are overwritten. Intermediate values have the type `exact`, the gradient that of the scores.
     """
     reduced, targets = scores.dtype, targets[:, None]
     scores = scores.to(exact)
@@ -26,28 +26,28 @@ def softmax_errors(
     at_target = scores.gather(1, targets)
     whole = scores.exp_().sum(1, keepdim=True)
     losses = whole.log() - at_target
-    errors = scores.mul_(1 / whole).to(reduced)
+    gradient = scores.mul_(1 / whole).to(reduced)
     # The gradient is the probability, less one at the target: found there before it is rounded.
-    return losses, errors.scatter_(1, targets, (at_target.exp() / whole - 1).to(reduced))
+    return losses, gradient.scatter_(1, targets, (at_target.exp() / whole - 1).to(reduced))
 
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "N E"],
     weight: Float[Tensor, "V E"],
     targets: Int[Tensor, "N"],
-    errors: Callable = softmax_errors,
+    row_step: Callable = nll_and_gradient,
 ) -> Float[Tensor, ""]:
     """The mean of -log softmax(hidden weight^T) at the targets, as `F.cross_entropy` of `F.linear`.
 
     The gradients are found beside the loss, while the logits of a few rows are there (Wijmans et al. 2025, section 4,
-    do so in one kernel). `errors` is `softmax_errors`, or what a compiler made of it: it is all memory traffic.
+    do so in one kernel). `row_step` is `nll_and_gradient` or its compiled form: all it does is memory traffic.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, errors)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_step)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor, errors: Callable) -> Tensor:
+    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor, row_step: Callable) -> Tensor:
         kind = hidden.device.type
         reduced = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
@@ -56,10 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = weight.new_zeros(())
             step = rows_at_once(len(weight), kind)
             for part, target, place in zip(*(x.split(step) for x in (rows, targets, of_rows)), strict=True):
-                losses, error = errors(part @ table.T, target, weight.dtype)
+                losses, gradient = row_step(part @ table.T, target, weight.dtype)
                 loss += losses.sum()
-                place[:] = error @ table
-                of_weight += error.T @ part
+                place[:] = gradient @ table
+                of_weight += gradient.T @ part
         context.save_for_backward(of_rows.to(hidden.dtype), of_weight)
         context.tokens = len(targets)
         return loss / len(targets)

@@ -19,7 +19,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 SMALLEST = 1e-6  # of what has to be above 0
-TRIES = 4  # of a gamma variable: more than 5 in a million draws take none of them
+TRIES = 4  # of a gamma variable, each accepted with 0.951 or more: at most 6 in a million draws refuse all of them
 MANY = 30.0  # from this mean on the counts of a Poisson variable are near enough to a continuous one
 COUNTS = 80  # no Poisson variable of a smaller mean reaches it: one in a trillion
 

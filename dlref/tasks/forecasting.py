@@ -1,7 +1,7 @@
 """Forecasting: the distribution of what comes next in many series, by a recurrent network that answers its parameters.
 
 Legend of shapes: B windows, T times of context, H times to forecast, L lags, F features, G categories, S sample paths,
-P parameters of the distribution, U uniform numbers of a draw, Y layers of the state, D cells, Q quantile levels.
+P parameters of the distribution, U uniform numbers of a draw, Y rows of the state, D cells, Q quantile levels.
 """
 
 from collections.abc import Iterable
@@ -122,7 +122,7 @@ class Forecaster(Task):
         raw, _ = self.network(history[:, places], features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
 
-    def surprise(self, window) -> tuple[Tensor, Tensor]:
+    def nll(self, window) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of all observed points of context and prediction, and their number, at least 1."""
         window = self.modelled(window)
         parameters = self(window)
@@ -133,7 +133,7 @@ class Forecaster(Task):
 
     def loss(self, window) -> Tensor:
         """Negative log-likelihood of an observed point, on average over context and prediction."""
-        total, count = self.surprise(window)
+        total, count = self.nll(window)
         return total / count
 
     def past(self, window) -> Past:
@@ -154,12 +154,12 @@ class Forecaster(Task):
 
     def training_step(self, batch, batch_index: int) -> Tensor:
         """Negative log-likelihood."""
-        total, count = self.surprise(batch)
+        total, count = self.nll(batch)
         return self.reported(total / count, count)
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Negative log-likelihood, and how good forecasts are."""
-        total, count = self.surprise(batch)
+        total, count = self.nll(batch)
         self.evaluated("val", total / count, count)
         self.val_scores.update(self.paths(batch), *self.outcome(batch), batch.seasonal_error)
 
@@ -175,7 +175,7 @@ class Forecaster(Task):
 
     def test_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
-        total, count = self.surprise(batch)
+        total, count = self.nll(batch)
         self.evaluated("test", total / count, count)
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.test_scores.update(paths, target, observed, batch.seasonal_error)
@@ -264,7 +264,7 @@ class Forecaster(Task):
             {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
             calls=self.known["prediction_length"],
             tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
-            jumping=() if self.distribution.smooth else ("value",),
+            discrete=() if self.distribution.smooth else ("value",),
         )
         metadata = {
             **{name: self.known[name] for name in self.facts},
@@ -283,7 +283,7 @@ class Forecaster(Task):
             scores.update(quantiles_of(paths), *self.outcome(window))
         return scores.compute()[self.metric].item()
 
-    def lost(self, reference: float, score: float) -> float:
+    def degradation(self, reference: float, score: float) -> float:
         """Hundredths of the reference, for the metric has no bound."""
         return 100 * (score / reference - 1)
 
@@ -347,7 +347,10 @@ class _Step(nn.Module):
 
 
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """Mean absolute value of what is observed of the context (section 3.3); 1 where that is nothing, or zeros."""
+    """Mean absolute value of what is observed of the context; 1 where that is nothing, or zeros.
+
+    GluonTS's scale; the paper's is 1 + the mean (section 3.3), which negative values can bring to 0.
+    """
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
     return mean.where(mean > SMALLEST_SCALE, 1)
 

@@ -21,12 +21,12 @@ from dlref.models.gpt import Past
 from dlref.runtime import UserError
 from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
-from dlref.tasks.cross_entropy import linear_cross_entropy, softmax_errors
+from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
 from dlref.tasks.weights import one_line
 
-NOTHING = -1  # in the place of a token beyond the end of a split
+IGNORE = -1  # in the place of a token beyond the end of a split
 NEW = 2  # tokens of the example after its past
 READ = 3  # of the past of its second text
 SAMPLE = 200  # tokens of a sample
@@ -52,18 +52,18 @@ class LanguageModel(Task):
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):
         super().__init__(decay_vectors=decay_vectors, **task)
         self.prompt = prompt
-        self.surprise: Surprise | None = None
-        self.errors = softmax_errors
+        self.nll: TokenNLL | None = None
+        self.nll_and_gradient = nll_and_gradient
         self.sentence: list[int] = []
 
     def setup(self, stage: str) -> None:
         """What the vocabulary decides, too."""
         super().setup(stage)
-        if self.surprise is None:
+        if self.nll is None:
             if self.compile_network and self.trainer.strategy.root_device.type == "cuda":  # a processor gains little
-                self.errors = torch.compile(softmax_errors, dynamic=False)
+                self.nll_and_gradient = torch.compile(nll_and_gradient, dynamic=False)
             sizes = torch.tensor([len(spelling) for spelling in self.tokenizer.spelling])
-            self.surprise = Surprise(self.known["context_length"], sizes).to(self.device)
+            self.nll = TokenNLL(self.known["context_length"], sizes).to(self.device)
 
     def check(self) -> None:
         """The last token through the network: one with less room would fail within an epoch."""
@@ -124,26 +124,26 @@ class LanguageModel(Task):
         """Cross entropy, over what the network has room for."""
         hidden, _, _ = self.network(batch[:, :-1])
         after = batch[:, 1:].flatten()
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.errors)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.nll_and_gradient)
         return self.reported(loss, len(after))
 
     def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
         """Nats of every token of a split."""
         after = batch[:, 1:]
         logits = self(batch[:, :-1].clamp(min=0)).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), after.flatten(), ignore_index=NOTHING, reduction="none")
-        self.surprise.update(nats.view_as(after), after)
+        nats = F.cross_entropy(logits.flatten(0, 1), after.flatten(), ignore_index=IGNORE, reduction="none")
+        self.nll.update(nats.view_as(after), after)
 
     def log_evaluation(self, stage: str) -> None:
         """Every score, over all devices; beside them, unless it trains, what programs that compress reach."""
-        values = self.surprise.compute()
+        values = self.nll.compute()
         if self.trainer.state.fn != "fit":
             values |= self.trainer.datamodule.compressed(stage)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
 
     def on_validation_epoch_start(self) -> None:
         """Nothing seen yet."""
-        self.surprise.reset()
+        self.nll.reset()
 
     def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Every token."""
@@ -164,7 +164,7 @@ class LanguageModel(Task):
 
     def on_test_epoch_start(self) -> None:
         """Nothing seen yet."""
-        self.surprise.reset()
+        self.nll.reset()
         self.sentence = []
 
     def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
@@ -216,12 +216,12 @@ class LanguageModel(Task):
         nats = size = 0.0
         for batch in batches:
             tokens = batch.cpu().numpy()
-            real = tokens[:, 1:] != NOTHING
-            nats += runner.surprise(np.maximum(tokens, 0))[real].sum()
+            real = tokens[:, 1:] != IGNORE
+            nats += runner.nll(np.maximum(tokens, 0))[real].sum()
             size += sizes[tokens[:, 1:][real]].sum()
         return float(nats / math.log(2) / size)
 
-    def lost(self, reference: float, score: float) -> float:
+    def degradation(self, reference: float, score: float) -> float:
         """Hundredths of the bits."""
         return 100 * (score - reference) / reference
 
@@ -229,7 +229,7 @@ class LanguageModel(Task):
         """Loss by the place in the context, the attention of every head, and samples."""
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
 
-        figures.by_position(folder / "by_position.png", self.surprise.by_position())
+        figures.by_position(folder / "by_position.png", self.nll.by_position())
         with torch.inference_mode():
             weights = self.network.eval().attention(torch.tensor([self.sentence], device=self.device))
         pieces = self.tokenizer.pieces(self.sentence)
@@ -239,7 +239,7 @@ class LanguageModel(Task):
         figures.continuations(folder / "samples.md", samples)
 
 
-class Surprise(Metric):
+class TokenNLL(Metric):
     """How little a text was expected: nats of each token, by its place in the context.
 
     Args:
@@ -256,8 +256,8 @@ class Surprise(Metric):
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, nats: Float[Tensor, "B T"], tokens: Int[Tensor, "B T"]) -> None:
-        """Add tokens and the nats of each, but for NOTHING."""
-        real = tokens != NOTHING
+        """Add tokens and the nats of each, but for IGNORE."""
+        real = tokens != IGNORE
         self.nats += nats.where(real, 0).sum(0)
         self.count += real.sum(0)
         self.bytes += self.sizes[tokens.clamp(min=0)].where(real, 0).sum()

@@ -109,10 +109,13 @@ class Runner(Base):
     # Requests
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
-        """A text that is no file's name is itself the prompt; a file is one, or a request, or has one on each line."""
+        """A text that is no file, and no word that ends as a file's name, is itself the prompt, or a JSON request.
+
+        A file is a prompt, or a request, or has one on each line.
+        """
         text = text_in(path)
         if not isinstance(text, str):
-            yield path, text or path
+            yield path, text or (Line("input", path) if is_object(path) else path)
             return
         lines = text.rstrip().split("\n")
         if not path.lower().endswith(".jsonl") and not is_object(lines[0]):
@@ -241,7 +244,7 @@ class Runner(Base):
         past.add(answer["present"], counts)
         return answer["logits"]
 
-    def surprise(self, tokens: np.ndarray) -> np.ndarray:
+    def nll(self, tokens: np.ndarray) -> np.ndarray:
         """Nats (B, T) of each token after the first of `tokens` (B, T + 1), given those before it.
 
         The first half is read at once, and the second one after that past, so that both ways of reading are tried.
@@ -251,7 +254,7 @@ class Runner(Base):
         step = fixed[1] if isinstance(fixed[1], int) else min(READ, math.ceil(width / 2))
         many = fixed[0] if isinstance(fixed[0], int) else max(1, LOGITS // (step * len(self.tokenizer)))
         if many < rows:
-            return np.concatenate([self.surprise(part) for part in np.split(tokens, range(many, rows, many))])
+            return np.concatenate([self.nll(part) for part in np.split(tokens, range(many, rows, many))])
         past, nats = Past(self.decode.shape, self.rows(rows)), []
         for start in range(0, width, step):
             part = tokens[:, start : min(start + step, width)]
