@@ -48,6 +48,11 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     if asked == "last":
         path = whole(path, path.with_name("previous.ckpt"))
     if not path.is_file():
+        if path.name == "best.ckpt" and path.with_name("last.ckpt").is_file():
+            raise UserError(
+                f"{path}: no checkpoint there, last.ckpt alone, as of a run that ended before its first validation; "
+                "expected one, or --ckpt_path last"
+            )
         raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
     return path
 

@@ -1,6 +1,7 @@
-"""What is measured, and that the measuring says what it means. No figure of speed is held against a clock."""
+"""What is measured, and that the measuring says what it means. No figure of speed is checked against a clock."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,11 +18,12 @@ from torch import nn
 
 from dlref.export.bundle import export
 from dlref.export.graph import write_program
-from dlref.export.measure import CONTENDERS
+from dlref.export.measure import CONTENDERS, Contenders
 from dlref.export.report import busy, measurement
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
 from dlref.runtime.__main__ import main
+from dlref.runtime.bundle import sha256
 from dlref.tasks.deployable import Graph
 
 FIGURES = {
@@ -65,8 +67,62 @@ def test_a_device_measures_a_bundle_again(exported, command):
     result = command("-m", "dlref.runtime", "bench", folder, "--threads", "1")
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert set(printed) == FIGURES | {"waited", "bundle", "threads"}
+    assert set(printed) == FIGURES | {"waited", "bundle", "threads", "provider", "difference"}
     assert printed["threads"] == 1
+    assert printed["difference"] <= 1e-6
+
+
+def changed(folder, place, change):
+    """A copy of a bundle with other answers, hashed as its own; None: without any."""
+    shutil.copytree(folder, place)
+    with np.load(place / "answers.npz") as arrays:
+        answers = change(dict(arrays))
+    manifest = json.loads((place / "manifest.json").read_text())
+    if answers is None:
+        (place / "answers.npz").unlink()
+        del manifest["files"]["answers.npz"]
+    else:
+        np.savez(place / "answers.npz", **answers)
+        manifest["files"]["answers.npz"] = sha256(place / "answers.npz")
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [
+        (lambda answers: {name: known + 0.1 for name, known in answers.items()}, 0.1),
+        (lambda answers: answers | {"classify/probability": answers["classify/probability"] * np.nan}, 1),
+        (lambda answers: None, None),
+    ],
+)
+def test_a_device_that_answers_otherwise_is_told(change, share, exported, tmp_path):
+    folder = changed(exported[0], tmp_path / "bundle", change)
+    found = bench.difference(folder, "CPUExecutionProvider")
+    assert found is None if share is None else found == pytest.approx(share, rel=0.15)
+
+
+def test_answers_of_another_bundle_are_refused(exported, tmp_path):
+    folder = changed(exported[0], tmp_path / "bundle", lambda answers: {"classify/boxes": np.zeros(1)})
+    with pytest.raises(UserError, match=r"answers.npz: 'boxes' is not of this bundle"):
+        bench.difference(folder, "CPUExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "share"),
+    [
+        ([1.0, np.nan, -np.inf], [1.0, np.nan, -np.inf], 0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([1e-9], [0.0], 1e-9),
+        ([1.0, np.inf], [1.0, 2.0], 1),
+        ([np.nan], [1.0], 1),
+        ([1.0], [np.nan], 1),
+        ([1, 2, 3, 4], [1, 2, 3, 5], 0.25),
+        ([1.0], [1.0, 2.0], 1),
+    ],
+)
+def test_how_far_two_outputs_are_apart(found, known, share):
+    assert bench.differing(np.array(found), np.array(known)) == share
 
 
 def test_without_torch(exported):
@@ -182,6 +238,27 @@ def test_a_busy_machine_is_said_to_be_one():
     assert "bundle waited for a core 40% of the time: this machine was busy" in text
     assert "onnx-float32 waited" not in text
     assert busy({"bundle": figures | {"waited": None}}) == []
+
+
+def contenders(tmp_path, monkeypatch, waits):
+    """Contenders whose runs waited for a core as long as `waits` says, one after the other."""
+    monkeypatch.setattr("dlref.export.measure.TURNS", 3)
+    runs = [{"latency_ms": float(i), "waited": share} for i, share in enumerate(waits)]
+    found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path)
+    monkeypatch.setattr(found, "measured", lambda folder: runs.pop(0))
+    return found, runs
+
+
+@pytest.mark.parametrize(("waits", "kept", "left"), [([0.4, 0.3, 0.35, 0.0], 1, 1), ([0.4, 0.05, 0.0], 1, 1)])
+def test_what_something_held_up_is_measured_again(waits, kept, left, tmp_path, monkeypatch):
+    found, runs = contenders(tmp_path, monkeypatch, waits)
+    assert found.undisturbed("bundle", tmp_path)["latency_ms"] == kept
+    assert len(runs) == left
+
+
+def test_two_bundles_are_measured_in_turns(tmp_path, monkeypatch):
+    found, _ = contenders(tmp_path, monkeypatch, [0.0] * 6)
+    assert found.latencies(tmp_path / "one", tmp_path / "other") == [2.0, 3.0]
 
 
 FIFTY_MEGABYTES = """

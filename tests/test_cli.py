@@ -184,6 +184,13 @@ def test_a_config_that_is_not_there(capsys, tmp_path):
     assert "runs/lenet5_digits/checkpoints/best.ckpt: no checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_without_a_validation_says_so(tmp_path, capsys):
+    assert fit("--trainer.max_steps", "2") == 2
+    assert (
+        "last.ckpt alone, as of a run that ended before its first validation; expected one" in capsys.readouterr().err
+    )
+
+
 def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsys):
     assert fit("--model.init_args.network.init_args.activation", "tanh") == 0
     run = tmp_path / "runs" / "lenet5_digits"

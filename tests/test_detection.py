@@ -1,6 +1,7 @@
 """Object detection: networks and weights, batches whose boxes follow the pixels, the task, the runner, the bundle."""
 
 import json
+import math
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -133,6 +134,25 @@ def test_maps_default_boxes_and_heads_agree(network, sides, boxes):
     assert offsets.shape == (1, boxes, 4)
     assert logits.shape == (1, boxes, 4)
     assert network.anchors.shape == (boxes, 4)
+
+
+def test_scales_of_the_default_boxes_are_the_config_s():
+    """The first cell of each map begins with a square of that side and of the mean with the next."""
+    scales = [0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05]
+    config = yaml.safe_load((ROOT / "configs/ssd300_vgg16_voc.yaml").read_text(encoding="utf-8"))
+    assert config["model"]["init_args"]["network"]["init_args"]["scales"] == scales
+    network = SSDResNet(18, 3, 300, scales)
+    place = 0
+    for side, a_cell, scale, following in zip(
+        [38, 19, 10, 5, 3, 1], [4, 6, 6, 6, 4, 4], scales, scales[1:], strict=False
+    ):
+        found = network.anchors[place : place + 2, 2:]
+        expected = torch.tensor([[scale] * 2, [math.sqrt(scale * following)] * 2])
+        torch.testing.assert_close(found, expected)
+        place += side**2 * a_cell
+    for refused in (scales[1:], [0.0, *scales[1:]]):
+        with pytest.raises(ValueError, match="expected 7 numbers above 0 at 300 pixels"):
+            SSDResNet(18, 3, 300, refused)
 
 
 def test_sizes_that_no_layout_has_are_refused(unchecked):
@@ -408,7 +428,7 @@ def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
         ({"detections": 0}, "detections 0; expected 1 to 1000"),
         ({"detections": 1001}, "detections 1001; expected 1 to 1000"),
         ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess gives 9 pixels; expected 8, the size of the network"),
-        ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network refuses an image of 1 channels"),
+        ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network refuses an image of 8×8 pixels and 1 channels"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):
@@ -545,24 +565,36 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
     for name in ("one", "two"):
         Image.fromarray(painted(50)).save(tmp_path / f"{name}.png")
     one, two = str(tmp_path / "one.png"), str(tmp_path / "two.png")
-    assert main([str(folder), one, "--draw", str(tmp_path / "drawn.png"), "--form", "sagemaker"]) == 0
+    assert main([str(folder), one, "--overlay", str(tmp_path / "drawn.png"), "--form", "sagemaker"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     rows = json.loads(line)["prediction"]
     assert all(len(row) == 6 and min(row[2:]) >= 0 and max(row[2:]) <= 1 for row in rows)
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == (50, 50)
-    assert main([str(folder), one, two, "--draw", str(tmp_path / "drawn")]) == 0
+    assert main([str(folder), one, two, "--overlay", str(tmp_path / "drawn")]) == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["one.png", "two.png"]
     for arguments, message in (
-        (["--form", "neo"], "--form neo; expected one of sagemaker"),
-        (["--draw", one + "/x.png"], "cannot be written"),
-        (["--draw", one], "would be overwritten"),
-        (["--draw", str(tmp_path)], "a folder; expected the name of a PNG"),
+        (["--form", "neo"], "--form neo; expected sagemaker with this bundle"),
+        (["--overlay", one + "/x.png"], "cannot be written"),
+        (["--overlay", one], "would be overwritten"),
+        (["--overlay", str(tmp_path)], "would be overwritten"),
+        (["--overlay", "/dev/null"], "/dev/null: expected a folder, or for one input the name of a PNG"),
+        (["--overlay", str(tmp_path / "a.jpg")], "a.jpg: expected a folder, or for one input the name of a PNG"),
+        (["--overlay", str(folder)], "inside the bundle"),
+        (["--overlay", f"{tmp_path}/{'a' * 300}.png"], "cannot be written"),
     ):
         capsys.readouterr()
         assert main([str(folder), one, *arguments]) == 2
         assert message in capsys.readouterr().err
-    assert main([str(folder), one, one, "--draw", str(tmp_path / "twice")]) == 2
+    assert main([str(folder), one, "--overlay", str(tmp_path / "folder")]) == 0
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["one.png"]
+    capsys.readouterr()
+    assert main([str(folder), one, two, "--overlay", str(tmp_path / "drawn.png")]) == 2
+    assert "drawn.png: expected a folder" in capsys.readouterr().err
+    (tmp_path / "pipe.png").symlink_to("/dev/null")
+    assert main([str(folder), one, "--overlay", str(tmp_path / "pipe.png")]) == 2
+    assert "pipe.png: no file that may be replaced" in capsys.readouterr().err
+    assert main([str(folder), one, one, "--overlay", str(tmp_path / "twice")]) == 2
     assert "two inputs would become one.png" in capsys.readouterr().err
 
 

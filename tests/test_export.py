@@ -92,7 +92,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     graph = manifest["graphs"]["classify"]
     assert graph["inputs"] == [{"name": "image", "type": "uint8", "shape": ["batch", "height", "width", 1]}]
     assert graph["outputs"] == [{"name": "probability", "type": "float32", "shape": ["batch", 3]}]
-    assert set(manifest["files"]) == {"classify.onnx", "example.npz", "report.md"}
+    assert set(manifest["files"]) == {"answers.npz", "classify.onnx", "example.npz", "report.md"}
     metric = manifest["verification"]["metric"]
     assert (metric["name"], metric["split"], metric["n"]) == ("accuracy", "validation", 48)
     assert metric["pytorch"] == metric["bundle"]
@@ -304,7 +304,7 @@ def test_pytorch_gives_each_answer_once():
 
 
 def test_answers_on_real_data_are_compared_too(tmp_path, monkeypatch):
-    """Where parity has nothing to say, every answer over the splits still is held against PyTorch's."""
+    """Where parity has nothing to say, every answer over the splits still is checked against PyTorch's."""
     monkeypatch.setattr("dlref.export.attempts.parity", lambda *_: [])
     run = OnnxGraph.__call__
     monkeypatch.setattr(
@@ -535,7 +535,7 @@ def test_float32_that_loses_the_metric_is_refused_where_outputs_are_a_choice(tmp
 
 
 def chosen(deployable):
-    graphs = {name: replace(graph, chosen=graph.outputs) for name, graph in deployable.graphs.items()}
+    graphs = {name: replace(graph, selected=graph.outputs) for name, graph in deployable.graphs.items()}
     return replace(deployable, graphs=graphs)
 
 

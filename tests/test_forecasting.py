@@ -1,6 +1,7 @@
 """Forecasting: windows, scales and masks whose answers can be read off, scores, sampling at the edge, data modules."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import onnx
@@ -436,6 +437,17 @@ def test_sagemaker_s_request_gets_sagemaker_s_answer(runner):
 def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner):
     plain = runner(instance())
     arrays = runner(instance(target=np.array(instance()["target"]), dynamic_feat=np.full((1, 34), 0.5)))
+    pythons = runner(
+        instance(
+            start=datetime.fromisoformat(instance()["start"]),
+            target=tuple(map(np.float64, instance()["target"])),
+            dynamic_feat=(tuple([0.5] * 34),),
+        )
+    )
+    assert pythons == plain
+    assert runner(instance(start=np.datetime64(instance()["start"]))) == plain
+    request = {"instances": (instance(),), "configuration": {"num_samples": np.int64(100)}}
+    assert runner(request)["predictions"][0]["mean"] == plain["mean"]
     among = runner([instance(8), instance(), instance(50)])[1]
     assert set(plain) == {"mean", "quantiles"}
     assert list(plain["quantiles"]) == [str(level) for level in LEVELS]

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -116,6 +119,22 @@ def test_arrays_are_taken_in_the_orders_people_have_them():
     np.testing.assert_array_equal(read_image(rgb.transpose(2, 0, 1), 3), rgb)
     assert read_image(grey(7), 1).shape == (4, 6, 1)
     assert read_image(grey(7), 3).shape == (4, 6, 3)
+    for array in (rgb, rgb.transpose(2, 0, 1)):
+        np.testing.assert_array_equal(read_image(array, 1)[..., 0], np.asarray(Image.fromarray(rgb).convert("L")))
+
+
+def test_bytes_and_pictures_are_taken_as_their_files_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(tmp_path / "a.jpg", exif=exif)
+    expected = read_image(tmp_path / "a.jpg", 3)
+    np.testing.assert_array_equal(read_image((tmp_path / "a.jpg").read_bytes(), 3), expected)
+    with Image.open(tmp_path / "a.jpg") as picture:
+        for _ in range(2):  # it stays open
+            np.testing.assert_array_equal(read_image(picture, 3), expected)
+    for damaged in (b"\xff\xd8\xff\xe0", bytearray(4)):
+        with pytest.raises(UserError, match=r"^4 bytes: cannot be decoded; expected those of an image file$"):
+            read_image(damaged, 3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +251,37 @@ def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
     write_manifest(bundle, target={"provider": "CPUExecutionProvider", "threads": 2})
     load(bundle)
     load(bundle, threads=1)
-    assert seen == [None, 2, 1]
+    assert seen == [None, min(2, bundles.cores()), 1]
+    load(bundle, threads=np.int64(1 << 40))  # more than there are would wait for each other
+    assert seen[-1] == bundles.cores()
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, "2", 1.5])
+def test_threads_that_are_no_number_are_refused(bundle, threads):
+    with pytest.raises(UserError, match=r"threads .*; expected a whole number from 1"):
+        load(bundle, threads=threads)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux's")
+def test_a_full_disk_and_a_closed_output_are_one_line(bundle, tmp_path):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    command = [sys.executable, "-m", "dlref.runtime", bundle, tmp_path / "white.png"]
+    for redirection, message in ((">/dev/full", "standard output: No space left"), (">&-", "output is closed")):
+        shell = f"{shlex.join(map(str, command))} {redirection}"
+        result = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--output", "--overlay"])
+def test_pictures_that_no_answer_is_are_refused_before_any_answer(option, bundle, tmp_path, capsys):
+    Image.fromarray(grey(255)).save(tmp_path / "white.png")
+    assert main([str(bundle), str(tmp_path / "white.png"), option, str(tmp_path / "out.png")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"^error: these answers are (no pictures|not drawn); expected", printed.err)
 
 
 def test_json_lines(bundle, tmp_path, capsys):

@@ -160,8 +160,8 @@ def test_scores_are_sacrebleus():
     assert bleu(texts, references) == corpus_bleu(texts, [references]).score
     assert exact_match(texts, references) == 0.5
     task = translator(metric="chrf")
-    assert task.lost(50.0, 49.0) == 1
-    assert translator(metric="exact_match").lost(0.9, 0.89) == pytest.approx(1)
+    assert task.degradation(50.0, 49.0) == 1
+    assert translator(metric="exact_match").degradation(0.9, 0.89) == pytest.approx(1)
     assert corpus_chrf(texts, [references]).score > 50
 
 
@@ -330,7 +330,15 @@ def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
     assert first["target"] == line["target"] == runner("abc")["target"]
     assert str(empty) == f"{path}:2: empty; expected a text"
     assert "target" in braces
-    assert list(runner.inputs("no such file")) == [("no such file", "no such file")]
+    ((name, source),) = runner.inputs("no such file")
+    assert name == "no such file"
+    assert runner.read(source) == runner.read("no such file")
+    ((_, request),) = runner.inputs('{"source": "abc"}')
+    assert runner(request)["target"] == first["target"]
+    for missing in ("none.txt", "gone/lines.jsonl"):
+        ((_, source),) = runner.inputs(missing)
+        with pytest.raises(UserError, match=f"{missing}: unreadable .No such file"):
+            runner(source)
 
 
 @pytest.mark.parametrize("text", ["日本語", "😀👍🏽", "\x00", "a\u2028b", "<pad>", "</s>", "\\n", "a" * 39, "\u0308"])
@@ -396,9 +404,10 @@ def test_long_texts_are_cut_where_the_model_says_so_and_the_answer_tells():
     assert "truncated" not in runner("ab")
 
 
-def test_a_wider_beam_than_the_graph_answers_is_refused(runner, monkeypatch):
-    monkeypatch.setattr(runner, "beam", WIDEST + 1)
-    with pytest.raises(UserError, match="beam: 17; expected at most 16"):
+@pytest.mark.parametrize("beam", [WIDEST + 1, 0, "2"])
+def test_a_beam_that_the_graph_does_not_answer_is_refused(beam, runner, monkeypatch):
+    monkeypatch.setattr(runner, "beam", beam)
+    with pytest.raises(UserError, match=f"beam: {beam}; expected a whole number from 1 to 16"):
         runner("abc")
 
 

@@ -25,13 +25,13 @@ from dlref.export.convert import (
     place_in,
     worst_nodes,
 )
-from dlref.export.graph import example_at, first_sizes, write_onnx, write_program
+from dlref.export.graph import example_at, first_sizes, write_onnx
 from dlref.export.manifest import describe, write_manifest
 from dlref.export.measure import CPU, Contenders, provider, stands_in
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, Refused, parity, score
 from dlref.runtime import UserError
-from dlref.runtime.bench import EXAMPLE, tried
+from dlref.runtime.bench import ANSWERS, EXAMPLE, example, tried
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
 
 FLOAT32 = Plan("float32")
@@ -45,7 +45,7 @@ class Attempt:
     folder: Path
     refused: str = ""
     slower: bool = False
-    lost: float = inf
+    degradation: float = inf
     parity: list[dict] = field(default_factory=list)
     metric: dict = field(default_factory=dict)
 
@@ -69,14 +69,12 @@ class Attempts:
         self.references = {name: Reference(graph) for name, graph in deployable.graphs.items()}
         self.pytorch: dict[str, float] = {}
         self.made: list[Attempt] = []
-        self.programs = place / "programs"
         for folder in ("programs", "sources", "converted", "bundles"):
             (place / folder).mkdir()
         for name, graph in deployable.graphs.items():
             say(f"exporting {name}")
             write_onnx(graph, self.source(name), target)
-            write_program(graph, self.programs / f"{name}.pt2", target)
-        self.contenders = Contenders(target, self.programs, self.bundle(FLOAT32))
+        self.contenders = Contenders(target, deployable.graphs, place / "programs", self.bundle(FLOAT32))
 
     def source(self, name: str) -> Path:
         """The ONNX file of a graph as PyTorch wrote it."""
@@ -112,8 +110,8 @@ class Attempts:
             yield Plan(self.target.precision, method)
             if self.made[-1].slower:
                 return
-        best = min(self.made, key=lambda attempt: attempt.lost)
-        if best.lost == inf:
+        best = min(self.made, key=lambda attempt: attempt.degradation)
+        if best.degradation == inf:
             return
         ranked = {
             name: worst_nodes(self.source(name), self.converted(name, best.plan), self.feeds[name])
@@ -135,14 +133,14 @@ class Attempts:
     # One attempt
 
     def judged(self, plan: Plan) -> Attempt:
-        """Build a bundle and hold it against PyTorch. Raises Refused where not even float32 holds."""
+        """Build a bundle and check it against PyTorch. Raises Refused where not even float32 holds."""
         exact = plan == FLOAT32
-        forgiven = any(graph.chosen or graph.jumping for graph in self.deployable.graphs.values())
+        forgiven = any(graph.selected or graph.discrete for graph in self.deployable.graphs.values())
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
         try:
             attempt.parity = self.exact if exact else self.exact + self.parity(plan)
             attempt.metric = self.metric(plan, "validation")
-            attempt.lost = self.task.lost(attempt.metric["pytorch"], attempt.metric["bundle"])
+            attempt.degradation = self.task.degradation(attempt.metric["pytorch"], attempt.metric["bundle"])
             if not exact:
                 attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
             elif forgiven and self.too_much_lost(attempt):
@@ -155,11 +153,11 @@ class Attempts:
 
     def too_much_lost(self, attempt: Attempt) -> str:
         """Why the metric refuses an attempt, or nothing."""
-        if attempt.lost <= self.target.gate:
+        if attempt.degradation <= self.target.gate:
             return ""
         name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))
         return (
-            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.lost:.2f} points lost, expected at most "
+            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.degradation:.2f} points lost, expected at most "
             f"{self.target.gate}"
         )
 
@@ -208,6 +206,17 @@ class Attempts:
             for key, tensor in example_at(graph, first_sizes(graph)).items()
         }
 
+    def keep_answers(self, plan: Plan) -> None:
+        """Put beside a bundle's example what it answers here: a device sees whether it answers alike.
+
+        Its manifest has to be written again.
+        """
+        folder = self.bundle(plan)
+        graphs, inputs = open_graphs(folder, read_manifest(folder), provider=provider(self.target)), example(folder)
+        answers = {name: graph(**inputs[name]) for name, graph in graphs.items()}
+        named = {f"{name}/{output}": a for name, outputs in answers.items() for output, a in outputs.items()}
+        np.savez(folder / ANSWERS, **named)
+
     def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
         """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
         folder = self.bundle(plan)
@@ -215,7 +224,7 @@ class Attempts:
             tried(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), provider=CPU if plan == FLOAT32 else provider(self.target))
 
-    # Held against PyTorch
+    # Checked against PyTorch
 
     def parity(self, plan: Plan) -> list[dict]:
         """Every graph at every declared size. Raises Refused."""
@@ -235,7 +244,9 @@ class Attempts:
         compared = graphs
         if exact:
             compared = {
-                name: Compared(name, self.references[name], graphs[name], graph.tolerance, graph.chosen, graph.jumping)
+                name: Compared(
+                    name, self.references[name], graphs[name], graph.tolerance, graph.selected, graph.discrete
+                )
                 for name, graph in self.deployable.graphs.items()
             }
         bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))

@@ -41,6 +41,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
         chosen = attempts.climb()
         verification = attempts.verification(chosen)
         measurement = attempts.contenders.measurement(chosen.folder, contenders, say)
+        attempts.keep_answers(chosen.plan)
         signatures, precision = place / "converted" / str(chosen.plan), chosen.plan.precision
         manifest = write_manifest(chosen.folder, deployable, target, precision, signatures, verification, measurement)
         load(chosen.folder, provider=provider(target))  # what was written is what a device will open

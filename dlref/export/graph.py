@@ -112,7 +112,7 @@ def recurrent_shapes(inputs, before, weights, biases, num_layers, dropout, train
     """Outputs and last state of `torch.ops.aten.gru.input`, or states of `lstm.input`, unfilled."""
     states = before if isinstance(before, list | tuple) else [before]
     first, second, width = *inputs.shape[:2], states[0].shape[2] * (2 if bidirectional else 1)
-    # In memory time comes first either way; what is traced later hangs on that.
+    # In memory time comes first either way; what is traced later depends on that.
     outputs = (
         inputs.new_empty(second, first, width).transpose(0, 1)
         if batch_first

@@ -3,11 +3,12 @@
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnxruntime
 
+from dlref.export.graph import write_program
 from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
@@ -38,12 +39,13 @@ class Contenders:
 
     Args:
         target: the device.
-        programs: folder of what torch.export saved.
+        graphs: those of the task by name, which PyTorch is measured by.
+        programs: folder for what torch.export saves of them, once they are asked for.
         float32: folder of the bundle as it came from PyTorch.
     """
 
-    def __init__(self, target: Target, programs: Path, float32: Path):
-        self.target, self.programs, self.float32 = target, programs, float32
+    def __init__(self, target: Target, graphs: Mapping, programs: Path, float32: Path):
+        self.target, self.graphs, self.programs, self.float32 = target, graphs, programs, float32
         self.known: dict[Path, dict] = {}
 
     def onnx(self, folder: Path, again: bool = False) -> dict:
@@ -66,6 +68,9 @@ class Contenders:
     def pytorch(self, mode: str) -> dict:
         """PyTorch's figures, eager or compiled. Raises UserError."""
         device = "cuda" if provider(self.target) in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+        for name, graph in self.graphs.items():
+            if not (program := self.programs / f"{name}.pt2").exists():
+                write_program(graph, program, self.target)
         module = [sys.executable, "-m", "dlref.export.contender"]
         return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
 

@@ -45,12 +45,12 @@ class Reference:
 
 
 class Compared:
-    """An exported graph that answers, and holds each answer against PyTorch's.
+    """An exported graph that answers, and checks each answer against PyTorch's.
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
     task's metric judges: then only rank, type and finiteness count, for the number of boxes or tokens that come out
-    can hang on the last digit. Outputs that are a choice (`Graph.chosen`) are compared as a set of rows, places of
-    largest values and the like (`Graph.jumping`) by how many of them there are that differ.
+    can depend on the last digit. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, places of
+    largest values and the like (`Graph.discrete`) by how many of them there are that differ.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Compared:
         reference: Callable,
         exported: Callable,
         tolerance: float,
-        chosen: Sequence[str] = (),
-        jumping: Sequence[str] = (),
+        selected: Sequence[str] = (),
+        discrete: Sequence[str] = (),
     ):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
         self.shape = exported.shape
-        self.chosen, self.jumping = () if tolerance == inf else chosen, jumping
+        self.selected, self.discrete = () if tolerance == inf else selected, discrete
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
 
@@ -73,19 +73,19 @@ class Compared:
         actual, expected = self.exported(**inputs), self.reference(**inputs)
         for name, reference in expected.items():
             self.alike(name, actual[name], reference)
-            if name in self.jumping and actual[name].shape == reference.shape:
+            if name in self.discrete and actual[name].shape == reference.shape:
                 self.rows += reference.size
                 self.flipped += self.unlike(actual[name], reference)
-            elif name not in self.chosen:
+            elif name not in self.selected:
                 self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
-        if self.chosen:
+        if self.selected:
             self.compare_sets(actual, expected)
         return actual
 
     def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         """Look for the rows of each sample of `expected` in that of `actual`, near their places."""
         self.counted(actual)
-        for found, wanted in zip(rows_of(actual, self.chosen), rows_of(expected, self.chosen), strict=True):
+        for found, wanted in zip(rows_of(actual, self.selected), rows_of(expected, self.selected), strict=True):
             found, wanted = found[found.any(axis=1)], wanted[wanted.any(axis=1)]
             self.rows += len(wanted)
             unlike = abs(len(found) - len(wanted))
@@ -102,10 +102,10 @@ class Compared:
 
     def counted(self, actual: dict[str, np.ndarray]) -> None:
         """Raise Refused where rows of zeros come before others, or an output of one axis is not the rows' number."""
-        there = rows_of(actual, self.chosen).any(axis=2)
+        there = rows_of(actual, self.selected).any(axis=2)
         number = there.sum(axis=1)
         first = np.arange(there.shape[1]) < number[:, None]
-        counts = {name: actual[name] for name in self.chosen if actual[name].ndim == 1}
+        counts = {name: actual[name] for name in self.selected if actual[name].ndim == 1}
         if not np.array_equal(there, first) or not all(np.array_equal(array, number) for array in counts.values()):
             raise Refused(
                 f"{self.name}: rows of zeros, or {', '.join(counts)}, do not agree with the rows that there are"
@@ -113,9 +113,9 @@ class Compared:
 
     def settle(self) -> None:
         """Once all is asked: raise Refused where more of a choice, or more places, differ than roundings change."""
-        share = FLIPPED if self.chosen else MISPLACED
+        share = FLIPPED if self.selected else MISPLACED
         if self.tolerance < inf and self.flipped > max(FEW, share * self.rows):
-            outputs = ", ".join([*self.chosen, *self.jumping])
+            outputs = ", ".join([*self.selected, *self.discrete])
             raise Refused(
                 f"{self.name}, outputs {outputs}: {self.flipped} of {self.rows} differ from PyTorch's; expected at "
                 f"most {share:.1%}"
@@ -153,9 +153,9 @@ class Compared:
         return float(error.max())
 
 
-def rows_of(answer: dict[str, np.ndarray], chosen: Sequence[str]) -> np.ndarray:
+def rows_of(answer: dict[str, np.ndarray], selected: Sequence[str]) -> np.ndarray:
     """Outputs (B, D) and (B, D, ...) side by side: (B, D, F). One that has no second axis is no row's."""
-    parts = [answer[name].astype(np.float64) for name in chosen if answer[name].ndim > 1]
+    parts = [answer[name].astype(np.float64) for name in selected if answer[name].ndim > 1]
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
@@ -168,7 +168,7 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
     for turn in range(1 if static else max(map(len, graph.sizes.values()), default=1)):
         sizes = {symbol: choices[turn % len(choices)] for symbol, choices in graph.sizes.items()}
         inputs = {key: tensor.numpy() for key, tensor in example_at(graph, sizes).items()}
-        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.chosen, graph.jumping)
+        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.selected, graph.discrete)
         compared(**inputs)
         compared.settle()
         shape = {key: list(array.shape) for key, array in inputs.items()}

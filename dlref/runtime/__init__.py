@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlref.runtime.bundle import CPU, MANIFEST, cores, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
+from dlref.runtime.runner import whole
 
 __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
 
@@ -24,6 +25,8 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     provider of onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
     missing file, or a kind that this version does not know.
     """
+    if threads is not None and (whole(threads) or 0) < 1:
+        raise UserError(f"threads {threads!r}; expected a whole number from 1")
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
     each, workers = sessions(manifest["kind"], threads, provider)
@@ -37,7 +40,11 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
 
 
 def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None, int]:
-    """Threads of each graph, None for all, and how many batches of a runner go side by side, for bundles of a kind."""
+    """Threads of each graph, None for all, and how many batches of a runner go side by side, for bundles of a kind.
+
+    No more than there are cores: a number mistyped, or of another machine, would start so many.
+    """
+    threads = min(int(threads), cores()) if threads else None
     return (1, threads or cores()) if runner_of(kind).spreads and provider == CPU else (threads, 1)
 
 

@@ -11,12 +11,16 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dlref.runtime import UserError, kinds, load, runner_of
-from dlref.runtime.runner import BATCH, plain, positive
+from PIL import Image
 
+from dlref.runtime import UserError, kinds, load, runner_of
+from dlref.runtime.runner import BATCH, Runner, plain, positive
+
+PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what moves a terminal's cursor and more; no tab, no line feed
 
 
@@ -24,8 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 with one line on stderr when something given is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = benchmark if arguments[:1] == ["bench"] else transform
+    if sys.stdout is None:  # closed by who started this
+        print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
+        return 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
     try:
-        return command(arguments)
+        status = command(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -35,6 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk
+        if error.filename is not None:  # not of standard output
+            raise
+        print(f"error: standard output: {error.strerror}; expected room for the answers", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,15 +78,16 @@ def opened(arguments: list[str]):
     known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
     known.add_argument("--form", help="another form of the answers, such as sagemaker")
     known.add_argument(
-        "--output", type=Path, metavar="PNG", help="write the answer where it is a picture; several: into a folder"
+        "--output",
+        type=Path,
+        metavar="PLACE",
+        help="write the answer where it is a picture: one to NAME.png, or into a folder",
     )
     known.add_argument(
         "--overlay",
-        "--draw",
-        "--attention",
         type=Path,
-        metavar="PNG",
-        help="draw the answer over the input, or the input's attention; several: into a folder",
+        metavar="PLACE",
+        help="draw the answer over the input, or the input's attention: one to NAME.png, or into a folder",
     )
     own = {}
     for kind in map(runner_of, kinds()):
@@ -98,20 +115,25 @@ def transform(arguments: list[str]) -> int:
     if options.prompt is not None:
         return tell(runner.written(options.prompt))
     if options.form and options.form not in runner.forms:
-        raise UserError(f"--form {options.form}; expected one of {', '.join(runner.forms) or 'none with this bundle'}")
+        raise UserError(f"--form {options.form}; expected {', '.join(runner.forms) or 'none'} with this bundle")
+    if options.output and type(runner).picture is Runner.picture:
+        runner.picture({})  # says why not, before there are answers
+    if options.overlay and type(runner).draw is Runner.draw:
+        runner.draw(None, {})
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]
     names, sources = [name for name, _ in inputs], [source for _, source in inputs]
-    drawn = next((name for name in ("--attention", "--draw") if name in arguments), "--overlay")
-    places = {"--output": options.output, drawn: options.overlay}
+    places = {"--output": options.output, "--overlay": options.overlay}
     written = {option: places_of(names, path, option) for option, path in places.items() if path}
-    bundle, *where = [options.bundle, *filter(None, places.values())]
-    if len({path.resolve() for path in where}) < len(where):
-        raise UserError(f"--output and {drawn} are both {options.output}; expected two places")
-    for path in where:
-        if bundle.resolve() in path.resolve().parents:
-            raise UserError(
-                f"{path}: inside the bundle; expected another place, for a bundle holds its own files alone"
-            )
+    bundle, taken = options.bundle.resolve(), set()
+    for option, paths in written.items():
+        for path in (path.resolve() for path in paths):
+            if bundle in path.parents:
+                raise UserError(
+                    f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
+                )
+            if path in taken:
+                raise UserError(f"--output and --overlay are both {path}; expected two places")
+            taken.add(path)
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
     for i, ((name, source), answer) in enumerate(zip(inputs, answers, strict=True)):
@@ -120,8 +142,8 @@ def transform(arguments: list[str]) -> int:
                 raise answer
             if "--output" in written:
                 save(runner.picture(answer), written["--output"][i])
-            if drawn in written:
-                save(runner.draw(source, answer), written[drawn][i])
+            if "--overlay" in written:
+                save(runner.draw(source, answer), written["--overlay"][i])
             if options.form:
                 answer = runner.forms[options.form](answer)
         except UserError as error:
@@ -156,15 +178,16 @@ def line(record: dict) -> str:
 
 
 def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
-    """Where the picture of each source goes: `path`, or a file in the folder `path`.
+    """Where the picture of each source goes: of one source to `path` if it is named .png, else into the folder `path`.
 
-    It has the name of the source, or where that is no file, such as a line or a text, its number.
+    There it has the name of the source, or where that is no file, such as a line or a text, its number.
     """
-    if path.name in ("", "..") or (len(sources) == 1 and path.is_dir()):
-        raise UserError(f"{option} {path}: a folder; expected the name of a PNG")
+    single = len(sources) == 1 and path.suffix.lower() == ".png" and not os.path.isdir(path)
+    if not single and (path.suffix.lower() in PICTURES or (os.path.exists(path) and not os.path.isdir(path))):
+        raise UserError(f"{option} {path}: expected a folder, or for one input the name of a PNG")
     paths = (
         [path]
-        if len(sources) == 1
+        if single
         else [
             path / f"{Path(source).stem if os.path.isfile(source) else number}.png"
             for number, source in enumerate(sources, start=1)
@@ -185,6 +208,8 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
 def save(picture, path: Path) -> None:
     """Write a picture whole or not at all. Raises UserError."""
     part = path.with_name(f".{path.name}.part")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -223,15 +248,17 @@ def progress(answers: Iterable, total: int) -> Iterator:
 
 
 def benchmark(arguments: list[str]) -> int:
-    """Print speed, memory and sizes of a bundle, as JSON."""
-    from dlref.runtime.bench import bench
+    """Print speed, memory and sizes of a bundle, and how far its answers are from those at export, as JSON."""
+    from dlref.runtime.bench import bench, difference
     from dlref.runtime.bundle import cores, read_manifest
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]
-    threads = options.threads or target.get("threads") or cores()
-    figures = bench(options.bundle, threads, options.provider or target["provider"])
-    print(json.dumps({"bundle": str(options.bundle), "threads": threads, **figures}, indent=2))
+    threads = min(options.threads or target.get("threads") or cores(), cores())
+    provider = options.provider or target["provider"]
+    figures = bench(options.bundle, threads, provider) | {"difference": difference(options.bundle, provider)}
+    asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads}
+    print(json.dumps(asked | figures, indent=2))
     return 0
 
 

@@ -28,13 +28,14 @@ from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 
 EXAMPLE = "example.npz"  # of each graph's inputs, as GRAPH/INPUT, one row each
+ANSWERS = "answers.npz"  # to the example where the bundle was exported, as GRAPH/OUTPUT
 SEVERAL = 8  # rows for the throughput
 SECONDS = 1.0  # of each clock, and at least CALLS
 CALLS = 15
 WARMUP = 5
 
 Graphs = Mapping[str, Callable]
-Inputs = dict[str, dict[str, np.ndarray]]
+Arrays = dict[str, dict[str, np.ndarray]]
 
 
 def bench(folder: Path, threads: int, provider: str) -> dict:
@@ -85,7 +86,7 @@ def repeating(graphs: Graphs, folder: Path) -> Graphs:
     return {name: repeated(graph, described[name].get("calls", 1)) for name, graph in graphs.items()}
 
 
-def answer(graphs: Graphs, inputs: Inputs) -> None:
+def answer(graphs: Graphs, inputs: Arrays) -> None:
     """Every graph once."""
     for name, graph in graphs.items():
         graph(**inputs[name])
@@ -102,24 +103,62 @@ def clock(call: Callable[[], None]) -> list[float]:
     return times[WARMUP:]
 
 
-def example(folder: Path) -> Inputs:
-    """The example inputs of each graph. Raises UserError."""
-    inputs: Inputs = {}
-    path = folder / EXAMPLE
+def difference(folder: Path, provider: str) -> float | None:
+    """The largest difference of an output from what the bundle answered where it was exported. Raises UserError.
+
+    None: the bundle does not hold what it answered.
+    """
+    path = folder / ANSWERS
+    if not path.is_file():
+        return None
+    graphs = open_graphs(folder, read_manifest(folder), provider=provider)
+    inputs, answers = arrays(folder / EXAMPLE), arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if sum(entry.file_size for entry in arrays.zip.infolist()) > LARGEST_FILE:
+        found = {name: graphs[name](**inputs[name]) for name in answers}
+        shares = [differing(found[name][output], known) for name in answers for output, known in answers[name].items()]
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is not of this bundle; expected its graphs and outputs") from None
+    return max(shares)
+
+
+def differing(found: np.ndarray, known: np.ndarray) -> float:
+    """How far apart two outputs are: 0 for equal ones, 1 where their shapes or what of them is no number differ.
+
+    Of numbers the largest difference, over the largest number where that is above 1; of others how many differ.
+    """
+    if found.shape != known.shape:
+        return 1.0
+    if known.dtype.kind != "f":
+        return float((found != known).mean())
+    finite = np.isfinite(known)
+    if not np.array_equal(found[~finite], known[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
+        return 1.0
+    apart = np.abs(found[finite].astype(np.float64) - known[finite]).max(initial=0)
+    return float(apart / np.abs(known[finite], dtype=np.float64).max(initial=1))
+
+
+def example(folder: Path) -> Arrays:
+    """The example inputs of each graph. Raises UserError."""
+    return arrays(folder / EXAMPLE)
+
+
+def arrays(path: Path) -> Arrays:
+    """Arrays by graph and name, from a file where they are called GRAPH/NAME. Raises UserError."""
+    found: Arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if sum(entry.file_size for entry in kept.zip.infolist()) > LARGEST_FILE:
                 raise ValueError("too large")
-            for key, array in arrays.items():
+            for key, array in kept.items():
                 graph, _, name = key.partition("/")
-                inputs.setdefault(graph, {})[name] = array
+                found.setdefault(graph, {})[name] = array
     except Exception as error:  # numpy and zipfile raise whatever comes up
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: unreadable ({reason}); expected the inputs that export.py wrote") from None
-    return inputs
+        raise UserError(f"{path}: unreadable ({reason}); expected the arrays that export.py wrote") from None
+    return found
 
 
-def repeated(inputs: Inputs, graphs: dict) -> Inputs | None:
+def repeated(inputs: Arrays, graphs: dict) -> Arrays | None:
     """The example SEVERAL times along every axis called batch; None where a graph has no such axis."""
     batch = {}
     for graph, arrays in inputs.items():

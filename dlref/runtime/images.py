@@ -1,5 +1,7 @@
 """Images as they are: files and arrays of any size -> uint8 (H, W, C)."""
 
+from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +11,20 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
 # Not PostScript, for which pillow starts another program.
+BYTES = (bytes, bytearray, memoryview)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: int) -> np.ndarray:
     """One image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
 
-    `source` is a file that pillow opens (turned upright by its EXIF orientation; alpha is dropped) or a
-    uint8 array (H, W), (H, W, C) or (C, H, W). Raises UserError for anything else.
+    `source` is a file that pillow opens, the bytes of one or a picture of pillow's (turned upright by its EXIF
+    orientation; alpha is dropped), or a uint8 array (H, W), (H, W, C) or (C, H, W). Raises UserError for anything else.
     """
     if isinstance(source, np.ndarray):
         return _as_hwc(source, channels)
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _opened(source) as image:
             if image.mode.startswith("I;16"):  # the high byte, as the training side takes it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
@@ -32,8 +35,16 @@ def read_image(source: str | Path | np.ndarray, channels: int) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # of a damaged file, pillow's readers raise whatever comes up
+        if isinstance(source, BYTES):
+            raise UserError(f"{len(source)} bytes: cannot be decoded; expected those of an image file") from None
         raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
     return np.asarray(upright).reshape(upright.height, upright.width, channels)
+
+
+def _opened(source) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)  # it stays open: it is somebody's
+    return Image.open(BytesIO(source) if isinstance(source, BYTES) else source, formats=FORMATS)
 
 
 def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
@@ -43,8 +54,12 @@ def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
         array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1 and channels == 3:
         array = array.repeat(3, axis=2)
+    if array.ndim == 3 and array.shape[2] == 3 and channels == 1:
+        array = np.asarray(Image.fromarray(array).convert("L"))[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels:
         raise UserError(
             f"array of shape {array.shape}: expected (H, W), (H, W, C) or (C, H, W) with {channels} channel(s)"
@@ -74,8 +89,8 @@ class ImageRunner(Runner):
         check_image_input(graphs[graph])
         self.metadata = metadata
 
-    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """An image file or a uint8 array -> uint8 (H, W, C)."""
+    def read(self, source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
+        """What `read_image` takes -> uint8 (H, W, C)."""
         return read_image(source, self.metadata["channels"])
 
     def together(self, first: np.ndarray, second: np.ndarray) -> bool:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import IO, Any, NamedTuple
 from dlref.runtime.errors import UserError
 
 LARGEST_TEXT = 1 << 28  # bytes of a file
+FILE_NAME = re.compile(r"[^\s{}]{1,200}\.(txt|md|csv|tsv|jsonl?|gz)", re.IGNORECASE)
 
 
 class Line(NamedTuple):
@@ -43,9 +45,12 @@ def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
 
 
 def text_in(path: str) -> str | Path | None:
-    """The text in a file; None where no file has this name, and the file where reading it will say what is wrong."""
+    """The text in a file; None where no file has this name, and the file where reading it will say what is wrong.
+
+    A single word that ends as a file's name does is one that is not there, and no text.
+    """
     if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
-        return None
+        return Path(path) if FILE_NAME.fullmatch(path) else None
     try:
         return read_text(path, "text")
     except UserError:

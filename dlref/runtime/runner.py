@@ -1,6 +1,7 @@
 """What every runner shares: one input, a list of them, or a stream that no bad input stops."""
 
 import argparse
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,6 +100,14 @@ class Runner:
             return self.answer(items)
         except UserError as error:
             return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
+
+
+def whole(value: object) -> int | None:
+    """A whole number of Python's or numpy's; None for anything else, True and False too."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def positive(text: str) -> int:

@@ -1272,7 +1272,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
             ("half a letter", field("lines.jsonl", "inputs", "\ud800", 2), "lines.jsonl:2", "surrogate"),
             ("not UTF-8", both(put("prompt.txt", b"\xff"), say("prompt.txt")), "prompt.txt", "UTF-8"),
             ("heat below zero", say("--temperature", "-1"), "--temperature", "-1"),
-            ("a drawing", say("--draw", "drawn.png"), "not drawn"),
+            ("a drawing", say("--overlay", "drawn.png"), "not drawn"),
             ("a prompt and inputs", say("--prompt", "a"), "--prompt"),
             *damaged("decode", "context_length", 1),
         ],

@@ -6,6 +6,7 @@ T times of context, L lags, F features, G categories, H times to forecast, S sam
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from datetime import date, datetime
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
@@ -125,7 +126,8 @@ class Runner(Base):
     def read(self, source: Any) -> Request:
         """A request {"instances": [...], "configuration": {...}}, or one series {"start": ..., "target": [...], ...}.
 
-        `source` is such an object, a line or a file that holds one. Targets and features may be arrays.
+        `source` is such an object, a line or a file that holds one. Numbers, lists and times may be numpy's
+        or Python's.
         """
         where = "request"
         if isinstance(source, (str, Path)):
@@ -136,6 +138,7 @@ class Runner(Base):
             source = parse_object(source.text, where)
         if not isinstance(source, Mapping):
             raise UserError(f"{where}: {type(source).__name__}; expected a series or a request, as an object")
+        source = as_json(source)
         if "instances" not in source:
             return Request(where, [self.past(source, where)], SAMPLES, 0, *_outputs({}, where), single=True)
         instances, configuration = source["instances"], source.get("configuration", {})
@@ -161,7 +164,6 @@ class Runner(Base):
 
     def past(self, entry: Mapping[str, Any], where: str) -> Past:
         """What a series says, checked against what the model was trained with. Raises UserError."""
-        entry = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in entry.items()}
         record = parse_record(entry, where, self.frequency)
         known = self.metadata
         for field, found, expected in (
@@ -239,7 +241,7 @@ class Runner(Base):
 
     @np.errstate(over="ignore", invalid="ignore")  # `answer` refuses what is not finite
     def _paths(self, past: Past, samples: int, seed: int) -> np.ndarray:
-        """Ancestral sampling (section 3.2 of the paper): each value is drawn given those drawn before it."""
+        """Ancestral sampling (section 3 of the paper): each value is drawn given those drawn before it."""
         values, features, categories = past.values, past.features, past.categories
         known, longest = values.shape[1], max(self.lags)
         encoded = self.encode(
@@ -312,6 +314,22 @@ def _outputs(configuration: Mapping, where: str) -> tuple[tuple[str, ...], dict[
             f'{where}: quantiles: {shorten(names)}; expected a list such as ["0.1", "0.5"], between 0 and 1'
         )
     return tuple(types), levels
+
+
+def as_json(value: Any) -> Any:
+    """What Python has, as JSON has it: tuples, arrays and numpy's numbers as lists and numbers, times as text."""
+    if isinstance(value, Mapping):
+        return {key: as_json(one) for key, one in value.items()}
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[s]").item()
+    if isinstance(value, date):
+        return value.isoformat(sep=" ") if isinstance(value, datetime) else value.isoformat()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if not isinstance(value, list | tuple | range):
+        return value
+    plain = set(map(type, value)) <= {int, float, str, bool, type(None)}  # which long series are
+    return list(value) if plain else [as_json(one) for one in value]
 
 
 def _last(array: np.ndarray, count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import positive
+from dlref.runtime.runner import positive, whole
 from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
@@ -83,10 +83,13 @@ class Runner(Base):
     # Requests
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
-        """A text that is no file's name is itself the input; a file has one on each line, or is one JSON request."""
+        """A text that is no file, and no word that ends as a file's name, is itself the input, or a JSON request.
+
+        A file has one on each line, or is one request.
+        """
         text = text_in(path)
         if not isinstance(text, str):
-            yield path, text or path
+            yield path, text or Line("input", path)
             return
         lines = text.removesuffix("\n").split("\n")
         if len(lines) > 1 and is_object(text):
@@ -96,6 +99,8 @@ class Runner(Base):
 
     def read(self, source: Any) -> Request:
         """A text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line that holds one."""
+        if not 1 <= (whole(self.beam) or 0) <= self.widest:
+            raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
         if isinstance(source, Path):
             source = Line(str(source), read_text(source, "text"))
@@ -151,8 +156,6 @@ class Runner(Base):
 
         A request with `instances` is answered by `predictions`, with `matrix` where asked.
         """
-        if self.beam > self.widest:
-            raise UserError(f"beam: {self.beam}; expected at most {self.widest}")
         found = iter(self.search([sentence.tokens for item in items for sentence in item.sentences]))
         answers = []
         for item in items:
