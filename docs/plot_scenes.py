@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dlref.data.scenes import digit_pools, make_scenes
+from dlref.data.scenes import make_scenes
+from dlref.data.small_images import digit_pools
 
 ROWS, COLUMNS, SIDE = 2, 8, 96
 

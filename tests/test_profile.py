@@ -18,7 +18,8 @@ import dlref.tasks.profile
 from dlref.cli import train
 from dlref.data.loader import Seeded
 from dlref.tasks.finite import Finite
-from dlref.tasks.profile import ADVICE, COUNTED, FETCH, PARTS, WARM_UP, StepProfile, bound, covered, part_of, total
+from dlref.tasks.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
+from dlref.tasks.profile_report import ADVICE, PARTS, bound
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 EMA = ("--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging")

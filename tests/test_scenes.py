@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlref.data.scenes import EMPTY, OVERLAP, Scenes, digit_pools, make_scenes
-from dlref.data.small_images import Digits
+from dlref.data.scenes import EMPTY, OVERLAP, Scenes, make_scenes
+from dlref.data.small_images import Digits, digit_pools
 
 COUNT, SIZE, MOST = 200, 64, 5
 

@@ -80,9 +80,8 @@ class LanguageData(SplitData):
                     raise UserError(f"{self.where(split)}: {len(tokens)} tokens; expected at least {needed}")
                 self.splits[split] = Windows(tokens, self.context_length)
         if self.resident:
-            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             for windows in self.splits.values():
-                windows.to(device)
+                windows.to(self.device)
 
     def where(self, split: str) -> str:
         """What an error of a split names."""

@@ -175,6 +175,11 @@ class SplitData(LightningDataModule):
     num_workers = 0  # processes that make batches; 0: the one that trains
     same = False  # whether all epochs are the first one
 
+    @property
+    def device(self) -> torch.device:
+        """Where data that stays in memory lies: where it trains."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
     def order(self, devices: int) -> Order:
         """The batches of an epoch, each to be shared by so many devices."""
         return Shuffled(len(self.splits["train"]), self.batch_size * devices)

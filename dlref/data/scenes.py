@@ -14,8 +14,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dlref.data.small_images import SPLIT_SEED
-
 EMPTY = 0.05  # share of the scenes without a digit
 SCALES = 0.15, 0.45  # of the side of a digit's 8 × 8 frame, as shares of the scene's side
 OVERLAP = 0.3  # of two boxes, at most, as a share of the smaller one's area
@@ -43,23 +41,6 @@ class Scenes(NamedTuple):
     boxes: Tensor  # float32 (N, M, 4), x1 y1 x2 y2 in pixels, zeros beyond the count
     labels: Tensor  # int64 (N, M), 0 to 9; -1 beyond the count
     masks: Tensor  # uint8 (N, S, S), 0 background, digit d as d + 1
-
-
-def digit_pools() -> dict[str, tuple[Tensor, Tensor]]:
-    """Load the pools "train", "val" and "test": digits, uint8 (D, 8, 8), and labels, int64 (D,).
-
-    scikit-learn's, split as `dlref.data.small_images.Digits` splits them: 1,077, 360 and 360 by class.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()
-    digits = torch.from_numpy(np.round(source.images * 255 / 16).astype(np.uint8))
-    labels = torch.from_numpy(source.target).long()
-    everything = np.arange(len(labels))
-    rest, test = train_test_split(everything, test_size=360, stratify=source.target, random_state=SPLIT_SEED)
-    train, val = train_test_split(rest, test_size=360, stratify=source.target[rest], random_state=SPLIT_SEED)
-    return {name: (digits[index], labels[index]) for name, index in (("train", train), ("val", val), ("test", test))}
 
 
 def make_scenes(digits: Tensor, labels: Tensor, count: int, size: int, seed: int, most: int = 8) -> Scenes:

@@ -21,7 +21,8 @@ from dlref.data.images import read_image
 from dlref.data.listings import drawn
 from dlref.data.mask_listings import VOID, MaskListing, read_mask, read_mask_folders, read_mask_list, read_voc_masks
 from dlref.data.object_detection import MEAN, SPLIT_SEED
-from dlref.data.scenes import Scenes, digit_pools, make_scenes
+from dlref.data.scenes import Scenes, make_scenes
+from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
@@ -86,7 +87,8 @@ class SegmentationData(StreamedPictures):
     """Pictures with masks; a subclass says what its splits are.
 
     Training resizes each picture by a random factor (so that its shorter side is 0.5 to 2 times `base_size`), takes a
-    random square of it, mirrors half of them, and changes the light; what is beyond a picture counts for nothing.
+    random square of it, mirrors half of them, and changes brightness and colours; what is beyond a picture counts for
+    nothing.
 
     Args:
         batch_size: pictures in a batch.

@@ -1,8 +1,8 @@
 """Time series from files: SageMaker's JSON Lines and Parquet, and the CSV tables that people have.
 
 Each reader returns a `Series`: the values of all series in one flat array. Steps that a table leaves out are filled
-with missing values and counted; any other mistake is a `UserError`. `check` holds what was read against SageMaker's
-rules for DeepAR, and `unseen` holds the series to forecast against those of training.
+with missing values and counted; any other mistake is a `UserError`. `check` compares what was read with SageMaker's
+rules for DeepAR, and `unseen` the series to forecast with those of training.
 
 N series, P points in all; D dynamic features of Q points in all; R static features; G categories. T times.
 """

@@ -72,8 +72,7 @@ class InMemoryImages(ImageClassificationData):
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         if not self.splits:
             self.labels, self.splits = self.read()
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        self.splits = {name: split.to(device) for name, split in self.splits.items()}
+        self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment training batches, on the device."""
@@ -99,20 +98,26 @@ class Digits(InMemoryImages):
         super().__init__(batch_size=batch_size, **kwargs)
 
     def read(self) -> tuple[list[str], Splits]:
-        """Load the digits, and spread their 17 levels over 0 to 255."""
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        """All three splits."""
+        splits = {name: ImageTensors(digits[:, None], labels) for name, (digits, labels) in digit_pools().items()}
+        return [str(digit) for digit in range(10)], splits
 
-        digits = load_digits()
-        images = torch.from_numpy(np.round(digits.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
-        targets = torch.from_numpy(digits.target).long()
-        rest, test = train_test_split(
-            np.arange(len(targets)), test_size=360, stratify=digits.target, random_state=SPLIT_SEED
-        )
-        train, val = train_test_split(rest, test_size=360, stratify=digits.target[rest], random_state=SPLIT_SEED)
-        splits = {"train": train, "val": val, "test": test}
-        labels = [str(name) for name in digits.target_names]
-        return labels, {name: ImageTensors(images[index], targets[index]) for name, index in splits.items()}
+
+def digit_pools() -> dict[str, tuple[Tensor, Tensor]]:
+    """Load the pools "train", "val" and "test": digits, uint8 (D, 8, 8), and labels, int64 (D,).
+
+    scikit-learn's, their 17 levels spread over 0 to 255; split by class into 1,077, 360 and 360, always the same.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    digits = torch.from_numpy(np.round(source.images * 255 / 16).astype(np.uint8))
+    labels = torch.from_numpy(source.target).long()
+    everything = np.arange(len(labels))
+    rest, test = train_test_split(everything, test_size=360, stratify=source.target, random_state=SPLIT_SEED)
+    train, val = train_test_split(rest, test_size=360, stratify=source.target[rest], random_state=SPLIT_SEED)
+    return {name: (digits[index], labels[index]) for name, index in (("train", train), ("val", val), ("test", test))}
 
 
 Arrays = tuple[np.ndarray | Tensor, np.ndarray | Tensor]

@@ -1,4 +1,4 @@
-"""The loaders of pictures with boxes or masks, which worker processes decode and the device puts in another light."""
+"""The loaders of pictures with boxes or masks, decoded by worker processes, their colours changed on the device."""
 
 from typing import Any
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dlref.data.image_classification import check_at_least
@@ -74,10 +73,9 @@ class TranslationData(SplitData):
             longest = int(self.splits["train"].target.lengths.max())
             self.longest_answer = longest + longest // 4 + 5
             self.names = pairs["test"].names
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         for corpus in self.splits.values():
-            corpus.source.to(device)
-            corpus.target.to(device)
+            corpus.source.to(self.device)
+            corpus.target.to(self.device)
 
     def encoded(self, split: str, pairs: Pairs) -> Corpus:
         """A split as tokens, those that end it added; and its texts, unless it trains."""
@@ -109,7 +107,7 @@ class TranslationData(SplitData):
         return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
     def at_once(self, split: str) -> int:
-        """The number does not hang on the lengths."""
+        """The number does not depend on the lengths."""
         return EVALUATED
 
     def sources(self) -> Sequence[str]:

@@ -21,11 +21,11 @@ class Graph:
         sizes: symbol -> the sizes at which the exported graph has to equal the module. The first ones are
             those of a single answer: what is timed, and what a device that needs fixed shapes gets.
         tolerance: largest error allowed, relative to outputs above 1 and absolute below.
-        chosen: outputs that are a choice, such as the boxes that suppression leaves: a rounding can change which rows
+        selected: outputs that are a choice, such as the boxes that suppression leaves: a rounding can change which rows
             (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
             all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
             one axis is the number of rows.
-        jumping: outputs that a rounding can change altogether, such as the class of each pixel where two are as likely
+        discrete: outputs that a rounding can change altogether, such as the class of each pixel where two are as likely
             to the last digit, or a count. All but a few elements have to be within the tolerance.
         calls: how often an answer calls it, for the measurement.
     """
@@ -36,8 +36,8 @@ class Graph:
     dynamic_axes: Mapping[str, Mapping[int, str]]
     sizes: Mapping[str, Sequence[int]]
     tolerance: float = 1e-5
-    chosen: Sequence[str] = ()
-    jumping: Sequence[str] = ()
+    selected: Sequence[str] = ()
+    discrete: Sequence[str] = ()
     calls: int = 1
 
     @property
@@ -50,7 +50,7 @@ class Graph:
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """The module's own answer: the reference that every exported form is held against."""
+        """The module's own answer: the reference that every exported form is checked against."""
         device = next(self.module.parameters(), torch.empty(0)).device
         results = self.module(*(torch.from_numpy(arrays[name]).to(device) for name in self.inputs))
         results = results if isinstance(results, tuple) else (results,)

@@ -27,9 +27,8 @@ from torchmetrics.classification import (
 from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.preprocess import ImagePreprocess
-from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line
+from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
+from dlref.tasks.task import Task, check_class_weights
 
 MISTAKES = 25  # in the figure of the most confident ones
 
@@ -69,36 +68,20 @@ class ImageClassifier(Task):
         self.preprocess = preprocess
         self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
         self.mixup, self.cutmix = mixup, cutmix
-        self.register_buffer("class_weights", class_weights and torch.tensor(class_weights), persistent=False)
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
-        classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
-        if self.class_weights is not None and len(self.class_weights) != classes:
-            raise UserError(f"class_weights has {len(self.class_weights)} factors; expected {classes}, one a class")
+        classes = len(self.known["labels"])
+        check_class_weights(self.class_weights, classes)
         if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.known["multi_label"]):
             raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
         if min(self.mixup, self.cutmix) < 0:
             raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
-        mode = self.network.training
-        try:
-            with torch.no_grad():
-                self.network.eval()
-                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
-                width = self(black)[0].shape[-1]
-        except RuntimeError as error:
-            raise UserError(
-                f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "
-                f"({one_line(error)})"
-            ) from error
-        self.network.train(mode)
-        if width != classes:
-            raise UserError(
-                f"network answers {width} classes, the data has {classes}; expected "
-                f"model.init_args.network.init_args.num_classes to be {classes}"
-            )
+        check_classes(of_a_black_image(self, self.preprocess.size)[0].shape[-1], classes)
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
@@ -213,10 +196,6 @@ class ImageClassifier(Task):
             probability = runner.probability(images.permute(0, 2, 3, 1).contiguous().numpy())
             accuracy.update(torch.from_numpy(probability), targets.long())
         return accuracy.compute().item()
-
-    def lost(self, reference: float, score: float) -> float:
-        """Hundredths of the images."""
-        return 100 * (reference - score)
 
     def draw(self, folder: Path) -> None:
         """Confusion matrix, ROC curves and the most confident mistakes."""

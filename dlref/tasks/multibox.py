@@ -1,7 +1,7 @@
 """MultiBox: default boxes matched to true ones, the loss, and from the heads to detections.
 
 W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Matching and loss work on whole batches of
-padded boxes: no loop over images, no wait for the device, no shape that hangs on the data.
+padded boxes: no loop over images, no wait for the device, no shape that depends on the data.
 
 Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, D
 detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as corners.
@@ -133,7 +133,7 @@ class Detections(nn.Module):
 
         Each class of each image is moved to a cell of its own, classes to the right and images down, so that in a graph
         one suppression serves a batch of any size. Corners are rounded first, so that moving them rounds nothing: up to
-        128 images and 128 classes, an answer does not hang on the place of its image in the batch.
+        128 images and 128 classes, an answer does not depend on the place of its image in the batch.
         """
         image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
         cell = torch.stack([labels, image], dim=-1).to(boxes.dtype)

@@ -14,9 +14,8 @@ from dlref.runtime.runners.object_detection import answer
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.devices import everyone
 from dlref.tasks.multibox import PADDED, Detections, match, multibox_loss
-from dlref.tasks.preprocess import ImagePreprocess
+from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
 from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line
 
 PICTURES = 12  # in the figure of detections
 HALF = 0  # place of the intersection over union of 0.5 among those of COCO
@@ -74,7 +73,7 @@ class ObjectDetector(Task):
 
     def check(self) -> None:
         """One black image through the network: heads of another width would train without a word."""
-        classes, side, channels = len(self.known["labels"]), self.preprocess.size, self.preprocess.channels
+        classes, side = len(self.known["labels"]), self.preprocess.size
         shares = {"overlap_threshold": self.overlap_threshold, "nms_threshold": self.detect.overlap}
         for name, value in (shares | {"score_threshold": self.detect.score}).items():
             if not 0 <= value <= 1:
@@ -83,22 +82,7 @@ class ObjectDetector(Task):
             raise UserError(f"detections {self.detect.most}; expected 1 to {self.detect.candidates}")
         if side != self.network.size:
             raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
-        mode = self.network.training
-        try:
-            with torch.no_grad():
-                self.network.eval()
-                black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
-                width = self(black)[1].shape[-1]
-        except RuntimeError as error:
-            raise UserError(
-                f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"
-            ) from error
-        self.network.train(mode)
-        if width != classes + 1:
-            raise UserError(
-                f"network answers {width - 1} classes, the data has {classes}; expected "
-                f"model.init_args.network.init_args.num_classes to be {classes}"
-            )
+        check_classes(of_a_black_image(self, side)[1].shape[-1] - 1, classes)  # the background is no class
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
@@ -194,7 +178,7 @@ class ObjectDetector(Task):
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 5), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
             tolerance=1e-4,  # of a large offset's exponential
-            chosen=outputs,
+            selected=outputs,
         )
         metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
         return Deployable("object-detection", {"detect": graph}, metadata)
@@ -213,10 +197,6 @@ class ObjectDetector(Task):
             metric.update(predictions(shares, targets["sizes"]), truth(targets))
         values = metric.compute()
         return {name: values[name].item() for name in SUMMARY}
-
-    def lost(self, reference: float, score: float) -> float:
-        """Hundredths of the metric."""
-        return 100 * (reference - score)
 
     def draw(self, folder: Path) -> None:
         """Pictures with their boxes beside the true ones, and the precision-recall curve of each class."""

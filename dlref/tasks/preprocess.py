@@ -6,6 +6,33 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dlref.runtime import UserError
+from dlref.tasks.weights import one_line
+
+
+def of_a_black_image(task, side: int):
+    """What a task's network returns for one black image. Raises UserError where it refuses it."""
+    mode, channels = task.network.training, task.preprocess.channels
+    black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=task.network_device)
+    try:
+        with torch.no_grad():
+            task.network.eval()
+            return task(black)
+    except RuntimeError as error:
+        raise UserError(
+            f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "
+            f"({one_line(error)})"
+        ) from error
+    finally:
+        task.network.train(mode)
+
+
+def check_classes(found: int, known: int) -> None:
+    """UserError unless the network tells as many classes apart as the data has."""
+    if found != known:
+        raise UserError(
+            f"network answers {found} classes, the data has {known}; expected "
+            f"model.init_args.network.init_args.num_classes to be {known}"
+        )
 
 
 class Normalise(nn.Module):

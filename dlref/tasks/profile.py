@@ -7,9 +7,8 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
-from rich.console import Console
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from dlref.runtime import UserError
+from dlref.tasks.profile_report import PARTS, Findings
 
 WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
 PRESET = {
@@ -35,7 +33,6 @@ PRESET = {
 }
 
 ON_CPU, ON_CUDA = {ProfilerActivity.CPU}, {ProfilerActivity.CPU, ProfilerActivity.CUDA}  # what a trace shows
-PARTS = ("data", "forward", "backward", "optimiser", "callbacks", "logging", "loop")
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 # How the names of what Lightning does end, and of which part that is. What is not here belongs to what it is called by.
 ENDINGS = {
@@ -51,25 +48,6 @@ ENDINGS = {
     "save_checkpoint": "checkpoint",
     "run_training_epoch": "loop",
     "run_training_batch": "loop",
-}
-
-# Shares of a step from which on a part is told to bound the run, rather than the device's arithmetic.
-DATA = 0.2  # workers that keep up leave next to nothing
-AROUND = 0.3  # callbacks, logging and the loop together
-CHECKPOINT = 0.1  # on top of the steps of an epoch
-BUSY = 0.7  # below it a GPU waits for what launches its kernels
-
-ADVICE = {
-    "data": "Waiting for data bounds the run. Try more data.init_args.num_workers, smaller files to decode, or data "
-    "that is kept in memory.",
-    "callbacks": "Callbacks bound the run. Try to have them do their work less often, as EMA's update_every_n_steps.",
-    "logging": "Logging bounds the run. Try a larger trainer.log_every_n_steps, or trainer.enable_progress_bar false.",
-    "loop": "Lightning's loop around the steps bounds the run: they are short. Try a larger batch, for fewer of them.",
-    "launches": "Python and the launches of kernels bound the run: the GPU waits for them. Try "
-    "model.init_args.compile_network true, or a larger batch.",
-    "checkpoint": "Checkpoints bound the run. Try fewer validations: a larger trainer.check_val_every_n_epoch.",
-    "arithmetic": "The device's arithmetic (forward, backward, optimiser) bounds the run, as it should. Try "
-    "model.init_args.compile_network true, trainer.precision bf16-mixed on a GPU, a smaller network or another device.",
 }
 
 
@@ -89,25 +67,6 @@ def part_of(action: str, bars: tuple[str, ...] = ()) -> str | None:
     return "callbacks" if action.startswith("[Callback]") else None
 
 
-def bound(shares: dict[str, float], busy: float | None) -> str:
-    """What bounds a run, a key of ADVICE.
-
-    Args:
-        shares: of a step's time, by part; that of checkpoints comes on top.
-        busy: the share of a step that a GPU computes, None where there is none.
-    """
-    around = {name: shares[name] for name in ("callbacks", "logging", "loop")}
-    found = {
-        "data": (shares["data"], DATA),
-        max(around, key=around.get): (sum(around.values()), AROUND),
-        "checkpoint": (shares["checkpoint"], CHECKPOINT),
-    }
-    large = {name: share for name, (share, limit) in found.items() if share > limit}
-    if large:
-        return max(large, key=large.get)
-    return "launches" if busy is not None and busy < BUSY else "arithmetic"
-
-
 def covered(spans: Iterable[tuple[float, float]]) -> float:
     """The length of what (start, end) spans cover together; kernels of several streams overlap."""
     total, reached = 0.0, -math.inf
@@ -115,64 +74,6 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a run was found to spend its time on. Times are seconds.
-
-    Attributes:
-        parts: of a step, by name; they add up to it.
-        steps: those that were timed part by part.
-        free: those that nothing waited in; on a CPU the same.
-        checkpoint: writing one.
-        checkpoints: at most so many in an epoch.
-        epoch: steps of an epoch.
-        busy: the share of a step that a GPU computes, None where there is none.
-    """
-
-    parts: dict[str, float]
-    steps: Sequence[float]
-    free: Sequence[float]
-    checkpoint: float
-    checkpoints: float
-    epoch: int
-    busy: float | None
-
-    @property
-    def rows(self) -> dict[str, tuple[float, float]]:
-        """Seconds a step and the share of it, by part. Checkpoints are spread over an epoch and come on top."""
-        step = sum(self.parts.values())
-        free = statistics.fmean(self.free)
-        written = self.checkpoint * self.checkpoints / self.epoch
-        parts = {name: (self.parts[name], self.parts[name] / step) for name in PARTS}
-        return parts | {"step": (step, 1.0), "checkpoint": (written, written / free)}
-
-    @property
-    def bound(self) -> str:
-        """What bounds the run, a key of ADVICE."""
-        return bound({name: share for name, (_, share) in self.rows.items()}, self.busy)
-
-    def lines(self) -> list[str]:
-        """What there is to say beside the table."""
-        mean, median = statistics.fmean(self.free), statistics.median(self.free)
-        said = [f"A step takes {milli(mean)} in the mean and {milli(median)} in the median of {len(self.free)}."]
-        if self.busy is not None:
-            said += [
-                f"In the table it is {milli(statistics.fmean(self.steps))}: there each part waits for the GPU, which "
-                "tells them apart.",
-                f"The GPU computes {self.busy:.0%} of a step.",
-            ]
-        said += [
-            f"A checkpoint takes {milli(self.checkpoint)}. At most {self.checkpoints:.2g} are written in an epoch of "
-            f"{self.epoch} steps: two after each validation, one every --checkpoint_minutes."
-        ]
-        return [" ".join(said), ADVICE[self.bound]]
-
-
-def milli(seconds: float) -> str:
-    """A time, for people."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 class Unprofiled(PassThroughProfiler):
@@ -277,8 +178,9 @@ class StepProfile(Profiler):
         findings = self.findings()
         if self.tracer is not None:
             self.tracer.export_chrome_trace(str(self.run / "trace.json.gz"))
-        (self.run / "profile.md").write_text(self._markdown(findings), encoding="utf-8")
-        self._print(findings)
+        where = self._where()
+        (self.run / "profile.md").write_text(findings.markdown(where), encoding="utf-8")
+        findings.print([*where, f"All of this is in {self.run / 'profile.md'}."])
 
     # Steps
 
@@ -401,22 +303,6 @@ class StepProfile(Profiler):
         if self.tracer is not None:
             lines.append(f"{self.run / 'trace.json.gz'} has {self.traced} steps; open it in https://ui.perfetto.dev.")
         return lines
-
-    def _markdown(self, findings: Findings) -> str:
-        rows = [f"| {name} | {1000 * one:.3f} | {share:.1%} |" for name, (one, share) in findings.rows.items()]
-        table = "\n".join(["| part | ms a step | share |", "|---|---:|---:|", *rows])
-        return "\n\n".join(["# Where the time of a step goes", table, *findings.lines(), *self._where()]) + "\n"
-
-    def _print(self, findings: Findings) -> None:
-        table = Table("part", title="where the time of a step goes", title_justify="left")
-        for title in ("ms a step", "share"):
-            table.add_column(title, justify="right")
-        for name, (seconds, share) in findings.rows.items():
-            table.add_row(name, f"{1000 * seconds:.3f}", f"{share:.1%}", style="bold" * (name == findings.bound))
-        console = Console()
-        console.print(table)
-        for line in [*findings.lines(), *self._where(), f"All of this is in {self.run / 'profile.md'}."]:
-            console.print(line, soft_wrap=True, highlight=False)
 
 
 def total(step: dict[str, float]) -> float:

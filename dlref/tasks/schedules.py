@@ -2,7 +2,8 @@
 
 Each is built from the optimiser and the run's number of steps, so that a config states shares of the run
 ("divide by ten at a half and at three quarters") and stays right when `--trainer.max_epochs` changes.
-`torch.optim.lr_scheduler.CosineAnnealingLR` fits the same place: its second argument is the step count.
+`CosineAnnealingLR` and `PolynomialLR` of `torch.optim.lr_scheduler` fit the same place: their second argument is the
+number of steps.
 """
 
 import math
@@ -24,16 +25,6 @@ class Steps(LambdaLR):
 
         def factor(step: int) -> float:
             return min((step + 1) / (rise + 1), 1.0) * gamma ** sum(step >= m * total_steps for m in milestones)
-
-        super().__init__(optimizer, factor)
-
-
-class Poly(LambdaLR):
-    """Fall from the full rate to zero as (1 - share of the run) to the `power` (Chen et al. 2017, section 4.1)."""
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 0.9):
-        def factor(step: int) -> float:
-            return max(1 - step / total_steps, 0.0) ** power
 
         super().__init__(optimizer, factor)
 

@@ -12,8 +12,8 @@ from torchmetrics import Metric
 from dlref.runtime import UserError
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.preprocess import Normalise
-from dlref.tasks.task import Task
+from dlref.tasks.preprocess import Normalise, check_classes, of_a_black_image
+from dlref.tasks.task import Task, check_class_weights
 from dlref.tasks.weights import one_line
 
 VOID = 255  # what the masks have where a pixel counts for nothing
@@ -58,32 +58,14 @@ class SemanticSegmenter(Task):
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
-        classes, channels = len(self.known["labels"]), self.preprocess.channels
-        weights = self.class_weights
-        if weights is not None and len(weights) != classes:
-            raise UserError(f"class_weights has {len(weights)} factors; expected {classes}, one a class")
-        if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
-            raise UserError(f"class_weights {weights.tolist()}; expected factors of 0 or more, and not all 0")
+        classes = len(self.known["labels"])
+        check_class_weights(self.class_weights, classes)
         if not 2 <= classes < VOID:
             raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
-        mode = self.network.training
-        try:
-            with torch.no_grad():
-                self.network.eval()
-                outputs = self(torch.zeros(1, channels, 64, 64, dtype=torch.uint8, device=self.network_device))
-        except RuntimeError as error:
-            raise UserError(
-                f"network refuses an image of {channels} channels, as preprocess gives it ({one_line(error)})"
-            ) from error
-        self.network.train(mode)
-        for logits in outputs:
+        for logits in of_a_black_image(self, 64):
             if logits.ndim != 4:
                 raise UserError(f"network answers {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
-            if logits.shape[1] != classes:
-                raise UserError(
-                    f"network answers {logits.shape[1]} classes, the data has {classes}; expected "
-                    f"model.init_args.network.init_args.num_classes to be {classes}"
-                )
+            check_classes(logits.shape[1], classes)
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
@@ -110,10 +92,10 @@ class SemanticSegmenter(Task):
         return self.reported(self.losses(outputs, masks), counted(masks, self.class_weights))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss, and what is taken for what."""
+        """Loss of the main head, and what is taken for what."""
         images, masks = batch
         outputs = self(images)
-        self.evaluated("val", self.losses(outputs, masks), counted(masks, self.class_weights))
+        self.evaluated("val", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
         self.val_confusion.update(classes_of(outputs[0], masks.shape[1:]), masks)
 
     def on_validation_epoch_end(self) -> None:
@@ -130,7 +112,7 @@ class SemanticSegmenter(Task):
         """What is taken for what, and some pictures from all over the split for the figure."""
         images, masks = batch
         outputs = self(images)
-        self.evaluated("test", self.losses(outputs, masks), counted(masks, self.class_weights))
+        self.evaluated("test", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
         batches = self.trainer.num_test_batches[0]
@@ -176,7 +158,7 @@ class SemanticSegmenter(Task):
                 "width": (width, (width | 1) + 8, width // 2 + 3),
             },
             tolerance=1e-4,  # of probabilities, through the many layers of a deep network
-            jumping=["mask"],
+            discrete=["mask"],
         )
         metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
         return Deployable("semantic-segmentation", {"segment": graph}, metadata)
@@ -188,10 +170,6 @@ class SemanticSegmenter(Task):
             found = runner.masks(images.permute(0, 2, 3, 1).contiguous().numpy())
             confusion.update(torch.from_numpy(found), masks)
         return scores(confusion.compute())[1][self.metric].item()
-
-    def lost(self, reference: float, score: float) -> float:
-        """Hundredths of the metric."""
-        return 100 * (reference - score)
 
     def draw(self, folder: Path) -> None:
         """Pictures with true and found masks, the confusion matrix and each class's intersection over union."""

@@ -36,7 +36,7 @@ class Task(LightningModule):
     """
 
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
-    # weights, and held against those of any data the model meets later.
+    # weights, and checked against those of any data the model meets later.
     facts: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
@@ -69,16 +69,16 @@ class Task(LightningModule):
     def evaluate(self, runner, batches: Iterable) -> float:
         """`metric` over `batches` of any split, answered by a runner of this task's kind.
 
-        Training batches calibrate a quantiser: what the graphs are asked meanwhile is what counts then.
+        Over training batches it calibrates a quantiser: the inputs of the graphs are recorded, the score is not used.
         """
         raise NotImplementedError
 
-    def lost(self, reference: float, score: float) -> float:
+    def degradation(self, reference: float, score: float) -> float:
         """Points by which a `score` of `metric` is worse than a `reference`; less than 0 where it is better.
 
-        A hundredth of what the metric can be, or of the reference where it has no bound.
+        Hundredths of what the metric can be, here 1; of the reference where it has no bound.
         """
-        raise NotImplementedError
+        return 100 * (reference - score)
 
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""
@@ -97,7 +97,7 @@ class Task(LightningModule):
     # What the data said of itself
 
     def learn(self, datamodule) -> None:
-        """Take the facts of the data, or hold them against those that came with the checkpoint."""
+        """Take the facts of the data, or check them against those that came with the checkpoint."""
         self.remember({name: getattr(datamodule, name) for name in self.facts})
 
     def remember(self, facts: dict[str, object]) -> None:
@@ -151,9 +151,9 @@ class Task(LightningModule):
         self.network.compile(mode="reduce-overhead" if graphs else None)
 
     def log(self, name: str, value, *arguments, **options) -> None:
-        """As Lightning's; what is of a training step only in the steps that are logged, and in the last of an epoch.
+        """As Lightning's, but `train/...` values only in the steps that are logged and in the last of an epoch.
 
-        In the steps between, Lightning would keep it for nobody, in as much time as a small network needs for a layer.
+        In the steps between Lightning would spend the time of a small layer on a value that nobody reads.
         """
         if not name.startswith("train/") or self.logs_now():
             super().log(name, value, *arguments, **options)
@@ -284,6 +284,16 @@ def freeze(network: nn.Module, pattern: str) -> None:
         own = list(module.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
             module.eval()
+
+
+def check_class_weights(weights: Tensor | None, classes: int) -> None:
+    """UserError if these are no factors of a loss, one a class."""
+    if weights is None:
+        return
+    if len(weights) != classes:
+        raise UserError(f"class_weights has {len(weights)} factors; expected {classes}, one a class")
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        raise UserError(f"class_weights {weights.tolist()}; expected factors of 0 or more, and not all 0")
 
 
 def _short(value: object) -> str:

@@ -49,8 +49,9 @@ class Translator(Task):
 
     Args:
         label_smoothing: share of the target's probability that goes to all tokens alike (Szegedy et al. 2016).
-        scheduled_sampling: how likely, at the end of training, a token before is what the network itself takes for the
-            likeliest there; it rises from 0 (Bengio et al. 2015). All at once, in two passes (Duckworth et al. 2019).
+        scheduled_sampling: probability, reached at the end of training and rising from 0, that an input token of the
+            decoder is replaced by the network's own likeliest one (Bengio et al. 2015); for all places at once, in two
+            passes (Duckworth et al. 2019).
         beam: hypotheses that a test and a bundle keep; validation is greedy.
         length_penalty: see `beam_search`.
         metric: what a bundle is judged by.
@@ -229,7 +230,7 @@ class Translator(Task):
             },
             {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": lengths},
             tolerance=1e-4,
-            jumping=("next_token",),
+            discrete=("next_token",),
             calls=max(1, round((batch.target != PAD).sum().item() / len(batch.target))),
         )
         metadata = {
@@ -256,7 +257,7 @@ class Translator(Task):
                 references.append(one.reference)
         return SCORES[self.metric](texts, references)
 
-    def lost(self, reference: float, score: float) -> float:
+    def degradation(self, reference: float, score: float) -> float:
         """Points of BLEU or chrF, hundredths of exact matches."""
         return (reference - score) * (100 if self.metric == "exact_match" else 1)
 
