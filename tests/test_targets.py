@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import onnx
@@ -44,8 +45,11 @@ def made(task, data, target, folder):
 # Files
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("name", TARGETS)
+# A residual network too, where convolutions are converted and not as for another target.
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [*product(TARGETS, ["lenet5"]), *product(["x86-64", "x86-64-avx2", "arm64", "qualcomm", "cuda"], ["resnet20"])],
+)
 def test_every_target_has_a_bundle_that_answers(name, network, tmp_path):
     task, data = NETWORKS[network]()
     target = replace(TARGETS[name], gate=100.0)  # untrained networks have no accuracy to lose

@@ -1,5 +1,6 @@
 """Known ways in which an export goes wrong without a word, planted, and caught by verification."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 from test_tasks import Pixels, classifier
 from torch import nn
 
@@ -196,14 +196,15 @@ def test_recurrent_layers_are_never_in_half_precision(tmp_path):
 
 
 def test_a_graph_that_ends_onnxruntime_does_not_end_the_export(tmp_path, monkeypatch):
-    """What is around recurrent layers in half precision does, on a CPU, with onnxruntime 1.32."""
-    monkeypatch.setattr("dlref.export.convert.RECURRENT", set())
-    monkeypatch.setattr("dlref.export.convert.DEFAULT_OP_BLOCK_LIST", [*DEFAULT_OP_BLOCK_LIST, "LSTM"])
-    task = reading(nn.LSTM(32, 6, batch_first=True), 6)
-    manifest = made(task, tmp_path / "bundle", TARGETS["cuda"])
-    *refused, held = manifest["verification"]["attempts"]
-    assert held["precision"] == manifest["precision"]
-    assert all("process ended with code" in attempt["refused"] for attempt in refused)
+    """The process that opens a bundle for the first time dies of a signal."""
+    dies = "import os, signal, sys\nif 'once' in sys.orig_argv: os.kill(os.getpid(), signal.SIGSEGV)\n"
+    (tmp_path / "sitecustomize.py").write_text(dies)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    manifest = made(classifier().eval(), tmp_path / "bundle", TARGETS["cuda"])
+    refused, held = manifest["verification"]["attempts"]
+    assert refused["precision"] == "float16"
+    assert "its process ended with code -11" in refused["refused"]
+    assert held["precision"] == manifest["precision"] == "float32"
 
 
 class GruAlone(nn.Module):
