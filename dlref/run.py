@@ -51,7 +51,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
         if path.name == "best.ckpt" and path.with_name("last.ckpt").is_file():
             raise UserError(
                 f"{path}: no checkpoint there, last.ckpt alone, as of a run that ended before its first validation; "
-                "expected one, or --ckpt_path last"
+                "expected one that was validated"
             )
         raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
     return path
