@@ -94,6 +94,7 @@ def changed(folder, place, change):
         (lambda answers: {name: known + 0.1 for name, known in answers.items()}, 0.1),
         (lambda answers: answers | {"classify/probability": answers["classify/probability"] * np.nan}, 1),
         (lambda answers: None, None),
+        (lambda answers: {}, None),
     ],
 )
 def test_a_device_that_answers_otherwise_is_told(change, share, exported, tmp_path):

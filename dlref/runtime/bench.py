@@ -118,7 +118,7 @@ def difference(folder: Path, provider: str) -> float | None:
         shares = [differing(found[name][output], known) for name in answers for output, known in answers[name].items()]
     except KeyError as error:
         raise UserError(f"{path}: {error} is not of this bundle; expected its graphs and outputs") from None
-    return max(shares)
+    return max(shares, default=None)
 
 
 def differing(found: np.ndarray, known: np.ndarray) -> float:
