@@ -29,7 +29,7 @@ from benchmarks.configs import roots
 from benchmarks.rows import DEVICE, TURNS, Row, Rows
 from dlref.cli import build
 from dlref.tasks.checkpoints import Last
-from dlref.tasks.devices import Alike, fast_products
+from dlref.tasks.devices import Alike, fast_steps
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import Unprofiled
 from dlref.tasks.progress import Progress
@@ -116,7 +116,7 @@ def under_trainer(
 ) -> float:
     """Seconds of a training step under the Trainer, as `train.py fit` has it, by a clock."""
     clock = clock or Clock()
-    fast_products(torch.device(DEVICE))
+    fast_steps(torch.device(DEVICE))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         trainer = Trainer(
             max_steps=WARMUP + steps,
@@ -164,7 +164,7 @@ def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict,
     """Training without Lightning, step by step, without end; `steps` is what the schedule is told."""
     if options.get("accumulate_grad_batches", 1) != 1:
         raise ValueError("accumulate_grad_batches: the bare loop steps after each batch")
-    fast_products(torch.device(DEVICE))
+    fast_steps(torch.device(DEVICE))
     strategy = SimpleNamespace(root_device=torch.device(DEVICE))
     trained = SimpleNamespace(datamodule=data, strategy=strategy, training=True, sanity_checking=False, world_size=1)
     trained.accumulate_grad_batches = 1

@@ -1,11 +1,12 @@
 """What each technique of a training step gives, with beside without, on this machine.
 
 The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging and no profiler under the
-Trainer; an update of averaged weights and a step of Muon alone. Steps are those of an epoch but the first. Data on the
-device, static shapes and steps that wait for nothing are how every config is, and have no row. What CUDA graphs and a
-compiled output layer give is among the figures of a GPU.
+Trainer; an update of averaged weights and steps of AdamW and Muon alone. Steps are those of an epoch but the first.
+Data on the device, static shapes and steps that wait for nothing are how every config is, and have no row. What CUDA
+graphs and a compiled output layer give is among the figures of a GPU.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -16,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from benchmarks.overhead import bare_loop, rate, under_trainer
 from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns
-from dlref.models import ResNet
+from dlref.models import LeNet5, ResNet
 from dlref.tasks.averaging import Average
+from dlref.tasks.devices import fast_steps
 from dlref.tasks.optimizers import Muon
 
 FUSED = "--model.init_args.optimizer.init_args.fused"
@@ -78,6 +80,24 @@ def averaging() -> Rows:
     return {"an update of averaged weights, ResNet-18": Row(seconds["own"], seconds["peer"], "s", beside)}
 
 
+def searching() -> Rows:
+    """Steps of AdamW over LeNet-5's weights on a processor, beside those that look for a GPU as Lightning has it."""
+    parameters = list(LeNet5().parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+
+    def steps(prepare: Callable[[], object]) -> None:
+        prepare()
+        for _ in range(500):
+            optimizer.step()
+
+    as_lightning = partial(os.environ.__setitem__, "PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    calls = {"peer": partial(steps, as_lightning), "own": partial(steps, partial(fast_steps, torch.device("cpu")))}
+    seconds = in_turns("searching", calls, "cpu")
+    return {"500 steps of AdamW that look for no GPU, LeNet-5": Row(seconds["own"], seconds["peer"], "s", "that do")}
+
+
 def muon() -> Rows:
     """One step of the matrices of twelve layers, as GPT-2 small has them, a fourth as wide."""
     shapes = [(192, 576), (192, 192), (192, 768), (768, 192)] * 12
@@ -109,6 +129,7 @@ BENCHMARKS = {
     "technique-compile": partial(switch, "compiled in place", COMPILED, "lenet5_digits", "gpt_python"),
     "technique-bfloat16": bfloat16,
     "technique-averaging": averaging,
+    "technique-searching": searching,
     "technique-muon": muon,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),

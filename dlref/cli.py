@@ -28,7 +28,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
-from dlref.tasks.devices import Alike, fast_products, imitates_bfloat16
+from dlref.tasks.devices import Alike, fast_steps, imitates_bfloat16
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import PRESET as PROFILE
 from dlref.tasks.profile import StepProfile, Unprofiled
@@ -216,7 +216,7 @@ class TrainCLI(LightningCLI):
             self.trainer_defaults["callbacks"] += [Overfit()]
         if self.subcommand != "fit" or self.dry:
             built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
-            fast_products(built.strategy.root_device)  # as in the test that ends a fit
+            fast_steps(built.strategy.root_device)  # as in the test that ends a fit
             return built
         best = self.options.best
         self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
@@ -242,7 +242,7 @@ class TrainCLI(LightningCLI):
         except (ValueError, MisconfigurationException):
             self.claim.give_back()
             raise
-        fast_products(built.strategy.root_device)
+        fast_steps(built.strategy.root_device)
         if (
             built.is_global_zero
             and built.precision.startswith("bf16")

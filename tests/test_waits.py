@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dlref.cli import build
 from dlref.tasks import EMA
 from dlref.tasks.checkpoints import Last
-from dlref.tasks.devices import Alike
+from dlref.tasks.devices import Alike, fast_steps
 from dlref.tasks.finite import Finite
 from dlref.tasks.progress import Progress
 
@@ -214,6 +214,21 @@ def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsy
         rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
     assert [step for step, _ in rows] == [9, 19, 29, 39]
     assert [loss for _, loss in rows] == pytest.approx([losses.seen[step].item() for step, _ in rows], rel=1e-5)
+
+
+def test_a_step_on_a_processor_looks_for_no_gpu(monkeypatch):
+    found = []
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as importing Lightning does
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found.append("look") or 0)
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    assert bool(found) == torch.backends.cuda.is_built()  # torch without CUDA never looks
+    found.clear()
+    fast_steps(torch.device("cpu"))
+    optimizer.step()
+    assert not found
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(15, [9, 14]), (None, [9, 19, 29, 32])])

@@ -1,5 +1,6 @@
 """What several devices need to train and to evaluate one network."""
 
+import os
 from typing import TypeVar
 
 import torch
@@ -14,10 +15,16 @@ def imitates_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def fast_products(device: torch.device) -> None:
-    """On a GPU multiply matrices of float32 in TF32, as cuDNN does in convolutions and recurrent layers."""
+def fast_steps(device: torch.device) -> None:
+    """On a GPU multiply matrices of float32 in TF32, as cuDNN does in convolutions and recurrent layers.
+
+    On a processor look for no GPU in every step: Adam asks whether one is there, and as long as this variable is set,
+    which importing Lightning does, torch looks for NVIDIA's library anew each time.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
 def several() -> bool:
