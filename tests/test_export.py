@@ -96,7 +96,10 @@ def test_a_bundle_says_what_it_is(tmp_path):
     metric = manifest["verification"]["metric"]
     assert (metric["name"], metric["split"], metric["n"]) == ("accuracy", "validation", 48)
     assert metric["pytorch"] == metric["bundle"]
-    assert "| accuracy | validation | 48 |" in (tmp_path / "bundle/report.md").read_text()
+    report = (tmp_path / "bundle/report.md").read_text()
+    assert "Pictures of any size, which become grey" in report
+    assert "Of 3 labels: a, b, c." in report
+    assert "| accuracy | validation | 48 |" in report
     model = onnx.load(tmp_path / "bundle/classify.onnx")
     assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
     with np.load(tmp_path / "bundle/example.npz") as example:  # nothing of whose picture it was

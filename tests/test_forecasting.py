@@ -1,6 +1,7 @@
 """Forecasting: windows, scales and masks whose answers can be read off, scores, sampling at the edge, data modules."""
 
 import json
+import re
 from datetime import datetime
 
 import numpy as np
@@ -355,6 +356,12 @@ def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported
     np.testing.assert_allclose(by_bundle, by_pytorch, rtol=1e-4, atol=1e-4)
     if not isinstance(task.distribution, Deterministic):
         assert by_pytorch[:, :, -1].std(1).min() > 0
+
+
+def test_a_bundle_says_what_it_takes_by_a_series_that_it_answers(exported):
+    _, _, served, _, runner = exported
+    shown = re.search(r"\n    (\{.*\})\n", runner.takes(served.metadata))
+    assert len(runner(json.loads(shown[1]))["mean"]) == 4
 
 
 def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):

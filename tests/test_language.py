@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import math
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -592,6 +593,13 @@ def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
     for one in (ours, theirs):
         one.temperature, one.top_k, one.top_p, one.repetition_penalty, one.seed = 1.0, 50, 0.9, 1.2, 5
     assert ours("The cat") == theirs("The cat")
+
+
+def test_a_bundle_says_what_it_takes_and_takes_it(exported):
+    _, served, _, path = exported
+    runner = runners(served, path)[1]
+    shown = json.loads(re.search(r"`(\{.*\})`", runner.takes(served.metadata))[1].replace("text,", '"a text",'))
+    assert runner(shown)["new_tokens"] == 50
 
 
 def test_the_runner_is_as_surprised_as_the_task(exported):

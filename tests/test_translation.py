@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -220,6 +221,13 @@ def test_graphs_equal_pytorch_at_lengths_batches_and_beams_unseen(exported):
         inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs["encode"], sizes).items()}
         for key, expected in served.graphs["encode"](**inputs).items():
             np.testing.assert_allclose(graphs["encode"](**inputs)[key], expected, atol=1e-5)
+
+
+def test_a_bundle_says_what_it_takes_and_takes_it(exported):
+    served, graphs, _ = exported
+    runner = make_runner("translation", graphs, served.metadata)
+    shown = re.search(r"`(\{.*\})`", runner.takes(served.metadata))[1].replace("text", '"abc"').replace(", ...", "")
+    assert len(runner(json.loads(shown))["predictions"]) == 1
 
 
 @pytest.mark.parametrize("beam", [1, 5])

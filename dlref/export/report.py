@@ -1,5 +1,7 @@
 """report.md: the manifest for people."""
 
+from dlref.runtime import runner_of
+
 FIGURES = {  # of a contender: title, format
     "latency_ms": ("ms", "{:.2f}"),
     "latency_p95_ms": ("ms, 95%", "{:.2f}"),
@@ -21,6 +23,8 @@ def report(manifest: dict, sizes: dict[str, int]) -> str:
         f"# {manifest['kind']} for {target['name']}",
         f"{target['description']}: {manifest['precision']}, {target['provider']}, opset {target['opset']}.",
         "    python -m dlref.runtime FOLDER INPUT...\n    python -m dlref.runtime bench FOLDER",
+        "## What it takes",
+        runner_of(manifest["kind"]).takes(manifest["metadata"]),
         *graphs(manifest["graphs"], sizes),
         *metrics(manifest["verification"], target),
         *measurement(manifest["measurement"]),

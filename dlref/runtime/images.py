@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -88,6 +89,16 @@ class ImageRunner(Runner):
             raise UserError(f"not {kind}; expected a graph {graph} and metadata channels, labels")
         check_image_input(graphs[graph])
         self.metadata = metadata
+
+    @staticmethod
+    def takes(metadata: dict) -> str:
+        """Pictures."""
+        colours = "grey" if metadata["channels"] == 1 else "RGB"
+        return (
+            f"Pictures of any size, which become {colours}: files ({', '.join(FORMATS)}); from Python their bytes, "
+            f"Pillow's and uint8 arrays (H, W, {metadata['channels']}). Of {len(metadata['labels'])} labels: "
+            f"{shorten(', '.join(metadata['labels']), 400, placeholder='...')}."
+        )
 
     def read(self, source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
         """What `read_image` takes -> uint8 (H, W, C)."""

@@ -26,6 +26,11 @@ class Runner:
     spreads = False
     workers = 1
 
+    @staticmethod
+    def takes(metadata: dict) -> str:
+        """What a bundle with this metadata is given, in Markdown, for who has the bundle and nothing else."""
+        raise NotImplementedError
+
     def inputs(self, path: str) -> Iterable[tuple[str, object]]:
         """The inputs in a file: a name and a source for each. Raises UserError."""
         return [(path, path)]

@@ -3,6 +3,7 @@
 T times of context, L lags, F features, G categories, H times to forecast, S sample paths, U uniform numbers of a draw.
 """
 
+import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,27 @@ class Runner(Base):
         self.lags, self.metadata = np.array(lags), metadata
 
     # Requests
+
+    @staticmethod
+    def takes(metadata: dict) -> str:
+        """A series, shown by one of this bundle's form."""
+        horizon, values = metadata["prediction_length"], [10.0, 12.5, None, 11.0]
+        series: dict[str, Any] = {"start": "2024-01-01 00:00:00", "target": values}
+        if metadata["cardinality"]:
+            sizes = zip(metadata["cardinality"], metadata["unseen"], strict=True)
+            series["cat"] = [next(value for value in range(size) if value not in unseen) for size, unseen in sizes]
+        if metadata["dynamic_features"]:
+            series["dynamic_feat"] = [[0.0] * (len(values) + horizon)] * metadata["dynamic_features"]
+        if metadata["static_features"]:
+            series["feat_static_real"] = [0.0] * metadata["static_features"]
+        return (
+            f"A series as SageMaker's DeepAR takes it, one value each {metadata['frequency']} from `start` on, null "
+            f"where one is missing, such as\n\n    {json.dumps(series)}\n\n"
+            "in a file, of which each line may hold one, or as an object of Python's; or a request "
+            f'`{{"instances": [series, ...], "configuration": {{...}}}}`. The {horizon} values after `target` are '
+            f"forecast, and a row of `dynamic_feat` has values for them, too. "
+            f"The last {metadata['context_length'] + max(metadata['lags'])} values of `target` count."
+        )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
         """A file of JSON is one request or series, or has one on each line: a name and a source for each."""

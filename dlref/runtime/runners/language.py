@@ -108,6 +108,15 @@ class Runner(Base):
 
     # Requests
 
+    @staticmethod
+    def takes(metadata: dict) -> str:
+        """Prompts."""
+        return (
+            "A text that is to go on, a file that holds one, or a request "
+            '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. The last '
+            f"{metadata['context_length']} tokens count."
+        )
+
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
         """A text that is no file, and no word that ends as a file's name, is itself the prompt, or a JSON request.
 
