@@ -31,7 +31,11 @@ def test_lags_are_gluonts_s(frequency):
 
 
 @pytest.mark.parametrize(
-    ("frequency", "season"), [("H", 24), ("15min", 96), ("D", 7), ("B", 5), ("W", 52), ("M", 12), ("3M", 4), ("2D", 3)]
+    ("frequency", "season"),
+    [
+        *[("H", 24), ("15min", 96), ("D", 7), ("B", 5), ("W", 52), ("M", 12), ("3M", 4), ("24H", 1)],
+        *[("2D", 1), ("5H", 1), ("7min", 1), ("5M", 1), ("2B", 1), ("48H", 1)],  # no whole number of them in a cycle
+    ],
 )
 def test_seasons(frequency, season):
     assert Frequency.parse(frequency).season == season

@@ -893,6 +893,8 @@ def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
     }
     assert asked | {f"coverage_{level}" for level in LEVELS} <= names
     assert values["test/oracle_wql"] < values["test/wql"] < 1
+    (validated,) = trainer.validate(task, datamodule=module, verbose=False)
+    assert {name.removeprefix("val/") for name in validated} == names
     task.draw(tmp_path / "figures")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "forecasts.png",

@@ -78,8 +78,12 @@ class Frequency:
 
     @property
     def season(self) -> int:
-        """Steps of the cycle that a seasonal naive forecast repeats: a day, a week or a year; 1 where it is shorter."""
-        return max(1, {"min": 1440, "H": 24, "D": 7, "B": 5, "W": 52, "M": 12}[self.unit] // self.count)
+        """Steps of the cycle that a seasonal naive forecast repeats: a day, a week or a year.
+
+        1, the last value, where that is no whole number of steps, as GluonTS has it.
+        """
+        steps, rest = divmod({"min": 1440, "H": 24, "D": 7, "B": 5, "W": 52, "M": 12}[self.unit], self.count)
+        return 1 if rest else steps
 
     @cached_property
     def lags(self) -> list[int]:

@@ -84,7 +84,10 @@ class SampleScores(QuantileScores):
         self.windows += judged.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Those of quantiles; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4."""
+        """Those of quantiles; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4.
+
+        M4's seasonal errors of daily and weekly series are of a season of 1; `Frequency.season` has 7 and 52.
+        """
         return {
             **super().compute(),
             "rmse": (self.squared / self.points.sum()).sqrt(),

@@ -23,6 +23,8 @@ from dlref.tasks.weights import one_line
 
 SMALLEST_SCALE = 1e-10  # a context of smaller values, or of none, has the scale 1
 SHOWN = 8  # series in the figure of forecasts
+OWN = "this_model"  # the name of its scores, beside those of the baselines
+TRAINED = ("val/wql", "val/nd", "val/rmse", "val/crps")  # what validation logs while a network trains
 EXAMPLES = 2  # series of the example inputs
 
 
@@ -84,9 +86,8 @@ class Forecaster(Task):
         if stage == "fit":
             self.check_outcomes(self.trainer.datamodule.splits["train"].store.outcomes(self.difference))
         horizon = self.known["prediction_length"]
-        self.val_scores, self.test_scores = (SampleScores(horizon) for _ in range(2))
-        self.baselines = nn.ModuleDict({name: SampleScores(horizon) for name in BASELINES})
-        self.oracle = QuantileScores(horizon)
+        self.scores = nn.ModuleDict({name: SampleScores(horizon) for name in (OWN, *BASELINES)})
+        self.scores["oracle"] = QuantileScores(horizon)
 
     def check_outcomes(self, outcomes: Float[Tensor, "P"]) -> None:
         """Raise UserError where there is nothing to learn from, or what has no likelihood."""
@@ -158,16 +159,17 @@ class Forecaster(Task):
         return self.reported(total / count, count)
 
     def validation_step(self, batch, batch_index: int) -> None:
-        """Negative log-likelihood, and how good forecasts are."""
-        total, count = self.nll(batch)
-        self.evaluated("val", total / count, count)
-        self.val_scores.update(self.paths(batch), *self.outcome(batch), batch.seasonal_error)
+        """Every score, beside the baselines."""
+        self.judge("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Weighted quantile loss and the others."""
-        values = self.val_scores.compute()
-        self.log_dict({f"val/{name}": values[name] for name in ("wql", "nd")}, prog_bar=True)
-        self.val_scores.reset()
+        """While a network trains, some of its own: the baselines stay what they are."""
+        values = self.scored("val")
+        if self.trainer.state.fn == "fit":
+            for name in TRAINED:
+                self.log(name, values[name], prog_bar=name in TRAINED[:2])
+        else:
+            self.log_dict(finite(values))
 
     def on_test_start(self) -> None:
         """Nothing seen yet."""
@@ -175,19 +177,10 @@ class Forecaster(Task):
 
     def test_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
-        total, count = self.nll(batch)
-        self.evaluated("test", total / count, count)
-        paths, (target, observed) = self.paths(batch), self.outcome(batch)
-        self.test_scores.update(paths, target, observed, batch.seasonal_error)
-        horizon = self.known["prediction_length"]
-        season = Frequency.parse(self.known["frequency"]).season
-        for name, baseline in BASELINES.items():
-            forecast = baseline(batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
-            self.baselines[name].update(forecast[:, None], target, observed, batch.seasonal_error)
-        if batch.truth is not None:
-            self.oracle.update(batch.truth, target, observed)
+        paths, (target, observed) = self.judge("test", batch), self.outcome(batch)
         batches = self.trainer.num_test_batches[0]
         if batch_index in {i * batches // SHOWN for i in range(SHOWN)}:
+            horizon = self.known["prediction_length"]
             shown = self.known["context_length"] + horizon
             each = min(len(target), -(-SHOWN // batches))
             for row in [i * len(target) // each for i in range(each)][: SHOWN - len(self.forecasts)]:
@@ -197,19 +190,39 @@ class Forecaster(Task):
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the rest is for the figures alone."""
-        logged, self.by_time = {}, {}
-        for name, scores in {"": self.test_scores, **self.baselines, "oracle": self.oracle}.items():
-            if not scores.points.any():  # no truth is known
-                continue
-            values = scores.compute()
-            self.by_time[name.replace("_", " ") or "this model"] = values.pop("by_time").cpu()
-            coverage = values.pop("coverage")
-            values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
-            logged |= {f"test/{name}_{key}" if name else f"test/{key}": value.float() for key, value in values.items()}
-            if not name:
-                self.calibration = coverage.cpu()
+        self.log_dict(finite(self.scored("test")))
+
+    def judge(self, stage: str, batch) -> Float[Tensor, "B S H"]:
+        """Count the loss, the forecasts and the baselines of a batch; answer the sample paths."""
+        total, count = self.nll(batch)
+        self.evaluated(stage, total / count, count)
+        paths, (target, observed) = self.paths(batch), self.outcome(batch)
+        self.scores[OWN].update(paths, target, observed, batch.seasonal_error)
+        horizon = self.known["prediction_length"]
+        season = Frequency.parse(self.known["frequency"]).season
+        for name, baseline in BASELINES.items():
+            forecast = baseline(batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
+            self.scores[name].update(forecast[:, None], target, observed, batch.seasonal_error)
+        if batch.truth is not None:
+            self.scores["oracle"].update(batch.truth, target, observed)
+        return paths
+
+    def scored(self, stage: str) -> dict[str, Tensor]:
+        """What was counted, by the names of the log, and from the start again; the rest is kept for the figures."""
+        found, self.by_time = {}, {}
+        for name, scores in self.scores.items():
+            values = scores.compute()  # even of no points here: other devices may have some, and wait for this one
             scores.reset()
-        self.log_dict({name: value for name, value in logged.items() if value.isfinite()})
+            coverage = values.pop("coverage")
+            if name == "oracle" and coverage.isnan().all():  # no truth is known
+                continue
+            self.by_time[name.replace("_", " ")] = values.pop("by_time").cpu()
+            values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
+            before = "" if name == OWN else f"{name}_"
+            found |= {f"{stage}/{before}{key}": value.float() for key, value in values.items()}
+            if name == OWN:
+                self.calibration = coverage.cpu()
+        return found
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
         """The answers that the bundle's runner gives."""
@@ -344,6 +357,11 @@ class _Step(nn.Module):
         parameters = self.distribution.domain(raw[:, 0].float().unflatten(0, (batch, samples)), scales)
         value = self.distribution.sample(parameters, noise) / scales
         return value, after.float().unflatten(1, (batch, samples))
+
+
+def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are numbers: of values of 0 alone there is no weighted loss."""
+    return {name: value for name, value in values.items() if value.isfinite()}
 
 
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
