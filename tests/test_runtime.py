@@ -348,6 +348,13 @@ def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
 
 
+def test_a_provider_whose_libraries_are_missing_is_not_taken_for_the_cpu(bundle, monkeypatch):
+    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # this build says it has it
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    with pytest.warns(UserWarning, match="not in available"), pytest.raises(UserError, match="does not start"):
+        load(bundle, provider="QNNExecutionProvider")
+
+
 def test_what_onnxruntime_refuses_is_one_line(bundle):
     write_manifest(bundle, metadata={**METADATA, "channels": 3})
     with pytest.raises(UserError, match="onnxruntime refuses the input") as error:

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
 from dlref.export.convert import SAMPLES
+from dlref.export.measure import provider, starts
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
 from dlref.runtime import load
@@ -204,6 +206,16 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
     assert "Tried for int8 and refused:" in report
     assert f"Kept in float: {', '.join(kept)}." in report
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):
+    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # this build says it has it
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    starts.cache_clear()
+    with pytest.warns(UserWarning, match="not in available"):
+        assert provider(TARGETS["qualcomm"]) == "CPUExecutionProvider"
+    assert provider(TARGETS["cpu"]) == "CPUExecutionProvider"
+    starts.cache_clear()
 
 
 def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):

@@ -3,17 +3,21 @@
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
+import onnx
 import onnxruntime
+from onnx import TensorProto, helper
 
 from dlref.export.graph import write_program
 from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bench import bench, in_process
-from dlref.runtime.bundle import CPU, cores
+from dlref.runtime.bundle import CPU, OnnxGraph, cores
 
 TURNS = 3  # where two are compared: a shared machine's clock wanders
 CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
@@ -21,7 +25,24 @@ CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
 
 def provider(target: Target) -> str:
     """What executes the target's graphs here: its own provider, or the CPU in its stead."""
-    return target.provider if target.provider in onnxruntime.get_available_providers() else CPU
+    return target.provider if starts(target.provider, target.opset, target.ir_version) else CPU
+
+
+@cache
+def starts(provider: str, opset: int, ir_version: int) -> bool:
+    """Whether it executes a graph here: onnxruntime may know a provider whose driver or libraries are missing."""
+    if provider == CPU or provider not in onnxruntime.get_available_providers():
+        return provider == CPU
+    sides = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "starts", *sides)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, path := Path(folder) / "starts.onnx")
+        try:
+            OnnxGraph(path, provider)
+        except UserError:
+            return False
+    return True
 
 
 def stands_in(target: Target) -> bool:

@@ -133,10 +133,16 @@ class OnnxGraph:
         self.path = path
         try:
             with returned_to_the_system():
-                self.session = onnxruntime.InferenceSession(path, options, providers=[(provider, PROVIDERS[provider])])
+                asked = [(provider, PROVIDERS[provider])]
+                # A fallback exchanges the session that other threads may be in, and prints.
+                self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({' '.join(str(error).split())})") from None
-        self.session.disable_fallback()  # it exchanges the session that other threads may be in, and prints
+        if self.session.get_providers()[0] != provider:
+            raise UserError(
+                f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "
+                "driver and libraries, or another provider"
+            )
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.shape = {value.name: value.shape for value in self.session.get_inputs()}
         for name, shape in self.shape.items():
