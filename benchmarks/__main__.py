@@ -2,6 +2,7 @@
 
     python -m benchmarks                    all of them, and docs/benchmarks.md is written anew
     python -m benchmarks NAME...            these; the other rows stay as they are
+    python -m benchmarks.MODULE             those of a module of this folder
     python -m benchmarks --list             what there is
     python -m benchmarks reproduce NAME...  these once more: is each row within the spread that is written there?
 
@@ -75,13 +76,13 @@ def reproduce(names: list[str], stated: Records) -> int:
     return 2 if missing else int(outside)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; reproduce as the first: once more")
     parser.add_argument("--list", action="store_true", help="the names")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where benchmarks.json and benchmarks.md are")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     again = options.names[:1] == ["reproduce"]
     names = options.names[again:] or list(modules())
     if options.list:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
-from benchmarks.rows import DEVICE, Row, Rows, in_turns, needs, rest
+from benchmarks.rows import DEVICE, Row, Rows, in_turns, needs, rest, run
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import ResNet
@@ -118,3 +118,7 @@ def inference() -> Rows:
 
 
 BENCHMARKS = {"classification-step": step, "classification-inference": inference}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

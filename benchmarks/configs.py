@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.rows import NotHere, Row, Rows, data_file
+from benchmarks.rows import NotHere, Row, Rows, data_file, run
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
@@ -95,3 +95,7 @@ def results(config: str) -> Rows:
 
 
 BENCHMARKS = {path.stem: partial(results, path.stem) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from benchmarks.rows import DEVICE, Row, Rows, in_turns
+from benchmarks.rows import DEVICE, Row, Rows, in_turns, run
 from dlref.models import SSDVGG16
 from dlref.tasks.multibox import Detections, match, multibox_loss
 
@@ -54,7 +54,7 @@ def detections(theirs: torch.nn.Module, own: SSDVGG16, trained: bool) -> Row:
         assert counts[0] == counts[1], f"detections of an image: torchvision {counts[0]}, dlref {counts[1]}"
         calls = {"torchvision": published, "dlref": lambda: detect(offsets, logits, own.anchors)}
         seconds = in_turns("detections", calls)
-    return Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
+    return Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision", ">= 3")
 
 
 def decoding() -> Rows:
@@ -95,8 +95,12 @@ def step() -> Rows:
 
     torch.testing.assert_close(ours(), published(), rtol=1e-3, atol=0)
     seconds = in_turns("training steps", {"torchvision": published, "dlref": ours})
-    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
+    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision", ">= 1")
     return {f"training step, SSD300 with VGG-16, batch {TRAINED}": row}
 
 
 BENCHMARKS = {"detection-decoding": decoding, "detection-step": step}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

@@ -17,10 +17,10 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.configs import trained
-from benchmarks.rows import Row, Rows
+from benchmarks.rows import Row, Rows, run
 from dlref.cli import load_run
 from dlref.export.bundle import export
-from dlref.export.targets import ARM, TARGETS
+from dlref.export.targets import ARM, TARGETS, Target
 from dlref.models import LeNet5, ResNet
 from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.task import Task
@@ -40,7 +40,9 @@ FIGURES = {  # of a contender: key, what, unit, factor
     "installed_mb": ("installed", "MB", 1),
 }
 PEERS = {"pytorch-eager": "PyTorch eager", "pytorch-compiled": "PyTorch compiled", "onnx-float32": "its float32 graph"}
-GOALS = {("pytorch-eager", "latency_ms"): ">= 2", ("pytorch-eager", "peak_rss_mb"): ">= 5"}
+# Beside PyTorch eager, from the default wheel.
+GOALS = {"latency_ms": ">= 2", "first_answer_s": ">= 10", "peak_rss_mb": ">= 8", "installed_mb": ">= 10"}
+SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # where another latency is asked for
 
 
 class Noise:
@@ -76,9 +78,17 @@ def untrained(network, classes: int, side: int, channels: int) -> tuple[ImageCla
     )
 
 
-def bundle(built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
+def fitting() -> Target:
+    """The one of the targets that is for this processor."""
+    if platform.machine() in ARM:
+        return TARGETS["arm64"]
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else "avx_vnni"
+    return TARGETS["x86-64" if "avx512_vnni" in flags or "avx_vnni" in flags else "x86-64-avx2"]
+
+
+def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
     """Every figure of a bundle beside those of the others."""
-    target = TARGETS["arm64" if platform.machine() in ARM else "x86-64"]
+    target, goals = fitting(), GOALS | {"latency_ms": SOONER.get(name, GOALS["latency_ms"])}
     with tempfile.TemporaryDirectory() as folder:
         manifests = [export(*built(), target, Path(folder, str(turn))) for turn in range(TURNS)]
     contenders = [manifest["measurement"]["contenders"] for manifest in manifests]
@@ -87,7 +97,7 @@ def bundle(built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
     for peer, beside in PEERS.items():
         for key, (what, unit, factor) in FIGURES.items():
             own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
-            goal = GOALS.get((peer, key), "")
+            goal = goals.get(key, "") if peer == "pytorch-eager" else ""
             rows[f"{what}, beside {beside}"] = Row(own, theirs, unit, f"{beside} (bundle: {precision})", goal)
     return rows
 
@@ -97,5 +107,10 @@ def of_run(config: str) -> tuple[Task, LightningDataModule]:
     return load_run(trained(config), [])
 
 
-BENCHMARKS = {f"edge-{config.replace('_', '-')}": partial(bundle, partial(of_run, config)) for config in EMBEDDED}
-BENCHMARKS |= {name: partial(bundle, partial(untrained, *case)) for name, case in UNTRAINED.items()}
+MADE = {f"edge-{config.replace('_', '-')}": partial(of_run, config) for config in EMBEDDED}
+MADE |= {name: partial(untrained, *case) for name, case in UNTRAINED.items()}
+BENCHMARKS = {name: partial(bundle, name, built) for name, built in MADE.items()}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

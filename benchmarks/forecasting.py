@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.gluonts_deepar import before_test, pasts
-from benchmarks.rows import Row, Rows, data_file, figures_in_turns, in_turns, needs, rest
+from benchmarks.rows import Row, Rows, data_file, figures_in_turns, in_turns, needs, rest, run
 from dlref.data.forecasting import Channels, ForecastingData, RowSeries, SyntheticSeries, WideSeries
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
@@ -201,3 +201,7 @@ BENCHMARKS = {
     for what in (training, sampling)
     for suffix, make in {"": synthetic, "-exchange-rate": exchange_rate, "-m4-hourly": m4_hourly}.items()
 }
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import read, roots
 from benchmarks.overhead import made, options, under_trainer
-from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs
+from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs, run
 from dlref.data.loader import SplitData
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.tasks import EMA
@@ -346,3 +346,7 @@ BENCHMARKS = {
     "gpu-seq2seq": partial(beside_a_cpu, "seq2seq_dates", (4096, 32_768), " tokens"),
     "gpu-cifar10": cifar10,
 }
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

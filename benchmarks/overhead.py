@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich import reconfigure
 
 from benchmarks.configs import roots
-from benchmarks.rows import DEVICE, TURNS, Row, Rows
+from benchmarks.rows import DEVICE, TURNS, Row, Rows, run
 from dlref.cli import build
 from dlref.tasks.checkpoints import Last
 from dlref.tasks.devices import Alike, fast_steps
@@ -217,3 +217,7 @@ def rate(config: str, loop: Callable, overrides: tuple[str, ...] = (), changed: 
 
 
 BENCHMARKS = {f"overhead-{config.replace('_', '-')}": partial(overhead, config) for config in STEPS}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

@@ -7,11 +7,13 @@ A module of this folder has BENCHMARKS, from names to functions without argument
 import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -89,6 +91,13 @@ class Row:
 
 
 Rows = dict[str, Row]
+
+
+def run(benchmarks: dict[str, Callable[[], Rows]]) -> NoReturn:
+    """`python -m benchmarks.MODULE`: as `python -m benchmarks` with the names of the module."""
+    from benchmarks.__main__ import main  # which imports every module
+
+    sys.exit(main([*sys.argv[1:], *benchmarks]))
 
 
 def in_turns(

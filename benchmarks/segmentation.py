@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.models.segmentation import fcn_resnet50
 
-from benchmarks.rows import DEVICE, Row, Rows, in_turns
+from benchmarks.rows import DEVICE, Row, Rows, in_turns, run
 from dlref.models import FCNResNet
 from dlref.tasks.semantic_segmentation import VOID, Confusion, pixel_loss
 
@@ -62,7 +62,7 @@ def step() -> Rows:
 
     torch.testing.assert_close(ours(), published(), rtol=1e-4, atol=0)
     seconds = in_turns("training steps", {"torchvision": published, "dlref": ours})
-    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision")
+    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision", ">= 1")
     return {f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}": row}
 
 
@@ -109,3 +109,7 @@ def metric() -> Rows:
 
 
 BENCHMARKS = {"segmentation-step": step, "segmentation-metric": metric}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

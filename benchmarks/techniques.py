@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from benchmarks.overhead import bare_loop, rate, under_trainer
-from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns
+from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns, run
 from dlref.models import LeNet5, ResNet
 from dlref.tasks.averaging import Average
 from dlref.tasks.devices import fast_steps
@@ -137,3 +137,7 @@ BENCHMARKS = {
         around_a_step, "losses logged every tenth step", "every step", changed={"log_every_n_steps": 1}
     ),
 }
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.forecasting import runners
-from benchmarks.rows import NotHere, Row, Rows, in_turns, rest
+from benchmarks.rows import NotHere, Row, Rows, in_turns, rest, run
 from dlref.data import ParallelText
 from dlref.data.pairs import Batch, Corpus, TokenBatches
 from dlref.models import Seq2Seq
@@ -248,9 +248,13 @@ def decoding() -> Rows:
     rates = {name: [SENTENCES / s for s in found] for name, found in seconds.items()}
     title = f"decoding of {SENTENCES} sentences, beam {BEAM}"
     return {
-        f"{title}, {name} bundle": Row(rates[name], rates["PyTorch"], "sentences/s", "dlref in PyTorch")
+        f"{title}, {name} bundle": Row(rates[name], rates["PyTorch"], "sentences/s", "dlref in PyTorch", ">= 2")
         for name in ("float32", "int8")
     }
 
 
 BENCHMARKS = {"translation-programs": programs, "translation-training": training, "translation-decoding": decoding}
+
+
+if __name__ == "__main__":
+    run(BENCHMARKS)

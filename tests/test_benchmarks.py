@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_what_is_measured_is_kept_beside_the_rest(tmp_path, monkeypatch, capsys,
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[0] == 0
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-resnet18")[0] == 0
     assert list(read(tmp_path)) == ["edge-lenet5", "edge-resnet18"]
+
+
+def test_a_module_by_itself_is_all_of_its_benchmarks(tmp_path, monkeypatch, answers):
+    names = list(import_module("benchmarks.segmentation").BENCHMARKS)
+    answers |= dict.fromkeys(names, recorded(1.0))
+    monkeypatch.setattr("sys.argv", ["segmentation.py", "--docs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "benchmarks" / "segmentation.py"), run_name="__main__")
+    assert list(read(tmp_path)) == names
 
 
 def test_a_machine_that_cannot_leaves_the_figures_of_one_that_could(tmp_path, monkeypatch, capsys, answers):
