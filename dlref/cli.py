@@ -13,7 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from lightning import Callback, LightningDataModule, Trainer
@@ -138,13 +138,14 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside a trainer, a task and data."""
+        switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
         parser.add_argument("--best", type=Best, required=True, help="what makes a checkpoint the best one")
         parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME of NAME.yaml)")
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace a run that is there")
+        parser.add_argument("--overwrite", **switch, help="replace a run that is there")
         parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing the best checkpoint")
         parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between two last.ckpt of an epoch")
-        parser.add_argument("--debug", type=bool, default=False, help="overfit three batches, and write nothing")
-        parser.add_argument("--profile", type=bool, default=False, help="train some steps, and say what takes the time")
+        parser.add_argument("--debug", **switch, help="overfit three batches, and write nothing")
+        parser.add_argument("--profile", **switch, help="train some steps, and say what takes the time")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 

@@ -91,7 +91,7 @@ class Claim:
             self.lock.release()
             raise UserError(
                 f"{run} already holds a run; expected --run with another folder, --ckpt_path last to resume it, or "
-                "--overwrite true to replace it"
+                "--overwrite to replace it"
             )
         self.there = self.own() if resume else []
         rewritten = (run / "config.yaml", run / "metrics.csv")  # before a fit trains

@@ -57,7 +57,7 @@ def fit(*arguments):
 
 
 def profile(*arguments):
-    return fit("--profile", "true", *arguments)
+    return fit("--profile", *arguments)
 
 
 # A run
