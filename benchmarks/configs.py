@@ -64,7 +64,7 @@ def fit(config: str, seed: int) -> tuple[float, float]:
     """Seconds of the command, and the score it ends with."""
     run = RUNS / f"{config}-{seed}"
     command = [sys.executable, "train.py", "fit", "--config", f"configs/{config}.yaml", "--run", str(run)]
-    options = ["--overwrite", "true", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
+    options = ["--overwrite", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
     start = time.perf_counter()
     subprocess.run([*command, *options, *roots(config)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start

@@ -16,7 +16,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.configs import trained
+from benchmarks.configs import ON_A_CPU, roots, trained
 from benchmarks.rows import Row, Rows, run
 from dlref.cli import load_run
 from dlref.export.bundle import export
@@ -26,7 +26,6 @@ from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.task import Task
 
 TURNS = 3
-EMBEDDED = ("lenet5_digits", "ssd_digit_scenes", "fcn_digit_scenes", "deepar_synthetic", "seq2seq_dates", "gpt_python")
 UNTRAINED = {  # network, classes, side, channels
     "edge-lenet5": (lambda: LeNet5(10, activation="relu"), 10, 32, 1),
     "edge-resnet18": (lambda: ResNet(18, 1000), 1000, 224, 3),
@@ -104,10 +103,10 @@ def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> 
 
 def of_run(config: str) -> tuple[Task, LightningDataModule]:
     """A trained task and its data."""
-    return load_run(trained(config), [])
+    return load_run(trained(config), roots(config))
 
 
-MADE = {f"edge-{config.replace('_', '-')}": partial(of_run, config) for config in EMBEDDED}
+MADE = {f"edge-{config.replace('_', '-')}": partial(of_run, config) for config in ON_A_CPU}
 MADE |= {name: partial(untrained, *case) for name, case in UNTRAINED.items()}
 BENCHMARKS = {name: partial(bundle, name, built) for name, built in MADE.items()}
 
