@@ -5,7 +5,8 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from dlref.runtime.calendar import Frequency
+from dlref.runtime.calendar import Frequency, parse_date
+from dlref.runtime.errors import UserError
 
 LAGS = {  # what get_lags_for_frequency of GluonTS 0.17 answers
     "H": "1 2 3 4 5 6 7 23 24 25 47 48 49 71 72 73 95 96 97 119 120 121 143 144 145 167 168 169 335 336 337 503 504 "
@@ -49,6 +50,21 @@ def test_times_lie_on_whole_steps(frequency):
     assert whole.all()
     assert steps.tolist() == list(range(90))
     assert str(times[30]) == "2019-01-31T07:15:00"
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-02-29 05:00:00", "2024-02-29T05:00:00", "2024-02-29 05:00", "2024-02-29T05:00:00.000"]
+)
+def test_times_as_people_write_them(text):
+    assert parse_date(text, "start") == 1709182800
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-02-29T05:00:00Z", "2024-02-29 05:00:00.5", "2024-02-29T05", "2024-02-30", "20240229", None]
+)
+def test_times_that_are_none(text):
+    with pytest.raises(UserError, match="without a time zone"):
+        parse_date(text, "start")
 
 
 def test_months_end_where_they_end():

@@ -234,10 +234,12 @@ def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
 def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):
     assert fit("--run", "mine", "--final_test", "false") == 0
     before = rows(tmp_path / "mine/metrics.csv")
-    assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--final_test", "false") == 0
+    bar = ["--trainer.enable_progress_bar", "true"]  # which has no loss to show before the first step
+    assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--final_test", "false", *bar) == 0
     after = rows(tmp_path / "mine/metrics.csv")
     assert [row["step"] for row in after][: len(before)] == [row["step"] for row in before]
     assert len(after) > len(before)
+    assert any(row["train/loss"] for row in before)  # of epochs shorter than from one logging to the next, too
     state = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 9
 

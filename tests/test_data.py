@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from PIL import Image
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2 import functional as F
 
@@ -26,6 +27,7 @@ from dlref.data import CIFAR10, MNIST, Digits, FashionMNIST, ImageFolder, ImageL
 from dlref.data.augment import random_crop, random_erase, random_flip
 from dlref.data.images import read_image
 from dlref.runtime.errors import UserError
+from dlref.runtime.images import read_image as on_a_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image (de|en)coding")
 NAMES = (
@@ -483,8 +485,6 @@ def test_undecodable_image_is_named(folders, num_workers):
 
 
 def test_read_image(tmp_path):
-    from PIL import Image
-
     with pytest.raises(UserError) as caught:
         read_image(str(tmp_path / "none.jpg"))
     assert f"{tmp_path}/none.jpg: no such file" in one_line(caught)
@@ -505,6 +505,21 @@ def test_read_image(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     frames[0].save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(str(tmp_path / "turned.jpg")).shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "webp.jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    corners = np.zeros((16, 24, 3), np.uint8)
+    corners[:8, :8], corners[:8, -8:], corners[-8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    path = tmp_path / name
+    Image.fromarray(corners).save(path, "WEBP" if "webp" in name else None, exif=exif, quality=95)
+    device = on_a_device(path, 3)
+    training = read_image(str(path)).permute(1, 2, 0).numpy()
+    assert training.shape == device.shape
+    assert np.abs(training.astype(int) - device).mean() < 4
 
 
 def test_evaluation_keeps_the_aspect_and_takes_the_centre(tmp_path):

@@ -232,6 +232,33 @@ def framed(tmp_path, count=1):
     return tmp_path
 
 
+def coco(root, annotations, place="train"):
+    """A COCO file of one picture and two classes."""
+    (root / "annotations").mkdir()
+    (root / place).mkdir(parents=True)
+    Image.new("RGB", (60, 40)).save(root / place / "a.png")
+    entry = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    classes = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+    (root / "annotations/instances_train.json").write_text(
+        json.dumps({"images": [entry], "annotations": annotations, "categories": classes})
+    )
+    lists = dict.fromkeys(("train", "val"), "annotations/instances_train.json")
+    return {"root": root, **lists, "num_workers": 0}
+
+
+def test_what_has_no_box_is_told(tmp_path):
+    with pytest.raises(UserError, match="train: no box in any of the pictures"):
+        COCOBoxes(**coco(tmp_path, [])).setup()
+
+
+def test_coco_s_pictures_may_lie_elsewhere(tmp_path):
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 0}
+    data = COCOBoxes(**coco(tmp_path, [box], "images/train"), pictures="images/{}")
+    with pytest.warns(UserWarning, match="train: no box of blue"):
+        data.setup()
+    assert data.splits["train"].paths[0].endswith("images/train/a.png")
+
+
 def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
     data = VOCBoxes(
         framed(tmp_path, 40),

@@ -219,7 +219,7 @@ def test_a_broken_text_is_refused_with_its_place(tmp_path, name, content, compla
         ({"batch_size": 0}, "batch_size"),
         ({"batches": 0}, "batches"),
         ({"vocabulary_size": 100}, "vocabulary_size: 100; expected at least 260"),
-        ({"tokenizer": "words"}, "tokenizer: words; expected byte, character, bpe, or a file"),
+        ({"tokenizer": "words"}, "tokenizer: words; expected byte, character, bpe, a file"),
         ({"val": "none/*.txt"}, "none/*.txt: no such file"),
     ],
 )
@@ -448,6 +448,23 @@ def model(network=None, **task):
 def batch_of(*texts, width=17):
     rows = [[END, *make_tokenizer(BYTE).encode(text)][:width] for text in texts]
     return torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])
+
+
+def test_weights_of_a_run_take_its_tokens_along(tmp_path):
+    run, other = tmp_path / "run", make_exact(["abcd" * 9], "character", 264)
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": {}, "facts": {"vocabulary": other}}, run / "checkpoints/best.ckpt")
+    with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
+        model().check_facts_of(run)
+    (tmp_path / "a.txt").write_text("dcba" * 200)
+    data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
+    data.setup()
+    assert data.vocabulary == other
+    task = LanguageModel(network=model().network, optimizer=sgd)
+    task.remember({"vocabulary": data.vocabulary, "context_length": 16})
+    task.check_facts_of(run)
+    with pytest.raises(UserError, match="expected the folder of a run with vocabulary"):
+        TextFiles("a.txt", root=str(tmp_path), tokenizer=str(tmp_path), context_length=16).setup()
 
 
 def test_bits_per_byte_can_be_read_off():

@@ -334,6 +334,20 @@ def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
     assert next(iter(data.val_dataloader())).source.shape == (20, 4)
 
 
+def test_a_run_s_vocabularies_serve_other_texts(tmp_path):
+    run, folder = tmp_path / "run", make_text(tmp_path)
+    (run / "checkpoints").mkdir(parents=True)
+    known = [{"kind": "word", "tokens": [*SPECIAL, word]} for word in ("Hund", "dog")]
+    facts = dict(zip(("source_vocabulary", "target_vocabulary"), known, strict=True))
+    torch.save({"state_dict": {}, "facts": facts}, run / "checkpoints/best.ckpt")
+    data = ParallelText(str(folder), "de", "en", tokenizer=str(run), test=None)
+    data.setup()
+    assert [data.source_vocabulary, data.target_vocabulary] == known
+    assert data.sources()[1].endswith("val.de:2")
+    with pytest.raises(UserError, match="tokenizer: words; expected word, character, bpe or a run's folder"):
+        ParallelText(str(folder), "de", "en", tokenizer="words").setup()
+
+
 def test_a_shared_vocabulary_is_one(tmp_path):
     data = ParallelText(str(make_text(tmp_path)), "de", "en", tokenizer="word", shared=True)
     data.setup()

@@ -1,6 +1,7 @@
 """Semantic segmentation: masks that follow the pixels, loss and metrics, the runner, the bundle."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -169,13 +170,30 @@ def test_lists_and_voc_and_label_maps(tmp_path):
     for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
         (voc / name).mkdir(parents=True)
     Image.new("RGB", (20, 10)).save(voc / "JPEGImages/a.jpg")
-    Image.fromarray(np.full((10, 20), 15, np.uint8)).save(voc / "SegmentationClass/a.png")
+    Image.fromarray(np.repeat([[0], [15]], 5, 0).astype(np.uint8).repeat(20, 1)).save(voc / "SegmentationClass/a.png")
     (voc / "ImageSets/Segmentation/val.txt").write_text("a\n")
     data = VOCMasks(root=voc, train="ImageSets/Segmentation/val.txt", val="ImageSets/Segmentation/val.txt")
-    with pytest.warns(UserWarning, match=r"(train|val): no pixel of background, aeroplane, .* tvmonitor"):
+    with pytest.warns(UserWarning, match=r"(train|val): no pixel of aeroplane, .* tvmonitor"):
         data.setup()
     assert data.labels[15] == "person"
     assert len(data.labels) == 21
+
+
+@pytest.mark.parametrize("names", [["background", "thing"], None])
+def test_masks_in_black_and_white_are_told_apart_from_void(tmp_path, names):
+    for split in ("train", "val"):
+        folders(tmp_path, **{split: 2})
+        for path in (tmp_path / f"{split}_annotation").iterdir():
+            Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    data = masked(tmp_path, val="val", class_names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the class without a pixel
+        with pytest.raises(UserError, match="255 counts for nothing, unless a label_map"):
+            data.setup()
+    (tmp_path / "map.json").write_text('{"map": {"0": 0, "1": 255}}')
+    data = masked(tmp_path, val="val", class_names=names, label_map="map.json")
+    data.setup()
+    assert set(data.splits["val"].read(0)[1].unique().tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,11 @@ def classifier(network=None, **options):
     task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=network or LeNet5(3), **options)
     task.remember({"labels": ["a", "b", "c"], "multi_label": False, "crop": None})
     return task
+
+
+def test_images_of_another_size_than_the_network_s_are_refused():
+    with pytest.raises(UserError, match=r"image_size 48; expected 32, preprocess's size"):
+        classifier().learn(SimpleNamespace(image_size=48, labels=["a", "b", "c"], multi_label=False, crop=None))
 
 
 def trainer(tmp_path, **options):

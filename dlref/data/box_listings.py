@@ -45,7 +45,7 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object
 
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-TURNED_FORMATS = ("JPEG", "PNG")  # those whose EXIF orientation read_image heeds
+TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
 MAX_XML = 16 * 2**20  # bytes; a VOC annotation has a few thousand
 
 

@@ -3,10 +3,13 @@
 import os
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import decode_image
+from torchvision.io import decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
 from dlref.runtime.errors import UserError
@@ -34,8 +37,13 @@ class UnreadableImage(UserError):
 def read_image(path: str) -> Tensor:
     """Decode an image file to uint8 RGB (3, H, W), turned as its EXIF orientation says."""
     try:
-        image = decode_image(path, mode="RGB", apply_exif_orientation=True)
-    except (RuntimeError, ValueError):  # ValueError: a path that no file can have
+        content = read_file(path)
+        if bytes(content[8:12].numpy()) == b"WEBP":  # which torchvision does not turn
+            with Image.open(BytesIO(content.numpy().tobytes())) as picture:
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+            return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+        image = decode_image(content, mode="RGB", apply_exif_orientation=True)
+    except (RuntimeError, ValueError, OSError, SyntaxError):  # ValueError: a path that no file can have
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
     if image.ndim == 4:  # an animated GIF: its first frame stands for it

@@ -134,7 +134,7 @@ class Texts(LanguageData):
 
     Args:
         tokenizer: what a token is: a `byte`, a `character`, or pairs of bytes merged from the training text (`bpe`); or
-            the name of a file of `tokenizers`, such as GPT-2's tokenizer.json.
+            the name of a file of `tokenizers`, such as GPT-2's tokenizer.json, or the folder of a run, for its own.
         vocabulary_size: tokens, four special ones among them: the most frequent characters, or as many as byte pairs
             are merged to.
         windows: what every `LanguageData` takes.

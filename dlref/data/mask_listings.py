@@ -33,6 +33,8 @@ VOID = 255  # class id of pixels that count for nothing
 NO_CLASS = -1  # of values that the map of a label map leaves out
 VALUES = 256
 MIN_CLASSES, MAX_CLASSES = 2, 254  # ids up to 253
+# What an error says where masks may be black and white.
+OF_255 = '255 counts for nothing, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
 MAX_PIXELS = 89_478_485  # in a mask: where Pillow begins to warn of a bomb
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads values of 2 and 4 bits over 0 to 255
 VOC_CLASSES = (
@@ -231,7 +233,7 @@ def _to_listing(
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     if classes is None:
         count = ids[(counts > 0) & (ids != VOID)].max(initial=-1) + 1
-        _check_count(count, str(source))
+        _check_count(count, str(source), f"; {OF_255}")
         classes = [str(i) for i in range(count)]
     table = np.where((ids >= 0) & (ids < len(classes)), ids, VOID).astype(np.uint8)
     pixels = np.array([counts[ids == i].sum() for i in range(len(classes))])
@@ -246,9 +248,9 @@ def _refuse_repeats(names: list[tuple[str, str]]) -> None:
         seen[name] = where
 
 
-def _check_count(count: int, where: str) -> None:
+def _check_count(count: int, where: str, hint: str = "") -> None:
     if not MIN_CLASSES <= count <= MAX_CLASSES:
-        raise UserError(f"{where}: {count} classes; expected {MIN_CLASSES} to {MAX_CLASSES}")
+        raise UserError(f"{where}: {count} classes; expected {MIN_CLASSES} to {MAX_CLASSES}{hint}")
 
 
 def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[tuple[int, int]], np.ndarray]:

@@ -147,6 +147,11 @@ class ObjectDetectionData(StreamedPictures):
                 what = ", ".join(f"{count} {how}" for how, count in listing.mended.items())
                 rank_zero_warn(f"{name}: boxes that stick out of their picture or have no area: {what}")
         self.labels = listings["train"].classes
+        there = {int(label) for picture in listings["train"].pictures for label in picture.labels.unique()}
+        if not there:
+            raise UserError("train: no box in any of the pictures; expected some, to learn from")
+        if without := [name for k, name in enumerate(self.labels) if k not in there]:
+            rank_zero_warn(f"train: no box of {', '.join(without)}")
         self.splits = {name: self.dataset(name, listing) for name, listing in listings.items()}
 
     def dataset(self, name: str, listing: BoxListing) -> Pictures:
@@ -307,16 +312,24 @@ class VOCBoxes(ListedBoxes):
 
 
 class COCOBoxes(ListedBoxes):
-    """COCO: lists `annotations/instances_NAME.json`, and the pictures of each in the folder `NAME` of `root`.
+    """COCO: lists such as `annotations/instances_NAME.json`, and the pictures of each in the folder `NAME` of `root`.
 
     Crowds are not trained on, and evaluation passes over them.
+
+    Args:
+        pictures: the folder of a list's pictures; {} stands for NAME.
     """
 
     keep_ignored = False
 
+    def __init__(self, pictures: str = "{}", **kwargs):
+        super().__init__(**kwargs)
+        self.pictures = pictures
+
     def read(self, path: Path, classes: list[str] | None) -> BoxListing:
         """Read one JSON file."""
-        return read_coco(path, self.root / path.stem.removeprefix("instances_"), classes, self.on_bad_box)
+        folder = self.root / self.pictures.replace("{}", path.stem.removeprefix("instances_"))
+        return read_coco(path, folder, classes, self.on_bad_box)
 
 
 class SageMakerBoxes(ListedBoxes):

@@ -19,7 +19,15 @@ from torchvision.transforms import v2
 from dlref.data.image_classification import check_at_least
 from dlref.data.images import read_image
 from dlref.data.listings import drawn
-from dlref.data.mask_listings import VOID, MaskListing, read_mask, read_mask_folders, read_mask_list, read_voc_masks
+from dlref.data.mask_listings import (
+    OF_255,
+    VOID,
+    MaskListing,
+    read_mask,
+    read_mask_folders,
+    read_mask_list,
+    read_voc_masks,
+)
 from dlref.data.object_detection import MEAN, SPLIT_SEED
 from dlref.data.scenes import Scenes, make_scenes
 from dlref.data.small_images import digit_pools
@@ -231,6 +239,8 @@ class ListedMasks(SegmentationData):
         for name, listing in {"train": train, **read}.items():
             if empty := [label for label, count in zip(listing.classes, listing.pixels, strict=True) if not count]:
                 rank_zero_warn(f"{name}: no pixel of {', '.join(empty)}")
+            if name == "train" and len(empty) > len(self.labels) - 2:
+                raise UserError(f"{self.root / self.lists['train']}: pixels of fewer than two classes; {OF_255}")
         if "val" not in read:
             train, read["val"] = hold_out(train, self.held_out)
         if "test" not in read:

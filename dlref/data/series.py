@@ -237,9 +237,11 @@ def read_long(
         target: the column with its value.
     """
     header, table = _read_table(path)
-    for name in (item_id, timestamp, target):
+    for option, name in (("item_id", item_id), ("timestamp", timestamp), ("target", target)):
         if name not in header:
-            raise UserError(f"{path}:1: columns {shorten(header)}; expected {shorten(name)} among them")
+            raise UserError(
+                f"{path}:1: columns {shorten(header)}; expected {shorten(name)} among them, or data.init_args.{option}"
+            )
     columns = [header.index(name) for name in (item_id, timestamp, target)]
     groups: dict[str, Points] = {}
     for line, cells in table:

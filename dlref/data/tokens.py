@@ -16,7 +16,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dlref.data.vocabulary import Exact, make_exact, read_exact
+from dlref.data.vocabulary import Exact, make_exact, of_run, read_exact
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import opened, parse_object
 from dlref.runtime.text import UNKNOWN, is_unicode
@@ -76,12 +76,16 @@ def decoded(text: bytes, where: str) -> str:
 
 
 def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
-    """One made from `texts`: byte, character, bpe; or one in a file, of `tokenizers` or as this module writes it."""
+    """One made from `texts`: byte, character, bpe; or one in a file, of `tokenizers` or as this module writes it; or a
+    run's.
+    """
     if asked in TRAINED:
         return make_exact(texts, asked, size)
     path = Path(asked)
+    if path.is_dir():
+        return of_run(path, "vocabulary")[0]
     if not path.is_file():
-        raise UserError(f"tokenizer: {asked}; expected {', '.join(TRAINED)}, or a file of tokenizers")
+        raise UserError(f"tokenizer: {asked}; expected {', '.join(TRAINED)}, a file of tokenizers or a run's folder")
     return read_exact(path)
 
 

@@ -15,7 +15,7 @@ from dlref.data.image_classification import check_at_least
 from dlref.data.loader import SplitData
 from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import make_dates
-from dlref.data.vocabulary import Kind, make_vocabulary, read_vocabulary
+from dlref.data.vocabulary import KINDS, make_vocabulary, of_run, read_vocabulary
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import BEGIN, END, make_tokenizer
 
@@ -26,7 +26,8 @@ class TranslationData(SplitData):
     """Sources and targets; a subclass reads them.
 
     Args:
-        tokenizer: what a token is: a `word`, a `character`, or pairs of bytes merged from the training text (`bpe`).
+        tokenizer: what a token is: a `word`, a `character`, or pairs of bytes merged from the training text (`bpe`); or
+            the folder of a run, for its own two.
         vocabulary_size: tokens on each side, four special ones among them: the most frequent words or characters, or
             as many as byte pairs are merged to.
         shared: one vocabulary for both sides, of their texts together.
@@ -37,7 +38,7 @@ class TranslationData(SplitData):
 
     def __init__(
         self,
-        tokenizer: Kind = "bpe",
+        tokenizer: str = "bpe",
         vocabulary_size: int = 8000,
         shared: bool = False,
         batch_size: int = 4096,
@@ -55,6 +56,10 @@ class TranslationData(SplitData):
 
     def vocabularies(self, train: Pairs) -> tuple[dict, dict]:
         """The tokenisers of sources and targets."""
+        if self.tokenizer not in KINDS:
+            if not Path(self.tokenizer).is_dir():
+                raise UserError(f"tokenizer: {self.tokenizer}; expected {', '.join(KINDS)} or a run's folder")
+            return tuple(of_run(Path(self.tokenizer), "source_vocabulary", "target_vocabulary"))
         sides = [train.source, train.target]
         if self.shared:
             both = make_vocabulary([text for side in sides for text in side], self.tokenizer, self.vocabulary_size)
@@ -148,15 +153,23 @@ class ParallelText(TranslationData):
         target: ending of the targets' names, such as en.
         train: beginning of the names to train from.
         val: beginning of the names to validate on.
-        test: beginning of the names to test on.
+        test: beginning of the names to test on; null: `val`.
         text: what every `TranslationData` takes.
     """
 
     def __init__(
-        self, root: str, source: str, target: str, train: str = "train", val: str = "val", test: str = "test", **text
+        self,
+        root: str,
+        source: str,
+        target: str,
+        train: str = "train",
+        val: str = "val",
+        test: str | None = "test",
+        **text,
     ):
         super().__init__(**text)
-        self.root, self.sides, self.names_of = Path(root), (source, target), {"train": train, "val": val, "test": test}
+        self.root, self.sides = Path(root), (source, target)
+        self.names_of = {"train": train, "val": val, "test": test or val}
 
     def read(self) -> dict[str, Pairs]:
         """Read the files."""

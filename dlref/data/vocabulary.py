@@ -4,13 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import is_object, read_text
 from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 
 Kind = Literal["word", "character", "bpe"]
+KINDS = get_args(Kind)
 Exact = Literal["byte", "character", "bpe"]
 PROBE = " Straße\n\t 多言語  e\u0301 = 1e-3  ½ <s>\r\n"  # a text that many tokenisers that change texts would change
 
@@ -41,6 +44,20 @@ def read_exact(path: Path) -> dict:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return described
+
+
+def of_run(run: Path, *names: str) -> list[dict]:
+    """The tokenisers that a run of this project keeps under `names`. Raises UserError."""
+    path = run / "checkpoints" / "best.ckpt"
+    try:
+        facts = torch.load(path, map_location="cpu", weights_only=True)["facts"]
+        found = [facts[name] for name in names]
+        for described in found:
+            make_tokenizer(described)
+    except Exception as error:  # torch's reader, pickle and zipfile each raise their own
+        reason = " ".join(str(error).split())
+        raise UserError(f"tokenizer: {path}: {reason}; expected the folder of a run with {', '.join(names)}") from None
+    return found
 
 
 def make_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> dict:

@@ -18,7 +18,7 @@ from dlref.runtime.errors import UserError
 
 LARGEST_LAG = 1200  # steps; longer histories are rarely at hand
 SECONDS = {"min": 60, "H": 3600, "D": 86_400, "W": 604_800}
-DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}( [0-9]{2}:[0-9]{2}:[0-9]{2})?")
+DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.0{1,9})?)?)?")
 ORIGIN, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
 
 
@@ -198,7 +198,7 @@ def parse_date(text: Any, where: str) -> int:
 def _seconds(text: str) -> int:
     if not DATE.fullmatch(text):  # fromisoformat alone takes weeks and time zones
         raise ValueError
-    return (datetime.fromisoformat(text) - ORIGIN) // SECOND
+    return (datetime.fromisoformat(text.partition(".")[0]) - ORIGIN) // SECOND
 
 
 def parse_start(text: Any, where: str, frequency: Frequency) -> np.datetime64:

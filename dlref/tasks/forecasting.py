@@ -53,6 +53,7 @@ class Forecaster(Task):
         "dynamic_features",
         "static_features",
     )
+    indexed = ("category_names",)
     metric = "wql"
 
     def __init__(self, distribution: Distribution, longest_lag: int | None = None, difference: bool = False, **task):
@@ -87,7 +88,8 @@ class Forecaster(Task):
             self.check_outcomes(self.trainer.datamodule.splits["train"].store.outcomes(self.difference))
         horizon = self.known["prediction_length"]
         self.scores = nn.ModuleDict({name: SampleScores(horizon) for name in (OWN, *BASELINES)})
-        self.scores["oracle"] = QuantileScores(horizon)
+        if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
+            self.scores["oracle"] = QuantileScores(horizon)
 
     def check_outcomes(self, outcomes: Float[Tensor, "P"]) -> None:
         """Raise UserError where there is nothing to learn from, or what has no likelihood."""
@@ -214,8 +216,6 @@ class Forecaster(Task):
             values = scores.compute()  # even of no points here: other devices may have some, and wait for this one
             scores.reset()
             coverage = values.pop("coverage")
-            if name == "oracle" and coverage.isnan().all():  # no truth is known
-                continue
             self.by_time[name.replace("_", " ")] = values.pop("by_time").cpu()
             values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
             before = "" if name == OWN else f"{name}_"

@@ -47,6 +47,7 @@ class LanguageModel(Task):
     """
 
     facts = ("vocabulary", "context_length")
+    indexed = ("vocabulary",)
     metric = "bits_per_byte"
 
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):

@@ -55,7 +55,10 @@ class Normalise(nn.Module):
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """Pixels -> the network's input; one channel stands for all where there are more."""
         if images.shape[1] not in (1, self.channels):
-            raise UserError(f"images have {images.shape[1]} channels, preprocess has means for {self.channels}")
+            raise UserError(
+                f"images have {images.shape[1]} channels; expected {self.channels}, as preprocess has means, or as "
+                "many in model.init_args.preprocess.init_args.mean and std and in_channels of the network"
+            )
         return (self.resize(images.float()) - self.offset) * self.scale
 
     def resize(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:

@@ -35,6 +35,6 @@ class Progress(RichProgressBar):
         """What stands behind the bar."""
         if self.due:
             self.shown = super().get_metrics(trainer, task)
-            if trainer.training:
+            if trainer.training and task.train_loss is not None:
                 self.shown["train/loss"] = task.train_loss.item()
         return self.shown

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from dlref.runtime import UserError
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.devices import several
-from dlref.tasks.weights import load_weights, one_line, read_checkpoint
+from dlref.tasks.weights import load_weights, one_line, read_checkpoint, read_facts
 
 
 class Task(LightningModule):
@@ -38,8 +38,11 @@ class Task(LightningModule):
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
     # weights, and checked against those of any data the model meets later.
     facts: tuple[str, ...] = ()
+    # Those of which the weights know by number what they mean: weights of a run fit no others.
+    indexed: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
+    train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
 
     def __init__(
         self,
@@ -136,11 +139,27 @@ class Task(LightningModule):
             self.check()
         if stage == "fit":
             if self.weights:
+                self.check_facts_of(Path(self.weights))
                 load_weights(self.network, Path(self.weights))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
             self.compile_in_place()
+
+    def check_facts_of(self, weights: Path) -> None:
+        """Raise UserError where `weights` are of a run whose tokens or categories are others than those of the data."""
+        facts = read_facts(weights)
+        for name in self.indexed:
+            if facts.get(name, self.known[name]) != self.known[name]:
+                raise UserError(
+                    f"weights {weights}: {name} of that run and of the data differ: {_short(facts[name])} and "
+                    f"{_short(self.known[name])}; expected the same; texts: --data.init_args.tokenizer {weights}"
+                )
+
+    def on_train_start(self) -> None:
+        """Epochs of fewer steps than from one logging to the next are logged at their end."""
+        steps = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
+        self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, max(1, steps))
 
     def compile_in_place(self) -> None:
         """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""

@@ -59,6 +59,7 @@ class Translator(Task):
     """
 
     facts = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer", "too_long")
+    indexed = ("source_vocabulary", "target_vocabulary")
 
     def __init__(
         self,
