@@ -111,6 +111,8 @@ def fit(config: str, make: Callable[[], object], network: dict, data: dict, kind
     chosen = ["--data", f"dlref.data.{kind}"] if kind else []
     changes = options("model.init_args.network.init_args", network) + chosen + options("data.init_args", data)
     changes += options("model.init_args", {"compile_network": False, "weights": None})
+    if "image_size" in data:
+        changes += options("model.init_args.preprocess.init_args", {"size": data["image_size"]})
     return Source(
         make, train, ["fit", "--config", str(ROOT / f"configs/{config}.yaml"), *settings(max_epochs=1), *changes]
     )
