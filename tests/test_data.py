@@ -457,7 +457,7 @@ def test_image_folder_takes_its_test_split_or_says_so(folders, caplog):
 def test_image_folder_reports_what_it_leaves_out(folders):
     (folders / "train" / "cat" / "notes.txt").touch()
     (folders / "train" / ".DS_Store").touch()
-    with pytest.warns(UserWarning, match=r"train: left out 1 .*cat/notes\.txt$"):
+    with pytest.warns(UserWarning, match=r"train: left out, as no JPEG, PNG, GIF or WebP: 1 \.txt: .*cat/notes\.txt$"):
         setup(ImageFolder(folders, **SMALL))
 
 

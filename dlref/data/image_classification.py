@@ -9,11 +9,13 @@ the size of a batch: the share of its shorter side that a central square keeps, 
 Small sets live on the training device (`small_images`), large ones stream from disk (`streamed_images`).
 """
 
+from collections import Counter
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
+from dlref.data.images import FORMATS
 from dlref.data.listings import Listing, read_folder
 from dlref.data.loader import SplitData
 from dlref.runtime.errors import UserError
@@ -52,5 +54,7 @@ def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
     listing, others = read_folder(folder, classes)
     if others:
         more = ", ..." if len(others) > 5 else ""
-        rank_zero_warn(f"{folder}: left out {len(others)} that are no images: {', '.join(others[:5])}{more}")
+        kinds = Counter(Path(other).suffix.lower() or "without an ending" for other in others).most_common()
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        rank_zero_warn(f"{folder}: left out, as no {FORMATS}: {counted}: {', '.join(others[:5])}{more}")
     return listing
