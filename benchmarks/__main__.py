@@ -76,24 +76,24 @@ def reproduce(names: list[str], stated: Records) -> int:
     return 2 if missing else int(outside)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+def main(arguments: list[str] | None = None, every: list[str] | None = None) -> int:
+    """The command; without a name it is about `every` one of these."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; reproduce as the first: once more")
     parser.add_argument("--list", action="store_true", help="the names")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where benchmarks.json and benchmarks.md are")
     options = parser.parse_args(arguments)
     again = options.names[:1] == ["reproduce"]
-    names = options.names[again:] or list(modules())
+    names = options.names[again:] or every or list(modules())
     if options.list:
-        print("\n".join(modules()))
+        print("\n".join(every or modules()))
         return 0
     if unknown := [name for name in names if name not in modules()]:
         print(f"error: {unknown[0]}: no such benchmark; expected one that --list shows", file=sys.stderr)
         return 2
     if again:
         stated = read(options.docs)
-        return reproduce(options.names[1:] or [name for name in stated if stated[name].rows], stated)
+        return reproduce(options.names[1:] or every or [name for name in stated if stated[name].rows], stated)
     return measure(names, options.docs)
 
 

@@ -97,7 +97,7 @@ def run(benchmarks: dict[str, Callable[[], Rows]]) -> NoReturn:
     """`python -m benchmarks.MODULE`: as `python -m benchmarks` with the names of the module."""
     from benchmarks.__main__ import main  # which imports every module
 
-    sys.exit(main([*sys.argv[1:], *benchmarks]))
+    sys.exit(main(sys.argv[1:], list(benchmarks)))
 
 
 def in_turns(

@@ -40,6 +40,8 @@ from dlref.tasks.weights import one_line, read_checkpoint
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 # A run may be moved; its best checkpoint is the one that lies in it.
 warnings.filterwarnings("ignore", message="The dirpath has changed from")
+# Tasks log such epochs at their end.
+warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 

@@ -246,9 +246,11 @@ def coco(root, annotations, place="train"):
     return {"root": root, **lists, "num_workers": 0}
 
 
-def test_what_has_no_box_is_told(tmp_path):
+@pytest.mark.parametrize("crowds", [0, 1])
+def test_what_has_no_box_is_told(tmp_path, crowds):
+    crowd = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 1}
     with pytest.raises(UserError, match="train: no box in any of the pictures"):
-        COCOBoxes(**coco(tmp_path, [])).setup()
+        COCOBoxes(**coco(tmp_path, [crowd] * crowds)).setup()
 
 
 def test_coco_s_pictures_may_lie_elsewhere(tmp_path):

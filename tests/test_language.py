@@ -453,16 +453,21 @@ def batch_of(*texts, width=17):
 def test_weights_of_a_run_take_its_tokens_along(tmp_path):
     run, other = tmp_path / "run", make_exact(["abcd" * 9], "character", 264)
     (run / "checkpoints").mkdir(parents=True)
-    torch.save({"state_dict": {}, "facts": {"vocabulary": other}}, run / "checkpoints/best.ckpt")
+    weights = {f"network.{name}": tensor for name, tensor in model().network.state_dict().items()}
+    torch.save({"state_dict": weights, "facts": {"vocabulary": other}}, run / "checkpoints/best.ckpt")
+    task = model(weights=str(run))
+    task.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=BYTE, context_length=16))
     with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
-        model().check_facts_of(run)
+        task.setup("fit")
+    task.check_facts_of(run, replaced=True)  # of another number: their layers begin anew
     (tmp_path / "a.txt").write_text("dcba" * 200)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
     data.setup()
     assert data.vocabulary == other
-    task = LanguageModel(network=model().network, optimizer=sgd)
-    task.remember({"vocabulary": data.vocabulary, "context_length": 16})
-    task.check_facts_of(run)
+    task = LanguageModel(network=model().network, optimizer=sgd, weights=str(run))
+    task.trainer = SimpleNamespace(datamodule=data)
+    task.setup("fit")
+    assert torch.equal(task.network.wte.weight, weights["network.wte.weight"])
     with pytest.raises(UserError, match="expected the folder of a run with vocabulary"):
         TextFiles("a.txt", root=str(tmp_path), tokenizer=str(tmp_path), context_length=16).setup()
 

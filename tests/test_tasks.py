@@ -74,8 +74,12 @@ def classifier(network=None, **options):
 
 
 def test_images_of_another_size_than_the_network_s_are_refused():
+    task = classifier()
+    known = SimpleNamespace(image_size=48, labels=["a", "b", "c"], multi_label=False, crop=None)
+    task.trainer = SimpleNamespace(datamodule=known)
+    task.setup("test")  # a run that trained so is tested and exported
     with pytest.raises(UserError, match=r"image_size 48; expected 32, preprocess's size"):
-        classifier().learn(SimpleNamespace(image_size=48, labels=["a", "b", "c"], multi_label=False, crop=None))
+        task.setup("fit")
 
 
 def trainer(tmp_path, **options):

@@ -43,7 +43,8 @@ def read_image(path: str) -> Tensor:
                 upright = ImageOps.exif_transpose(picture).convert("RGB")
             return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
         image = decode_image(content, mode="RGB", apply_exif_orientation=True)
-    except (RuntimeError, ValueError, OSError, SyntaxError):  # ValueError: a path that no file can have
+    # ValueError: a path that no file can have; the last three are Pillow's.
+    except (RuntimeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
     if image.ndim == 4:  # an animated GIF: its first frame stands for it

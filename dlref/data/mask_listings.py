@@ -34,7 +34,7 @@ NO_CLASS = -1  # of values that the map of a label map leaves out
 VALUES = 256
 MIN_CLASSES, MAX_CLASSES = 2, 254  # ids up to 253
 # What an error says where masks may be black and white.
-OF_255 = '255 counts for nothing, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
+OF_255 = '; 255 counts for nothing, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
 MAX_PIXELS = 89_478_485  # in a mask: where Pillow begins to warn of a bomb
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads values of 2 and 4 bits over 0 to 255
 VOC_CLASSES = (
@@ -100,7 +100,7 @@ def read_mask_folders(
     _refuse_orphans(pictures, found, f"mask of its name in {masks}")
     _refuse_orphans(found, pictures, f"picture of its name in {images}")
     pairs = [Pair("", path, found[stem]) for stem, path in pictures.items()]
-    return _to_listing(masks, pairs, classes, label_map, void)
+    return _to_listing(masks, pairs, classes, label_map, void, OF_255)
 
 
 def read_mask_list(path: str | Path, classes: list[str] | None = None, void: int = VOID) -> MaskListing:
@@ -221,7 +221,12 @@ def _whole(value: Any, low: int, high: int, where: str) -> int:
 
 
 def _to_listing(
-    source: str | Path, pairs: list[Pair], classes: list[str] | None, label_map: str | Path | None, void: int
+    source: str | Path,
+    pairs: list[Pair],
+    classes: list[str] | None,
+    label_map: str | Path | None,
+    void: int,
+    hint: str = "",
 ) -> MaskListing:
     if not pairs:
         raise UserError(f"{source}: no lines; expected a picture on each")
@@ -233,7 +238,7 @@ def _to_listing(
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     if classes is None:
         count = ids[(counts > 0) & (ids != VOID)].max(initial=-1) + 1
-        _check_count(count, str(source), f"; {OF_255}")
+        _check_count(count, str(source), hint if counts[VOID] else "")
         classes = [str(i) for i in range(count)]
     table = np.where((ids >= 0) & (ids < len(classes)), ids, VOID).astype(np.uint8)
     pixels = np.array([counts[ids == i].sum() for i in range(len(classes))])

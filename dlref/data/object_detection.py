@@ -147,7 +147,8 @@ class ObjectDetectionData(StreamedPictures):
                 what = ", ".join(f"{count} {how}" for how, count in listing.mended.items())
                 rank_zero_warn(f"{name}: boxes that stick out of their picture or have no area: {what}")
         self.labels = listings["train"].classes
-        there = {int(label) for picture in listings["train"].pictures for label in picture.labels.unique()}
+        learnt = (one.labels[self.keep_ignored | ~one.ignored] for one in listings["train"].pictures)
+        there = {int(label) for labels in learnt for label in labels.unique()}
         if not there:
             raise UserError("train: no box in any of the pictures; expected some, to learn from")
         if without := [name for k, name in enumerate(self.labels) if k not in there]:

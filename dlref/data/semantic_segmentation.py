@@ -211,6 +211,8 @@ class ListedMasks(SegmentationData):
         held_out: the share of the training pictures where there is no validation split.
     """
 
+    hint = ""  # what an error says of masks that have one class
+
     def __init__(
         self,
         root: str | Path,
@@ -240,7 +242,9 @@ class ListedMasks(SegmentationData):
             if empty := [label for label, count in zip(listing.classes, listing.pixels, strict=True) if not count]:
                 rank_zero_warn(f"{name}: no pixel of {', '.join(empty)}")
             if name == "train" and len(empty) > len(self.labels) - 2:
-                raise UserError(f"{self.root / self.lists['train']}: pixels of fewer than two classes; {OF_255}")
+                raise UserError(
+                    f"train: pixels of {len(self.labels) - len(empty)} class; expected 2 or more{self.hint}"
+                )
         if "val" not in read:
             train, read["val"] = hold_out(train, self.held_out)
         if "test" not in read:
@@ -275,6 +279,8 @@ class MaskFolders(ListedMasks):
             relative to `root`. By default, a pixel's value is its class.
         void: value of pixels that count for nothing, besides 255.
     """
+
+    hint = OF_255
 
     def __init__(
         self,

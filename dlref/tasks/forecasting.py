@@ -165,7 +165,7 @@ class Forecaster(Task):
         self.judge("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """While a network trains, some of its own: the baselines stay what they are."""
+        """While a network trains, some of its own."""
         values = self.scored("val")
         if self.trainer.state.fn == "fit":
             for name in TRAINED:
@@ -202,17 +202,24 @@ class Forecaster(Task):
         self.scores[OWN].update(paths, target, observed, batch.seasonal_error)
         horizon = self.known["prediction_length"]
         season = Frequency.parse(self.known["frequency"]).season
-        for name, baseline in BASELINES.items():
-            forecast = baseline(batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
-            self.scores[name].update(forecast[:, None], target, observed, batch.seasonal_error)
-        if batch.truth is not None:
-            self.scores["oracle"].update(batch.truth, target, observed)
+        for name in self.judged[1:]:
+            if name in BASELINES:
+                forecast = BASELINES[name](batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
+                self.scores[name].update(forecast[:, None], target, observed, batch.seasonal_error)
+            elif batch.truth is not None:
+                self.scores[name].update(batch.truth, target, observed)
         return paths
+
+    @property
+    def judged(self) -> list[str]:
+        """Whose scores count; while a network trains its own alone, for the others stay what they are."""
+        return [OWN] if self.trainer.state.fn == "fit" else list(self.scores)
 
     def scored(self, stage: str) -> dict[str, Tensor]:
         """What was counted, by the names of the log, and from the start again; the rest is kept for the figures."""
         found, self.by_time = {}, {}
-        for name, scores in self.scores.items():
+        for name in self.judged:
+            scores = self.scores[name]
             values = scores.compute()  # even of no points here: other devices may have some, and wait for this one
             scores.reset()
             coverage = values.pop("coverage")

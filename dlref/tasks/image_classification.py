@@ -73,13 +73,6 @@ class ImageClassifier(Task):
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 
-    def learn(self, datamodule) -> None:
-        """Hold the size of streamed batches against the network's too: another one would be resized without a word."""
-        super().learn(datamodule)
-        size = getattr(datamodule, "image_size", self.preprocess.size)  # small images come as they are
-        if size != self.preprocess.size:
-            raise UserError(f"data.init_args.image_size {size}; expected {self.preprocess.size}, preprocess's size")
-
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
         classes = len(self.known["labels"])
@@ -93,6 +86,9 @@ class ImageClassifier(Task):
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
         super().setup(stage)
+        size = getattr(self.trainer.datamodule, "image_size", self.preprocess.size)  # small images come as they are
+        if stage == "fit" and size != self.preprocess.size:  # it would be resized without a word
+            raise UserError(f"data.init_args.image_size {size}; expected {self.preprocess.size}, preprocess's size")
         labels, multi_label = self.known["labels"], self.known["multi_label"]
         self.mix = mixing(self.mixup, self.cutmix, len(labels))
         self.val_metrics = metrics(len(labels), multi_label).clone(prefix="val/")

@@ -1,7 +1,8 @@
 """What every task shares: optimiser and schedule, transfer, what is remembered of the data, the contract."""
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from dlref.runtime import UserError
+from dlref.runtime.text import make_tokenizer
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.devices import several
 from dlref.tasks.weights import load_weights, one_line, read_checkpoint, read_facts
@@ -139,27 +141,34 @@ class Task(LightningModule):
             self.check()
         if stage == "fit":
             if self.weights:
-                self.check_facts_of(Path(self.weights))
-                load_weights(self.network, Path(self.weights))
+                fresh = load_weights(self.network, Path(self.weights))
+                self.check_facts_of(Path(self.weights), bool(fresh))
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
             self.compile_in_place()
 
-    def check_facts_of(self, weights: Path) -> None:
-        """Raise UserError where `weights` are of a run whose tokens or categories are others than those of the data."""
-        facts = read_facts(weights)
+    def check_facts_of(self, weights: Path, replaced: bool) -> None:
+        """Raise UserError where `weights` of a run have been taken for other tokens or categories than its own.
+
+        Args:
+            weights: the run's.
+            replaced: layers of another number of them were not taken.
+        """
+        facts = read_facts(weights) if self.indexed else {}
         for name in self.indexed:
-            if facts.get(name, self.known[name]) != self.known[name]:
+            theirs, own = facts.get(name, self.known[name]), self.known[name]
+            if theirs != own and not (replaced and number_of(theirs) != number_of(own)):
                 raise UserError(
-                    f"weights {weights}: {name} of that run and of the data differ: {_short(facts[name])} and "
-                    f"{_short(self.known[name])}; expected the same; texts: --data.init_args.tokenizer {weights}"
+                    f"weights {weights}: {name} of that run and of the data differ: {_short(theirs)} and {_short(own)}"
+                    "; expected the same (of texts by data.init_args.tokenizer, the run's folder), or another number"
                 )
 
     def on_train_start(self) -> None:
         """Epochs of fewer steps than from one logging to the next are logged at their end."""
-        steps = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
-        self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, max(1, steps))
+        if math.isfinite(batches := self.trainer.num_training_batches):
+            steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
+            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
 
     def compile_in_place(self) -> None:
         """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""
@@ -252,6 +261,11 @@ class Task(LightningModule):
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def number_of(fact: dict | Sequence) -> int:
+    """How many tokens a tokeniser has, or names a list."""
+    return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
 
 
 def or_one(count: Tensor) -> Tensor:

@@ -85,10 +85,7 @@ class Runner(Base):
     @staticmethod
     def takes(metadata: dict) -> str:
         """Sentences."""
-        return (
-            f"A text of fewer than {metadata['longest']} tokens, a file with one on each line, or a request "
-            '`{"instances": [{"data": text}, ...]}`.'
-        )
+        return 'A text, a file with one on each line, or a request `{"instances": [{"data": text}, ...]}`.'
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
         """A text that is no file, and no word that ends as a file's name, is itself the input, or a JSON request.
