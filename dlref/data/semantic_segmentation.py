@@ -242,9 +242,8 @@ class ListedMasks(SegmentationData):
             if empty := [label for label, count in zip(listing.classes, listing.pixels, strict=True) if not count]:
                 rank_zero_warn(f"{name}: no pixel of {', '.join(empty)}")
             if name == "train" and len(empty) > len(self.labels) - 2:
-                raise UserError(
-                    f"train: pixels of {len(self.labels) - len(empty)} class; expected 2 or more{self.hint}"
-                )
+                there = len(self.labels) - len(empty)
+                raise UserError(f"train: {there} of the classes have pixels; expected 2 or more{self.hint}")
         if "val" not in read:
             train, read["val"] = hold_out(train, self.held_out)
         if "test" not in read:

@@ -158,7 +158,8 @@ class Task(LightningModule):
         facts = read_facts(weights) if self.indexed else {}
         for name in self.indexed:
             theirs, own = facts.get(name, self.known[name]), self.known[name]
-            if theirs != own and not (replaced and number_of(theirs) != number_of(own)):
+            others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
+            if theirs != own and not (replaced and others):
                 raise UserError(
                     f"weights {weights}: {name} of that run and of the data differ: {_short(theirs)} and {_short(own)}"
                     "; expected the same (of texts by data.init_args.tokenizer, the run's folder), or another number"
