@@ -62,13 +62,13 @@ def roots(config: str) -> list[str]:
 
 def fit(config: str, seed: int) -> tuple[float, float]:
     """Seconds of the command, and the score it ends with."""
-    run = RUNS / f"{config}-{seed}"
-    command = [sys.executable, "train.py", "fit", "--config", f"configs/{config}.yaml", "--run", str(run)]
+    folder = RUNS / f"{config}-{seed}"
+    command = [sys.executable, "train.py", "fit", "--config", f"configs/{config}.yaml", "--run", str(folder)]
     options = ["--overwrite", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
     start = time.perf_counter()
     subprocess.run([*command, *options, *roots(config)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    return seconds, json.loads((run / "test.json").read_text(encoding="utf-8"))[metric(config)]
+    return seconds, json.loads((folder / "test.json").read_text(encoding="utf-8"))[metric(config)]
 
 
 def metric(config: str) -> str:
@@ -78,10 +78,10 @@ def metric(config: str) -> str:
 
 def trained(config: str) -> Path:
     """A run of the first seed, made now where there is none."""
-    run = RUNS / f"{config}-{SEEDS[0]}"
-    if not (run / "test.json").is_file():
+    folder = RUNS / f"{config}-{SEEDS[0]}"
+    if not (folder / "test.json").is_file():
         fit(config, SEEDS[0])
-    return run
+    return folder
 
 
 def results(config: str) -> Rows:
