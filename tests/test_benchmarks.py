@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import configs, gpu, measure, overhead
+from benchmarks import configs, gpu, measure, nanogpt_loss, overhead
 from benchmarks.page import Record, Where, figure, page, read, spread, within, write
 from benchmarks.rows import NotHere, Row, in_turns, needs
+from dlref.data.tokens import Windows
 
 ROOT = Path(__file__).parent.parent
 WHERE = Where("a machine", "torch 1", "2026-01-01")
@@ -276,3 +277,20 @@ def test_data_lies_in_the_folder_of_the_config_s_name(tmp_path, monkeypatch):
 def test_rows_survive_json():
     row = Row([1.0], [2.0], "s", "x", ">= 1")
     assert Row(**json.loads(json.dumps(asdict(row)))) == row
+
+
+# A loss by nanoGPT's estimator
+
+
+def test_both_losses_of_a_split_are_those_of_its_pairs_of_tokens():
+    drawn = torch.Generator().manual_seed(0)
+    tokens, table = torch.randint(5, (60,), generator=drawn), torch.randn(5, 5, generator=drawn)
+    nats = -table.log_softmax(-1)[tokens[:-1], tokens[1:]]  # of each token by the one before
+    windows = Windows(tokens, 8)
+    whole = nanogpt_loss.loss(table.__getitem__, [windows[torch.arange(len(windows)) * 8]])
+    assert whole == pytest.approx(nats.mean().item(), rel=1e-5)
+    data = SimpleNamespace(splits={"val": windows}, context_length=8, batch_size=4)
+    found = nanogpt_loss.estimates(table.__getitem__, data, 500, drawn)
+    anywhere = nats.unfold(0, 8, 1)  # windows that begin at each place
+    assert sum(found) / len(found) == pytest.approx(anywhere.mean().item(), abs=0.01)
+    assert len(set(found)) == len(found)

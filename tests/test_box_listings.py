@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from dlref.data import box_listings
-from dlref.data.box_listings import MAX_XML, read_box_manifest, read_coco, read_sagemaker, read_voc, split
+from dlref.data.box_listings import MAX_XML, hold_out, read_box_manifest, read_coco, read_sagemaker, read_voc
 from dlref.data.images import read_image
 from dlref.data.listings import MAX_CLASSES
 from dlref.runtime.errors import UserError
@@ -377,14 +377,14 @@ TWO, ONE = "Annotations/two.xml", "Annotations/one.xml"
 BROKEN = [
     ("voc", "train.txt", None, None, "train.txt: No such file or directory"),
     ("voc", "train.txt", None, "\n \n", "train.txt: no lines; expected the name of a picture on each"),
-    ("voc", "train.txt", None, b"two\n\xff\n", "train.txt:2: not UTF-8"),
+    ("voc", "train.txt", None, b"two\n\xff\n", "train.txt:2: byte 0 is 0xff, not UTF-8"),
     ("voc", "train.txt", "none", "none -1", "train.txt:2: 2 columns; expected one, the name of a picture"),
     ("voc", "train.txt", "\none ", "\ntwo ", "train.txt:4: 'two' again; expected it once, as in line 1"),
     ("voc", "train.txt", "none", "three", "train.txt:2: '{root}/Annotations/three.xml': No such file"),
     ("voc", "train.txt", "none", "no\0ne", "train.txt:2: '{root}/Annotations/no\\x00ne.xml': embedded null byte"),
     ("voc", "train.txt", "none", "/etc", "train.txt:2: '/etc.xml': No such file or directory; expected an annotation"),
-    ("voc", TWO, None, b"<annotation>\xff", "two.xml: not UTF-8 (invalid start byte); expected text"),
-    ("voc", TWO, None, voc("two.png").encode("utf-16"), "two.xml: not UTF-8"),
+    ("voc", TWO, None, b"<annotation>\xff", "two.xml: byte 12 is 0xff, not UTF-8; expected text"),
+    ("voc", TWO, None, voc("two.png").encode("utf-16"), "two.xml: byte 0 is 0xff, not UTF-8"),
     ("voc", TWO, None, b"", "two.xml:1: no element found; expected well-formed XML"),
     ("voc", TWO, "</object>", "</objekt>", "two.xml:4: mismatched tag; expected well-formed XML"),
     ("voc", TWO, "<name>dog", "<name>&dog;", "two.xml:4: undefined entity; expected well-formed XML"),
@@ -410,8 +410,8 @@ BROKEN = [
     ("voc", TWO, "<xmax>40", "<xmax>4_0", "two.xml: object 2: bndbox/xmax '4_0'; expected a number"),
     ("voc", "JPEGImages/two.png", None, None, "two.xml: {root}/JPEGImages/two.png: no such file"),
     ("voc", "JPEGImages/two.png", None, b"GIF89a", "two.xml: {root}/JPEGImages/two.png: cannot be decoded"),
-    ("coco", "coco.json", None, None, "coco.json: No such file or directory; expected a JSON file"),
-    ("coco", "coco.json", None, b'{"images": "\xff"}', "coco.json: not UTF-8"),
+    ("coco", "coco.json", None, None, "coco.json: No such file or directory; expected JSON"),
+    ("coco", "coco.json", None, b'{"images": "\xff"}', "coco.json: byte 12 is 0xff, not UTF-8"),
     ("coco", "coco.json", None, b'{\n"images": [}', "coco.json:2: Expecting value; expected one JSON object"),
     ("coco", "coco.json", None, b"[" * 100_000, "coco.json: nested too deeply; expected one JSON object"),
     ("coco", "coco.json", None, b"1" * 5000, "coco.json: a number too long to read"),
@@ -461,7 +461,7 @@ BROKEN = [
     ("coco", "coco.json", '{"id": 17', '{"id": 18', "categories[1]: id 18 again; expected another for each category"),
     ("coco", "coco.json", '"name": "cat"', '"name": "dog"', "categories[1]: name 'dog' again; expected another for"),
     ("coco", "coco.json", '"name": "cat"', '"name": ""', "categories[1]: name ''; expected that of a class"),
-    ("sagemaker", "json/1.json", None, b"\xff", "json/1.json: not UTF-8"),
+    ("sagemaker", "json/1.json", None, b"\xff", "json/1.json: byte 0 is 0xff, not UTF-8"),
     ("sagemaker", "json/1.json", None, b"{", "json/1.json:1: Expecting property name enclosed in double quotes"),
     ("sagemaker", "json/1.json", '"none.jpg"', '"a.jpg\\n"', "json/1.json: image 'a.jpg\\n'; expected a path"),
     (
@@ -529,7 +529,7 @@ BROKEN = [
         "categories[1]: class 0: 'dog'; expected 'cat' again",
     ),
     ("manifest", "a.manifest", None, b"", "a.manifest: no lines; expected a picture on each"),
-    ("manifest", "a.manifest", None, b"\xff", "a.manifest:1: not UTF-8"),
+    ("manifest", "a.manifest", None, b"\xff", "a.manifest:1: byte 0 is 0xff, not UTF-8"),
     ("manifest", "a.manifest", None, b"[" * 100_000, "a.manifest:1: '[[[[["),
     (
         "manifest",
@@ -739,27 +739,25 @@ def paths_of(listing) -> list[str]:
     return [picture.path for picture in listing.pictures]
 
 
-def test_split():
+def test_hold_out():
     listing = listing_of(50)
-    kept, held_out = split(listing, 0.2, seed=3)
+    kept, held_out = hold_out(listing, 0.2)
     assert (len(kept.pictures), len(held_out.pictures)) == (40, 10)
     assert sorted(paths_of(kept) + paths_of(held_out)) == sorted(paths_of(listing))
     for part in (kept, held_out):
         assert part.classes == ["cat"]
         assert paths_of(part) == sorted(paths_of(part), key=lambda path: int(path.split(".")[0]))
     assert (kept.mended, held_out.mended) == ({"skipped": 1}, {})
-    assert paths_of(split(listing, 0.2, seed=3)[1]) == paths_of(held_out)
-    assert paths_of(split(listing, 0.2, seed=4)[1]) != paths_of(held_out)
+    assert paths_of(hold_out(listing, 0.2)[1]) == paths_of(held_out)
     # Written down: another release of NumPy must not hold out others.
-    assert paths_of(split(listing_of(8), 0.4, seed=0)[1]) == ["1.jpg", "2.jpg", "6.jpg"]
+    assert paths_of(hold_out(listing_of(8), 0.4)[1]) == ["1.jpg", "2.jpg", "6.jpg"]
 
 
-def test_split_messages():
+def test_hold_out_messages():
     for share in (0, 0.04, 1, 0.96, -1, 2, float("nan"), float("inf")):
-        message = f"share: {share} of 10 pictures; expected at least one in each part"
-        assert error_of(split, listing_of(10), share, 0) == message
-    assert "share: 0.5 of 1 pictures" in error_of(split, listing_of(1), 0.5, 0)
-    assert "seed: -1; expected 0 to 4294967295" in error_of(split, listing_of(10), 0.5, -1)
+        message = f"--data.init_args.held_out: {share} of 10 pictures; expected at least one in each part"
+        assert error_of(hold_out, listing_of(10), share) == message
+    assert "held_out: 0.5 of 1 pictures" in error_of(hold_out, listing_of(1), 0.5)
 
 
 # Real data

@@ -159,6 +159,16 @@ def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
     assert max(row["max_abs_error"] for row in rows) < 1e-5
 
 
+def test_an_output_that_the_graph_declares_to_be_of_one_size_is_refused(tmp_path):
+    graph = recurrent()
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    model = onnx.load(tmp_path / "step.onnx")
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 7  # as a layer stepped through leaves it
+    onnx.save(model, tmp_path / "step.onnx")
+    with pytest.raises(Refused, match=r"step at .*, output context: \(1, 4\), where the graph declares \[7, 4\]"):
+        parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
+
+
 class Paths(nn.Module):
     """Recurrent layers over several paths of each row at once, as forecasts are drawn and sentences searched."""
 

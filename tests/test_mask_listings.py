@@ -308,7 +308,7 @@ BROKEN = [
     ("list", TRAIN, None, ": No such file or directory; expected a list of images"),
     ("list", TRAIN, b"", ": no lines; expected a picture on each"),
     ("list", TRAIN, b"\r\n \n", ": no lines; expected a picture on each"),
-    ("list", TRAIN, b"\xff\xfe", ": not UTF-8 (invalid start byte); expected a list of images as text"),
+    ("list", TRAIN, b"\xff\xfe", ":1: byte 0 is 0xff, not UTF-8; expected a list of images in UTF-8"),
     ("list", TRAIN, b"\na.jpg", ":2: 1 fields; expected 2: a picture and its mask"),
     ("list", TRAIN, b"my cat.jpg my cat.png", ":1: 4 fields; expected 2: a picture and its mask"),
     ("list", TRAIN, b"a\0.jpg a.png", ":1: image 'a\\x00.jpg'; expected a path"),
@@ -418,7 +418,7 @@ def test_broken_options(tmp_path):
     assert message == "classes[2]: sky again; expected it once, as in classes[0]"
     assert error_of(READERS["voc"], root, classes=["sky", "\n"]) == "classes[1]: name '\\n'; expected that of a class"
     message = error_of(READERS["folders"], root, label_map=root / "no.json")
-    assert message == f"{root}/no.json: No such file or directory; expected a JSON file"
+    assert message == f"{root}/no.json: No such file or directory; expected JSON"
 
 
 # Arbitrary contents

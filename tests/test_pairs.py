@@ -111,9 +111,9 @@ BAD_PARALLEL = [
     ("a\n\nb\n", "a\nb\nc\n", "a.de:2: empty; expected a text"),
     ("a\nb\n", "a\n \t\n", "a.en:2: empty; expected a text"),
     ("", "", "a.de: no line; expected a sentence on each"),
-    (b"a\n\xff\xfe\n", "a\nb\n", "a.de:2: not UTF-8; expected text in UTF-8"),
-    ("a\nb\n", b"a\nb\xc3", "a.en:2: not UTF-8"),
-    (None, "a\n", "a.de: unreadable (No such file or directory); expected lines of text"),
+    (b"a\n\xff\xfe\n", "a\nb\n", "a.de:2: byte 0 is 0xff, not UTF-8; expected lines of text in UTF-8"),
+    ("a\nb\n", b"a\nb\xc3", "a.en:2: byte 1 is 0xc3, not UTF-8"),
+    (None, "a\n", "a.de: No such file or directory; expected lines of text"),
     ("a\n\n", "a\nb\n", "a.de:2: empty"),
 ]
 BAD_TABLES = [
@@ -144,9 +144,9 @@ BAD_RECORDS = [
     (recordio(packed([4], [-1])), "record 1: target: token -1"),
     (recordio(packed([4, 0], [5])), "record 1: source: token 0"),
     (recordio(packed([4], [5, 3])), "record 1: target: token 3"),
-    (recordio(GOOD[:-1]), "record 1: ends within"),
-    (recordio(b"\xff" * 12), "record 1: ends within a number"),
-    (recordio(b"\x0f" + GOOD), "record 1: ends within a field"),
+    (recordio(GOOD[:-1]), "record 1: broken; expected a protobuf Record"),
+    (recordio(b"\xff" * 12), "record 1: broken"),
+    (recordio(b"\x0f" + GOOD), "record 1: broken"),
 ]
 
 

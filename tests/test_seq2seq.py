@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dlref.models import Seq2Seq
 from dlref.models.recurrent import RecurrentLayers
-from dlref.models.seq2seq import PAD, Attention, Bidirectional, Memory
+from dlref.models.seq2seq import Attention, Bidirectional, Memory
+from dlref.runtime.text import PAD
 
 ENCODERS = ("bidirectional", "unidirectional", "convolutional")
 ATTENTION = ("mlp", "dot", "general", "none")

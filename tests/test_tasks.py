@@ -20,7 +20,7 @@ from dlref.data.streamed_images import StreamedImages
 from dlref.models import CifarResNet, LeNet5
 from dlref.runtime import UserError
 from dlref.runtime.images import centre
-from dlref.tasks import EMA, ImageClassifier, ImagePreprocess, Steps, Triangle, WarmupCosine
+from dlref.tasks import EMA, ImageClassifier, ImagePreprocess, Steps, WarmupCosine
 from dlref.tasks.averaging import Average
 from dlref.tasks.task import freeze
 from dlref.tasks.weights import load_weights
@@ -267,11 +267,6 @@ def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
     assert max(seen) == seen[10] == 1
     assert seen[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert seen[-1] == pytest.approx(0.2, abs=1e-3)
-
-
-def test_triangle_rises_and_falls():
-    seen = rates(Triangle, 10, peak=0.2)
-    assert seen == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
 def test_a_schedule_steps_once_an_optimiser_step_and_knows_the_run_s_length(tmp_path):

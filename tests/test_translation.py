@@ -345,7 +345,7 @@ def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
     assert runner(request)["target"] == first["target"]
     for missing in ("none.txt", "gone/lines.jsonl"):
         ((_, source),) = runner.inputs(missing)
-        with pytest.raises(UserError, match=f"{missing}: unreadable .No such file"):
+        with pytest.raises(UserError, match=f"{missing}: No such file"):
             runner(source)
 
 
@@ -437,6 +437,7 @@ def test_a_beam_that_the_graph_does_not_answer_is_refused(beam, runner, monkeypa
         {"source": {"kind": "word", "tokens": [*SPECIAL, "\u212b", "\u00c5"]}},
         {"widest": None},
         {"length_penalty": None},
+        {"target": {"kind": "byte"}},  # read, and never written
     ],
 )
 def test_metadata_that_is_none_is_refused(changes):

@@ -42,7 +42,7 @@ from dlref.data.listings import (
     drawn,
 )
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import parse_object
+from dlref.runtime.lines import decoded, parse_object, read_text
 
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
@@ -102,15 +102,12 @@ class Record(NamedTuple):
     objects: list[Found]
 
 
-def split(listing: BoxListing, share: float, seed: int, where: str = "share") -> tuple[BoxListing, BoxListing]:
-    """Hold out a share of the pictures, the same ones whenever the seed is; errors name `where` it is asked for.
+def hold_out(listing: BoxListing, share: float) -> tuple[BoxListing, BoxListing]:
+    """Take a share of the pictures away, the same ones each time: what stays, and what is taken.
 
-    Returns:
-        The pictures that stay and those held out, both in the order of the listing. `mended` stays with the former.
+    Both in the order of the listing; `mended` stays with the former.
     """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed: {seed}; expected 0 to {2**32 - 1}")
-    out = drawn(len(listing.pictures), share, seed, where)
+    out = drawn(len(listing.pictures), share)
     kept = [picture for i, picture in enumerate(listing.pictures) if i not in out]
     held_out = [picture for i, picture in enumerate(listing.pictures) if i in out]
     return BoxListing(kept, listing.classes, listing.mended), BoxListing(held_out, listing.classes, {})
@@ -182,7 +179,7 @@ def _read_xml(path: Path, listed: str) -> ElementTree.Element:
     if len(content) > MAX_XML:
         raise UserError(f"{path}: more than {MAX_XML} bytes; expected the annotation of one picture")
     # A string, not bytes: bytes may declare another encoding, in which the next check would find nothing.
-    text = _decode(content, path)
+    text = decoded(content, str(path)).removeprefix("\ufeff")
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities of entities fill the memory from a few lines
         raise UserError(f"{path}: a document type or entity; expected an annotation without")
     try:
@@ -410,12 +407,7 @@ def _by_class_id(
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = _decode(file.read(), path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a JSON file") from None
-    where = str(path)
+    text, where = read_text(path, "JSON", largest=None), str(path)
     try:
         content = json.loads(text, object_hook=_without_outlines)
     except json.JSONDecodeError as error:
@@ -432,13 +424,6 @@ def _read_json(path: str | Path) -> dict[str, Any]:
 def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
     entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
     return entry
-
-
-def _decode(content: bytes, path: str | Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); expected text") from None
 
 
 def _objects(holder: dict[str, Any], name: str, where: str) -> list[tuple[str, dict[str, Any]]]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import parse_object
+from dlref.runtime.lines import numbered, parse_object
 
+SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
 MAX_CLASSES = 100_000  # a mistyped label must not allocate a name for each class below it
 
 
@@ -55,12 +56,12 @@ class Record(NamedTuple):
     label: Label
 
 
-def drawn(count: int, share: float, seed: int, where: str) -> set[int]:
-    """The places of a share of `count` pictures, the same ones whenever the seed is. Raises UserError at `where`."""
+def drawn(count: int, share: float) -> set[int]:
+    """The places of the share of `count` pictures that is held out, the same ones each time. Raises UserError."""
     chosen = round(count * share) if math.isfinite(share) else 0
     if not 0 < chosen < count:
-        raise UserError(f"{where}: {share} of {count} pictures; expected at least one in each part")
-    return set(np.random.RandomState(seed).permutation(count)[:chosen].tolist())
+        raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
+    return set(np.random.RandomState(SPLIT_SEED).permutation(count)[:chosen].tolist())
 
 
 # Class folders
@@ -214,16 +215,7 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
 
 def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Number the lines from 1 and leave out blank ones."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield number, text.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); expected a list of images as text") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a list of images") from None
+    return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
 
 
 def _to_listing(

@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the files of tokens go")
     parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
     parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
-    parser.add_argument("--tokenizer", default="bpe", help="byte, character, bpe, or a file of tokenizers")
+    parser.add_argument(
+        "--tokenizer", default="bpe", help="byte, character, bpe, a file of tokenizers or a run's folder"
+    )
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
     try:
         asked = parser.parse_args(arguments)

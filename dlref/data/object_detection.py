@@ -22,11 +22,11 @@ from dlref.data.box_listings import (
     BoxListing,
     OnBadBox,
     Picture,
+    hold_out,
     read_box_manifest,
     read_coco,
     read_sagemaker,
     read_voc,
-    split,
 )
 from dlref.data.image_classification import check_at_least
 from dlref.data.images import read_image
@@ -36,7 +36,6 @@ from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
 MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
-SPLIT_SEED = 0  # which must be the same whatever the run's own seed
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -47,20 +46,15 @@ class Pictures(Dataset):
         pictures: paths, boxes in pixels, labels.
         transform: of a dict with `image`, `boxes`, `labels` and `ignored`, to a square image.
         keep_ignored: whether boxes that evaluation passes over are there at all.
-        images: uint8 (N, 3, H, W), where they are in memory already; by default the paths are read.
     """
 
-    def __init__(
-        self,
-        pictures: list[Picture],
-        transform: Callable[[dict], dict],
-        keep_ignored: bool = True,
-        images: Tensor | None = None,
-    ):
+    images: Tensor | None = None  # uint8 (N, 3, H, W), where they are in memory and no paths are read
+
+    def __init__(self, pictures: list[Picture], transform: Callable[[dict], dict], keep_ignored: bool = True):
         # Arrays: a worker process that does not fork gets a file for each tensor, and there are only so many.
         self.objects = [tuple(part.numpy() for part in picture[1:]) for picture in pictures]
         self.paths = [picture.path for picture in pictures]
-        self.transform, self.keep_ignored, self.images = transform, keep_ignored, images
+        self.transform, self.keep_ignored = transform, keep_ignored
         self.places = max([1, *(len(picture.labels) for picture in pictures)])
 
     def __len__(self) -> int:
@@ -295,7 +289,7 @@ class ListedBoxes(ObjectDetectionData):
         given = {name: lists for name, lists in self.lists.items() if lists is not None and name != "train"}
         read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
         if "val" not in read:
-            train, read["val"] = split(train, self.held_out, SPLIT_SEED, "--data.init_args.held_out")
+            train, read["val"] = hold_out(train, self.held_out)
         if "test" not in read:
             rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
         return {"train": train, "val": read["val"], "test": read.get("test", read["val"])}

@@ -3,24 +3,50 @@
 B sentences, S source tokens, T target tokens, P tokens of all sentences.
 """
 
-import gzip
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from google.protobuf import message_factory, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import parse_object, read_text
+from dlref.runtime.lines import numbered, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, is_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
+# Of SageMaker's record.proto what these files use.
+RECORD = """
+name: "record.proto"  package: "aialgs.data"  syntax: "proto3"
+message_type {
+  name: "Int32Tensor"
+  field { name: "values"  number: 1  label: LABEL_REPEATED  type: TYPE_INT32 }
+}
+message_type {
+  name: "Value"
+  field { name: "int32_tensor"  number: 7  type: TYPE_MESSAGE  type_name: ".aialgs.data.Int32Tensor" }
+}
+message_type {
+  name: "Record"
+  field { name: "features"  number: 1  label: LABEL_REPEATED  type: TYPE_MESSAGE
+          type_name: ".aialgs.data.Record.FeaturesEntry" }
+  nested_type {
+    name: "FeaturesEntry"  options { map_entry: true }
+    field { name: "key"  number: 1  type: TYPE_STRING }
+    field { name: "value"  number: 2  type: TYPE_MESSAGE  type_name: ".aialgs.data.Value" }
+  }
+}
+"""
+DESCRIBED = text_format.Parse(RECORD, FileDescriptorProto())
+Record = message_factory.GetMessages([DESCRIBED], DescriptorPool())["aialgs.data.Record"]
 
 
 class Pairs(NamedTuple):
@@ -39,7 +65,7 @@ class Pairs(NamedTuple):
 
 def read_parallel(source: Path, target: Path) -> Pairs:
     """Two files, line by line the same sentences. Raises UserError for empty lines, and for counts that differ."""
-    sides = [_lines(path) for path in (source, target)]
+    sides = [[line for _, line in numbered(path, "lines of text")] for path in (source, target)]
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{target}: {len(sides[1])} lines; expected {len(sides[0])}, as {source} has")
     if not sides[0]:
@@ -54,7 +80,7 @@ def read_table(path: Path) -> Pairs:
     """A source and a target on each line, between them a tab; or JSON Lines of objects with `source` and `target`."""
     objects = path.name.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
     pairs, names = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in numbered(path, "lines of text"):
         where = f"{path}:{number}"
         if objects:
             entry = parse_object(line, where)
@@ -73,32 +99,6 @@ def read_table(path: Path) -> Pairs:
     if not pairs:
         raise UserError(f"{path}: no line; expected a source and a target on each")
     return Pairs(*zip(*pairs, strict=True), names)
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file, in UTF-8, gzipped or not. Raises UserError, with the line that is not UTF-8."""
-    try:
-        text = read_text(path, "lines of text", largest=None)
-    except UserError as error:
-        place = _undecodable(path)
-        if place is None:
-            raise
-        raise UserError(f"{path}:{place}: not UTF-8; expected text in UTF-8") from error
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
-
-
-def _undecodable(path: Path) -> int | None:
-    """The number of the first line that is not UTF-8, where that is what is wrong with a file."""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError:
-                    return number
-    except (OSError, EOFError, zlib.error):
-        pass
-    return None
 
 
 def _not_empty(text: str, where: str) -> None:
@@ -125,11 +125,11 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
     for number, record in enumerate(_records(data, path), start=1):
         where = f"{path}: record {number}"
         try:
-            features = dict(_features(record))
-        except (IndexError, ValueError) as error:
-            raise UserError(f"{where}: {error}; expected a protobuf Record of int32 tensors") from None
+            features = Record.FromString(record).features
+        except DecodeError:
+            raise UserError(f"{where}: broken; expected a protobuf Record of int32 tensors") from None
         for side, size, tokens in zip(("source", "target"), sizes, sides, strict=True):
-            values = features.get(side, [])
+            values = list(features[side].int32_tensor.values)
             if not values:
                 raise UserError(f"{where}: {side}: empty; expected tokens")
             for value in values:
@@ -155,60 +155,6 @@ def _records(data: bytes, path: Path) -> Iterator[bytes]:
             raise UserError(f"{path}: record {number} at byte {place}: broken; expected RecordIO")
         yield data[place + 8 : place + 8 + length]
         place += 8 + (length + 3) // 4 * 4
-
-
-def _features(record: bytes) -> Iterator[tuple[str, list[int]]]:
-    """The names and int32 values of Record.features, a map (1) of Values whose int32_tensor (7) has values (1)."""
-    for entry in _fields(record, 1):
-        for value in _fields(entry, 2):
-            tensors = list(_fields(value, 7))
-            if tensors:
-                name = b"".join(_fields(entry, 1)).decode()
-                yield (
-                    name,
-                    [number for tensor in tensors for packed in _fields(tensor, 1) for number in _varints(packed)],
-                )
-
-
-def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
-    """The content of each length-delimited field of a protobuf message with a number; a single number as its bytes."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
-        if key & 7 == 2:
-            length, place = _varint(message, place)
-            if place + length > len(message):
-                raise ValueError("ends within a field")
-            start, place = place, place + length
-        elif key & 7 == 0:
-            start = place
-            _, place = _varint(message, place)
-        else:
-            start, place = place, place + {1: 8, 5: 4}[key & 7] if key & 7 in (1, 5) else len(message) + 1
-        if place > len(message):
-            raise ValueError("ends within a field")
-        if key >> 3 == wanted:
-            yield message[start:place]
-
-
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
-    value = shift = 0
-    while True:
-        if place >= len(data) or shift > 63:
-            raise ValueError("ends within a number")
-        byte = data[place]
-        value, place, shift = value | (byte & 127) << shift, place + 1, shift + 7
-        if byte < 128:
-            return value, place
-
-
-def _varints(data: bytes) -> list[int]:
-    place, values = 0, []
-    while place < len(data):
-        value, place = _varint(data, place)
-        values.append(value if value < 1 << 63 else value - (1 << 64))
-    return values
 
 
 # Batches

@@ -28,7 +28,7 @@ from dlref.data.mask_listings import (
     read_mask_list,
     read_voc_masks,
 )
-from dlref.data.object_detection import MEAN, SPLIT_SEED
+from dlref.data.object_detection import MEAN
 from dlref.data.scenes import Scenes, make_scenes
 from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import StreamedPictures
@@ -258,7 +258,7 @@ class ListedMasks(SegmentationData):
 def hold_out(listing: MaskListing, share: float) -> tuple[MaskListing, MaskListing]:
     """Take a share of the pictures away, the same ones each time: what stays, and what is taken."""
     count = len(listing.images)
-    out = drawn(count, share, SPLIT_SEED, "--data.init_args.held_out")
+    out = drawn(count, share)
 
     def part(taken: bool) -> MaskListing:
         places = [i for i in range(count) if (i in out) == taken]

@@ -8,12 +8,10 @@ N series, P points in all; D dynamic features of Q points in all; R static featu
 """
 
 import csv
-import gzip
 import math
 import os
 import re
 import textwrap
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +24,11 @@ from dlref.data.box_listings import _is_line
 from dlref.data.listings import _visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import parse_object
+from dlref.runtime.lines import numbered, parse_object
 from dlref.runtime.series import MAX_CATEGORIES, Record, parse_record, to_float32
 
 MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
-MAX_GAP = 100_000  # steps in a row: nor a mistyped year a missing value for each step before it
+MAX_GAP = 100_000  # steps in a row: a mistyped year must not allocate a missing value for each step before it
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -111,7 +109,7 @@ def _files(path: str) -> Iterator[str]:
 
 
 def _read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in numbered(path, "series"):
         if line := line.strip():
             where = f"{path}:{number}"
             yield where, parse_object(line, where)
@@ -278,7 +276,8 @@ def _read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[s
 
 def _read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     """Number the rows of a CSV file by their last lines."""
-    reader = csv.reader(_read_lines(path), strict=True, skipinitialspace=True)
+    lines = (f"{line}\n" for _, line in numbered(path, "a table"))  # a cell in quotes may have several
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
     blank = None
     try:
         for cells in reader:
@@ -338,20 +337,6 @@ def _fill(points: Points, frequency: Frequency, path: str | Path, field: str) ->
 # Common to all
 
 
-def _read_lines(path: str | Path) -> Iterator[str]:
-    number = 1
-    try:
-        with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); expected text") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: broken gzip file ({error}); expected a whole one") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a readable file") from None
-
-
 def _to_series(path: str | Path, records: list[Record]) -> Series:
     if not records:
         raise UserError(f"{path}: no series; expected at least one")
@@ -386,7 +371,7 @@ def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
 def check(
     series: Series,
     prediction_length: int,
-    cardinality: Literal["auto"] | list[int] | None = None,
+    cardinality: Literal["auto"] | list[int] = "auto",
     train: bool = True,
 ) -> list[int]:
     """Check series against SageMaker's rules for DeepAR; series that are too short for a window are no mistake.
@@ -394,7 +379,7 @@ def check(
     Args:
         series: what a reader returned.
         prediction_length: the points to forecast; each series to forecast knows its dynamic features so much longer.
-        cardinality: how many values each category has, G numbers; None or "auto" is one more than the highest found.
+        cardinality: how many values each category has, G numbers; "auto" is one more than the highest found.
         train: whether these are for training, where dynamic features are as long as the target, and there have to be
             300 observations in all that are not only zeros.
 

@@ -17,9 +17,8 @@ from dlref.data.download import fetch
 from dlref.data.idx import read_idx_pair
 from dlref.data.image_classification import ImageClassificationData, check_at_least, list_folder
 from dlref.data.images import read_images
+from dlref.data.listings import SPLIT_SEED
 from dlref.runtime.errors import UserError
-
-SPLIT_SEED = 0  # of the validation split, which must be the same whatever the run's own seed
 
 
 class ImageTensors(Dataset):

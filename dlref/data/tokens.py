@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dlref.data.vocabulary import Exact, make_exact, of_run, read_exact
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import opened, parse_object
+from dlref.runtime.lines import decoded, numbered, opened, parse_object
 from dlref.runtime.text import UNKNOWN, is_unicode
 
 TRAINED = get_args(Exact)  # tokenisers that are made from the training text
@@ -44,7 +44,8 @@ def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
         if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
             yield str(path), read_whole(path)
             continue
-        for where, line in lines_of(path):
+        for number, line in numbered(path, "texts"):
+            where = f"{path}:{number}"
             found = parse_object(line, where).get("text")
             if not isinstance(found, str):
                 raise UserError(f"{where}: text: {type(found).__name__}; expected a text")
@@ -57,22 +58,6 @@ def read_whole(path: Path) -> str:
     """A file as it is, its line ends too. Raises UserError."""
     with opened(path, "text") as file:
         return decoded(file.read(), str(path))
-
-
-def lines_of(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file with their places, one by one. Raises UserError."""
-    with opened(path, "text") as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}:{number}", decoded(line.rstrip(b"\r\n"), f"{path}:{number}")
-
-
-def decoded(text: bytes, where: str) -> str:
-    """Bytes as text. Raises UserError, with the offset of what is none."""
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        byte = text[error.start]
-        raise UserError(f"{where}: byte {error.start} is 0x{byte:02x}, not UTF-8; expected text in UTF-8") from None
 
 
 def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:

@@ -107,10 +107,9 @@ def _byte_pairs(texts: Iterable[str], size: int, exact: bool = False) -> str:
 def read_vocabulary(path: Path) -> dict:
     """SageMaker's vocab.src.json or vocab.trg.json: token -> number, from 0 on, the first four SPECIAL."""
     try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: unreadable ({reason}); expected JSON of tokens and their numbers") from None
+        numbers = json.loads(read_text(path, "JSON of tokens and their numbers"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({error}); expected JSON of tokens and their numbers") from None
     if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
         raise UserError(f"{path}: not a vocabulary; expected an object of tokens and their numbers")
     tokens = sorted(numbers, key=numbers.get)

@@ -1,9 +1,7 @@
 """A float32 graph -> what a target's precision and file format ask for, by onnxruntime's own tools."""
 
 import io
-import logging
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -27,7 +25,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from dlref.export.graph import save
+from dlref.export.graph import save, unwarned
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 
@@ -136,17 +134,13 @@ def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 @contextmanager
 def quietly(name: str) -> Iterator[None]:
     """The tools print and log as they go; what stops them is one line."""
-    logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with redirect_stdout(io.StringIO()), unwarned():
             yield
     except UserError:
         raise
     except Exception as error:  # they raise whatever comes up
         raise UserError(f"{name}: onnxruntime cannot convert it ({' '.join(str(error).split())})") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def prepare(source: Path, path: Path, target: Target) -> None:

@@ -81,14 +81,15 @@ def free(graph, axes: dict[str, dict[int, str]]) -> tuple:
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Torch's exporter warns of its own code; what it writes is compared."""
+    """Torch's exporter and onnxruntime's tools warn of their own code; what they write is compared."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Compared:
         discrete: Sequence[str] = (),
     ):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
-        self.shape = exported.shape
+        self.shape, self.declared = exported.shape, getattr(exported, "declared", {})
         self.selected, self.discrete = () if tolerance == inf else selected, discrete
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
@@ -71,6 +71,7 @@ class Compared:
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """The exported graph's answer, once compared."""
         actual, expected = self.exported(**inputs), self.reference(**inputs)
+        self.check_declared(actual)
         for name, reference in expected.items():
             self.alike(name, actual[name], reference)
             if name in self.discrete and actual[name].shape == reference.shape:
@@ -81,6 +82,19 @@ class Compared:
         if self.selected:
             self.compare_sets(actual, expected)
         return actual
+
+    def check_declared(self, actual: dict[str, np.ndarray]) -> None:
+        """Raise Refused for an output of another shape than the graph declares: it has an axis that export froze.
+
+        onnxruntime answers all the same; what plans memory by the graph, as other runtimes do, would not.
+        """
+        for name, declared in self.declared.items():
+            sizes = zip(declared, actual[name].shape, strict=True)
+            if any(isinstance(size, int) and size != own for size, own in sizes):
+                raise Refused(
+                    f"{self.name}, output {name}: {actual[name].shape}, where the graph declares {declared}; expected "
+                    "every axis that changes to be free"
+                )
 
     def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         """Look for the rows of each sample of `expected` in that of `actual`, near their places."""

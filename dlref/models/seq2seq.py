@@ -25,8 +25,6 @@ from torch.nn import functional as F
 
 from dlref.models.recurrent import CELLS, RecurrentLayers, run_layer
 
-PAD = 0  # the token that fills up a batch, in both vocabularies
-
 
 class Memory(NamedTuple):
     """What the decoder knows of a source.

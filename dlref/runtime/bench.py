@@ -1,7 +1,7 @@
 """How fast and how large a bundle is on this device: `python -m dlref.runtime bench FOLDER`.
 
-What is measured runs in a process of its own, started here: `python -m dlref.runtime.bench FOLDER THREADS PROVIDER`.
-It answers the example input that the bundle carries and prints one line of JSON:
+What is measured runs in a process of its own, `python -m dlref.runtime.bench FOLDER THREADS PROVIDER STARTED`, which is
+told when it was started. It answers the example input that the bundle carries and prints one line of JSON:
 
     latency_ms, latency_p95_ms   one example through every graph, as often as an answer calls it; median and 95th
                                  percentile
@@ -174,12 +174,14 @@ def repeated(inputs: Arrays, graphs: dict) -> Arrays | None:
 
 
 def waiting() -> float | None:
-    """Seconds that the threads of this process have been ready without a core to run on."""
-    try:
-        tasks = [path.read_text(encoding="ascii") for path in Path("/proc/self/task").glob("*/schedstat")]
-    except OSError:
-        return None
-    return sum(int(text.split()[1]) for text in tasks) / 1e9 if tasks else None
+    """Seconds that the threads of this process have been ready without a core to run on; None where nothing says so."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            found.append(int(path.read_text(encoding="ascii").split()[1]))
+        except OSError:  # a thread that has just ended
+            continue
+    return sum(found) / 1e9 if found else None
 
 
 def memory() -> dict[str, float | None]:

@@ -114,7 +114,7 @@ def check_files(folder: Path, manifest: dict) -> None:
 class OnnxGraph:
     """A graph in onnxruntime: named arrays in, a dict of named arrays out.
 
-    `shape` gives for each input its axes: a size, or the name of one that is free.
+    `shape` gives for each input its axes: a size, or the name of one that is free; `declared` those of each output.
     """
 
     def __init__(self, path: Path, provider: str, threads: int | None = None):
@@ -143,7 +143,8 @@ class OnnxGraph:
                 f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "
                 "driver and libraries, or another provider"
             )
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.declared = {output.name: output.shape for output in self.session.get_outputs()}
+        self.outputs = list(self.declared)
         self.shape = {value.name: value.shape for value in self.session.get_inputs()}
         for name, shape in self.shape.items():
             if np.prod([size for size in shape if isinstance(size, int)], dtype=float) > LARGEST_INPUT:

@@ -30,18 +30,35 @@ def read_text(path: str | Path, expected: str, largest: int | None = LARGEST_TEX
         text = file.read(-1 if largest is None else largest + 1)
         if largest is not None and len(text) > largest:
             raise UserError(f"{path}: more than {largest} bytes; expected a smaller file")
-        return text.decode("utf-8-sig")
+        return decoded(text, str(path), expected).removeprefix("\ufeff")
+
+
+def numbered(path: str | Path, expected: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file, without their ends, numbered from 1. Raises UserError."""
+    with opened(path, expected) as file:
+        for number, line in enumerate(file, start=1):
+            text = decoded(line.rstrip(b"\r\n"), f"{path}:{number}", expected)
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def decoded(text: bytes, where: str, expected: str = "text") -> str:
+    """Bytes as text. Raises UserError, with the offset of what is none."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{text[error.start]:02x}, not UTF-8"
+        raise UserError(f"{where}: {byte}; expected {expected} in UTF-8") from None
 
 
 @contextmanager
 def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
-    """A file, gzipped or not. What goes wrong in reading or decoding it is a UserError."""
+    """A file, gzipped or not. What goes wrong in reading it is a UserError."""
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
             yield file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path}: unreadable ({reason}); expected {expected} in UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or f"unreadable ({' '.join(str(error).split())})"
+        raise UserError(f"{path}: {reason}; expected {expected}") from None
 
 
 def text_in(path: str) -> str | Path | None:

@@ -18,8 +18,8 @@ class Runner:
 
     # Other forms of an answer, by name: what other services answer, for programs that were written for these.
     forms: Mapping[str, Callable[[dict], dict]] = {}
-    # Attributes that a user of the command sets by --name, with the type of each and what it is; one that is a tuple of
-    # the class may be given several times.
+    # Attributes that the command sets by --name: how to read each, and its help. One whose value here is a tuple may be
+    # given several times.
     options: Mapping[str, tuple[Callable[[str], object], str]] = {}
     # Whether `answer` shares its work out by `spread`, over graphs that use one thread each: of many small steps this
     # makes more than threads within each.

@@ -8,7 +8,7 @@ from dlref.tasks.language_modelling import LanguageModel
 from dlref.tasks.object_detection import ObjectDetector
 from dlref.tasks.optimizers import MuonAdamW
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
-from dlref.tasks.schedules import Steps, Triangle, WarmupCosine
+from dlref.tasks.schedules import Steps, WarmupCosine
 from dlref.tasks.semantic_segmentation import SemanticSegmenter
 from dlref.tasks.translation import Translator
 
@@ -29,6 +29,5 @@ __all__ = [
     "Steps",
     "StudentT",
     "Translator",
-    "Triangle",
     "WarmupCosine",
 ]

@@ -79,7 +79,7 @@ class EMA(EMAWeightAveraging):
         self.decay = decay
 
     def setup(self, trainer: Trainer, task: Task, stage: str) -> None:
-        """Begin with the weights as they are."""
+        """Make room: the bias is corrected, so where it begins counts for nothing."""
         if stage == "fit":
             self._average_model = Average(task, self.decay, task.device)
 

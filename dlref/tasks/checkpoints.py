@@ -44,7 +44,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
 class Last(Checkpoint):
     """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when told to end.
 
-    A step after which validation comes is not kept by itself: a run that went on from there would do without it.
+    A step that validation follows is not saved before it: a run that went on from there would skip that validation.
 
     Args:
         minutes: between two of them.

@@ -1,4 +1,7 @@
-"""What a task answers to `deployable()`: all that the export step ever learns of it."""
+"""What a task answers to `deployable()`: all that the export step learns of its graphs.
+
+Beside it, export asks a task for `metric`, `evaluate` and `degradation`, and tells it of the data by `learn`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ likelihood of values (by torch's densities, but for the one that waits for the d
 function of uniform numbers that it is given: the same numbers make the same value in PyTorch and in an exported graph,
 which has no generator of its own and no gamma function.
 
-Legend of shapes: ... any, P parameters of the distribution, U uniform numbers of a draw.
+Legend of shapes: ... any, N values, P parameters of the distribution, U uniform numbers of a draw.
 """
 
 import math
@@ -49,7 +49,7 @@ class Distribution:
         """A value for each row of `noise`, which is uniform from 0 to 1."""
         raise NotImplementedError
 
-    def supports(self, values: Float[Tensor, "P"]) -> bool:
+    def supports(self, values: Float[Tensor, "N"]) -> bool:
         """Whether all of `values` have a likelihood."""
         return True
 
@@ -128,7 +128,7 @@ class NegativeBinomial(Distribution):
         rate = mean * shape * gamma(1 / shape, noise[..., 2:]).exp()
         return poisson(rate, normals(noise[..., 0], noise[..., 1])[0])
 
-    def supports(self, values: Float[Tensor, "P"]) -> bool:
+    def supports(self, values: Float[Tensor, "N"]) -> bool:
         """Whole numbers of 0 or more."""
         return bool(((values >= 0) & (values == values.round())).all())
 
@@ -159,7 +159,7 @@ class Beta(Distribution):
         )
         return (first - second).sigmoid()
 
-    def supports(self, values: Float[Tensor, "P"]) -> bool:
+    def supports(self, values: Float[Tensor, "N"]) -> bool:
         """From 0 to 1."""
         return bool(((values >= 0) & (values <= 1)).all())
 

@@ -1,4 +1,4 @@
-"""How good probabilistic forecasts are: sums that add up over batches and devices, counted without waiting for either.
+"""How good probabilistic forecasts are: sums that add up over batches and devices.
 
 B windows, S sample paths, H times to forecast, Q quantile levels.
 """

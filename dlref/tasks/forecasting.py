@@ -1,7 +1,8 @@
 """Forecasting: the distribution of what comes next in many series, by a recurrent network that answers its parameters.
 
 Legend of shapes: B windows, T times of context, H times to forecast, L lags, F features, G categories, S sample paths,
-P parameters of the distribution, U uniform numbers of a draw, Y rows of the state, D cells, Q quantile levels.
+P parameters of the distribution, U uniform numbers of a draw, Y rows of the state, D cells, Q quantile levels,
+N values of all series.
 """
 
 from collections.abc import Iterable
@@ -91,7 +92,7 @@ class Forecaster(Task):
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
             self.scores["oracle"] = QuantileScores(horizon)
 
-    def check_outcomes(self, outcomes: Float[Tensor, "P"]) -> None:
+    def check_outcomes(self, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError where there is nothing to learn from, or what has no likelihood."""
         if not len(outcomes):  # of values there are always some
             raise UserError("target: no two values that follow each other; expected some, or difference false")

@@ -279,6 +279,11 @@ def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
 def worst_mistakes(worst: list, images: Tensor, probability: Tensor, targets: Tensor) -> list:
     """The most confident wrong answers so far: (confidence, image, predicted, true), best first."""
     confidence, predicted = probability.max(dim=-1)
-    wrong = (predicted != targets).nonzero().flatten()
-    fresh = [(confidence[i].item(), images[i].cpu(), predicted[i].item(), targets[i].item()) for i in wrong.tolist()]
+    wrong = confidence.where(predicted != targets, -1)
+    sure, places = (part.tolist() for part in wrong.topk(min(MISTAKES, len(wrong))))
+    fresh = [
+        (value, images[i].cpu(), predicted[i].item(), targets[i].item())
+        for value, i in zip(sure, places, strict=True)
+        if value >= 0
+    ]
     return sorted(worst + fresh, key=lambda mistake: -mistake[0])[:MISTAKES]

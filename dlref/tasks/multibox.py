@@ -91,16 +91,14 @@ class Detections(nn.Module):
     """The heads of a batch -> its detections ("Inference": a threshold, suppression in each class, the best ones).
 
     Args:
-        score: the lowest probability of a detection.
+        score: probability above which something is a detection.
         overlap: intersection over union with a better one of its class above which a detection is suppressed.
         most: D.
-        candidates: pairs of default box and class, the likeliest of each image, that suppression looks at. The
-            authors take 400 of each class.
     """
 
-    def __init__(self, score: float, overlap: float, most: int, candidates: int = CANDIDATES):
+    def __init__(self, score: float, overlap: float, most: int):
         super().__init__()
-        self.score, self.overlap, self.most, self.candidates = score, overlap, most, candidates
+        self.score, self.overlap, self.most = score, overlap, most
 
     def forward(
         self, offsets: Float[Tensor, "B N 4"], logits: Float[Tensor, "B N K1"], anchors: Float[Tensor, "N 4"]
@@ -118,7 +116,7 @@ class Detections(nn.Module):
     def likeliest(self, logits: Float[Tensor, "B N K1"]) -> tuple[Tensor, Tensor, Tensor]:
         """The score, label and default box of each candidate, (B, C) each, best first."""
         classes = logits.shape[2] - 1
-        candidates = min(self.candidates, logits.shape[1])
+        candidates = min(CANDIDATES, logits.shape[1])
         scores = logits.float().softmax(dim=2)[..., 1:]
         # No default box outside of these holds one of the best pairs: each pair is at most its own box's maximum.
         anchor = scores.amax(dim=2).topk(candidates, dim=1).indices

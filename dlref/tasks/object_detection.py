@@ -13,7 +13,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.devices import everyone
-from dlref.tasks.multibox import PADDED, Detections, match, multibox_loss
+from dlref.tasks.multibox import CANDIDATES, PADDED, Detections, match, multibox_loss
 from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
 from dlref.tasks.task import Task
 
@@ -36,7 +36,7 @@ class ObjectDetector(Task):
         preprocess: pixels -> the network's input, in training, evaluation and the bundle.
         overlap_threshold: intersection over union from which a default box matches a true one.
         nms_threshold: intersection over union with a better box of its class above which a box is suppressed.
-        score_threshold: the lowest score of a detection.
+        score_threshold: probability above which something is a detection.
         detections: the most of an image.
         channels_last: keep the network's weights and activations in NHWC order in memory.
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
@@ -78,8 +78,8 @@ class ObjectDetector(Task):
         for name, value in (shares | {"score_threshold": self.detect.score}).items():
             if not 0 <= value <= 1:
                 raise UserError(f"{name} {value}; expected 0 to 1")
-        if not 1 <= self.detect.most <= self.detect.candidates:
-            raise UserError(f"detections {self.detect.most}; expected 1 to {self.detect.candidates}")
+        if not 1 <= self.detect.most <= CANDIDATES:
+            raise UserError(f"detections {self.detect.most}; expected 1 to {CANDIDATES}")
         if side != self.network.size:
             raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
         check_classes(of_a_black_image(self, side)[1].shape[-1] - 1, classes)  # the background is no class

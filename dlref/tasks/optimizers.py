@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim import Muon as OneByOne
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: as steep at 0 as it can be, all of (0, 1] goes near 1
 ITERATIONS = 5
@@ -31,8 +30,10 @@ def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     return wide.mT if tall else wide
 
 
-class Muon(OneByOne):
-    """torch's Muon, all matrices of one shape at a time rather than one by one: fewer launches on a GPU.
+class Muon(Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), all matrices of one shape at once: fewer launches on a GPU.
+
+    `torch.optim.Muon` takes them one by one, and in bfloat16 on a CPU too, where few have it.
 
     A step has the size of AdamW's (Liu et al. 2025, equation 4), so that one rate and one weight decay fit both.
 
@@ -41,10 +42,17 @@ class Muon(OneByOne):
         lr: the rate.
         weight_decay: decoupled.
         momentum: Nesterov's.
+
+    Raises:
+        ValueError: a rate below 0, or a parameter that is no matrix.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
-        super().__init__(params, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+        if lr < 0:
+            raise ValueError(f"Muon: lr {lr}; expected 0 or more")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        if any(parameter.ndim != 2 for group in self.param_groups for parameter in group["params"]):
+            raise ValueError("Muon: a parameter that is no matrix; expected matrices alone")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -26,7 +26,7 @@ from dlref.tasks.profile_report import PARTS, Findings
 
 WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
 PRESET = {
-    "max_steps": WARM_UP + COUNTED + TRACED + 1,  # after the last a checkpoint is written, which the trace is not of
+    "max_steps": WARM_UP + COUNTED + TRACED + 1,  # one more: the checkpoint after the last is not in the trace
     "max_epochs": WARM_UP + COUNTED + TRACED + 1,  # each has a step
     "max_time": None,
     "limit_val_batches": 2,  # after which checkpoints are written as in any run

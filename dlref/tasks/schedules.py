@@ -45,17 +45,3 @@ class WarmupCosine(LambdaLR):
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, factor)
-
-
-class Triangle(LambdaLR):
-    """Rise linearly to the peak at the `peak` share of the run, then fall linearly to zero (Smith 2017)."""
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, peak: float = 0.2):
-        top = peak * total_steps
-
-        def factor(step: int) -> float:
-            rising = (step + 1) / (top + 1)
-            falling = (total_steps - step) / max(total_steps - top, 1)
-            return max(min(rising, falling, 1.0), 0.0)
-
-        super().__init__(optimizer, factor)

@@ -17,7 +17,7 @@ BLOCK = 1 << 24  # bytes that are hashed at once
 
 
 class Hashed:
-    """A file that is written to, and the hash of all of it; `error` is what torch.save puts another one in place of."""
+    """A file that is written to, and the hash of all of it; `error` keeps the OSError that torch.save hides."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256, self.error = file, hashlib.sha256(), None

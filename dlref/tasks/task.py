@@ -198,7 +198,7 @@ class Task(LightningModule):
             self.log("train/loss", self.train_loss)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """As Lightning's, which refuses fused optimisers with bf16-mixed too, where no scale has to be undone first.
+        """As Lightning's, which refuses fused optimisers under any mixed precision: bf16 has no scale to undo first.
 
         Raises UserError where one has to be: with 16-mixed.
         """
@@ -218,8 +218,8 @@ class Task(LightningModule):
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
 
         Args:
-            loss: a mean over `count` things of this device's share; of no things, a sum. What DDP does, the mean of the
-                devices' gradients, would give a thing less weight where there are more of them.
+            loss: a mean over `count` things of this device's share; of no things, a sum. DDP averages the devices'
+                gradients: as it is, a thing would count for less on a device that has more of them.
         """
         self.train_loss, own = loss.detach(), loss
         if several():

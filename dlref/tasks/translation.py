@@ -304,7 +304,7 @@ class _Step(nn.Module):
         super().__init__()
         self.network, self.vocabulary = network, vocabulary
         self.widest = min(WIDEST, vocabulary - 2)
-        never = torch.zeros(vocabulary)
+        never = torch.zeros(vocabulary, device=next(network.parameters()).device)
         never[[PAD, BEGIN]] = -torch.inf
         self.register_buffer("never", never, persistent=False)
 
@@ -318,7 +318,7 @@ class _Step(nn.Module):
     ) -> tuple[Float[Tensor, "B K W"], Int[Tensor, "B K W"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
         memory = Memory(values, keys, source != PAD, state[:, :, 0])
         logits, after, attention = self.network.step(token, state, memory)
-        scores = logits[..., : self.vocabulary].float().log_softmax(2) + self.never.to(logits.device)
+        scores = logits[..., : self.vocabulary].float().log_softmax(2) + self.never
         best, which = scores.topk(self.widest, dim=2)
         return best, which, after.float(), attention.float()
 

@@ -1108,7 +1108,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
         "device": [
             ("no file", drop("series.json"), "series.json", "No such file"),
             ("no JSON", put("series.json", "{"), "series.json", "JSON object"),
-            ("not UTF-8", put("series.json", b"\xff"), "series.json", "start byte"),
+            ("not UTF-8", put("series.json", b"\xff"), "series.json", "not UTF-8"),
             ("no start", lack("series.json", "start"), "series.json", "start"),
             ("a value that is text", edit("series.json", lambda k: k["target"].insert(5, "x")), "series.json",
              "target[5]"),
@@ -1224,7 +1224,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
             ("no JSON", put("tokenizer.json", "{"), "tokenizer.json", "tokenizers"),
             ("a list", put("tokenizer.json", "[]"), "tokenizer.json", "tokenizers"),
             ("a tokeniser cut off", cut("tokenizer.json", -99), "tokenizer.json", "tokenizers"),
-            ("not UTF-8", put("tokenizer.json", b"\xff"), "tokenizer.json", "unreadable"),
+            ("not UTF-8", put("tokenizer.json", b"\xff"), "tokenizer.json", "not UTF-8"),
             ("one that changes texts", field("tokenizer.json", "exact", False), "tokenizer.json", "changes texts"),
             ("a model that is none", field("tokenizer.json", "model", "{}"), "tokenizer.json", "tokenizers"),
             ("an unknown kind", field("tokenizer.json", "kind", "runes"), "tokenizer.json", "runes"),

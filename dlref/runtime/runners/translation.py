@@ -73,6 +73,8 @@ class Runner(Base):
         if "source" not in graphs["encode"].shape or not {"token", "state"} <= set(graphs["step"].shape):
             raise UserError("not translation; expected graphs with inputs source, token and state")
         self.source, self.target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
+        if not hasattr(self.target, "decode"):
+            raise UserError("not translation; expected a target of words, characters or byte pairs")
         self.encode, self.step = graphs["encode"], graphs["step"]
         fixed = graphs["encode"].shape["source"][1]
         self.longest = min(metadata["longest"], fixed) if isinstance(fixed, int) else metadata["longest"]

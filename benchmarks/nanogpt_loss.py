@@ -1,0 +1,65 @@
+"""A run's loss as nanoGPT estimates it, beside the loss of the whole split: `python -m benchmarks.nanogpt_loss RUN`.
+
+nanoGPT's `estimate_loss` is the mean over batches of random windows (200 of them; 20 in its recipe for a CPU), so it
+changes from one call to the next; printed are its mean over several calls, the least and the greatest. A window begins
+anywhere in the validation split, where `train.py validate` puts one after the other.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlref.cli import load_run
+from dlref.data.language import LanguageData
+from dlref.tasks import LanguageModel
+from dlref.tasks.language_modelling import IGNORE
+
+CALLS = 10
+
+
+@torch.inference_mode()
+def loss(task: LanguageModel, batches: Iterable[Tensor]) -> float:
+    """Nats a token of all batches together."""
+    nats = count = 0
+    for batch in batches:
+        after = batch[:, 1:].flatten()
+        logits = task(batch[:, :-1].clamp(min=0)).float().flatten(0, 1)
+        nats += F.cross_entropy(logits, after, ignore_index=IGNORE, reduction="sum").item()
+        count += (after != IGNORE).sum().item()
+    return nats / count
+
+
+def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generator: torch.Generator) -> list[float]:
+    """What each of several calls of `estimate_loss` answers on the validation split."""
+    windows = data.splits["val"]
+    places = len(windows.tokens) - data.context_length
+    starts = torch.randint(places, (CALLS, eval_iters, data.batch_size), generator=generator)
+    watched = track(starts, "estimating", console=Console(stderr=True), transient=True)
+    return [loss(task, (windows[batch] for batch in call)) for call in watched]
+
+
+def main() -> None:
+    """Evaluate both ways and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--eval-iters", type=int, default=200, help="batches of one estimate")
+    options, overrides = parser.parse_known_args()
+    task, data = load_run(options.run, overrides)
+    data.setup("validate")
+    task.learn(data)
+    found = estimates(task, data, options.eval_iters, torch.Generator().manual_seed(0))
+    estimated = f"{statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
+    calls = f"{CALLS} calls, each of {options.eval_iters} batches of {data.batch_size} windows"
+    print(f"{options.run.name}: validation loss {loss(task, data.val_dataloader()):.4f} over the whole split")
+    print(f"by nanoGPT's estimator {estimated}: {calls}")
+
+
+if __name__ == "__main__":
+    main()
