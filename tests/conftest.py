@@ -9,6 +9,7 @@ from jaxtyping import install_import_hook
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
 SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "optimizers", "preprocess"]
 SHAPED += ["semantic_segmentation", "translation", "language_modelling", "cross_entropy"]
+SHAPED += ["image_classification", "object_detection"]
 SHAPED = [f"dlref.tasks.{name}" for name in SHAPED]
 SHAPED += ["dlref.data.pairs", "dlref.data.tokens", "dlref.data.windows"]
 install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")

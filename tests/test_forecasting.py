@@ -610,7 +610,7 @@ def test_broken_requests_are_one_line_with_what_was_expected(runner, tmp_path, c
 def test_files_that_are_no_text(runner, tmp_path, content):
     path = tmp_path / ("a.json.gz" if content[0] == 0x1F else "a.json")
     path.write_bytes(content)
-    with pytest.raises(UserError, match="(not UTF-8|unreadable).*; expected JSON"):
+    with pytest.raises(UserError, match=r"(not UTF-8|unreadable).*; expected JSON"):
         runner(path)
     with pytest.raises(UserError, match="Is a directory"):
         runner(tmp_path)

@@ -252,6 +252,20 @@ def test_steps_may_rise_first():
     assert seen[49:51] == pytest.approx([1, 0.1])
 
 
+def test_what_is_tried_on_a_network_leaves_no_trace():
+    task = classifier(network=torch.nn.BatchNorm1d(3))
+    with task.trying("three numbers", "expected another"):
+        task.network(torch.ones(1, 3))  # which batch norm refuses in training
+    assert task.network.training
+    assert not task.network.running_mean.any()
+    with (
+        pytest.raises(UserError, match=r"^network refuses five numbers \(.+\); expected another$"),
+        task.trying("five numbers", "expected another"),
+    ):
+        task.network(torch.ones(1, 5))
+    assert task.network.training
+
+
 def test_steps_divide_at_shares_of_the_run():
     assert rates(Steps, 8, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
 

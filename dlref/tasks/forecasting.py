@@ -20,7 +20,6 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line
 
 SMALLEST_SCALE = 1e-10  # a context of smaller values, or of none, has the scale 1
 SHOWN = 8  # series in the figure of forecasts
@@ -74,11 +73,8 @@ class Forecaster(Task):
         )
         zeros = torch.zeros(1, 1, max(lags, features), device=self.network_device)
         largest = torch.tensor([cardinality], device=self.network_device).reshape(1, -1).long() - 1
-        try:
-            with torch.no_grad():
-                answer, _ = self.network(zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"network refuses a window of this data ({one_line(error)}); {expected}") from error
+        with self.trying("a window of this data", expected):
+            answer, _ = self.network(zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1)
         if answer.shape[-1] != parameters:
             raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")
 

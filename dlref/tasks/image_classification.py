@@ -32,6 +32,8 @@ from dlref.tasks.task import Task, check_class_weights
 
 MISTAKES = 25  # in the figure of the most confident ones
 
+Batch = tuple[Tensor, Tensor] | list[Tensor]  # images and targets; a loader with workers makes a list
+
 
 class ImageClassifier(Task):
     """Cross entropy over K classes, or K independent binary cross entropies where data has several labels.
@@ -114,7 +116,7 @@ class ImageClassifier(Task):
         by_class = self.class_weights is not None and not targets.is_floating_point()
         return self.class_weights[targets].sum() if by_class else len(targets)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""
         images, targets = batch
         pixels = self.preprocess(images)
@@ -127,7 +129,7 @@ class ImageClassifier(Task):
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
         return self.reported(loss, self.counted(targets))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss and metrics of the head."""
         images, targets = batch
         logits = self(images)[0]
@@ -140,7 +142,7 @@ class ImageClassifier(Task):
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.mistakes: list[tuple[float, Tensor, int, int]] = []
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def test_step(self, batch: Batch, batch_index: int) -> None:
         """Every metric; probabilities and the worst mistakes are kept for the figures."""
         images, targets = batch
         logits = self(images)[0]
@@ -165,7 +167,7 @@ class ImageClassifier(Task):
         self.log_dict(values)
         self.test_metrics.reset()
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[dict]:
+    def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
         """The answers that the bundle's runner gives."""
         probability = self.probability(self(batch[0])[0])
         return answers(probability.float().cpu().numpy(), self.metadata())
@@ -180,7 +182,7 @@ class ImageClassifier(Task):
         """What the runner has to know."""
         return {**self.known, "channels": self.preprocess.channels}
 
-    def deployable(self, batch: tuple[Tensor, Tensor]) -> Deployable:
+    def deployable(self, batch: Batch) -> Deployable:
         """uint8 (B, H, W, C) of any size -> probabilities (B, K)."""
         side = self.preprocess.size
         graph = Graph(
@@ -192,7 +194,7 @@ class ImageClassifier(Task):
         )
         return Deployable("image-classification", {"classify": graph}, self.metadata())
 
-    def evaluate(self, runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Accuracy of a runner's probabilities over `batches`."""
         accuracy = metrics(len(self.known["labels"]), self.known["multi_label"])["accuracy"]
         for images, targets in batches:

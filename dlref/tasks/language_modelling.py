@@ -24,7 +24,6 @@ from dlref.runtime.text import make_tokenizer
 from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line
 
 IGNORE = -1  # in the place of a token beyond the end of a split
 NEW = 2  # tokens of the example after its past
@@ -72,12 +71,9 @@ class LanguageModel(Task):
         expected = (
             f"expected model.init_args.network.init_args of at least vocabulary: {vocabulary}, context_length: {length}"
         )
-        try:
-            with torch.no_grad():
-                last = torch.full((1, 1), vocabulary - 1, device=self.network_device)
-                logits = self.network.logits(self.network(last)[0])
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
+        with self.trying("the tokens of this data", expected):
+            last = torch.full((1, 1), vocabulary - 1, device=self.network_device)
+            logits = self.network.logits(self.network(last)[0])
         room, context = logits.shape[-1], self.network.context_length
         if room < vocabulary or context < length:
             raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")

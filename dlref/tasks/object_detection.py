@@ -20,7 +20,7 @@ from dlref.tasks.task import Task
 PICTURES = 12  # in the figure of detections
 HALF = 0  # place of the intersection over union of 0.5 among those of COCO
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+Batch = tuple[Tensor, dict[str, Tensor]] | list  # a loader with workers makes a list
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), labels (n,) of an image
 
 

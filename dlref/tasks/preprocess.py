@@ -6,24 +6,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dlref.runtime import UserError
-from dlref.tasks.weights import one_line
 
 
 def of_a_black_image(task, side: int):
     """What a task's network returns for one black image. Raises UserError where it refuses it."""
-    mode, channels = task.network.training, task.preprocess.channels
+    channels = task.preprocess.channels
     black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=task.network_device)
-    try:
-        with torch.no_grad():
-            task.network.eval()
-            return task(black)
-    except RuntimeError as error:
-        raise UserError(
-            f"network refuses an image of {side}×{side} pixels and {channels} channels, as preprocess gives it "
-            f"({one_line(error)})"
-        ) from error
-    finally:
-        task.network.train(mode)
+    what = f"an image of {side}×{side} pixels and {channels} channels"
+    with task.trying(what, "expected one that takes what preprocess gives"):
+        return task(black)
 
 
 def check_classes(found: int, known: int) -> None:

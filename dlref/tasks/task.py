@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -93,6 +94,22 @@ class Task(LightningModule):
 
     def check(self) -> None:
         """Raise UserError where the network and the facts of the data do not fit together."""
+
+    @contextmanager
+    def trying(self, what: str, expected: str) -> Iterator[None]:
+        """Try `what` on the network, in evaluation mode: none of its statistics sees it.
+
+        Raises UserError where the network refuses it, with what was `expected`.
+        """
+        mode = self.network.training
+        try:
+            with torch.no_grad():
+                self.network.eval()
+                yield
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise UserError(f"network refuses {what} ({one_line(error)}); {expected}") from error
+        finally:
+            self.network.train(mode)
 
     @property
     def network_device(self) -> torch.device:

@@ -22,7 +22,6 @@ from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.devices import everyone
 from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line
 
 WIDEST = 16  # next tokens that a step answers: the widest beam
 EXAMPLES = 2  # sentences of the example inputs
@@ -95,11 +94,8 @@ class Translator(Task):
             f"{target}"
         )
         one = torch.ones(1, 1, dtype=torch.long, device=self.network_device)
-        try:
-            with torch.no_grad():
-                logits = self.network(one * (source - 1), one[0], one * (target - 1))
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"network refuses the tokens of this data ({one_line(error)}); {expected}") from error
+        with self.trying("the tokens of this data", expected):
+            logits = self.network(one * (source - 1), one[0], one * (target - 1))
         if logits.shape[-1] < target:
             raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
 
