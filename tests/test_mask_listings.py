@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torch._utils import ExceptionWrapper
 
-from dlref.data import box_listings
 from dlref.data.images import UnreadableImage, read_image
 from dlref.data.mask_listings import MAX_PIXELS, VOID, read_mask, read_mask_folders, read_mask_list, read_voc_masks
 from dlref.runtime.errors import UserError
@@ -253,7 +252,7 @@ def test_mask_of_a_turned_picture_is_upright(tmp_path, orientation):
 
 
 def test_progress_is_shown_on_stderr_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(box_listings, "SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setattr("dlref.data.files.SHOW_PROGRESS_ABOVE", 0)
     assert len(READERS["list"](write(tmp_path)).images) == 2
     assert capsys.readouterr().out == ""
 

@@ -16,36 +16,33 @@ Every other mistake is an error whatever `on_bad_box` is.
 N boxes in a picture, K classes.
 """
 
-import json
 import math
 import os
-import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from xml.etree import ElementTree
 from xml.parsers.expat import ErrorString
 
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 
-from dlref.data.images import FORMATS, SHOW_PROGRESS_ABOVE
-from dlref.data.listings import (
-    MAX_CLASSES,
-    _only_attribute,
-    _parse_source,
-    _read_lines,
-    _visible_entries,
+from dlref.data.files import (
+    check_name,
     drawn,
+    image_path,
+    picture_size,
+    read_json,
+    read_lines,
+    show_progress,
+    visible_entries,
 )
+from dlref.data.listings import MAX_CLASSES, only_attribute, parse_source
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import decoded, parse_object, read_text
+from dlref.runtime.lines import decoded, parse_object
 
-PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
 MAX_XML = 16 * 2**20  # bytes; a VOC annotation has a few thousand
 
 
@@ -81,7 +78,6 @@ class BoxListing(NamedTuple):
 
 OnBadBox = Literal["error", "clip", "skip"]
 Box = tuple[float, float, float, float]
-Item = TypeVar("Item")
 
 
 class Found(NamedTuple):
@@ -131,7 +127,7 @@ def read_voc(
         on_bad_box: what becomes of a box without area or not within its picture.
     """
     records, lines = [], {}
-    for number, line in _show_progress(list(_read_lines(names)), "Reading annotations"):
+    for number, line in show_progress(list(read_lines(names)), "Reading annotations"):
         where = f"{names}:{number}"
         columns = line.split()
         if len(columns) != 1:
@@ -160,13 +156,13 @@ def _parse_voc(root: Path, stem: str, listed: str) -> Record:
     objects = []
     for number, entry in enumerate(tree.findall("object"), start=1):
         where = f"{path}: object {number}"
-        name = _check_name(_text(entry, "name"), where)
+        name = check_name(_text(entry, "name"), where)
         difficult = _text(entry, "difficult") or "0"
         if difficult not in ("0", "1"):
             raise UserError(f"{where}: difficult {shorten(difficult)}; expected 0 or 1")
         box = tuple(_xml_number(entry, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax"))
         objects.append(Found(where, name, box, difficult == "1"))
-    return Record(str(path), _image_path(root / "JPEGImages", image, str(path)), tuple(size), objects)
+    return Record(str(path), image_path(root / "JPEGImages", image, str(path)), tuple(size), objects)
 
 
 def _read_xml(path: Path, listed: str) -> ElementTree.Element:
@@ -215,7 +211,7 @@ def read_coco(
         classes: the class names of the training pictures; None is the categories, in the order of their ids.
         on_bad_box: what becomes of a box without area or not within its picture.
     """
-    content = _read_json(annotations)
+    content = read_json(annotations)
     names = _parse_categories(content, str(annotations), classes)
     if classes is None:
         classes = [names[i] for i in sorted(names)]
@@ -226,7 +222,7 @@ def read_coco(
         if key in objects:
             raise UserError(f"{where}: id {key} again; expected another for each image")
         objects[key] = []
-        path = _image_path(root, entry.get("file_name"), where)
+        path = image_path(root, entry.get("file_name"), where)
         records.append(Record(where, path, _declared_size(entry, where), objects[key]))
     if not records:
         raise UserError(f"{annotations}: no images; expected at least one")
@@ -249,7 +245,7 @@ def read_coco(
 def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:
     names, taken = {}, set()
     for where, entry in _objects(content, "categories", path):
-        key, name = _whole(entry, "id", where), _check_name(entry.get("name"), where)
+        key, name = _whole(entry, "id", where), check_name(entry.get("name"), where)
         if key in names:
             raise UserError(f"{where}: id {key} again; expected another for each category")
         if name in taken:
@@ -291,12 +287,12 @@ def read_sagemaker(
     names = dict(enumerate(classes or []))
     limit = MAX_CLASSES if classes is None else len(classes)
     records = []
-    files = [file for file in _visible_entries(annotations) if file.name.lower().endswith(".json")]
-    for file in _show_progress(files, "Reading annotations"):
-        entry = _read_json(file.path)
+    files = [file for file in visible_entries(annotations) if file.name.lower().endswith(".json")]
+    for file in show_progress(files, "Reading annotations"):
+        entry = read_json(file.path)
         for where, category in _objects(entry, "categories", file.path) if "categories" in entry else []:
             _add_name(names, _class_id(category, where, limit), category.get("name"), where)
-        path = _image_path(images, entry.get("file"), file.path)
+        path = image_path(images, entry.get("file"), file.path)
         records.append(Record(file.path, path, _image_size(entry, file.path), _parse_boxes(entry, file.path, limit)))
     if not records:
         raise UserError(f"{annotations}: no .json files; expected one for each image")
@@ -324,17 +320,17 @@ def read_box_manifest(
     names = dict(enumerate(classes or []))
     limit = MAX_CLASSES if classes is None else len(classes)
     records = []
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
         entry = parse_object(line, where)
-        label_attribute = label_attribute or _only_attribute(entry, where)
+        label_attribute = label_attribute or only_attribute(entry, where)
         boxes = entry.get(label_attribute)
         if not isinstance(boxes, dict):
             raise UserError(
                 f"{where}: {shorten(label_attribute)} {shorten(boxes)}; expected an object with annotations"
             )
         _add_class_map(names, entry.get(f"{label_attribute}-metadata", {}), where, limit)
-        image = _image_path(root, _parse_source(entry, where), where)
+        image = image_path(root, parse_source(entry, where), where)
         records.append(Record(where, image, _image_size(boxes, where), _parse_boxes(boxes, where, limit)))
     if not records:
         raise UserError(f"{path}: no lines; expected a picture on each")
@@ -354,7 +350,7 @@ def _add_class_map(names: dict[int, str], metadata: Any, where: str, limit: int)
 
 def _add_name(names: dict[int, str], key: int, name: Any, where: str) -> None:
     """Enter a class's name, and check it against what it was called before."""
-    if names.setdefault(key, _check_name(name, where)) != name:
+    if names.setdefault(key, check_name(name, where)) != name:
         raise UserError(f"{where}: class {key}: {shorten(name)}; expected {shorten(names[key])} again")
 
 
@@ -406,26 +402,6 @@ def _by_class_id(
 # JSON
 
 
-def _read_json(path: str | Path) -> dict[str, Any]:
-    text, where = read_text(path, "JSON", largest=None), str(path)
-    try:
-        content = json.loads(text, object_hook=_without_outlines)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}; expected one JSON object") from None
-    except ValueError:  # a number of more digits than Python reads
-        raise UserError(f"{where}: a number too long to read; expected one JSON object") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; expected one JSON object") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: {shorten(content)}; expected one JSON object")
-    return content
-
-
-def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
-    return entry
-
-
 def _objects(holder: dict[str, Any], name: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the objects of a list, each with its place for an error to name."""
     values = holder.get(name)
@@ -466,22 +442,6 @@ def _corners(x: float, y: float, width: float, height: float) -> Box:
 # Common to all
 
 
-def _check_name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not _is_line(name):
-        raise UserError(f"{where}: name {shorten(name)}; expected that of a class")
-    return name
-
-
-def _image_path(root: str | Path, name: Any, where: str) -> str:
-    if not isinstance(name, str) or not _is_line(name):
-        raise UserError(f"{where}: image {shorten(name)}; expected a path")
-    return os.path.join(root, name)
-
-
-def _is_line(text: str) -> bool:
-    return text.splitlines() == [text] and text.strip() != "" and "\0" not in text
-
-
 def _to_listing(
     records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
 ) -> BoxListing:
@@ -489,7 +449,7 @@ def _to_listing(
     if on_bad_box not in get_args(OnBadBox):
         raise UserError(f"on_bad_box: {shorten(on_bad_box)}; expected one of {', '.join(get_args(OnBadBox))}")
     pictures, mended, seen = [], Counter(), {}
-    for record in _show_progress(records, "Checking boxes"):
+    for record in show_progress(records, "Checking boxes"):
         path = os.path.normpath(record.path)
         if path in seen:
             raise UserError(
@@ -500,21 +460,11 @@ def _to_listing(
     return BoxListing(pictures, classes, dict(mended))
 
 
-def _show_progress(items: list[Item], what: str) -> Iterable[Item]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(
-        items,
-        what,
-        transient=True,
-        console=Console(stderr=True),
-        disable=len(items) <= SHOW_PROGRESS_ABOVE,
-    )
-
-
 def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBox, mended: Counter) -> Picture:
-    size = _picture_size(record.path, record.where)
+    try:
+        size = picture_size(record.path)
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None
     if any(told is not None and told != true for told, true in zip(record.size, size, strict=True)):
         told = " x ".join(shorten(told).removesuffix(".0") for told in record.size)  # VOC's are read as decimals
         true = f"{size[0]} x {size[1]}, as {record.path} has when shown"
@@ -559,25 +509,3 @@ def _fit(box: Box, size: tuple[int, int], found: Found, on_bad_box: OnBadBox, me
             return x1, y1, x2, y2
     mended["skipped"] += 1
     return None
-
-
-def _picture_size(path: str, where: str) -> tuple[int, int]:
-    """Read width and height from a picture's header, turned as `read_image` turns it."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=PILLOW_FORMATS) as image:
-            width, height = image.size
-            exif = image.info.get("exif") if image.format in TURNED_FORMATS else None
-    except Exception:  # what Pillow's readers raise at a broken header is open-ended
-        wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
-        raise UserError(f"{where}: {path}: {wrong}; expected a {FORMATS} image") from None
-    return (height, width) if exif and _orientation(exif) in (5, 6, 7, 8) else (width, height)
-
-
-def _orientation(content: bytes) -> int | None:
-    exif = Image.Exif()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            exif.load(content)
-            return exif.get(ExifTags.Base.Orientation)
-    except Exception:  # as above; read_image turns no picture whose EXIF is broken
-        return None

@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dlref.data.image_classification import check_at_least
-from dlref.data.loader import SplitData
+from dlref.data.loader import SplitData, check_at_least
 from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows

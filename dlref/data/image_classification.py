@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from dlref.data.images import FORMATS
 from dlref.data.listings import Listing, read_folder
 from dlref.data.loader import SplitData
-from dlref.runtime.errors import UserError
 
 
 class ImageClassificationData(SplitData):
@@ -37,16 +36,6 @@ class ImageClassificationData(SplitData):
         """Return a name for each test image, in order: its path, or its number."""
         test = self.splits["test"]
         return list(getattr(test, "paths", map(str, range(len(test)))))
-
-
-def check_at_least(minimum: int, **arguments: int) -> None:
-    """Raise a UserError for the first argument below the minimum.
-
-    `setup` calls it, not the constructor: what that raises, jsonargparse wraps in an error of its own.
-    """
-    for name, value in arguments.items():
-        if value < minimum:
-            raise UserError(f"--data.init_args.{name}: {value}; expected at least {minimum}")
 
 
 def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:

@@ -20,8 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from dlref.data.image_classification import check_at_least
-from dlref.data.loader import SplitData
+from dlref.data.loader import SplitData, check_at_least
 from dlref.data.tokens import (
     BLOCK,
     RandomStarts,

@@ -6,23 +6,20 @@ class names of the training images are what validation and test images are read 
 N images, K classes.
 """
 
-import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dlref.data.files import read_lines, visible_entries
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import numbered, parse_object
+from dlref.runtime.lines import parse_object
 
-SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
 MAX_CLASSES = 100_000  # a mistyped label must not allocate a name for each class below it
 
 
@@ -56,14 +53,6 @@ class Record(NamedTuple):
     label: Label
 
 
-def drawn(count: int, share: float) -> set[int]:
-    """The places of the share of `count` pictures that is held out, the same ones each time. Raises UserError."""
-    chosen = round(count * share) if math.isfinite(share) else 0
-    if not 0 < chosen < count:
-        raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
-    return set(np.random.RandomState(SPLIT_SEED).permutation(count)[:chosen].tolist())
-
-
 # Class folders
 
 
@@ -73,7 +62,7 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
     Returns:
         The listing, and the paths of what is there but is no image. Hidden files are in neither.
     """
-    entries = _visible_entries(folder)
+    entries = visible_entries(folder)
     others = [entry.path for entry in entries if not entry.is_dir()]
     found = [entry.name for entry in entries if entry.is_dir()]
     if not found:
@@ -83,7 +72,7 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
         raise UserError(f"{folder}/{unknown[0]}: not a class of train; expected one of {shorten(classes)}")
     paths, targets = [], []
     for name in found:
-        files = _visible_entries(os.path.join(folder, name))
+        files = visible_entries(os.path.join(folder, name))
         images = [file.path for file in files if file.name.lower().endswith(SUFFIXES) and file.is_file()]
         if not images:
             raise UserError(f"{folder}/{name}: no images; expected at least one {FORMATS} file")
@@ -91,14 +80,6 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
         paths += images
         targets += [classes.index(name)] * len(images)
     return Listing(paths, torch.tensor(targets), classes), others
-
-
-def _visible_entries(folder: str | Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; expected a folder") from None
 
 
 # MXNet's .lst
@@ -110,7 +91,7 @@ def read_lst(path: str | Path, root: str | Path, classes: list[str] | None = Non
     One label is a class id; several are multi-hot columns, one for each class. Without `classes`, the names
     are the class ids.
     """
-    records = [_parse_lst(path, number, line) for number, line in _read_lines(path)]
+    records = [_parse_lst(path, number, line) for number, line in read_lines(path)]
     return _to_listing(path, root, records, classes, names={})
 
 
@@ -152,27 +133,29 @@ def read_manifest(
     """
     names = dict(enumerate(classes or []))
     records = []
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
         entry = parse_object(line, where)
-        label_attribute = label_attribute or _only_attribute(entry, where)
+        label_attribute = label_attribute or only_attribute(entry, where)
         metadata = entry.get(f"{label_attribute}-metadata", {})
         if not isinstance(metadata, dict):
             raise UserError(f"{where}: metadata {shorten(metadata)}; expected an object")
         label = _parse_label(entry, label_attribute, metadata, where)
         _add_names(names, label, metadata, where)
-        records.append(Record(number, _parse_source(entry, where), label))
+        records.append(Record(number, parse_source(entry, where), label))
     return _to_listing(path, Path(path).parent if root is None else root, records, classes, names)
 
 
-def _only_attribute(entry: dict[str, Any], where: str) -> str:
+def only_attribute(entry: dict[str, Any], where: str) -> str:
+    """The key of a manifest's line that holds its label. Raises UserError where there are several, or none."""
     names = [name for name in entry if name != "source-ref" and not name.endswith("-metadata")]
     if len(names) != 1:
         raise UserError(f"{where}: attributes {shorten(names)}; expected one, or label_attribute to choose")
     return names[0]
 
 
-def _parse_source(entry: dict[str, Any], where: str) -> str:
+def parse_source(entry: dict[str, Any], where: str) -> str:
+    """The image of a manifest's line. Raises UserError."""
     source = entry.get("source-ref")
     if not isinstance(source, str):
         raise UserError(f"{where}: source-ref {shorten(source)}; expected the path of an image")
@@ -211,11 +194,6 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
 
 
 # Common to .lst and manifest
-
-
-def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number the lines from 1 and leave out blank ones."""
-    return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
 
 
 def _to_listing(

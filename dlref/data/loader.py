@@ -235,3 +235,13 @@ class SplitData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The test samples in order."""
         return self.in_order("test")
+
+
+def check_at_least(minimum: int, **arguments: int) -> None:
+    """Raise a UserError for the first argument below the minimum.
+
+    `setup` calls it, not the constructor: what that raises, jsonargparse wraps in an error of its own.
+    """
+    for name, value in arguments.items():
+        if value < minimum:
+            raise UserError(f"--data.init_args.{name}: {value}; expected at least {minimum}")

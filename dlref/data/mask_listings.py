@@ -24,9 +24,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL.PngImagePlugin import PngImageFile
 
-from dlref.data.box_listings import _check_name, _image_path, _is_line, _picture_size, _read_json, _show_progress
+from dlref.data.files import (
+    check_name,
+    image_path,
+    is_line,
+    picture_size,
+    read_json,
+    read_lines,
+    show_progress,
+    visible_entries,
+)
 from dlref.data.images import FORMATS, SUFFIXES, UnreadableImage
-from dlref.data.listings import _read_lines, _visible_entries
 from dlref.runtime.errors import UserError
 
 VOID = 255  # class id of pixels that count for nothing
@@ -114,7 +122,7 @@ def read_mask_list(path: str | Path, classes: list[str] | None = None, void: int
     root = Path(path).parent
     pairs = []
     for where, (image, mask) in _read_fields(path, 2, "a picture and its mask"):
-        pairs.append(Pair(where, _image_path(root, image, where), _image_path(root, mask, where)))
+        pairs.append(Pair(where, image_path(root, image, where), image_path(root, mask, where)))
     return _to_listing(path, pairs, classes, None, void)
 
 
@@ -128,8 +136,8 @@ def read_voc_masks(path: str | Path, classes: list[str] | None = None) -> MaskLi
     root = Path(os.path.normpath(Path(path).parent / ".." / ".."))
     pairs = []
     for where, (stem,) in _read_fields(path, 1, "the name of a picture"):
-        image = _image_path(root / "JPEGImages", f"{stem}.jpg", where)
-        pairs.append(Pair(where, image, _image_path(root / "SegmentationClass", f"{stem}.png", where)))
+        image = image_path(root / "JPEGImages", f"{stem}.jpg", where)
+        pairs.append(Pair(where, image, image_path(root / "SegmentationClass", f"{stem}.png", where)))
     return _to_listing(path, pairs, VOC_CLASSES.split() if classes is None else classes, None, VOID)
 
 
@@ -138,8 +146,8 @@ def read_voc_masks(path: str | Path, classes: list[str] | None = None) -> MaskLi
 
 def _by_stem(folder: str | Path, suffixes: Collection[str], formats: str) -> dict[str, str]:
     found = {}
-    for entry in _visible_entries(folder):
-        if not _is_line(entry.name):
+    for entry in visible_entries(folder):
+        if not is_line(entry.name):
             raise UserError(f"{folder}: file {shorten(entry.name)}; expected a name of one line")
         stem, suffix = os.path.splitext(entry.name)
         if suffix.lower() not in suffixes or not entry.is_file():
@@ -161,7 +169,7 @@ def _refuse_orphans(files: dict[str, str], others: dict[str, str], what: str) ->
 
 def _read_fields(path: str | Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
     """Split each line; return its place, for an error to name, and its fields."""
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         fields = line.split()
         if len(fields) != count:
             raise UserError(f"{path}:{number}: {len(fields)} fields; expected {count}: {what}")
@@ -177,7 +185,7 @@ def _class_ids(label_map: str | Path | None, classes: list[str] | None, void: in
         raise UserError(f"void: {shorten(void)}; expected 0 to {VALUES - 1}")
     ids = np.arange(VALUES)  # 255 is VOID
     if label_map is not None:
-        content = _read_json(label_map)
+        content = read_json(label_map)
         if len(content.keys() & {"scale", "map"}) != 1:
             raise UserError(f"{label_map}: keys {shorten(list(content))}; expected one of scale and map")
         if "map" in content:
@@ -233,7 +241,7 @@ def _to_listing(
     _refuse_repeats([(pair.where, os.path.normpath(pair.image)) for pair in pairs])
     if classes is not None:
         _check_count(len(classes), "classes")
-        _refuse_repeats([(f"classes[{i}]", _check_name(name, f"classes[{i}]")) for i, name in enumerate(classes)])
+        _refuse_repeats([(f"classes[{i}]", check_name(name, f"classes[{i}]")) for i, name in enumerate(classes)])
     ids = _class_ids(label_map, classes, void)
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     if classes is None:
@@ -265,7 +273,7 @@ def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[t
     # back. These are the first to be set and the last to be put back.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         results = pool.map(partial(_inspect, ids=ids, limit=limit), pairs)
-        for _, (size, counts) in zip(_show_progress(pairs, "Reading masks"), results, strict=True):
+        for _, (size, counts) in zip(show_progress(pairs, "Reading masks"), results, strict=True):
             sizes.append(size)
             total += counts
     return sizes, total
@@ -274,7 +282,7 @@ def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[t
 def _inspect(pair: Pair, ids: np.ndarray, limit: int) -> tuple[tuple[int, int], np.ndarray]:
     """Check a mask; return height and width, and the pixels of each value."""
     try:
-        width, height = _picture_size(pair.image, "")
+        width, height = picture_size(pair.image)
         values = _decode(pair.mask)
         if values.shape != (height, width):
             size = f"{values.shape[1]} x {values.shape[0]} pixels"
@@ -282,8 +290,7 @@ def _inspect(pair: Pair, ids: np.ndarray, limit: int) -> tuple[tuple[int, int], 
         counts = np.bincount(values.ravel(), minlength=VALUES)
         _check_values(pair.mask, counts, ids, limit)
     except UserError as error:
-        message = str(error).removeprefix(": ")  # _picture_size begins with the place that it is given
-        raise UserError(f"{pair.where}: {message}" if pair.where else message) from None
+        raise UserError(f"{pair.where}: {error}" if pair.where else str(error)) from None
     return (height, width), counts
 
 

@@ -28,8 +28,8 @@ from dlref.data.box_listings import (
     read_sagemaker,
     read_voc,
 )
-from dlref.data.image_classification import check_at_least
 from dlref.data.images import read_image
+from dlref.data.loader import check_at_least
 from dlref.data.scenes import make_scenes
 from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import StreamedPictures

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dlref.data.image_classification import check_at_least
+from dlref.data.files import drawn
 from dlref.data.images import read_image
-from dlref.data.listings import drawn
+from dlref.data.loader import check_at_least
 from dlref.data.mask_listings import (
     OF_255,
     VOID,

@@ -20,8 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dlref.data.box_listings import _is_line
-from dlref.data.listings import _visible_entries
+from dlref.data.files import is_line, visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, parse_object
@@ -97,8 +96,8 @@ def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
 
 def _files(path: str) -> Iterator[str]:
     if os.path.isdir(path):
-        for entry in _visible_entries(path):
-            if not _is_line(entry.name):
+        for entry in visible_entries(path):
+            if not is_line(entry.name):
                 raise UserError(f"{path}: file {shorten(entry.name)}; expected a name of one line")
             if entry.name != "_SUCCESS":
                 yield from _files(entry.path)
@@ -297,7 +296,7 @@ def _check_width(cells: list[str], count: int, where: str) -> None:
 
 
 def _check_name(name: str, where: str) -> str:
-    if not _is_line(name):
+    if not is_line(name):
         raise UserError(f"{where}: {shorten(name)}; expected a name")
     return name
 

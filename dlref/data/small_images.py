@@ -14,10 +14,11 @@ from torchvision.datasets.utils import extract_archive
 from dlref.data.augment import random_crop, random_erase, random_flip
 from dlref.data.cifar import read_cifar_batch, read_class_names
 from dlref.data.download import fetch
+from dlref.data.files import SPLIT_SEED
 from dlref.data.idx import read_idx_pair
-from dlref.data.image_classification import ImageClassificationData, check_at_least, list_folder
+from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_images
-from dlref.data.listings import SPLIT_SEED
+from dlref.data.loader import check_at_least
 from dlref.runtime.errors import UserError
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from dlref.data.image_classification import ImageClassificationData, check_at_least, list_folder
+from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_lst, read_manifest
-from dlref.data.loader import Gathered
+from dlref.data.loader import Gathered, check_at_least
 from dlref.runtime.errors import UserError
 
 

@@ -11,8 +11,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dlref.data.image_classification import check_at_least
-from dlref.data.loader import SplitData
+from dlref.data.loader import SplitData, check_at_least
 from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import make_dates
 from dlref.data.vocabulary import KINDS, make_vocabulary, of_run, read_vocabulary

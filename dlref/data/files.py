@@ -1,0 +1,121 @@
+"""What the readers of folders and lists share: names, lines, JSON, the sizes of pictures, and what is held out."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from dlref.data.images import FORMATS, SHOW_PROGRESS_ABOVE
+from dlref.runtime.errors import UserError
+from dlref.runtime.lines import numbered, read_text
+
+SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
+PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
+TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
+
+Item = TypeVar("Item")
+
+
+def drawn(count: int, share: float) -> set[int]:
+    """The places of the share of `count` pictures that is held out, the same ones each time. Raises UserError."""
+    chosen = round(count * share) if math.isfinite(share) else 0
+    if not 0 < chosen < count:
+        raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
+    return set(np.random.RandomState(SPLIT_SEED).permutation(count)[:chosen].tolist())
+
+
+def visible_entries(folder: str | Path) -> list[os.DirEntry]:
+    """What a folder holds, by name, hidden entries left out. Raises UserError."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; expected a folder") from None
+
+
+def is_line(text: str) -> bool:
+    """Whether a text is one line that says something, as a name has to."""
+    return text.splitlines() == [text] and text.strip() != "" and "\0" not in text
+
+
+def check_name(name: Any, where: str) -> str:
+    """The name of a class. Raises UserError at `where` for what is none."""
+    if not isinstance(name, str) or not is_line(name):
+        raise UserError(f"{where}: name {shorten(name)}; expected that of a class")
+    return name
+
+
+def image_path(root: str | Path, name: Any, where: str) -> str:
+    """The path of an image of a folder. Raises UserError at `where` for what is no name."""
+    if not isinstance(name, str) or not is_line(name):
+        raise UserError(f"{where}: image {shorten(name)}; expected a path")
+    return os.path.join(root, name)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a list, numbered from 1, without blank ones. Raises UserError."""
+    return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """One JSON object, without the outlines of COCO's objects. Raises UserError."""
+    text, where = read_text(path, "JSON", largest=None), str(path)
+    try:
+        content = json.loads(text, object_hook=_without_outlines)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}; expected one JSON object") from None
+    except ValueError:  # a number of more digits than Python reads
+        raise UserError(f"{where}: a number too long to read; expected one JSON object") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; expected one JSON object") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {shorten(content)}; expected one JSON object")
+    return content
+
+
+def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
+    return entry
+
+
+def show_progress(items: list[Item], what: str) -> Iterable[Item]:
+    """The items, with a progress bar where they are many files."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(
+        items,
+        what,
+        transient=True,
+        console=Console(stderr=True),
+        disable=len(items) <= SHOW_PROGRESS_ABOVE,
+    )
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height from a picture's header, turned as `read_image` turns it. Raises UserError."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=PILLOW_FORMATS) as image:
+            width, height = image.size
+            exif = image.info.get("exif") if image.format in TURNED_FORMATS else None
+    except Exception:  # what Pillow's readers raise at a broken header is open-ended
+        wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
+        raise UserError(f"{path}: {wrong}; expected a {FORMATS} image") from None
+    return (height, width) if exif and _orientation(exif) in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(content: bytes) -> int | None:
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exif.load(content)
+            return exif.get(ExifTags.Base.Orientation)
+    except Exception:  # as above; read_image turns no picture whose EXIF is broken
+        return None
