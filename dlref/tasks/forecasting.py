@@ -177,15 +177,12 @@ class Forecaster(Task):
     def test_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
         paths, (target, observed) = self.judge("test", batch), self.outcome(batch)
-        batches = self.trainer.num_test_batches[0]
-        if batch_index in {i * batches // SHOWN for i in range(SHOWN)}:
-            horizon = self.known["prediction_length"]
-            shown = self.known["context_length"] + horizon
-            each = min(len(target), -(-SHOWN // batches))
-            for row in [i * len(target) // each for i in range(each)][: SHOWN - len(self.forecasts)]:
-                past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
-                after = target[row].where(observed[row], torch.nan)
-                self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))
+        horizon = self.known["prediction_length"]
+        shown = self.known["context_length"] + horizon
+        for row in self.shown(batch_index, len(target), SHOWN)[: SHOWN - len(self.forecasts)]:
+            past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
+            after = target[row].where(observed[row], torch.nan)
+            self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the rest is for the figures alone."""

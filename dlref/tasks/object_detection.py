@@ -127,14 +127,14 @@ class ObjectDetector(Task):
         self.pictures: list[tuple[Tensor, Found, dict[str, Tensor]]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Detections for the metrics, and the first pictures for the figure."""
+        """Detections for the metrics, and some pictures from all over the split for the figure."""
         images, targets = batch
         heads = self(images)
         losses = self.losses(heads, targets)
         self.evaluated("test", losses["loss"], losses["positives"])
         found = self.found(heads)
         self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
-        for i in range(min(len(images), PICTURES - len(self.pictures))):
+        for i in self.shown(batch_index, len(images), PICTURES)[: PICTURES - len(self.pictures)]:
             self.pictures.append((images[i].cpu(), found[i], {name: value[i].cpu() for name, value in targets.items()}))
 
     def on_test_epoch_end(self) -> None:

@@ -115,10 +115,8 @@ class SemanticSegmenter(Task):
         self.evaluated("test", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
-        batches = self.trainer.num_test_batches[0]
-        if batch_index in {i * batches // PICTURES for i in range(PICTURES)}:  # neighbours in a list are often alike
-            for i in range(min(len(images), -(-PICTURES // batches), PICTURES - len(self.pictures))):
-                self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
+        for i in self.shown(batch_index, len(images), PICTURES)[: PICTURES - len(self.pictures)]:
+            self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the matrix is for the figure alone."""

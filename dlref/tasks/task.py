@@ -86,6 +86,18 @@ class Task(LightningModule):
         """
         return 100 * (reference - score)
 
+    def shown(self, batch_index: int, size: int, most: int) -> list[int]:
+        """The places in a test batch of what a figure of `most` samples shows: from all over, for neighbours are alike.
+
+        Args:
+            size: of the batch.
+        """
+        batches = self.trainer.num_test_batches[0]
+        if batch_index not in {i * batches // most for i in range(most)}:
+            return []
+        each = min(size, -(-most // batches))
+        return [i * size // each for i in range(each)]
+
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""
 
