@@ -40,7 +40,7 @@ WARMUP = 3  # steps before the clock starts
 PIECES = 6  # of a turn, after each of which the other loop goes on
 STEPS = {  # so many that a turn takes a few seconds
     "lenet5_digits": 600,
-    "lenet5_fashion_mnist": 300,
+    "lenet5_fashion_mnist": 80,
     "resnet20_cifar10": 20,
     "ssd_digit_scenes": 12,
     "fcn_digit_scenes": 20,

@@ -76,7 +76,8 @@ class Parser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); expected YAML") from None
         except UserError as error:
-            raise UserError(f"{path}: {error}; expected YAML as in configs/") from None
+            hint = "" if "; expected" in str(error) else "; expected YAML as in configs/"
+            raise UserError(f"{path}: {error}{hint}") from None
 
     def parse_string(self, *args, **kwargs):
         """A config's text; what it names is not read as config."""
@@ -97,6 +98,7 @@ def readable(message: str) -> str:
         (r" Subclass types expect one of.*", ""),
         (r" Given value: NestedArg\(key='(.*?)', val=(.*)\)", r" (\1 = \2)"),
         (r" Given value:", "; got"),
+        (r"module '(dlref\.\w+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that \1 exports"),
         (r"<class '([^']*)'>", r"\1"),
         (r"Option ('[^']*') is not accepted", r"\1 is not an argument of its class; expected one that is"),
         (

@@ -282,6 +282,19 @@ def test_setup_reads_once(tmp_path):
     assert module.splits["train"].images.data_ptr() == before
 
 
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_a_class_id_that_is_none_is_refused(wrong):
+    class Ten(Digits):
+        def read(self):
+            labels, splits = super().read()
+            splits["val"].targets[7] = wrong
+            return labels, splits
+
+    with pytest.raises(UserError) as caught:
+        setup(Ten())
+    assert one_line(caught) == f"val: class {wrong} of image 7; expected 0 to 9"
+
+
 def test_user_errors_of_published_sets(tmp_path):
     with pytest.raises(UserError) as caught:
         setup(MNIST(tmp_path / "none"))

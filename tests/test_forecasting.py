@@ -831,6 +831,20 @@ def test_a_network_of_other_sizes_is_refused_with_the_right_ones(tmp_path, wrong
         fit(tmp_path, task, data(count=12))
 
 
+class Pairs(DeepAR):
+    """With a state that is two tensors, as torch's LSTMs have it."""
+
+    def forward(self, *inputs):
+        answer, state = super().forward(*inputs)
+        return answer, tuple(state.chunk(2))
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+    task = Forecaster(StudentT(), network=Pairs(40, 6, [4]), optimizer=sgd)
+    with pytest.raises(UserError, match=r"expected parameters \(B, T, P\) and a state \(Y, B, D\)"):
+        fit(tmp_path, task, data(count=12))
+
+
 def test_another_number_of_parameters_is_refused(tmp_path):
     network = DeepAR(40, 6, [4], parameters=2)
     with pytest.raises(UserError, match=r"network answers 2 parameters; expected .*parameters: 3"):

@@ -63,7 +63,7 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
         name: written["data"]["init_args"].get(name) for name in ("frequency", "context_length", "prediction_length")
     }
     facts |= {"cardinality": network.get("cardinality", []), "unseen": [], "category_names": [], "static_features": 0}
-    facts |= {"dynamic_features": int(config.stem == "deepar_synthetic")}  # its promotions
+    facts |= {"dynamic_features": int(written["data"]["class_path"].endswith("SyntheticSeries"))}  # promotions
     vocabulary = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(network.get("target_vocabulary", 0) - 4))]}
     facts |= {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
     facts |= {"longest": 100, "longest_answer": 100, "too_long": "error"}
@@ -79,7 +79,8 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
 def test_a_config_s_header_says_what_a_user_has_to_know(config):
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    assert f"python train.py fit --config configs/{config.name}" in text
+    started = f"python train.py fit --config configs/{config.name}"
+    assert started in text, f"{config.name} has no line {started}"
     for word in ("Data:", "Time:", "Score:"):
         assert word in text, f"{config.name} has no line {word}"
 

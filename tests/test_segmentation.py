@@ -337,6 +337,17 @@ def test_a_segmenter_learns_tests_predicts_and_draws(tmp_path):
     assert np.asarray(task.picture(row)).shape == (40, 60)
 
 
+class Halved(torch.nn.Conv2d):
+    """A network that wants pictures of even sides, as one that enlarges what it has made half as large."""
+
+    def __init__(self):
+        super().__init__(3, 3, 1)
+
+    def forward(self, images):
+        halved = torch.nn.functional.avg_pool2d(images, 2)
+        return super().forward(images + halved.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
 def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
     data = masked(folders(tmp_path / "data", train=4, validation=1), val="validation", batch_size=1)
     with pytest.raises(UserError, match=r"a batch of 1: Expected more than 1 value .*; expected a larger batch_size"):
@@ -355,6 +366,7 @@ def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
         ({"class_weights": [1.0, float("nan"), 1.0]}, "expected factors of 0 or more"),
         ({"class_weights": [0.0, 0.0, 0.0]}, "and not all 0"),
         ({"network": CifarResNet(20, 3)}, "network answers [1, 3]; expected maps of logits (B, 3, h, w)"),
+        ({"network": Halved()}, "network refuses an image of 65×65 pixels and 3 channels"),
         ({"network": FCNResNet(18, 3)}, None),
     ],
 )

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import ROOT
 from onnx import numpy_helper
 from test_export import Photographs
 from test_tasks import Pixels, classifier, sgd
@@ -71,7 +72,9 @@ def test_every_target_has_a_bundle_that_answers(name, network, tmp_path):
     assert len(runner([image, image[:20, :25]])) == 2  # a fixed graph gets images of other sizes resized
     structure = {"qualcomm": fixed_and_16_bits, "mobile": small_build, "cuda": half, "tensorrt": half}
     structure |= {"arm64": eight_bits(np.int8), "x86-64": eight_bits(np.uint8), "x86-64-avx2": seven_bit_weights}
-    structure.get(name, plain)(tmp_path / "bundle")
+    structure |= {"cpu": plain, "web": plain}
+    structure[name](tmp_path / "bundle")
+    assert f"`{name}`" in (ROOT / "docs" / "edge.md").read_text()
 
 
 def loaded(bundle):

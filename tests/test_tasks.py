@@ -20,7 +20,16 @@ from dlref.data.streamed_images import StreamedImages
 from dlref.models import CifarResNet, LeNet5
 from dlref.runtime import UserError
 from dlref.runtime.images import centre
-from dlref.tasks import EMA, ImageClassifier, ImagePreprocess, Steps, WarmupCosine
+from dlref.tasks import (
+    EMA,
+    ImageClassifier,
+    ImagePreprocess,
+    LanguageModel,
+    ObjectDetector,
+    Steps,
+    Translator,
+    WarmupCosine,
+)
 from dlref.tasks.averaging import Average
 from dlref.tasks.task import freeze
 from dlref.tasks.weights import load_weights
@@ -252,6 +261,29 @@ def test_steps_may_rise_first():
     assert seen[49:51] == pytest.approx([1, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("task", "needed"),
+    [
+        (ObjectDetector(preprocess=ImagePreprocess(32, **GREY), network=LeNet5(3), optimizer=sgd), "size, anchors"),
+        (Translator(network=LeNet5(3), optimizer=sgd), "encode, step"),
+        (LanguageModel(network=LeNet5(3), optimizer=sgd), "output, logits, attention, context_length, h"),
+    ],
+)
+def test_a_network_without_what_its_task_uses_is_refused(task, needed):
+    task.trainer = SimpleNamespace(datamodule=None)
+    with pytest.raises(UserError, match=f"network LeNet5 has no {needed}; expected what {type(task).__name__}'s"):
+        task.setup("fit")
+
+
+def test_a_network_that_answers_no_tensor_is_refused():
+    class Named(torch.nn.Linear):
+        def forward(self, images):
+            return {"out": images}
+
+    with pytest.raises(UserError, match="network answers dict; expected tensors, alone or in a tuple"):
+        classifier(network=Named(3, 3)).check()
+
+
 def test_what_is_tried_on_a_network_leaves_no_trace():
     task = classifier(network=torch.nn.BatchNorm1d(3))
     with task.trying("three numbers", "expected another"):
@@ -363,7 +395,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     wider = LeNet5(3).state_dict()
     wider["c3.weight"] = torch.zeros(16, 7, 5, 5)
     torch.save(wider, tmp_path / "wider.pt")
-    with pytest.raises(UserError, match=r"1 tensors do not fit LeNet5 \(c3\.weight"):
+    with pytest.raises(UserError, match=r" \(c3\.weight \(16, 7, 5, 5\), here \(16, 6, 5, 5\)\); expected the weights"):
         load_weights(LeNet5(3), tmp_path / "wider.pt")
 
 

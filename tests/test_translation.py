@@ -166,12 +166,20 @@ def test_scores_are_sacrebleus():
     assert corpus_chrf(texts, [references]).score > 50
 
 
+class Few(Seq2Seq):
+    """With positions for 20 tokens."""
+
+    def encode(self, source, lengths):
+        return super().encode(source + torch.zeros(20, dtype=torch.long)[: source.shape[1]], lengths)
+
+
 @pytest.mark.parametrize(
     ("network", "task", "complaint"),
     [
         (Seq2Seq(20, 64, **SIZES), {}, f"source_vocabulary: {SIZE}, target_vocabulary: {SIZE}"),
         (Seq2Seq(64, 20, **SIZES), {}, f"target_vocabulary: {SIZE}"),
         (torch.nn.Linear(3, 3), {}, "network refuses"),
+        (Few(64, 64, **SIZES), {}, "and room for 21 and 9 tokens"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 17}, "beam: 17; expected 1 to 16"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 0}, "beam: 0"),
         (Seq2Seq(64, 64, **SIZES), {"length_penalty": -1.0}, "length_penalty: -1.0; expected 0 to 10"),

@@ -72,6 +72,8 @@ class InMemoryImages(ImageClassificationData):
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         if not self.splits:
             self.labels, self.splits = self.read()
+            for name, split in self.splits.items():
+                check_class_ids(name, split.targets, len(self.labels))
         self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +88,14 @@ class InMemoryImages(ImageClassificationData):
         if self.cutout:
             images = random_erase(images, self.cutout)
         return images, targets
+
+
+def check_class_ids(split: str, targets: Tensor, classes: int) -> None:
+    """Raise UserError for the first class id (N,) that is none; rows of several labels (N, K) have no ids."""
+    wrong = (targets < 0) | (targets >= classes) if targets.ndim == 1 else torch.zeros(0)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise UserError(f"{split}: class {int(targets[place])} of image {place}; expected 0 to {classes - 1}")
 
 
 class Digits(InMemoryImages):

@@ -14,7 +14,7 @@ from dlref.export.manifest import write_manifest
 from dlref.export.measure import CONTENDERS, provider
 from dlref.export.targets import Target
 from dlref.runtime import UserError, load
-from dlref.runtime.bundle import read_manifest
+from dlref.runtime.bundle import check_provider, read_manifest
 
 BUNDLE = "bundle"
 
@@ -28,6 +28,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     are measured. The folder appears complete or not at all. Raises UserError, and Refused where the bundle does
     not answer as PyTorch does.
     """
+    check_provider(Path(f"target {target.name}"), target.provider)
     data.prepare_data()
     data.setup("validate")
     data.setup("test")

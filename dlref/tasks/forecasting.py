@@ -73,8 +73,14 @@ class Forecaster(Task):
         )
         zeros = torch.zeros(1, 1, max(lags, features), device=self.network_device)
         largest = torch.tensor([cardinality], device=self.network_device).reshape(1, -1).long() - 1
+        window = zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1
         with self.trying("a window of this data", expected):
-            answer, _ = self.network(zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1)
+            answers = self.network(*window)
+        state = answers[1] if isinstance(answers, tuple) and len(answers) == 2 else None
+        if not isinstance(state, Tensor) or state.shape[1:2] != (1,) or state.ndim != 3:
+            raise UserError("network answers something else; expected parameters (B, T, P) and a state (Y, B, D)")
+        with self.trying("its own state", expected):
+            answer, _ = self.network(*window, state)
         if answer.shape[-1] != parameters:
             raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")
 

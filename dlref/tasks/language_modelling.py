@@ -45,6 +45,7 @@ class LanguageModel(Task):
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
+    needs = ("output", "logits", "attention", "context_length", "h")
     facts = ("vocabulary", "context_length")
     indexed = ("vocabulary",)
     metric = "bits_per_byte"

@@ -27,7 +27,8 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), 
 class ObjectDetector(Task):
     """SSD's matching and loss (Liu et al. 2016, section 2.2), and COCO's metrics.
 
-    The network has `size` and `anchors` (N, 4), and answers offsets (B, N, 4) and logits (B, N, K + 1), the
+    The network has `size`, the side of its square images in pixels, and `anchors` (N, 4), its default boxes as centre,
+    width and height in shares of the image; it answers offsets (B, N, 4) and logits (B, N, K + 1), the
     background first. Batches are images uint8 (B, C, S, S) and `boxes` (B, M, 4) in shares of the image, `labels`
     (B, M) with -1 where there is no box, `ignored` (B, M) for objects that evaluation passes over, and `sizes` (B, 2),
     the height and width of the original image in pixels.
@@ -42,6 +43,7 @@ class ObjectDetector(Task):
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
+    needs = ("size", "anchors")
     facts = ("labels",)
     metric = "map"
 

@@ -14,7 +14,11 @@ def of_a_black_image(task, side: int):
     black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=task.network_device)
     what = f"an image of {side}×{side} pixels and {channels} channels"
     with task.trying(what, "expected one that takes what preprocess gives"):
-        return task(black)
+        answers = task(black)
+    for answer in answers:
+        if not isinstance(answer, torch.Tensor):
+            raise UserError(f"network answers {type(answer).__name__}; expected tensors, alone or in a tuple")
+    return answers
 
 
 def check_classes(found: int, known: int) -> None:

@@ -43,6 +43,8 @@ class Task(LightningModule):
     facts: tuple[str, ...] = ()
     # Those of which the weights know by number what they mean: weights of a run fit no others.
     indexed: tuple[str, ...] = ()
+    # What the network has to have beside `forward`.
+    needs: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
@@ -164,6 +166,11 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Once data and devices are known: facts, transfer, freezing, compilation."""
+        if without := [name for name in self.needs if getattr(self.network, name, None) is None]:
+            raise UserError(
+                f"network {type(self.network).__name__} has no {', '.join(without)}; expected what "
+                f"{type(self).__name__}'s docstring says"
+            )
         self.learn(self.trainer.datamodule)
         first, self.prepared = not self.prepared, True
         if first:  # not again in the test that ends a fit: it would run a compiled network at another size

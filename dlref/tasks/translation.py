@@ -57,6 +57,7 @@ class Translator(Task):
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
+    needs = ("encode", "step")
     facts = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer", "too_long")
     indexed = ("source_vocabulary", "target_vocabulary")
 
@@ -89,15 +90,21 @@ class Translator(Task):
             raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
         if not 0 <= self.length_penalty <= 10:
             raise UserError(f"length_penalty: {self.length_penalty}; expected 0 to 10")
+        longest, longest_answer = self.longest_verified(), self.known["longest_answer"]
         expected = (
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
-            f"{target}"
+            f"{target}, and room for {longest} and {longest_answer} tokens"
         )
         one = torch.ones(1, 1, dtype=torch.long, device=self.network_device)
+        sentence, before = (one * (source - 1)).repeat(1, longest), (one * (target - 1)).repeat(1, longest_answer)
         with self.trying("the tokens of this data", expected):
-            logits = self.network(one * (source - 1), one[0], one * (target - 1))
+            logits = self.network(sentence, one[0] * longest, before)
         if logits.shape[-1] < target:
             raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
+
+    def longest_verified(self) -> int:
+        """Tokens of the longest source at which the export compares the graphs: one that none was traced at."""
+        return 2 * self.known["longest"] + 3
 
     # Sentences
 
@@ -197,7 +204,7 @@ class Translator(Task):
         encode, step = _Encode(self.network), _Step(self.network, len(self.tokenizer("target")))
         sentences = {0: "batch", 1: "source"}
         # The first is what a target of fixed shapes has: every source has to fit.
-        lengths = (self.known["longest"], 1, source.shape[1], 2 * self.known["longest"] + 3)
+        lengths = (self.known["longest"], 1, source.shape[1], self.longest_verified())
         first = Graph(
             encode,
             {"source": source},

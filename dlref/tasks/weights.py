@@ -3,6 +3,7 @@
 import logging
 import pickle
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from dlref.runtime import UserError
 from dlref.tasks.seal import damage, seal_of
 
 log = logging.getLogger(__name__)
+
+SHOWN = 3  # tensors in an error
 
 # What a run goes on from; the keys are Lightning's.
 PARTS = {
@@ -95,15 +98,16 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
         of_base = {}
     state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
-    of_classes = tuple(f"{layer}." for layer in network.class_layers)
+    of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
     replaced = [key for key in differing if key.startswith(of_classes)]
     missing = own.keys() - state.keys()
     needed = {key for key in missing if (key.startswith(network.base) if of_base else not key.startswith(of_classes))}
     problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
     if problems:
+        named = [f"{key} {shapes(state, key)}, here {shapes(own, key)}" for key in problems[:SHOWN]]
         raise UserError(
-            f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({', '.join(problems[:3])}, "
-            f"...); expected the weights of this architecture"
+            f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({'; '.join(named)}"
+            f"{'; ...' * (len(problems) > SHOWN)}); expected the weights of this architecture"
         )
     fresh = sorted(missing.union(replaced))
     network.load_state_dict(state | {key: own[key] for key in fresh})
@@ -112,6 +116,11 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     else:
         log.warning("%s: loaded; new head for other classes: %s", path, ", ".join(fresh) or "none needed")
     return fresh
+
+
+def shapes(state: Mapping[str, Tensor], key: str) -> str:
+    """The shape of a tensor, or that there is none."""
+    return f"({', '.join(map(str, state[key].shape))})" if key in state else "missing"
 
 
 def one_line(error: Exception) -> str:
