@@ -342,7 +342,7 @@ BENCHMARKS = {
     ),
     "gpu-output-layer": output_layer,
     "gpu-lenet5": lenet5,
-    "gpu-deepar": partial(beside_a_cpu, "deepar_synthetic", (256, 4096)),
+    "gpu-deepar": partial(beside_a_cpu, "deepar_synthetic", (64, 4096)),
     "gpu-seq2seq": partial(beside_a_cpu, "seq2seq_dates", (4096, 32_768), " tokens"),
     "gpu-cifar10": cifar10,
 }
