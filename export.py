@@ -73,7 +73,7 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
 
 
 def gains(bundle: dict, eager: dict, held_up: Collection[str]) -> str:
-    """The bundle beside PyTorch, in a line; without times where something else on the machine held one of them up."""
+    """The bundle beside PyTorch, in a line; no times where other programs held one of them up."""
     words = {
         "latency_ms": "faster",
         "first_answer_s": "sooner to the first answer",
@@ -81,7 +81,9 @@ def gains(bundle: dict, eager: dict, held_up: Collection[str]) -> str:
         "installed_mb": "less to install",
     }
     known = [key for key in words if bundle[key] and eager[key] and not (held_up and key in TIMES)]
-    return "beside PyTorch: " + ", ".join(f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known)
+    ratios = [f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known]
+    busy = ["no times, for other programs held the machine up"] * bool(held_up)
+    return f"beside PyTorch: {', '.join([*ratios, *busy])}"
 
 
 if __name__ == "__main__":

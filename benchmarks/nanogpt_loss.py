@@ -7,6 +7,7 @@ anywhere in the validation split, where `train.py validate` puts one after the o
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 from dlref.cli import load_run
 from dlref.data.language import LanguageData
+from dlref.runtime import UserError
+from dlref.runtime.__main__ import Parser
+from dlref.runtime.runner import positive
 from dlref.tasks import LanguageModel
 from dlref.tasks.language_modelling import IGNORE
 
@@ -40,17 +44,28 @@ def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generato
     """What each of several calls of `estimate_loss` answers on the validation split."""
     windows = data.splits["val"]
     places = len(windows.tokens) - data.context_length
+    if places < 1:
+        raise UserError(f"val: {len(windows.tokens)} tokens; expected more than a window, {data.context_length}")
     starts = torch.randint(places, (CALLS, eval_iters, data.batch_size), generator=generator)
     watched = track(starts, "estimating", console=Console(stderr=True), transient=True)
     return [loss(task, (windows[batch] for batch in call)) for call in watched]
 
 
-def main() -> None:
-    """Evaluate both ways and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    """Evaluate both ways and print a line each; 2 with one line on stderr when something given is wrong."""
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--eval-iters", type=int, default=200, help="batches of one estimate")
-    options, overrides = parser.parse_known_args()
+    parser.add_argument("--eval-iters", type=positive, default=200, help="batches of one estimate")
+    try:
+        report(*parser.parse_known_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Print both losses of a run. Raises UserError."""
     task, data = load_run(options.run, overrides)
     data.setup("validate")
     task.learn(data)
@@ -62,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -98,7 +98,7 @@ def readable(message: str) -> str:
         (r" Subclass types expect one of.*", ""),
         (r" Given value: NestedArg\(key='(.*?)', val=(.*)\)", r" (\1 = \2)"),
         (r" Given value:", "; got"),
-        (r"module '(dlref\.\w+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that \1 exports"),
+        (r".*module '(dlref(?:\.\w+)+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that it exports"),
         (r"<class '([^']*)'>", r"\1"),
         (r"Option ('[^']*') is not accepted", r"\1 is not an argument of its class; expected one that is"),
         (

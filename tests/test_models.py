@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from dlref.models import ActivationName, AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet, make_activation
+from dlref.models import VGG, ActivationName, AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet, make_activation
 from dlref.models.activations import Maxout
 from dlref.models.resnet import PaddedShortcut, padded_shortcut
 
@@ -243,6 +243,7 @@ NETWORKS = {
     "resnet50_cifar": lambda **kw: ResNet(50, stem="cifar", **kw),
     "cifar_resnet20": lambda **kw: CifarResNet(20, **kw),
     "alexnet": lambda **kw: AlexNet(**kw),
+    "vgg11": lambda **kw: VGG(11, **kw),
     "googlenet": lambda **kw: GoogLeNet(**kw),
 }
 

@@ -21,7 +21,7 @@ from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, make_tokenizer
 VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, "a", "b", "c"])}
 
 
-def record_class():
+def record_class(values=descriptor_pb2.FieldDescriptorProto.TYPE_INT32):
     """SageMaker's Record as protobuf's own library has it, from the numbers of its fields."""
     file = descriptor_pb2.FileDescriptorProto(name="record.proto", package="aialgs.data")
     kinds = descriptor_pb2.FieldDescriptorProto
@@ -32,7 +32,7 @@ def record_class():
             added.field.add(name=field, number=number, type=kind, label=label, type_name=of)
         return added
 
-    message("Int32Tensor", ("values", 1, kinds.TYPE_INT32, kinds.LABEL_REPEATED, None))
+    message("Int32Tensor", ("values", 1, values, kinds.LABEL_REPEATED, None))
     message("Value", ("int32_tensor", 7, kinds.TYPE_MESSAGE, kinds.LABEL_OPTIONAL, ".aialgs.data.Int32Tensor"))
     record = message(
         "Record",
@@ -53,10 +53,11 @@ def record_class():
 
 
 RECORD = record_class()
+WIDE = record_class(descriptor_pb2.FieldDescriptorProto.TYPE_INT64)
 
 
-def packed(source, target, **more):
-    record = RECORD(**more)
+def packed(source, target, record_class=RECORD, **more):
+    record = record_class(**more)
     for name, values in (("source", source), ("target", target)):
         record.features[name].int32_tensor.values.extend(values)
     return record.SerializeToString()
@@ -141,6 +142,7 @@ BAD_RECORDS = [
     (recordio(packed([], [5])), "record 1: source: empty; expected tokens"),
     (recordio(GOOD, packed([4], [])), "record 2: target: empty"),
     (recordio(packed([7], [5])), "record 1: source: token 7; expected 1 or 4 to 6"),
+    (recordio(packed([(1 << 32) + 5], [5], WIDE)), "record 1: source: token 4294967301; expected 1 or 4 to 6"),
     (recordio(packed([4], [-1])), "record 1: target: token -1"),
     (recordio(packed([4, 0], [5])), "record 1: source: token 0"),
     (recordio(packed([4], [5, 3])), "record 1: target: token 3"),

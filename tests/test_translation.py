@@ -407,7 +407,7 @@ def test_files_that_are_no_requests(runner, tmp_path, content):
     path.write_bytes(content)
     answers = list(runner.stream(source for _, source in runner.inputs(str(path))))
     assert any(isinstance(answer, UserError) and str(answer).startswith(str(path)) for answer in answers)
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match="Is a directory"):
         runner(tmp_path)
 
 

@@ -23,12 +23,12 @@ from dlref.runtime.lines import numbered, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, is_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
-# Of SageMaker's record.proto what these files use.
+# Of SageMaker's record.proto what these files use; its values are int32, and read as what is larger still shows.
 RECORD = """
 name: "record.proto"  package: "aialgs.data"  syntax: "proto3"
 message_type {
   name: "Int32Tensor"
-  field { name: "values"  number: 1  label: LABEL_REPEATED  type: TYPE_INT32 }
+  field { name: "values"  number: 1  label: LABEL_REPEATED  type: TYPE_INT64 }
 }
 message_type {
   name: "Value"

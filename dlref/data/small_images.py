@@ -92,7 +92,9 @@ class InMemoryImages(ImageClassificationData):
 
 def check_class_ids(split: str, targets: Tensor, classes: int) -> None:
     """Raise UserError for the first class id (N,) that is none; rows of several labels (N, K) have no ids."""
-    wrong = (targets < 0) | (targets >= classes) if targets.ndim == 1 else torch.zeros(0)
+    if targets.ndim > 1:
+        return
+    wrong = (targets < 0) | (targets >= classes)
     if wrong.any():
         place = int(wrong.nonzero()[0])
         raise UserError(f"{split}: class {int(targets[place])} of image {place}; expected 0 to {classes - 1}")

@@ -28,7 +28,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     are measured. The folder appears complete or not at all. Raises UserError, and Refused where the bundle does
     not answer as PyTorch does.
     """
-    check_provider(Path(f"target {target.name}"), target.provider)
+    check_provider(f"target {target.name}", target.provider)
     data.prepare_data()
     data.setup("validate")
     data.setup("test")

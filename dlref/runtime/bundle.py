@@ -77,10 +77,10 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def check_provider(path: Path, provider: object) -> None:
-    """Raise UserError for a provider that is not one of PROVIDERS."""
+def check_provider(where: str | Path, provider: object) -> None:
+    """Raise UserError at `where` for a provider that is not one of PROVIDERS."""
     if not (isinstance(provider, str) and provider in PROVIDERS):
-        raise UserError(f"{path}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        raise UserError(f"{where}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
 
 
 def check_files(folder: Path, manifest: dict) -> None:

@@ -11,7 +11,7 @@ Mine = TypeVar("Mine")
 
 
 def imitates_bfloat16(device: torch.device) -> bool:
-    """Whether it is known to compute in bfloat16 by way of float32, many times slower: x86 without AVX-512 does."""
+    """Whether it is known to compute in bfloat16 by way of float32, many times slower: x86 with AVX2 at best does."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

@@ -76,9 +76,7 @@ class Forecaster(Task):
         window = zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1
         with self.trying("a window of this data", expected):
             answers = self.network(*window)
-        state = answers[1] if isinstance(answers, tuple) and len(answers) == 2 else None
-        if not isinstance(state, Tensor) or state.shape[1:2] != (1,) or state.ndim != 3:
-            raise UserError("network answers something else; expected parameters (B, T, P) and a state (Y, B, D)")
+        state = state_in(answers)
         with self.trying("its own state", expected):
             answer, _ = self.network(*window, state)
         if answer.shape[-1] != parameters:
@@ -314,6 +312,16 @@ class Forecaster(Task):
         figures.forecasts(folder / "forecasts.png", self.forecasts)
         figures.calibration(folder / "calibration.png", LEVELS, self.calibration)
         figures.by_time(folder / "by_time.png", self.by_time)
+
+
+def state_in(answers: object) -> Tensor:
+    """The state (Y, 1, D) of what a network answers to one window. Raises UserError where there is none."""
+    parts = answers if isinstance(answers, tuple) else (answers,)
+    good = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
+    if not good or parts[1].shape[1] != 1:
+        found = ", ".join(str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
+        raise UserError(f"network answers {found}; expected parameters (B, T, P) and a state (Y, B, D), with B = 1")
+    return parts[1]
 
 
 class _Encode(nn.Module):

@@ -281,7 +281,7 @@ def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
 def worst_mistakes(worst: list, images: Tensor, probability: Tensor, targets: Tensor) -> list:
     """The most confident wrong answers so far: (confidence, image, predicted, true), best first."""
     confidence, predicted = probability.max(dim=-1)
-    wrong = confidence.where(predicted != targets, -1)
+    wrong = confidence.where(predicted != targets, -1).nan_to_num(-1)
     sure, places = (part.tolist() for part in wrong.topk(min(MISTAKES, len(wrong))))
     fresh = [
         (value, images[i].cpu(), predicted[i].item(), targets[i].item())

@@ -36,7 +36,8 @@ SAMPLES = 8  # in the table
 class LanguageModel(Task):
     """Cross entropy of each token given the ones before it.
 
-    The network has `forward`, `output`, `logits`, `attention` and `context_length` as `GPT` does. A batch holds
+    The network has `forward`, `output`, `logits`, `attention` and `context_length` as `GPT` does, and to be sharded its
+    blocks in `h`. A batch holds
     (B, T + 1) tokens: the first T are read, the last T predicted.
 
     Args:
@@ -45,7 +46,7 @@ class LanguageModel(Task):
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
-    needs = ("output", "logits", "attention", "context_length", "h")
+    needs = ("output", "logits", "attention", "context_length")
     facts = ("vocabulary", "context_length")
     indexed = ("vocabulary",)
     metric = "bits_per_byte"

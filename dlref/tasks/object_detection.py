@@ -84,7 +84,10 @@ class ObjectDetector(Task):
             raise UserError(f"detections {self.detect.most}; expected 1 to {CANDIDATES}")
         if side != self.network.size:
             raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
-        check_classes(of_a_black_image(self, side)[1].shape[-1] - 1, classes)  # the background is no class
+        heads = of_a_black_image(self, side)
+        if len(heads) != 2:
+            raise UserError(f"network answers {len(heads)} tensors; expected offsets (B, N, 4) and logits (B, N, K1)")
+        check_classes(heads[1].shape[-1] - 1, classes)  # the background is no class
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""

@@ -44,12 +44,12 @@ class Muon(Optimizer):
         momentum: Nesterov's.
 
     Raises:
-        ValueError: a rate below 0, or a parameter that is no matrix.
+        ValueError: a number below 0, or a parameter that is no matrix.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
-        if lr < 0:
-            raise ValueError(f"Muon: lr {lr}; expected 0 or more")
+        if min(lr, weight_decay, momentum) < 0:
+            raise ValueError(f"Muon: lr {lr}, weight_decay {weight_decay}, momentum {momentum}; expected 0 or more")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         if any(parameter.ndim != 2 for group in self.param_groups for parameter in group["params"]):
             raise ValueError("Muon: a parameter that is no matrix; expected matrices alone")

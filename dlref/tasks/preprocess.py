@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from dlref.runtime import UserError
 
 
-def of_a_black_image(task, side: int):
-    """What a task's network returns for one black image. Raises UserError where it refuses it."""
+def of_a_black_image(task, side: int, expected: str = "expected one that takes what preprocess gives") -> tuple:
+    """The tensors that a task's network answers to one black image. Raises UserError where it refuses it."""
     channels = task.preprocess.channels
     black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=task.network_device)
     what = f"an image of {side}×{side} pixels and {channels} channels"
-    with task.trying(what, "expected one that takes what preprocess gives"):
+    with task.trying(what, expected):
         answers = task(black)
+    answers = answers if isinstance(answers, tuple) else (answers,)
     for answer in answers:
         if not isinstance(answer, torch.Tensor):
             raise UserError(f"network answers {type(answer).__name__}; expected tensors, alone or in a tuple")

@@ -62,8 +62,8 @@ class SemanticSegmenter(Task):
         check_class_weights(self.class_weights, classes)
         if not 2 <= classes < VOID:
             raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
-        # The second is no multiple of anything: pictures come in any size, and so does what export verifies.
-        for logits in (*of_a_black_image(self, 64), *of_a_black_image(self, 65)):
+        any_size = "expected one that takes pictures of any height and width, odd ones too"
+        for logits in (*of_a_black_image(self, 64), *of_a_black_image(self, 65, any_size)):
             if logits.ndim != 4:
                 raise UserError(f"network answers {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
             check_classes(logits.shape[1], classes)

@@ -115,7 +115,7 @@ class Task(LightningModule):
 
         Raises UserError where the network refuses it, with what was `expected`.
         """
-        mode = self.network.training
+        modes = [(module, module.training) for module in self.network.modules()]
         try:
             with torch.no_grad():
                 self.network.eval()
@@ -123,7 +123,8 @@ class Task(LightningModule):
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"network refuses {what} ({one_line(error)}); {expected}") from error
         finally:
-            self.network.train(mode)
+            for module, training in modes:  # one that is kept in evaluation mode stays there
+                module.training = training
 
     @property
     def network_device(self) -> torch.device:

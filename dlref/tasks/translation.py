@@ -43,7 +43,7 @@ class Translated(NamedTuple):
 class Translator(Task):
     """Cross entropy of each token given the true ones before it, and texts by beam search.
 
-    The network has `encode`, `decode` and `step` as `Seq2Seq` does. A batch is a `Batch`: source, target and, where it
+    The network has `encode` and `step` as `Seq2Seq` does. A batch is a `Batch`: source, target and, where it
     is evaluated, both as text.
 
     Args:
@@ -98,7 +98,10 @@ class Translator(Task):
         one = torch.ones(1, 1, dtype=torch.long, device=self.network_device)
         sentence, before = (one * (source - 1)).repeat(1, longest), (one * (target - 1)).repeat(1, longest_answer)
         with self.trying("the tokens of this data", expected):
-            logits = self.network(sentence, one[0] * longest, before)
+            self.network(sentence, one[0] * longest, before[:, :1])  # not both at once: attention would fill the memory
+            logits = self.network(sentence[:, :1], one[0], before)
+        if not isinstance(logits, Tensor):
+            raise UserError(f"network answers {type(logits).__name__}; expected logits (B, T, V)")
         if logits.shape[-1] < target:
             raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
 
