@@ -102,8 +102,8 @@ def test_muon_alone_trains_what_is_not_frozen():
 
 def test_muon_without_matrices_is_refused():
     for wrong in ("lr", "weight_decay", "momentum"):
-        with pytest.raises(ValueError, match=rf"{wrong} -1\b.*; expected 0 or more"):
-            Muon([nn.Parameter(torch.zeros(2, 2))], **{wrong: -1})
+        with pytest.raises(ValueError, match=rf"{wrong} -1.0.*; expected 0 or more"):
+            Muon([nn.Parameter(torch.zeros(2, 2))], **{wrong: -1.0})
     with pytest.raises(ValueError, match="expected matrices alone"):
         Muon([nn.Parameter(torch.zeros(2))])
     with pytest.raises(ValueError, match="no group is of hidden matrices"):
