@@ -14,6 +14,7 @@ SHAPED = [f"dlref.tasks.{name}" for name in SHAPED]
 SHAPED += ["dlref.data.pairs", "dlref.data.tokens", "dlref.data.windows"]
 install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from handmade import make_bundle
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = False  # of all that is exported: it would drown what a failure shows
 
 
 def pytest_collection_modifyitems(items):

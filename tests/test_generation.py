@@ -305,7 +305,7 @@ def test_files_are_prompts_or_requests(tmp_path):
     first, second = answers("requests.jsonl")
     assert first["text"] == by_hand("a", 2)
     assert f"{tmp_path}/requests.jsonl:2: " in str(second)
-    assert "position 3" in str(answers("broken.txt")[0])
+    assert "byte 3" in str(answers("broken.txt")[0])
     assert answers("empty.txt")[0]["text"] == by_hand("", 2)
     assert answers("request.json")[0]["text"] == by_hand("a", 2)
     first, second = answers("torn.txt")
