@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
 from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
@@ -34,7 +35,7 @@ from dlref.tasks.profile import PRESET as PROFILE
 from dlref.tasks.profile import StepProfile, Unprofiled
 from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
-from dlref.tasks.weights import one_line, read_checkpoint
+from dlref.tasks.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

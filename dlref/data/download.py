@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torchvision.datasets.utils import download_url
 
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 
 
 def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
@@ -21,7 +21,7 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
         try:
             download_url(url, path.parent, part.name, md5)
         except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
-            failures.append(f"{url} ({' '.join(str(error).split())})")
+            failures.append(f"{url} ({one_line(error)})")
         else:
             part.replace(path)
             return

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 from dlref.runtime.lines import is_object, read_text
 from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 
@@ -55,7 +55,7 @@ def of_run(run: Path, *names: str) -> list[dict]:
         for described in found:
             make_tokenizer(described)
     except Exception as error:  # torch's reader, pickle and zipfile each raise their own
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"tokenizer: {path}: {reason}; expected the folder of a run with {', '.join(names)}") from None
     return found
 

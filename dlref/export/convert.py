@@ -28,6 +28,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 from dlref.export.graph import save, unwarned
 from dlref.export.targets import Target
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 
 Feeds = list[dict[str, np.ndarray]]
 
@@ -140,7 +141,7 @@ def quietly(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # they raise whatever comes up
-        raise UserError(f"{name}: onnxruntime cannot convert it ({' '.join(str(error).split())})") from error
+        raise UserError(f"{name}: onnxruntime cannot convert it ({one_line(error)})") from error
 
 
 def prepare(source: Path, path: Path, target: Target) -> None:

@@ -17,6 +17,7 @@ from torch._decomp import decomposition_table
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bundle import LARGEST_FILE
+from dlref.runtime.errors import one_line
 
 
 def write_onnx(graph, path: Path, target: Target) -> None:
@@ -39,7 +40,7 @@ def write_onnx(graph, path: Path, target: Target) -> None:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise UserError(f"{path.name}: torch.export refuses the graph: {reason}") from error
     forget_origin(exported.model)
     model = exported.model_proto
@@ -68,7 +69,7 @@ def write_program(graph, path: Path, target: Target) -> None:
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch.export.save(program, path)
     except Exception as error:  # torch.export has no base of its own
-        raise UserError(f"{path.name}: torch.export refuses the graph: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path.name}: torch.export refuses the graph: {one_line(error)}") from error
 
 
 def free(graph, axes: dict[str, dict[int, str]]) -> tuple:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dlref.export.graph import example_at
 from dlref.runtime import UserError, make_runner
+from dlref.runtime.errors import one_line
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
 FLIPPED = 0.002  # share of the rows of a choice that a rounding may change,
@@ -73,14 +74,13 @@ class Compared:
         try:
             expected = self.reference(**inputs)
         except (RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.name}: the network refuses it ({reason}); expected it to take every size that its task declares"
-            ) from error
+            wanted = "expected it to take every size that its task declares"
+            raise UserError(f"{self.name}: the network refuses it ({one_line(error)}); {wanted}") from error
         try:
             actual = self.exported(**inputs)
         except UserError as error:
-            raise Refused(f"{self.name}: {error}; expected it to compute what PyTorch does") from None
+            reason = str(error).removeprefix(f"{getattr(self.exported, 'path', '')}: ")  # which will be gone by then
+            raise Refused(f"{self.name}: {reason}; expected it to compute what PyTorch does") from None
         self.check_declared(actual)
         for name, reference in expected.items():
             self.alike(name, actual[name], reference)

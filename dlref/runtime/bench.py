@@ -25,7 +25,7 @@ import numpy as np
 
 from dlref.runtime import sessions
 from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 
 EXAMPLE = "example.npz"  # of each graph's inputs, as GRAPH/INPUT, one row each
 ANSWERS = "answers.npz"  # to the example where the bundle was exported, as GRAPH/OUTPUT
@@ -153,7 +153,7 @@ def arrays(path: Path) -> Arrays:
                 graph, _, name = key.partition("/")
                 found.setdefault(graph, {})[name] = array
     except Exception as error:  # numpy and zipfile raise whatever comes up
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"{path}: unreadable ({reason}); expected the arrays that export.py wrote") from None
     return found
 

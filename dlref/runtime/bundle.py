@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 from dlref.runtime.memory import returned_to_the_system
 
 FORMAT = 1
@@ -137,7 +137,7 @@ class OnnxGraph:
                 # A fallback exchanges the session that other threads may be in, and prints.
                 self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
         except Exception as error:  # onnxruntime's own types have no public base
-            raise UserError(f"{path}: onnxruntime refuses it ({' '.join(str(error).split())})") from None
+            raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
         if self.session.get_providers()[0] != provider:
             raise UserError(
                 f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "
@@ -160,7 +160,7 @@ class OnnxGraph:
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
         except Exception as error:
-            raise UserError(f"{self.path}: onnxruntime refuses the input ({' '.join(str(error).split())})") from None
+            raise UserError(f"{self.path}: onnxruntime refuses the input ({one_line(error)})") from None
 
 
 def open_graphs(

@@ -11,3 +11,8 @@ class UserError(Exception):
     def __str__(self) -> str:
         # Names from files may hold what moves a terminal's cursor.
         return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in super().__str__())
+
+
+def one_line(error: object) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split())

@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import IO, Any, NamedTuple
 
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 
 LARGEST_TEXT = 1 << 28  # bytes of a file
 FILE_NAME = re.compile(r"[^\s{}]{1,200}\.(txt|md|csv|tsv|jsonl?|gz)", re.IGNORECASE)
@@ -57,7 +57,7 @@ def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or f"unreadable ({' '.join(str(error).split())})"
+        reason = getattr(error, "strerror", None) or f"unreadable ({one_line(error)})"
         raise UserError(f"{path}: {reason}; expected {expected}") from None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from dlref.runtime.errors import UserError
+from dlref.runtime.errors import UserError, one_line
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 PAD, UNKNOWN, BEGIN, END = range(4)
@@ -116,7 +116,7 @@ class BytePairs:
         try:
             found = self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises plain exceptions
-            raise UserError(f"tokeniser of byte pairs: {' '.join(str(error).split())}; expected tokens") from None
+            raise UserError(f"tokeniser of byte pairs: {one_line(error)}; expected tokens") from None
         if self.exact:
             check_same(text.encode(), b"".join([self.spelling[number] for number in found]))
         return found
@@ -185,7 +185,7 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises plain exceptions, and panics that are not even these
-            raise UserError(f"tokeniser: {' '.join(str(error).split())}; expected one of tokenizers") from None
+            raise UserError(f"tokeniser: {one_line(error)}; expected one of tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) and is_unicode(token) for token in tokens):
         raise UserError(

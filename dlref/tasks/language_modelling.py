@@ -37,8 +37,7 @@ class LanguageModel(Task):
     """Cross entropy of each token given the ones before it.
 
     The network has `forward`, `output`, `logits`, `attention` and `context_length` as `GPT` does, and to be sharded its
-    blocks in `h`. A batch holds
-    (B, T + 1) tokens: the first T are read, the last T predicted.
+    blocks in `h`. A batch holds (B, T + 1) tokens: the first T are read, the last T predicted.
 
     Args:
         prompt: text from which samples begin while training.

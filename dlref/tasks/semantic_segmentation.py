@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.preprocess import Normalise, check_classes, of_a_black_image
 from dlref.tasks.task import Task, check_class_weights
-from dlref.tasks.weights import one_line
 
 VOID = 255  # what the masks have where a pixel counts for nothing
 PICTURES = 12  # in the figure of masks

@@ -17,10 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.devices import several
-from dlref.tasks.weights import load_weights, one_line, read_checkpoint, read_facts
+from dlref.tasks.weights import load_weights, read_checkpoint, read_facts
 
 
 class Task(LightningModule):

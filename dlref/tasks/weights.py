@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 from dlref.tasks.seal import damage, seal_of
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     needed = {key for key in missing if (key.startswith(network.base) if of_base else not key.startswith(of_classes))}
     problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
     if problems:
-        named = [f"{key} {shapes(state, key)}, here {shapes(own, key)}" for key in problems[:SHOWN]]
+        named = [f"{key} {shape_of(state, key)}, here {shape_of(own, key)}" for key in problems[:SHOWN]]
         raise UserError(
             f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({'; '.join(named)}"
             f"{'; ...' * (len(problems) > SHOWN)}); expected the weights of this architecture"
@@ -118,11 +119,6 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     return fresh
 
 
-def shapes(state: Mapping[str, Tensor], key: str) -> str:
+def shape_of(state: Mapping[str, Tensor], key: str) -> str:
     """The shape of a tensor, or that there is none."""
     return f"({', '.join(map(str, state[key].shape))})" if key in state else "missing"
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split())
