@@ -17,12 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
-from dlref.export.convert import SAMPLES
+from dlref.export.convert import SAMPLES, Plan, convert, is_quantised
+from dlref.export.graph import write_onnx
 from dlref.export.measure import provider, starts
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
 from dlref.runtime import load
+from dlref.runtime.bundle import OnnxGraph
 from dlref.tasks import ImageClassifier, ImagePreprocess
+from dlref.tasks.deployable import Graph
 
 NETWORKS = {
     "lenet5": lambda: (classifier().eval(), Pixels()),
@@ -150,6 +153,41 @@ def weights(model):
 def activation_types(model):
     known = constants(model)
     return {known[node.input[2]].dtype.type for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+
+class Summing(nn.Module):
+    """A layer of 32 equal weights on 32 equal numbers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        for weights in self.parameters():
+            nn.init.constant_(weights, 0.01 if weights.ndim > 1 else 0)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+SUMMING = {
+    "Conv": (nn.Conv1d(32, 2, 1), [1, 32, 3]),
+    "MatMul": (nn.Linear(32, 2), [1, 3, 32]),
+    "LSTM": (nn.LSTM(32, 2, batch_first=True), [1, 3, 32]),
+}
+
+
+@pytest.mark.parametrize("name", ["x86-64", "arm64"])
+@pytest.mark.parametrize("operator", SUMMING)
+def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
+    """x86-64 without VNNI adds pairs of products, of up to 255 x 127, in 16 bits, unless it is told not to."""
+    layer, shape = SUMMING[operator]
+    graph = Graph(Summing(layer).eval(), {"x": torch.ones(shape)}, ["y"], {}, {})
+    feeds = [{"x": np.ones(shape, np.float32)}]
+    write_onnx(graph, tmp_path / "sum.onnx", TARGETS[name])
+    convert(tmp_path / "sum.onnx", tmp_path / "int8.onnx", TARGETS[name], Plan("int8", "MinMax"), feeds)
+    assert is_quantised(tmp_path / "int8.onnx")
+    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(**feeds[0])
+    np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
 
 
 # The ladder

@@ -11,7 +11,7 @@ class Quantisation:
         activation: a QuantType of onnxruntime, for what flows between nodes.
         weight: a QuantType, for constants.
         per_channel: a scale for each output channel of a weight.
-        reduce_range: 7 bits a weight, for processors whose sums of 8-bit products saturate.
+        reduce_range: 7 bits a weight, whose products fit the 16 bits that x86-64 without VNNI adds pairs of them in.
         qnn: let onnxruntime's own configuration for Qualcomm's HTP add to this.
     """
 
@@ -64,14 +64,14 @@ TARGETS = {
         Target("cpu", "any CPU"),
         Target(
             "x86-64",
-            "x86-64 with VNNI: Intel since Ice Lake, AMD since Zen 4",
+            "x86-64, at its fastest with VNNI: Intel since Ice Lake, AMD since Zen 4",
             machines=X86,
             precision="int8",
             quantisation=Quantisation("QUInt8"),
         ),
         Target(
             "x86-64-avx2",
-            "older x86-64, where sums of 8-bit products saturate",
+            "x86-64 without VNNI: Intel before Ice Lake, AMD before Zen 4",
             machines=X86,
             precision="int8",
             quantisation=Quantisation("QUInt8", reduce_range=True),
