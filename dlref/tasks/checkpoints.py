@@ -1,6 +1,9 @@
 """The checkpoint that a run goes on from: when it is written, and how."""
 
+import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -45,6 +48,7 @@ class Last(Checkpoint):
     """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when told to end.
 
     A step that validation follows is not saved before it: a run that went on from there would skip that validation.
+    Where a fit ends without a validation, best.ckpt is a copy.
 
     Args:
         minutes: between two of them.
@@ -110,7 +114,7 @@ class Last(Checkpoint):
         if not stepped or validates_next(trainer, batch_idx):
             return
         self.ending = self.agreed(trainer)
-        if self.ending or self.step == trainer.max_steps or self.due(trainer):
+        if self.ending or self.step == trainer.max_steps or trainer.should_stop or self.due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
@@ -131,6 +135,12 @@ class Last(Checkpoint):
         """Told in the last step: what comes after training is left to the one who goes on."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
+        best = self.path.with_name("best.ckpt")
+        if trainer.is_global_zero and self.path.is_file() and not best.is_file():
+            part = shutil.copy(self.path, best.with_name("best.ckpt.part"))
+            os.replace(part, best)
+            print("no validation came before the end: best.ckpt is last.ckpt", file=sys.stderr)
+        trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
         """Whether any of the processes was told to end."""
