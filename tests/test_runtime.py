@@ -329,6 +329,16 @@ def test_options_may_stand_anywhere(bundle, tmp_path, capsys):
         assert [json.loads(line)["label"] for line in lines] == ["bright"] * arguments.count(paths[1])
 
 
+def test_a_text_that_begins_as_an_option_does(bundle, capsys):
+    assert main([str(bundle), "-heute"]) == 2
+    assert "unrecognized arguments: -heute; " in capsys.readouterr().err
+    assert main([str(bundle), "--", "-heute"]) == 2
+    assert "error: -heute: not found; " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["-h"])
+    assert ended.value.code == 0
+
+
 @pytest.mark.parametrize("option", [["--form", "sagemaker"], ["--output", "a.png"], ["--overlay", "a.png"]])
 def test_a_text_as_it_comes_is_nothing_else(bundle, tmp_path, monkeypatch, capsys, option):
     monkeypatch.chdir(tmp_path)

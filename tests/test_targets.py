@@ -171,7 +171,9 @@ class Summing(nn.Module):
 
 SUMMING = {
     "Conv": (nn.Conv1d(32, 2, 1), [1, 32, 3]),
+    "Conv twice": (nn.Sequential(*[nn.Conv1d(32, 32, 1)] * 2), [1, 32, 3]),
     "MatMul": (nn.Linear(32, 2), [1, 3, 32]),
+    "MatMul twice": (nn.Sequential(*[nn.Linear(32, 32)] * 2), [1, 3, 32]),
     "LSTM": (nn.LSTM(32, 2, batch_first=True), [1, 3, 32]),
 }
 

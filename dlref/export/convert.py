@@ -52,6 +52,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
+QUANTISED = {*WEIGHTED, *DYNAMIC}
 # Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing.
 RECURRENT = {"LSTM", "GRU", "RNN"}
 # Histograms keep every activation of every sample in memory, so they see fewer.
@@ -150,6 +151,23 @@ def prepare(source: Path, path: Path, target: Target) -> None:
     first = fused if target.quantisation.qnn and qnn_preprocess_model(source, fused) else source
     # Symbolic inference takes ONNX's Attention for Microsoft's, and fails; ONNX's own inference is enough.
     quant_pre_process(first, path, skip_symbolic_shape=True)
+    model = onnx.load(path)
+    own_weights(model.graph)
+    onnx.save(model, path)
+
+
+def own_weights(graph: onnx.GraphProto) -> None:
+    """Copy the weights that several layers share: onnxruntime cannot make such layers exact where there is no VNNI."""
+    weights, taken = {tensor.name: tensor for tensor in graph.initializer}, set()
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type not in QUANTISED or name not in weights:
+                continue
+            if name in taken:
+                node.input[place] = f"{name}.{len(graph.initializer)}"
+                graph.initializer.add().CopyFrom(weights[name])
+                graph.initializer[-1].name = node.input[place]
+            taken.add(name)
 
 
 def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds) -> StaticQuantConfig:

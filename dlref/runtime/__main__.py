@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from PIL import Image
@@ -94,6 +95,9 @@ def opened(arguments: list[str]):
         for name, (read, text) in kind.options.items():
             own[name] = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
             known.add_argument(f"--{name.replace('_', '-')}", type=read, action=own[name], help=text)
+    for argument in takewhile("--".__ne__, arguments):
+        if re.match("-h.", argument):  # Python takes -heute for -h since 3.13
+            known.error(f"unrecognized arguments: {argument}")
     options = known.parse_intermixed_args(arguments)  # an option may stand between the bundle and its inputs
     if bool(options.inputs) == (options.prompt is not None):
         known.error("the following arguments are required: INPUT, or --prompt in its place")

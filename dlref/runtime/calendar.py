@@ -17,6 +17,7 @@ import numpy as np
 from dlref.runtime.errors import UserError
 
 LARGEST_LAG = 1200  # steps; longer histories are rarely at hand
+MONTH, DAY = np.timedelta64(1, "M"), np.timedelta64(1, "D")
 SECONDS = {"min": 60, "H": 3600, "D": 86_400, "W": 604_800}
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.0{1,9})?)?)?")
 ORIGIN, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
@@ -136,8 +137,8 @@ def _same_day(start: np.datetime64, months: np.ndarray) -> np.ndarray:
     """The same day of other months, or the last one where a month is shorter, datetime64[D]."""
     first = start.astype("datetime64[M]")
     day = start.astype("datetime64[D]") - first
-    others = first + months
-    longest = (others + 1).astype("datetime64[D]") - others - 1
+    others = first + months.astype("timedelta64[M]")
+    longest = (others + MONTH).astype("datetime64[D]") - others - DAY
     return others.astype("datetime64[D]") + np.minimum(day, longest)
 
 
@@ -156,7 +157,8 @@ def _day_of_week(times: np.ndarray) -> np.ndarray:
 
 
 def _week_of_year(times: np.ndarray) -> np.ndarray:
-    thursday = times.astype("datetime64[D]") - _day_of_week(times) + 3  # says the year of a week (ISO)
+    to_thursday = (3 - _day_of_week(times)).astype("timedelta64[D]")
+    thursday = times.astype("datetime64[D]") + to_thursday  # says the year of a week (ISO)
     return _since(thursday, "Y", "D") // 7
 
 
@@ -173,9 +175,9 @@ PLACES = {
 
 def _months(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     months = times.astype("datetime64[M]")
-    since, left = times - months, months + 1 - times
+    since, left = times - months, months + MONTH - times
     # The last days of months are as regular as the first, and what pandas writes.
-    last = (left == left[0]) & (left[0] <= np.timedelta64(1, "D"))
+    last = (left == left[0]) & (left[0] <= DAY)
     return (months - months[0]).astype(np.int64), (since == since[0]) | last
 
 
