@@ -210,6 +210,29 @@ def test_the_batch_is_repeated_where_there_is_one():
     assert bench.repeated({"classify": {"image": image}}, fixed) is None
 
 
+@pytest.mark.parametrize(("axes", "rows"), [({"x": {"0": "batch"}}, 8), ({}, 1)])
+def test_speeds_are_of_the_median_call_and_of_all_its_rows(axes, rows, tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": axes}}}))
+    np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
+    monkeypatch.setattr(bench, "clock", lambda call: [0.5, 0.5, 2.0])
+    figures = bench.measure(lambda: {"g": lambda x: None}, tmp_path, 0.0)
+    assert (figures["throughput"], figures["latency_ms"]) == (rows / 0.5, 500)
+
+
+def test_first_calls_are_not_timed(monkeypatch):
+    now = iter(np.cumsum([0.0, *[0.0, 5.0] * bench.WARMUP, *[0.0, 1.0] * 99]))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    assert bench.clock(lambda: None) == [1.0] * bench.CALLS
+
+
+def test_a_graph_is_called_as_often_as_an_answer_calls_it(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"calls": 3}}}))
+    seen = []
+    bench.repeating({"g": lambda x: seen.append(x)}, tmp_path)["g"](x=1)
+    assert seen == [1, 1, 1]
+
+
 def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
     def size(name):
         return sum(path.locate().stat().st_size for path in distribution(name).files if path.locate().is_file()) / 1e6
@@ -269,7 +292,6 @@ def test_two_bundles_are_measured_in_turns(tmp_path, monkeypatch):
 
 FIFTY_MEGABYTES = """
 import json
-import re
 import numpy as np
 from dlref.runtime import bench
 before = bench.memory()

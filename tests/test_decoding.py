@@ -83,13 +83,33 @@ def test_sentences_do_not_change_each_others_answers(beam):
         assert one.log_probability == pytest.approx(together[sentence].log_probability)
 
 
-def test_log_probability_and_attention_are_those_of_the_hypothesis():
+@pytest.mark.parametrize("seed", range(20))
+def test_log_probability_and_attention_are_those_of_the_hypothesis(seed):
     """This table's attention is on the token before: it has to be that of the hypothesis, not of another."""
-    table = Table(8, seed=3)
+    table = Table(8, seed=seed)
     for sentence, one in enumerate(beam_search(table, table.start, 4, 1.0, 9)):
         written = [*one.tokens, *[END] * one.ended]
         assert one.log_probability == pytest.approx(table.total(sentence, written))
         assert one.attention.argmax(1).tolist() == [BEGIN, *written[:-1]]
+
+
+def test_a_search_goes_on_while_a_longer_answer_could_rank_higher():
+    """To end at once has -1.0; `4 6` has -1.15 in all and ranks higher by its length, though it begins lower."""
+    after = {
+        BEGIN: (-1.0, -1.1, -99, -99),
+        4: (-99, -99, -0.05, -0.06),
+        5: (-1.0, -99, -99, -99),
+        6: (0.0, -99, -99, -99),
+    }
+
+    def step(token, state, sentences):
+        known = np.array([[after.get(one, after[6]) for one in row] for row in token.tolist()], float)
+        order = np.argsort(-known, axis=2, kind="stable")
+        values = np.take_along_axis(known, order, 2)
+        return Next(values, np.array(TOKENS)[order], state, np.ones((*token.shape, 1)))
+
+    (one,) = beam_search(step, np.zeros((1, 1, 1)), 2, 1.0, 10)
+    assert one.tokens == [4, 6]
 
 
 def test_a_wider_beam_never_ranks_lower_without_a_penalty_here():

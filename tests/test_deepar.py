@@ -64,6 +64,10 @@ def test_series_without_categories_and_scales_that_matter():
     assert not torch.allclose(one, other)
 
 
+def test_dropout_is_that_of_the_recurrent_layers():
+    assert DeepAR(4, 2, dropout=0.4).rnn.dropout.p == 0.4
+
+
 def test_another_cell_is_refused(unchecked):
     with pytest.raises(ValueError, match="no cell 'rnn': expected lstm, gru"):
         DeepAR(4, 2, cell="rnn")

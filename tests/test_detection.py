@@ -17,11 +17,17 @@ from test_export import export
 from test_tasks import sgd
 from torch import nn
 from torchvision import models as published
+from torchvision import tv_tensors
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_convert
 
 from dlref.data import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
 from dlref.data.augment import photometric
+from dlref.data.box_listings import BoxListing, Picture
 from dlref.export.targets import TARGETS
 from dlref.models import SSDVGG16, VGG, ResNet, SSDResNet
+from dlref.models.ssd import LAYOUTS
 from dlref.runtime import UserError, load, make_runner
 from dlref.runtime.__main__ import main
 from dlref.tasks import ImagePreprocess, ObjectDetector
@@ -83,8 +89,6 @@ class Painted(DigitScenes):
         self.n = n
 
     def list_splits(self):
-        from dlref.data.box_listings import BoxListing, Picture
-
         boxes = torch.tensor([[0.0, 0, 4, 4], [4, 4, 8, 8]])
         picture = Picture("0", boxes, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool))
         image = torch.from_numpy(painted()).permute(2, 0, 1)
@@ -153,6 +157,14 @@ def test_scales_of_the_default_boxes_are_the_config_s():
     for refused in (scales[1:], [0.0, *scales[1:]]):
         with pytest.raises(ValueError, match="expected 7 numbers above 0 at 300 pixels"):
             SSDResNet(18, 3, 300, refused)
+
+
+def test_default_boxes_are_torchvision_s():
+    layout = LAYOUTS[300]
+    published = DefaultBoxGenerator(list(map(list, layout.ratios)), scales=layout.scales, steps=layout.steps)
+    maps = [torch.zeros(1, 1, side, side) for side in layout.maps]
+    (theirs,) = published(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), maps)
+    torch.testing.assert_close(box_convert(layout.boxes(300), "cxcywh", "xyxy"), theirs / 300)
 
 
 def test_sizes_that_no_layout_has_are_refused(unchecked):
@@ -290,6 +302,21 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
     assert (seen[:, 2] - seen[:, 0]).max() > 0.5  # cropped
 
 
+def test_crops_and_mirror_images_are_options_of_their_own():
+    for flip, name in ((True, "RandomHorizontalFlip"), (False, "RandomIoUCrop")):
+        steps = DigitScenes(zoom_out=1, crop=not flip, flip=flip).train_transform().transforms
+        assert [type(step).__name__ for step in steps] == [name, "Resize", "SanitizeBoundingBoxes"]
+
+
+def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():
+    zoom = DigitScenes(zoom_out=4).train_transform().transforms[0]
+    zoom.p = 1.0
+    image = tv_tensors.Image(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 8, 8]], format="XYXY", canvas_size=(8, 8))
+    pixels = zoom({"image": image, "boxes": boxes})["image"].flatten(1).T.tolist()
+    assert set(map(tuple, pixels)) == {(0, 0, 0), (123, 117, 104)}
+
+
 def test_evaluation_sees_whole_pictures(tmp_path):
     data = VOCBoxes(framed(tmp_path, 10), train="ImageSets/Main/train.txt", image_size=120, batch_size=2, num_workers=0)
     data.setup()
@@ -351,6 +378,19 @@ def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys)
     assert (data.splits["train"][0][1]["labels"] >= 0).tolist() == [True, False]
 
 
+def test_every_split_has_the_classes_of_training(monkeypatch):
+    asked = {}
+
+    def read(self, path, classes):
+        asked[path.name] = classes
+        picture = Picture(path.name, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+        return BoxListing([picture], classes or ["b", "a"], {})
+
+    monkeypatch.setattr(VOCBoxes, "read", read)
+    VOCBoxes(root="", train="train", val="val", test="test").list_splits()
+    assert asked == {"train": None, "val": ["b", "a"], "test": ["b", "a"]}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -393,6 +433,12 @@ def test_light_changes_each_image_alone_and_keeps_greys_grey():
         torch.tensor([200, 50, 50], dtype=torch.uint8)[:, None, None].expand(64, 3, 2, 2).contiguous()
     )
     assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
+
+
+def test_light_moves_by_32_levels_that_contrast_scales():
+    black, white = (photometric(torch.full((512, 3, 1, 1), level, dtype=torch.uint8)) for level in (0, 255))
+    assert 33 < black.max() <= 48
+    assert white.min() >= 100
 
 
 # The task
@@ -471,6 +517,16 @@ def test_what_does_not_fit_together_is_refused(options, message):
     assert message in str(caught.value)
 
 
+def test_a_default_box_matches_where_it_overlaps_enough():
+    targets = {"boxes": torch.tensor([[[0.0, 0.0, 0.7, 0.7]]]), "labels": torch.tensor([[0]])}
+    found = []
+    for threshold in (0.1, 0.9):
+        task = detector(overlap_threshold=threshold)
+        heads = task(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        found.append(int(task.losses(heads, targets)["positives"]))
+    assert found == [3, 1]
+
+
 def test_pictures_of_another_size_than_the_network_s_are_refused():
     task, data = detector(), Painted()
     data.setup()
@@ -517,8 +573,11 @@ def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
     detect = type("Fixed", (), {"shape": fixed.shape, "__call__": staticmethod(lambda image: answer(image))})()
     runner = make_runner("object-detection", {"detect": detect}, {"labels": ["red", "blue"], "channels": 3})
     wide = np.repeat(painted(64), 2, axis=1)
-    boxes = {f["label"]: f["box"] for f in runner([wide, wide])[1]["objects"] if f["score"] > 0.5}
+    found = runner([wide, wide])[1]
+    boxes = {f["label"]: f["box"] for f in found["objects"] if f["score"] > 0.5}
     assert boxes == {"red": [0, 0, 64, 32], "blue": [64, 32, 128, 64]}
+    rows = [[label, *shares] for label, score, *shares in runner.sagemaker(found)["prediction"] if score > 0.5]
+    assert sorted(rows) == [[0, 0, 0, 0.5, 0.5], [1, 0.5, 0.5, 1, 1]]
 
 
 @pytest.mark.parametrize(

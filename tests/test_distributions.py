@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT, poisson
+from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT, gamma, poisson
 
 COUNTS = [0.0, 1.0, 7.0, 400.0]
 REAL = [-3.0, 0.0, 2.5, 1e4]
@@ -49,6 +49,25 @@ def test_negative_binomial_has_the_paper_s_mean_and_variance():
     np.testing.assert_allclose(theirs.var(), mean + mean**2 * shape, rtol=1e-5)
 
 
+def test_there_is_a_variance_whatever_a_network_answers():
+    freedom, *_ = StudentT().domain(torch.full((1, 3), -50.0), torch.ones(1))
+    assert freedom >= 2
+
+
+@pytest.mark.parametrize(
+    ("distribution", "values", "supported"),
+    [
+        (NegativeBinomial(), [0.0, 7.0], True),
+        (NegativeBinomial(), [0.0, 0.5], False),
+        (NegativeBinomial(), [-1.0], False),
+        (Beta(), [0.0, 1.0], True),
+        (Beta(), [0.5, 1.5], False),
+    ],
+)
+def test_one_value_without_a_likelihood_is_enough(distribution, values, supported):
+    assert distribution.supports(torch.tensor(values)) is supported
+
+
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
 def test_extreme_answers_of_a_network_have_a_finite_likelihood_and_gradient(distribution):
     raw = torch.tensor([-80.0, -5.0, 0.0, 5.0, 80.0])[:, None].repeat(1, distribution.parameters).requires_grad_()
@@ -88,6 +107,27 @@ def test_draws_are_distributed_as_scipy_says(distribution, raw, scale, theirs):
     values, counts = np.unique(drawn, return_counts=True)
     reference = theirs(*(parameter[0].item() for parameter in parameters))
     assert np.abs(reference.cdf(values) - np.cumsum(counts) / DRAWS).max() < 2.23 / np.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
+def test_noise_of_zero_draws_a_number(distribution):
+    parameters = distribution.domain(torch.zeros(1, distribution.parameters), torch.ones(1))
+    assert distribution.sample(parameters, torch.zeros(1, distribution.uniforms)).isfinite().all()
+
+
+def test_a_gamma_variable_is_a_later_try_where_the_first_is_refused():
+    noise = torch.full((2, 9), 0.5)
+    noise[:, 0], noise[:, 1] = 1e-6, 0.0  # a first try of 5.3, far out
+    noise[0, 4], noise[1, 4] = 0.999, 1e-7  # ... refused, and taken
+    refused, taken = gamma(torch.full((2,), 0.1), noise)
+    assert refused < taken
+
+
+@pytest.mark.parametrize(("mean", "apart"), [(5.0, 0), (31.0, 1), (50.0, 1), (75.0, 1), (300.0, 1)])
+def test_counts_are_scipy_s_quantiles(mean, apart):
+    normal = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    expected = stats.poisson(mean).ppf(stats.norm.cdf(normal.numpy()))
+    assert np.abs(poisson(torch.full((61,), mean, dtype=torch.float64), normal).numpy() - expected).max() <= apart
 
 
 def test_a_poisson_variable_has_no_count_that_it_never_takes():

@@ -522,6 +522,16 @@ def test_a_choice_that_differs_in_more_than_a_few_rows_is_refused(actual):
         compared(actual)
 
 
+def longer(array):
+    array[0, 30:38] = 5
+    return array
+
+
+def test_rows_too_many_are_counted():
+    with pytest.raises(Refused, match=": 8 of 300 differ"):
+        compared(changed(**dict.fromkeys(ROWS, longer), count=lambda n: n + 8 * (np.arange(10) == 0)))
+
+
 @pytest.mark.parametrize(
     "actual",
     [

@@ -27,7 +27,7 @@ from dlref.models import DeepAR
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
-from dlref.runtime.runners.forecasting import LEVELS
+from dlref.runtime.runners.forecasting import LEVELS, Past
 from dlref.runtime.series import changes
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
@@ -89,6 +89,10 @@ def test_lags_of_increasing_integers_are_that_much_less():
     found = task.network.lagged[0] * task.network.scale
     now = counting[0, -10:, None]
     torch.testing.assert_close(now - found, torch.tensor(H.lags).float().expand(10, -1), rtol=1e-4, atol=1e-2)
+
+
+def test_lags_above_the_longest_are_left_out():
+    assert forecaster(longest_lag=3).lags == [1, 2, 3]
 
 
 def test_the_scale_is_the_mean_of_what_is_observed_of_the_context():
@@ -320,6 +324,10 @@ def test_a_point_forecast_at_all_levels_loses_its_absolute_error():
     assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
 
 
+def test_a_loss_is_in_hundredths_of_the_reference():
+    assert forecaster().degradation(0.2, 0.21) == pytest.approx(5)
+
+
 # Graphs and the runner
 
 
@@ -488,9 +496,41 @@ def test_the_noise_of_paths_falls_into_each_part_alike(runner):
     assert noise.shape == (50, 4, 2)
     assert noise.dtype == np.float32
     np.testing.assert_array_equal(np.sort((noise * 50).astype(int), axis=0)[:, 2, 1], np.arange(50))
-    assert abs(np.corrcoef(noise[:, 0, 0], noise[:, 0, 1])[0, 1]) < 0.5
+    assert np.abs(np.corrcoef(noise.reshape(50, 8).T) - np.eye(8)).max() < 0.5  # no path keeps its part
     assert noise.min() >= 0
     assert noise.max() < 1
+
+
+def test_every_series_has_noise_of_its_own(runner):
+    one, other = (runner.noise(np.float32([value, 1]), 10, 0) for value in (1, 2))
+    assert not np.array_equal(one, other)
+
+
+def test_requests_of_other_seeds_are_answered_apart(runner):
+    one, other = (runner.read({"instances": [instance()], "configuration": {"seed": seed}}) for seed in (0, 1))
+    assert runner.together(one, one)
+    assert not runner.together(one, other)
+
+
+class Sevens:
+    """A step whose values are 7 over the scale, rounded as float32 rounds them."""
+
+    shape = dict.fromkeys(("noise", "lagged"), ("batch", "sample", 1))
+
+    def __call__(self, lagged, scale, state, **_):
+        return {"value": np.float32(7) / np.broadcast_to(scale[:, None], lagged.shape[:2]), "next_state": state}
+
+
+def test_counts_stay_whole(runner):
+    """What is divided by a scale and multiplied again may be another; here the scale is a series' last value."""
+
+    def encode(target, **_):
+        return {"scale": target[:, -1], "state": np.zeros((1, len(target), 1), np.float32)}
+
+    counts = make_runner("forecasting", {"encode": encode, "step": Sevens()}, runner.metadata | {"whole_numbers": True})
+    targets = [[*instance()["target"], scale] for scale in np.linspace(0.1, 9, 200).tolist()]
+    pasts = [runner.past(instance(31, target=target), "here") for target in targets]
+    assert (counts.paths(Past(*map(np.stack, zip(*pasts, strict=True))), 4) == 7).all()
 
 
 def test_a_seed_draws_other_paths_of_the_same_forecast(runner):
@@ -778,6 +818,14 @@ def test_tables_become_the_same_windows(tmp_path):
     two.setup()
     assert (len(two.sources()), ends_of(two, "test")) == (4, [[350]] * 4)
     assert two.sources()[0] == "dated.csv: a"
+
+
+def test_rows_of_two_tables_are_joined_by_name(tmp_path):
+    (tmp_path / "train.csv").write_text("id,V1,V2\na,1,2\nb,10,20\n")
+    (tmp_path / "test.csv").write_text("id,V1\nb,30\na,3\n")
+    series = RowSeries(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), **SIZES).table(H)
+    assert series.names == ["a", "b"]
+    assert series.target.tolist() == [1, 2, 3, 10, 20, 30]
 
 
 @pytest.mark.parametrize(

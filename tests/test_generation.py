@@ -43,12 +43,13 @@ def test_what_may_be_drawn_is_what_transformers_draws_from(top_k, top_p, tempera
         np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("mean", [0, -3])
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
-def test_repetition_is_penalised_as_transformers_does(penalty):
+def test_repetition_is_penalised_as_transformers_does(penalty, mean):
     chosen = Settings(temperature=0, repetition_penalty=penalty)
     generator = np.random.default_rng(0)
     for _ in range(50):
-        logits, before = generator.normal(0, 1, 12).astype(np.float32), generator.integers(0, 12, 5).tolist()
+        logits, before = generator.normal(mean, 1, 12).astype(np.float32), generator.integers(0, 12, 5).tolist()
         kept = logits.copy()
         expected = of_hugging_face(logits, chosen._replace(temperature=1), before).argmax()
         assert next_token(logits, before, chosen, generator) == expected
@@ -82,6 +83,11 @@ def test_pieces_are_the_text_until_a_stop(given_text, stop):
     places = [given_text.find(one) for one in stop if one in given_text]
     assert text.text == "".join(pieces) == (given_text[: min(places)] if places else given_text)
     assert text.reason == ("stop" if places else "end")
+
+
+def test_of_two_stops_at_once_the_one_that_begins_first_ends_the_text():
+    text, _ = told(Settings(temperature=0, stop=("c", "bc")), BYTES.encode("abc"))
+    assert (text.text, text.reason) == ("a", "stop")
 
 
 def test_a_letter_of_several_bytes_comes_whole():

@@ -133,6 +133,14 @@ def test_texts_of_different_lengths_share_a_past():
     torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_may_lie_beyond_the_context():
+    """As a text has it that is full and is read beside another with more new tokens."""
+    model, tokens = network(context_length=4), torch.randint(13, (1, 5))
+    _, keys, values = model(tokens[:, :3])
+    hidden, _, _ = model(tokens[:, 3:], Past(keys, values, torch.tensor([3])))
+    torch.testing.assert_close(model.logits(hidden)[:, 0], answers(model, tokens[:, :4])[:, 3], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_no_token_sees_what_comes_after_it(positions):
     model = network(positions=positions)
@@ -225,6 +233,14 @@ def test_dropout_and_nothing_else_is_of_the_mode():
     plain = network(bias=False, dropout=0.0)
     assert torch.equal(answers(plain.train(), tokens), answers(plain.eval(), tokens))
     assert not [name for name, _ in plain.named_parameters() if "bias" in name]
+
+
+@pytest.mark.parametrize(("other", "without"), [("resid_dropout", torch.nn.Identity()), ("dropout", 0.0)])
+def test_attention_drops_weights_and_outputs(other, without):
+    attention = network(dropout=0.5).train().h[0].attn
+    setattr(attention, other, without)
+    hidden = torch.randn(1, 6, 16)
+    assert not torch.equal(attention(hidden, None, None)[0], attention(hidden, None, None)[0])
 
 
 @pytest.mark.parametrize(

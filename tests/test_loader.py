@@ -122,12 +122,13 @@ def test_devices_share_each_batch(order, count, devices):
     assert all(parts for share in shares for parts in share)
 
 
-def test_what_devices_draw_beside_a_batch_is_their_own(devices):
+def test_what_devices_draw_for_a_batch_and_beside_it_is_their_own(devices):
     drawn = []
     for rank in range(2):
         devices(rank, 2)
-        drawn.append([step for _, step in epoch_of(Data().train_dataloader(), 0)])
-    assert not any(map(torch.equal, *drawn))
+        epoch = epoch_of(Data().train_dataloader(), 0)
+        drawn.append([part for batch, step in epoch for part in (batch[:, 1], step)])
+    assert not any(torch.equal(one, other) for one in drawn[0] for other in drawn[1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])

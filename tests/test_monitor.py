@@ -147,6 +147,16 @@ def test_a_look_is_taken_at_every_so_many_steps_alone(tmp_path, monkeypatch):
     assert looks == [2 * 2 + 1] * (STEPS // 4)  # two norms of two weights, and a ReLU
 
 
+def test_each_look_begins_anew():
+    watch, silent = Monitor(), []
+    watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
+    watch.measured["silent", "act"] = torch.tensor(1.0)
+    for _ in range(2):
+        watch._look(scaled=False)
+        silent.append(watch.seen.silent)
+    assert silent == [{"act": 1.0}, {}]
+
+
 def test_batches_whose_gradients_add_up_are_one_step(tmp_path):
     network = Stack()
     done, watch = fitted(tmp_path, network, every=2, accumulate_grad_batches=3)
@@ -246,6 +256,14 @@ def test_a_unit_is_silent_where_it_is_0_everywhere(shape):
     assert dead_relu(Seen(silent={"a": 0.51, "b": 0.75})).startswith("b: 75% of the units")
 
 
+def test_a_module_that_serves_twice_counts_by_its_worst_call():
+    watch = Monitor()
+    watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
+    for output in (torch.ones(64, 4), torch.zeros(64, 4), torch.ones(64, 4)):
+        watch._hear("silent", "act", silent_units, nn.ReLU(), None, output)
+    assert watch.measured["silent", "act"] == 1
+
+
 def test_an_output_is_saturated_close_to_its_bounds():
     """Where the derivative is below 0.2% of its largest, of either function."""
     inputs = torch.linspace(-12, 12, 1001, requires_grad=True)
@@ -261,6 +279,7 @@ def test_a_loss_has_to_fall_within_ten_looks():
     assert loss_not_decreasing(Seen(losses=falling)) is None
     assert loss_not_decreasing(Seen(losses=[0.5] * LOOKS)) is None  # too early to tell
     assert loss_not_decreasing(Seen(losses=[0.5] * (LOOKS + 1)))
+    assert loss_not_decreasing(Seen(losses=[-5.0] * (LOOKS + 1)))
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * (LOOKS - 1)])) is None
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * LOOKS]))
     assert loss_not_decreasing(Seen(losses=[-1 - loss for loss in falling]))  # a likelihood that falls

@@ -80,6 +80,12 @@ def test_a_box_that_overlaps_little_still_gets_its_best_default_box():
     assert match(tiny, torch.tensor([[0]]), QUARTERS, 0.5).tolist() == [[-1, -1, -1, 0]]
 
 
+def test_an_overlap_of_just_the_threshold_is_enough():
+    quarter_and_its_half = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.25, 0.25, 0.5, 0.25]])
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5]]])
+    assert match(boxes, torch.tensor([[0]]), quarter_and_its_half, 0.5).tolist() == [[0, 0]]
+
+
 def test_of_two_boxes_with_one_best_default_box_the_later_gets_it():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4], NO_BOX]])
     assert match(boxes, torch.tensor([[0, 0, -1]]), QUARTERS, 0.5).tolist() == [[1, -1, -1, -1]]
@@ -145,6 +151,14 @@ def test_loss_is_torchvision_s_on_the_same_matches(torchvision_ssd, anchors):
     localisation, confidence = multibox_loss(offsets, logits, boxes, labels, anchors, matched)
     torch.testing.assert_close(localisation, expected["bbox_regression"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(confidence, expected["classification"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_of_half_precision_is_that_of_the_same_numbers(anchors):
+    boxes, labels = some_boxes(1, 3), torch.randint(0, 20, (1, 3))
+    offsets, logits = torch.randn(1, len(anchors), 4).bfloat16(), 10 * torch.randn(1, len(anchors), 21).bfloat16()
+    rest = boxes, labels, anchors, match(boxes, labels, anchors, 0.5)
+    found = multibox_loss(offsets, logits, *rest)
+    torch.testing.assert_close(found, multibox_loss(offsets.float(), logits.float(), *rest))
 
 
 def test_padding_changes_no_loss(anchors):
@@ -219,6 +233,12 @@ def test_suppression_by_hand():
         scores[0], torch.tensor([3.0, 1.0, 0.5, -99.0]).sigmoid() * torch.tensor([1, 1, 1, 0]), atol=1e-3, rtol=0
     )
     torch.testing.assert_close(boxes[0, :3], box_convert(anchors[[0, 2, 3]], "cxcywh", "xyxy"))
+
+
+def test_what_is_suppressed_is_no_detection_where_any_score_will_do():
+    logits = torch.tensor([[[0.0, 5.0], [0.0, 4.0], [0.0, 3.0]]])
+    *_, count = Detections(0.0, 0.5, 3)(torch.zeros(1, 3, 4), logits, QUARTERS[:1].expand(3, 4))
+    assert count.tolist() == [1]
 
 
 def test_an_answer_does_not_hang_on_the_place_in_the_batch(anchors):

@@ -100,6 +100,11 @@ def test_muon_alone_trains_what_is_not_frozen():
     assert not torch.equal(matrix, before)
 
 
+def test_muon_s_momentum_is_the_one_that_is_given():
+    optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(2, 2))], "hidden": True}], momentum=0.5)
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
 def test_muon_without_matrices_is_refused():
     for wrong in ("lr", "weight_decay", "momentum"):
         with pytest.raises(ValueError, match=rf"{wrong} -1.0.*; expected 0 or more"):

@@ -253,6 +253,10 @@ def test_byte_pairs_are_trained_the_same_again_and_have_their_size():
         make_vocabulary(TEXTS, "bpe", 100)
 
 
+def test_bytes_that_follow_each_other_once_are_no_pair():
+    assert len(make_tokenizer(make_vocabulary(["abcdefgh ijklm"], "bpe", 400))) == len(SPECIAL) + 256
+
+
 @pytest.mark.parametrize(
     "described",
     [
@@ -286,13 +290,16 @@ def test_every_sentence_is_in_one_batch_of_bounded_size():
         assert sorted(torch.cat(epoch).tolist()) == list(range(500))
         for batch in epoch:
             assert len(batch) * max(source[batch].max(), target[batch].max()) <= 200
+        widths = [int(batches.width(batch).max()) for batch in epoch]
+        assert widths != sorted(widths)
     another = list(batches.draw(generator))
     assert Counter(map(len, another)) == Counter(map(len, epoch))
     padding = sum(len(batch) * int(source[batch].max()) for batch in epoch) / int(source.sum())
     assert padding < 1.25
-    assert any(not torch.equal(one, other) for one, other in zip(another, epoch, strict=True))
+    assert {frozenset(batch.tolist()) for batch in another} != {frozenset(batch.tolist()) for batch in epoch}
     long = TokenBatches(source[:3] + 500, target[:3], 200)
     assert [len(batch) for batch in long.draw(generator)] == [1, 1, 1]
+    assert len(TokenBatches(torch.full((10,), 5), torch.full((10,), 5), 50)) == 1
 
 
 def test_a_batch_is_filled_up_behind():

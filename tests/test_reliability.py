@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import dlref.cli
 from dlref.cli import train
 from dlref.run import checkpoint_of
 from dlref.runtime import UserError
+from dlref.tasks.checkpoints import Last
 from dlref.tasks.finite import Finite
 from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
 from dlref.tasks.weights import read
@@ -139,6 +141,66 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
     assert "last.ckpt: not there; previous.ckpt, the one before it, is whole and is used" in second
 
 
+# When last.ckpt is written
+
+
+@pytest.fixture
+def saving(monkeypatch):
+    """A last.ckpt that is to be saved every ten minutes, its trainer, the clock, and when it was saved."""
+    now, saved = [1000.0], []
+    monkeypatch.setattr("dlref.tasks.checkpoints.time.monotonic", lambda: now[0])
+    trainer = SimpleNamespace(
+        global_step=3,
+        max_steps=-1,
+        should_stop=False,
+        world_size=1,
+        loggers=[],
+        val_check_batch=4,
+        is_last_batch=False,
+        fit_loop=SimpleNamespace(total_batch_idx=2),
+        strategy=SimpleNamespace(broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x),
+        save_checkpoint=lambda path, weights_only: saved.append(now[0]),
+    )
+    last = Last(minutes=10)
+    last.path, last.saved, last.step = "last.ckpt", now[0], 3
+    return last, trainer, now, saved
+
+
+def test_minutes_count_from_one_checkpoint_to_the_next(saving):
+    last, trainer, now, saved = saving
+    for seconds in (599, 600, 1199, 1200):
+        now[0] = 1000.0 + seconds
+        if last.due(trainer):
+            last.save(trainer)
+    assert saved == [1600.0, 2200.0]
+
+
+def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
+    last, trainer, now, saved = saving
+    for step in (4, 5):
+        now[0] = 2000.0 + step
+        trainer.global_step, trainer.fit_loop.total_batch_idx = step, step - 1
+        last.on_train_batch_end(trainer, None, None, None, step - 1)
+    assert saved == [2005.0]
+
+
+def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr("dlref.tasks.checkpoints.signal.signal", lambda *_: None)
+    last, told = Last(minutes=10), []
+    last.taken = last.batches = 6
+    trainer = SimpleNamespace(
+        received_sigterm=False,
+        num_training_batches=6,
+        val_check_batch=6,
+        global_step=6,
+        accumulate_grad_batches=1,
+        default_root_dir=tmp_path,
+        train_dataloader=SimpleNamespace(load_state_dict=told.append),
+    )
+    last.on_train_start(trainer, None)
+    assert told == [{"taken": 0}]
+
+
 # SIGTERM
 
 
@@ -206,6 +268,16 @@ def test_a_loss_is_looked_at_no_more_often_than_it_is_logged(monkeypatch):
     monkeypatch.setattr(Finite, "look", lambda self, trainer: looks.append(trainer.global_step) or self.seen.clear())
     assert fit(trainer__limit_train_batches=12, trainer__log_every_n_steps=5, trainer__max_epochs=1) == 0
     assert looks == [5, 10, 12, 12, 12]  # at the last batch, and before best.ckpt and last.ckpt
+
+
+def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
+    finite = Finite()
+    finite.on_train_start(None, None)
+    finite.losses.append(torch.tensor(torch.nan))
+    finite.seen.append({"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1})
+    second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False)
+    with pytest.raises(UserError, match="not finite in step 1"):
+        finite.on_save_checkpoint(second, None, {})
 
 
 def test_debug_learns_three_batches_by_heart_and_writes_nothing(tmp_path, capsys):

@@ -256,6 +256,11 @@ def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
     assert seen[-1] == bundles.cores()
 
 
+def test_a_session_has_the_threads_it_is_given(bundle):
+    graph = bundles.OnnxGraph(bundle / "classify.onnx", "CPUExecutionProvider", 3)
+    assert graph.session.get_session_options().intra_op_num_threads == 3
+
+
 @pytest.mark.parametrize("threads", [0, -1, True, "2", 1.5])
 def test_threads_that_are_no_number_are_refused(bundle, threads):
     with pytest.raises(UserError, match=r"threads .*; expected a whole number from 1"):

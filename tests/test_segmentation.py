@@ -422,6 +422,14 @@ def test_a_device_with_fixed_sizes_answers_at_the_size_of_the_picture():
         assert (found["mask"] == mask).mean() > 0.9
 
 
+def test_a_mask_that_is_enlarged_has_no_class_in_between():
+    shape = {"image": [1, 4, 4, 3]}
+    mask = np.tile(np.uint8([0, 0, 2, 2]), (1, 4, 1))
+    fixed = type("Fixed", (), {"shape": shape, "__call__": lambda self, image: {"mask": mask}})()
+    runner = make_runner("semantic-segmentation", {"segment": fixed}, {"labels": LABELS, "channels": 3})
+    assert set(np.unique(runner(np.zeros((9, 14, 3), np.uint8))["mask"])) == {0, 2}
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -127,6 +127,15 @@ def test_a_residual_is_not_dropped_out(layers):
     torch.testing.assert_close(outputs, expected)
 
 
+def test_the_attentional_vector_is_dropped_out():
+    model = network(dropout=0.5)
+    source, lengths, _ = sentences()
+    memory = model.encode(source, lengths)
+    one, other = (model.train()._attend(torch.ones(3, 1, 8), memory)[0] for _ in range(2))
+    assert (one == 0).any()
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
     ours = Bidirectional(cell, 6, 8, 2, residual=False, dropout=0.0)

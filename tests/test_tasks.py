@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from PIL import Image
 from safetensors.torch import save_file
 from sklearn import metrics as sklearn_metrics
 from torch import nn
@@ -29,9 +30,10 @@ from dlref.tasks import (
     Steps,
     Translator,
     WarmupCosine,
+    image_classification,
 )
 from dlref.tasks.averaging import Average
-from dlref.tasks.task import freeze
+from dlref.tasks.task import MeanLoss, freeze
 from dlref.tasks.weights import load_weights
 
 GREY = {"mean": [0.5], "std": [0.25]}
@@ -154,12 +156,12 @@ def test_several_labels_are_independent_binary_cross_entropies():
 
 
 def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
-    task = classifier(Linear(), auxiliary_weight=0.3)
+    task = classifier(Linear(), auxiliary_weight=0.7)
     task.mix = None
     task.log = lambda *_, **__: None
     images, targets = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
     main, auxiliary = task(images)
-    expected = F.cross_entropy(main, targets) + 0.3 * F.cross_entropy(auxiliary, targets)
+    expected = F.cross_entropy(main, targets) + 0.7 * F.cross_entropy(auxiliary, targets)
     torch.testing.assert_close(task.training_step((images, targets), 0), expected)
 
 
@@ -241,6 +243,21 @@ def test_classes_without_test_images_do_not_count(tmp_path):
     assert results["test/roc_auc"] == pytest.approx(np.mean(areas), abs=1e-5)
 
 
+def test_accuracy_is_of_images_whatever_their_classes():
+    probability, targets = torch.rand(50, 8).softmax(1), (torch.arange(50) % 8) * (torch.rand(50) < 0.3)
+    found = image_classification.test_metrics(8, False)
+    for name, k in (("accuracy", 1), ("top5_accuracy", 5)):
+        expected = sklearn_metrics.top_k_accuracy_score(targets, probability, k=k, labels=range(8))
+        assert found[name](probability, targets).item() == pytest.approx(expected)
+
+
+def test_a_mean_loss_may_be_of_less_than_one():
+    mean = MeanLoss()
+    mean.update(torch.tensor(2.0), torch.tensor(0.25))
+    mean.update(torch.tensor(4.0), torch.tensor(0.5))
+    assert mean.compute().item() == pytest.approx(2.5 / 0.75)
+
+
 # Schedules
 
 
@@ -313,6 +330,11 @@ def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
     assert max(seen) == seen[10] == 1
     assert seen[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert seen[-1] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_the_floor_stays_after_the_run():
+    schedule = WarmupCosine(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 10, final=0.1)
+    assert schedule.lr_lambdas[0](15) == pytest.approx(0.1)
 
 
 def test_a_schedule_steps_once_an_optimiser_step_and_knows_the_run_s_length(tmp_path):
@@ -433,6 +455,14 @@ def test_data_with_other_labels_is_refused(tmp_path):
         classifier().on_load_checkpoint({"facts": {"labels": ["c", "b", "a"]}})
 
 
+def test_weights_of_another_network_are_not_restored(tmp_path):
+    fitted = trainer(tmp_path)
+    fitted.fit(classifier(), datamodule=Pixels())
+    fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    with pytest.raises(UserError, match="expected weights of this network"):
+        classifier(Linear()).restore(tmp_path / "a.ckpt")
+
+
 def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
     task, data = classifier(), Pixels()
     fitted = trainer(tmp_path, max_epochs=2)
@@ -549,6 +579,13 @@ def test_pixels_are_normalised():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)[None, None].expand(1, 1, 3, 3)
     values = ImagePreprocess(3, **GREY)(images)[0, 0, 0]
     torch.testing.assert_close(values, torch.tensor([-2.0, -1.2, 2.0]))
+
+
+def test_the_resize_is_antialiased_as_pillow_s_is():
+    images = torch.randint(0, 256, (1, 1, 96, 96), dtype=torch.uint8)
+    found = ImagePreprocess(32, **GREY).resize(images.float())[0, 0].numpy()
+    expected = Image.fromarray(images[0, 0].numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(found, np.asarray(expected), atol=2)
 
 
 def test_one_channel_stands_for_three_and_three_are_not_one():

@@ -25,6 +25,7 @@ from dlref.export.verify import Reference, parity
 from dlref.models import Seq2Seq
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.decoding import beam_search
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
 from dlref.tasks import EMA, Translator
 from dlref.tasks.translation import WIDEST, bleu, exact_match
@@ -77,6 +78,32 @@ def test_the_loss_is_over_real_tokens_and_the_vocabulary_alone():
     real = (batch.target[:, 1:] != PAD).float()
     expected = 0.9 * loss + 0.1 * -(logits.mean(2) * real).sum() / real.sum()
     torch.testing.assert_close(smoothed.training_step(batch, 0), expected)
+
+
+def judged(task, *pairs):
+    """The mean loss of what an evaluation has seen, these pairs the last."""
+    task.translate, task.runner = lambda *_: {}, lambda *_: None
+    task.evaluation_step(batch_of(*pairs), 1)
+    return task.nll.compute().item()
+
+
+def test_padding_is_not_judged():
+    task = translator()
+    together, alone = judged(task, *PAIRS), []
+    for pair in PAIRS:
+        task.nll.reset()
+        alone.append(judged(task, pair))
+    assert together == pytest.approx(np.average(alone, weights=[len(target) + 1 for _, target in PAIRS]), rel=1e-5)
+
+
+def test_each_evaluation_begins_anew(monkeypatch):
+    task, logged = translator(), []
+    task.log_dict = lambda values, **_: logged.append(values)
+    monkeypatch.setattr("dlref.tasks.translation.SCORES", {})
+    for pairs in (PAIRS[:1], PAIRS, PAIRS[:1]):
+        judged(task, *pairs)
+        task.log_evaluation("val")
+    assert logged[0] == logged[2] != logged[1]
 
 
 class Progress:
@@ -252,6 +279,46 @@ def test_the_bundle_finds_the_same_strings(exported, beam):
         assert one["log_probability"] == pytest.approx(other["log_probability"], abs=1e-4)
         np.testing.assert_allclose(one["attention"], other["attention"], atol=1e-5)
     assert answers[1][0]["target"] == answers[1][5]["target"]
+
+
+def test_no_answer_begins_again():
+    step = translator().deployable(batch_of(*PAIRS)).graphs["step"]
+    answers = step(**{name: tensor.numpy() for name, tensor in step.inputs.items()})
+    likely = answers["log_probability"] > -np.inf
+    assert not np.isin(answers["next_token"][likely], [PAD, BEGIN]).any()
+
+
+class Ending:
+    """A step after which sources of two tokens have their answer and no others."""
+
+    def __init__(self, step):
+        self.step, self.shape, self.lengths = step, step.shape, []
+
+    def __call__(self, source, **known):
+        length = (source != PAD).sum(1)
+        self.lengths.append(length.tolist())
+        answer = self.step(source=source, **known)
+        token = np.where(length == 2, END, 4)[:, None, None]
+        return answer | {"next_token": np.broadcast_to(token, answer["next_token"].shape)}
+
+
+def test_each_sentence_keeps_its_own_memory():
+    served = translator(beam=1).deployable(batch_of(*PAIRS))
+    step = Ending(served.graphs["step"])
+    make_runner("translation", served.graphs | {"step": step}, served.metadata)(["a", "abc"])
+    assert step.lengths[:2] == [[2, 4], [4]]
+
+
+def test_a_bundle_searches_as_its_task_says(monkeypatch):
+    def search(*arguments):
+        seen.append(arguments[2:4])
+        return beam_search(*arguments)
+
+    seen = []
+    served = translator(beam=3, length_penalty=0.3).deployable(batch_of(*PAIRS))
+    monkeypatch.setattr("dlref.runtime.runners.translation.beam_search", search)
+    make_runner("translation", served.graphs, served.metadata)("ab")
+    assert seen == [(3, 0.3)]
 
 
 def test_batches_in_threads_are_the_same(exported):

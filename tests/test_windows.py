@@ -69,6 +69,12 @@ def test_calendar_and_age_of_each_time():
     torch.testing.assert_close(window.features[..., -2], torch.tensor([[5.0, 6.0], [2.0, 3.0]]).log10())
 
 
+def test_no_value_is_compared_with_that_of_another_series():
+    """A day apart: of the second series, 20 hours have none and 30 have six."""
+    store = SeriesStore(counting((30, 30, 30)), H)
+    assert store.seasonal_error(torch.tensor([1, 1]), torch.tensor([20, 30])).tolist() == [0, 24]
+
+
 def test_missing_values_carry_the_last_one_on():
     target = np.array([np.nan, 1, np.nan, np.nan, 4, np.nan, np.nan, 7, np.nan], np.float32)
     values, observed = carried(target, np.array([0, 5, 9]))
