@@ -127,7 +127,7 @@ class Start(Callback):
             raise UserError(f"best.metric {self.best.metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
-        """Without validation no checkpoint would be kept."""
+        """Without validation no checkpoint would be the best."""
         # A run that is resumed in an epoch without validation has not loaded it yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
-from dlref.export.convert import SAMPLES, Plan, convert, is_quantised
+from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in
 from dlref.export.graph import write_onnx
 from dlref.export.measure import provider, starts
 from dlref.export.targets import TARGETS
@@ -178,7 +178,7 @@ SUMMING = {
 }
 
 
-@pytest.mark.parametrize("name", ["x86-64", "arm64"])
+@pytest.mark.parametrize("name", ["x86-64", "arm64", "mobile"])
 @pytest.mark.parametrize("operator", SUMMING)
 def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     """x86-64 without VNNI adds pairs of products, of up to 255 x 127, in 16 bits, unless it is told not to."""
@@ -188,7 +188,9 @@ def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     write_onnx(graph, tmp_path / "sum.onnx", TARGETS[name])
     convert(tmp_path / "sum.onnx", tmp_path / "int8.onnx", TARGETS[name], Plan("int8", "MinMax"), feeds)
     assert is_quantised(tmp_path / "int8.onnx")
-    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(**feeds[0])
+    (tmp_path / "bundle").mkdir()
+    place_in(tmp_path / "bundle", tmp_path / "int8.onnx", TARGETS[name])
+    answer = OnnxGraph(tmp_path / f"bundle/int8.{TARGETS[name].file_format}", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
 
 

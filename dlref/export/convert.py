@@ -164,7 +164,7 @@ def own_weights(graph: onnx.GraphProto) -> None:
             if node.op_type not in QUANTISED or name not in weights:
                 continue
             if name in taken:
-                node.input[place] = f"{name}.{len(graph.initializer)}"
+                node.input[place] = f"{name}_of_{node.name}"
                 graph.initializer.add().CopyFrom(weights[name])
                 graph.initializer[-1].name = node.input[place]
             taken.add(name)

@@ -96,7 +96,7 @@ def opened(arguments: list[str]):
             own[name] = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
             known.add_argument(f"--{name.replace('_', '-')}", type=read, action=own[name], help=text)
     for argument in takewhile("--".__ne__, arguments):
-        if re.match("-h.", argument):  # Python takes -heute for -h since 3.13
+        if argument.startswith("-h") and argument != "-h":  # Python takes -heute for -h since 3.13
             known.error(f"unrecognized arguments: {argument}")
     options = known.parse_intermixed_args(arguments)  # an option may stand between the bundle and its inputs
     if bool(options.inputs) == (options.prompt is not None):

@@ -48,7 +48,7 @@ class Last(Checkpoint):
     """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when told to end.
 
     A step that validation follows is not saved before it: a run that went on from there would skip that validation.
-    Where a fit ends without a validation, best.ckpt is a copy.
+    Where a fit ends before its first validation, best.ckpt is a copy.
 
     Args:
         minutes: between two of them.
@@ -56,7 +56,7 @@ class Last(Checkpoint):
 
     def __init__(self, minutes: float):
         self.minutes = minutes
-        self.told = self.ending = False
+        self.told = self.ending = self.validated = False
         self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
 
     def hear(self, *_: Any) -> None:
@@ -65,11 +65,11 @@ class Last(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches an epoch has: the place of a batch means nothing among more or fewer."""
-        return {"batches": self.batches}
+        return {"batches": self.batches, "validated": self.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Those of the run that wrote the checkpoint."""
-        self.batches = state["batches"]
+        self.batches, self.validated = state["batches"], state.get("validated", True)
 
     def on_load_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""
@@ -114,13 +114,14 @@ class Last(Checkpoint):
         if not stepped or validates_next(trainer, batch_idx):
             return
         self.ending = self.agreed(trainer)
-        if self.ending or self.step == trainer.max_steps or trainer.should_stop or self.due(trainer):
+        if self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
         """After the best one, which `last` knows of."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        self.validated = True
         self.save(trainer)
         if self.agreed(trainer):
             raise Interrupted(self.path, self.kept)
@@ -135,10 +136,12 @@ class Last(Checkpoint):
         """Told in the last step: what comes after training is left to the one who goes on."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
-        best = self.path.with_name("best.ckpt")
-        if trainer.is_global_zero and self.path.is_file() and not best.is_file():
-            part = shutil.copy(self.path, best.with_name("best.ckpt.part"))
-            os.replace(part, best)
+        if trainer.is_global_zero and not self.validated and self.path.is_file():
+            part = self.path.with_name("best.ckpt.part")
+            try:
+                os.replace(shutil.copy(self.path, part), self.path.with_name("best.ckpt"))
+            finally:
+                part.unlink(missing_ok=True)
             print("no validation came before the end: best.ckpt is last.ckpt", file=sys.stderr)
         trainer.strategy.barrier("best.ckpt")
 
