@@ -156,7 +156,7 @@ def activation_types(model):
 
 
 class Summing(nn.Module):
-    """A layer of 32 equal weights on 32 equal numbers."""
+    """Layers of equal weights on 32 equal numbers; what comes twice shares its weights."""
 
     def __init__(self, layer):
         super().__init__()
@@ -170,10 +170,8 @@ class Summing(nn.Module):
 
 
 SUMMING = {
-    "Conv": (nn.Conv1d(32, 2, 1), [1, 32, 3]),
-    "Conv twice": (nn.Sequential(*[nn.Conv1d(32, 32, 1)] * 2), [1, 32, 3]),
-    "MatMul": (nn.Linear(32, 2), [1, 3, 32]),
-    "MatMul twice": (nn.Sequential(*[nn.Linear(32, 32)] * 2), [1, 3, 32]),
+    "Conv": (nn.Sequential(*[nn.Conv1d(32, 32, 1)] * 2), [1, 32, 3]),
+    "MatMul": (nn.Sequential(*[nn.Linear(32, 32)] * 2), [1, 3, 32]),
     "LSTM": (nn.LSTM(32, 2, batch_first=True), [1, 3, 32]),
 }
 
