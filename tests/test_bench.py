@@ -139,7 +139,7 @@ def test_without_torch(exported):
 
 
 def test_the_runtime_adds_little_to_the_memory_of_its_packages():
-    """Which is theirs to say, by version: together 52 to 77 MB."""
+    """What these take is theirs to say, and differs by version."""
 
     def peak(modules):
         code = f"import {modules}; print(open('/proc/self/status').read())"

@@ -64,7 +64,7 @@ class Last(Checkpoint):
         self.told = True
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches an epoch has: the place of a batch means nothing among more or fewer."""
+        """How many batches an epoch has, for the place of one means nothing among others; if a validation came yet."""
         return {"batches": self.batches, "validated": self.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
