@@ -17,12 +17,14 @@ install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")
 import logging
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 from handmade import make_bundle
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -46,6 +48,14 @@ def _measured_once():
     """Two workers keep this machine busy: an export would measure everything again and again until they do not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlref.export.measure.TURNS", 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations_read_once():
+    """For each export torch parses the sources of its translations to ONNX anew: most of a small network's export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
 
 

@@ -175,7 +175,7 @@ def test_sizes_that_no_layout_has_are_refused(unchecked):
 
 
 def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
-    theirs = published.vgg16()
+    theirs = published.vgg16(init_weights=False)  # drawn once, not twice
     torch.save(theirs.state_dict(), tmp_path / "vgg16.pth")
     network = SSDVGG16(3)
     fresh = load_weights(network, tmp_path / "vgg16.pth")

@@ -609,9 +609,9 @@ def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
     for prompt in ("", "The cat", "a much longer prompt than the context is"):
         for penalty in (1.0, 1.5):  # without one the likeliest tokens soon repeat themselves
             ours.repetition_penalty = theirs.repetition_penalty = penalty
-            assert ours(prompt) == theirs(prompt)
-            assert ours(prompt)["new_tokens"] == 200
-        assert len(set(ours(prompt)["text"])) > 10
+            assert (answer := ours(prompt)) == theirs(prompt)
+            assert answer["new_tokens"] == 200
+        assert len(set(answer["text"])) > 10
     for one in (ours, theirs):
         one.temperature, one.top_k, one.top_p, one.repetition_penalty, one.seed = 1.0, 50, 0.9, 1.2, 5
     assert ours("The cat") == theirs("The cat")

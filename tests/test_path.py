@@ -22,6 +22,7 @@ from dlref.cli import TrainCLI, load_run, train
 from dlref.export.measure import CONTENDERS
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
+from dlref.runtime.__main__ import main as runtime
 from dlref.runtime.text import SPECIAL
 from tests.faults.bad_input import export as export_py
 
@@ -100,9 +101,10 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     fitted = command("train.py", "fit", "--config", f"configs/{name}.yaml", "--run", run, *FEW_STEPS)
     assert fitted.returncode == 0, fitted.stderr
-    tested = command("train.py", "test", "--config", run / "config.yaml")
-    assert tested.returncode == 0, tested.stderr
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train(["test", "--config", f"{run}/config.yaml"]) == 0
+    assert train(["predict", "--config", f"{run}/config.yaml"]) == 0
     capsys.readouterr()
     assert export_py([str(run), "--target", "cpu", "--output", str(bundle)]) == 0  # CI runs the README's in a process
     assert f"{bundle}: float32, accuracy" in capsys.readouterr().out
@@ -127,8 +129,6 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
     assert verification["test"]["n"] == 360
     assert max(verification[part]["max_abs_error"] for part in ("metric", "test")) <= 1e-5
 
-    predicted = command("train.py", "predict", "--config", run / "config.yaml")
-    assert predicted.returncode == 0, predicted.stderr
     by_pytorch = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     by_bundle = load(bundle)(list(digits_of_the_test_split()))
     assert [row["label"] for row in by_bundle] == [row["label"] for row in by_pytorch]
@@ -341,7 +341,7 @@ trainer:
 """
 
 
-def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
+def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
     """From SageMaker's JSON Lines to a device without torch, with a category, a dynamic feature and missing values."""
     generator = np.random.default_rng(0)
     records = []
@@ -377,9 +377,7 @@ def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, tr
         for level, values in row["quantiles"].items():
             np.testing.assert_allclose(answer["quantiles"][level], values, rtol=1e-4)
     (tmp_path / "request.json").write_text(json.dumps({"instances": records, "configuration": {"num_samples": 7}}))
-    answered = command("-c", WITHOUT_TORCH, "bundle", "request.json", "predict.jsonl:9", cwd=tmp_path)
-    assert answered.returncode == 2
-    assert answered.stderr.startswith("error: predict.jsonl:9: ")
+    refuses(["bundle", "request.json", "predict.jsonl:9"], "error: predict.jsonl:9: ", capsys)
 
 
 TEXTS = """
@@ -413,7 +411,7 @@ trainer:
 """
 
 
-def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
+def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
     """From parallel files, cut into byte pairs, to a device without torch: a text, lines, a request, a beam."""
     german, english = ("eins", "zwei", "drei", "vier"), ("one", "two", "three", "four")
     for split in ("train", "val", "test"):
@@ -441,15 +439,14 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
     assert answers[5]["input"] == "test.de:6"
 
     (tmp_path / "request.json").write_text(json.dumps({"instances": [{"data": "eins zwei drei"}]}))
-    answered = command("-c", WITHOUT_TORCH, "bundle", "eins zwei drei", "request.json", "--beam", "3", cwd=tmp_path)
-    assert answered.returncode == 0, answered.stderr
-    text, request = map(json.loads, answered.stdout.splitlines())
+    capsys.readouterr()
+    assert runtime(["bundle", "eins zwei drei", "request.json", "--beam", "3"]) == 0
+    text, request = map(json.loads, capsys.readouterr().out.splitlines())
     assert text["target"] == request["predictions"][0]["target"] == "one two three"
     refused = command("-c", WITHOUT_TORCH, "bundle", "eins", "--overlay", "out.png", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "error: attention is drawn by matplotlib; expected it to be installed\n"
-    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "--overlay", "out.png", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    assert runtime(["bundle", "eins zwei", "--overlay", "out.png"]) == 0
     with Image.open(tmp_path / "out.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
     for arguments, complaint in (
@@ -459,16 +456,21 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         (["bundle", "-heute"], "and -- before a text that begins with a dash"),
         (["bundle", "--", "-" * 300], "tokens; expected at most 29"),
     ):
-        refused = command("-m", "dlref.runtime", *arguments, cwd=tmp_path)
-        assert refused.returncode == 2
-        assert len(refused.stderr.splitlines()) == 1
-        assert complaint in refused.stderr
-    drawn = command("-m", "dlref.runtime", "bundle", "eins zwei", "request.json", "--overlay", "maps", cwd=tmp_path)
-    assert drawn.returncode == 2
-    assert "a request of several is not drawn" in drawn.stderr
-    second = json.loads(drawn.stdout.splitlines()[1])
+        refuses(arguments, complaint, capsys)
+    assert runtime(["bundle", "eins zwei", "request.json", "--overlay", "maps"]) == 2
+    drawn = capsys.readouterr()
+    assert "a request of several is not drawn" in drawn.err
+    second = json.loads(drawn.out.splitlines()[1])
     assert second["predictions"] == request["predictions"]
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["1.png"]
+
+
+def refuses(arguments, complaint, capsys):
+    """One line that complains, and the exit code 2."""
+    capsys.readouterr()
+    assert runtime(arguments) == 2, arguments
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint in line
 
 
 STORIES = """
@@ -493,7 +495,7 @@ trainer:
 """
 
 
-def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, tmp_path):
+def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
     """From text files, cut into byte pairs, to a device without torch: prompts, a request, a text as it comes."""
     (tmp_path / "texts").mkdir()
     generator = np.random.default_rng(0)
@@ -520,13 +522,13 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
     assert answers == rows
 
     said = ["--prompt", "The dog sat on", "--temperature", "0", "--max-new-tokens", "9", "--stop", "\n"]
-    told = command("-c", WITHOUT_TORCH, "bundle", *said, cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
-    assert re.fullmatch("The dog sat on the (cat|dog|bird|cow)[.]\n", told.stdout)
+    capsys.readouterr()
+    assert runtime(["bundle", *said]) == 0
+    assert re.fullmatch("The dog sat on the (cat|dog|bird|cow)[.]\n", capsys.readouterr().out)
     request = {"inputs": "The cow sat on", "parameters": {"temperature": 0, "stop": ["."]}}
     (tmp_path / "request.jsonl").write_text(json.dumps(request) + "\n")
-    answered = command("-c", WITHOUT_TORCH, "bundle", "request.jsonl", "--form", "sagemaker", cwd=tmp_path)
-    answer = json.loads(answered.stdout)
+    assert runtime(["bundle", "request.jsonl", "--form", "sagemaker"]) == 0
+    answer = json.loads(capsys.readouterr().out)
     assert answer["input"] == "request.jsonl:1"
     assert answer["generated_text"] in (" the cat", " the dog", " the bird", " the cow")
     for arguments, complaint in (
@@ -538,10 +540,7 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
         (["bundle", "a", "--beam", "3"], "--beam: not of this bundle"),
         (["bundle", "a", "--overlay", "a.png"], "these answers are not drawn"),
     ):
-        refused = command("-m", "dlref.runtime", *arguments, cwd=tmp_path)
-        assert refused.returncode == 2, arguments
-        assert len(refused.stderr.splitlines()) == 1
-        assert complaint in refused.stderr
+        refuses(arguments, complaint, capsys)
 
 
 def digits_of_the_test_split():

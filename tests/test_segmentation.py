@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 from test_detection import fit
 from test_export import export
+from test_segmentation_networks import thin_fcn
 from test_tasks import sgd
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from dlref.data import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Refused
-from dlref.models import FCNVGG16, CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet
+from dlref.models import CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet
 from dlref.run import write_pictures
 from dlref.runtime import UserError, load, make_runner
 from dlref.runtime.__main__ import main
@@ -504,9 +505,8 @@ NETWORKS = {
 
 def small_vgg(classes):
     """FCN-8s whose fc6 and fc7 are thin, for time, and whose scores are not zero."""
-    network = FCNVGG16(classes)
-    network.fc6, network.fc7 = nn.Conv2d(512, 16, 7, padding=3), nn.Conv2d(16, 16, 1)
-    network.score_fr = nn.Conv2d(16, classes, 1)
+    network = thin_fcn(classes)
+    nn.init.normal_(network.score_fr.weight, std=0.5)
     for score in (network.score_pool3, network.score_pool4):
         nn.init.normal_(score.weight, std=0.01)
     return network

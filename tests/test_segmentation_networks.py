@@ -1,5 +1,8 @@
 """FCN, PSPNet and DeepLabV3 against torchvision, against each other and against interpolation."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -182,23 +185,30 @@ def test_the_pyramid_sees_the_whole_image_and_its_parts():
 # FCN on VGG-16
 
 
-@pytest.fixture
-def small():
-    """FCNs on VGG-16 whose fc6 and fc7 are thin, for time."""
+@contextmanager
+def thin(layer):
+    """Such layers made here have 8 channels where VGG-16's fc6 and fc7 have 4,096, for time."""
 
-    def make(stride):
-        network = FCNVGG16(2, stride)
-        network.fc6, network.fc7 = nn.Conv2d(512, 8, 7, padding=3), nn.Conv2d(8, 8, 1)
-        network.score_fr = nn.Conv2d(8, 2, 1)
-        return network
+    class Thin(layer):
+        def __init__(self, *channels, **options):
+            super().__init__(*(8 if count == 4096 else count for count in channels), **options)
 
-    return make
+    with patch.object(nn, layer.__name__, Thin):
+        yield
+
+
+def thin_fcn(*arguments):
+    with thin(nn.Conv2d):
+        return FCNVGG16(*arguments)
 
 
 @pytest.fixture(scope="module")
 def vgg():
     torch.manual_seed(0)
-    return published.vgg16().eval()
+    with thin(nn.Linear):
+        network = published.vgg16().eval()
+    nn.init.normal_(network.classifier[3].weight)  # of so few channels torchvision's make next to nothing
+    return network
 
 
 @pytest.mark.parametrize("stride", [2, 8, 16, 32])
@@ -212,7 +222,7 @@ def test_transposed_convolutions_begin_as_interpolation(stride):
 @pytest.mark.parametrize("stride", [8, 16, 32])
 def test_fcn_on_vgg_is_torchvision_s_vgg_with_scores_added_up(vgg, stride):
     """The paper's figure 3 put together from torchvision's layers and interpolation."""
-    network = FCNVGG16(3, stride).eval()
+    network = thin_fcn(3, stride).eval()
     network.load_state_dict(network.state_dict() | network.of_base(vgg.state_dict()))
     for name in ("score_fr", "score_pool4", "score_pool3"):
         if hasattr(network, name):
@@ -226,8 +236,8 @@ def test_fcn_on_vgg_is_torchvision_s_vgg_with_scores_added_up(vgg, stride):
         pool3 = vgg.features[:17](image)
         pool4 = vgg.features[17:24](pool3)
         fc6, fc7 = vgg.classifier[0], vgg.classifier[3]
-        x = F.conv2d(vgg.features[24:](pool4), fc6.weight.view(4096, 512, 7, 7), fc6.bias, padding=3).relu()
-        x = network.score_fr(F.conv2d(x, fc7.weight.view(4096, 4096, 1, 1), fc7.bias).relu())
+        x = F.conv2d(vgg.features[24:](pool4), fc6.weight.view(8, 512, 7, 7), fc6.bias, padding=3).relu()
+        x = network.score_fr(F.conv2d(x, fc7.weight.view(8, 8, 1, 1), fc7.bias).relu())
         if stride <= 16:
             x = double(x) + network.score_pool4(pool4)
         if stride == 8:
@@ -253,7 +263,7 @@ def test_fcn_on_vgg_answers_each_pixel(stride, size):
 
 
 def test_scores_begin_at_zero_and_learn():
-    network = FCNVGG16(2)
+    network = thin_fcn(2)
     logits = network(torch.randn(1, 3, 32, 32))
     assert not logits.any()
     F.cross_entropy(logits, torch.ones(1, 32, 32, dtype=torch.long)).backward()
@@ -263,22 +273,22 @@ def test_scores_begin_at_zero_and_learn():
 
 def test_a_published_vgg_becomes_the_base(vgg, tmp_path):
     torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
-    network = FCNVGG16(3)
+    network = thin_fcn(3)
     fresh = load_weights(network, tmp_path / "vgg16.pth")
     assert {name.split(".")[0] for name in fresh} == set(network.class_layers)
     torch.testing.assert_close(network.fc6.weight.flatten(1), vgg.classifier[0].weight)
 
 
-def test_weights_of_another_stride(tmp_path, small, caplog):
+def test_weights_of_another_stride(tmp_path):
     """The paper goes from FCN-32s over FCN-16s to FCN-8s; the other way leaves layers over, and none goes unsaid."""
-    torch.save(small(32).state_dict(), tmp_path / "32.pth")
-    torch.save(small(8).state_dict(), tmp_path / "8.pth")
-    torch.save({**small(8).state_dict(), "extra": torch.zeros(1)}, tmp_path / "extra.pth")
-    fresh = load_weights(small(16), tmp_path / "32.pth")
+    torch.save(thin_fcn(2, 32).state_dict(), tmp_path / "32.pth")
+    torch.save(thin_fcn(2, 8).state_dict(), tmp_path / "8.pth")
+    torch.save({**thin_fcn(2, 8).state_dict(), "extra": torch.zeros(1)}, tmp_path / "extra.pth")
+    fresh = load_weights(thin_fcn(2, 16), tmp_path / "32.pth")
     assert fresh == ["score_pool4.bias", "score_pool4.weight", "upscore.weight", "upscore2.weight"]
     for name, stride in (("8", 16), ("8", 32), ("extra", 8)):
         with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
-            load_weights(small(stride), tmp_path / f"{name}.pth")
+            load_weights(thin_fcn(2, stride), tmp_path / f"{name}.pth")
 
 
 def test_a_vgg_with_another_classifier_is_refused(vgg, tmp_path):
@@ -286,7 +296,7 @@ def test_a_vgg_with_another_classifier_is_refused(vgg, tmp_path):
     linear = {"classifier.0.weight": torch.zeros(64, 512), "classifier.0.bias": torch.zeros(64)}
     torch.save(features | linear, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match="tensors do not fit FCNVGG16"):
-        load_weights(FCNVGG16(2), tmp_path / "vgg.pth")
+        load_weights(thin_fcn(2), tmp_path / "vgg.pth")
 
 
 # Weights

@@ -22,18 +22,21 @@ from dlref.tasks.finite import Finite
 from dlref.tasks.progress import Progress
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SMALL = {  # the embedded config of each family, with little data
+SMALL = {  # the embedded config of each family, with little data: a processor may have to imitate bfloat16
     "lenet5_digits": ["--data.init_args.flip", "true", "--data.init_args.cutout", "4"],
     "ssd_digit_scenes": [
-        *("--data.init_args.train", "200", "--data.init_args.held_out", "2"),
+        *("--data.init_args.train", "40", "--data.init_args.held_out", "2", "--data.init_args.batch_size", "2"),
         *("--data.init_args.photometric", "true", "--data.init_args.crop", "true"),
     ],
-    "fcn_digit_scenes": ["--data.init_args.train", "200", "--data.init_args.held_out", "2"],
+    "fcn_digit_scenes": [
+        *("--data.init_args.train", "40", "--data.init_args.held_out", "2", "--data.init_args.batch_size", "2"),
+    ],
     "deepar_synthetic": ["--data.init_args.count", "8"],
     "seq2seq_dates": [],
     "gpt_python": [
         *("--data.init_args.tokenizer", "byte"),
         *("--data.init_args.batch_size", "2", "--data.init_args.context_length", "32"),
+        *("--model.init_args.network.init_args.n_layer", "1", "--model.init_args.network.init_args.n_embd", "48"),
     ],
 }
 
