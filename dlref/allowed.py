@@ -1,6 +1,7 @@
 """What a config may name. A class that is named is code that runs, so few can be, and nothing but classes."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ ALLOWED_CLASS_PATHS = [
 ]
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
+# What a checkpoint's name may have filled in; {step:c} is a letter by its number, such as a slash.
+FIELD = re.compile(r"\{[\w/]+(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
 set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning lets configs come from servers
 
@@ -62,7 +65,8 @@ def check_part(part: dict) -> None:
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not (path.startswith(PREFIXES) and inspect.isclass(locate(path))):
         raise UserError(f"{path}: not a class; expected a class of {ALLOWED}")
-    if folder is not None or (isinstance(name, str) and {"..", "/"} & {*Path(name).parts}):
+    named = FIELD.sub("", name) if isinstance(name, str) else ""
+    if folder is not None or {"..", "/"} & {*Path(named).parts} or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import yaml
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -27,7 +26,7 @@ from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pict
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
 from dlref.runtime.runner import plain
-from dlref.tasks.checkpoints import Interrupted, Last, SealedCheckpointIO
+from dlref.tasks.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
 from dlref.tasks.devices import Alike, fast_steps, imitates_bfloat16
 from dlref.tasks.finite import Finite
@@ -45,9 +44,6 @@ warnings.filterwarnings("ignore", message="The dirpath has changed from")
 warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
-
-# Of the best checkpoint, and under one name.
-AFTER_VALIDATION = {"save_on_train_epoch_end": False, "enable_version_counter": False}
 
 
 @dataclass
@@ -229,7 +225,7 @@ class TrainCLI(LightningCLI):
         self.trainer_defaults["callbacks"] += [
             Finite(),
             Alike(),
-            ModelCheckpoint(self.run / "checkpoints", "best", best.metric, mode=best.mode, **AFTER_VALIDATION),
+            BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
             Last(self.options.checkpoint_minutes),  # after the best: it knows of that
             Start(best, self.claim),
         ]

@@ -177,6 +177,21 @@ def test_a_resumed_run_moves_and_still_tests_its_best(tmp_path):
     assert json.loads((tmp_path / "moved/test.json").read_text()) == by_fit
 
 
+def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
+    """By a best that is the worst: what trains on does not reach it again."""
+    largest = ["--best.metric", "val/loss", "--best.mode", "max", "--final_test", "false"]
+    assert fit("--run", "mine", *largest) == 0
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    best = tmp_path / "moved/checkpoints/best.ckpt"
+    first = torch.load(best, weights_only=True)["epoch"]
+    resumed = ["--run", "moved", "--ckpt_path", "last", *largest]
+    assert fit(*resumed, "--trainer.max_epochs", "3") == 0
+    assert torch.load(best, weights_only=True)["epoch"] == first == 0
+    best.unlink()  # of a best one that is gone only the score is left
+    assert fit(*resumed, "--trainer.max_epochs", "4") == 0
+    assert torch.load(best, weights_only=True)["epoch"] == 3
+
+
 def test_a_config_that_is_not_there(capsys, tmp_path):
     assert train(["fit", "--config", "gone.yaml"]) == 2
     assert capsys.readouterr().err.strip().endswith(f"File does not exist: '{tmp_path}/gone.yaml'")

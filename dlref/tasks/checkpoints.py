@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: when it is written, and how."""
+"""The checkpoints of a run, the best one and the one that it goes on from: when they are written, and how."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dlref.runtime import UserError
@@ -42,6 +42,38 @@ class SealedCheckpointIO(TorchCheckpointIO):
         worth_keeping = path.name == "last.ckpt" and path in self.whole and path.exists()
         write_sealed(checkpoint, path, path.with_name("previous.ckpt") if worth_keeping else None)
         self.whole.add(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """As Lightning, which goes by what a checkpoint says that another callback wrote. Raises UserError."""
+        if ".." in Path(path).parts:
+            raise UserError(f"the checkpoint would have {path} removed; expected a file in its run's folder")
+        super().remove_checkpoint(path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep best.ckpt: after validation, where the metric is better than before.
+
+    Args:
+        folder: of the run's checkpoints.
+        metric: a logged metric, such as val/accuracy.
+        mode: min or max.
+    """
+
+    def __init__(self, folder: Path, metric: str, mode: str):
+        super().__init__(folder, "best", metric, mode=mode, save_on_train_epoch_end=False, enable_version_counter=False)
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's class, which checkpoints have known it by."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The best score so far, of the best.ckpt that is there: a run may have moved, and its file may be gone."""
+        path, score = self.format_checkpoint_name({}), state["best_model_score"]
+        known = {path: score} if score is not None and os.path.isfile(path) else {}
+        path = path if known else ""
+        here = {"dirpath": self.dirpath, "best_k_models": known, "best_model_path": path, "kth_best_model_path": path}
+        super().load_state_dict(state | here)
 
 
 class Last(Checkpoint):

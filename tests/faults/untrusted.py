@@ -513,6 +513,21 @@ def weight(state: dict, value: object) -> dict:
     return PLACES["a weight"][0](state, value)
 
 
+def removing(state: dict, path: str) -> dict:
+    """A checkpoint whose best one so far is another file, to be removed when a better one comes."""
+    (known,) = (kept for name, kept in state["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    worst = torch.tensor(-1.0)
+    known |= {"best_k_models": {path: worst}, "best_model_path": path, "kth_best_model_path": path, "kth_value": worst}
+    known["best_model_score"] = worst
+    del known["dirpath"]  # else Lightning looks whether the run has moved
+    return state
+
+
+def module_outside(place: Place) -> str:
+    """Below the folder of checkpoints, by its letters."""
+    return f"{place.folder.resolve() / CHECKPOINTS}/../../../outside/{MODULE}.py"
+
+
 # What is no code, and not what a checkpoint holds either.
 MALFORMED: dict[str, tuple[dict[str, object], list[str]]] = {
     "facts that are a list": ({"facts": [1]}, TEST),
@@ -539,6 +554,8 @@ def checkpoints() -> Iterator[Attack]:
         yield Attack("checkpoint", f"a file {name}", checkpoint(doors[i % len(doors)], save=save))
     yield Attack("checkpoint", "by --ckpt_path", checkpoint([*TEST, "--ckpt_path", str(CHECKPOINTS / "best.ckpt")]))
     yield Attack("checkpoint", "of SLURM's", by_slurm)
+    elsewhere = checkpoint(RESUME, module_outside, put=removing)
+    yield Attack("checkpoint", "whose best one is outside", elsewhere, "harmless")
     yield Attack("checkpoint", "a trillion numbers", checkpoint(TEST, huge, put=weight))
     endless = torch.zeros(1).expand(1 << 40)
     yield Attack("checkpoint", "one number a trillion times", checkpoint(TEST, lambda place: endless, put=weight))
@@ -766,6 +783,13 @@ WITHIN: dict[str, dict[str, object]] = {
     "a checkpoint elsewhere": callback("ModelCheckpoint", dirpath="@OUTSIDE@", every_n_train_steps=1),
     "a checkpoint above": callback("ModelCheckpoint", filename="../../../../outside/new", every_n_train_steps=1),
     "a checkpoint by its whole path": callback("ModelCheckpoint", filename="@OUTSIDE@/new", every_n_train_steps=1),
+    "a checkpoint by letters": callback(
+        "ModelCheckpoint",
+        filename="..{step:c}..{step:c}..{step:c}outside{step:c}new",
+        auto_insert_metric_name=False,
+        every_n_train_steps=ord("/"),
+    )
+    | {"trainer.limit_train_batches": 50, "data.init_args.batch_size": 16},
     "a checkpoint on a server": callback("ModelCheckpoint", dirpath="http://127.0.0.1:9/new", every_n_train_steps=1),
     "a checkpoint at an error": callback("OnExceptionCheckpoint", dirpath="@OUTSIDE@")
     | {"model.init_args.weights": "gone.pt"},
