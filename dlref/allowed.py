@@ -8,6 +8,7 @@ from pathlib import Path
 from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
+from lightning.pytorch.callbacks.spike import SpikeDetection
 
 from dlref.runtime import UserError
 
@@ -60,11 +61,20 @@ def check_parts(value: object) -> None:
             check_parts(part)
 
 
+def for_configs(path: str) -> bool:
+    """Whether it is a class, of this project one that is exported; and none that writes outside of the run's folder."""
+    named = locate(path) if path.startswith(PREFIXES) else None
+    if not inspect.isclass(named) or named is SpikeDetection:
+        return False
+    package = locate(".".join(path.split(".")[:2]))
+    return not path.startswith("dlref.") or getattr(package, named.__name__, None) is named
+
+
 def check_part(part: dict) -> None:
-    """Raise UserError for a class that is none, and for places to write."""
+    """Raise UserError for what is no class for configs, and for places to write."""
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
-    if isinstance(path, str) and not (path.startswith(PREFIXES) and inspect.isclass(locate(path))):
-        raise UserError(f"{path}: not a class; expected a class of {ALLOWED}")
+    if isinstance(path, str) and not for_configs(path):
+        raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
     named = FIELD.sub("", name) if isinstance(name, str) else ""
     if folder is not None or {"..", "/"} & {*Path(named).parts} or "{" in named:
         raise UserError(

@@ -205,7 +205,7 @@ class TrainCLI(LightningCLI):
         """Build everything; what a constructor refuses is the user's to mend."""
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:
             raise UserError(readable(str(error))) from error
         self.datamodule.same = self.options.debug
 
@@ -241,7 +241,7 @@ class TrainCLI(LightningCLI):
                 TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
             ]
             built = super().instantiate_trainer(logger=loggers, **kwargs)
-        except (ValueError, MisconfigurationException):
+        except BaseException:
             self.claim.give_back()
             raise
         fast_steps(built.strategy.root_device)

@@ -29,6 +29,8 @@ OWN = (
     "predictions.jsonl",
     "not_finite.pt",
 )
+# What a fit has written that ended before its first checkpoint: the next one may begin anew.
+BEGUN = ("config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt")
 
 
 def run_folder(options) -> Path:
@@ -87,11 +89,12 @@ class Claim:
             raise UserError(f"{blocked}: a file; expected a folder for the run")
         self.created = [path for path in (run, *run.parents) if not path.exists()]
         self.take()
-        if (run / "checkpoints").exists() and not (resume or overwrite):
+        there = [path.name for path in self.own() if path.name in OWN and path.name not in BEGUN]
+        if there and not (resume or overwrite):
             self.lock.release()
             raise UserError(
-                f"{run} already holds a run; expected --run with another folder, --ckpt_path last to resume it, or "
-                "--overwrite to replace it"
+                f"{run} already holds a run ({', '.join(there)}); expected --run with another folder, --ckpt_path last "
+                "to resume it, or --overwrite to replace it"
             )
         self.there = self.own() if resume else []
         rewritten = (run / "config.yaml", run / "metrics.csv")  # before a fit trains
@@ -116,8 +119,8 @@ class Claim:
             raise UserError(f"{self.run}: {error.strerror}; expected a folder to write to") from None
         for aside in self.run.glob(".earlier.*"):
             if not (self.run / "checkpoints").exists():
-                remove(self.own())
                 for path in aside.iterdir():
+                    remove(old for old in [self.run / path.name] if old.exists())
                     path.rename(self.run / path.name)
             shutil.rmtree(aside)
 
@@ -199,6 +202,7 @@ def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
     if twice:
         raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")
     part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
         for file, picture in zip(files, pictures, strict=True):
             (part / file).parent.mkdir(parents=True, exist_ok=True)

@@ -212,11 +212,13 @@ def test_the_batch_is_repeated_where_there_is_one():
 
 @pytest.mark.parametrize(("axes", "rows"), [({"x": {"0": "batch"}}, 8), ({}, 1)])
 def test_speeds_are_of_the_median_call_and_of_all_its_rows(axes, rows, tmp_path, monkeypatch):
-    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": axes}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": axes, "calls": 3}}}))
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [0.5, 0.5, 2.0])
-    figures = bench.measure(lambda: {"g": lambda x: None}, tmp_path, 0.0)
+    calls = []
+    figures = bench.measure(lambda: {"g": lambda x: calls.append(len(x))}, tmp_path, 0.0)
     assert (figures["throughput"], figures["latency_ms"]) == (rows / 0.5, 500)
+    assert calls == [1, 1, 1]  # the first answer, as often as an answer calls the graph
 
 
 def test_first_calls_are_not_timed(monkeypatch):

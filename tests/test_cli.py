@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -211,6 +212,8 @@ def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
     assert "no validation" not in capsys.readouterr().err
     steps = [torch.load(path, weights_only=True)["global_step"] for path in (best, last)]
     assert steps == [9, 12]  # a validated one is better
+    assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "5", "--final_test", "false") == 0
+    assert torch.load(best, weights_only=True)["global_step"] == 9  # which the run remembers
 
 
 def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, capsys):
@@ -228,7 +231,8 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     run = tmp_path / "runs" / "lenet5_digits"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if "tfevents" not in path.name}
     assert names >= {
-        "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "test.json",
+        "config.yaml", "metrics.csv", "test.json",
+        "checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
         "figures/curves.png", "figures/confusion.png", "figures/roc.png", "figures/mistakes.png",
     }  # fmt: skip
     assert list(run.glob("events.out.tfevents.*"))
@@ -247,7 +251,13 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     assert len(answers) == 360
     assert answers[7].keys() == {"input", "label", "probability", "top"}
     assert answers[7]["input"] == "7"
+    few = ["--trainer.limit_predict_batches", "1"]
+    assert train(["predict", "--config", str(moved / "config.yaml"), *few]) == 2
+    assert "of 360 inputs; expected no limit on the batches" in capsys.readouterr().err
     assert train(["validate", "--config", str(moved / "config.yaml")]) == 0
+    shown = float(re.search(r"val/accuracy +│ +(\S+)", capsys.readouterr().out)[1])
+    logged = [float(row["val/accuracy"]) for row in rows(moved / "metrics.csv") if row["val/accuracy"]]
+    assert shown == pytest.approx(max(logged))
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
@@ -261,6 +271,30 @@ def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
     assert fit("--run", "mine", "--overwrite", "true", "--seed_everything", "1", "--final_test", "false") == 0
     assert (tmp_path / "mine/checkpoints/last.ckpt").read_bytes() != weights
     assert (tmp_path / "mine/notes.txt").exists()
+    assert not yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["overwrite"]
+
+
+def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
+    (tmp_path / "mine/figures").mkdir(parents=True)
+    (tmp_path / "mine/figures/thesis.png").touch()
+    assert fit("--run", "mine") == 2
+    assert "mine already holds a run (figures); expected --run with another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["figures"]
+    assert (tmp_path / "mine/figures/thesis.png").exists()
+
+
+def test_a_fit_that_fails_before_it_begins_gives_back_the_earlier_run(tmp_path, monkeypatch):
+    assert fit("--run", "mine", "--final_test", "false") == 0
+    (tmp_path / "mine/.lock").unlink()
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(*_, **__):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("dlref.cli.TensorBoardLogger", fails)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        fit("--run", "mine", "--overwrite", "true")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):

@@ -648,7 +648,7 @@ def test_a_bundle_detects_what_pytorch_does(exported):
             assert (labels == expected["labels"][i, :n]).mean() > 0.98
 
 
-def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
+def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeypatch):
     folder = exported[2]
     for name in ("one", "two"):
         Image.fromarray(painted(50)).save(tmp_path / f"{name}.png")
@@ -661,6 +661,10 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys):
         assert drawn.size == (50, 50)
     assert main([str(folder), one, two, "--overlay", str(tmp_path / "drawn")]) == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["one.png", "two.png"]
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "one.png").read_bytes()
+    assert main([str(folder), "one.png", "--overlay", "one.png"]) == 2
+    assert (tmp_path / "one.png").read_bytes() == before
     for arguments, message in (
         (["--form", "neo"], "--form neo; expected sagemaker with this bundle"),
         (["--overlay", one + "/x.png"], "cannot be written"),

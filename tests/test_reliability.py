@@ -134,6 +134,10 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
     assert read(previous) == {"step": 1}
     last.write_bytes(last.read_bytes()[:-50])
     assert checkpoint_of(tmp_path, "last") == previous
+    whole = previous.read_bytes()
+    previous.write_bytes(whole[:-50])
+    assert checkpoint_of(tmp_path, "last") == last  # to be refused by its own name
+    previous.write_bytes(whole)
     last.unlink()
     assert checkpoint_of(tmp_path, "last") == previous
     first, second = capsys.readouterr().err.splitlines()
@@ -354,10 +358,12 @@ def test_what_a_killed_fit_had_set_aside_comes_back(tmp_path, capsys):
     for name in ("checkpoints", "config.yaml", "metrics.csv"):
         (tmp_path / "mine" / name).rename(aside / name)
     (tmp_path / "mine" / "metrics.csv").touch()
+    (tmp_path / "mine" / "test.json").touch()  # not reached when it was killed
     assert fit(run="mine") == 2
     assert "already holds a run" in capsys.readouterr().err
     assert equal(state_of(tmp_path / "mine"), before)
     assert not aside.exists()
+    assert (tmp_path / "mine" / "test.json").exists()
     assert (tmp_path / "mine" / "metrics.csv").stat().st_size
 
 

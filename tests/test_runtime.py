@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from handmade import METADATA, write_manifest
 from PIL import Image
 
+from dlref.data.images import read_image as to_train_with
 from dlref.runtime import UserError, load
 from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import main, progress
@@ -160,6 +161,12 @@ def test_16_bits_are_read_by_their_high_byte(tmp_path):
     Image.fromarray(np.full((3, 5), 0x80FF, np.uint16)).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 1), 0x80)
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 3), 0x80)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) << 8).save(tmp_path / "turned.png", exif=exif)
+    turned = read_image(tmp_path / "turned.png", 1)
+    np.testing.assert_array_equal(turned[..., 0], np.rot90(np.arange(24).reshape(4, 6), -1))
+    np.testing.assert_array_equal(turned[..., 0], to_train_with(tmp_path / "turned.png")[0])
 
 
 def test_files_that_are_no_images_are_named(tmp_path):

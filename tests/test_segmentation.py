@@ -476,6 +476,8 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     write_pictures(tmp_path / "predictions", names, [picture] * 3)
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert found == ["predictions/one/0.png", "predictions/two/0.png", "predictions/two/1.png"]
+    (tmp_path / "predictions.part").mkdir()
+    picture.save(tmp_path / "predictions.part/2.png")  # of a process that was killed
     write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # of data that is in no files
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["0.png", "1.png"]
     with pytest.raises(UserError, match=r"two inputs would become 0\.png; expected names that differ"):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dlref.export.bundle import export
 from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in
 from dlref.export.graph import write_onnx
-from dlref.export.measure import provider, starts
+from dlref.export.measure import provider, stands_in, starts
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
 from dlref.runtime import load
@@ -289,6 +289,8 @@ def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch
     assert manifest["precision"] == "int8"
     assert manifest["measurement"]["contenders"] == {}
     assert "says nothing of this device" in (tmp_path / "bundle/report.md").read_text()
+    assert stands_in(TARGETS["cpu"])
+    assert not stands_in(TARGETS["qualcomm"])  # whose processor executes nothing here
 
 
 def test_what_onnxruntime_cannot_convert_falls_back_too(tmp_path, monkeypatch):

@@ -385,6 +385,9 @@ def test_a_text_has_an_answer_and_what_is_for_programs(runner):
     np.testing.assert_allclose(answer["attention"].sum(1), 1, rtol=1e-5)
     assert answer["target"] == "".join(LETTERS["tokens"][token] for token in answer["tokens"])
     assert runner(["abc", "b"])[0]["target"] == answer["target"]
+    # Without weights that say when to end it is at its longest, and says so.
+    assert answer["ended"] is False
+    assert len(answer["tokens"]) == runner.longest_answer
 
 
 def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 from torchvision.datasets.utils import download_url
 
@@ -21,6 +22,8 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
         try:
             download_url(url, path.parent, part.name, md5)
         except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
+            if isinstance(error, HTTPError):
+                error.close()
             failures.append(f"{url} ({one_line(error)})")
         else:
             part.replace(path)

@@ -7,6 +7,7 @@ A data set of batches answers a tensor of B numbers with a batch. Legend of shap
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -222,7 +223,10 @@ class SplitData(LightningDataModule):
         several = self.num_workers > 0
         # What this process makes may lie on the device already, and cannot be pinned.
         pinned = several and torch.cuda.is_available()
-        return {"num_workers": self.num_workers, "persistent_workers": several, "pin_memory": pinned}
+        # Since 3.14 Python would start them anew, with a gigabyte of modules each, and they outlive a fit that is killed.
+        start = "fork" if several and sys.platform == "linux" else None
+        known = {"num_workers": self.num_workers, "multiprocessing_context": start}
+        return known | {"persistent_workers": several, "pin_memory": pinned}
 
     def val_dataloader(self) -> DataLoader:
         """The validation samples in order."""

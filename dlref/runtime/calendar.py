@@ -19,7 +19,8 @@ from dlref.runtime.errors import UserError
 LARGEST_LAG = 1200  # steps; longer histories are rarely at hand
 MONTH, DAY = np.timedelta64(1, "M"), np.timedelta64(1, "D")
 SECONDS = {"min": 60, "H": 3600, "D": 86_400, "W": 604_800}
-DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.0{1,9})?)?)?")
+# Without an hour 24, which Python takes for the next day's 0 since 3.14.
+DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T](?!24)[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.0{1,9})?)?)?")
 ORIGIN, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
 
 

@@ -26,11 +26,12 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
         return _as_hwc(source, channels)
     try:
         with _opened(source) as image:
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # the high byte, as the training side takes it
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = image.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"{source}: not found; expected an image file") from None
     except UserError:

@@ -793,6 +793,14 @@ WITHIN: dict[str, dict[str, object]] = {
     "a checkpoint on a server": callback("ModelCheckpoint", dirpath="http://127.0.0.1:9/new", every_n_train_steps=1),
     "a checkpoint at an error": callback("OnExceptionCheckpoint", dirpath="@OUTSIDE@")
     | {"model.init_args.weights": "gone.pt"},
+    "batches to pass over, elsewhere": callback(
+        "spike.SpikeDetection", exclude_batches_path="@OUTSIDE@/new.json", rtol=0.0, mode="max"
+    ),
+    "a best checkpoint elsewhere": {
+        "trainer.callbacks": [
+            named("dlref.tasks.checkpoints.BestCheckpoint", folder="@OUTSIDE@", metric="val/loss", mode="min")
+        ]
+    },
     "the log of another program": {"trainer.default_root_dir": "@OUTSIDE@"},
 }
 

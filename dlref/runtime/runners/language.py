@@ -111,10 +111,11 @@ class Runner(Base):
     @staticmethod
     def takes(metadata: dict) -> str:
         """Prompts."""
+        context = metadata["context_length"]
         return (
             "A text that is to go on, a file that holds one, or a request "
-            '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. The last '
-            f"{metadata['context_length']} tokens count."
+            '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. Up to '
+            f"{context} tokens count, of a longer text the last {context // 2}."
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
