@@ -1,5 +1,7 @@
 """Batches that follow from the seed, the epoch and their number alone."""
 
+import os
+import sys
 from itertools import chain
 
 import pytest
@@ -85,6 +87,21 @@ def test_it_goes_on_from_any_batch_however_many_processes_there_are(order, num_w
     assert same(epoch_of(train, 3), whole[2:])
     assert train.state_dict() == {"taken": len(whole)}
     assert same(epoch_of(train, 3), whole)  # once: the next epoch is a whole one
+
+
+class Parents(Dataset):
+    """Who started the process that makes a sample."""
+
+    def __getitem__(self, sample):
+        return os.getppid()
+
+
+def test_workers_are_children_of_the_process_that_trains_and_share_what_it_has():
+    data = Data("shuffled", 2)
+    data.splits = {"train": Parents(), "val": Parents()}
+    data.samples = lambda split: torch.arange(3)
+    if sys.platform == "linux":
+        assert {parent for batch in data.val_dataloader() for parent in batch.tolist()} == {os.getpid()}
 
 
 def test_a_batch_can_be_had_once_more():
