@@ -334,7 +334,6 @@ def test_a_loss_is_in_hundredths_of_the_reference():
 CASES = [
     *[(distribution, "lstm") for distribution in (StudentT, Gaussian, NegativeBinomial, Beta, Deterministic)],
     (StudentT, "gru"),
-    (NegativeBinomial, "gru"),
 ]
 
 

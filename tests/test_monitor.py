@@ -333,7 +333,7 @@ def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys)
 @pytest.mark.usefixtures("_elsewhere")
 def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_misspelt(tmp_path, capsys):
     digits = ["fit", "--config", str(ROOT / "configs/lenet5_digits.yaml"), "--trainer.callbacks+"]
-    digits += ["dlref.tasks.monitor.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]
+    digits += ["dlref.tasks.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]
     assert train([*digits, "[exploding]"]) == 2
     assert "exploding_gradient" in capsys.readouterr().err
     assert train([*digits, "[exploding_gradient, vanishing_gradient]"]) == 0

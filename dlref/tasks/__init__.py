@@ -5,6 +5,7 @@ from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBin
 from dlref.tasks.forecasting import Forecaster
 from dlref.tasks.image_classification import ImageClassifier
 from dlref.tasks.language_modelling import LanguageModel
+from dlref.tasks.monitor import Monitor
 from dlref.tasks.object_detection import ObjectDetector
 from dlref.tasks.optimizers import MuonAdamW
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
@@ -21,6 +22,7 @@ __all__ = [
     "ImageClassifier",
     "ImagePreprocess",
     "LanguageModel",
+    "Monitor",
     "MuonAdamW",
     "NegativeBinomial",
     "Normalise",

@@ -139,7 +139,7 @@ class Monitor(Callback):
     """Prints one line when a rule begins to hold, and ends the run where that was asked for.
 
         python train.py fit --config configs/lenet5_digits.yaml
-            --trainer.callbacks+ dlref.tasks.monitor.Monitor --trainer.callbacks.stop "[exploding_gradient]"
+            --trainer.callbacks+ dlref.tasks.Monitor --trainer.callbacks.stop "[exploding_gradient]"
 
         monitor: step 350: exploding_gradient: network.f6.weight: gradient norm 1.2e+05, 3.1e+04 times the weights'
 
