@@ -24,8 +24,8 @@ ALLOWED_CLASS_PATHS = [
 ]
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
-# What a checkpoint's name may have filled in; {step:c} is a letter by its number, such as a slash.
-FIELD = re.compile(r"\{[\w/]+(:[.\d]{0,3}[defg]?)?\}")
+# What a checkpoint's name may have filled in, beside its own name; {step:c} is a letter by its number, such as a slash.
+FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
 set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning lets configs come from servers
 
@@ -62,7 +62,7 @@ def check_parts(value: object) -> None:
 
 
 def for_configs(path: str) -> bool:
-    """Whether it is a class, of this project one that is exported; and none that writes outside of the run's folder."""
+    """Whether it is a class, of this project one that is exported, and not SpikeDetection, which writes anywhere."""
     named = locate(path) if path.startswith(PREFIXES) else None
     if not inspect.isclass(named) or named is SpikeDetection:
         return False
@@ -75,7 +75,7 @@ def check_part(part: dict) -> None:
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
-    named = FIELD.sub("", name) if isinstance(name, str) else ""
+    named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
     if folder is not None or {"..", "/"} & {*Path(named).parts} or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"

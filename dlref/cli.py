@@ -38,8 +38,6 @@ from dlref.tasks.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-# A run may be moved; its best checkpoint is the one that lies in it.
-warnings.filterwarnings("ignore", message="The dirpath has changed from")
 # Tasks log such epochs at their end.
 warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
 # Lightning recommends another product of its makers at every start.
@@ -220,8 +218,16 @@ class TrainCLI(LightningCLI):
             built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
             fast_steps(built.strategy.root_device)  # as in the test that ends a fit
             return built
-        best = self.options.best
         self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
+        try:
+            return self.claimed_trainer(**kwargs)
+        except BaseException:
+            self.claim.give_back()
+            raise
+
+    def claimed_trainer(self, **kwargs) -> Trainer:
+        """A trainer for the run's folder, which this process has for its own."""
+        best = self.options.best
         self.trainer_defaults["callbacks"] += [
             Finite(),
             Alike(),
@@ -233,17 +239,13 @@ class TrainCLI(LightningCLI):
             from dlref.export.measure import processor
 
             kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes, processor())
-        elif trainer.profiler is None:
+        elif self.options.trainer.profiler is None:
             kwargs["profiler"] = Unprofiled()
-        try:
-            loggers = [
-                metrics_file(self.run, before=self.step if self.checkpoint else None),
-                TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
-            ]
-            built = super().instantiate_trainer(logger=loggers, **kwargs)
-        except BaseException:
-            self.claim.give_back()
-            raise
+        loggers = [
+            metrics_file(self.run, before=self.step if self.checkpoint else None),
+            TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
+        ]
+        built = super().instantiate_trainer(logger=loggers, **kwargs)
         fast_steps(built.strategy.root_device)
         if (
             built.is_global_zero
@@ -252,7 +254,7 @@ class TrainCLI(LightningCLI):
         ):
             words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
             print(f"trainer.precision {built.precision}: {words}", file=sys.stderr)
-        built.strategy.checkpoint_io = SealedCheckpointIO(self.checkpoint)
+        built.strategy.checkpoint_io = SealedCheckpointIO(self.run, self.checkpoint)
         if self.profile:
             built.profiler.trainer = built
         return built

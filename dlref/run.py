@@ -89,7 +89,7 @@ class Claim:
             raise UserError(f"{blocked}: a file; expected a folder for the run")
         self.created = [path for path in (run, *run.parents) if not path.exists()]
         self.take()
-        there = [path.name for path in self.own() if path.name in OWN and path.name not in BEGUN]
+        there = [name for name in OWN if name not in BEGUN and (run / name).exists()]
         if there and not (resume or overwrite):
             self.lock.release()
             raise UserError(
@@ -119,10 +119,14 @@ class Claim:
             raise UserError(f"{self.run}: {error.strerror}; expected a folder to write to") from None
         for aside in self.run.glob(".earlier.*"):
             if not (self.run / "checkpoints").exists():
-                for path in aside.iterdir():
-                    remove(old for old in [self.run / path.name] if old.exists())
-                    path.rename(self.run / path.name)
+                self.bring_back(aside)
             shutil.rmtree(aside)
+
+    def bring_back(self, aside: Path) -> None:
+        """Checkpoints come last: by them the next fit knows whether all is back."""
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "checkpoints"):
+            remove([self.run / path.name])
+            path.rename(self.run / path.name)
 
     def __enter__(self) -> None:
         pass
@@ -151,8 +155,8 @@ class Claim:
         remove(set(self.own()) - set(self.there))
         for path, data in self.before.items():
             path.write_bytes(data)
-        for path in self.aside.iterdir() if self.aside.exists() else []:
-            path.rename(self.run / path.name)
+        if self.aside.exists():
+            self.bring_back(self.aside)
         for folder in (self.aside, *self.created):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -162,7 +166,7 @@ class Claim:
 def remove(paths: Iterable[Path]) -> None:
     """Files, and folders with all that is in them."""
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def metrics_file(run: Path, before: int | None) -> CSVLogger:

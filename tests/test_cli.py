@@ -188,9 +188,9 @@ def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
     resumed = ["--run", "moved", "--ckpt_path", "last", *largest]
     assert fit(*resumed, "--trainer.max_epochs", "3") == 0
     assert torch.load(best, weights_only=True)["epoch"] == first == 0
-    best.unlink()  # of a best one that is gone only the score is left
-    assert fit(*resumed, "--trainer.max_epochs", "4") == 0
-    assert torch.load(best, weights_only=True)["epoch"] == 3
+    other = ["--run", "other", "--ckpt_path", "moved/checkpoints/last.ckpt", *largest]
+    assert fit(*other, "--trainer.max_epochs", "4") == 0  # where no best one is yet, another comes
+    assert torch.load(tmp_path / "other/checkpoints/best.ckpt", weights_only=True)["epoch"] == 3
 
 
 def test_a_config_that_is_not_there(capsys, tmp_path):

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ import dlref.cli
 from dlref.cli import train
 from dlref.run import checkpoint_of
 from dlref.runtime import UserError
-from dlref.tasks.checkpoints import Last
+from dlref.tasks.checkpoints import Last, SealedCheckpointIO
 from dlref.tasks.finite import Finite
 from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
 from dlref.tasks.weights import read
@@ -143,6 +144,28 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert "last.ckpt: cut off after" in first
     assert "last.ckpt: not there; previous.ckpt, the one before it, is whole and is used" in second
+
+
+@pytest.mark.parametrize("path", ["outside", "run/../outside", "run/link/own", "local://{}/outside", "run"])
+def test_no_checkpoint_is_removed_outside_of_the_run(path, tmp_path, monkeypatch):
+    """A checkpoint names what a callback of the config's is to remove."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("outside/own", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run/link").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="expected a file in the run's folder"):
+        SealedCheckpointIO(Path("run"), None).remove_checkpoint(path.format(tmp_path))
+    assert (tmp_path / "outside/own").exists()
+
+
+def test_a_callback_s_checkpoints_are_removed_by_whatever_path_the_run_has(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for epoch in range(2):
+        (tmp_path / f"run/checkpoints/{epoch}.ckpt").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"run/checkpoints/{epoch}.ckpt").touch()
+    SealedCheckpointIO(Path("../run"), None).remove_checkpoint("../run/checkpoints/0.ckpt")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["1.ckpt"]
 
 
 # When last.ckpt is written

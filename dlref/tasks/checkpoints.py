@@ -30,11 +30,12 @@ class SealedCheckpointIO(TorchCheckpointIO):
     """Lightning's way of writing checkpoints, sealed; of last.ckpt the one before it stays, as previous.ckpt.
 
     Args:
+        run: the folder of the run.
         known: a checkpoint known to be whole, which is worth keeping when another takes its place.
     """
 
-    def __init__(self, known: Path | None):
-        self.whole = {known and known.resolve()}
+    def __init__(self, run: Path, known: Path | None):
+        self.run, self.whole = run.resolve(), {known and known.resolve()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write one; called in the first process only."""
@@ -44,10 +45,11 @@ class SealedCheckpointIO(TorchCheckpointIO):
         self.whole.add(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """As Lightning, which goes by what a checkpoint says that another callback wrote. Raises UserError."""
-        if ".." in Path(path).parts:
-            raise UserError(f"the checkpoint would have {path} removed; expected a file in its run's folder")
-        super().remove_checkpoint(path)
+        """Only inside of the run's folder: a checkpoint may name any file as its best one so far. Raises UserError."""
+        place = Path(path).resolve()
+        if self.run not in place.parents:
+            raise UserError(f"the checkpoint has {path} removed; expected a file in the run's folder")
+        super().remove_checkpoint(place)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -68,12 +70,18 @@ class BestCheckpoint(ModelCheckpoint):
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The best score so far, of the best.ckpt that is there: a run may have moved, and its file may be gone."""
+        """The best score so far, of the best.ckpt of this folder: a run may have moved."""
         path, score = self.format_checkpoint_name({}), state["best_model_score"]
-        known = {path: score} if score is not None and os.path.isfile(path) else {}
-        path = path if known else ""
-        here = {"dirpath": self.dirpath, "best_k_models": known, "best_model_path": path, "kth_best_model_path": path}
-        super().load_state_dict(state | here)
+        here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+        super().load_state_dict(state | here | {"best_k_models": {} if score is None else {path: score}})
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Forget the score where the best one is not there, or is of another run than the checkpoint."""
+        super().on_train_start(trainer, task)
+        path = Path(self.format_checkpoint_name({}))
+        own = trainer.ckpt_path is not None and path.parents[1] in Path(trainer.ckpt_path).resolve().parents
+        if not trainer.strategy.broadcast(own and path.is_file()):
+            self.best_k_models = {}
 
 
 class Last(Checkpoint):

@@ -783,6 +783,7 @@ WITHIN: dict[str, dict[str, object]] = {
     "a checkpoint elsewhere": callback("ModelCheckpoint", dirpath="@OUTSIDE@", every_n_train_steps=1),
     "a checkpoint above": callback("ModelCheckpoint", filename="../../../../outside/new", every_n_train_steps=1),
     "a checkpoint by its whole path": callback("ModelCheckpoint", filename="@OUTSIDE@/new", every_n_train_steps=1),
+    "a checkpoint by the name of a field": callback("ModelCheckpoint", filename="..{/new}", every_n_train_steps=1),
     "a checkpoint by letters": callback(
         "ModelCheckpoint",
         filename="..{step:c}..{step:c}..{step:c}outside{step:c}new",
