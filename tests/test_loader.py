@@ -96,7 +96,7 @@ class Parents(Dataset):
         return os.getppid()
 
 
-def test_workers_are_children_of_the_process_that_trains_and_share_what_it_has():
+def test_workers_are_children_of_the_process_that_trains():
     data = Data("shuffled", 2)
     data.splits = {"train": Parents(), "val": Parents()}
     data.samples = lambda split: torch.arange(3)
