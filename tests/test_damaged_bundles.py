@@ -6,7 +6,7 @@ import os
 import numpy as np
 import onnx
 import pytest
-from handmade import METADATA, SIGNATURE, make_bundle, write_manifest
+from handmade import LABELS, METADATA, SIGNATURE, make_bundle, write_manifest
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -94,6 +94,8 @@ def last_node(*nodes):
         loaded.graph.node[-1].output[0] = "before"
         loaded.graph.initializer.append(helper.make_tensor("zero", TensorProto.INT64, [1], [0]))
         loaded.graph.initializer.append(helper.make_tensor("nan", TensorProto.FLOAT, [], [float("nan")]))
+        partly = [float("nan"), *[1.0] * (len(LABELS) - 1)]
+        loaded.graph.initializer.append(helper.make_tensor("partly", TensorProto.FLOAT, [len(LABELS)], partly))
         for operator, inputs, attributes in nodes:
             loaded.graph.node.append(helper.make_node(operator, inputs, ["probability"], **attributes))
         del loaded.graph.output[0].type.tensor_type.shape.dim[:]
@@ -105,6 +107,7 @@ def last_node(*nodes):
 answer_of_one_row = last_node(("Concat", ["before", "before"], {"axis": 0}))
 answer_without_rows = last_node(("ReduceMax", ["before"], {"keepdims": 0}))
 answer_of_nan = last_node(("Mul", ["before", "nan"], {}))
+answer_partly_of_nan = last_node(("Mul", ["before", "partly"], {}))
 
 
 def empty_input(loaded):
@@ -277,6 +280,7 @@ DAMAGE = {
     "one answer for all": (model(answer_of_one_row), "no answer probability for each"),
     "an answer without rows": (model(answer_without_rows), "no answer probability for each"),
     "answers that are no numbers": (model(answer_of_nan), "expected finite float32"),
+    "an answer of which one is no number": (model(answer_partly_of_nan), "expected finite float32"),
     "an input of no height": (model(empty_input), "none of them empty"),
     "another input everywhere": (other_input, "expected image of four axes"),
     "another input": (model(rename("image", "picture")), "has inputs and outputs picture, probability; expected"),

@@ -567,6 +567,10 @@ def test_image_list_multi_label(folders):
     with pytest.raises(UserError) as caught:
         setup(ImageList(folders, folders / "train.lst", folders / "val.lst", **SMALL))
     assert "class ids in its list; expected multi-hot labels, as in training" in one_line(caught)
+    (folders / "test.lst").write_text((folders / "val.lst").read_text())
+    (folders / "val.lst").write_text("0\t0\t0\t0\tval/cat/0.png\n")
+    with pytest.raises(UserError, match="class ids in its list"):
+        setup(ImageList(folders, folders / "train.lst", folders / "val.lst", folders / "test.lst", **SMALL))
 
 
 def test_image_manifest(folders):
@@ -580,6 +584,10 @@ def test_image_manifest(folders):
     module = setup(ImageManifest(train, val, test=train, **SMALL))
     assert module.labels == ["ant", "cat"]
     check_batches(module, train=2, test=2)
+    twice = json.loads(entry("val/cat/0.png", 0, "x")) | {"fur": 1, "fur-metadata": {"class-name": "long"}}
+    both = folders / "both.manifest"
+    both.write_text(json.dumps(twice | {"fur": 0, "fur-metadata": {"class-name": "short"}}) + "\n" + json.dumps(twice))
+    assert setup(ImageManifest(both, both, label_attribute="fur", **SMALL)).labels == ["short", "long"]
     val.write_text(entry("../val/cat/0.png", 1, "ant"))
     with pytest.raises(UserError) as caught:
         setup(ImageManifest(train, val, **SMALL))

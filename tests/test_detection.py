@@ -435,6 +435,15 @@ def test_light_changes_each_image_alone_and_keeps_greys_grey():
     assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
 
 
+def test_the_light_of_training_pictures_alone_is_changed():
+    data = Painted()
+    data.photometric = True
+    batch = (torch.full((16, 3, 8, 8), 100, dtype=torch.uint8), None)
+    for training in (True, False):
+        data.trainer = SimpleNamespace(training=training)
+        assert data.on_after_batch_transfer(batch, 0)[0].eq(100).all() != training
+
+
 def test_light_moves_by_32_levels_that_contrast_scales():
     black, white = (photometric(torch.full((512, 3, 1, 1), level, dtype=torch.uint8)) for level in (0, 255))
     assert 33 < black.max() <= 48

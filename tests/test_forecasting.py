@@ -3,6 +3,7 @@
 import json
 import re
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -509,6 +510,13 @@ def test_requests_of_other_seeds_are_answered_apart(runner):
     one, other = (runner.read({"instances": [instance()], "configuration": {"seed": seed}}) for seed in (0, 1))
     assert runner.together(one, one)
     assert not runner.together(one, other)
+
+
+def test_another_number_of_paths_than_a_bundle_is_fixed_to_is_refused(runner):
+    step = SimpleNamespace(shape=runner.step.shape | {"noise": (1, 8, 1)})
+    fixed = make_runner("forecasting", {"encode": runner.encode, "step": step}, runner.metadata)
+    with pytest.raises(UserError, match="num_samples: 100; expected 8, which this bundle is fixed to"):
+        fixed([instance()])
 
 
 class Sevens:

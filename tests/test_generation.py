@@ -10,7 +10,7 @@ from dlref.data.vocabulary import make_exact
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.generation import Settings, Writing, distribution, next_token
 from dlref.runtime.runners import language
-from dlref.runtime.text import END, make_tokenizer
+from dlref.runtime.text import END, SPECIAL, UNKNOWN, make_tokenizer
 
 BYTES = make_tokenizer({"kind": "byte"})
 
@@ -365,6 +365,11 @@ def test_long_prompts_are_not_answered_all_at_once():
     made, _ = runner()
     made.max_new_tokens = 100
     assert made.size(made.read("abc")) == 104 * 2 * 2 * 2
+
+
+def test_letters_with_marks_are_one_however_typed_and_others_are_not():
+    tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "nai\u0308f", "\ufb01x"]})
+    assert tokenizer.encode("na\u00eff nai\u0308f \ufb01x fix") == [4, 4, 5, UNKNOWN]  # a ligature is another word
 
 
 def test_byte_pairs_spell_what_they_encode():

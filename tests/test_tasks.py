@@ -370,6 +370,14 @@ def test_a_head_for_other_classes_is_replaced_and_the_rest_loaded(tmp_path, capl
     assert load_weights(LeNet5(10), tmp_path / "source.pt") == []
 
 
+def test_a_layer_whose_name_begins_as_a_head_s_is_no_head(tmp_path):
+    source, network = Linear(3), Linear(3)
+    source.fc2, network.fc2 = nn.Linear(2, 2), nn.Linear(2, 3)
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    with pytest.raises(UserError, match=r"2 tensors do not fit Linear \(fc2"):
+        load_weights(network, tmp_path / "source.pt")
+
+
 def test_weights_are_loaded_when_a_fit_starts(tmp_path):
     source = LeNet5(3)
     torch.save(source.state_dict(), tmp_path / "source.pt")
