@@ -7,7 +7,6 @@ a test test.json and figures/.
 import errno
 import json
 import logging
-import os
 import re
 import sys
 import warnings
@@ -19,6 +18,7 @@ import yaml
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
@@ -147,6 +147,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--profile", **switch, help="train some steps, and say what takes the time")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
+        parser.set_defaults({"trainer.devices": 1})  # on each more there would be a batch more, at the same rate
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse, and settle the run's folder and its checkpoint.
@@ -336,7 +337,9 @@ def train(arguments: list[str] | None = None) -> int:
         )
     except (Interrupted, SIGTERMException) as reason:
         print(f"told to end{reason}", file=sys.stderr)  # Lightning's own, outside of training, says no more
-        return os.EX_TEMPFAIL
+        # 75 is os.EX_TEMPFAIL, which Windows lacks. The first process tells it: Lightning kills that one, whatever it
+        # is at, once another has ended with anything but 0.
+        return 75 if rank_zero_only.rank == 0 else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -262,7 +262,7 @@ def test_boxes_are_judged_as_float32(tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_progress_is_shown_on_stderr_only(tmp_path, kind, monkeypatch, capsys):
     root = write(tmp_path, kind)
-    monkeypatch.setattr("dlref.data.files.SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
     assert len(READERS[kind](root).pictures) == 3
     assert capsys.readouterr().out == ""
 

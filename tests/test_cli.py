@@ -30,6 +30,12 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])  # Lightning warns of arguments beside those of a test's own
 
+    def blank(figure, path):  # figures are drawn, and looked at, where their families are tested
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr("dlref.tasks.figures._save", blank)
+
 
 def fit(*arguments):
     return train(["fit", "--config", DIGITS, *SHORT, *arguments])
@@ -203,7 +209,7 @@ def test_a_config_that_is_not_there(capsys, tmp_path):
 def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
     best, last = (tmp_path / "mine/checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
     coarse = ["--run", "mine", "--trainer.check_val_every_n_epoch", "3"]
-    for end in (["--trainer.max_steps", "2"], ["--ckpt_path", "last"]):
+    for end in (["--trainer.max_steps", "2"], ["--ckpt_path", "last", "--final_test", "false"]):
         assert fit(*coarse, *end) == 0
         assert "no validation came before the end: best.ckpt is last.ckpt" in capsys.readouterr().err
         assert best.read_bytes() == last.read_bytes()
@@ -217,7 +223,7 @@ def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
 
 
 def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, capsys):
-    assert fit("--run", "mine") == 0
+    assert fit("--run", "mine", "--final_test", "false") == 0
     (tmp_path / "mine/checkpoints/best.ckpt").unlink()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
     assert (

@@ -514,6 +514,12 @@ def test_read_image(tmp_path):
     frames = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert read_image(str(tmp_path / "a.gif"))[:, 0, 0].tolist() == [255, 0, 0]
+    holes = Image.new("P", (4, 3), 0)
+    holes.putpalette([10, 20, 30, 200, 100, 50])
+    holes.putpixel((1, 1), 1)
+    holes.save(tmp_path / "holes.gif", transparency=1, background=0)
+    seen = read_image(str(tmp_path / "holes.gif")).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(seen, on_a_device(tmp_path / "holes.gif", 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     frames[0].save(tmp_path / "turned.jpg", exif=exif)

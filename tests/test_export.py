@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -402,6 +404,35 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
 
 
+def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, monkeypatch):
+    earlier = export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    rename = Path.rename
+
+    def busy(self, target):
+        if self.name == bundles.BUNDLE and target == tmp_path / "bundle":
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UserError, match=r"bundle: cannot be replaced \(Device or resource busy\)"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == earlier
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_place_where_something_is_mounted_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="something is mounted there; expected a folder in it"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path)
+
+
+def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageClassifier, "evaluate", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="accuracy of PyTorch on validation is nan; expected a number"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_empty_example_is_filled_with_zeros():
     """The first step of a decoder has no past."""
     graph = recurrent(
@@ -477,6 +508,27 @@ def compared(actual):
     graph()
     graph.settle()
     return graph
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "unlike"),
+    [
+        ([np.inf, 1, 1], [np.inf, np.nan, 1], 1),
+        ([np.inf, 7, 1], [5, 7, np.inf], 2),
+        ([np.nan, 1, 1], [3, 1, 1 + 1e-9], 1),
+    ],
+)
+def test_a_place_that_is_no_number_differs_unless_both_are_the_same(expected, actual, unlike):
+    graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), 1e-5, (), ("value",))
+    assert graph.unlike(np.float32(actual), np.float32(expected)) == unlike
+
+
+@pytest.mark.parametrize("actual", [[np.inf, np.nan], [np.inf, np.inf]])
+def test_what_is_no_number_where_pytorch_has_one_is_refused(actual):
+    graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), np.inf)
+    graph.alike("value", np.float32([np.inf, 1]), np.float32([np.inf, 2]))
+    with pytest.raises(Refused, match="not a finite number"):
+        graph.alike("value", np.float32(actual), np.float32([np.inf, 1]))
 
 
 def test_a_choice_may_come_in_another_order_and_differ_in_a_row_that_a_rounding_flipped():

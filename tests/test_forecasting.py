@@ -1,6 +1,7 @@
 """Forecasting: windows, scales and masks whose answers can be read off, scores, sampling at the edge, data modules."""
 
 import json
+import math
 import re
 from datetime import datetime
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ from dlref.models import DeepAR
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
-from dlref.runtime.runners.forecasting import LEVELS, Past
+from dlref.runtime.lines import Line
+from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
 from dlref.runtime.series import changes
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
@@ -325,6 +327,12 @@ def test_a_point_forecast_at_all_levels_loses_its_absolute_error():
     assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
 
 
+def test_of_a_loss_of_0_any_is_too_much():
+    task = forecaster()
+    assert task.degradation(0.0, 0.0) == 0
+    assert task.degradation(0.0, 0.1) == math.inf
+
+
 def test_a_loss_is_in_hundredths_of_the_reference():
     assert forecaster().degradation(0.2, 0.21) == pytest.approx(5)
 
@@ -517,6 +525,18 @@ def test_another_number_of_paths_than_a_bundle_is_fixed_to_is_refused(runner):
     fixed = make_runner("forecasting", {"encode": runner.encode, "step": step}, runner.metadata)
     with pytest.raises(UserError, match="num_samples: 100; expected 8, which this bundle is fixed to"):
         fixed([instance()])
+
+
+def test_lists_without_end_and_names_of_no_file_are_one_bad_input_each(runner):
+    deep = json.dumps(instance()).replace('"target": [', '"target": [' + "[" * 900 + "]" * 900 + ", ")
+    answers = list(runner.stream([instance(), Line("a.jsonl:2", deep), "a\0b", "\ud800.json", instance()]))
+    assert [isinstance(answer, UserError) for answer in answers] == [False, True, True, True, False]
+    assert str(answers[1]).startswith("a.jsonl:2: ")
+
+
+def test_quantiles_of_values_close_to_the_largest_are_finite():
+    paths = np.float32([[-3e38], [3e38]])
+    assert np.isfinite(prediction(paths)["quantiles"]["0.5"]).all()
 
 
 class Sevens:

@@ -372,6 +372,27 @@ def test_letters_with_marks_are_one_however_typed_and_others_are_not():
     assert tokenizer.encode("na\u00eff nai\u0308f \ufb01x fix") == [4, 4, 5, UNKNOWN]  # a ligature is another word
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
+def test_logits_that_are_no_numbers_are_refused_and_the_text_beside_them_is_answered(settings):
+    made, graph = runner()
+    whole = Counting.__call__
+
+    def broken(tokens, **inputs):
+        answer = whole(graph, tokens, **inputs)
+        answer["logits"][(tokens == BYTES.encode("b")[0]).any(axis=1)] = np.nan
+        return answer
+
+    broken.shape = graph.shape
+    made.decode = broken
+    for name, value in (settings | {"max_new_tokens": 2}).items():
+        setattr(made, name, value)
+    good, bad = made.stream(["a", "b"])
+    assert good["new_tokens"] == 2
+    assert "logits that are no numbers" in str(bad)
+    with pytest.raises(UserError, match="no numbers"):
+        made.nll(np.array([[END, BYTES.encode("b")[0], 5, 6]]))
+
+
 def test_byte_pairs_spell_what_they_encode():
     tokenizer = make_tokenizer(make_exact(["def f(x):\n    return x\n"] * 3, "bpe", 300))
     text = " \tdef <s>  ü\u0301\r\n\n"

@@ -161,6 +161,17 @@ def test_devices_evaluate_each_sample_once(count, devices):
     assert sorted(chain(*seen)) == list(range(50))
 
 
+def test_devices_evaluate_as_many_batches_where_each_is_of_one_sample(devices, monkeypatch):
+    """Those that share a network wait for each other."""
+    monkeypatch.setattr(Data, "at_once", lambda self, split: 1)
+    shares = []
+    for rank in range(3):
+        devices(rank, 3)
+        shares.append([batch[:, 0].tolist() for batch in Data().val_dataloader()])
+    assert [len(share) for share in shares] == [16, 16, 16]
+    assert sorted(chain(*chain(*shares))) == list(range(50))
+
+
 def test_more_devices_than_samples(devices):
     devices(0, 51)
     with pytest.raises(UserError, match="val: 50 samples for 51 devices"):

@@ -252,7 +252,7 @@ def test_mask_of_a_turned_picture_is_upright(tmp_path, orientation):
 
 
 def test_progress_is_shown_on_stderr_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dlref.data.files.SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
     assert len(READERS["list"](write(tmp_path)).images) == 2
     assert capsys.readouterr().out == ""
 

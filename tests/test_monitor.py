@@ -245,6 +245,19 @@ def test_what_a_scaler_tries_is_no_explosion():
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (8, 4, 3, 3), (8, 8, 4)])
+def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_measured_without_the_scale():
+    network = nn.Linear(3, 2)
+    network(torch.ones(1, 3)).sum().mul(1024).backward()
+    plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
+    trainer = SimpleNamespace(precision_plugin=plugin, global_step=0)
+    monitor = Monitor(every=1)
+    monitor.measured, monitor.looks = {}, 0
+    for fused, times in ((True, 1), (False, 1024)):
+        optimizer = torch.optim.AdamW(network.parameters(), fused=fused)
+        monitor.on_before_optimizer_step(trainer, network, optimizer)
+        assert monitor.measured["gradient", "weight"] == pytest.approx(times * 6**0.5)
+
+
 def test_a_unit_is_silent_where_it_is_0_everywhere(shape):
     output = torch.zeros(shape)
     units = output.movedim(2 if len(shape) == 3 else 1, 0)

@@ -1,5 +1,6 @@
 """Bundles at the edge: images in every form, answers, and what is refused."""
 
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from PIL import Image
 from dlref.data.images import read_image as to_train_with
 from dlref.runtime import UserError, load
 from dlref.runtime import bundle as bundles
-from dlref.runtime.__main__ import main, progress
+from dlref.runtime.__main__ import line, main, progress
 from dlref.runtime.images import ask, centre, read_image, resize
 from dlref.runtime.runner import BATCH
 from dlref.runtime.runners.image_classification import answers
@@ -122,6 +123,9 @@ def test_arrays_are_taken_in_the_orders_people_have_them():
     assert read_image(grey(7), 3).shape == (4, 6, 3)
     for array in (rgb, rgb.transpose(2, 0, 1)):
         np.testing.assert_array_equal(read_image(array, 1)[..., 0], np.asarray(Image.fromarray(rgb).convert("L")))
+    for height, width, channels in ((3, 5, 1), (1, 5, 3)):  # of a side that could be one of channels
+        for wanted in (1, 3):
+            assert read_image(np.zeros((height, width, channels), np.uint8), wanted).shape == (height, width, wanted)
 
 
 def test_bytes_and_pictures_are_taken_as_their_files_are(tmp_path):
@@ -250,6 +254,29 @@ def test_names_that_no_text_can_hold_are_answered(bundle, tmp_path, capsys):
     assert json.loads(printed)["label"] == "bright"
 
 
+@pytest.mark.parametrize(("encoding", "ascii_"), [("cp1252", True), ("latin-1", True), ("utf-8", False)])
+def test_answers_in_a_file_are_utf_8_or_ascii(encoding, ascii_, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    text = line({"label": "é"})
+    assert text.isascii() == ascii_
+    assert json.loads(text) == {"label": "é"}
+
+
+def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(grey(255)).save(tmp_path / "in" / name)
+    known = {name: getattr(os.path, name) for name in ("isfile", "lexists", "isdir")}
+    for name, function in known.items():  # as of a folder that may not be entered
+        hidden = lambda path, function=function: not str(path).endswith("a.png") and function(path)  # noqa: E731
+        monkeypatch.setattr(os.path, name, hidden)
+    (tmp_path / "in/a.png").write_bytes(b"")
+    assert main([str(bundle), str(tmp_path / "in")]) == 2
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "a.png" in first["error"]
+    assert second["label"] == "bright"
+
+
 def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
     seen = []
     real = bundles.OnnxGraph
@@ -375,6 +402,14 @@ def test_a_provider_whose_libraries_are_missing_is_not_taken_for_the_cpu(bundle,
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
     with pytest.warns(UserWarning, match="not in available"), pytest.raises(UserError, match="does not start"):
         load(bundle, provider="QNNExecutionProvider")
+
+
+def test_a_provider_s_package_that_does_not_fit_is_one_line(bundle, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime_qnn.py").write_text(f"def get_library_path(): return {str(tmp_path / 'none.so')!r}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="onnxruntime_qnn: onnxruntime refuses it"):
+        load(bundle, provider="QNNExecutionProvider")
+    sys.modules.pop("onnxruntime_qnn")
 
 
 def test_what_onnxruntime_refuses_is_one_line(bundle):

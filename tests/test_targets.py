@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from dlref.export.graph import write_onnx
 from dlref.export.measure import provider, stands_in, starts
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
-from dlref.runtime import load
+from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
 from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.deployable import Graph
@@ -249,6 +250,27 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
     assert "Tried for int8 and refused:" in report
     assert f"Kept in float: {', '.join(kept)}." in report
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_where_the_worst_nodes_are_not_known_it_is_float32(spiked, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("classify: bad allocation")
+
+    monkeypatch.setattr("dlref.export.attempts.SAMPLES", {"MinMax": 256})
+    monkeypatch.setattr("dlref.export.attempts.worst_nodes", refuse)
+    assert made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")["precision"] == "float32"
+    assert "the worst nodes are not known: classify: bad allocation" in capsys.readouterr().err
+
+
+def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
+    kinds = onnxruntime.OrtHardwareDeviceType
+    for kind, expected in ((kinds.CPU, "CPUExecutionProvider"), (kinds.NPU, "QNNExecutionProvider")):
+        found = [SimpleNamespace(device=SimpleNamespace(type=kind))]
+        monkeypatch.setattr("dlref.export.measure.plugin_devices", lambda provider, found=found: found)
+        monkeypatch.setattr("dlref.export.measure.OnnxGraph", lambda *_: None)
+        starts.cache_clear()
+        assert provider(TARGETS["qualcomm"]) == expected
+    starts.cache_clear()
 
 
 def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):

@@ -30,9 +30,11 @@ from dlref.tasks import (
     Steps,
     Translator,
     WarmupCosine,
+    figures,
     image_classification,
 )
 from dlref.tasks.averaging import Average
+from dlref.tasks.devices import fast_steps
 from dlref.tasks.task import MeanLoss, freeze
 from dlref.tasks.weights import load_weights
 
@@ -218,6 +220,16 @@ def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
     assert results["test/roc_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(targets, probability), abs=1e-5)
     task.draw(tmp_path / "figures")
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["roc.png"]
+
+
+@pytest.mark.parametrize("label", ["$^$", "_background_"])
+def test_labels_that_mean_something_to_matplotlib_are_drawn_as_they_are(label, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or figure.draw_without_rendering())
+    figures.roc(tmp_path / "roc.png", torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1]), [label, "b"])
+    legend = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert [text.replace("\\", "").split()[0] for text in legend] == [label, "b"]
+    figures.mistakes(tmp_path / "mistakes.png", [(0.9, torch.zeros(1, 4, 4, dtype=torch.uint8), 0, 1)], [label, "b"])
 
 
 def test_the_worst_mistakes_are_kept_in_order(tmp_path):
@@ -441,6 +453,25 @@ def test_frozen_parameters_and_their_statistics_stay(tmp_path):
     assert not torch.equal(task.network.layer3[0].bn1.running_mean, before["layer3.0.bn1.running_mean"])
 
 
+def test_a_frozen_recurrent_layer_stays_in_training_mode():
+    """cuDNN refuses to differentiate one in evaluation mode, and what is below it may train."""
+    network = nn.ModuleDict({"embeddings": nn.Embedding(3, 4), "rnn": nn.LSTM(4, 4), "norm": nn.BatchNorm1d(4)})
+    freeze(network, "rnn|norm")
+    assert [module.training for module in network.values()] == [True, True, False]
+    assert not any(parameter.requires_grad for parameter in network["rnn"].parameters())
+
+
+@pytest.mark.parametrize(("scaler", "fused", "limit"), [(None, True, 1.0), (1, False, 1.0), (1, True, None)])
+def test_a_fused_optimiser_is_clipped_where_no_scale_is_to_be_undone_first(scaler, fused, limit):
+    task = classifier(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=fused))
+    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), gradient_clip_val=limit)
+    task.configure_optimizers()
+    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=1), gradient_clip_val=1.0)
+    task.optimizer = partial(torch.optim.AdamW, fused=True)
+    with pytest.raises(UserError, match=r"a fused optimizer with trainer\.gradient_clip_val and 16-mixed"):
+        task.configure_optimizers()
+
+
 def test_freezing_matches_names_from_their_start():
     network = LeNet5(3)
     freeze(network, "c")
@@ -546,6 +577,7 @@ def test_launches_are_recorded_where_it_is_asked_for(said, mode, monkeypatch, tm
 
 @pytest.mark.gpu
 def test_recorded_launches_train_to_the_same_weights(tmp_path, unchecked):
+    fast_steps(torch.device("cuda"))  # as `fit` does; torch 2.11 warns of matrices of float32 without
     found = []
     for said in (False, "graphs"):
         torch.manual_seed(0)

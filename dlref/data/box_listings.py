@@ -36,9 +36,9 @@ from dlref.data.files import (
     picture_size,
     read_json,
     read_lines,
-    show_progress,
     visible_entries,
 )
+from dlref.data.images import show_progress
 from dlref.data.listings import MAX_CLASSES, only_attribute, parse_source
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import decoded, parse_object

@@ -4,23 +4,21 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from dlref.data.images import FORMATS, SHOW_PROGRESS_ABOVE
+from dlref.data.images import FORMATS
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, read_text
 
 SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
-
-Item = TypeVar("Item")
 
 
 def drawn(count: int, share: float) -> set[int]:
@@ -83,20 +81,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
     entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
     return entry
-
-
-def show_progress(items: list[Item], what: str) -> Iterable[Item]:
-    """The items, with a progress bar where they are many files."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(
-        items,
-        what,
-        transient=True,
-        console=Console(stderr=True),
-        disable=len(items) <= SHOW_PROGRESS_ABOVE,
-    )
 
 
 def picture_size(path: str) -> tuple[int, int]:

@@ -215,14 +215,16 @@ class SplitData(LightningDataModule):
         if devices == 1:
             parts = samples.split(size) if len(samples) else ()
         else:  # as many for each device, where there are enough: those that share a network wait for each other
-            parts = samples.tensor_split(min(len(samples), -(-len(samples) // (size * devices)) * devices))
+            rounds = min(len(samples) // devices, -(-len(samples) // (size * devices)))
+            parts = samples.tensor_split(rounds * devices)
         return DataLoader(self.as_batches(split), sampler=parts[rank::devices], batch_size=None, **self.workers())
 
     def workers(self) -> dict[str, Any]:
         """What a DataLoader has to know of processes."""
         several = self.num_workers > 0
         # What this process makes may lie on the device already, and cannot be pinned.
-        pinned = several and torch.cuda.is_available()
+        device = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
+        pinned = several and device == "cuda"
         # Python 3.14 would have each begin anew, which takes seconds and a gigabyte, and outlive a fit that is killed.
         start = "fork" if several and sys.platform == "linux" else None
         known = {"num_workers": self.num_workers, "multiprocessing_context": start}

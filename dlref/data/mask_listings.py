@@ -31,10 +31,9 @@ from dlref.data.files import (
     picture_size,
     read_json,
     read_lines,
-    show_progress,
     visible_entries,
 )
-from dlref.data.images import FORMATS, SUFFIXES, UnreadableImage
+from dlref.data.images import FORMATS, SUFFIXES, UnreadableImage, show_progress
 from dlref.runtime.errors import UserError
 
 VOID = 255  # class id of pixels that count for nothing

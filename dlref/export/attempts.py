@@ -5,9 +5,10 @@ task's metric falls by more than the target's gate, or where it is not faster th
 tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 
@@ -113,10 +114,14 @@ class Attempts:
         best = min(self.made, key=lambda attempt: attempt.degradation)
         if best.degradation == inf:
             return
-        ranked = {
-            name: worst_nodes(self.source(name), self.converted(name, best.plan), self.feeds[name])
-            for name in filter(self.calibrated, self.deployable.graphs)
-        }
+        try:
+            ranked = {
+                name: worst_nodes(self.source(name), self.converted(name, best.plan), self.feeds[name])
+                for name in filter(self.calibrated, self.deployable.graphs)
+            }
+        except UserError as error:  # it keeps all that flows between the nodes in memory
+            self.say(f"the worst nodes are not known: {error}")
+            return
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
             plan = Plan(self.target.precision, best.plan.calibration, kept)
@@ -241,6 +246,9 @@ class Attempts:
         if split not in self.pytorch:
             batches = self.watched(loader, f"PyTorch on {split}")
             self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
+            if not np.isfinite(self.pytorch[split]):
+                found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
+                raise UserError(f"{found}; expected a number, of data that it can be computed of")
         compared = graphs
         if exact:
             compared = {
@@ -293,17 +301,10 @@ class Attempts:
         recorders = {name: Recorder(graph, graphs[name]) for name, graph in self.deployable.graphs.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            batches = until(lambda: all(recorder.full for recorder in recorders.values()), self.data.train_dataloader())
+            loader = self.data.train_dataloader()
+            batches = takewhile(lambda _: not all(recorder.full for recorder in recorders.values()), loader)
             score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
-
-
-def until(full: Callable[[], bool], batches: Iterable) -> Iterator:
-    """The batches before all are served."""
-    for batch in batches:
-        if full():
-            return
-        yield batch
 
 
 class Recorder:

@@ -1,5 +1,6 @@
 """A trained task -> a verified bundle for one target: export, convert, verify, measure, write."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -64,6 +65,8 @@ def watched(batches: Iterable, title: str) -> Iterator:
 def staged(output: Path) -> Iterator[Path]:
     """A folder to work in, beside `output`. What is then in its BUNDLE becomes `output`; the rest vanishes."""
     output = output.resolve()
+    if os.path.ismount(output):
+        raise UserError(f"{output}: something is mounted there; expected a folder in it, which can be replaced whole")
     nearest = next(path for path in (output, *output.parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
@@ -77,10 +80,24 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield part
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(output, ignore_errors=True)
-        (part / BUNDLE).rename(output)
+        replace(part / BUNDLE, output, part / "before")
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def replace(made: Path, output: Path, aside: Path) -> None:
+    """Put a folder in the place of another, which stays where that fails. Raises UserError."""
+    try:
+        if output.exists():
+            output.rename(aside)
+        made.rename(output)
+    except BaseException as error:  # Ctrl-C too
+        if aside.exists() and not output.exists():
+            aside.rename(output)
+        if isinstance(error, OSError):
+            reason = f"cannot be replaced ({error.strerror})"
+            raise UserError(f"{output}: {reason}; expected a folder for the bundle") from None
+        raise
 
 
 def is_bundle(folder: Path) -> bool:

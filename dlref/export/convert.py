@@ -175,7 +175,8 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
     scheme = target.quantisation
     reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
     activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
-    kept = [*plan.kept.get(source.name.split(".")[0], ()), *after_the_network(onnx.load(source).graph)]
+    graph = onnx.load(source).graph
+    kept = [*plan.kept.get(source.name.split(".")[0], ()), *after_the_network(graph), *of_masks(graph)]
     if scheme.qnn:
         return get_qnn_qdq_config(source, reader, method, activation, weight, scheme.per_channel, nodes_to_exclude=kept)
     return StaticQuantConfig(
@@ -202,6 +203,17 @@ def after_the_network(graph: onnx.GraphProto) -> list[str]:
             before.add(node.name)
             waiting += [writers[name] for name in node.input if name in writers]
     return [node.name for node in graph.node if node.name not in before and node.op_type not in FUSED]
+
+
+def of_masks(graph: onnx.GraphProto) -> list[str]:
+    """The nodes through which the infinities of a mask go, up to the softmax that ends them: no range holds one."""
+    infinite = {tensor.name for tensor in graph.initializer if np.isinf(onnx.numpy_helper.to_array(tensor)).any()}
+    nodes = []
+    for node in graph.node:
+        if infinite.intersection(node.input):
+            nodes.append(node.name)
+            infinite.update(() if node.op_type == "Softmax" else node.output)
+    return nodes
 
 
 class Reader(CalibrationDataReader):

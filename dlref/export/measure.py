@@ -17,7 +17,7 @@ from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bench import bench, in_process
-from dlref.runtime.bundle import CPU, OnnxGraph, cores
+from dlref.runtime.bundle import CPU, OnnxGraph, cores, plugin_devices
 
 TURNS = 3  # where two are compared: a shared machine's clock wanders
 CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
@@ -31,8 +31,13 @@ def provider(target: Target) -> str:
 @cache
 def starts(provider: str, opset: int, ir_version: int) -> bool:
     """Whether it executes a graph here: onnxruntime may know a provider whose driver or libraries are missing."""
-    if provider == CPU or provider not in onnxruntime.get_available_providers():
-        return provider == CPU
+    if provider == CPU:
+        return True
+    devices = plugin_devices(provider)
+    if devices and all(one.device.type == onnxruntime.OrtHardwareDeviceType.CPU for one in devices):
+        return False  # the maker's simulation, seconds a call
+    if not devices and provider not in onnxruntime.get_available_providers():
+        return False
     sides = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in "xy"]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "starts", *sides)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
@@ -69,7 +74,7 @@ class Contenders:
         self.target, self.graphs, self.programs, self.float32 = target, graphs, programs, float32
         self.known: dict[Path, dict] = {}
 
-    def onnx(self, folder: Path, again: bool = False) -> dict:
+    def of_bundle(self, folder: Path, again: bool = False) -> dict:
         """A bundle's figures, measured once unless `again`. Raises UserError."""
         if again or folder not in self.known:
             self.known[folder] = self.measured(folder)
@@ -119,7 +124,7 @@ class Contenders:
             if name.startswith("pytorch"):
                 runs.append(self.pytorch(name.removeprefix("pytorch-")))
             else:
-                runs.append(self.onnx(bundle if name == "bundle" else self.float32, again=bool(runs)))
+                runs.append(self.of_bundle(bundle if name == "bundle" else self.float32, again=bool(runs)))
         return min(runs, key=lambda run: run["waited"] or 0)
 
 

@@ -56,7 +56,7 @@ class Target:
 
 
 X86 = ("x86_64", "AMD64")
-ARM = ("aarch64", "arm64")
+ARM = ("aarch64", "arm64", "ARM64")
 
 TARGETS = {
     target.name: target
@@ -89,6 +89,7 @@ TARGETS = {
             "qualcomm",
             "Qualcomm NPU by QNN: 16-bit activations, 8-bit weights, fixed shapes",
             provider="QNNExecutionProvider",
+            machines=ARM,
             precision="int16",
             quantisation=Quantisation("QUInt16", weight="QUInt8", per_channel=False, qnn=True),
             static=True,

@@ -1,4 +1,4 @@
-"""The hidden activations that every network here can be built with: one name, one module.
+"""The hidden activations that LeNet-5, AlexNet, GoogLeNet and the ResNets can be built with: one name, one module.
 
 `docs/plot_activations.py` draws them all. Each squashes (or bends) one unit's pre-activation, element by
 element, so it keeps its input's shape. Softmax is drawn with them but is not one of them: it compares the

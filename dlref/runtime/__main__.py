@@ -6,6 +6,7 @@
 """
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -170,12 +171,12 @@ def tell(pieces: Iterable[str]) -> int:
 
 
 def line(record: dict) -> str:
-    """A record as JSON, letters as they are where the output can show them."""
-    text = json.dumps(record, ensure_ascii=False)
-    if CONTROLS.search(text):
+    """A record as JSON, letters as they are where the output can show them; a file of them is UTF-8 or ASCII."""
+    text, encoding = json.dumps(record, ensure_ascii=False), sys.stdout.encoding or "ascii"
+    if CONTROLS.search(text) or not (sys.stdout.isatty() or codecs.lookup(encoding).name == "utf-8"):
         return json.dumps(record)
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(encoding)
     except UnicodeEncodeError:
         return json.dumps(record)
     return text
@@ -230,7 +231,8 @@ def files(given: str) -> list[str]:
     if not given or not os.path.isdir(given):  # not Path's, which raises for a text longer than a name may be
         return [given]
     folder = Path(given)
-    below = sorted(path for path in folder.rglob("*") if path.is_file())
+    # What may be listed and not looked at is an input too: reading says what is wrong, in its turn.
+    below = sorted(path for path in folder.rglob("*") if os.path.isfile(path) or not os.path.lexists(path))
     found = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not found:
         raise UserError(f"{folder}: no file in it; expected inputs")
@@ -247,7 +249,7 @@ def progress(answers: Iterable, total: int) -> Iterator:
         if shown and (now - last > 0.1 or done == total):
             last = now
             bar = "#" * (30 * done // total)
-            rate = done / (now - start)
+            rate = done / max(now - start, 1e-9)
             print(f"\r[{bar:30}] {done}/{total}, {rate:.0f}/s", end="\n" if done == total else "", file=sys.stderr)
 
 

@@ -33,5 +33,6 @@ def draw_attention(axes, weights: np.ndarray, source: list[str], target: list[st
 
 
 def literal(token: str) -> str:
-    """A token as it is, with nothing that matplotlib takes for mathematics."""
-    return token.strip().replace("$", r"\$")
+    """A token as it is, with nothing that matplotlib takes for mathematics, or leaves out of a legend."""
+    text = token.strip().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

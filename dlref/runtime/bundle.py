@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import threading
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +31,18 @@ KEYS = {
 # Only these, with these options: a manifest from elsewhere must not choose what library is loaded.
 PROVIDERS = {
     "CPUExecutionProvider": {},
-    "CUDAExecutionProvider": {},
+    "CUDAExecutionProvider": {"use_tf32": "0"},  # float32 is what was verified
     "TensorrtExecutionProvider": {"trt_engine_cache_enable": "0"},
     "QNNExecutionProvider": {"backend_type": "htp"},
 }
+# Those of them that are packages of their own, and which onnxruntime has to be told of.
+PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
+REGISTERING = threading.Lock()
 
 # On x86-64 without VNNI the sums of 8-bit products saturate, and answers are wrong without a word, but for this.
 EXACT = "session.x64quantprecision", "1"
+# A provider that is a package may fail to start without a word, and leave all nodes to the processor.
+ASSIGNED = "session.record_ep_graph_assignment_info", "1"
 CPU = "CPUExecutionProvider"
 
 
@@ -84,6 +93,29 @@ def check_provider(where: str | Path, provider: object) -> None:
         raise UserError(f"{where}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
 
 
+def plugin_devices(provider: str) -> list:
+    """What a provider that is a package of its own can use here; nothing where it is none, or is not installed."""
+    import onnxruntime
+
+    if provider not in PLUGINS or find_spec(PLUGINS[provider]) is None:
+        return []
+    with REGISTERING:
+        register(provider)
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
+
+
+@cache
+def register(provider: str) -> None:
+    """Tell onnxruntime of a provider's package. Raises UserError where the two do not fit together."""
+    import onnxruntime
+
+    try:
+        library = import_module(PLUGINS[provider]).get_library_path()
+        onnxruntime.register_execution_provider_library(provider, library)
+    except Exception as error:  # onnxruntime's own types have no public base
+        raise UserError(f"{PLUGINS[provider]}: onnxruntime refuses it ({one_line(error)})") from None
+
+
 def check_files(folder: Path, manifest: dict) -> None:
     """Refuse a bundle whose files are not the ones that were written, or that points outside its folder.
 
@@ -122,7 +154,8 @@ class OnnxGraph:
         check_provider(path, provider)
         import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
 
-        if provider not in onnxruntime.get_available_providers():
+        devices = plugin_devices(provider)
+        if not devices and provider not in onnxruntime.get_available_providers():
             raise UserError(
                 f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it, or another provider"
             )
@@ -135,12 +168,16 @@ class OnnxGraph:
         self.path = path
         try:
             with returned_to_the_system():
-                asked = [(provider, PROVIDERS[provider])]
+                if devices:
+                    options.add_provider_for_devices(devices, PROVIDERS[provider])
+                    options.add_session_config_entry(*ASSIGNED)
+                asked = None if devices else [(provider, PROVIDERS[provider])]
                 # A fallback exchanges the session that other threads may be in, and prints.
                 self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
-        if self.session.get_providers()[0] != provider:
+        taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
+        if self.session.get_providers()[0] != provider or (devices and provider not in taken):
             raise UserError(
                 f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "
                 "driver and libraries, or another provider"

@@ -54,9 +54,7 @@ def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
         raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] not in (1, 3):
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1 and channels == 3:
         array = array.repeat(3, axis=2)

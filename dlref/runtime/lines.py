@@ -56,7 +56,7 @@ def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
             yield file
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: no name that a file may have
         reason = getattr(error, "strerror", None) or f"unreadable ({one_line(error)})"
         raise UserError(f"{path}: {reason}; expected {expected}") from None
 

@@ -48,8 +48,8 @@ class Alike(Callback):
     where one of them has no batch left. Once is enough: what is kept of batch norm is the first device's.
     """
 
-    def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Send them now, and not before each batch."""
+    def on_validation_epoch_start(self, trainer: Trainer, task: LightningModule) -> None:
+        """Send them now, those of an average of the weights where there is one, and not before each batch."""
         if isinstance(trainer.model, DistributedDataParallel):
             for buffer in task.buffers():
                 torch.distributed.broadcast(buffer, 0)

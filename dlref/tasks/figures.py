@@ -11,6 +11,7 @@ from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 
 from dlref.runtime.attention import draw_attention, literal
+from dlref.runtime.runners.object_detection import SHOWN as SURE
 from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALETTE
 
 COLUMNS = 5  # of the grid of mistakes
@@ -18,7 +19,6 @@ SHOWN = 12  # classes named in a legend; more would hide the curves
 COLOURED = 36  # classes named below masks
 MANY = 100_000  # from this count on a cell of a matrix shows a share
 GROUPS = 6  # of lengths
-SURE = 0.3  # score of the least certain box that is drawn
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -97,7 +97,7 @@ def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> 
     areas = {k: auc(false, true) for k, (false, true) in rates.items()}
     weakest = sorted(areas, key=areas.get)[:SHOWN]
     for k, (false, true) in rates.items():
-        label = f"{labels[k]}  {areas[k]:.4f}" if k in weakest else None
+        label = f"{literal(labels[k])}  {areas[k]:.4f}" if k in weakest else None
         axes.step(false, true, where="post", label=label, linewidth=1.2 if k in weakest else 0.4)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     axes.set_xscale("symlog", linthresh=1e-3)
@@ -124,7 +124,8 @@ def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: li
         axes.set_axis_off()
     for axes, (confidence, image, predicted, true) in zip(grid, worst, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{labels[predicted]} {confidence:.0%}\ntrue: {labels[true]}", fontsize=9)
+        found, there = literal(labels[predicted]), literal(labels[true])
+        axes.set_title(f"{found} {confidence:.0%}\ntrue: {there}", fontsize=9)
     figure.suptitle("Most confident mistakes" if worst else "No mistakes")
     _save(figure, path)
 
@@ -149,10 +150,10 @@ def detections(path: Path, pictures: list, labels: list[str]) -> None:
             axes.set_title(title, fontsize=9)
         there = targets["labels"] >= 0
         for box, k in zip(targets["boxes"][there].tolist(), targets["labels"][there].tolist(), strict=True):
-            _box(truth, box, width, height, f"C{k % 10}", labels[k])
+            _box(truth, box, width, height, f"C{k % 10}", literal(labels[k]))
         for box, score, k in zip(boxes.tolist(), scores.tolist(), classes.tolist(), strict=True):
             if score >= SURE:
-                _box(found, box, width, height, f"C{k % 10}", f"{labels[k]} {score:.0%}")
+                _box(found, box, width, height, f"C{k % 10}", f"{literal(labels[k])} {score:.0%}")
     _save(figure, path)
 
 
@@ -208,7 +209,7 @@ def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[
     areas = {k: curve.mean() for k, curve in precision.items()}
     weakest = sorted(areas, key=areas.get)[:SHOWN]
     for k, curve in precision.items():
-        label = f"{labels[k]}  {areas[k]:.3f}" if k in weakest else None
+        label = f"{literal(labels[k])}  {areas[k]:.3f}" if k in weakest else None
         axes.plot(np.linspace(0, 1, len(curve)), curve, label=label, linewidth=1.2 if k in weakest else 0.4)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="recall", ylabel="precision")
     axes.set_title("Precision over recall at an overlap of 0.5")

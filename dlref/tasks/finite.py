@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.fabric.utilities import move_data_to_device
 
 from dlref.runtime import UserError
 from dlref.tasks.seal import write_sealed
@@ -53,7 +54,9 @@ class Finite(Callback):
             stage, trainer.training = trainer.state.stage, True  # validation would not augment
             batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
             trainer.state.stage = stage
+            batch = move_data_to_device(batch, "cpu")  # for who has no GPU to read it on
             write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, path)
+        trainer.strategy.barrier("not_finite.pt")  # the others' end would end the one that writes
         raise UserError(
             "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
             "expected a number, see a lower rate or trainer.gradient_clip_val; ".format(**where)

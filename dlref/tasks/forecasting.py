@@ -5,6 +5,7 @@ P parameters of the distribution, U uniform numbers of a draw, Y rows of the sta
 N values of all series.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -302,8 +303,8 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Hundredths of the reference, for the metric has no bound."""
-        return 100 * (score / reference - 1)
+        """Hundredths of the reference, for the metric has no bound; of one that is 0 anything is too much."""
+        return 100 * (score / reference - 1) if reference else 100 * score and math.inf
 
     def draw(self, folder: Path) -> None:
         """Forecasts over history, nominal against observed coverage, and the loss by time ahead."""

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from dlref.tasks.task import Task
+from dlref.tasks.task import Task, scales_itself
 
 Rule = Literal[
     "vanishing_gradient",
@@ -190,10 +191,12 @@ class Monitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradients of a step that is looked at."""
         if self._due(trainer):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler and scales_itself(optimizer) else 1
             for name, parameter in task.named_parameters():
                 if parameter.ndim > 1 and parameter.grad is not None:
-                    self.measured["gradient", name] = torch.linalg.vector_norm(parameter.grad)
-                    self.measured["weight", name] = torch.linalg.vector_norm(parameter.detach())
+                    self.measured["gradient", name] = _whole(torch.linalg.vector_norm(parameter.grad)) / scale
+                    self.measured["weight", name] = _whole(torch.linalg.vector_norm(parameter.detach()))
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
         """Add the loss; after a step that was looked at, judge it."""
@@ -269,10 +272,15 @@ class Average:
 def silent_units(relu: nn.Module, output: Tensor) -> Tensor | None:
     """The share of units that are 0 wherever they are in a batch; None of a batch that is too small to tell."""
     unit = 2 if output.ndim == 3 else 1
-    if output.numel() < ENOUGH * output.shape[unit]:
+    if output.ndim < 2 or output.numel() < ENOUGH * output.shape[unit]:
         return None
     others = [axis for axis in range(output.ndim) if axis != unit]
     return (output.amax(others) <= 0).float().mean()
+
+
+def _whole(number: Tensor) -> Tensor:
+    """A number of weights of which each device has a part."""
+    return number.full_tensor() if isinstance(number, DTensor) else number
 
 
 def saturated_outputs(squashing: nn.Module, output: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Object detection: boxes with a class each, by any network that answers MultiBox heads."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -189,8 +190,9 @@ class ObjectDetector(Task):
         return Deployable("object-detection", {"detect": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
-        """Mean average precision of a runner's detections over `batches`."""
-        return self.scores(runner, batches)[self.metric]
+        """Mean average precision of a runner's detections over `batches`; NaN where there is no box to find."""
+        score = self.scores(runner, batches)[self.metric]
+        return score if score >= 0 else math.nan  # COCO's -1
 
     def scores(self, runner, batches: Iterable[Batch]) -> dict[str, float]:
         """All that COCO reports of a runner's detections over `batches`."""
@@ -251,13 +253,10 @@ def computed(metric: MeanAveragePrecision) -> dict[str, Tensor]:
 
 
 def predictions(found: list[Found], sizes: Int[Tensor, "B 2"]) -> list[dict[str, Tensor]]:
-    """Detections in shares of the image -> what torchmetrics takes, in pixels of the original image.
-
-    On the device of `sizes`: between several devices, what is gathered has to lie on them.
-    """
+    """Detections in shares of the image -> what torchmetrics takes, in pixels of the original image."""
     rows = []
-    for image, size in zip(found, sizes, strict=True):
-        boxes, scores, labels = (torch.from_numpy(array).to(sizes.device) for array in image)
+    for image, size in zip(found, sizes.cpu(), strict=True):
+        boxes, scores, labels = map(torch.from_numpy, image)
         rows.append({"boxes": pixels(boxes, size), "scores": scores, "labels": labels})
     return rows
 

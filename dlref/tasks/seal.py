@@ -48,8 +48,10 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
             hashed = Hashed(file)
             try:
                 torch.save(state, hashed)
-            except RuntimeError:
-                raise hashed.error or OSError(f"{path}: cannot be written") from None
+            except RuntimeError:  # torch.save's own words for an OSError
+                if hashed.error is None:
+                    raise
+                raise hashed.error from None
             file.write(SEAL + hashed.sha256.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())  # a rename that outlives a power cut must not name a file that does not

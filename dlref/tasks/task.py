@@ -236,21 +236,12 @@ class Task(LightningModule):
             self.log("train/loss", self.train_loss)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """As Lightning's, which refuses fused optimisers under any mixed precision: bf16 has no scale to undo first.
-
-        Raises UserError where one has to be: with 16-mixed.
-        """
+        """As Lightning's, which refuses fused optimisers under any mixed precision: bf16 has no scale to undo first."""
         plugin, norm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if not (gradient_clip_val and fused and isinstance(plugin, MixedPrecision)):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif plugin.scaler is None:
+        if gradient_clip_val and scales_itself(optimizer) and isinstance(plugin, MixedPrecision):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, GradClipAlgorithmType(norm))
         else:
-            raise UserError(
-                "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
-                "model.init_args.optimizer.init_args.fused to be false"
-            )
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def reported(self, loss: Tensor, count: Tensor | int) -> Tensor:
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
@@ -288,18 +279,32 @@ class Task(LightningModule):
         ]
 
     def configure_optimizers(self):
-        """The config's optimiser over the parameters that train, and its schedule stepped once a step."""
+        """The config's optimiser over the parameters that train, and its schedule stepped once a step.
+
+        Raises UserError.
+        """
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if not parameters:
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler and self.trainer.gradient_clip_val and scales_itself(optimizer):  # before what is to be clipped
+                raise UserError(
+                    "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
+                    "model.init_args.optimizer.init_args.fused to be false"
+                )
             if self.lr_scheduler is None:
                 return optimizer
             scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def scales_itself(optimizer: Optimizer) -> bool:
+    """Whether it undoes the scale of 16-mixed within its step, as fused ones do: gradients are scaled until then."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def number_of(fact: dict | Sequence) -> int:
@@ -339,8 +344,8 @@ class MeanLoss(Metric):
 def freeze(network: nn.Module, pattern: str) -> None:
     """Stop the gradient of every parameter whose name matches `pattern` from its start.
 
-    A module whose own parameters are all frozen goes to evaluation mode, so that frozen batch norms keep
-    their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
+    A module whose own parameters are all frozen, but a recurrent one, goes to evaluation mode, so that frozen batch
+    norms keep their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
     """
     try:
         matches = re.compile(pattern).match
@@ -354,7 +359,8 @@ def freeze(network: nn.Module, pattern: str) -> None:
         parameter.requires_grad_(False)
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if own and not any(p.requires_grad for p in own):
+        # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
+        if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
             module.eval()
 
 

@@ -32,7 +32,12 @@ PARTS = {
 
 
 def read(path: Path) -> object:
-    """What a PyTorch or safetensors file holds; never unpickles code. Raises UserError."""
+    """What a PyTorch or safetensors file holds, or the best checkpoint of a run's folder; unpickles no code.
+
+    Raises UserError.
+    """
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a .safetensors or .pt state dict, or the folder of a run")
     if seal_of(path) and (wrong := damage(path)):
@@ -61,7 +66,7 @@ def read_facts(path: Path) -> dict:
 
     Raises UserError.
     """
-    state = read(path / "checkpoints" / "best.ckpt" if path.is_dir() else path)
+    state = read(path)
     return state["facts"] if isinstance(state, dict) and isinstance(state.get("facts"), dict) else {}
 
 
@@ -70,7 +75,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises UserError.
     """
-    state = read(path / "checkpoints" / "best.ckpt" if path.is_dir() else path)
+    state = read(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and "facts" in state:  # of this project
         state = {
             key.removeprefix("network."): value

@@ -160,7 +160,10 @@ class Runner(Base):
             source = parse_object(source.text, where)
         if not isinstance(source, Mapping):
             raise UserError(f"{where}: {type(source).__name__}; expected a series or a request, as an object")
-        source = as_json(source)
+        try:
+            source = as_json(source)
+        except RecursionError:
+            raise UserError(f"{where}: lists in lists without end; expected a series or a request") from None
         if "instances" not in source:
             return Request(where, [self.past(source, where)], SAMPLES, 0, *_outputs({}, where), single=True)
         instances, configuration = source["instances"], source.get("configuration", {})
@@ -316,7 +319,7 @@ def prediction(paths: np.ndarray, types: tuple[str, ...] = OUTPUT_TYPES[:2], lev
     if "mean" in types:
         answer["mean"] = paths.mean(axis=0, dtype=np.float64).tolist()
     if "quantiles" in types:
-        found = np.quantile(paths, list(levels.values()), axis=0)
+        found = np.quantile(paths.astype(np.float64), list(levels.values()), axis=0)  # sums of two stay finite
         answer["quantiles"] = {name: row.tolist() for name, row in zip(levels, found, strict=True)}
     if "samples" in types:
         answer["samples"] = paths.tolist()

@@ -251,6 +251,8 @@ class Runner(Base):
         answer = self.decode(tokens=tokens, back=back, **past.inputs())
         if not {"logits", "present"} <= set(answer) or answer["logits"].shape[-1] != len(self.tokenizer):
             raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
+        if not np.isfinite(answer["logits"].max(axis=-1)).all():  # of NaN too; a token may be ruled out
+            raise UserError("graph answers logits that are no numbers; expected finite ones")
         past.add(answer["present"], counts)
         return answer["logits"]
 

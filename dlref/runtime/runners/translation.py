@@ -215,6 +215,8 @@ class Runner(Base):
                 state = np.pad(state, [(0, 0), (0, 0), (0, beam - kept), (0, 0)])
             memory = {name: array[sentences] for name, array in known.items()}
             answer = self.step(token=token, state=state, **memory)
+            if np.isnan(answer["log_probability"]).any():
+                raise UserError("graph answers probabilities that are no numbers; expected finite ones")
             return Next(
                 answer["log_probability"][:, :kept],
                 answer["next_token"][:, :kept],
