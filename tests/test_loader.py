@@ -1,5 +1,6 @@
 """Batches that follow from the seed, the epoch and their number alone."""
 
+import gc
 import os
 import sys
 from itertools import chain
@@ -102,6 +103,40 @@ def test_workers_are_children_of_the_process_that_trains():
     data.samples = lambda split: torch.arange(3)
     if sys.platform == "linux":
         assert {parent for batch in data.val_dataloader() for parent in batch.tolist()} == {os.getpid()}
+
+
+class Unreachable:
+    """Garbage that only a collector finds, and that tells which process did."""
+
+    def __init__(self, folder):
+        self.folder, self.me = folder, self
+
+    def __del__(self):
+        (self.folder / str(os.getpid())).touch()
+
+
+class Collecting(Dataset):
+    """Samples in whose making garbage is collected."""
+
+    def __getitem__(self, sample):
+        gc.collect()
+        return os.getpid()
+
+
+def test_workers_do_not_collect_what_they_inherit(tmp_path):
+    """A session of onnxruntime waits for its threads, which no fork copies."""
+    data = Data("shuffled", 2)
+    data.splits = {"train": Collecting(), "val": Collecting()}
+    data.samples = lambda split: torch.arange(4)
+    gc.disable()
+    try:
+        Unreachable(tmp_path)
+        workers = {worker for batch in data.val_dataloader() for worker in batch.tolist()}
+    finally:
+        gc.enable()
+    gc.collect()
+    assert os.getpid() not in workers
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_batch_can_be_had_once_more():

@@ -6,6 +6,7 @@ many processes decode nor how many devices share a batch changes what is in it.
 A data set of batches answers a tensor of B numbers with a batch. Legend of shapes: N samples, B of them in a batch.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dlref.runtime.errors import UserError
+
+# What a worker inherits it never collects: an onnxruntime session among it would wait, for good, for threads that a fork
+# does not copy.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=gc.freeze)
 
 ORDER, SAMPLES, STEP = range(3)  # what a seed is for: who is in a batch; decoding and augmenting them; the step
 

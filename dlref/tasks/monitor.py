@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from dlref.tasks.task import Task, scales_itself
+from dlref.tasks.task import Task, scaler_of, scales_itself
 
 Rule = Literal[
     "vanishing_gradient",
@@ -191,7 +191,7 @@ class Monitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradients of a step that is looked at."""
         if self._due(trainer):
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scaler = scaler_of(trainer)
             scale = scaler.get_scale() if scaler and scales_itself(optimizer) else 1
             for name, parameter in task.named_parameters():
                 if parameter.ndim > 1 and parameter.grad is not None:
@@ -208,7 +208,7 @@ class Monitor(Callback):
         looks = trainer.global_step // self.every
         if looks > self.looks:  # not before the last of the batches that accumulate gradients
             self.looks = looks
-            self._look(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+            self._look(scaled=scaler_of(trainer) is not None)
             self._judge(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:

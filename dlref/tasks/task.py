@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -288,8 +288,7 @@ class Task(LightningModule):
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler and self.trainer.gradient_clip_val and scales_itself(optimizer):  # before what is to be clipped
+            if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
                 raise UserError(
                     "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
                     "model.init_args.optimizer.init_args.fused to be false"
@@ -305,6 +304,11 @@ class Task(LightningModule):
 def scales_itself(optimizer: Optimizer) -> bool:
     """Whether it undoes the scale of 16-mixed within its step, as fused ones do: gradients are scaled until then."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """What scales the gradients of 16-mixed."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def number_of(fact: dict | Sequence) -> int:
