@@ -517,6 +517,27 @@ def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatc
     assert seen == [nll_and_gradient] * (kind == "cuda")
 
 
+def test_a_batch_of_evaluation_leaves_training_compiled_for_its_own_size(monkeypatch, unchecked):
+    seen, compiled = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        seen.append({type(size) for tensor in inputs if isinstance(tensor, torch.Tensor) for size in tensor.shape})
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled(self, backend=backend))
+    task = model(compile_network=True)
+    task.log = lambda *_, **__: None
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trained = SimpleNamespace(datamodule=SimpleNamespace(**task.known), strategy=strategy, accumulate_grad_batches=1)
+    task.trainer = trained
+    task.setup("fit")
+    for size, step in ((2, task.evaluation_step), (5, lambda batch: task.training_step(batch, 0))):
+        before = len(seen)
+        step(batch_of(*["abcdefghijklmnop"] * size))
+        assert len(seen) > before
+        assert seen[-1] == {int}
+
+
 def test_hidden_matrices_tables_and_vectors_are_apart():
     task = model()
     groups = task.parameter_groups(list(task.network.parameters()))

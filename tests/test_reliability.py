@@ -202,6 +202,18 @@ def test_minutes_count_from_one_checkpoint_to_the_next(saving):
     assert saved == [1600.0, 2200.0]
 
 
+def test_several_processes_ask_each_other_now_and_then(saving):
+    """Each time all of them wait for all."""
+    last, trainer, now, saved = saving
+    trainer.world_size, trainer.log_every_n_steps, trainer.val_check_batch = 2, 4, 100
+    last.told = True
+    for step in (5, 6, 7, 8):
+        now[0], trainer.global_step, trainer.fit_loop.total_batch_idx = 2000.0 + step, step, step - 1
+        last.on_train_batch_end(trainer, None, None, None, step - 1)
+        assert last.ending == (step == 8)
+    assert saved == [2008.0]
+
+
 def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
     last, trainer, now, saved = saving
     for step in (4, 5):

@@ -120,8 +120,10 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
         """Cross entropy, over what the network has room for."""
-        hidden, _, _ = self.network(batch[:, :-1])
-        after = batch[:, 1:].flatten()
+        before, after = batch[:, :-1], batch[:, 1:].flatten()
+        if self.compile_network:  # for one size: that evaluation has had another would make it one for all
+            torch._dynamo.mark_static(before, 0)
+        hidden, _, _ = self.network(before)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.nll_and_gradient)
         return self.reported(loss, len(after))
 
