@@ -7,6 +7,7 @@ a test test.json and figures/.
 import errno
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -18,7 +19,6 @@ import yaml
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
@@ -320,7 +320,7 @@ class TrainCLI(LightningCLI):
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end before the end."""
+    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end before it."""
     try:
         TrainCLI(
             Task,
@@ -337,9 +337,9 @@ def train(arguments: list[str] | None = None) -> int:
         )
     except (Interrupted, SIGTERMException) as reason:
         print(f"told to end{reason}", file=sys.stderr)  # Lightning's own, outside of training, says no more
-        # 75 is os.EX_TEMPFAIL, which Windows lacks. The first process tells it: Lightning kills that one, whatever it
-        # is at, once another has ended with anything but 0.
-        return 75 if rank_zero_only.rank == 0 else 0
+        # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
+        # whatever it is at, once another has ended with anything but 0.
+        return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

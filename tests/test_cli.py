@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from dlref.cli import TrainCLI, load_run, train
 from dlref.models import LeNet5
+from dlref.tasks.checkpoints import Interrupted
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 SHORT = [
@@ -314,6 +315,18 @@ def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):
     assert any(row["train/loss"] for row in before)  # of epochs shorter than from one logging to the next, too
     state = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 9
+
+
+@pytest.mark.parametrize(("local_rank", "status"), [(None, 75), ("0", 75), ("1", 0)])
+def test_the_first_process_of_a_machine_tells_that_a_run_was_told_to_end(local_rank, status, monkeypatch, tmp_path):
+    def told(*_, **__):
+        raise Interrupted(tmp_path / "last.ckpt", 7)
+
+    monkeypatch.setattr("dlref.cli.TrainCLI", told)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert train(["fit"]) == status
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):

@@ -435,6 +435,13 @@ def test_light_changes_each_image_alone_and_keeps_greys_grey():
     assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
 
 
+def test_where_there_is_no_box_to_find_the_metric_is_no_number(monkeypatch):
+    task = detector()
+    for found, expected in ((-1.0, math.nan), (0.25, 0.25)):
+        monkeypatch.setattr(task, "scores", lambda runner, batches, found=found: {"map": found})
+        assert task.evaluate(None, []) == pytest.approx(expected, nan_ok=True)
+
+
 def test_the_light_of_training_pictures_alone_is_changed():
     data = Painted()
     data.photometric = True

@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from test_tasks import Linear, Pixels, classifier, sgd
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.convert import Plan, after_the_network, convert
+from dlref.export.convert import Plan, after_the_network, convert, of_masks
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Reference, Refused, parity
@@ -422,6 +423,7 @@ def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, m
 
 def test_a_place_where_something_is_mounted_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    monkeypatch.setattr(bundles, "Attempts", None)
     with pytest.raises(UserError, match="something is mounted there; expected a folder in it"):
         export(classifier().eval(), Pixels(), CPU, tmp_path)
 
@@ -431,6 +433,33 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="accuracy of PyTorch on validation is nan; expected a number"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_bundle_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
+    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    rename = Path.rename
+
+    def full(self, target):
+        if target == tmp_path / "bundle":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(UserError, match=r"cannot be replaced .*, what was there is ") as error:
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    (aside,) = tmp_path.glob(".bundle.*/before")
+    assert str(aside) in str(error.value)
+    assert (aside / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("ends", ["Softmax", "Clip"])
+def test_a_mask_goes_no_further_than_to_what_ends_it(ends):
+    infinite = helper.make_tensor("infinite", TensorProto.FLOAT, [], [-np.inf])
+    word = helper.make_tensor("word", TensorProto.STRING, [], [b"inf"])
+    masked = helper.make_node("Where", ["seen", "x", "infinite"], ["masked"], "masked")
+    ended = helper.make_node(ends, ["masked"], ["ended"], "ended")
+    after = helper.make_node("MatMul", ["ended", "x"], ["y"], "after")
+    assert of_masks(helper.make_graph([masked, ended, after], "mask", [], [], [infinite, word])) == ["masked", "ended"]
 
 
 def test_an_empty_example_is_filled_with_zeros():
@@ -602,7 +631,7 @@ def test_a_choice_agrees_with_its_own_number_of_rows(actual):
 def test_float32_that_loses_the_metric_is_refused_where_outputs_are_a_choice(tmp_path, monkeypatch):
     task, data = classifier().eval(), Pixels()
     monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch)))
-    scores = iter([0.9, 0.8])
+    scores = iter([0.9, 0.9, 0.8])  # PyTorch's on both splits come first
     monkeypatch.setattr(task, "evaluate", lambda runner, batches: next(scores))
     with pytest.raises(Refused, match=r"accuracy 0\.8000, PyTorch's is 0\.9000: 10\.00 points lost"):
         export(task, data, CPU, tmp_path / "bundle")

@@ -9,10 +9,12 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from test_detection import fit
 from test_tasks import sgd
 from torch import nn
@@ -24,7 +26,7 @@ from dlref.data.make_tokens import main
 from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
 from dlref.data.vocabulary import make_exact
 from dlref.export.convert import Plan, convert, is_quantised
-from dlref.export.graph import example_at, trace_sizes, write_onnx
+from dlref.export.graph import example_at, first_sizes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Reference, parity
 from dlref.models import GPT
@@ -693,6 +695,18 @@ def test_a_static_graph_is_served(exported, tmp_path):
     assert ours(["The cat", "a"]) == theirs(["The cat", "a"])
     batch = [batch_of("abcdefgh", "xyz")]
     assert task.evaluate(theirs, batch) == pytest.approx(task.evaluate(ours, batch), rel=1e-4)
+
+
+def test_infinities_of_a_mask_are_in_no_range(exported, tmp_path):
+    """A scale of infinity would make all scores alike."""
+    graph, target = exported[2], TARGETS["qualcomm"]
+    write_onnx(graph, tmp_path / "decode.onnx", target)
+    feeds = [{key: tensor.numpy() for key, tensor in example_at(graph, first_sizes(graph)).items()}]
+    convert(tmp_path / "decode.onnx", tmp_path / "int16.onnx", target, Plan("int16", "MinMax"), feeds)
+    tensors = onnx.load(tmp_path / "int16.onnx").graph.initializer
+    scales = [numpy_helper.to_array(tensor) for tensor in tensors if tensor.name.endswith("_scale")]
+    assert len(scales) > 10
+    assert np.isfinite(np.concatenate([scale.ravel() for scale in scales])).all()
 
 
 def test_examples_fit_every_declared_size(exported):

@@ -338,7 +338,7 @@ def test_exports_with_a_dynamic_batch(name, activation):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18"])  # ResNet-50 is of the same class
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18"])  # its blocks and stem are in others
 def test_compiles_in_place_without_graph_breaks(name):
     network = randomise_batch_norms(NETWORKS[name](num_classes=10)).eval()
     keys = network.state_dict().keys()

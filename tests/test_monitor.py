@@ -244,6 +244,10 @@ def test_what_a_scaler_tries_is_no_explosion():
         assert watch.seen.gradients.keys() == ({"v"} if scaled else {"w", "v"})
 
 
+def test_an_output_of_one_axis_has_no_units():
+    assert silent_units(nn.ReLU(), torch.zeros(10_000)) is None
+
+
 def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_measured_without_the_scale():
     network = nn.Linear(3, 2)
     network(torch.ones(1, 3)).sum().mul(1024).backward()

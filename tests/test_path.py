@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,11 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
 
     monkeypatch.setattr(TrainCLI, "_run_subcommand", build_only)
     arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
-    with torch.device("meta"):  # no weights are drawn: what is checked are shapes, not values such as class weights
+    with torch.device("meta"):  # no weights are drawn: shapes are checked, and no values but class weights
         assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"].to_empty(device="cpu")
+    for tensor in chain(task.parameters(), task.buffers()):
+        tensor.detach().fill_(1)
     written = yaml.safe_load(config.read_text())
     network = written["model"]["init_args"]["network"]["init_args"]
     facts = {"labels": [str(k) for k in range(network.get("num_classes", 0))], "multi_label": False, "crop": None}

@@ -105,6 +105,16 @@ class Full(BytesIO):
         return super().write(data)
 
 
+def test_what_is_no_trouble_with_the_disk_is_not_told_as_one(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        write_sealed({"step": 1}, tmp_path / "last.ckpt")
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_torch_makes_of_a_full_disk_is_told_as_such():
     hashed = Hashed(Full())
     with pytest.raises(RuntimeError):
@@ -314,7 +324,8 @@ def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
     finite.on_train_start(None, None)
     finite.losses.append(torch.tensor(torch.nan))
     finite.seen.append({"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1})
-    second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False)
+    strategy = SimpleNamespace(barrier=lambda name: None)
+    second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False, strategy=strategy)
     with pytest.raises(UserError, match="not finite in step 1"):
         finite.on_save_checkpoint(second, None, {})
 

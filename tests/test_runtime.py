@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -410,6 +411,19 @@ def test_a_provider_s_package_that_does_not_fit_is_one_line(bundle, tmp_path, mo
     with pytest.raises(UserError, match="onnxruntime_qnn: onnxruntime refuses it"):
         load(bundle, provider="QNNExecutionProvider")
     sys.modules.pop("onnxruntime_qnn")
+
+
+def test_a_provider_that_the_program_registered_is_not_registered_again(tmp_path, monkeypatch):
+    kinds = onnxruntime.OrtHardwareDeviceType
+    (tmp_path / "onnxruntime_qnn.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    there = [
+        SimpleNamespace(ep_name="QNNExecutionProvider", device=SimpleNamespace(type=kind))
+        for kind in (kinds.GPU, kinds.NPU)
+    ]
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: there)
+    assert bundles.plugin_devices("QNNExecutionProvider") == there[1:]
+    assert bundles.plugin_devices("CPUExecutionProvider") == []
 
 
 def test_what_onnxruntime_refuses_is_one_line(bundle):

@@ -1,6 +1,7 @@
 """Every target's bundle, and the ladder from its precision down to float32."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -271,6 +272,15 @@ def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
         starts.cache_clear()
         assert provider(TARGETS["qualcomm"]) == expected
     starts.cache_clear()
+
+
+def test_a_provider_s_package_that_does_not_fit_leaves_the_work_to_the_cpu(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime_qnn.py").write_text("def get_library_path(): return 'none.so'")
+    monkeypatch.syspath_prepend(tmp_path)
+    starts.cache_clear()
+    assert provider(TARGETS["qualcomm"]) == "CPUExecutionProvider"
+    starts.cache_clear()
+    sys.modules.pop("onnxruntime_qnn")
 
 
 def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):

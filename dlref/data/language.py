@@ -96,8 +96,8 @@ class LanguageData(SplitData):
         return torch.arange(len(self.splits[split])) * self.context_length
 
     def at_once(self, split: str) -> int:
-        """As many windows as have so many tokens."""
-        return max(1, EVALUATED // self.context_length)
+        """As many windows as have so many tokens; two at least, with which devices have as many batches each."""
+        return max(2, EVALUATED // self.context_length)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts, one by one."""

@@ -221,8 +221,7 @@ class SplitData(LightningDataModule):
         if devices == 1:
             parts = samples.split(size) if len(samples) else ()
         else:  # as many for each device, where there are enough: those that share a network wait for each other
-            rounds = min(len(samples) // devices, -(-len(samples) // (size * devices)))
-            parts = samples.tensor_split(rounds * devices)
+            parts = samples.tensor_split(min(len(samples), -(-len(samples) // (size * devices)) * devices))
         return DataLoader(self.as_batches(split), sampler=parts[rank::devices], batch_size=None, **self.workers())
 
     def workers(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ task's metric falls by more than the target's gate, or where it is not faster th
 tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -86,6 +86,8 @@ class Attempts:
     def climb(self) -> Attempt:
         """One attempt after the other until one holds. Raises Refused where not even float32 does."""
         self.exact = self.parity(FLOAT32)  # first: a lower precision is judged by a metric, which forgives
+        for split in ("validation", "test"):
+            self.score_pytorch(split)
         for plan in self.plans():
             attempt = self.judged(plan)
             self.made.append(attempt)
@@ -145,7 +147,8 @@ class Attempts:
         try:
             attempt.parity = self.exact if exact else self.exact + self.parity(plan)
             attempt.metric = self.metric(plan, "validation")
-            attempt.degradation = self.task.degradation(attempt.metric["pytorch"], attempt.metric["bundle"])
+            degradation = self.task.degradation(attempt.metric["pytorch"], attempt.metric["bundle"])
+            attempt.degradation = degradation if np.isfinite(degradation) else inf
             if not exact:
                 attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
             elif forgiven and self.too_much_lost(attempt):
@@ -239,17 +242,22 @@ class Attempts:
             rows += parity(name, graph, self.references[name], graphs[name], tolerance, self.target.static)
         return [{"precision": plan.precision, **row} for row in rows]
 
+    def loader(self, split: str) -> Iterable:
+        """The batches of a split."""
+        return {"validation": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
+
+    def score_pytorch(self, split: str) -> None:
+        """The task's metric on a whole split, by PyTorch. Raises UserError where there is none."""
+        batches = self.watched(self.loader(split), f"PyTorch on {split}")
+        self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
+        if not np.isfinite(self.pytorch[split]):
+            found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
+            raise UserError(f"{found}; expected a number, of data that it can be computed of")
+
     def metric(self, plan: Plan, split: str) -> dict:
         """The task's metric on a whole split, by PyTorch and by a bundle, whose answers float32 compares one by one."""
         graphs, exact = self.opened(plan), plan == FLOAT32
-        loader = {"validation": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        if split not in self.pytorch:
-            batches = self.watched(loader, f"PyTorch on {split}")
-            self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
-            if not np.isfinite(self.pytorch[split]):
-                found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
-                raise UserError(f"{found}; expected a number, of data that it can be computed of")
-        compared = graphs
+        loader, compared = self.loader(split), graphs
         if exact:
             compared = {
                 name: Compared(

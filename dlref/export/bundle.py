@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from dlref.runtime import UserError, load
 from dlref.runtime.bundle import check_provider, read_manifest
 
 BUNDLE = "bundle"
+BEFORE = "before"  # where a bundle is until another has taken its place
 
 console = Console(stderr=True)
 
@@ -80,9 +81,10 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield part
         output.parent.mkdir(parents=True, exist_ok=True)
-        replace(part / BUNDLE, output, part / "before")
+        replace(part / BUNDLE, output, part / BEFORE)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if output.exists() or not (part / BEFORE).exists():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def replace(made: Path, output: Path, aside: Path) -> None:
@@ -92,10 +94,12 @@ def replace(made: Path, output: Path, aside: Path) -> None:
             output.rename(aside)
         made.rename(output)
     except BaseException as error:  # Ctrl-C too
-        if aside.exists() and not output.exists():
-            aside.rename(output)
+        with suppress(OSError):
+            if aside.exists() and not output.exists():
+                aside.rename(output)
         if isinstance(error, OSError):
-            reason = f"cannot be replaced ({error.strerror})"
+            left = f", what was there is {aside}" if aside.exists() else ""
+            reason = f"cannot be replaced ({error.strerror}{left})"
             raise UserError(f"{output}: {reason}; expected a folder for the bundle") from None
         raise
 

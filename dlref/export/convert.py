@@ -53,8 +53,11 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
 QUANTISED = {*WEIGHTED, *DYNAMIC}
-# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing.
+# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing. On a
+# simulated NPU a step of a forecast with 8-bit weights was off by a tenth of the series' mean, in float32 by 0.03.
 RECURRENT = {"LSTM", "GRU", "RNN"}
+# What answers finite numbers to infinite ones, or only has a bound that is infinite.
+FINITE = {"Softmax", "LogSoftmax", "Exp", "Clip", "Min", "Max"}
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples to look for the worst nodes on
@@ -79,7 +82,8 @@ def is_calibrated(path: Path, target: Target) -> bool:
     """Whether quantising this graph for `target` needs data."""
     if target.quantisation is None:
         return False
-    return target.quantisation.qnn or any(node.op_type in CONVOLUTIONS for node in onnx.load(path).graph.node)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    return bool(kinds & CONVOLUTIONS) or (target.quantisation.qnn and not kinds & RECURRENT)
 
 
 def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) -> None:
@@ -88,10 +92,11 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         path.write_bytes(source.read_bytes())
         return
     with quietly(path.name):
+        model = onnx.load(source)
+        whole = plan.precision == "float16" or target.quantisation.qnn  # not layer by layer
+        if whole and any(node.op_type in RECURRENT for node in model.graph.node):
+            raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if plan.precision == "float16":
-            model = onnx.load(source)
-            if any(node.op_type in RECURRENT for node in model.graph.node):
-                raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
             after = after_the_network(model.graph)
             blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": after}
             half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
@@ -207,12 +212,13 @@ def after_the_network(graph: onnx.GraphProto) -> list[str]:
 
 def of_masks(graph: onnx.GraphProto) -> list[str]:
     """The nodes through which the infinities of a mask go, up to the softmax that ends them: no range holds one."""
-    infinite = {tensor.name for tensor in graph.initializer if np.isinf(onnx.numpy_helper.to_array(tensor)).any()}
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    infinite = {name for name, value in values.items() if value.dtype.kind == "f" and np.isinf(value).any()}
     nodes = []
     for node in graph.node:
         if infinite.intersection(node.input):
             nodes.append(node.name)
-            infinite.update(() if node.op_type == "Softmax" else node.output)
+            infinite.update(() if node.op_type in FINITE else node.output)
     return nodes
 
 

@@ -33,7 +33,10 @@ def starts(provider: str, opset: int, ir_version: int) -> bool:
     """Whether it executes a graph here: onnxruntime may know a provider whose driver or libraries are missing."""
     if provider == CPU:
         return True
-    devices = plugin_devices(provider)
+    try:
+        devices = plugin_devices(provider)
+    except UserError:
+        return False
     if devices and all(one.device.type == onnxruntime.OrtHardwareDeviceType.CPU for one in devices):
         return False  # the maker's simulation, seconds a call
     if not devices and provider not in onnxruntime.get_available_providers():

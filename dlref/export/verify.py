@@ -114,8 +114,9 @@ class Compared:
             self.rows += len(wanted)
             unlike = abs(len(found) - len(wanted))
             if len(found) and len(wanted):
-                error = np.abs(found[:, None] - wanted)  # (found, wanted, F)
-                relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
+                with np.errstate(invalid="ignore"):  # infinities that are equal differ by nothing
+                    error = np.where(found[:, None] == wanted, 0, np.abs(found[:, None] - wanted))  # (found, wanted, F)
+                    relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
                 nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
                 same = relative[nearest, places] <= self.tolerance
                 unlike = max(len(found), len(wanted)) - int(same.sum())
@@ -171,7 +172,7 @@ class Compared:
             return 0.0
         with np.errstate(invalid="ignore"):  # infinities that are equal, as masks have them, differ by nothing
             error = np.where(actual == expected, 0, np.abs(actual.astype(np.float64) - expected))
-        worst = (error / np.maximum(np.abs(expected), 1)).max()
+            worst = (error / np.maximum(np.abs(expected), 1)).max()
         if not worst <= self.tolerance:  # also for NaN
             raise Refused(
                 f"{self.name}, output {output}: differs from PyTorch by {worst:.2g}; expected at most "

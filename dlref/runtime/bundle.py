@@ -100,8 +100,11 @@ def plugin_devices(provider: str) -> list:
     if provider not in PLUGINS or find_spec(PLUGINS[provider]) is None:
         return []
     with REGISTERING:
-        register(provider)
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
+        if all(device.ep_name != provider for device in onnxruntime.get_ep_devices()):  # a program may have been first
+            register(provider)
+    graphics = onnxruntime.OrtHardwareDeviceType.GPU  # which QNN takes too, and not for what it is asked here
+    found = (device for device in onnxruntime.get_ep_devices() if device.ep_name == provider)
+    return [device for device in found if device.device.type != graphics]
 
 
 @cache
@@ -174,9 +177,9 @@ class OnnxGraph:
                 asked = None if devices else [(provider, PROVIDERS[provider])]
                 # A fallback exchanges the session that other threads may be in, and prints.
                 self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
+            taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
-        taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
         if self.session.get_providers()[0] != provider or (devices and provider not in taken):
             raise UserError(
                 f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "

@@ -50,11 +50,12 @@ def _opened(source) -> AbstractContextManager[Image.Image]:
 
 
 def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C): a last axis of 1, 3 or 4 is one of channels."""
     if array.dtype != np.uint8 or array.size == 0:
         raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1 and channels == 3:
         array = array.repeat(3, axis=2)

@@ -50,15 +50,21 @@ class Finite(Callback):
         if all(finite):
             return
         where, path = seen[finite.index(False)], Path(trainer.default_root_dir) / "not_finite.pt"
-        if trainer.is_global_zero:
-            stage, trainer.training = trainer.state.stage, True  # validation would not augment
-            batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
-            trainer.state.stage = stage
-            batch = move_data_to_device(batch, "cpu")  # for who has no GPU to read it on
-            write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, path)
-        trainer.strategy.barrier("not_finite.pt")  # the others' end would end the one that writes
+        try:
+            if trainer.is_global_zero:
+                self.keep(trainer, where, path)
+        finally:
+            trainer.strategy.barrier("not_finite.pt")  # the others' end would end the one that writes
         raise UserError(
             "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
             "expected a number, see a lower rate or trainer.gradient_clip_val; ".format(**where)
             + f"the batch is in {path}"
         )
+
+    def keep(self, trainer: Trainer, where: dict[str, Any], path: Path) -> None:
+        """Make the batch once more, and write it for who may have no GPU."""
+        stage, trainer.training = trainer.state.stage, True  # validation would not augment
+        batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
+        trainer.state.stage = stage
+        batch = move_data_to_device(batch, "cpu")
+        write_sealed({**where, "inputs": batch._asdict() if hasattr(batch, "_asdict") else batch}, path)

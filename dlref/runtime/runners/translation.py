@@ -215,8 +215,8 @@ class Runner(Base):
                 state = np.pad(state, [(0, 0), (0, 0), (0, beam - kept), (0, 0)])
             memory = {name: array[sentences] for name, array in known.items()}
             answer = self.step(token=token, state=state, **memory)
-            if np.isnan(answer["log_probability"]).any():
-                raise UserError("graph answers probabilities that are no numbers; expected finite ones")
+            if not (answer["log_probability"] < np.inf).all() or not np.isfinite(answer["attention"]).all():
+                raise UserError("graph answers probabilities or attention that are no numbers; expected finite ones")
             return Next(
                 answer["log_probability"][:, :kept],
                 answer["next_token"][:, :kept],
