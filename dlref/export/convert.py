@@ -53,8 +53,8 @@ FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never qua
 # nothing runs; and onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
 QUANTISED = {*WEIGHTED, *DYNAMIC}
-# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing. On a
-# simulated NPU a step of a forecast with 8-bit weights was off by a tenth of the series' mean, in float32 by 0.03.
+# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing. For
+# an NPU, forecasts with 8-bit weights were off by a tenth of a series' mean a step, and the metric hardly saw it.
 RECURRENT = {"LSTM", "GRU", "RNN"}
 # What answers finite numbers to infinite ones, or only has a bound that is infinite.
 FINITE = {"Softmax", "LogSoftmax", "Exp", "Clip", "Min", "Max"}
