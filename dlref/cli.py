@@ -43,6 +43,8 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
+REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # what a constructor says a user has to mend
+
 
 @dataclass
 class Best:
@@ -204,7 +206,7 @@ class TrainCLI(LightningCLI):
         """Build everything; what a constructor refuses is the user's to mend."""
         try:
             super().instantiate_classes()
-        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:
+        except REFUSALS as error:
             raise UserError(readable(str(error))) from error
         self.datamodule.same = self.options.debug
 
@@ -378,6 +380,6 @@ def build(config: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
             options = parser.parse_args([*arguments, *overrides])
         check_parts(options)
         built = parser.instantiate(options)
-    except ValueError as error:
+    except REFUSALS as error:
         raise UserError(readable(str(error))) from error
     return built.model, built.data

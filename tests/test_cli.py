@@ -11,8 +11,9 @@ import torch
 import yaml
 from conftest import ROOT
 
-from dlref.cli import TrainCLI, load_run, train
+from dlref.cli import TrainCLI, build, load_run, train
 from dlref.models import LeNet5
+from dlref.runtime import UserError
 from dlref.tasks.checkpoints import Interrupted
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
@@ -315,6 +316,15 @@ def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):
     assert any(row["train/loss"] for row in before)  # of epochs shorter than from one logging to the next, too
     state = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 9
+
+
+def test_what_a_constructor_misses_is_one_line_for_export_too(monkeypatch):
+    def missing(self, options):
+        raise ModuleNotFoundError("No module named 'tensorboardX'")
+
+    monkeypatch.setattr("dlref.cli.Parser.instantiate", missing)
+    with pytest.raises(UserError, match="No module named 'tensorboardX'"):
+        build(Path(DIGITS), [])
 
 
 @pytest.mark.parametrize(("local_rank", "status"), [(None, 75), ("0", 75), ("1", 0)])
