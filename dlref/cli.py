@@ -149,7 +149,6 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--profile", **switch, help="train some steps, and say what takes the time")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
-        parser.set_defaults({"trainer.devices": 1})  # on each more there would be a batch more, at the same rate
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse, and settle the run's folder and its checkpoint.

@@ -265,9 +265,9 @@ def test_a_busy_machine_is_said_to_be_one():
         "contenders": {"bundle": figures | {"waited": 0.4}, "onnx-float32": figures | {"waited": 0.02}},
         "not_run": {},
     }
-    text = "\n".join(measurement(measured, "forecasting"))
+    text = "\n".join(measurement(measured, spread=True))
     assert "have one thread each" in text
-    assert "have one thread each" not in "\n".join(measurement(measured, "image-classification"))
+    assert "have one thread each" not in "\n".join(measurement(measured, spread=False))
     assert "bundle waited for a core 40% of the time: this machine was busy" in text
     assert "onnx-float32 waited" not in text
     assert busy({"bundle": figures | {"waited": None}}) == []

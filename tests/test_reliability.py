@@ -212,18 +212,6 @@ def test_minutes_count_from_one_checkpoint_to_the_next(saving):
     assert saved == [1600.0, 2200.0]
 
 
-def test_several_processes_ask_each_other_now_and_then(saving):
-    """Each time all of them wait for all."""
-    last, trainer, now, saved = saving
-    trainer.world_size, trainer.log_every_n_steps, trainer.val_check_batch = 2, 4, 100
-    last.told = True
-    for step in (5, 6, 7, 8):
-        now[0], trainer.global_step, trainer.fit_loop.total_batch_idx = 2000.0 + step, step, step - 1
-        last.on_train_batch_end(trainer, None, None, None, step - 1)
-        assert last.ending == (step == 8)
-    assert saved == [2008.0]
-
-
 def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
     last, trainer, now, saved = saving
     for step in (4, 5):
@@ -324,10 +312,27 @@ def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
     finite.on_train_start(None, None)
     finite.losses.append(torch.tensor(torch.nan))
     finite.seen.append({"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1})
-    strategy = SimpleNamespace(barrier=lambda name: None)
+    waited = []
+    strategy = SimpleNamespace(barrier=waited.append)
     second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False, strategy=strategy)
     with pytest.raises(UserError, match="not finite in step 1"):
         finite.on_save_checkpoint(second, None, {})
+    assert waited == ["not_finite.pt"]  # for the first, which keeps the batch
+
+
+def test_no_process_waits_for_a_first_one_that_cannot_keep_the_batch(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Finite, "keep", full)
+    finite, waited = Finite(), []
+    finite.on_train_start(None, None)
+    finite.losses.append(torch.tensor(torch.nan))
+    finite.seen.append({"step": 1})
+    strategy = SimpleNamespace(barrier=waited.append)
+    with pytest.raises(OSError, match="No space left"):
+        finite.look(SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, strategy=strategy))
+    assert waited == ["not_finite.pt"]
 
 
 def test_debug_learns_three_batches_by_heart_and_writes_nothing(tmp_path, capsys):

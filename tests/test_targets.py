@@ -253,6 +253,23 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_a_score_that_is_no_number_refuses_an_attempt_and_is_none_in_the_manifest(tmp_path, monkeypatch):
+    task, data = NETWORKS["resnet20"]()
+    # PyTorch on both splits, calibration, two attempts, and the second one on the test split.
+    scores, evaluate = iter([0.9, 0.9, None, float("nan"), 0.9, 0.9]), task.evaluate
+
+    def scored(runner, batches):
+        score = next(scores)
+        return evaluate(runner, batches) if score is None else score
+
+    monkeypatch.setattr(task, "evaluate", scored)
+    manifest = made(task, data, TARGETS["arm64"], tmp_path / "bundle")
+    first, second = manifest["verification"]["attempts"]
+    assert first["score"] is None
+    assert "inf points lost" in first["refused"]
+    assert (second["score"], manifest["precision"]) == (0.9, "int8")
+
+
 def test_where_the_worst_nodes_are_not_known_it_is_float32(spiked, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise UserError("classify: bad allocation")

@@ -363,12 +363,15 @@ class Fixed:
         return self.graph(**inputs)
 
 
-def test_probabilities_that_are_no_numbers_are_refused(runner, monkeypatch):
+@pytest.mark.parametrize(
+    ("output", "value"), [("log_probability", np.nan), ("log_probability", np.inf), ("attention", np.nan)]
+)
+def test_answers_that_are_no_numbers_are_refused(output, value, runner, monkeypatch):
     step = runner.step
 
     def broken(**inputs):
         answer = step(**inputs)
-        return answer | {"log_probability": np.full_like(answer["log_probability"], np.nan)}
+        return answer | {output: np.full_like(answer[output], value)}
 
     broken.shape = step.shape
     monkeypatch.setattr(runner, "step", broken)

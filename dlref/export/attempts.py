@@ -286,7 +286,7 @@ class Attempts:
                 "precision": attempt.plan.precision,
                 "calibration": attempt.plan.calibration,
                 "kept_float": attempt.plan.kept,
-                "score": attempt.metric.get("bundle"),
+                "score": attempt.metric.get("bundle") if attempt.degradation < inf else None,  # JSON has no NaN
                 "refused": attempt.refused,
             }
             for attempt in self.made

@@ -1,6 +1,7 @@
 """report.md: the manifest for people."""
 
 from dlref.runtime import runner_of
+from dlref.runtime.bundle import CPU
 
 FIGURES = {  # of a contender: title, format
     "latency_ms": ("ms", "{:.2f}"),
@@ -27,7 +28,7 @@ def report(manifest: dict, sizes: dict[str, int]) -> str:
         runner_of(manifest["kind"]).takes(manifest["metadata"]),
         *graphs(manifest["graphs"], sizes),
         *metrics(manifest["verification"], target),
-        *measurement(manifest["measurement"], manifest["kind"]),
+        *measurement(manifest["measurement"], target["provider"] == CPU and runner_of(manifest["kind"]).spreads),
         *parity(manifest["verification"]),
         f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
     ]
@@ -89,15 +90,20 @@ def kept_float(kept: dict) -> str:
     return f" with {count} nodes in float" if count else ""
 
 
-def measurement(measured: dict, kind: str) -> list[str]:
-    """Every contender in a row, and why others are missing."""
+def measurement(measured: dict, spread: bool) -> list[str]:
+    """Every contender in a row, and why others are missing.
+
+    Args:
+        measured: what the manifest says.
+        spread: batches are shared out over graphs of one thread each.
+    """
     parts = ["## Measured"]
     alone = " The graphs of a bundle have one thread each: a runner shares batches out."
     if measured["contenders"]:
         parts += [
             f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
             "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone."
-            + (alone if runner_of(kind).spreads else ""),
+            + (alone if spread else ""),
             table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
     for name in busy(measured["contenders"]):

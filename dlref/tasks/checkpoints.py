@@ -153,9 +153,8 @@ class Last(Checkpoint):
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         if not stepped or validates_next(trainer, batch_idx):
             return
-        asked = trainer.world_size == 1 or trainer.global_step % max(1, trainer.log_every_n_steps) == 0  # all wait
-        self.ending = asked and self.agreed(trainer)
-        if self.ending or self.step == trainer.max_steps or (asked and self.due(trainer)):
+        self.ending = self.agreed(trainer)
+        if self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
@@ -191,7 +190,9 @@ class Last(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.told, all=False)
 
     def due(self, trainer: Trainer) -> bool:
-        """Whether the minutes are over by the first process' clock."""
+        """Whether the minutes are over by the first process' clock. Several ask it now and then: each time all wait."""
+        if trainer.world_size > 1 and trainer.global_step % max(1, trainer.log_every_n_steps):
+            return False
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
 
     def save(self, trainer: Trainer) -> None:
