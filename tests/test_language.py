@@ -251,12 +251,12 @@ def test_the_last_tenth_validates_and_is_not_trained_from(tmp_path):
     assert torch.equal(data.splits["val"].tokens, data.splits["test"].tokens)
 
 
-@given(st.lists(st.text(max_size=9), max_size=6), st.floats(0, 1))
 def test_two_windows_at_least_are_evaluated_together():
     for context, count in ((1024, 8), (4096, 2), (8192, 2)):
         assert TextFiles("a.txt", context_length=context).at_once("val") == count
 
 
+@given(st.lists(st.text(max_size=9), max_size=6), st.floats(0, 1))
 def test_what_is_cut_is_whole(texts, share):
     first, last = cut(texts, share)
     assert "".join(first + last) == "".join(texts)
