@@ -321,7 +321,7 @@ class TrainCLI(LightningCLI):
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end before it."""
+    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end early."""
     try:
         TrainCLI(
             Task,

@@ -228,8 +228,7 @@ class SplitData(LightningDataModule):
         """What a DataLoader has to know of processes."""
         several = self.num_workers > 0
         # What this process makes may lie on the device already, and cannot be pinned.
-        device = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
-        pinned = several and device == "cuda"
+        pinned = several and self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # Python 3.14 would have each begin anew, which takes seconds and a gigabyte, and outlive a fit that is killed.
         start = "fork" if several and sys.platform == "linux" else None
         known = {"num_workers": self.num_workers, "multiprocessing_context": start}

@@ -304,7 +304,9 @@ class Forecaster(Task):
 
     def degradation(self, reference: float, score: float) -> float:
         """Hundredths of the reference, for the metric has no bound; of one that is 0 anything is too much."""
-        return 100 * (score / reference - 1) if reference else 100 * score and math.inf
+        if not reference:
+            return math.inf if score else 0.0
+        return 100 * (score / reference - 1)
 
     def draw(self, folder: Path) -> None:
         """Forecasts over history, nominal against observed coverage, and the loss by time ahead."""
