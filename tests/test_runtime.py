@@ -267,10 +267,12 @@ def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         Image.fromarray(grey(255)).save(tmp_path / "in" / name)
-    known = {name: getattr(os.path, name) for name in ("isfile", "lexists", "isdir")}
-    for name, function in known.items():  # as of a folder that may not be entered
-        hidden = lambda path, function=function: not str(path).endswith("a.png") and function(path)  # noqa: E731
-        monkeypatch.setattr(os.path, name, hidden)
+
+    def hiding(function):
+        return lambda path: not str(path).endswith("a.png") and function(path)
+
+    for name in ("isfile", "lexists", "isdir"):  # as of a folder that may not be entered
+        monkeypatch.setattr(os.path, name, hiding(getattr(os.path, name)))
     (tmp_path / "in/a.png").write_bytes(b"")
     assert main([str(bundle), str(tmp_path / "in")]) == 2
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
