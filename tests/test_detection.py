@@ -305,7 +305,24 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
 def test_crops_and_mirror_images_are_options_of_their_own():
     for flip, name in ((True, "RandomHorizontalFlip"), (False, "RandomIoUCrop")):
         steps = DigitScenes(zoom_out=1, crop=not flip, flip=flip).train_transform().transforms
-        assert [type(step).__name__ for step in steps] == [name, "Resize", "SanitizeBoundingBoxes"]
+        assert [type(step).__name__ for step in steps] == [
+            name,
+            "Resize",
+            "ClampBoundingBoxes",
+            "SanitizeBoundingBoxes",
+        ]
+
+
+def test_boxes_up_to_the_border_stay_at_every_size():
+    """In float32 598 times 300 / 598 is 300.00003, beyond the picture."""
+    resized = DigitScenes(image_size=300, zoom_out=1, crop=False, flip=False).train_transform()
+    sample = {
+        "image": tv_tensors.Image(torch.zeros(3, 598, 598, dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes([[500.0, 500, 598, 598]], format="XYXY", canvas_size=(598, 598)),
+        "labels": torch.tensor([1]),
+        "ignored": torch.tensor([False]),
+    }
+    assert resized(sample)["boxes"][0, 2:].tolist() == [300, 300]
 
 
 def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():

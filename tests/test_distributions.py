@@ -49,6 +49,16 @@ def test_negative_binomial_has_the_paper_s_mean_and_variance():
     np.testing.assert_allclose(theirs.var(), mean + mean**2 * shape, rtol=1e-5)
 
 
+def test_counts_that_are_nearly_poisson_s_have_their_likelihood_in_float32():
+    """Two lgammas of 1e8 differ by little: in float32 the likelihood was off by up to 154 nats."""
+    raw, scale = torch.tensor([[0.5, -15.0]]), torch.tensor([10_000.0])
+    parameters = NegativeBinomial().domain(raw, scale)
+    found = NegativeBinomial().log_prob(torch.tensor([9_800.0]), parameters)
+    reference = negative_binomial(*(parameter.double().numpy() for parameter in parameters))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, reference.logpmf([9800]), rtol=1e-5)
+
+
 def test_there_is_a_variance_whatever_a_network_answers():
     freedom, *_ = StudentT().domain(torch.full((1, 3), -50.0), torch.ones(1))
     assert freedom >= 2

@@ -63,6 +63,15 @@ def test_tokens_come_as_often_as_they_should():
     np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.012)
 
 
+def test_the_end_is_no_repetition_before_a_text_has_ended():
+    """It stands before every prompt: penalised, it came later than the network says."""
+    text = Writing([END, 65], Settings(temperature=0, repetition_penalty=1.5), BYTES)
+    logits = np.zeros(len(BYTES))
+    logits[END], logits[66] = 3, 2.5
+    text.go_on(logits)
+    assert text.reason == "end"
+
+
 def told(settings, tokens):
     """What becomes of a text whose next tokens are given."""
     text = Writing([END], settings, BYTES)

@@ -166,7 +166,8 @@ class ObjectDetectionData(StreamedPictures):
         if self.flip:
             transforms.append(v2.RandomHorizontalFlip())
         transforms.append(v2.Resize((self.image_size, self.image_size), antialias=True))
-        return v2.Compose([*transforms, v2.SanitizeBoundingBoxes(labels_getter=of_boxes)])
+        # In float32 the border of some sizes comes to lie beyond it (598 px: at 300.00003), and its boxes would go.
+        return v2.Compose([*transforms, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=of_boxes)])
 
     def eval_transform(self) -> v2.Transform:
         """Return what validation and testing do to each picture."""

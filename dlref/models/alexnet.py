@@ -1,6 +1,7 @@
 """AlexNet: A. Krizhevsky, I. Sutskever and G. Hinton, "ImageNet Classification with Deep Convolutional
 Neural Networks", NeurIPS 2012; section 3.5 and figure 2. In the single-column form of A. Krizhevsky, "One
-weird trick for parallelizing convolutional neural networks", 2014, as torchvision has it, with its keys.
+weird trick for parallelizing convolutional neural networks", 2014, as torchvision has it, with its keys
+(conv4 has 256 kernels there, 384 in that paper).
 
 Where it departs from 2012:
 
@@ -8,6 +9,8 @@ Where it departs from 2012:
   GPUs, and conv2, conv4 and conv5 see only the maps on their own GPU (section 3.2).
 - No local response normalisation (section 3.3).
 - Dropout acts on the inputs of the first two linear layers; in the paper on their outputs (section 4.2).
+- Weights are drawn as PyTorch does. The paper draws them from N(0, 0.01) and starts the biases of conv2, conv4,
+  conv5 and the hidden linear layers at 1 (section 5).
 - The maps are averaged to 6x6 before the classifier. At 224x224 they are 6x6 already; other sizes work too.
 
 61,100,840 parameters for 1000 classes.

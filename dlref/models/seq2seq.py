@@ -1,6 +1,7 @@
 """Sequence to sequence: a recurrent encoder and decoder with attention.
 
-I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to Sequence Learning with Neural Networks", 2014: without attention.
+I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to Sequence Learning with Neural Networks", 2014: without attention;
+the source is not reversed here (section 3.3).
 D. Bahdanau, K. Cho and Y. Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015: the
 bidirectional encoder, attention `mlp`.
 M.-T. Luong, H. Pham and C. D. Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015:
@@ -9,7 +10,9 @@ J. Gehring, M. Auli, D. Grangier, D. Yarats and Y. N. Dauphin, "Convolutional Se
 convolutional encoder.
 
 As in Luong's paper the decoder attends with its state after reading a token, whatever the score: so, without input
-feeding, the whole target is one call of each layer.
+feeding, the whole target is one call of each layer. All layers of the decoder start from the last annotations through
+one linear layer and tanh; Sutskever's takes over the encoder's states, Bahdanau's starts from the backward direction
+alone.
 
 Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
 vocabulary, D hidden size, I size of a layer's inputs, Y rows of the decoder's state.

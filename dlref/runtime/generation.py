@@ -82,8 +82,8 @@ class Writing:
 
     def __init__(self, prompt: Sequence[int], settings: Settings, tokenizer):
         self.tokens, self.settings = list(prompt), settings
-        self.known = set(prompt)
         self.spelling, self.end = tokenizer.spelling, tokenizer.end
+        self.known = set(prompt) - {self.end}  # which stands before every prompt: no repetition when the text ends
         self.prompt, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.told, self.reason = "", 0, ""

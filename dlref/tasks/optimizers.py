@@ -88,6 +88,8 @@ class Muon(Optimizer):
 class MuonAdamW(Optimizer):
     """Muon for the hidden matrices, AdamW for all else, as its authors have it (Jordan et al. 2024).
 
+    But for a GPT's queries, keys and values: they are one matrix here, as in GPT-2, where the authors take three.
+
     Args:
         params: groups; those with `hidden: True` are matrices between hidden layers.
         lr: of both.
