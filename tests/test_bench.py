@@ -38,7 +38,7 @@ LINUX = Path("/proc/self/status").is_file()
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Without what has to be compiled, which takes minutes; test_path has that."""
+    """Without what has to be compiled, which takes minutes."""
     folder = tmp_path_factory.mktemp("bench") / "bundle"
     return folder, export(classifier().eval(), Pixels(), TARGETS["cpu"], folder, contenders=QUICK)
 
@@ -61,6 +61,14 @@ def test_every_contender_is_measured_in_a_process_of_its_own(exported):
     assert bundle["model_mb"] == pytest.approx((folder / "classify.onnx").stat().st_size / 1e6)
     report = (folder / "report.md").read_text()
     assert f"| bundle | {bundle['latency_ms']:.2f} |" in report
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_measured_too(tmp_path):
+    manifest = export(classifier().eval(), Pixels(), TARGETS["cpu"], tmp_path / "b", contenders=("pytorch-compiled",))
+    measured = manifest["measurement"]
+    assert [*measured["contenders"], *measured["not_run"]] == ["pytorch-compiled"]  # which needs a C++ compiler
+    assert all(figures["latency_p95_ms"] >= figures["latency_ms"] > 0 for figures in measured["contenders"].values())
 
 
 def test_a_device_measures_a_bundle_again(exported, command):

@@ -52,7 +52,7 @@ def assert_same(actual, expected):
 # --- against torchvision -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", TORCHVISION_RESNETS)
+@pytest.mark.parametrize("depth", [18, 50])
 def test_resnet_equals_torchvision(depth):
     theirs = randomise_batch_norms(TORCHVISION_RESNETS[depth]())
     ours = ResNet(depth)
@@ -103,6 +103,14 @@ def test_googlenet_init_is_truncated():
             assert m.weight.abs().max() <= 0.02
     std = network.aux1.fc1.weight.std().item()
     assert std == pytest.approx(0.0088, rel=0.01)  # 0.88 of 0.01: the tails are cut
+
+
+@pytest.mark.parametrize("depth", [34, 101, 152])
+def test_deeper_resnets_have_torchvision_s_weights(depth):
+    with torch.device("meta"):
+        theirs, ours = TORCHVISION_RESNETS[depth](), ResNet(depth)
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (ours, theirs)]
+    assert shapes[0] == shapes[1]
 
 
 def test_resnet200_count():

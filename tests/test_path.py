@@ -20,7 +20,6 @@ from test_export import export
 from test_segmentation import folders, painted
 
 from dlref.cli import TrainCLI, load_run, train
-from dlref.export.measure import CONTENDERS
 from dlref.export.targets import TARGETS
 from dlref.runtime import load
 from dlref.runtime.__main__ import main as runtime
@@ -110,7 +109,8 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
     assert train(["test", "--config", f"{run}/config.yaml"]) == 0
     assert train(["predict", "--config", f"{run}/config.yaml"]) == 0
     capsys.readouterr()
-    assert export_py([str(run), "--target", "cpu", "--output", str(bundle)]) == 0  # CI runs the README's in a process
+    monkeypatch.setattr("dlref.export.bundle.export", export)  # measured in test_bench, and in CI by the README's
+    assert export_py([str(run), "--target", "cpu", "--output", str(bundle)]) == 0
     assert f"{bundle}: float32, accuracy" in capsys.readouterr().out
 
     digit = np.round(load_digits().images[7] * 255 / 16).astype(np.uint8)
@@ -124,10 +124,7 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
 
     accuracy = json.loads((run / "test.json").read_text())["accuracy"]
     manifest = json.loads((bundle / "manifest.json").read_text())
-    measured, verification = manifest["measurement"], manifest["verification"]
-    assert set(measured["not_run"]) <= {"pytorch-compiled"}  # which needs a C++ compiler
-    assert set(measured["contenders"]) | set(measured["not_run"]) == set(CONTENDERS)
-    assert all(figures["latency_p95_ms"] >= figures["latency_ms"] > 0 for figures in measured["contenders"].values())
+    verification = manifest["verification"]
     assert verification["test"]["pytorch"] == pytest.approx(accuracy)
     assert verification["test"]["bundle"] == pytest.approx(accuracy)
     assert verification["test"]["n"] == 360

@@ -173,11 +173,12 @@ def test_without_a_profiler_nothing_is_wrapped_around_a_step(monkeypatch):
         raise AssertionError("a call was wrapped")
 
     monkeypatch.setattr(Profiler, "profile", wrap)
-    assert fit("--trainer.max_epochs", "1") == 0
+    assert fit("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--final_test", "false") == 0
 
 
 def test_a_profiler_of_lightnings_is_used(caplog):
-    assert fit("--trainer.max_epochs", "1", "--trainer.profiler", "simple") == 0
+    short = ["--trainer.limit_train_batches", "3", "--final_test", "false"]
+    assert fit("--trainer.max_epochs", "1", "--trainer.profiler", "simple", *short) == 0
     assert "FIT Profiler Report" in caplog.text
 
 

@@ -135,8 +135,9 @@ def test_a_gru_exported_without_linear_before_reset(tmp_path, monkeypatch):
         made(task, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("target", ["cpu", "x86-64", "cuda"])
-@pytest.mark.parametrize("factor", [1.01, 0.999, 255.0])
+@pytest.mark.parametrize(
+    ("factor", "target"), [(1.01, "cpu"), (0.999, "cpu"), (255.0, "cpu"), (0.999, "x86-64"), (0.999, "cuda")]
+)
 def test_a_wrong_normalisation_constant(factor, target, tmp_path, monkeypatch):
     """Also where the bundle would be of a lower precision, whose metric alone might forgive it."""
 
