@@ -52,7 +52,7 @@ def made(task, data, target, folder):
 # Files
 
 
-# A residual network too, where convolutions are converted and not as for another target.
+# A residual network where convolutions are converted and not as for another target.
 @pytest.mark.parametrize(
     ("name", "network"),
     [
