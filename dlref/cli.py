@@ -137,6 +137,27 @@ class Start(Callback):
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict over one YAML file."""
 
+    def __init__(self, arguments: list[str] | None):
+        self.typed = sys.argv[1:] if arguments is None else arguments
+        super().__init__(
+            Task,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": __doc__.splitlines()[0]},
+            args=arguments,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """The one that is typed, or all of them: a parser with all that a Trainer takes is made for each."""
+        known = super().subcommands()
+        return {name: known[name] for name in known if name in self.typed} or known
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside a trainer, a task and data."""
         switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
@@ -323,19 +344,7 @@ class TrainCLI(LightningCLI):
 def train(arguments: list[str] | None = None) -> int:
     """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end early."""
     try:
-        TrainCLI(
-            Task,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"description": __doc__.splitlines()[0]},
-            args=arguments,
-        )
+        TrainCLI(arguments)
     except (Interrupted, SIGTERMException) as reason:
         print(f"told to end{reason}", file=sys.stderr)  # Lightning's own, outside of training, says no more
         # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
