@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import jaxtyping
+import lightning  # noqa: F401 (before rich: typing remembers its union, and 1 batch would be all of them, 1.0)
 import pytest
 import torch
 from handmade import make_bundle
