@@ -4,7 +4,6 @@ A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv, Ten
 a test test.json and figures/.
 """
 
-import errno
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
 from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
+from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
@@ -117,10 +117,13 @@ class Start(Callback):
         self.best, self.claim = best, claim
 
     def on_sanity_check_end(self, trainer: Trainer, task: Task) -> None:
-        """The metric of `best` has to be one that validation logs; found out now, not after an epoch."""
-        if self.best.metric not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"best.metric {self.best.metric!r} is not logged in validation; expected one of {logged}")
+        """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
+        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]
+        watched = [("best.metric", self.best.metric), *(("EarlyStopping: monitor", one.monitor) for one in stopping)]
+        for what, metric in watched:
+            if metric not in trainer.callback_metrics and not metric.startswith("train/"):
+                logged = ", ".join(sorted(trainer.callback_metrics))
+                raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Without validation no checkpoint would be the best."""
@@ -186,11 +189,18 @@ class TrainCLI(LightningCLI):
         for name in ("logger", "default_root_dir"):
             if options.trainer[name] is not None:
                 raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+        if str(options.trainer.precision).endswith("16-true"):
+            words = "expected bf16-mixed, by which weights, losses and metrics stay float32"
+            raise UserError(f"trainer.precision: {options.trainer.precision}; {words}")
         self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
         self.profile = command == "fit" and options.profile
         if self.profile:
             self.prepare_profile()
         self.run, self.checkpoint, self.overwrite = run_folder(options), None, options.overwrite
+        if command in ("test", "predict") and self.run.is_dir() and not os.access(self.run, os.W_OK):
+            raise UserError(
+                f"{self.run}: cannot be written to; expected the folder of a run that takes what {command} finds"
+            )
         self.step = 0  # of the checkpoint
         for path in self.run.glob("hpc_ckpt_*.ckpt"):
             read_checkpoint(path)  # Lightning takes it where SLURM starts a job again
@@ -238,10 +248,14 @@ class TrainCLI(LightningCLI):
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
         if self.subcommand != "fit" or self.dry:
+            given = self.config_init[self.subcommand].trainer.callbacks or []
+            given = given if isinstance(given, list) else [given]
+            kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # which write
             built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
             fast_steps(built.strategy.root_device)  # as in the test that ends a fit
             return built
-        self.claim = Claim(self.run, resume=self.checkpoint is not None, overwrite=self.overwrite)
+        own = self.checkpoint is not None and self.run.resolve() in self.checkpoint.resolve().parents
+        self.claim = Claim(self.run, resume=own, overwrite=self.overwrite)
         try:
             return self.claimed_trainer(**kwargs)
         except BaseException:
@@ -269,6 +283,9 @@ class TrainCLI(LightningCLI):
             TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)
+        for callback in built.callbacks:
+            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+                callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
         fast_steps(built.strategy.root_device)
         if (
             built.is_global_zero
@@ -350,11 +367,11 @@ def train(arguments: list[str] | None = None) -> int:
         # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
         # whatever it is at, once another has ended with anything but 0.
         return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, MisconfigurationException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         where = error.filename or "the run's folder"
         print(f"error: {where}: {error.strerror}; expected space: the checkpoints before are whole", file=sys.stderr)

@@ -29,6 +29,7 @@ OWN = (
     "predictions.jsonl",
     "not_finite.pt",
 )
+LOCK = ".lock"  # by which a fit has a folder, and one knows that there was a fit
 # What a fit has written that ended before its first checkpoint: the next one may begin anew.
 BEGUN = ("config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt")
 
@@ -88,8 +89,9 @@ class Claim:
         if blocked.exists() and not blocked.is_dir():
             raise UserError(f"{blocked}: a file; expected a folder for the run")
         self.created = [path for path in (run, *run.parents) if not path.exists()]
+        begun = BEGUN if (run / LOCK).exists() else ()
         self.take()
-        there = [name for name in OWN if name not in BEGUN and (run / name).exists()]
+        there = [name for name in OWN if name not in begun and (run / name).exists()]
         if there and not (resume or overwrite):
             self.lock.release()
             raise UserError(
@@ -111,7 +113,7 @@ class Claim:
         """
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.run / ".lock")
+            self.lock = FileLock(self.run / LOCK)
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.run}: another fit is writing there; expected --run with another folder") from None
@@ -151,7 +153,7 @@ class Claim:
         """Unless training has started: remove what the fit wrote, bring back what was set aside."""
         if not self.refusable:
             return
-        (self.run / ".lock").unlink(missing_ok=True)
+        (self.run / LOCK).unlink(missing_ok=True)
         remove(set(self.own()) - set(self.there))
         for path, data in self.before.items():
             path.write_bytes(data)

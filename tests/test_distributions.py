@@ -133,7 +133,7 @@ def test_a_gamma_variable_is_a_later_try_where_the_first_is_refused():
     assert refused < taken
 
 
-@pytest.mark.parametrize(("mean", "apart"), [(5.0, 0), (31.0, 1), (50.0, 1), (75.0, 1), (300.0, 1)])
+@pytest.mark.parametrize(("mean", "apart"), [(5.0, 0), (29.9, 0), (31.0, 1), (50.0, 1), (75.0, 1), (300.0, 1)])
 def test_counts_are_scipy_s_quantiles(mean, apart):
     normal = torch.linspace(-3, 3, 61, dtype=torch.float64)
     expected = stats.poisson(mean).ppf(stats.norm.cdf(normal.numpy()))

@@ -9,13 +9,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from handmade import make_bundle
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from test_tasks import Linear, Pixels, classifier, sgd
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.convert import Plan, after_the_network, convert, of_masks
+from dlref.export.attempts import Attempt, Attempts
+from dlref.export.convert import Plan, after_the_network, beyond_half, convert, of_masks
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Reference, Refused, parity
@@ -373,6 +376,24 @@ def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == earlier
 
 
+def test_a_bundle_holds_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundles, "Attempts", None)
+    outer = make_bundle(tmp_path / "outer")
+    with pytest.raises(UserError, match=r"outer, which holds its own files alone; expected another place"):
+        export(classifier().eval(), Pixels(), CPU, outer / "arm64")
+    assert not (outer / "arm64").exists()
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dlref.export.attempts.write_onnx", full)
+    with pytest.raises(UserError, match=r"bundle: cannot be written \(No space left on device\); expected space"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not lose me")
     with pytest.raises(UserError, match="holds other files"):
@@ -426,6 +447,25 @@ def test_a_place_where_something_is_mounted_is_refused_before_the_work(tmp_path,
     monkeypatch.setattr(bundles, "Attempts", None)
     with pytest.raises(UserError, match="something is mounted there; expected a folder in it"):
         export(classifier().eval(), Pixels(), CPU, tmp_path)
+
+
+def test_what_no_device_could_open_is_not_left(tmp_path, monkeypatch):
+    def refuse(folder, provider):
+        assert (folder / "manifest.json").is_file()
+        raise UserError(f"{folder.name}: refused")
+
+    monkeypatch.setattr(bundles, "load", refuse)
+    with pytest.raises(UserError, match="float32: refused"):
+        export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("lost", "refused"), [(0.5, False), (0.501, True)])
+def test_a_bundle_may_lose_what_its_target_s_gate_says(lost, refused):
+    metric = {"name": "accuracy", "pytorch": 0.9, "bundle": 0.9 - lost / 100}
+    attempt = Attempt(Plan("int8"), Path("int8"), degradation=lost, metric=metric)
+    attempts = SimpleNamespace(target=replace(CPU, gate=0.5))
+    assert bool(Attempts.too_much_lost(attempts, attempt)) is refused
 
 
 def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
@@ -484,6 +524,44 @@ def test_half_precision_of_several_float_inputs(tmp_path):
     convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], Plan("float16"), [])
     rows = parity("step", graph, graph, OnnxGraph(tmp_path / "half.onnx", CPU.provider), np.inf, False)
     assert 0 < max(row["max_abs_error"] for row in rows) < 1e-2
+
+
+class Large(nn.Module):
+    """Numbers on the way that float16 does not have, to an answer that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+        nn.init.constant_(self.up.weight, 5e4)
+        nn.init.constant_(self.down.weight, 1e-6)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
+    """A processor would compute it in float32 either way: ONNX's own reference is what has float16."""
+    feed = {"x": np.ones((1, 4), np.float32)}
+    graph = Graph(Large().eval(), {"x": torch.ones(2, 4)}, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    kept = beyond_half(tmp_path / "step.onnx", [feed])
+    for nodes, finite in ((kept, True), ([], False)):
+        plan = Plan("float16", kept={"step": tuple(nodes)})
+        convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], plan, [])
+        with np.errstate(over="ignore"):
+            (answer,) = ReferenceEvaluator(tmp_path / "half.onnx").run(None, feed)
+        assert np.isfinite(answer).all() == finite
+    np.testing.assert_allclose(graph(**feed)["y"], 0.8, rtol=1e-3)
+
+
+def test_what_an_example_holds_stays_in_its_range():
+    """A value of one category may be none of another, and is not to be told either."""
+    inputs = {"categories": torch.tensor([[7, 1], [3, 0]]), "target": torch.arange(6.0).reshape(2, 3)}
+    axes = {"categories": {0: "batch"}, "target": {0: "batch", 1: "time"}}
+    graph = Graph(nn.Identity(), inputs, ["y"], axes, {"batch": (1,), "time": (3,)})
+    found = Attempts.example(SimpleNamespace(deployable=SimpleNamespace(graphs={"encode": graph})))
+    assert found["encode/categories"].tolist() == [[1, 1]]
+    assert sorted(found["encode/target"].ravel()) == [0, 1, 2]
 
 
 def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):

@@ -99,9 +99,11 @@ def test_lags_above_the_longest_are_left_out():
 
 
 def test_the_scale_is_the_mean_of_what_is_observed_of_the_context():
-    target = torch.tensor([[2.0, -4.0, 99.0], [0.0, 0.0, 0.0], [7.0, 7.0, 7.0]])
-    observed = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    assert scale_of(target, observed).tolist() == [3, 1, 1]
+    target = torch.tensor(
+        [[2.0, -4.0, 99.0], [0.0, 0.0, 0.0], [0.0, -7.0, -7.0], [0.0, 0.0, 0.0], [2e-12, 4e-12, 3e-12]]
+    )
+    observed = torch.tensor([[True, True, False], [True] * 3, [False] * 3, [False] * 3, [True] * 3])
+    assert scale_of(target, observed).tolist() == [3, 1, 7, 1, pytest.approx(3e-12)]
 
 
 def test_the_future_has_no_part_in_the_scale_and_none_in_a_forecast():
@@ -298,6 +300,12 @@ def test_quantile_scores_are_scikit_learn_s():
     assert values["rmse"].item() == pytest.approx(np.sqrt(np.mean((mean - known) ** 2)), rel=1e-5)
     below = [(known <= np.quantile(paths.numpy(), q, axis=1)[observed.numpy()]).mean() for q in LEVELS]
     np.testing.assert_allclose(values["coverage"], below)
+
+
+def test_a_value_that_is_the_quantile_itself_is_covered():
+    scores = SampleScores(1)
+    scores.update(torch.full((1, 7, 1), 3.0), torch.tensor([[3.0]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1))
+    assert scores.compute()["coverage"].tolist() == [1.0] * len(LEVELS)
 
 
 def test_crps_is_the_integral_of_squared_differences_of_distributions():
@@ -596,6 +604,9 @@ def test_files_hold_a_request_a_series_or_one_on_each_line(runner, tmp_path):
 
 
 BAD_REQUESTS = [
+    ({"instances": [instance()], "num_samples": 7}, "'num_samples'; expected instances and configuration alone"),
+    (instance(feat_static_cat=[1]), "feat_static_cat; expected it to be called cat"),
+    (instance(feat_dynamic_real=[[0.5] * 34]), "feat_dynamic_real; expected it to be called dynamic_feat"),
     ("[]", "'[]'; expected one JSON object"),
     ("{", "expected one JSON object"),
     ("", "expected one JSON object"),
@@ -796,6 +807,13 @@ def test_categories_that_training_lacks_are_known(tmp_path):
     assert (module.cardinality, module.unseen) == ([4, 1], [[1, 3], []])
 
 
+def test_categories_of_which_nothing_is_learnt_are_told(tmp_path):
+    rows = [{"start": START, "target": [1.0] * points, "cat": [cat]} for cat, points in enumerate((300, 9, 300))]
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"train: no window of a series with cat\[0\] in \[1\]: nothing is learnt"):
+        SageMakerSeries(str(tmp_path / "a.json"), **SIZES).setup()
+
+
 def test_own_test_and_predict_channels(tmp_path):
     train = jsonl(tmp_path / "train.json", 300, cat=1, dynamic_feat=[[1.0] * 300])
     test = jsonl(tmp_path / "test.json", 308, cat=1, dynamic_feat=[[1.0] * 308])
@@ -842,7 +860,7 @@ def test_tables_become_the_same_windows(tmp_path):
             assert torch.equal(one, other)
     own = WideSeries(str(tmp_path / "wide.txt"), START, own_category=True, **SIZES)
     own.setup()
-    assert (own.cardinality, own.category_names) == ([2], [f"{tmp_path}/wide.txt: column {i}" for i in (1, 2)])
+    assert (own.cardinality, own.category_names) == ([2], ["column 1", "column 2"])  # wherever the file lies
     two = DatedSeries([str(tmp_path / "dated.csv")] * 2, points=350, **SIZES)
     two.setup()
     assert (len(two.sources()), ends_of(two, "test")) == (4, [[350]] * 4)

@@ -466,7 +466,9 @@ def test_weights_of_a_run_take_its_tokens_along(tmp_path):
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=BYTE, context_length=16))
     with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
         task.setup("fit")
-    task.check_facts_of(run, replaced=True)  # of another number: their layers begin anew
+    task.check_facts_of(run, ["wte.weight"])  # of another number: their layer begins anew
+    with pytest.raises(UserError, match="vocabulary of that run and of the data differ"):
+        task.check_facts_of(run, ["blocks.0.weight"])  # and not for another layer's sake
     (tmp_path / "a.txt").write_text("dcba" * 200)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
     data.setup()

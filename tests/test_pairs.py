@@ -4,16 +4,19 @@ import gzip
 import json
 import struct
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_translation import translator
 
 from dlref.data import PairFiles, ParallelText, SageMakerTokens, SyntheticDates
 from dlref.data.pairs import Corpus, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import LANGUAGES, WITHHELD, make_dates
+from dlref.data.translation import text_of
 from dlref.data.vocabulary import make_vocabulary, read_vocabulary
 from dlref.runtime import UserError
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, make_tokenizer
@@ -341,6 +344,38 @@ def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="val: 20 sentences of more than 3 tokens are cut"):
         data.setup()
     assert next(iter(data.val_dataloader())).source.shape == (20, 4)
+
+
+def test_what_becomes_of_longer_texts_is_another_test_s_own_choice():
+    task = translator(too_long="error")
+    facts = {name: task.known[name] for name in task.facts}
+    task.learn(SimpleNamespace(**facts | {"too_long": "truncate"}))
+    assert task.known["too_long"] == "truncate"
+    task.remember(facts)  # of the checkpoint, where a run goes on
+    assert task.known["too_long"] == "truncate"
+    with pytest.raises(UserError, match="longest of the data and of the checkpoint differ"):
+        task.learn(SimpleNamespace(**facts | {"longest": 7}))
+
+
+@pytest.mark.parametrize("kind", ["word", "character", "bpe"])
+def test_a_perfect_answer_is_the_same_text_as_its_reference(kind, tmp_path):
+    """However the reference is written: letters in parts, white space at its end."""
+    folder, given = make_text(tmp_path), " Tie\u0302\u0301ng  Vie\u0323\u0302t "
+    write(folder / "train.en", f"{given}\n" * 20)
+    write(folder / "train.de", "eins\n" * 20)
+    write(folder / "val.de", "eins\n")
+    write(folder / "val.en", f"{given}\n")
+    data = ParallelText(str(folder), "de", "en", tokenizer=kind, vocabulary_size=300, test=None)
+    data.setup()
+    tokenizer = make_tokenizer(data.target_vocabulary)
+    (reference,) = next(iter(data.val_dataloader())).references
+    assert tokenizer.decode(tokenizer.encode(given)) == reference
+
+
+def test_what_is_unknown_in_a_reference_is_like_no_answer():
+    tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "a"]})
+    assert text_of(tokenizer, [4, UNKNOWN], compared=True) == "a \ufffd"
+    assert text_of(tokenizer, [4, UNKNOWN], compared=False) == "a <unk>"
 
 
 def test_a_run_s_vocabularies_serve_other_texts(tmp_path):

@@ -3,6 +3,7 @@
 The modules of `tests/faults` do the same many times and for all families; docs/reliability.md has their tallies.
 """
 
+import csv
 import errno
 import os
 import signal
@@ -18,7 +19,7 @@ from filelock import FileLock
 
 import dlref.cli
 from dlref.cli import train
-from dlref.run import checkpoint_of
+from dlref.run import checkpoint_of, metrics_file
 from dlref.runtime import UserError
 from dlref.tasks.checkpoints import Last, SealedCheckpointIO
 from dlref.tasks.finite import Finite
@@ -29,6 +30,7 @@ from tests.faults.devices import arguments, furthest, losses
 from tests.faults.families import equal, state_of, write_text_file
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
+STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 SHORT = {"trainer.max_epochs": "2", "trainer.limit_train_batches": "6", "trainer.enable_progress_bar": "false"}
 
 
@@ -229,6 +231,7 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
         received_sigterm=False,
         num_training_batches=6,
         val_check_batch=6,
+        check_val_every_n_epoch=1,
         global_step=6,
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
@@ -236,6 +239,9 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
     )
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
+    last.batches = 12  # of which the six were a half
+    with pytest.raises(UserError, match="the checkpoint is of batch 6 of 12, an epoch has 6 now"):
+        last.on_train_start(trainer, None)
 
 
 # SIGTERM
@@ -440,6 +446,74 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
     assert "validation after each 3 batches, the optimiser's step after each 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trainer.val_check_interval": "00:00:10:00"}, "trainer.val_check_interval: a time; expected a number"),
+        (
+            {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 8},
+            "validation after each 8 batches, the optimiser's step after each 4",
+        ),
+        ({"trainer.limit_val_batches": 0.00001}, "limit_val_batches"),
+        ({"trainer.max_epochs": -1, "trainer.max_time": "00:00:10:00"}, "expected trainer.max_epochs or max_steps"),
+        ({"trainer.precision": "bf16-true"}, "trainer.precision: bf16-true; expected bf16-mixed"),
+        (
+            {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val_loss"},
+            "EarlyStopping: monitor 'val_loss' is not logged in validation; expected one of val/accuracy",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_with_is_one_line(options, words, tmp_path, capsys):
+    assert fit(**{"trainer.accumulate_grad_batches": 4} | options) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_may_stop_early_goes_on(tmp_path):
+    """Lightning would judge a second time at the end of the epoch, where a run that goes on knows no metric."""
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/loss"}
+    assert fit(run="mine", trainer__max_epochs=1, **stopping) == 0
+    assert fit(run="mine", trainer__max_epochs=2, ckpt_path="last", **stopping) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 12
+
+
+def test_a_run_that_stops_in_an_epoch_without_validation_is_kept(during, tmp_path, capsys):
+    during("on_train_batch_end", lambda self, trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 4))
+    assert fit(run="mine", trainer__check_val_every_n_epoch=5) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 4
+    assert "no validation came before the end: best.ckpt is last.ckpt" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_config_s_own_are_written_and_leave_the_run_to_be_tested(tmp_path):
+    """Also by the metric that the run's best one goes by."""
+    callback = {"trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint", "trainer.callbacks.mode": "max"}
+    assert fit(run="mine", **callback, **{"trainer.callbacks.monitor": "val/accuracy"}) == 0
+    assert len(list((tmp_path / "mine").rglob("*.ckpt"))) > 3
+    assert train(["test", "--config", "mine/config.yaml"]) == 0
+
+
+def test_a_checkpoint_of_another_run_is_no_leave_to_replace_one(tmp_path, capsys):
+    for name in ("theirs", "mine"):
+        assert fit(run=name) == 0
+    before = state_of(tmp_path / "mine")
+    capsys.readouterr()
+    assert fit(run="mine", ckpt_path="theirs/checkpoints/last.ckpt", trainer__max_epochs=3) == 2
+    assert "mine already holds a run" in capsys.readouterr().err
+    assert equal(state_of(tmp_path / "mine"), before)
+    assert fit(run="new", ckpt_path="theirs/checkpoints/last.ckpt", trainer__max_epochs=3) == 0
+    assert state_of(tmp_path / "new")["global_step"] == 18
+
+
+def test_a_config_that_a_user_wrote_is_not_a_run_that_began(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    written = f"# Mine.\n{Path(DIGITS).read_text()}"
+    (tmp_path / "mine/config.yaml").write_text(written)
+    assert train(["fit", "--config", "mine/config.yaml"]) == 2
+    assert "mine already holds a run (config.yaml); expected --run with another folder" in capsys.readouterr().err
+    assert (tmp_path / "mine/config.yaml").read_text() == written
+
+
 def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 2 and tell())
     assert fit(run="mine") == os.EX_TEMPFAIL
@@ -447,25 +521,23 @@ def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
     assert "the checkpoint is of batch 3 of 6, an epoch has 5 now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("torn", ["1", "1,", "1,8", "1,x,,,"])
-def test_a_torn_row_of_metrics_is_no_obstacle(torn, during, tmp_path):
-    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 8 and tell())
-    assert fit(run="mine", trainer__log_every_n_steps=1) == os.EX_TEMPFAIL
-    metrics = tmp_path / "mine" / "metrics.csv"
-    whole = metrics.read_text()
-    metrics.write_text(whole + torn)
-    during("on_train_start", lambda *_: None)
-    assert fit(run="mine", trainer__log_every_n_steps=1, ckpt_path="last") == 0
-    assert metrics.read_text().startswith(whole)
-    assert state_of(tmp_path / "mine")["global_step"] == 12
+@pytest.mark.parametrize("torn", ["1", "1,", "1,8", "1,x,,,", "1,6,,0.3\r\n1,7,,0.2\r\n"])
+def test_a_run_that_goes_on_keeps_the_whole_rows_of_the_steps_before_it(torn, tmp_path):
+    """The process that was killed may have torn the last one, or have gone on to later steps, which come again."""
+    whole = "epoch,step,train/loss,val/loss\r\n0,0,0.9,\r\n0,5,,0.5\r\n"
+    (tmp_path / "metrics.csv").write_text(whole + torn, newline="")
+    metrics_file(tmp_path, before=6)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert kept == list(csv.DictReader(whole.splitlines()))
 
 
 def test_checkpoints_of_others_end_in_one_line(tmp_path, capsys):
     assert fit(run="mine") == 0
     kept = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     for loops in ({}, {"fit_loop": {"state_dict": {"combined_loader": [{"taken": "x"}]}}}):
-        torch.save({**kept, "loops": loops}, tmp_path / "other.ckpt")
-        assert fit(run="mine", ckpt_path="other.ckpt", trainer__max_epochs=3) == 2
+        torch.save({**kept, "loops": loops}, tmp_path / "mine/other.ckpt")
+        assert fit(run="mine", ckpt_path="mine/other.ckpt", trainer__max_epochs=3) == 2
         assert "expected a checkpoint that train.py wrote" in capsys.readouterr().err
 
 

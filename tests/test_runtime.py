@@ -20,7 +20,7 @@ from handmade import METADATA, write_manifest
 from PIL import Image
 
 from dlref.data.images import read_image as to_train_with
-from dlref.runtime import UserError, load
+from dlref.runtime import UserError, load, sessions
 from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import line, main, progress
 from dlref.runtime.images import ask, centre, read_image, resize
@@ -296,6 +296,16 @@ def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
 def test_a_session_has_the_threads_it_is_given(bundle):
     graph = bundles.OnnxGraph(bundle / "classify.onnx", "CPUExecutionProvider", 3)
     assert graph.session.get_session_options().intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("mine", "asked", "threads"), [(8, None, None), (8, 9, 8), (8, 3, 3), (2, None, 2), (2, 5, 2), (2, 1, 1)]
+)
+def test_no_thread_waits_for_a_core_that_this_process_may_not_use(mine, asked, threads, monkeypatch):
+    """Left to itself onnxruntime binds one to each core of the machine, here of eight."""
+    monkeypatch.setattr("dlref.runtime.cores", lambda: mine)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert sessions("image-classification", asked, "CPUExecutionProvider") == (threads, 1)
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, "2", 1.5])

@@ -27,6 +27,7 @@ from dlref.tasks import (
     ImagePreprocess,
     LanguageModel,
     ObjectDetector,
+    Polynomial,
     Steps,
     Translator,
     WarmupCosine,
@@ -336,6 +337,35 @@ def test_cosine_without_warmup_is_torch_s():
     assert rates(WarmupCosine, 20) == pytest.approx(expected)
 
 
+def test_a_polynomial_is_torch_s_and_follows_a_longer_run():
+    assert rates(Polynomial, 20, power=0.9) == pytest.approx(
+        rates(torch.optim.lr_scheduler.PolynomialLR, 20, power=0.9)
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    short, longer = Polynomial(optimizer, 10), Polynomial(optimizer, 20)
+    for _ in range(10):
+        optimizer.step()
+        short.step()
+    longer.load_state_dict(short.state_dict())
+    optimizer.step()
+    longer.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - 11 / 20)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "named"),
+    [
+        (WarmupCosine, {"warmup": 100}, "warmup 100"),
+        (WarmupCosine, {"final": -0.1}, "final -0.1"),
+        (Steps, {"milestones": [0.5, 60]}, "milestones 60"),
+        (Steps, {"milestones": [0.5], "warmup": 5}, "warmup 5"),
+    ],
+)
+def test_what_is_no_share_of_the_run_is_refused(schedule, options, named):
+    with pytest.raises(ValueError, match=f"{named}; expected a share of the run, 0 to 1"):
+        rates(schedule, 10, **options)
+
+
 def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
     seen = rates(WarmupCosine, 100, warmup=0.1, final=0.2)
     assert seen[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
@@ -415,6 +445,24 @@ def test_a_foreign_checkpoint_is_a_source_of_weights(tmp_path):
     torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "foreign.pth")
     assert load_weights(network, tmp_path / "foreign.pth") == []
     assert torch.equal(network.f6.weight, source.f6.weight)
+
+
+def test_weights_without_the_counters_of_batch_norms_fit(tmp_path):
+    """ResNets were published before there were any."""
+    source, network = CifarResNet(20, 3), CifarResNet(20, 3)
+    kept = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(kept, tmp_path / "published.pth")
+    assert load_weights(network, tmp_path / "published.pth") == []
+    assert torch.equal(network.fc.weight, source.fc.weight)
+
+
+def test_a_bundle_takes_pictures_with_as_many_channels_as_the_data_has():
+    colour = ImagePreprocess(32, mean=[0.4] * 3, std=[0.2] * 3)
+    task = ImageClassifier(network=LeNet5(3, in_channels=3), preprocess=colour, optimizer=sgd)
+    task.remember({"labels": ["a", "b", "c"], "multi_label": False, "crop": None})
+    for channels in (1, 3):
+        pictures = torch.zeros(2, channels, 32, 32, dtype=torch.uint8)
+        assert task.deployable((pictures, torch.zeros(2))).metadata["channels"] == channels
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -210,6 +210,8 @@ class Few(Seq2Seq):
         (Seq2Seq(64, 64, **SIZES), {"beam": 17}, "beam: 17; expected 1 to 16"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 0}, "beam: 0"),
         (Seq2Seq(64, 64, **SIZES), {"length_penalty": -1.0}, "length_penalty: -1.0; expected 0 to 10"),
+        (Seq2Seq(64, 64, **SIZES), {"label_smoothing": 10.0}, "label_smoothing: 10.0; expected a share, 0 to 1"),
+        (Seq2Seq(64, 64, **SIZES), {"scheduled_sampling": 30.0}, "scheduled_sampling: 30.0; expected a share"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused(network, task, complaint):

@@ -82,6 +82,15 @@ def test_missing_values_carry_the_last_one_on():
     assert observed.tolist() == [False, True, False, False, True, False, False, True, False]
 
 
+def test_what_is_small_has_its_seasonal_error_behind_what_is_large():
+    """Summed over all series, its differences would be less than a rounding."""
+    large, small = np.tile([0, 1e12], 50), np.tile([0.3, 0.31, 0.33, 0.37, 0.4], 20)
+    series = counting((100, 100, 100))._replace(target=np.concatenate([large, small, small]).astype(np.float32))
+    found = SeriesStore(series, H).seasonal_error(torch.tensor([1, 2, 2]), torch.tensor([100, 100, 30]))
+    apart = np.abs(np.float32(small[24:]).astype(float) - np.float32(small[:-24]))
+    np.testing.assert_allclose(found, [apart.mean(), apart.mean(), apart[:6].mean()], rtol=1e-6)
+
+
 def test_dynamic_features_that_end_too_early_are_refused():
     with pytest.raises(ValueError, match="a: dynamic features of 5 times; expected 7"):
         SeriesStore(counting(), H, future=2)

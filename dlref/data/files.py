@@ -18,7 +18,7 @@ from dlref.runtime.lines import numbered, read_text
 
 SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-TURNED_FORMATS = ("JPEG", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
+TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
 
 
 def drawn(count: int, share: float) -> set[int]:

@@ -11,6 +11,7 @@ comes before these trains. A forecast sees all that lies before it.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -136,6 +137,7 @@ class ForecastingData(SplitData):
         self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
         if not (self.weight * (self.splits["train"].count > 0)).any():
             raise UserError("by_scale: only zeros to train from; expected other values, or by_scale false")
+        self.report_idle(train.cat, ((self.weight > 0) & (self.splits["train"].count > 0)).numpy())
         self.starts = test.start
         self.names = [] if predict is None else predict.names
         if predict is not None:
@@ -160,6 +162,14 @@ class ForecastingData(SplitData):
             rank_zero_info(f"{split}: {short} of {len(windows.count)} series are too short for a window and left out")
         if fewer:
             rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
+
+    def report_idle(self, cat: np.ndarray, drawn: np.ndarray) -> None:
+        """Say of which categories (N, G) no series is `drawn` (N,), so that nothing is learnt of them."""
+        for i, (there, learnt) in enumerate(zip(cat.T.tolist(), cat[drawn].T.tolist(), strict=True)):
+            if idle := sorted(set(there) - set(learnt)):
+                rank_zero_warn(
+                    f"train: no window of a series with cat[{i}] in {shorten(idle)}: nothing is learnt of it"
+                )
 
     def order(self, devices: int) -> Draws:
         """Windows drawn at random, batches all of one size."""

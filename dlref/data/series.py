@@ -161,7 +161,7 @@ def read_wide(path: str | Path, start: str, frequency: Frequency) -> Series:
         _check_width(cells, len(rows[0]) if rows else len(cells), f"{path}:{line}")
         rows.append(_parse_cells(cells, f"{path}:{line}", lambda i: f"column {i + 1}"))
     columns = np.array(rows, np.float32).T
-    return _to_series(path, [Record(f"{path}: column {i}", first, values) for i, values in enumerate(columns, start=1)])
+    return _to_series(path, [Record(f"column {i}", first, values) for i, values in enumerate(columns, start=1)])
 
 
 def read_dated(path: str | Path, frequency: Frequency) -> Series:

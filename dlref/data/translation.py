@@ -16,7 +16,7 @@ from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_re
 from dlref.data.synthetic_dates import make_dates
 from dlref.data.vocabulary import KINDS, make_vocabulary, of_run, read_vocabulary
 from dlref.runtime.errors import UserError
-from dlref.runtime.text import BEGIN, END, make_tokenizer
+from dlref.runtime.text import BEGIN, END, SPECIAL, UNKNOWN, make_tokenizer
 
 EVALUATED = 64  # sentences at once
 
@@ -99,8 +99,7 @@ class TranslationData(SplitData):
                 rows.append([*tokens, END] if name == "source" else [BEGIN, *tokens, END])
             sides.append(rows)
             if split != "train":
-                known = getattr(pairs, name)
-                texts.append([given if isinstance(given, str) else tokenizer.decode(list(given)) for given in known])
+                texts.append([text_of(tokenizer, given, name == "target") for given in getattr(pairs, name)])
         if cut:
             rank_zero_warn(f"{split}: {cut} sentences of more than {self.longest - 1} tokens are cut")
         return Corpus(*sides, tuple(texts) or None)
@@ -117,6 +116,16 @@ class TranslationData(SplitData):
     def sources(self) -> Sequence[str]:
         """The name of each sentence to predict."""
         return self.names
+
+
+def text_of(tokenizer, given: str | Sequence[int], compared: bool) -> str:
+    """A sentence as text; one that answers are `compared` with is written as they are, and what is unknown in it is
+    like no answer.
+    """
+    if isinstance(given, str):
+        return tokenizer.written(given) if compared else given
+    text = tokenizer.decode(list(given))
+    return text.replace(SPECIAL[UNKNOWN], "\ufffd") if compared else text
 
 
 class SyntheticDates(TranslationData):

@@ -93,8 +93,7 @@ class SeriesStore(nn.Module):
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Mean absolute difference of the values a season apart before the time `end` of each series; 0: none."""
-        begin = self.begin[item]
-        total, count = (self.differences[begin + end] - self.differences[begin]).unbind(1)
+        total, count = self.differences[self.begin[item] + item + end].unbind(1)
         return (total / count.clamp(min=1)).float()
 
     def truth_of(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Float[Tensor, "B H Q"] | None:
@@ -118,16 +117,16 @@ def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
 
 
 def differences(series: Series, season: int) -> np.ndarray:
-    """Sum and number of the absolute differences of values a season apart, up to each point: float64 (P + 1, 2).
-
-    Differences to values of another series, or to missing ones, are none.
+    """Sum and number of the absolute differences of values a season apart, before each point of a series and after its
+    last: float64 (P + N, 2). Differences to missing values are none.
     """
-    apart = np.full(len(series.target), np.nan)
-    apart[season:] = np.abs(series.target[season:].astype(np.float64) - series.target[:-season])
-    place = np.arange(len(apart)) - np.repeat(series.offsets[:-1], np.diff(series.offsets))
-    there = (place >= season) & ~np.isnan(apart)
-    both = np.stack([np.where(there, apart, 0), there], axis=1)
-    return np.concatenate([np.zeros((1, 2)), np.cumsum(both, axis=0)])
+    parts = []  # each summed by itself: in a sum over all, what is small would be lost behind what is large
+    for target in np.split(series.target.astype(np.float64), series.offsets[1:-1]):
+        apart = np.abs(target[season:] - target[:-season])
+        there = ~np.isnan(apart)
+        both = np.cumsum(np.stack([np.where(there, apart, 0), there], axis=1), axis=0)
+        parts += [np.zeros((len(target) + 1 - len(both), 2)), both]
+    return np.concatenate(parts)
 
 
 class Windows(Dataset):

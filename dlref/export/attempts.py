@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from dlref.export.convert import (
+    DEBUGGED,
     KEPT_FLOAT,
     SAMPLES,
     Feeds,
     Plan,
+    beyond_half,
     convert,
     is_calibrated,
     is_quantised,
@@ -101,7 +103,7 @@ class Attempts:
         if any(map(self.calibrated, self.deployable.graphs)):
             yield from self.quantised()
         elif self.target.precision != "float32":
-            yield Plan(self.target.precision)
+            yield Plan(self.target.precision, kept=self.too_large() if self.target.precision == "float16" else {})
         yield FLOAT32
 
     def quantised(self) -> Iterator[Plan]:
@@ -132,6 +134,15 @@ class Attempts:
             yield plan
             if self.made[-1].slower:
                 return
+
+    def too_large(self) -> dict[str, tuple[str, ...]]:
+        """The nodes of each graph that float16 has no numbers for."""
+        try:
+            found = {name: tuple(beyond_half(self.source(name), self.feeds[name])) for name in self.deployable.graphs}
+        except UserError as error:
+            self.say(f"whether float16 has all numbers is not known: {error}")
+            return {}
+        return {name: nodes for name, nodes in found.items() if nodes}
 
     def calibrated(self, name: str) -> bool:
         """Whether a graph is quantised on data."""
@@ -205,14 +216,18 @@ class Attempts:
     def example(self) -> dict[str, np.ndarray]:
         """The inputs of a single answer, by graph and name: values of real ones in random order.
 
-        They lie in the right range, and tell nothing of whom they came from.
+        They lie in the right range, and tell nothing of whom they came from. Whole numbers along no free axis, such as
+        categories, may each have a range of their own: they all become the least of them.
         """
-        shuffled = np.random.default_rng(0).permutation
-        return {
-            f"{name}/{key}": shuffled(tensor.numpy().ravel()).reshape(tensor.shape)
-            for name, graph in self.deployable.graphs.items()
-            for key, tensor in example_at(graph, first_sizes(graph)).items()
-        }
+        shuffled, arrays = np.random.default_rng(0).permutation, {}
+        for name, graph in self.deployable.graphs.items():
+            for key, tensor in example_at(graph, first_sizes(graph)).items():
+                array, free = tensor.numpy(), {*graph.dynamic_axes.get(key, {}).values()} - {"batch"}
+                mixed = free or array.dtype.kind == "f" or not array.size
+                arrays[f"{name}/{key}"] = (
+                    shuffled(array.ravel()).reshape(array.shape) if mixed else np.full_like(array, array.min())
+                )
+        return arrays
 
     def keep_answers(self, plan: Plan) -> None:
         """Put beside a bundle's example what it answers here: a device sees whether it answers alike.
@@ -306,7 +321,8 @@ class Attempts:
         """What each graph met while the task's runner answered for training batches."""
         self.data.setup("fit")
         graphs = self.opened(FLOAT32)
-        recorders = {name: Recorder(graph, graphs[name]) for name, graph in self.deployable.graphs.items()}
+        enough = DEBUGGED if self.target.quantisation is None else max(SAMPLES.values())
+        recorders = {name: Recorder(graph, graphs[name], enough) for name, graph in self.deployable.graphs.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             loader = self.data.train_dataloader()
@@ -316,16 +332,16 @@ class Attempts:
 
 
 class Recorder:
-    """A graph that keeps what it is asked, one sample at a time, up to what calibration takes."""
+    """A graph that keeps what it is asked, one sample at a time, until it has `enough`."""
 
-    def __init__(self, graph, exported: Callable):
-        self.exported, self.shape, self.axes = exported, exported.shape, graph.dynamic_axes
+    def __init__(self, graph, exported: Callable, enough: int):
+        self.exported, self.shape, self.axes, self.enough = exported, exported.shape, graph.dynamic_axes, enough
         self.feeds: Feeds = []
 
     @property
     def full(self) -> bool:
         """Whether more would not be looked at."""
-        return len(self.feeds) >= max(SAMPLES.values())
+        return len(self.feeds) >= self.enough
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """The graph's own answer."""

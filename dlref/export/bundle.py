@@ -16,6 +16,7 @@ from dlref.export.measure import CONTENDERS, provider
 from dlref.export.targets import Target
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import check_provider, read_manifest
+from dlref.runtime.errors import FULL
 
 BUNDLE = "bundle"
 BEFORE = "before"  # where a bundle is until another has taken its place
@@ -73,18 +74,33 @@ def staged(output: Path) -> Iterator[Path]:
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
     if nearest == output and any(output.iterdir()) and not is_bundle(output):
         raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
+    if outer := next(filter(is_bundle, output.parents), None):
+        raise UserError(f"{output}: inside the bundle {outer}, which holds its own files alone; expected another place")
     try:
         beside = output.parent if nearest == output else nearest
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); expected a folder for the bundle") from None
     try:
-        yield part
+        with space_for(output):
+            yield part
         output.parent.mkdir(parents=True, exist_ok=True)
         replace(part / BUNDLE, output, part / BEFORE)
     finally:
         if output.exists() or not (part / BEFORE).exists():
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def space_for(output: Path) -> Iterator[None]:
+    """Raise UserError where what is written beside `output` does not fit."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = f"cannot be written ({error.strerror}); expected space for several times the bundle"
+        raise UserError(f"{output}: {reason}") from error
 
 
 def replace(made: Path, output: Path, aside: Path) -> None:

@@ -62,6 +62,7 @@ FINITE = {"Softmax", "Exp", "Clip"}
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples to look for the worst nodes on
 KEPT_FLOAT = (0.05, 0.15, 0.4)  # shares of the nodes to try
+LARGE = 65504 / 8  # an eighth of float16's largest number: other data may have larger ones
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         if whole and any(node.op_type in RECURRENT for node in model.graph.node):
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if plan.precision == "float16":
-            after = after_the_network(model.graph)
-            blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": after}
+            kept = [*plan.kept.get(source.stem, ()), *after_the_network(model.graph)]
+            blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": kept}
             half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
             half.topological_sort()  # the casts of the inputs were appended
             del half.model.graph.value_info[:]  # types from before, where nodes stay float
@@ -231,6 +232,27 @@ class Reader(CalibrationDataReader):
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next input, or None."""
         return next(self.remaining, None)
+
+
+def beyond_half(source: Path, feeds: Feeds) -> list[str]:
+    """Nodes of a float32 graph around numbers that float16 does not have, or hardly: they would become infinite.
+
+    A processor is no judge of that: it has few kernels for float16, and computes in float32 instead.
+    """
+    augmented = source.with_suffix(".augmented.onnx")
+    with quietly(source.name):
+        qdq_loss_debug.modify_model_output_intermediate_tensors(source, augmented)
+        activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
+        augmented.unlink()
+    for feed in feeds[:DEBUGGED]:
+        activations |= {name: [*activations.get(name, ()), array] for name, array in feed.items()}
+    large = {
+        name
+        for name, arrays in activations.items()
+        for array in arrays
+        if array.dtype.kind == "f" and np.abs(array[np.isfinite(array)]).max(initial=0) > LARGE
+    }
+    return [node.name for node in onnx.load(source).graph.node if large.intersection([*node.input, *node.output])]
 
 
 def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:

@@ -85,7 +85,7 @@ class Contenders:
 
     def measured(self, folder: Path) -> dict:
         """A bundle's figures, measured now."""
-        return bench(folder, threads(self.target), provider(self.target))
+        return bench(folder, min(self.target.threads, cores()), provider(self.target))  # 0: as `load` has it, all
 
     def latencies(self, one: Path, other: Path) -> list[float]:
         """Milliseconds of two bundles measured in turns, the middle of TURNS. Raises UserError."""

@@ -84,7 +84,13 @@ TARGETS = {
             quantisation=Quantisation("QInt8"),
         ),
         Target("cuda", "Nvidia GPU by CUDA", provider="CUDAExecutionProvider", precision="float16"),
-        Target("tensorrt", "Nvidia GPU by TensorRT, Jetson", provider="TensorrtExecutionProvider", precision="float16"),
+        Target(
+            "tensorrt",
+            "Nvidia GPU by TensorRT, Jetson: fixed shapes, one input at a time",
+            provider="TensorrtExecutionProvider",
+            precision="float16",
+            static=True,  # it compiles for a minute whenever a size comes that none before was like
+        ),
         Target(
             "qualcomm",
             "Qualcomm NPU by QNN: 16-bit activations, 8-bit weights, fixed shapes",

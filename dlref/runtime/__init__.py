@@ -8,6 +8,7 @@ The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner`
 `image-classification` is `dlref/runtime/runners/image_classification.py`. A new kind adds one module.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None,
 
     No more than there are cores: a number mistyped, or of another machine, would start so many.
     """
-    threads = min(int(threads), cores()) if threads else None
-    return (1, threads or cores()) if runner_of(kind).spreads and provider == CPU else (threads, 1)
+    given = min(int(threads or cores()), cores())
+    if runner_of(kind).spreads and provider == CPU:
+        return 1, given
+    # onnxruntime's own choice is a thread bound to each core of the machine, whichever this process may use.
+    return (given if threads or cores() != os.cpu_count() else None), 1
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):

@@ -260,10 +260,10 @@ def benchmark(arguments: list[str]) -> int:
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]
-    threads = min(options.threads or target.get("threads") or cores(), cores())
+    threads = min(options.threads or target.get("threads") or 0, cores())  # 0: as `load` has it, all
     provider = options.provider or target["provider"]
     figures = bench(options.bundle, threads, provider) | {"difference": difference(options.bundle, provider)}
-    asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads}
+    asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads or cores()}
     print(json.dumps(asked | figures, indent=2))
     return 0
 

@@ -35,6 +35,8 @@ PROVIDERS = {
     "TensorrtExecutionProvider": {"trt_engine_cache_enable": "0"},
     "QNNExecutionProvider": {"backend_type": "htp"},
 }
+# What takes the nodes that one of them does not, before the processor has to.
+BEHIND = {"TensorrtExecutionProvider": ("CUDAExecutionProvider",)}
 # Those of them that are packages of their own, and which onnxruntime has to be told of.
 PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
 REGISTERING = threading.Lock()
@@ -174,7 +176,8 @@ class OnnxGraph:
                 if devices:
                     options.add_provider_for_devices(devices, PROVIDERS[provider])
                     options.add_session_config_entry(*ASSIGNED)
-                asked = None if devices else [(provider, PROVIDERS[provider])]
+                chain = (provider, *BEHIND.get(provider, ()))
+                asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
                 # A fallback exchanges the session that other threads may be in, and prints.
                 self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
             taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()

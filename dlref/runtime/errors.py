@@ -1,5 +1,9 @@
 """The one exception for what a user can mend."""
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError where there is no more room
+
 
 class UserError(Exception):
     """Bad input: a file, a value or an argument that a person can mend.

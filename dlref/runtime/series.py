@@ -45,6 +45,9 @@ def changes(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
     """Read a series as SageMaker's DeepAR takes it, `feat_static_real` as GluonTS does; see `dlref.data.series`."""
+    for theirs, ours in (("feat_static_cat", "cat"), ("feat_dynamic_real", "dynamic_feat")):
+        if theirs in entry:  # GluonTS's names
+            raise UserError(f"{where}: {theirs}; expected it to be called {ours}, as SageMaker's DeepAR does")
     start = parse_start(entry.get("start"), f"{where}: start", frequency)
     target = entry.get("target")
     if not isinstance(target, list):

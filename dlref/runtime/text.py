@@ -38,6 +38,10 @@ class Words:
         """The tokens of a text, known or not."""
         return text.split()
 
+    def written(self, text: str) -> str:
+        """A text as its tokens are written, were all of them known."""
+        return self.between.join(self.parts(self.normal(text)))
+
     def encode(self, text: str) -> list[int]:
         """The number of each token."""
         numbers, known = self.numbers, range(len(SPECIAL), len(self))
@@ -110,6 +114,10 @@ class BytePairs:
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
+
+    def written(self, text: str) -> str:
+        """A text as its tokens are written."""
+        return text if self.exact else normal(text)
 
     def encode(self, text: str) -> list[int]:
         """The number of each token. Raises UserError for an exact tokeniser that changes the text."""

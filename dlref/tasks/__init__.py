@@ -9,7 +9,7 @@ from dlref.tasks.monitor import Monitor
 from dlref.tasks.object_detection import ObjectDetector
 from dlref.tasks.optimizers import MuonAdamW
 from dlref.tasks.preprocess import ImagePreprocess, Normalise
-from dlref.tasks.schedules import Steps, WarmupCosine
+from dlref.tasks.schedules import Polynomial, Steps, WarmupCosine
 from dlref.tasks.semantic_segmentation import SemanticSegmenter
 from dlref.tasks.translation import Translator
 
@@ -27,6 +27,7 @@ __all__ = [
     "NegativeBinomial",
     "Normalise",
     "ObjectDetector",
+    "Polynomial",
     "SemanticSegmenter",
     "Steps",
     "StudentT",

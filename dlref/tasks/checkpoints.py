@@ -65,9 +65,9 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(folder, "best", metric, mode=mode, save_on_train_epoch_end=False, enable_version_counter=False)
 
     @property
-    def state_key(self) -> str:
-        """That of Lightning's class, which checkpoints have known it by."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+    def _legacy_state_key(self) -> str:
+        """That of Lightning's class, which older checkpoints know it by."""
+        return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The best score so far, of the best.ckpt of this folder: a run may have moved."""
@@ -85,7 +85,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class Last(Checkpoint):
-    """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when told to end.
+    """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when a fit ends.
 
     A step that validation follows is not saved before it: a run that went on from there would skip that validation.
     Where a fit ends before its first validation, best.ckpt is a copy.
@@ -123,13 +123,16 @@ class Last(Checkpoint):
         """Go on in the epoch, and listen to SIGTERM: Lightning's own answer ends a run without keeping it."""
         if trainer.received_sigterm:
             raise SIGTERMException
-        batches, every = trainer.num_training_batches, trainer.val_check_batch
-        if every < batches and every % trainer.accumulate_grad_batches:
+        batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
+        if every is None:
+            raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
+        through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may be of fewer batches
+        if (every % added and (through or every < batches)) or (through and batches % added):
             raise UserError(
                 f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
-                f"{trainer.accumulate_grad_batches}; expected a multiple: gradients that add up are in no checkpoint"
+                f"{added}; expected a multiple: gradients that add up are in no checkpoint"
             )
-        if self.taken % batches and self.batches not in (None, batches):
+        if self.batches not in (None, batches) and (self.taken % batches or self.taken % self.batches):
             raise UserError(
                 f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
                 "same data, batch size and devices"
@@ -151,10 +154,11 @@ class Last(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Between two steps of the optimiser; gradients that add up are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
-        if not stepped or validates_next(trainer, batch_idx):
+        stops = stops_here(trainer)
+        if not stops and (not stepped or validates_next(trainer, batch_idx)):
             return
         self.ending = self.agreed(trainer)
-        if self.ending or self.step == trainer.max_steps or self.due(trainer):
+        if stops or self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
@@ -201,6 +205,13 @@ class Last(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         self.saved, self.kept = time.monotonic(), trainer.global_step
+
+
+def stops_here(trainer: Trainer) -> bool:
+    """Whether a fit ends with this batch, in the middle of an epoch that no validation ends."""
+    loop = trainer.fit_loop
+    ends = trainer.global_step == trainer.max_steps or (trainer.should_stop and loop._can_stop_early)
+    return ends and not trainer.is_last_batch and not loop.epoch_loop._should_check_val_epoch()
 
 
 def validates_next(trainer: Trainer, batch_idx: int) -> bool:

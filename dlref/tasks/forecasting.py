@@ -8,6 +8,7 @@ N values of all series.
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +23,6 @@ from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.task import Task
 
-SMALLEST_SCALE = 1e-10  # a context of smaller values, or of none, has the scale 1
 SHOWN = 8  # series in the figure of forecasts
 OWN = "this_model"  # the name of its scores, beside those of the baselines
 TRAINED = ("val/wql", "val/nd", "val/rmse", "val/crps")  # what validation logs while a network trains
@@ -54,7 +54,7 @@ class Forecaster(Task):
         "dynamic_features",
         "static_features",
     )
-    indexed = ("category_names",)
+    indexed: ClassVar = {"category_names": "embeddings"}
     metric = "wql"
 
     def __init__(self, distribution: Distribution, longest_lag: int | None = None, difference: bool = False, **task):
@@ -383,12 +383,13 @@ def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """Mean absolute value of what is observed of the context; 1 where that is nothing, or zeros.
+    """Mean absolute value of what is observed of the context; of nothing, the last value before it; 1 where that is 0.
 
     GluonTS's scale; the paper's is 1 + the mean (section 3.3), which negative values can bring to 0.
     """
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
-    return mean.where(mean > SMALLEST_SCALE, 1)
+    mean = mean.where(observed.any(1), target[:, -1].abs())  # to which missing values are carried
+    return mean.where(mean > 0, 1)
 
 
 def seasonal_naive(

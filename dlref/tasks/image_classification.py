@@ -192,7 +192,8 @@ class ImageClassifier(Task):
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 7), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
         )
-        return Deployable("image-classification", {"classify": graph}, self.metadata())
+        metadata = self.metadata() | {"channels": batch[0].shape[1]}  # grey pictures may train a network for colour
+        return Deployable("image-classification", {"classify": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Accuracy of a runner's probabilities over `batches`."""

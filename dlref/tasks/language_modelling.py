@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class LanguageModel(Task):
 
     needs = ("output", "logits", "attention", "context_length")
     facts = ("vocabulary", "context_length")
-    indexed = ("vocabulary",)
+    indexed: ClassVar = {"vocabulary": "wte"}
     metric = "bits_per_byte"
 
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):

@@ -186,7 +186,7 @@ class ObjectDetector(Task):
             tolerance=1e-4,  # of a large offset's exponential
             selected=outputs,
         )
-        metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
+        metadata = {"labels": self.known["labels"], "channels": batch[0].shape[1]}
         return Deployable("object-detection", {"detect": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:

@@ -1,15 +1,25 @@
 """Learning-rate schedules as functions of progress, stepped once an optimiser step.
 
 Each is built from the optimiser and the run's number of steps, so that a config states shares of the run
-("divide by ten at a half and at three quarters") and stays right when `--trainer.max_epochs` changes.
-`CosineAnnealingLR` and `PolynomialLR` of `torch.optim.lr_scheduler` fit the same place: their second argument is the
-number of steps.
+("divide by ten at a half and at three quarters") and stays right when `--trainer.max_epochs` changes, for a run that
+goes on for longer, too. `CosineAnnealingLR` of `torch.optim.lr_scheduler` fits the same place: its second argument is
+the number of steps. But a checkpoint holds that number, and a run that goes on for longer has a rate of 0 then.
+
+All raise ValueError for what is no share of the run.
 """
 
 import math
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def check_shares(**shares: list[float]) -> None:
+    """Raise ValueError for one that is none."""
+    for name, values in shares.items():
+        for value in values:
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}; expected a share of the run, 0 to 1")
 
 
 class Steps(LambdaLR):
@@ -21,12 +31,20 @@ class Steps(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, total_steps: int, milestones: list[float], gamma: float = 0.1, warmup: float = 0.0
     ):
+        check_shares(warmup=[warmup], milestones=milestones)
         rise = warmup * total_steps
 
         def factor(step: int) -> float:
             return min((step + 1) / (rise + 1), 1.0) * gamma ** sum(step >= m * total_steps for m in milestones)
 
         super().__init__(optimizer, factor)
+
+
+class Polynomial(LambdaLR):
+    """Fall to 0 as a power of the share of the run that is left (Chen et al. 2017, DeepLab, section 4.1.2: 0.9)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 1.0):
+        super().__init__(optimizer, lambda step: max(1 - step / total_steps, 0.0) ** power)
 
 
 class WarmupCosine(LambdaLR):
@@ -36,6 +54,7 @@ class WarmupCosine(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0, final: float = 0.0):
+        check_shares(warmup=[warmup], final=[final])
         rise = warmup * total_steps
 
         def factor(step: int) -> float:

@@ -159,7 +159,7 @@ class SemanticSegmenter(Task):
             tolerance=1e-4,  # of probabilities, through the many layers of a deep network
             discrete=["mask"],
         )
-        metadata = {"labels": self.known["labels"], "channels": self.preprocess.channels}
+        metadata = {"labels": self.known["labels"], "channels": batch[0].shape[1]}
         return Deployable("semantic-segmentation", {"segment": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -42,8 +42,10 @@ class Task(LightningModule):
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
     # weights, and checked against those of any data the model meets later.
     facts: tuple[str, ...] = ()
-    # Those of which the weights know by number what they mean: weights of a run fit no others.
-    indexed: tuple[str, ...] = ()
+    # Those of which the weights know by number what they mean, and the layer that does: weights of a run fit no others.
+    indexed: ClassVar[dict[str, str]] = {}
+    # Those that say what is done with the data, and mean nothing to the weights: other data may have others.
+    free: tuple[str, ...] = ()
     # What the network has to have beside `forward`.
     needs: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
@@ -136,12 +138,13 @@ class Task(LightningModule):
 
     def learn(self, datamodule) -> None:
         """Take the facts of the data, or check them against those that came with the checkpoint."""
+        self.known |= {name: getattr(datamodule, name) for name in self.free}
         self.remember({name: getattr(datamodule, name) for name in self.facts})
 
     def remember(self, facts: dict[str, object]) -> None:
         """Raises UserError where `facts` contradict what is known."""
         for name, value in facts.items():
-            if self.known.setdefault(name, value) != value:
+            if self.known.setdefault(name, value) != value and name not in self.free:
                 raise UserError(
                     f"{name} of the data and of the checkpoint differ: {_short(value)} and "
                     f"{_short(self.known[name])}; expected the same, in the same order"
@@ -180,23 +183,24 @@ class Task(LightningModule):
         if stage == "fit":
             if self.weights:
                 fresh = load_weights(self.network, Path(self.weights))
-                self.check_facts_of(Path(self.weights), bool(fresh))
+                self.check_facts_of(Path(self.weights), fresh)
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
             self.compile_in_place()
 
-    def check_facts_of(self, weights: Path, replaced: bool) -> None:
+    def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
         """Raise UserError where `weights` of a run have been taken for other tokens or categories than its own.
 
         Args:
             weights: the run's.
-            replaced: layers of another number of them were not taken.
+            fresh: the tensors that were not taken, such as those of layers for another number of tokens.
         """
         facts = read_facts(weights) if self.indexed else {}
-        for name in self.indexed:
+        for name, layer in self.indexed.items():
             theirs, own = facts.get(name, self.known[name]), self.known[name]
             others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
+            replaced = any(tensor.startswith(f"{layer}.") for tensor in fresh)
             if theirs != own and not (replaced and others):
                 raise UserError(
                     f"weights {weights}: {name} of that run and of the data differ: {_short(theirs)} and {_short(own)}"
@@ -295,7 +299,10 @@ class Task(LightningModule):
                 )
             if self.lr_scheduler is None:
                 return optimizer
-            scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+            steps = self.trainer.estimated_stepping_batches
+            if not math.isfinite(steps):
+                raise UserError("lr_scheduler without an end of the run; expected trainer.max_epochs or max_steps")
+            scheduler = self.lr_scheduler(optimizer, int(steps))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

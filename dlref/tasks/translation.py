@@ -6,7 +6,7 @@ vocabulary, W best next tokens of a hypothesis, D hidden size, Y rows of the dec
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -59,7 +59,8 @@ class Translator(Task):
 
     needs = ("encode", "step")
     facts = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer", "too_long")
-    indexed = ("source_vocabulary", "target_vocabulary")
+    indexed: ClassVar = {"source_vocabulary": "embed_source", "target_vocabulary": "embed_target"}
+    free = ("too_long",)
 
     def __init__(
         self,
@@ -90,6 +91,9 @@ class Translator(Task):
             raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
         if not 0 <= self.length_penalty <= 10:
             raise UserError(f"length_penalty: {self.length_penalty}; expected 0 to 10")
+        for name in ("label_smoothing", "scheduled_sampling"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: {getattr(self, name)}; expected a share, 0 to 1")
         longest, longest_answer = self.longest_verified(), self.known["longest_answer"]
         expected = (
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "

@@ -106,7 +106,8 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
     of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
     replaced = [key for key in differing if key.startswith(of_classes)]
-    missing = own.keys() - state.keys()
+    # Counters that older files lack, ResNets as published among them.
+    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
     needed = {key for key in missing if (key.startswith(network.base) if of_base else not key.startswith(of_classes))}
     problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
     if problems:
@@ -116,7 +117,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
             f"{'; ...' * (len(problems) > SHOWN)}); expected the weights of this architecture"
         )
     fresh = sorted(missing.union(replaced))
-    network.load_state_dict(state | {key: own[key] for key in fresh})
+    network.load_state_dict(own | {key: value for key, value in state.items() if key not in fresh})
     if of_base:
         log.warning("%s: loaded into the base; %d of %d tensors are new", path, len(fresh), len(own))
     else:

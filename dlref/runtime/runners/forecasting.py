@@ -129,7 +129,8 @@ class Runner(Base):
             "in a file, of which each line may hold one, or as an object of Python's; or a request "
             f'`{{"instances": [series, ...], "configuration": {{...}}}}`. The {horizon} values after `target` are '
             f"forecast, and a row of `dynamic_feat` has values for them, too. "
-            f"The last {metadata['context_length'] + max(metadata['lags'])} values of `target` count."
+            "Give all values from the first on: a forecast depends on the age of a series too, and of the values "
+            f"themselves on the last {metadata['context_length'] + max(metadata['lags']) + metadata['differenced']}."
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
@@ -166,6 +167,8 @@ class Runner(Base):
             raise UserError(f"{where}: lists in lists without end; expected a series or a request") from None
         if "instances" not in source:
             return Request(where, [self.past(source, where)], SAMPLES, 0, *_outputs({}, where), single=True)
+        if others := [key for key in source if key not in ("instances", "configuration")]:
+            raise UserError(f"{where}: {shorten(others[0])}; expected instances and configuration alone in a request")
         instances, configuration = source["instances"], source.get("configuration", {})
         if not isinstance(instances, list) or not instances:
             raise UserError(f"{where}: instances: expected a list of series")
