@@ -549,7 +549,7 @@ def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
         plan = Plan("float16", kept={"step": tuple(nodes)})
         convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], plan, [])
         with np.errstate(over="ignore"):
-            (answer,) = ReferenceEvaluator(tmp_path / "half.onnx").run(None, feed)
+            (answer,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, feed)
         assert np.isfinite(answer).all() == finite
     np.testing.assert_allclose(graph(**feed)["y"], 0.8, rtol=1e-3)
 

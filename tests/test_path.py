@@ -322,7 +322,7 @@ model:
   init_args:
     network:
       class_path: dlref.models.DeepAR
-      init_args: {lags: 7, features: 6, cardinality: [2, 9], parameters: 3, cell: gru, num_cells: 12}
+      init_args: {lags: 7, features: 6, cardinality: [2, 7], parameters: 3, cell: gru, num_cells: 12}
     distribution: {class_path: dlref.tasks.StudentT}
     longest_lag: 7
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
@@ -354,7 +354,12 @@ def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, tr
         target = (10**i * (2 + promoted[:points] + generator.normal(0, 0.1, points))).round(4).tolist()
         target[3:5] = [None, "NaN"]
         records.append(
-            {"start": f"2024-01-0{i + 1}", "target": target, "cat": [i % 2, 5 + i], "dynamic_feat": [promoted.tolist()]}
+            {
+                "start": f"2024-01-0{i + 1}",
+                "target": target,
+                "cat": [i % 2, 5 + i // 2],
+                "dynamic_feat": [promoted.tolist()],
+            }
         )
     known = [{**r, "dynamic_feat": [r["dynamic_feat"][0][: len(r["target"])]]} for r in records]
     (tmp_path / "train.json").write_text("".join(json.dumps(record) + "\n" for record in known))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -103,6 +104,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
             half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
             half.topological_sort()  # the casts of the inputs were appended
             del half.model.graph.value_info[:]  # types from before, where nodes stay float
+            without_round_trips(half.model.graph)
             save(half.model, path)
             return
         prepared = source.with_suffix(".prepared.onnx")
@@ -121,6 +123,20 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
                 weight_type=QuantType[scheme.weight],
             )
         save(tidy(onnx.load(path), target), path)
+
+
+def without_round_trips(graph: onnx.GraphProto) -> None:
+    """Let nodes that stay float32 read each other's answers: the converter rounds them to float16 in between."""
+    writers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        before = writers.get(node.input[0]) if casts(node, TensorProto.FLOAT) else None
+        if before is not None and casts(before, TensorProto.FLOAT16):
+            node.input[0] = before.input[0]  # of float32: onnxruntime leaves such a cast out
+
+
+def casts(node: onnx.NodeProto, kind: int) -> bool:
+    """Whether a node casts to a type of TensorProto."""
+    return node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
 
 
 def is_quantised(path: Path) -> bool:
