@@ -143,15 +143,22 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Fit, test, predict and export, in this process and without the measurement: all but the start-up of a user's."""
+    """Fit, test, predict and export, in this process and without the measurement: all but the start-up of a user's.
 
-    def run(name: str, config: str) -> None:
+    Gives the scores of the test, the bundle's manifest, the rows of the predictions and the names of the figures.
+    """
+
+    def run(name: str, config: str) -> tuple[dict, dict, list[dict], set[str]]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py"])
         Path(f"{name}.yaml").write_text(config)
+        folder = Path("runs") / name
         assert train(["fit", "--config", f"{name}.yaml"]) == 0
-        assert train(["predict", "--config", f"runs/{name}/config.yaml"]) == 0
-        export(*load_run(Path("runs") / name, []), TARGETS["cpu"], Path("bundle"))
+        assert train(["predict", "--config", f"{folder}/config.yaml"]) == 0
+        manifest = export(*load_run(folder, []), TARGETS["cpu"], Path("bundle"))
+        scores = json.loads((folder / "test.json").read_text())
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        return scores, manifest, rows, {path.name for path in (folder / "figures").iterdir()}
 
     return run
 
@@ -185,12 +192,9 @@ def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(trained, 
                 picture[17:83, 27:93] = 100
             (tmp_path / "rings" / split / label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(tmp_path / "rings" / split / label / f"{number}.png")
-    trained("rings", RINGS)
-    accuracy = json.loads((tmp_path / "runs/rings/test.json").read_text())["accuracy"]
-    verification = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]
-    assert accuracy == 1
-    assert verification["test"]["pytorch"] == verification["test"]["bundle"] == accuracy
-    rows = [json.loads(line) for line in (tmp_path / "runs/rings/predictions.jsonl").read_text().splitlines()]
+    scores, manifest, rows, _ = trained("rings", RINGS)
+    test = manifest["verification"]["test"]
+    assert test["pytorch"] == test["bundle"] == scores["accuracy"] == 1
     at_the_edge = load(tmp_path / "bundle")([tmp_path / row["input"] for row in rows])
     assert [row["label"] for row in at_the_edge] == [row["label"] for row in rows]
     assert [row["label"] for row in rows] == [row["input"].split("/")[-2] for row in rows]
@@ -227,17 +231,11 @@ def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
     the pictures as they are.
     """
     framed(tmp_path / "boxes", 40)
-    trained("boxes", BOXES)
-    scores = json.loads((tmp_path / "runs/boxes/test.json").read_text())
-    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    scores, manifest, rows, figures = trained("boxes", BOXES)
+    test = manifest["verification"]["test"]
     assert test["pytorch"] == pytest.approx(scores["map"], abs=1e-6)
     assert test["bundle"] == pytest.approx(scores["map"], abs=2e-3)
-    assert {path.name for path in (tmp_path / "runs/boxes/figures").iterdir()} == {
-        "curves.png",
-        "detections.png",
-        "precision_recall.png",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "runs/boxes/predictions.jsonl").read_text().splitlines()]
+    assert figures == {"curves.png", "detections.png", "precision_recall.png"}
     answered = command(
         "-c", WITHOUT_TORCH, "bundle", *(row["input"] for row in rows), "--overlay", "drawn", cwd=tmp_path
     )
@@ -284,18 +282,12 @@ trainer: {max_epochs: 10, enable_progress_bar: false, log_every_n_steps: 1}
 def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
     """From SageMaker's folders to a device without torch, in pictures that are not square, of sizes it has not seen."""
     folders(tmp_path / "data", train=16, validation=4)
-    trained("masks", MASKS)
-    scores = json.loads((tmp_path / "runs/masks/test.json").read_text())
-    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    scores, manifest, rows, figures = trained("masks", MASKS)
+    test = manifest["verification"]["test"]
     assert scores["miou"] > 0.8
     assert test["pytorch"] == pytest.approx(scores["miou"], abs=1e-6)
     assert test["bundle"] == pytest.approx(scores["miou"], abs=2e-3)
-    assert {path.name for path in (tmp_path / "runs/masks/figures").iterdir()} == {
-        "confusion.png",
-        "curves.png",
-        "masks.png",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "runs/masks/predictions.jsonl").read_text().splitlines()]
+    assert figures == {"confusion.png", "curves.png", "masks.png"}
     inputs = [row["input"] for row in rows]
     Image.fromarray(painted(51, 83)[0]).save(tmp_path / "odd.png")
     arguments = ["bundle", *inputs, "odd.png", "--output", "masks", "--overlay", "overlays"]
@@ -364,19 +356,12 @@ def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, tr
     known = [{**r, "dynamic_feat": [r["dynamic_feat"][0][: len(r["target"])]]} for r in records]
     (tmp_path / "train.json").write_text("".join(json.dumps(record) + "\n" for record in known))
     (tmp_path / "predict.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    trained("series", SERIES)
-    scores = json.loads((tmp_path / "runs/series/test.json").read_text())
-    test = json.loads((tmp_path / "bundle/manifest.json").read_text())["verification"]["test"]
+    scores, manifest, rows, figures = trained("series", SERIES)
+    test = manifest["verification"]["test"]
     assert scores["wql"] < scores["last_value_wql"]
     assert test["pytorch"] == pytest.approx(scores["wql"], rel=1e-5)
     assert test["bundle"] == pytest.approx(scores["wql"], rel=1e-4)
-    assert {path.name for path in (tmp_path / "runs/series/figures").iterdir()} == {
-        "by_time.png",
-        "calibration.png",
-        "curves.png",
-        "forecasts.png",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "runs/series/predictions.jsonl").read_text().splitlines()]
+    assert figures == {"by_time.png", "calibration.png", "curves.png", "forecasts.png"}
     answered = command("-c", WITHOUT_TORCH, "bundle", "predict.jsonl", cwd=tmp_path)
     assert answered.returncode == 0, answered.stderr
     answers = [json.loads(line) for line in answered.stdout.splitlines()]
@@ -427,20 +412,12 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         for ending, words in (("de", german), ("en", english)):
             lines = [f"{a} {b} {c}" for a in words for b in words for c in words]
             (tmp_path / f"{split}.{ending}").write_text("\n".join(lines) + "\n")
-    trained("texts", TEXTS)
-    scores = json.loads((tmp_path / "runs/texts/test.json").read_text())
-    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    scores, manifest, rows, figures = trained("texts", TEXTS)
     assert scores["exact_match"] > 0.9
     for side in ("pytorch", "bundle"):
         assert manifest["verification"]["test"][side] == pytest.approx(scores["exact_match"])
     assert manifest["metadata"]["source"]["kind"] == "bpe"
-    assert {path.name for path in (tmp_path / "runs/texts/figures").iterdir()} == {
-        "attention.png",
-        "by_length.png",
-        "curves.png",
-        "samples.md",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "runs/texts/predictions.jsonl").read_text().splitlines()]
+    assert figures == {"attention.png", "by_length.png", "curves.png", "samples.md"}
     answered = command("-c", WITHOUT_TORCH, "bundle", "test.de", cwd=tmp_path)
     assert answered.returncode == 0, answered.stderr
     answers = [json.loads(line) for line in answered.stdout.splitlines()]
@@ -511,20 +488,12 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
     for i in range(8):
         animals = generator.choice(["cat", "dog", "bird", "cow"], 100)
         (tmp_path / f"texts/{i}.txt").write_text("".join(f"The {animal} sat on the {animal}.\n" for animal in animals))
-    trained("stories", STORIES)
-    scores = json.loads((tmp_path / "runs/stories/test.json").read_text())
-    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    scores, manifest, rows, figures = trained("stories", STORIES)
     assert scores["bits_per_byte"] < scores["xz_bits_per_byte"] < 1
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]), rel=1e-4)
     for side in ("pytorch", "bundle"):
         assert manifest["verification"]["test"][side] == pytest.approx(scores["bits_per_byte"], rel=1e-3)
-    assert {path.name for path in (tmp_path / "runs/stories/figures").iterdir()} == {
-        "attention.png",
-        "by_position.png",
-        "curves.png",
-        "samples.md",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "runs/stories/predictions.jsonl").read_text().splitlines()]
+    assert figures == {"attention.png", "by_position.png", "curves.png", "samples.md"}
     answered = command("-c", WITHOUT_TORCH, "bundle", "--", *[row["input"] for row in rows], cwd=tmp_path)
     assert answered.returncode == 0, answered.stderr
     answers = [json.loads(line) for line in answered.stdout.splitlines()]
@@ -571,18 +540,17 @@ def digits_of_the_test_split():
         (["runs/x", "--target", "cpu", "--output", "b"], "runs/x/checkpoints/best.ckpt: no checkpoint"),
     ],
 )
-def test_export_says_what_it_needs(command, tmp_path, arguments, message):
-    result = command("export.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_export_says_what_it_needs(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert export_py(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_targets_are_listed(command):
-    listed = command("export.py", "--list-targets")
-    assert listed.returncode == 0
-    title, *rows = listed.stdout.splitlines()
+def test_targets_are_listed(capsys):
+    assert export_py(["--list-targets"]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
     assert title.split() == ["target", "precision", "provider", "file", "shapes", "for"]
     assert [row.split()[0] for row in rows] == list(TARGETS)
     assert rows[list(TARGETS).index("qualcomm")].split()[:5] == ["qualcomm", "int16", "QNN", ".onnx", "fixed"]
