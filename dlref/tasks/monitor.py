@@ -152,7 +152,8 @@ class Monitor(Callback):
     `val/loss`. Of several devices the first one's gradients and activations are judged. A resumed run begins its
     windows anew.
 
-    A run that is ended stops as by early stopping: after a last validation, with its checkpoints and the final test,
+    A run that is ended stops as by early stopping: after a last validation (none in an epoch that
+    `check_val_every_n_epoch` leaves without one), with its checkpoints and the final test,
     and not before `min_epochs` and `min_steps`.
 
     Args:
