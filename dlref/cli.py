@@ -118,10 +118,10 @@ class Start(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: Task) -> None:
         """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
-        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]
-        watched = [("best.metric", self.best.metric), *(("EarlyStopping: monitor", one.monitor) for one in stopping)]
-        for what, metric in watched:
-            if metric not in trainer.callback_metrics and not metric.startswith("train/"):
+        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
+        known = [one.monitor for one in stopping if not one.monitor.startswith("train/")]
+        for what, metric in [("best.metric", self.best.metric), *(("EarlyStopping: monitor", name) for name in known)]:
+            if metric not in trainer.callback_metrics:
                 logged = ", ".join(sorted(trainer.callback_metrics))
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
@@ -157,9 +157,9 @@ class TrainCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The one that is typed, or all of them: a parser with all that a Trainer takes is made for each."""
+        """The one that is typed first, or all of them: a parser with all that a Trainer takes is made for each."""
         known = super().subcommands()
-        return {name: known[name] for name in known if name in self.typed} or known
+        return {name: known[name] for name in known if [name] == self.typed[:1]} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside a trainer, a task and data."""
@@ -254,7 +254,8 @@ class TrainCLI(LightningCLI):
             built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
             fast_steps(built.strategy.root_device)  # as in the test that ends a fit
             return built
-        own = self.checkpoint is not None and self.run.resolve() in self.checkpoint.resolve().parents
+        places = (self.run.resolve(), (self.run / "checkpoints").resolve())  # which may lie on another disk
+        own = self.checkpoint is not None and self.checkpoint.resolve().parent in places
         self.claim = Claim(self.run, resume=own, overwrite=self.overwrite)
         try:
             return self.claimed_trainer(**kwargs)

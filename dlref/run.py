@@ -89,11 +89,12 @@ class Claim:
         if blocked.exists() and not blocked.is_dir():
             raise UserError(f"{blocked}: a file; expected a folder for the run")
         self.created = [path for path in (run, *run.parents) if not path.exists()]
-        begun = BEGUN if (run / LOCK).exists() else ()
+        self.first = not (run / LOCK).exists()
         self.take()
+        begun = () if self.first else BEGUN
         there = [name for name in OWN if name not in begun and (run / name).exists()]
         if there and not (resume or overwrite):
-            self.lock.release()
+            self.leave()
             raise UserError(
                 f"{run} already holds a run ({', '.join(there)}); expected --run with another folder, --ckpt_path last "
                 "to resume it, or --overwrite to replace it"
@@ -153,15 +154,20 @@ class Claim:
         """Unless training has started: remove what the fit wrote, bring back what was set aside."""
         if not self.refusable:
             return
-        (self.run / LOCK).unlink(missing_ok=True)
         remove(set(self.own()) - set(self.there))
         for path, data in self.before.items():
             path.write_bytes(data)
         if self.aside.exists():
             self.bring_back(self.aside)
+        self.leave()
         for folder in (self.aside, *self.created):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+    def leave(self) -> None:
+        """Release the folder, without a sign of a fit where there was none before."""
+        if self.first:
+            (self.run / LOCK).unlink(missing_ok=True)
         self.lock.release()
 
 

@@ -339,6 +339,12 @@ def test_the_first_process_of_a_machine_tells_that_a_run_was_told_to_end(local_r
     assert train(["fit"]) == status
 
 
+def test_a_config_may_hold_what_several_commands_are_told(tmp_path):
+    one = yaml.safe_load(Path(DIGITS).read_text())
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"fit": one, "test": one}))
+    assert train(["--config", "both.yaml", "fit", "--run", "mine", "--trainer.fast_dev_run", "true"]) == 0
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     states = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):

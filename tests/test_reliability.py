@@ -509,9 +509,21 @@ def test_a_config_that_a_user_wrote_is_not_a_run_that_began(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     written = f"# Mine.\n{Path(DIGITS).read_text()}"
     (tmp_path / "mine/config.yaml").write_text(written)
-    assert train(["fit", "--config", "mine/config.yaml"]) == 2
-    assert "mine already holds a run (config.yaml); expected --run with another folder" in capsys.readouterr().err
-    assert (tmp_path / "mine/config.yaml").read_text() == written
+    for _ in range(2):  # the first leaves no sign of a fit
+        assert train(["fit", "--config", "mine/config.yaml"]) == 2
+        assert "mine already holds a run (config.yaml); expected --run with another folder" in capsys.readouterr().err
+        assert (tmp_path / "mine/config.yaml").read_text() == written
+    (tmp_path / "mine/.lock").touch()  # that of a fit which was killed before it trained
+    assert fit(run="mine", best__metric="none") == 2
+    assert fit(run="mine") == 0
+
+
+def test_a_run_whose_checkpoints_lie_on_another_disk_goes_on(tmp_path):
+    assert fit(run="mine") == 0
+    (tmp_path / "mine/checkpoints").rename(tmp_path / "disk")
+    (tmp_path / "mine/checkpoints").symlink_to(tmp_path / "disk")
+    assert fit(run="mine", ckpt_path="last", trainer__max_epochs=3) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 18
 
 
 def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):

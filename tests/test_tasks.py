@@ -347,6 +347,8 @@ def test_a_polynomial_is_torch_s_and_follows_a_longer_run():
         optimizer.step()
         short.step()
     longer.load_state_dict(short.state_dict())
+    with pytest.raises(UserError, match=r"not of Polynomial; expected the schedule of its config\.yaml"):
+        longer.load_state_dict(torch.optim.lr_scheduler.PolynomialLR(optimizer, 10).state_dict())
     optimizer.step()
     longer.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - 11 / 20)

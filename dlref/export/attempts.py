@@ -138,7 +138,8 @@ class Attempts:
     def too_large(self) -> dict[str, tuple[str, ...]]:
         """The nodes of each graph that float16 has no numbers for."""
         try:
-            found = {name: tuple(beyond_half(self.source(name), self.feeds[name])) for name in self.deployable.graphs}
+            feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
+            found = {name: tuple(beyond_half(self.source(name), some)) for name, some in feeds.items()}
         except UserError as error:
             self.say(f"whether float16 has all numbers is not known: {error}")
             return {}
