@@ -267,14 +267,15 @@ def test_progress_is_shown_on_stderr_only(tmp_path, kind, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif"])
+@pytest.mark.parametrize("suffix", ["jpg", "mpo", "png", "webp", "gif"])
 def test_size_is_that_of_the_picture_as_it_is_read(tmp_path, suffix):
     root = write(tmp_path, "manifest")
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
         path = root / f"JPEGImages/x.{suffix}"
-        Image.new("RGB", (40, 30)).save(path, exif=exif)
+        frames = {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]} if suffix == "mpo" else {}
+        Image.new("RGB", (40, 30)).save(path, exif=exif, **frames)
         _, height, width = read_image(str(path)).shape
         value = {"image_size": [{"width": width, "height": height}], "annotations": [sides(0, 0, 0, width, height)]}
         mutate(root, "a.manifest", None, json.dumps({"source-ref": path.name, "c": value}))
