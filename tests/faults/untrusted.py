@@ -406,7 +406,7 @@ PLACES: dict[str, tuple[Callable[[dict, object], object], list[str]]] = {
     "a label": (lambda state, bomb: state | {"facts": state["facts"] | {"labels": [bomb]}}, TEST),
     "the optimiser": (lambda state, bomb: state | {"optimizer_states": [bomb]}, RESUME),
     "the schedule": (lambda state, bomb: state | {"lr_schedulers": [bomb]}, RESUME),
-    "a callback": (lambda state, bomb: state | {"callbacks": {"ModelCheckpoint": bomb}}, RESUME),
+    "a callback": (lambda state, bomb: state | {"callbacks": {"BestCheckpoint": bomb}}, RESUME),
     "the loops": (lambda state, bomb: state | {"loops": {"fit_loop": bomb}}, RESUME),
     "hyper-parameters": (lambda state, bomb: state | {"hyper_parameters": bomb}, TEST),
     "the hyper-parameters' class": (lambda state, bomb: state | {"hparams_type": bomb}, VALIDATE),
@@ -515,7 +515,7 @@ def weight(state: dict, value: object) -> dict:
 
 def removing(state: dict, path: str) -> dict:
     """A checkpoint whose best one so far is another file, to be removed when a better one comes."""
-    (known,) = (kept for name, kept in state["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    (known,) = (kept for name, kept in state["callbacks"].items() if name.startswith("BestCheckpoint"))
     worst = torch.tensor(-1.0)
     known |= {"best_k_models": {path: worst}, "best_model_path": path, "kth_best_model_path": path, "kth_value": worst}
     known["best_model_score"] = worst
