@@ -329,12 +329,22 @@ def test_boxes_up_to_the_border_stay_at_every_size():
 
 
 def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():
-    zoom = DigitScenes(zoom_out=4).train_transform().transforms[0]
+    zoom = DigitScenes(zoom_out=4).train_transform().transforms[1]
     zoom.p = 1.0
     image = tv_tensors.Image(torch.zeros(3, 8, 8, dtype=torch.uint8))
     boxes = tv_tensors.BoundingBoxes([[0, 0, 8, 8]], format="XYXY", canvas_size=(8, 8))
     pixels = zoom({"image": image, "boxes": boxes})["image"].flatten(1).T.tolist()
     assert set(map(tuple, pixels)) == {(0, 0, 0), (123, 117, 104)}
+
+
+def test_large_pictures_are_made_smaller_before_they_are_zoomed_out():
+    shrunk = DigitScenes(image_size=8).train_transform().transforms[0]
+    for (height, width), shape in (((64, 96), (3, 32, 48)), ((32, 96), (3, 32, 96))):
+        image = tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8))
+        boxes = tv_tensors.BoundingBoxes([[0, 0, 48, 16]], format="XYXY", canvas_size=(height, width))
+        found = shrunk({"image": image, "boxes": boxes})
+        assert found["image"].shape == shape
+        assert found["boxes"].tolist() == [[0, 0, 48 * shape[2] / width, 16 * shape[1] / height]]
 
 
 def test_evaluation_sees_whole_pictures(tmp_path):

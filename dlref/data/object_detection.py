@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -35,8 +35,27 @@ from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
+ENOUGH = (
+    4  # sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it
+)
 MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
 Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class Shrunk(nn.Module):
+    """Make large pictures smaller: a canvas four times as wide and high as 12 megapixels has would be 576 MB.
+
+    Args:
+        side: the longest that the shorter side may be, in pixels.
+    """
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side, self.resize = side, v2.Resize(side, antialias=True)
+
+    def forward(self, sample: dict) -> dict:
+        """The picture and its boxes."""
+        return self.resize(sample) if min(sample["image"].shape[-2:]) > self.side else sample
 
 
 class Pictures(Dataset):
@@ -160,6 +179,7 @@ class ObjectDetectionData(StreamedPictures):
         transforms: list[v2.Transform] = []
         if self.zoom_out > 1:
             fill = {tv_tensors.Image: MEAN, "others": 0}
+            transforms.append(Shrunk(ENOUGH * self.image_size))
             transforms.append(v2.RandomZoomOut(fill, side_range=(1.0, self.zoom_out)))
         if self.crop:
             transforms.append(v2.RandomIoUCrop())
