@@ -89,7 +89,7 @@ TARGETS = {
             "Nvidia GPU by TensorRT, Jetson: fixed shapes, one input at a time",
             provider="TensorrtExecutionProvider",
             precision="float16",
-            static=True,  # it compiles for a minute whenever a size comes that none before was like
+            static=True,  # it would compile anew for each size that it has not met
         ),
         Target(
             "qualcomm",
