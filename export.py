@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError
-from dlref.runtime.__main__ import Parser
+from dlref.runtime.arguments import Parser
 
 TIMES = ("latency_ms", "first_answer_s")
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dlref.cli import load_run
-from dlref.runtime import load, make_runner
+from dlref.runtime import load
 from dlref.tasks.task import Task
 
 
@@ -47,7 +47,7 @@ def labels(task: Task, batches, bundle: Path) -> list[str]:
 def metrics(task: Task, batches, bundle: Path) -> list[str]:
     """Of any task, by its own scores where it has several."""
     served = task.deployable(next(iter(batches)))
-    runners = {"PyTorch": make_runner(served.kind, served.graphs, served.metadata), "bundle": load(bundle)}
+    runners = {"PyTorch": served.runner(), "bundle": load(bundle)}
     scores = getattr(task, "scores", lambda *arguments: {task.metric: task.evaluate(*arguments)})
     found = {name: scores(runner, watched(batches, name)) for name, runner in runners.items()}
     return [

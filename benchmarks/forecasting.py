@@ -26,9 +26,9 @@ from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import DeepAR
-from dlref.runtime import make_runner
-from dlref.runtime.bundle import OnnxGraph, cores
+from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
+from dlref.runtime.machine import cores
 from dlref.tasks import Forecaster, StudentT
 from dlref.tasks.deployable import Deployable
 
@@ -151,7 +151,7 @@ def training(make: Callable[[], ForecastingData]) -> Rows:
 
 def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
     """The same runner over PyTorch and over the graphs of a bundle as `load` opens it, in two precisions."""
-    found = {"PyTorch": make_runner(served.kind, served.graphs, served.metadata)}
+    found = {"PyTorch": served.runner()}
     for name, graph in served.graphs.items():
         write_onnx(graph, folder / f"{name}.onnx", INT8)
     for precision in ("float32", "int8"):
@@ -160,7 +160,7 @@ def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
             path = folder / f"{name}.{precision}.onnx"
             convert(folder / f"{name}.onnx", path, INT8, Plan(precision), [])
             graphs[name] = OnnxGraph(path, INT8.provider, 1)
-        found[precision] = make_runner(served.kind, graphs, served.metadata)
+        found[precision] = served.runner(graphs)
         found[precision].workers = cores()
     return found
 

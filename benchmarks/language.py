@@ -27,7 +27,6 @@ from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import GPT
-from dlref.runtime import make_runner
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.generation import Settings, Writing
 from dlref.tasks import LanguageModel
@@ -142,7 +141,7 @@ def served(network: GPT, folder: Path, precision: str | None = None):
         if precision == "int8":
             convert(paths["float32"], paths["int8"], INT8, Plan("int8"), [])
         graphs = {"decode": OnnxGraph(paths[precision], "CPUExecutionProvider")}
-    runner = make_runner(deployable.kind, graphs, deployable.metadata)
+    runner = deployable.runner(graphs)
     runner.tokenizer.end = -1  # no end: as many tokens as are asked for
     return runner
 

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from dlref.cli import load_run
 from dlref.data.language import LanguageData
 from dlref.runtime import UserError
-from dlref.runtime.__main__ import Parser
-from dlref.runtime.runner import positive
+from dlref.runtime.arguments import Parser, positive
 from dlref.tasks import LanguageModel
 from dlref.tasks.language_modelling import IGNORE
 

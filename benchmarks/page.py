@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.rows import Row
-from dlref.export.measure import processor
 from dlref.export.report import table
 from dlref.run import write_text
+from dlref.runtime.machine import processor
 
 PACKAGES = ("torch", "torchvision", "lightning", "onnxruntime", "timm", "transformers", "gluonts", "airbench")
 MARGIN = 0.05

@@ -130,7 +130,7 @@ class Start(Callback):
         # A run that is resumed in an epoch without validation has not loaded it yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
-            raise UserError("nothing to validate on, so no checkpoint is the best; expected validation images")
+            raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch, batch_idx: int) -> None:
         """There is a batch: from here on the run is real."""
@@ -274,9 +274,7 @@ class TrainCLI(LightningCLI):
             Start(best, self.claim),
         ]
         if self.profile:
-            from dlref.export.measure import processor
-
-            kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes, processor())
+            kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes)
         elif self.options.trainer.profiler is None:
             kwargs["profiler"] = Unprofiled()
         loggers = [

@@ -619,7 +619,7 @@ def compared(actual):
     expected = rows()
     graph = Compared("detect", lambda **inputs: expected, exported, 1e-4, tuple(expected))
     graph()
-    graph.settle()
+    graph.check_flips()
     return graph
 
 
@@ -633,15 +633,15 @@ def compared(actual):
 )
 def test_a_place_that_is_no_number_differs_unless_both_are_the_same(expected, actual, unlike):
     graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), 1e-5, (), ("value",))
-    assert graph.unlike(np.float32(actual), np.float32(expected)) == unlike
+    assert graph.count_unlike(np.float32(actual), np.float32(expected)) == unlike
 
 
 @pytest.mark.parametrize("actual", [[np.inf, np.nan], [np.inf, np.inf]])
 def test_what_is_no_number_where_pytorch_has_one_is_refused(actual):
     graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), np.inf)
-    graph.alike("value", np.float32([np.inf, 1]), np.float32([np.inf, 2]))
+    graph.check_alike("value", np.float32([np.inf, 1]), np.float32([np.inf, 2]))
     with pytest.raises(Refused, match="not a finite number"):
-        graph.alike("value", np.float32(actual), np.float32([np.inf, 1]))
+        graph.check_alike("value", np.float32(actual), np.float32([np.inf, 1]))
 
 
 def test_a_choice_may_come_in_another_order_and_differ_in_a_row_that_a_rounding_flipped():

@@ -202,7 +202,7 @@ def clock(monkeypatch):
 
 
 def test_a_part_has_no_time_of_what_is_inside_of_it(clock, tmp_path):
-    profiler = StepProfile(tmp_path, 10, "")
+    profiler = StepProfile(tmp_path, 10)
     inside = {
         "[LightningModule]Task.optimizer_step": 4,  # and all that follows is inside of it
         "[Strategy]Single.training_step": 8,

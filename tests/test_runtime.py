@@ -24,6 +24,7 @@ from dlref.runtime import UserError, load, sessions
 from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import line, main, progress
 from dlref.runtime.images import ask, centre, read_image, resize
+from dlref.runtime.machine import cores
 from dlref.runtime.runner import BATCH
 from dlref.runtime.runners.image_classification import answers
 
@@ -288,9 +289,9 @@ def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
     write_manifest(bundle, target={"provider": "CPUExecutionProvider", "threads": 2})
     load(bundle)
     load(bundle, threads=1)
-    assert seen == [None, min(2, bundles.cores()), 1]
+    assert seen == [None, min(2, cores()), 1]
     load(bundle, threads=np.int64(1 << 40))  # more than there are would wait for each other
-    assert seen[-1] == bundles.cores()
+    assert seen[-1] == cores()
 
 
 def test_a_session_has_the_threads_it_is_given(bundle):

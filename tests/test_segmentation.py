@@ -573,7 +573,7 @@ def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
         exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
         graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, discrete=["mask"])
         graph()
-        graph.settle()
+        graph.check_flips()
         return graph
 
     assert (compared(20).rows, compared(20).flipped) == (20_000, 20)

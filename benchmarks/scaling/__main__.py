@@ -19,7 +19,7 @@ from benchmarks.rows import in_turns
 from benchmarks.scaling.measure import TURNS, measured, memory, rounded
 from benchmarks.scaling.page import lines_of, write
 from benchmarks.scaling.sweeps import levers, sweeps
-from dlref.export.measure import processor
+from dlref.runtime.machine import processor
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -8,8 +8,6 @@ of single operations. On a GPU memory is the peak that a step takes beyond what 
 (`torch.cuda.max_memory_allocated`), gradients and workspaces included, for that is what runs out.
 """
 
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -161,11 +159,3 @@ def measured(sweep: Sweep, title: str, device: str, turns: int = TURNS) -> dict:
 def rounded(seconds: list[float]) -> list[float]:
     """To the microsecond."""
     return [round(second, 6) for second in seconds]
-
-
-def slope(sizes: list[float], values: list[float]) -> float:
-    """The exponent of the power through the upper half of the sizes: least squares over the logarithms."""
-    half = len(sizes) // 2
-    xs, ys = ([math.log(max(v, 1e-12)) for v in part[half:]] for part in (sizes, values))
-    middle, height = statistics.mean(xs), statistics.mean(ys)
-    return sum((x - middle) * (y - height) for x, y in zip(xs, ys, strict=True)) / sum((x - middle) ** 2 for x in xs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.lines import opened, read_text
 
 SHAPE = (3, 32, 32)
 RECORD = 1 + 3 * 32 * 32
@@ -16,7 +17,8 @@ CLASSES = 10
 
 def read_cifar_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Read one batch: images (N, 3, 32, 32) and labels (N,), both uint8."""
-    content = _read_bytes(path)
+    with opened(path, "a binary file of CIFAR-10") as file:
+        content = file.read()
     if not content or len(content) % RECORD:
         raise UserError(f"{path}: {len(content)} bytes; expected records of {RECORD}, 10,000 as published")
     records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, RECORD)
@@ -29,17 +31,7 @@ def read_cifar_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_class_names(path: str | Path) -> list[str]:
     """Read batches.meta.txt: the ten class names, one a line."""
-    try:
-        names = _read_bytes(path).decode().split()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not text; expected {CLASSES} class names, one a line") from None
+    names = read_text(path, f"{CLASSES} class names, one a line,").split()
     if len(names) != CLASSES:
         raise UserError(f"{path}: {len(names)} class names; expected {CLASSES}, one a line")
     return names
-
-
-def _read_bytes(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a binary file of CIFAR-10") from None

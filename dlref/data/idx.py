@@ -4,16 +4,15 @@ Big-endian: two zero bytes, a type code (8: unsigned byte), the number of dimens
 bits, then the values, last dimension fastest. Published gzipped; both forms are read.
 """
 
-import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.lines import opened
 
 CHUNK = 1 << 20
 CONTENTS = {1: "labels, idx1", 3: "images, idx3"}
@@ -21,13 +20,8 @@ CONTENTS = {1: "labels, idx1", 3: "images, idx3"}
 
 def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
     """Read an idx file of unsigned bytes, gzipped if its name ends in .gz, with that many dimensions."""
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            return _read(file, path, dimensions)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: broken gzip file ({error}); expected a whole one") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a readable idx file") from None
+    with opened(path, "a readable idx file") as file:
+        return _read(file, path, dimensions)
 
 
 def _read(file: BinaryIO, path: str | Path, dimensions: int) -> np.ndarray:

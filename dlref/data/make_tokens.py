@@ -14,9 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
-from dlref.runtime.__main__ import Parser
+from dlref.runtime.arguments import Parser, positive
 from dlref.runtime.errors import UserError
-from dlref.runtime.runner import positive
 from dlref.runtime.text import make_tokenizer
 
 

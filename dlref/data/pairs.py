@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import numbered, parse_object
+from dlref.runtime.lines import numbered, opened, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, is_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
@@ -116,10 +116,8 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
 
     Each has the features `source` and `target`, lists of int32 tokens below `sizes`; without those that begin and end.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror}); expected RecordIO") from None
+    with opened(path, "RecordIO") as file:
+        data = file.read()
     sides: tuple[list, list] = ([], [])
     names = []
     for number, record in enumerate(_records(data, path), start=1):

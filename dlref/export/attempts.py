@@ -236,7 +236,7 @@ class Attempts:
         Its manifest has to be written again.
         """
         folder = self.bundle(plan)
-        graphs, inputs = open_graphs(folder, read_manifest(folder), provider=provider(self.target)), example(folder)
+        graphs, inputs = open_graphs(folder, read_manifest(folder), provider(self.target)), example(folder)
         answers = {name: graph(**inputs[name]) for name, graph in graphs.items()}
         named = {f"{name}/{output}": a for name, outputs in answers.items() for output, a in outputs.items()}
         np.savez(folder / ANSWERS, **named)
@@ -246,7 +246,7 @@ class Attempts:
         folder = self.bundle(plan)
         if plan != FLOAT32:
             tried(folder, provider(self.target))
-        return open_graphs(folder, read_manifest(folder), provider=CPU if plan == FLOAT32 else provider(self.target))
+        return open_graphs(folder, read_manifest(folder), CPU if plan == FLOAT32 else provider(self.target))
 
     # Checked against PyTorch
 
@@ -283,7 +283,7 @@ class Attempts:
             }
         bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))
         for graph in compared.values() if exact else ():
-            graph.settle()
+            graph.check_flips()
         return {
             "name": self.task.metric,
             "pytorch": self.pytorch[split],

@@ -1,6 +1,5 @@
 """The bundle beside what it replaces: each contender in a process of its own, on this machine."""
 
-import os
 import platform
 import sys
 import tempfile
@@ -17,7 +16,8 @@ from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bench import bench, in_process
-from dlref.runtime.bundle import CPU, OnnxGraph, cores, plugin_devices
+from dlref.runtime.bundle import CPU, OnnxGraph, plugin_devices
+from dlref.runtime.machine import cores, processor
 
 TURNS = 3  # where two are compared: a shared machine's clock wanders
 CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
@@ -129,12 +129,3 @@ class Contenders:
             else:
                 runs.append(self.of_bundle(bundle if name == "bundle" else self.float32, again=bool(runs)))
         return min(runs, key=lambda run: run["waited"] or 0)
-
-
-def processor() -> str:
-    """The name of this machine's processor, and how many cores of it there are."""
-    name = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"

@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 
 from dlref.export.graph import example_at
-from dlref.runtime import UserError, make_runner
+from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
@@ -83,10 +83,10 @@ class Compared:
             raise Refused(f"{self.name}: {reason}; expected it to compute what PyTorch does") from None
         self.check_declared(actual)
         for name, reference in expected.items():
-            self.alike(name, actual[name], reference)
+            self.check_alike(name, actual[name], reference)
             if name in self.discrete and actual[name].shape == reference.shape:
                 self.rows += reference.size
-                self.flipped += self.unlike(actual[name], reference)
+                self.flipped += self.count_unlike(actual[name], reference)
             elif name not in self.selected:
                 self.max_abs_error = max(self.max_abs_error, self.difference(name, actual[name], reference))
         if self.selected:
@@ -108,7 +108,7 @@ class Compared:
 
     def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         """Look for the rows of each sample of `expected` in that of `actual`, near their places."""
-        self.counted(actual)
+        self.check_padding(actual)
         for found, wanted in zip(rows_of(actual, self.selected), rows_of(expected, self.selected), strict=True):
             found, wanted = found[found.any(axis=1)], wanted[wanted.any(axis=1)]
             self.rows += len(wanted)
@@ -125,7 +125,7 @@ class Compared:
                 self.max_abs_error = max(self.max_abs_error, float(worst))
             self.flipped += unlike
 
-    def counted(self, actual: dict[str, np.ndarray]) -> None:
+    def check_padding(self, actual: dict[str, np.ndarray]) -> None:
         """Raise Refused where rows of zeros come before others, or an output of one axis is not the rows' number."""
         there = rows_of(actual, self.selected).any(axis=2)
         number = there.sum(axis=1)
@@ -136,7 +136,7 @@ class Compared:
                 f"{self.name}: rows of zeros, or {', '.join(counts)}, do not agree with the rows that there are"
             )
 
-    def settle(self) -> None:
+    def check_flips(self) -> None:
         """Once all is asked: raise Refused where more of a choice, or more places, differ than roundings change."""
         share = FLIPPED if self.selected else MISPLACED
         if self.tolerance < inf and self.flipped > max(FEW, share * self.rows):
@@ -146,7 +146,7 @@ class Compared:
                 f"most {share:.1%}"
             )
 
-    def unlike(self, actual: np.ndarray, expected: np.ndarray) -> int:
+    def count_unlike(self, actual: np.ndarray, expected: np.ndarray) -> int:
         """How many elements differ by more than the tolerance; in lower precision, how many differ at all."""
         allowed = self.tolerance if self.tolerance < inf else 0
         with np.errstate(invalid="ignore"):  # of what is infinite; NaN is like nothing
@@ -154,7 +154,7 @@ class Compared:
             near = error <= allowed * np.maximum(np.abs(np.where(np.isfinite(expected), expected, 0)), 1)
         return int((~near & (actual != expected)).sum())
 
-    def alike(self, output: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    def check_alike(self, output: str, actual: np.ndarray, expected: np.ndarray) -> None:
         """Raise Refused for another shape or type, or for what is no number."""
         where = f"{self.name}, output {output}"
         alike = actual.shape == expected.shape or (self.tolerance == inf and actual.ndim == expected.ndim)
@@ -198,7 +198,7 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
         inputs = {key: tensor.numpy() for key, tensor in example_at(graph, sizes).items()}
         compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.selected, graph.discrete)
         compared(**inputs)
-        compared.settle()
+        compared.check_flips()
         shape = {key: list(array.shape) for key, array in inputs.items()}
         allowed = tolerance if np.isfinite(tolerance) else None
         flips = {"flipped": compared.flipped, "rows": compared.rows}
@@ -209,4 +209,4 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
 
 def score(task, deployable, graphs: dict[str, Callable], batches: Iterable) -> float:
     """The task's metric over `batches`, answered by its runner over `graphs`."""
-    return task.evaluate(make_runner(deployable.kind, graphs, deployable.metadata), batches)
+    return task.evaluate(deployable.runner(graphs), batches)

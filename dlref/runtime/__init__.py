@@ -12,8 +12,9 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-from dlref.runtime.bundle import CPU, MANIFEST, cores, open_graphs, read_manifest
+from dlref.runtime.bundle import CPU, MANIFEST, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
+from dlref.runtime.machine import cores
 from dlref.runtime.runner import whole
 
 __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
@@ -31,7 +32,7 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
     each, workers = sessions(manifest["kind"], threads, provider)
-    graphs = open_graphs(Path(folder), manifest, each, provider)
+    graphs = open_graphs(Path(folder), manifest, provider, each)
     try:
         runner = make_runner(manifest["kind"], graphs, manifest["metadata"])
     except UserError as error:

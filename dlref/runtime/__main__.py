@@ -20,7 +20,8 @@ from pathlib import Path
 from PIL import Image
 
 from dlref.runtime import UserError, kinds, load, runner_of
-from dlref.runtime.runner import BATCH, Runner, plain, positive
+from dlref.runtime.arguments import Parser, positive
+from dlref.runtime.runner import BATCH, Runner, plain
 
 PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what moves a terminal's cursor and more; no tab, no line feed
@@ -53,14 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: standard output: {error.strerror}; expected room for the answers", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, raised instead of printed with the usage."""
-
-    def error(self, message: str):
-        """Raise UserError."""
-        raise UserError(f"{message}; expected what --help says, and -- before a text that begins with a dash")
 
 
 def parser(description: str, name: str = "") -> argparse.ArgumentParser:
@@ -256,7 +249,8 @@ def progress(answers: Iterable, total: int) -> Iterator:
 def benchmark(arguments: list[str]) -> int:
     """Print speed, memory and sizes of a bundle, and how far its answers are from those at export, as JSON."""
     from dlref.runtime.bench import bench, difference
-    from dlref.runtime.bundle import cores, read_manifest
+    from dlref.runtime.bundle import read_manifest
+    from dlref.runtime.machine import cores
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]

@@ -111,7 +111,7 @@ def difference(folder: Path, provider: str) -> float | None:
     path = folder / ANSWERS
     if not path.is_file():
         return None
-    graphs = open_graphs(folder, read_manifest(folder), provider=provider)
+    graphs = open_graphs(folder, read_manifest(folder), provider)
     inputs, answers = arrays(folder / EXAMPLE), arrays(path)
     try:
         found = {name: graphs[name](**inputs[name]) for name in answers}
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> int:
     def contender() -> Graphs:
         manifest.update(read_manifest(folder))
         each, _ = sessions(manifest["kind"], int(threads), provider)  # as `load` opens them
-        return open_graphs(folder, manifest, each, provider)
+        return open_graphs(folder, manifest, provider, each)
 
     try:
         if once:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 from functools import cache
 from importlib import import_module
@@ -41,16 +40,11 @@ BEHIND = {"TensorrtExecutionProvider": ("CUDAExecutionProvider",)}
 PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
 REGISTERING = threading.Lock()
 
-# On x86-64 without VNNI the sums of 8-bit products saturate, and answers are wrong without a word, but for this.
+# Without it the sums of 8-bit products saturate silently on x86-64 that lacks VNNI.
 EXACT = "session.x64quantprecision", "1"
 # A provider that is a package may fail to start without a word, and leave all nodes to the processor.
 ASSIGNED = "session.record_ep_graph_assignment_info", "1"
 CPU = "CPUExecutionProvider"
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256(path: Path) -> str:
@@ -208,11 +202,8 @@ class OnnxGraph:
             raise UserError(f"{self.path}: onnxruntime refuses the input ({one_line(error)})") from None
 
 
-def open_graphs(
-    folder: Path, manifest: dict, threads: int | None = None, provider: str | None = None
-) -> dict[str, OnnxGraph]:
-    """Every graph of a bundle, by name, on the target's provider or another one."""
-    provider = provider or manifest["target"].get("provider")
+def open_graphs(folder: Path, manifest: dict, provider: str, threads: int | None = None) -> dict[str, OnnxGraph]:
+    """Every graph of a bundle, by name. Raises UserError."""
     graphs = {}
     for name, described in manifest["graphs"].items():
         graph = graphs[name] = OnnxGraph(folder / str(described["file"]), provider, threads)

@@ -1,6 +1,5 @@
 """What every runner shares: one input, a list of them, or a stream that no bad input stops."""
 
-import argparse
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -113,36 +112,6 @@ def whole(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
-
-
-def positive(text: str) -> int:
-    """A number of at least 1, from a command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return int(text)
-
-
-def filled(text: str) -> str:
-    """A text with something in it, from a command line."""
-    if not text:
-        raise argparse.ArgumentTypeError("empty; expected a text")
-    return text
-
-
-def number(lowest: float, highest: float, kind: type = float) -> Callable[[str], float]:
-    """What reads a number between two others, from a command line."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not lowest <= value <= highest:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text}; expected {what} from {lowest} to {highest}")
-        return value
-
-    return read
 
 
 def plain(answer: dict) -> dict:

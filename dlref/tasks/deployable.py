@@ -3,12 +3,14 @@
 Beside it, export asks a task for `metric`, `evaluate` and `degradation`, and tells it of the data by `learn`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dlref.runtime import make_runner
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Graph:
             (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
             all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
             one axis is the number of rows.
-        discrete: outputs that a rounding can change altogether, such as the class of each pixel where two are as likely
-            to the last digit, or a count. All but a few elements have to be within the tolerance.
+        discrete: outputs that jump where a score changes in its last digit, such as the class of each pixel, or a
+            count. All but a few elements have to be within the tolerance.
         calls: how often an answer calls it, for the measurement.
     """
 
@@ -73,3 +75,7 @@ class Deployable:
     kind: str
     graphs: Mapping[str, Graph]
     metadata: Mapping[str, object]
+
+    def runner(self, graphs: Mapping[str, Callable] | None = None):
+        """The runner that a device uses, over these graphs in PyTorch, or over others of the same names."""
+        return make_runner(self.kind, self.graphs if graphs is None else graphs, self.metadata)

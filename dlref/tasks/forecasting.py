@@ -63,8 +63,8 @@ class Forecaster(Task):
 
     def check(self) -> None:
         """One window of zeros through the network: one of other sizes would not train, or on other series."""
-        frequency, cardinality = Frequency.parse(self.known["frequency"]), self.known["cardinality"]
-        features = len(frequency.cycles) + 1 + self.known["static_features"] + self.known["dynamic_features"]
+        cardinality = self.known["cardinality"]
+        features = len(self.frequency.cycles) + 1 + self.known["static_features"] + self.known["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters
         if not lags:
             raise UserError(f"longest_lag: {self.longest_lag}; expected at least 1")
@@ -88,10 +88,9 @@ class Forecaster(Task):
         super().setup(stage)
         if stage == "fit":
             self.check_outcomes(self.trainer.datamodule.splits["train"].store.outcomes(self.difference))
-        horizon = self.known["prediction_length"]
-        self.scores = nn.ModuleDict({name: SampleScores(horizon) for name in (OWN, *BASELINES)})
+        self.scores = nn.ModuleDict({name: SampleScores(self.horizon) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
-            self.scores["oracle"] = QuantileScores(horizon)
+            self.scores["oracle"] = QuantileScores(self.horizon)
 
     def check_outcomes(self, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError where there is nothing to learn from, or what has no likelihood."""
@@ -104,10 +103,24 @@ class Forecaster(Task):
     # Windows
 
     @property
+    def context(self) -> int:
+        """Times before a forecast that the network reads."""
+        return self.known["context_length"]
+
+    @property
+    def horizon(self) -> int:
+        """Times of a forecast."""
+        return self.known["prediction_length"]
+
+    @property
+    def frequency(self) -> Frequency:
+        """The time from one value to the next."""
+        return Frequency.parse(self.known["frequency"])
+
+    @property
     def lags(self) -> list[int]:
         """Steps back that the network sees."""
-        lags = Frequency.parse(self.known["frequency"]).lags
-        return [lag for lag in lags if self.longest_lag is None or lag <= self.longest_lag]
+        return [lag for lag in self.frequency.lags if self.longest_lag is None or lag <= self.longest_lag]
 
     def modelled(self, window):
         """A window with what is forecast: its values as they are, or their changes."""
@@ -118,7 +131,7 @@ class Forecaster(Task):
 
     def forward(self, window) -> tuple[Tensor, ...]:
         """A modelled window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
-        context, times = self.known["context_length"], self.known["context_length"] + self.known["prediction_length"]
+        context, times = self.context, self.context + self.horizon
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         scale = scale_of(values[:, :context], observed[:, :context])[:, None]
         history = window.values[:, -times - max(self.lags) :] / scale
@@ -143,7 +156,7 @@ class Forecaster(Task):
 
     def past(self, window) -> Past:
         """What a runner knows of windows: no value that it is to forecast."""
-        context, horizon = self.known["context_length"], self.known["prediction_length"]
+        context, horizon = self.context, self.horizon
         last, window = window.values[:, -horizon - 1].float(), self.modelled(window)
         values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
         observed = window.observed[:, :-horizon][:, -context:]
@@ -152,8 +165,7 @@ class Forecaster(Task):
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
         """Sample paths, drawn by the runner that a device uses."""
-        served = self.deployable(window)
-        return torch.from_numpy(Runner(served.graphs, served.metadata).paths(self.past(window))).to(self.device)
+        return torch.from_numpy(self.deployable(window).runner().paths(self.past(window))).to(self.device)
 
     # Lightning's steps
 
@@ -182,8 +194,7 @@ class Forecaster(Task):
     def test_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
         paths, (target, observed) = self.judge("test", batch), self.outcome(batch)
-        horizon = self.known["prediction_length"]
-        shown = self.known["context_length"] + horizon
+        horizon, shown = self.horizon, self.context + self.horizon
         for row in self.shown(batch_index, len(target), SHOWN)[: SHOWN - len(self.forecasts)]:
             past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
             after = target[row].where(observed[row], torch.nan)
@@ -199,8 +210,7 @@ class Forecaster(Task):
         self.evaluated(stage, total / count, count)
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.scores[OWN].update(paths, target, observed, batch.seasonal_error)
-        horizon = self.known["prediction_length"]
-        season = Frequency.parse(self.known["frequency"]).season
+        horizon, season = self.horizon, self.frequency.season
         for name in self.judged[1:]:
             if name in BASELINES:
                 forecast = BASELINES[name](batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
@@ -236,67 +246,66 @@ class Forecaster(Task):
 
     def outcome(self, window) -> tuple[Float[Tensor, "B H"], Bool[Tensor, "B H"]]:
         """What came, and which of it is observed."""
-        horizon = self.known["prediction_length"]
-        return window.values[:, -horizon:], window.observed[:, -horizon:]
+        return window.values[:, -self.horizon :], window.observed[:, -self.horizon :]
 
     # The contract with the export step
 
     def deployable(self, batch) -> Deployable:
         """`encode` reads the context; `step` draws one time of all paths, from noise that it is given."""
-        context, uniforms = self.known["context_length"], self.distribution.uniforms
         past = Past(*(torch.from_numpy(part[:EXAMPLES]) for part in self.past(batch)))
-        encode, step = _Encode(self.network), _Step(self.network, self.distribution)
-        lagged = past.values[:, lag_places(self.lags, context)]
-        known = {
-            "target": past.values[:, -context:],
-            "observed": past.observed,
-            "lagged": lagged,
-            "features": past.features[:, :context],
-            "categories": past.categories,
-        }
-        axes = {"target": {0: "batch", 1: "context"}}
-        axes |= dict.fromkeys(("observed", "lagged", "features"), axes["target"]) | {"categories": {0: "batch"}}
-        sizes = {"batch": (1, 2, 7), "context": (context, context + 5, max(1, context // 2))}
-        first = Graph(encode, known, ["scale", "state"], axes, sizes)
-        encoded = first(**{name: tensor.numpy() for name, tensor in known.items()})
-        scale, state = torch.from_numpy(encoded["scale"]), torch.from_numpy(encoded["state"])
-        paths = {0: "batch", 1: "sample"}
-        second = Graph(
-            step,
-            {
-                "lagged": (lagged[:, -1:] / scale[:, None, None]).repeat(1, SAMPLES, 1),
-                "features": past.features[:, context],
-                "categories": past.categories,
-                "scale": scale,
-                "state": state[:, :, None].repeat(1, 1, SAMPLES, 1),
-                "noise": torch.rand(len(scale), SAMPLES, uniforms, generator=torch.Generator().manual_seed(0)),
-            },
-            ["value", "next_state"],
-            {
-                "lagged": paths,
-                "features": {0: "batch"},
-                "categories": {0: "batch"},
-                "scale": {0: "batch"},
-                "state": {1: "batch", 2: "sample"},
-                "noise": paths,
-            },
-            {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
-            calls=self.known["prediction_length"],
-            tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
-            discrete=() if self.distribution.smooth else ("value",),
-        )
+        encode = self.encode_graph(past)
         metadata = {
             **{name: self.known[name] for name in self.facts},
             "lags": self.lags,
-            "uniforms": uniforms,
+            "uniforms": self.distribution.uniforms,
             "differenced": self.difference,
             "whole_numbers": self.distribution.whole_numbers,
         }
-        return Deployable("forecasting", {"encode": first, "step": second}, metadata)
+        return Deployable("forecasting", {"encode": encode, "step": self.step_graph(past, encode)}, metadata)
+
+    def encode_graph(self, past: Past) -> Graph:
+        """The context of each series -> its scale, and the network's state after it."""
+        context = self.context
+        inputs = {
+            "target": past.values[:, -context:],
+            "observed": past.observed,
+            "lagged": past.values[:, lag_places(self.lags, context)],
+            "features": past.features[:, :context],
+            "categories": past.categories,
+        }
+        axes = {name: {0: "batch", 1: "context"} for name in inputs} | {"categories": {0: "batch"}}
+        sizes = {"batch": (1, 2, 7), "context": (context, context + 5, max(1, context // 2))}
+        return Graph(_Encode(self.network), inputs, ["scale", "state"], axes, sizes)
+
+    def step_graph(self, past: Past, encode: Graph) -> Graph:
+        """What each path was before, and noise -> its next value, and the state after it."""
+        encoded = encode(**{name: tensor.numpy() for name, tensor in encode.inputs.items()})
+        scale, state = torch.from_numpy(encoded["scale"]), torch.from_numpy(encoded["state"])
+        last = encode.inputs["lagged"][:, -1:] / scale[:, None, None]
+        seeded, paths = torch.Generator().manual_seed(0), {0: "batch", 1: "sample"}
+        inputs = {
+            "lagged": last.repeat(1, SAMPLES, 1),
+            "features": past.features[:, self.context],
+            "categories": past.categories,
+            "scale": scale,
+            "state": state[:, :, None].repeat(1, 1, SAMPLES, 1),
+            "noise": torch.rand(len(scale), SAMPLES, self.distribution.uniforms, generator=seeded),
+        }
+        return Graph(
+            _Step(self.network, self.distribution),
+            inputs,
+            ["value", "next_state"],
+            {name: {0: "batch"} for name in inputs}
+            | {"state": {1: "batch", 2: "sample"}, "lagged": paths, "noise": paths},
+            {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
+            calls=self.horizon,
+            tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
+            discrete=() if self.distribution.smooth else ("value",),
+        )
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
         """Weighted quantile loss of a runner's paths over `batches`."""
-        scores = QuantileScores(self.known["prediction_length"])
+        scores = QuantileScores(self.horizon)
         for window in batches:
             paths = torch.from_numpy(runner.paths(self.past(window)))
             scores.update(quantiles_of(paths), *self.outcome(window))

@@ -104,8 +104,7 @@ class LanguageModel(Task):
 
     def runner(self) -> Runner:
         """The runner that a device uses, over this network."""
-        served = self.deployable(torch.zeros(1, READ + NEW, dtype=torch.long, device=self.device))
-        return Runner(served.graphs, served.metadata)
+        return self.deployable(torch.zeros(1, READ + NEW, dtype=torch.long, device=self.device)).runner()
 
     # Lightning's steps
 

@@ -62,7 +62,6 @@ class ObjectDetector(Task):
         self.preprocess = preprocess
         self.overlap_threshold = overlap_threshold
         self.detect = Detections(score_threshold, nms_threshold, detections)
-        self.val_map = self.test_map = None
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 

@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from dlref.runtime import UserError
+from dlref.runtime.machine import processor
 from dlref.tasks.profile_report import PARTS, Findings
 
 WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
@@ -97,7 +98,6 @@ class StepProfile(Profiler):
     Args:
         run: folder of the report and the trace.
         minutes: between two checkpoints of an epoch.
-        machine: the processor's name, for the report.
 
     Attributes:
         trainer: to be set before it trains.
@@ -105,9 +105,9 @@ class StepProfile(Profiler):
 
     trainer: Trainer
 
-    def __init__(self, run: Path, minutes: float, machine: str):
+    def __init__(self, run: Path, minutes: float):
         super().__init__()
-        self.run, self.minutes, self.machine = run, minutes, machine
+        self.run, self.minutes = run, minutes
         self.steps: list[dict[str, float]] = []  # seconds by part
         self.saves: list[float] = []
         self.step = defaultdict(float)  # the one under way
@@ -299,7 +299,7 @@ class StepProfile(Profiler):
         cards = f"{torch.cuda.get_device_name()}; " if self.cuda else ""
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {version('lightning')}"
         precision, threads = self.trainer.precision, torch.get_num_threads()
-        lines = [f"{cards}{self.machine}, {threads} threads; {precision}; {versions}."]
+        lines = [f"{cards}{processor()}, {threads} threads; {precision}; {versions}."]
         if self.tracer is not None:
             lines.append(f"{self.run / 'trace.json.gz'} has {self.traced} steps; open it in https://ui.perfetto.dev.")
         return lines

@@ -130,8 +130,7 @@ class Translator(Task):
 
     def runner(self, batch, beam: int) -> Runner:
         """The runner that a device uses, over this network."""
-        served = self.deployable(batch)
-        runner = Runner(served.graphs, served.metadata)
+        runner = self.deployable(batch).runner()
         runner.beam = beam
         return runner
 
@@ -207,25 +206,40 @@ class Translator(Task):
 
     def deployable(self, batch) -> Deployable:
         """`encode` reads a source; `step` takes each of its hypotheses one token further."""
-        source = batch.source[:EXAMPLES]
-        encode, step = _Encode(self.network), _Step(self.network, len(self.tokenizer("target")))
-        sentences = {0: "batch", 1: "source"}
+        encode = self.encode_graph(batch.source[:EXAMPLES])
+        step = self.step_graph(batch, encode)
+        metadata = {
+            "source": self.known["source_vocabulary"],
+            "target": self.known["target_vocabulary"],
+            **{name: self.known[name] for name in ("longest", "longest_answer", "too_long")},
+            "beam": self.beam,
+            "widest": step.module.widest,
+            "length_penalty": float(self.length_penalty),
+        }
+        return Deployable("translation", {"encode": encode, "step": step}, metadata)
+
+    def encode_graph(self, source: Int[Tensor, "B S"]) -> Graph:
+        """Sources -> what the decoder looks at, and the state that it begins with."""
         # The first is what a target of fixed shapes has: every source has to fit.
         lengths = (self.known["longest"], 1, source.shape[1], self.longest_verified())
-        first = Graph(
-            encode,
+        return Graph(
+            _Encode(self.network),
             {"source": source},
             ["values", "keys", "state"],
-            {"source": sentences},
+            {"source": {0: "batch", 1: "source"}},
             {"batch": (1, 2, 7), "source": lengths},
             tolerance=1e-4,
         )
+
+    def step_graph(self, batch, encode: Graph) -> Graph:
+        """The last token and the state of each hypothesis -> its likeliest next ones."""
+        source, sentences = encode.inputs["source"], encode.dynamic_axes["source"]
         with torch.inference_mode():
-            values, keys, state = encode(source)
+            values, keys, state = encode.module(source)
         token = torch.full((len(source), self.beam), BEGIN, device=source.device)
         token[:, 1:] = batch.target[:EXAMPLES, 1:2]
-        second = Graph(
-            step,
+        return Graph(
+            _Step(self.network, len(self.tokenizer("target"))),
             {
                 "token": token,
                 "state": state[:, :, None].repeat(1, 1, self.beam, 1),
@@ -239,20 +253,11 @@ class Translator(Task):
                 "state": {1: "batch", 2: "beam"},
                 **dict.fromkeys(("values", "keys", "source"), sentences),
             },
-            {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": lengths},
+            {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": encode.sizes["source"]},
             tolerance=1e-4,
             discrete=("next_token",),
             calls=max(1, round((batch.target != PAD).sum().item() / len(batch.target))),
         )
-        metadata = {
-            "source": self.known["source_vocabulary"],
-            "target": self.known["target_vocabulary"],
-            **{name: self.known[name] for name in ("longest", "longest_answer", "too_long")},
-            "beam": self.beam,
-            "widest": step.widest,
-            "length_penalty": float(self.length_penalty),
-        }
-        return Deployable("translation", {"encode": first, "step": second}, metadata)
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
         """The metric of a runner's texts over `batches`."""

@@ -33,8 +33,9 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from dlref.runtime import UserError, load
+from dlref.runtime.arguments import positive
 from dlref.runtime.bundle import read_manifest
-from dlref.runtime.runner import Runner, positive
+from dlref.runtime.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 GROWTH = 3  # MB

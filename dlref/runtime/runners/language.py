@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlref.runtime.arguments import filled, number
 from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import filled, number
 from dlref.runtime.text import is_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlref.runtime.arguments import positive
 from dlref.runtime.attention import heat_map
 from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import positive, whole
+from dlref.runtime.runner import whole
 from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
