@@ -587,13 +587,19 @@ def test_image_manifest(folders):
     val.parent.mkdir()
     train.write_text(entry("train/cat/0.png", 1, "cat") + entry("train/ant/0.png", 0, "ant"))
     val.write_text(entry("../val/cat/0.png", 1, "cat"))
-    module = setup(ImageManifest(train, val, test=train, **SMALL))
+    with pytest.warns(UserWarning, match=r"^test: 2 of 2 images are among those of train$"):
+        module = setup(ImageManifest(train, val, test=train, **SMALL))
     assert module.labels == ["ant", "cat"]
     check_batches(module, train=2, test=2)
     twice = json.loads(entry("val/cat/0.png", 0, "x")) | {"fur": 1, "fur-metadata": {"class-name": "long"}}
     both = folders / "both.manifest"
     both.write_text(json.dumps(twice | {"fur": 0, "fur-metadata": {"class-name": "short"}}) + "\n" + json.dumps(twice))
-    assert setup(ImageManifest(both, both, label_attribute="fur", **SMALL)).labels == ["short", "long"]
+    with pytest.raises(UserError) as caught:
+        setup(ImageManifest(both, val, label_attribute="fur", **SMALL))
+    assert one_line(caught) == f"{both}:2: val/cat/0.png: label 1; expected 0, as in line 1"
+    both.write_text(both.read_text().replace("cat/0.png", "ant/0.png", 1))
+    with pytest.warns(UserWarning, match="of 2 images are among those of train"):
+        assert setup(ImageManifest(both, both, label_attribute="fur", **SMALL)).labels == ["short", "long"]
     val.write_text(entry("../val/cat/0.png", 1, "ant"))
     with pytest.raises(UserError) as caught:
         setup(ImageManifest(train, val, **SMALL))

@@ -206,8 +206,8 @@ def test_texts_are_files_and_lines(tmp_path):
 )
 def test_a_broken_text_is_refused_with_its_place(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
-    train = "a.*"
-    data = TextFiles(train, "a.*", root=str(tmp_path), tokenizer="byte", context_length=16)
+    (tmp_path / "val").write_text("to validate on")
+    data = TextFiles("a.*", "val", root=str(tmp_path), tokenizer="byte", context_length=16)
     with pytest.raises(UserError) as error:
         data.setup()
     assert complaint in str(error.value)
@@ -303,16 +303,18 @@ def test_training_windows_are_of_the_text(tmp_path):
 
 def test_texts_are_apart(tmp_path):
     (tmp_path / "b.txt").write_text("bb")
-    data = module(tmp_path, train="*.txt", val="b.txt")
+    with pytest.warns(UserWarning, match=r"^val: 1 of 1 texts are among those of train$"):
+        data = module(tmp_path, train="*.txt", val="b.txt")
     train = data.splits["train"].tokens
     assert (train == END).nonzero().flatten().tolist() == [0, len(train) - 3]
     assert data.splits["val"].tokens.tolist() == [END, *data.tokenizer.encode("bb")]
 
 
 def test_unknown_characters_are_told(tmp_path):
-    (tmp_path / "b.txt").write_text("a§§")
-    with pytest.warns(UserWarning, match="val: 2 characters are not in the vocabulary"):
-        module(tmp_path, val="b.txt", test="a.txt", tokenizer="character")
+    for name in ("b.txt", "c.txt"):
+        (tmp_path / name).write_text("a§§")
+    with pytest.warns(UserWarning, match="(val|test): 2 characters are not in the vocabulary"):
+        module(tmp_path, val="b.txt", test="c.txt", tokenizer="character")
 
 
 def test_gzip_and_xz_are_those_of_python(tmp_path):
@@ -361,13 +363,13 @@ def test_this_pythons_sources_are_there():
 def test_files_of_tokens_are_what_texts_are(tmp_path, capsys, kind):
     (tmp_path / "a.txt").write_text(SENTENCES)
     (tmp_path / "b.txt").write_text("The end.")
-    arguments = ["tokens", "--train", "*.txt", "--val", "b.txt", "--tokenizer", kind, "--vocabulary-size", "300"]
+    arguments = ["tokens", "--train", "[a]*.txt", "--val", "b.txt", "--tokenizer", kind, "--vocabulary-size", "300"]
     assert main([str(tmp_path / "tokens"), *(str(tmp_path / a) if ".txt" in a else a for a in arguments[1:])]) == 0
     files = TokenFiles(str(tmp_path / "tokens"), context_length=8)
     files.setup()
     made = (f"{split}: {len(files.splits[split].tokens)} tokens" for split in ("train", "val"))
     assert capsys.readouterr().out.splitlines()[:2] == [*made]
-    texts = module(tmp_path, train="*.txt", val="b.txt", tokenizer=kind, vocabulary_size=300, context_length=8)
+    texts = module(tmp_path, train="[a]*.txt", val="b.txt", tokenizer=kind, vocabulary_size=300, context_length=8)
     assert files.vocabulary == texts.vocabulary
     for split in ("train", "val", "test"):
         assert torch.equal(files.splits[split].tokens.long(), texts.splits[split].tokens.long())

@@ -118,7 +118,7 @@ def answer_or_user_error(function, *arguments, **options):
     assert listing.sizes == [values.shape for values in read]
     assert (listing.table.shape, listing.table.dtype, listing.pixels.dtype) == ((256,), np.uint8, np.int64)
     assert set(listing.table) <= {*range(count), VOID}
-    assert listing.pixels.tolist() == [sum((values == i).sum() for values in read) for i in range(count)]
+    assert listing.pixels.sum(axis=0).tolist() == [sum((values == i).sum() for values in read) for i in range(count)]
     assert 2 <= count <= 254
     return listing
 
@@ -134,7 +134,7 @@ def test_good_set(tmp_path, kind):
     assert listing.sizes == [(6, 8), (6, 8)]
     names = ["background", "aeroplane", "bicycle", "bird"] if kind == "voc" else ["0", "1", "2"]
     assert listing.classes[:4] == names
-    assert listing.pixels.tolist() == PIXELS + [0] * (18 if kind == "voc" else 0)
+    assert listing.pixels.sum(axis=0).tolist() == PIXELS + [0] * (18 if kind == "voc" else 0)
     for path, drawn in zip(listing.masks, (A, B), strict=True):
         ids = read_mask(path, listing.table)
         assert ids.dtype == np.uint8
@@ -145,7 +145,7 @@ def test_good_set(tmp_path, kind):
 def test_given_classes(tmp_path, kind):
     listing = READERS[kind](write(tmp_path), classes=["sky", "road", "car", "kite"])
     assert listing.classes == ["sky", "road", "car", "kite"]
-    assert listing.pixels.tolist() == [*PIXELS, 0]  # a class without pixels is no mistake here
+    assert listing.pixels.sum(axis=0).tolist() == [*PIXELS, 0]  # a class without pixels is no mistake here
     assert listing.table[:5].tolist() == [0, 1, 2, 3, VOID]
     message = error_of(READERS[kind], tmp_path, classes=["sky", "road"])
     assert f"{tmp_path}/{MASKS}a.png: value 2 in 2 pixels; expected 0 to 1, or 255 for void" in message
@@ -186,7 +186,7 @@ def test_values_of_few_bits_are_those_stored(tmp_path, depth, colour, row, value
     mask = raw_png(8, 6, depth, colour, row * 6, *palette)
     root = write(tmp_path, **{f"{MASKS}a.png": mask, f"{MASKS}b.png": mask})
     assert read_mask(f"{root}/{MASKS}a.png", np.arange(256, dtype=np.uint8)).tolist() == [values] * 6
-    assert READERS["list"](root).pixels.tolist() == [12 * values.count(i) for i in range(max(values) + 1)]
+    assert READERS["list"](root).pixels.sum(axis=0).tolist() == [12 * values.count(i) for i in range(max(values) + 1)]
 
 
 def test_bilevel_transparent_and_animated_masks(tmp_path):
@@ -194,15 +194,15 @@ def test_bilevel_transparent_and_animated_masks(tmp_path):
     animated = raw_png(8, 6, 8, 0, b"".join(b"\0" + row.tobytes() for row in B), chunk(b"acTL", bytes(8)))  # or says so
     for other in (palette_png(B, transparency=0), animated):
         root = write(tmp_path, **{f"{MASKS}a.png": bilevel, f"{MASKS}b.png": other})
-        assert answer_or_user_error(READERS["list"], root).pixels.tolist() == [36 + 24, 12, 20]
+        assert answer_or_user_error(READERS["list"], root).pixels.sum(axis=0).tolist() == [36 + 24, 12, 20]
 
 
 def test_void(tmp_path):
     listing = answer_or_user_error(READERS["list"], write(tmp_path), void=2)
     assert listing.classes == ["0", "1"]
-    assert listing.pixels.tolist() == PIXELS[:2]
+    assert listing.pixels.sum(axis=0).tolist() == PIXELS[:2]
     assert listing.table[[0, 1, 2, 255]].tolist() == [0, 1, VOID, VOID]
-    assert READERS["folders"](tmp_path, void=0, classes=["x", "y", "z"]).pixels.tolist() == [0, *PIXELS[1:]]
+    assert READERS["folders"](tmp_path, void=0, classes=["x", "y", "z"]).pixels.sum(axis=0).tolist() == [0, *PIXELS[1:]]
     message = error_of(READERS["list"], tmp_path, classes=["x", "y"], void=7)
     assert "a.png: value 2 in 2 pixels; expected 0 to 1, or 7 or 255 for void" in message
 
@@ -210,14 +210,14 @@ def test_void(tmp_path):
 def test_label_map_with_scale(tmp_path):
     root = write(tmp_path)
     listing = with_map(root, {"scale": "2"})
-    assert listing.pixels.tolist() == [PIXELS[0] + PIXELS[1], PIXELS[2]]
+    assert listing.pixels.sum(axis=0).tolist() == [PIXELS[0] + PIXELS[1], PIXELS[2]]
     assert listing.table[:4].tolist() == [0, 0, 1, 1]
     assert listing.table[255] == VOID
-    assert with_map(root, {"scale": 1}).pixels.tolist() == PIXELS
+    assert with_map(root, {"scale": 1}).pixels.sum(axis=0).tolist() == PIXELS
     listing = with_map(root, {"scale": 127}, classes=["x", "y", "z"])  # 255 // 127 is a class of these
-    assert listing.pixels.tolist() == [sum(PIXELS), 0, 96 - sum(PIXELS)]
+    assert listing.pixels.sum(axis=0).tolist() == [sum(PIXELS), 0, 96 - sum(PIXELS)]
     listing = with_map(root, {"scale": 127}, classes=["x", "y"], void=0)
-    assert listing.pixels.tolist() == [sum(PIXELS[1:]), 0]
+    assert listing.pixels.sum(axis=0).tolist() == [sum(PIXELS[1:]), 0]
     write(tmp_path, **{f"{MASKS}b.png": png(B * 0 + np.uint8(90))})
     message = error_of(with_map, root, {"scale": 3}, classes=["x", "y"])
     assert f"{MASKS}b.png: value 90 in 48 pixels, class 30 by the label map; expected 0 to 1, or 255 for" in message
@@ -226,11 +226,11 @@ def test_label_map_with_scale(tmp_path):
 def test_label_map_with_map(tmp_path):
     root = write(tmp_path)
     listing = answer_or_user_error(with_map, root, {"map": {"1": 0, "0": "2", "2": 1}})
-    assert listing.pixels.tolist() == [PIXELS[2], PIXELS[0], PIXELS[1]]
+    assert listing.pixels.sum(axis=0).tolist() == [PIXELS[2], PIXELS[0], PIXELS[1]]
     assert np.array_equal(read_mask(listing.masks[1], listing.table), np.array([1, 9, 0, *[9] * 252, 255])[B])
     listing = with_map(root, {"map": {"0": 255, "1": 0, "2": 1, "3": 2}})
-    assert listing.pixels.tolist() == [96 - sum(PIXELS), *PIXELS]
-    assert with_map(root, {"map": {"0": 0, "1": 1}}, void=2).pixels.tolist() == PIXELS[:2]
+    assert listing.pixels.sum(axis=0).tolist() == [96 - sum(PIXELS), *PIXELS]
+    assert with_map(root, {"map": {"0": 0, "1": 1}}, void=2).pixels.sum(axis=0).tolist() == PIXELS[:2]
     assert with_map(root, {"map": {str(i): i for i in range(254)}}).classes == ["0", "1", "2"]
     message = error_of(with_map, root, {"map": {"0": 255, "1": 2, "2": 0}})
     assert message.endswith("a.png: value 1 in 12 pixels, outside of the map; expected one of [0, 2, 255]")
@@ -481,5 +481,5 @@ def test_real_camvid():
     for name, count in (("train", 367), ("val", 101), ("test", 233)):
         listing = read_mask_list(Path(REAL) / f"camvid/{name}.txt", [str(i) for i in range(11)], void=11)
         assert listing.sizes == [(360, 480)] * count
-        assert (listing.pixels > 0).all()
+        assert (listing.pixels.sum(axis=0) > 0).all()
     assert "value 11 in " in error_of(read_mask_list, Path(REAL) / "camvid/val.txt", [str(i) for i in range(11)])

@@ -402,7 +402,8 @@ def test_a_shared_vocabulary_is_one(tmp_path):
 def test_pair_files_test_on_what_validates_where_there_is_no_more(tmp_path):
     path = str(write(tmp_path / "a.tsv", "eins\tone\nzwei\ttwo\n"))
     data = PairFiles(path, path, tokenizer="character")
-    data.setup()
+    with pytest.warns(UserWarning, match=r"(val|test): 1 of 1 files are among those of train"):
+        data.setup()
     assert len(data.splits["test"]) == 2
 
 

@@ -62,8 +62,9 @@ def photometric(images: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of each image (B, 3, H, W), each with probability one half.
 
     The distortions of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image Classification",
-    2013, in the ranges of SSD's authors: ±32 levels, factors of 0.5 to 1.5 twice, ±18 degrees. All are linear in the
-    colours (saturation mixes with the luma, hue turns around the axis of greys), so one product a pixel does them.
+    2013, in the ranges of SSD's authors: ±32 levels, factors of 0.5 to 1.5 twice; hue, of which theirs count 18 in
+    halves of a degree, as torchvision has it: ±18 degrees. All are linear in the colours (saturation mixes with the
+    luma, hue turns around the axis of greys), so one product a pixel does them.
     """
     batch, device = len(images), images.device
 

@@ -330,9 +330,19 @@ class DatedSeries(TableSeries):
             raise UserError("--data.init_args.paths: none; expected at least one file")
         tables = [read_dated(path, frequency) for path in self.paths]
         if len(tables) > 1:
-            named = zip(self.paths, tables, strict=True)
-            tables = [t._replace(names=[f"{os.path.basename(p)}: {name}" for name in t.names]) for p, t in named]
+            named = zip(names_of(self.paths), tables, strict=True)
+            tables = [table._replace(names=[f"{file}: {name}" for name in table.names]) for file, table in named]
         return joined(tables)
+
+
+def names_of(paths: list[str]) -> list[str]:
+    """Names of files that differ: without their folders, or without what these share. Raises UserError."""
+    files = [os.path.abspath(path) for path in paths]
+    if len(set(files)) < len(files):
+        raise UserError(f"--data.init_args.paths: {paths}; expected each file once")
+    names = [os.path.basename(file) for file in files]
+    shared = os.path.commonpath(map(os.path.dirname, files))
+    return names if len(set(names)) == len(names) else [os.path.relpath(file, shared) for file in files]
 
 
 class RowSeries(TableSeries):

@@ -3,22 +3,20 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import decode_image, read_file
-from torchvision.transforms.v2 import functional as F
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.images import read_image as read_as_device
 
 # torchvision 0.29 deprecates its decoders for torchcodec's, which torchvision 0.26 does not have beside it.
-# Of JPEG and PNG they decode two to four times as fast as Pillow, to the same pixels.
+# Of JPEG they decode two to four times as fast as Pillow, to the same pixels.
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
+JPEG = b"\xff\xd8\xff"  # how such files begin
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 FORMATS = "JPEG, PNG, GIF or WebP"
 SHOW_PROGRESS_ABOVE = 2000  # files: about a tenth of a second
@@ -41,18 +39,15 @@ def read_image(path: str) -> Tensor:
     """Decode an image file to uint8 RGB (3, H, W), turned as its EXIF orientation says."""
     try:
         content = read_file(path)
-        start = bytes(content[:12].numpy())
-        # torchvision does not turn the one, and fills the other's holes with another colour than a device.
-        if start[8:] == b"WEBP" or start[:4] == b"GIF8":
-            with Image.open(BytesIO(content.numpy().tobytes())) as picture:
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
-            return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
-        image = decode_image(content, mode="RGB", apply_exif_orientation=True)
-    # ValueError: a path that no file can have; the last three are Pillow's.
-    except (RuntimeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+        if bytes(content[:3].numpy()) == JPEG:
+            return decode_image(content, mode="RGB", apply_exif_orientation=True)
+        # As a device reads it. torchvision does not turn a WebP, fills the holes of a GIF with another colour, and ends
+        # the process at a damaged PNG.
+        pixels = read_as_device(content.numpy().tobytes(), channels=3)
+    except (RuntimeError, ValueError, UserError):  # ValueError: a path that no file can have
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
-    return F.to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG arrives as uint16
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
 def show_progress(items: list[Item], what: str) -> Iterable[Item]:

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
 from dlref.data.tokens import (
     BLOCK,
@@ -191,11 +192,10 @@ class TextFiles(Texts):
 
     def texts(self) -> dict[str, list[str]]:
         """Read the files."""
-        found = {
-            split: [text for _, text in texts_of(self.place(pattern))]
-            for split, pattern in self.patterns.items()
-            if pattern
-        }
+        given = {split: list(texts_of(self.place(pattern))) for split, pattern in self.patterns.items() if pattern}
+        names = {split: [name for name, _ in texts] for split, texts in given.items()}
+        warn_of_shared({"val": (), "test": (), **names}, "texts")
+        found = {split: [text for _, text in texts] for split, texts in given.items()}
         if "val" not in found:
             found["train"], found["val"] = cut(found["train"], HELD_OUT)
         return {"test": found["val"], **found}

@@ -207,7 +207,9 @@ def _to_listing(
     if not records:
         raise UserError(f"{source}: no lines; expected an image on each")
     classes = classes or [names.get(i, str(i)) for i in range(_count_classes(source, records))]
-    kind = type(records[0].label)
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{source}: classes {shorten(classes)}; expected names that differ")
+    kind, first = type(records[0].label), {}
     for line, path, label in records:
         where = f"{source}:{line}"
         if type(label) is not kind:
@@ -218,6 +220,9 @@ def _to_listing(
             raise UserError(f"{where}: label {shorten(label)}; expected ids from 0 to {len(classes) - 1}")
         if path.splitlines() != [path] or "\0" in path:
             raise UserError(f"{where}: image {shorten(path)}; expected a path")
+        before, other = first.setdefault(os.path.normpath(path), (line, label))
+        if other != label:
+            raise UserError(f"{where}: {path}: label {shorten(label)}; expected {shorten(other)}, as in line {before}")
     labels = [record.label for record in records]
     targets = _multi_hot(labels, len(classes)) if kind is set else torch.tensor(labels)
     paths = [os.path.join(root, record.path) for record in records]

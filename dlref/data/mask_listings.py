@@ -59,7 +59,7 @@ class MaskListing(NamedTuple):
         sizes: N heights and widths in pixels, of the picture as `read_image` returns it.
         table: uint8 (256,), the class id of each value that a mask's pixels can have; VOID for void.
         classes: K class names.
-        pixels: int64 (K,), the pixels of each class in all masks.
+        pixels: int64 (N, K), the pixels of each class in each mask.
     """
 
     images: list[str]
@@ -244,11 +244,12 @@ def _to_listing(
     ids = _class_ids(label_map, classes, void)
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     if classes is None:
-        count = ids[(counts > 0) & (ids != VOID)].max(initial=-1) + 1
-        _check_count(count, str(source), hint if counts[VOID] else "")
+        found = counts.any(axis=0)
+        count = ids[found & (ids != VOID)].max(initial=-1) + 1
+        _check_count(count, str(source), hint if found[VOID] else "")
         classes = [str(i) for i in range(count)]
     table = np.where((ids >= 0) & (ids < len(classes)), ids, VOID).astype(np.uint8)
-    pixels = np.array([counts[ids == i].sum() for i in range(len(classes))])
+    pixels = np.stack([counts[:, ids == i].sum(axis=1) for i in range(len(classes))], axis=1)
     return MaskListing([pair.image for pair in pairs], [pair.mask for pair in pairs], sizes, table, classes, pixels)
 
 
@@ -266,16 +267,16 @@ def _check_count(count: int, where: str, hint: str = "") -> None:
 
 
 def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Return the heights and widths, and the pixels of each value in all masks, int64 (256,)."""
-    sizes, total = [], np.zeros(VALUES, np.int64)
+    """Return the heights and widths, and the pixels of each value in each mask, int64 (N, 256)."""
+    sizes, counts = [], np.zeros((len(pairs), VALUES), np.int64)
     # Filters of warnings belong to all threads: those that _inspect sets in one may stay when another has put its own
     # back. These are the first to be set and the last to be put back.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         results = pool.map(partial(_inspect, ids=ids, limit=limit), pairs)
-        for _, (size, counts) in zip(show_progress(pairs, "Reading masks"), results, strict=True):
+        for _, row, (size, found) in zip(show_progress(pairs, "Reading masks"), counts, results, strict=True):
             sizes.append(size)
-            total += counts
-    return sizes, total
+            row[:] = found
+    return sizes, counts
 
 
 def _inspect(pair: Pair, ids: np.ndarray, limit: int) -> tuple[tuple[int, int], np.ndarray]:

@@ -28,6 +28,7 @@ from dlref.data.box_listings import (
     read_sagemaker,
     read_voc,
 )
+from dlref.data.files import warn_of_shared
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.scenes import make_scenes
@@ -313,7 +314,9 @@ class ListedBoxes(ObjectDetectionData):
             train, read["val"] = hold_out(train, self.held_out)
         if "test" not in read:
             rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
-        return {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
+        splits = {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
+        warn_of_shared({name: (one.path for one in split.pictures) for name, split in splits.items()}, "pictures")
+        return splits
 
 
 class VOCBoxes(ListedBoxes):

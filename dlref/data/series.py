@@ -32,6 +32,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 FIELDS = ["start", "target", "cat", "dynamic_feat", "feat_static_real"]
+OF_GLUONTS = ["feat_static_cat", "feat_dynamic_real"]  # its names for two of them, which `parse_record` refuses
 ROWS_AT_ONCE = 16  # of Parquet: a row is a whole series
 
 
@@ -120,7 +121,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=FIELDS):
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[*FIELDS, *OF_GLUONTS]):
                 if "start" in batch.schema.names:
                     batch = batch.set_column(batch.schema.get_field_index("start"), "start", _as_text(batch["start"]))
                 for entry in batch.to_pylist():

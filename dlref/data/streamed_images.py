@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from dlref.data.files import warn_of_shared
 from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_lst, read_manifest
@@ -86,6 +87,10 @@ class StreamedImages(ImageClassificationData):
                 found, expected = forms[listing.multi_label], forms[train.multi_label]
                 raise UserError(f"{listing.paths[0]}: {found} in its list; expected {expected}, as in training")
         self.labels, self.multi_label = train.classes, train.multi_label
+        times = train.targets.sum(0) if train.multi_label else train.targets.bincount(minlength=len(self.labels))
+        if without := [name for name, count in zip(self.labels, times, strict=True) if not count]:
+            rank_zero_warn(f"train: no image of {', '.join(without)}")
+        warn_of_shared({"train": train.paths, "val": val.paths, "test": test.paths}, "images")
         self.splits = {
             "train": ImageFiles(train, self.train_transform()),
             "val": ImageFiles(val, self.eval_transform()),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
 from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import make_dates
@@ -206,6 +207,7 @@ class PairFiles(TranslationData):
 
     def read(self) -> dict[str, Pairs]:
         """Read the files."""
+        warn_of_shared({split: [path] for split, path in self.paths.items()}, "files")
         return {split: read_table(Path(path)) for split, path in self.paths.items()}
 
 

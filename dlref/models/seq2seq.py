@@ -237,6 +237,7 @@ class Bidirectional(nn.Module):
             left = gather_rows(run_layer(back, gather_rows(below, mirrored))[0], mirrored)
             above = torch.cat([right, left], dim=2)
             outputs = above + outputs if i and self.residual else above
+        right, left = outputs.chunk(2, dim=2)
         return outputs, torch.cat([gather_rows(right, lengths[:, None] - 1)[:, 0], left[:, 0]], dim=1)
 
 

@@ -86,19 +86,25 @@ class Forecaster(Task):
     def setup(self, stage: str) -> None:
         """Once the series are known, what counts over them."""
         super().setup(stage)
-        if stage == "fit":
-            self.check_outcomes(self.trainer.datamodule.splits["train"].store.outcomes(self.difference))
+        if stage != "predict":
+            stores: dict[nn.Module, str] = {}  # validation and testing may be of training's series, or of their own
+            for name, split in self.trainer.datamodule.splits.items():
+                if stores.setdefault(split.store, name) == name:
+                    self.check_outcomes(name, split.store.outcomes(self.difference))
         self.scores = nn.ModuleDict({name: SampleScores(self.horizon) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
             self.scores["oracle"] = QuantileScores(self.horizon)
 
-    def check_outcomes(self, outcomes: Float[Tensor, "N"]) -> None:
-        """Raise UserError where there is nothing to learn from, or what has no likelihood."""
+    def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
+        """Raise UserError where there is nothing to learn from or to judge by, or what has no likelihood."""
         if not len(outcomes):  # of values there are always some
-            raise UserError("target: no two values that follow each other; expected some, or difference false")
+            raise UserError(
+                f"{split}: target: no two values that follow each other; expected some, or difference false"
+            )
         if not self.distribution.supports(outcomes):
             what, name = "changes" if self.difference else "values", type(self.distribution).__name__
-            raise UserError(f"target: {what} that {name} gives no likelihood; expected {self.distribution.support}")
+            expected = self.distribution.support
+            raise UserError(f"{split}: target: {what} that {name} gives no likelihood; expected {expected}")
 
     # Windows
 

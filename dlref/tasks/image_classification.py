@@ -78,6 +78,8 @@ class ImageClassifier(Task):
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
         classes = len(self.known["labels"])
+        if classes < 2 and not self.known["multi_label"]:
+            raise UserError(f"the data has {classes} class; expected 2 or more")
         check_class_weights(self.class_weights, classes)
         if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.known["multi_label"]):
             raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
@@ -112,9 +114,10 @@ class ImageClassifier(Task):
         return F.cross_entropy(logits.float(), targets, **options, reduction="sum") / self.counted(targets)
 
     def counted(self, targets: Tensor) -> Tensor | int:
-        """Over how much the loss is a mean: images, or what their classes weigh together."""
+        """Over how much the loss is a mean: images, or what their classes weigh together; more than 0."""
         by_class = self.class_weights is not None and not targets.is_floating_point()
-        return self.class_weights[targets].sum() if by_class else len(targets)
+        tiny = torch.finfo(torch.float32).tiny  # of images whose classes all weigh 0
+        return self.class_weights[targets].sum().clamp(min=tiny) if by_class else len(targets)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""

@@ -106,6 +106,12 @@ class ObjectDetector(Task):
         positives = (matched >= 0).sum()
         return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes, "positives": positives}
 
+    def learnt(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of an evaluation's boxes those that training would have: the losses are then of the same."""
+        if self.trainer.datamodule.keep_ignored:
+            return targets
+        return targets | {"labels": targets["labels"].masked_fill(targets["ignored"], PADDED)}
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Localisation and confidence loss, of equal weight."""
         images, targets = batch
@@ -117,7 +123,7 @@ class ObjectDetector(Task):
         """Loss; detections are kept for the metrics."""
         images, targets = batch
         heads = self(images)
-        losses = self.losses(heads, targets)
+        losses = self.losses(heads, self.learnt(targets))
         self.evaluated("val", losses["loss"], losses["positives"])
         self.val_map.update(predictions(self.found(heads), targets["sizes"]), truth(targets))
 
@@ -135,7 +141,7 @@ class ObjectDetector(Task):
         """Detections for the metrics, and some pictures from all over the split for the figure."""
         images, targets = batch
         heads = self(images)
-        losses = self.losses(heads, targets)
+        losses = self.losses(heads, self.learnt(targets))
         self.evaluated("test", losses["loss"], losses["positives"])
         found = self.found(heads)
         self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
