@@ -34,6 +34,7 @@ ON_A_CPU = (  # an hour of two cores at most; the others want a GPU
     "lenet5_fashion_mnist",
     "lenet5_mnist",
     "seq2seq_dates",
+    "seq2seq_gru_multi30k_de_en",
     "seq2seq_multi30k_de_en",
     "seq2seq_multi30k_en_de",
     "ssd_digit_scenes",

@@ -60,7 +60,10 @@ class Best:
 
 
 class Parser(LightningArgumentParser):
-    """Errors are one line, raised instead of printed with a page of usage."""
+    """Errors are one line, raised instead of printed with a page of usage; options have their whole names."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None):
         """Raise UserError with the parser's message on one readable line."""

@@ -92,7 +92,7 @@ class Claim:
         self.first = not (run / LOCK).exists()
         self.take()
         begun = () if self.first else BEGUN
-        there = [name for name in OWN if name not in begun and (run / name).exists()]
+        there = [path.name for path in self.own() if path.name not in begun and (self.first or path.name in OWN)]
         if there and not (resume or overwrite):
             self.leave()
             raise UserError(

@@ -52,6 +52,7 @@ MISTAKES = {
     "an unknown key": (["--model.init_args.learning_rte", "1"], "model: 'learning_rte' is not an argument"),
     "an unknown key of the network": (["--model.init_args.network.init_args.depht", "1"], "depht"),
     "an unknown top-level key": (["--frobnicate", "1"], "unrecognized arguments: --frobnicate"),
+    "the beginning of a key": (["--trainer.max_epo", "3"], "unrecognized arguments: --trainer.max_epo"),
     "a function outside the allow-list": (
         ["--model.init_args.network", "os.system"],
         "'os.system' is not allowed",
@@ -289,6 +290,14 @@ def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
     assert "mine already holds a run (figures); expected --run with another folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["figures"]
     assert (tmp_path / "mine/figures/thesis.png").exists()
+
+
+def test_another_program_s_log_is_not_taken_for_a_run_s(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/events.out.tfevents.1.mine").touch()
+    assert fit("--run", "mine") == 2
+    assert "mine already holds a run (events.out.tfevents.1.mine)" in capsys.readouterr().err
+    assert (tmp_path / "mine/events.out.tfevents.1.mine").exists()
 
 
 def test_a_fit_that_fails_before_it_begins_gives_back_the_earlier_run(tmp_path, monkeypatch):

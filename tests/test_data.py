@@ -606,6 +606,28 @@ def test_image_manifest(folders):
     assert one_line(caught) == f"{val}:1: class 1: 'ant'; expected 'cat' again"
 
 
+@pytest.mark.parametrize("place", [60, 200, -30])
+def test_a_damaged_png_is_named(tmp_path, place):
+    """Of pixels, of a checksum: torchvision's own decoder ends the process."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[place] ^= 4
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.png: cannot be decoded; expected a JPEG, PNG, GIF or WebP image"):
+        read_image(str(tmp_path / "a.png"))
+
+
+def test_classes_without_an_image_and_names_that_are_alike_are_told(folders):
+    (folders / "train.lst").write_text("0\t1\ttrain/cat/0.png\n1\t2\ttrain/ant/0.png\n")
+    (folders / "val.lst").write_text("0\t1\tval/cat/0.png\n")
+    lists = {"root": folders, "train": folders / "train.lst", "val": folders / "val.lst"}
+    with pytest.warns(UserWarning, match="^train: no image of 0$"):
+        setup(ImageList(**lists, **SMALL))
+    with pytest.raises(UserError, match=r"classes \['ant', 'cat', 'ant'\]; expected names that differ"):
+        setup(ImageList(**lists, class_names=["ant", "cat", "ant"], **SMALL))
+
+
 # From a config
 
 

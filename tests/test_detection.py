@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT
 from lightning import Trainer
 from PIL import Image
+from scipy.spatial.transform import Rotation
 from test_export import export
 from test_tasks import sgd
 from torch import nn
@@ -33,6 +34,7 @@ from dlref.models.ssd import LAYOUTS
 from dlref.runtime import UserError, load, make_runner
 from dlref.runtime.__main__ import main
 from dlref.tasks import ImagePreprocess, ObjectDetector
+from dlref.tasks.multibox import PADDED
 from dlref.tasks.object_detection import average_precision, predictions, truth
 from dlref.tasks.weights import load_weights
 
@@ -261,6 +263,7 @@ def coco(root, annotations, place="train"):
     return {"root": root, **lists, "num_workers": 0}
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 @pytest.mark.parametrize("crowds", [0, 1])
 def test_what_has_no_box_is_told(tmp_path, crowds):
     crowd = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 1}
@@ -268,6 +271,7 @@ def test_what_has_no_box_is_told(tmp_path, crowds):
         COCOBoxes(**coco(tmp_path, [crowd] * crowds)).setup()
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 def test_coco_s_pictures_may_lie_elsewhere(tmp_path):
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 0}
     data = COCOBoxes(**coco(tmp_path, [box], "images/train"), pictures="images/{}")
@@ -370,6 +374,7 @@ def test_scenes_need_no_file_and_every_split_has_its_own():
     assert not torch.equal(data.images["val"], data.images["test"])
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys):
     for i, name in enumerate("abc"):
         (tmp_path / "train").mkdir(exist_ok=True)
@@ -487,6 +492,18 @@ def test_light_moves_by_32_levels_that_contrast_scales():
     assert white.min() >= 100
 
 
+def test_light_is_brightness_saturation_contrast_and_a_turn_around_the_greys(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(high))
+    colour = torch.tensor([100, 60, 50], dtype=torch.uint8)
+    moved = colour.double() + 32
+    luma = moved @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    turn = Rotation.from_rotvec([math.pi / 10 / math.sqrt(3)] * 3)
+    expected = 1.5 * turn.apply((1.5 * moved - 0.5 * luma).numpy())
+    found = photometric(colour[None, :, None, None])[0, :, 0, 0].double().numpy()
+    np.testing.assert_allclose(found, expected, atol=0.51)
+
+
 # The task
 
 
@@ -522,6 +539,21 @@ def fit(tmp_path, task, data, **options):
     )
     trainer.fit(task, datamodule=data)
     return trainer
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
+    """With a box that is not learnt they are as if it were not there."""
+    task = detector().eval()
+    task.trainer = SimpleNamespace(datamodule=SimpleNamespace(keep_ignored=kept))
+    boxes = torch.tensor([[[0.0, 0, 1, 1], [0.5, 0.5, 1, 1]]])
+    targets = {"boxes": boxes, "labels": torch.tensor([[0, 1]]), "ignored": torch.tensor([[True, False]])}
+    without = targets | {"labels": torch.tensor([[PADDED, 1]])}
+    heads = task(torch.from_numpy(painted()).permute(2, 0, 1)[None])
+    assert targets["labels"][0, 0] != PADDED
+    found, expected = task.losses(heads, task.learnt(targets)), task.losses(heads, targets if kept else without)
+    assert found == expected
+    assert found["positives"] != task.losses(heads, without if kept else targets)["positives"]
 
 
 def test_a_detector_learns_tests_predicts_and_draws(tmp_path):

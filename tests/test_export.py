@@ -370,7 +370,7 @@ def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
 
 
 def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
-    earlier = export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    earlier = json.loads((make_bundle(tmp_path / "bundle") / "manifest.json").read_text())
     monkeypatch.setattr(
         OnnxGraph,
         "__call__",
@@ -415,7 +415,7 @@ def test_another_project_s_manifest_does_not_make_a_bundle(tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "app")
     assert (tmp_path / "app/index.html").read_text() == "do not lose me"
-    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    make_bundle(tmp_path / "bundle")
     (tmp_path / "bundle/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
@@ -433,7 +433,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 
 def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, monkeypatch):
-    earlier = export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    earlier = json.loads((make_bundle(tmp_path / "bundle") / "manifest.json").read_text())
     rename = Path.rename
 
     def busy(self, target):
@@ -482,7 +482,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_bundle_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
-    export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
+    make_bundle(tmp_path / "bundle")
     rename = Path.rename
 
     def full(self, target):

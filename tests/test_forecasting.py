@@ -4,6 +4,7 @@ import json
 import math
 import re
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
 from dlref.runtime.series import changes
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
-from dlref.tasks.forecasting import last_value, scale_of, seasonal_naive
+from dlref.tasks.forecasting import BASELINES, OWN, last_value, scale_of, seasonal_naive
 
 H = Frequency.parse("H")
 LONGEST = max(H.lags)
@@ -861,10 +862,15 @@ def test_tables_become_the_same_windows(tmp_path):
     own = WideSeries(str(tmp_path / "wide.txt"), START, own_category=True, **SIZES)
     own.setup()
     assert (own.cardinality, own.category_names) == ([2], ["column 1", "column 2"])  # wherever the file lies
-    two = DatedSeries([str(tmp_path / "dated.csv")] * 2, points=350, **SIZES)
+    (tmp_path / "more").mkdir()
+    paths = [str(tmp_path / "dated.csv"), str(tmp_path / "more/dated.csv")]
+    Path(paths[1]).write_bytes(Path(paths[0]).read_bytes())
+    two = DatedSeries(paths, points=350, **SIZES)
     two.setup()
     assert (len(two.sources()), ends_of(two, "test")) == (4, [[350]] * 4)
-    assert two.sources()[0] == "dated.csv: a"
+    assert two.sources() == ["dated.csv: a", "dated.csv: b", "more/dated.csv: a", "more/dated.csv: b"]
+    with pytest.raises(UserError, match="expected each file once"):
+        DatedSeries([*paths, paths[0]], **SIZES).setup()
 
 
 def test_rows_of_two_tables_are_joined_by_name(tmp_path):
@@ -1031,3 +1037,75 @@ def test_configs_of_the_family_are_there():
         assert network["parameters"] == 3
         assert bool(network.get("cardinality")) == (given.get("own_category", False) or name == "deepar_synthetic")
         assert network.get("cell", "lstm") == ("gru" if "gru" in name else "lstm")
+
+
+def test_each_series_has_its_own_categories():
+    task = forecaster(cardinality=(5,))
+    window = window_of(torch.ones(2, 10), categories=1)._replace(categories=torch.tensor([[0], [4]]))
+    alone = task.paths(Window(*(part[1:] for part in window[:5])))
+    torch.testing.assert_close(task.paths(window)[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_each_quantile_has_its_own_name(runner):
+    asked = {"instances": [instance()], "configuration": {"quantiles": ["0.9", "0.1", np.arange(0.1, 1, 0.1)[2]]}}
+    found = runner(asked)["predictions"][0]["quantiles"]
+    assert list(found) == ["0.9", "0.1", "0.30000000000000004"]
+    assert all(high > low for high, low in zip(found["0.9"], found["0.1"], strict=True))
+
+
+def test_a_window_is_long_enough_for_a_season(tmp_path):
+    (tmp_path / "a.csv").write_text("\n".join(str(i % 7) for i in range(3000)))
+    module = WideSeries(str(tmp_path / "a.csv"), START, **SIZES | {"frequency": "min"})
+    module.setup()
+    assert next(iter(module.test_dataloader())).values.shape[1] - 4 >= Frequency.parse("min").season == 1440
+
+
+def test_the_truth_is_of_the_times_that_are_forecast():
+    module = data(count=2, val_windows=1)
+    module.setup()
+    split = module.splits["test"]
+    torch.testing.assert_close(split[torch.tensor([1])].truth[0], split.store.truth[796:800])
+
+
+def test_step_is_called_once_for_each_time():
+    assert forecaster().deployable(window_of(torch.rand(2, 10))).graphs["step"].calls == 4
+
+
+def judging(fn, *judged):
+    """A forecaster that may be asked to judge windows without a trainer."""
+    task = forecaster()
+    task.trainer, task.log = SimpleNamespace(state=SimpleNamespace(fn=fn)), lambda *_, **__: None
+    task.scores = nn.ModuleDict({name: SampleScores(4) for name in judged})
+    return task
+
+
+@torch.no_grad()
+def test_baselines_see_no_future(monkeypatch):
+    seen = []
+    monkeypatch.setitem(BASELINES, "last_value", lambda *known: seen.append(known) or last_value(*known))
+    window = window_of(torch.rand(2, 10))
+    judging("test", OWN, *BASELINES).judge("test", window)
+    ((values, observed, *_),) = seen
+    assert torch.equal(values, window.values[:, :-4])
+    assert torch.equal(observed, window.observed[:, :-4])
+
+
+@torch.no_grad()
+def test_the_loss_of_a_split_is_a_mean_over_its_points():
+    task = judging("fit", OWN)
+    windows = [window_of(torch.rand(2, 10)), window_of(9 * torch.rand(1, 10), [[False] * 8 + [True] * 2])]
+    totals, counts = zip(*map(task.nll, windows), strict=True)
+    for window in windows:
+        task.judge("val", window)
+    torch.testing.assert_close(task.mean_loss.compute(), sum(totals) / sum(counts))
+
+
+def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
+    for name, value in (("train", 2), ("test", -3)):
+        lines = [json.dumps({"start": START, "target": [1, 2, value] * 200})]
+        (tmp_path / f"{name}.json").write_text("\n".join(lines) + "\n")
+    sizes = {"frequency": "H", "prediction_length": 4, "context_length": 6, "batches": 2}
+    counts = SageMakerSeries(str(tmp_path / "train.json"), str(tmp_path / "test.json"), **sizes)
+    task = Forecaster(NegativeBinomial(), network=DeepAR(len(H.lags), 5, parameters=2, num_cells=4), optimizer=sgd)
+    with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial gives no likelihood"):
+        fit(tmp_path, task, counts)

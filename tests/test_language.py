@@ -716,3 +716,8 @@ def test_examples_fit_every_declared_size(exported):
     inputs = example_at(graph, {"batch": 3, "new": 4, "asked": 1, "past": 0})
     assert inputs["key_0"].shape == (3, 2, 0, 8)
     assert F.one_hot(inputs["tokens"], 260).sum() == 12
+
+
+def test_training_begins_at_every_token(tmp_path):
+    data = module(tmp_path)
+    assert data.order(1).places == len(data.splits["train"].tokens) - 16

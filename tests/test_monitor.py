@@ -357,3 +357,12 @@ def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_missp
     assert told(capsys) == []
     last = torch.load(tmp_path / "runs/lenet5_digits/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 3 * 33  # of 1,077 digits the last incomplete batch is left out
+
+
+def test_another_callback_s_stop_stands():
+    watch = monitor.Monitor()
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trained = SimpleNamespace(global_step=0, is_global_zero=True, should_stop=True, strategy=strategy)
+    watch.on_train_start(trained, SimpleNamespace(compile_network=False))
+    watch._judge(trained)
+    assert trained.should_stop

@@ -113,3 +113,18 @@ def test_muon_without_matrices_is_refused():
         Muon([nn.Parameter(torch.zeros(2))])
     with pytest.raises(ValueError, match="no group is of hidden matrices"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}])
+
+
+def test_a_step_takes_its_betas_and_the_gradients_of_its_closure():
+    matrix, table = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(5, 4))
+    optimizer = MuonAdamW([{"params": [matrix], "hidden": True}, {"params": [table]}], betas=(0.5, 0.6))
+    assert optimizer.param_groups[1]["betas"] == (0.5, 0.6)
+
+    def closure():
+        loss = matrix.sum() + table.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 36
+    assert not matrix.eq(1).any()
+    assert not table.eq(1).any()

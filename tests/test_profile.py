@@ -109,6 +109,7 @@ def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
 def test_a_slow_callback_is_told_and_slow_validation_is_of_no_step(profiles, monkeypatch):
     end = Finite.on_train_batch_end
     monkeypatch.setattr(dlref.tasks.profile, "COUNTED", 20)
+    monkeypatch.setitem(dlref.tasks.profile.PRESET, "max_steps", WARM_UP + 21)
     monkeypatch.setattr(Finite, "on_train_batch_end", lambda *arguments: time.sleep(0.03) or end(*arguments))
     monkeypatch.setattr(Finite, "on_validation_batch_end", lambda *arguments: time.sleep(0.25))
     assert profile("--run", "mine", "--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "64") == 0

@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -16,14 +18,16 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from handmade import METADATA, write_manifest
 from PIL import Image
 
 from dlref.data.images import read_image as to_train_with
-from dlref.runtime import UserError, load, sessions
+from dlref.runtime import UserError, kinds, load, sessions
 from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import line, main, progress
 from dlref.runtime.images import ask, centre, read_image, resize
+from dlref.runtime.lines import text_in
 from dlref.runtime.machine import cores
 from dlref.runtime.runner import BATCH
 from dlref.runtime.runners.image_classification import answers
@@ -196,22 +200,77 @@ def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
         Image.fromarray(grey(255)).save(folder / name)
     (folder / ".hidden").touch()
     (folder / "notes.txt").write_text("no image")
-    assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # for the notes
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(grey(0)).save(tmp_path / "elsewhere/c.png")
+    (folder / "linked").symlink_to("../elsewhere")
+    (folder / "more/round").symlink_to("..")
+    (folder / "lost.png").symlink_to("nowhere.png")
+    assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # for the notes and the lost
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(line["input"]).relative_to(folder).as_posix() for line in lines] == [
         "a.png",
         "b.png",
+        "linked/c.png",
+        "lost.png",
         "more/a.png",
         "notes.txt",
     ]
-    assert ["label" in line for line in lines] == [True, True, True, False]
-    assert "notes.txt: cannot be decoded" in lines[3]["error"]
+    assert ["label" in line for line in lines] == [True, True, True, False, True, False]
+    assert "lost.png: not found" in lines[3]["error"]
+    assert "notes.txt: cannot be decoded" in lines[5]["error"]
     assert printed.err.count("\n") == 1
-    assert "(1 of 4 inputs have no answer)" in printed.err
+    assert "(2 of 6 inputs have no answer)" in printed.err
     (tmp_path / "empty").mkdir()
     assert main([str(bundle), str(tmp_path / "empty")]) == 2
     assert "no file in it" in capsys.readouterr().err
+
+
+def test_answers_stay_alone_where_standard_error_is_closed(bundle, tmp_path, capsys, monkeypatch):
+    Image.fromarray(grey(255)).save(tmp_path / "a.png")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([str(bundle), str(tmp_path / "a.png"), str(tmp_path / "none.png")]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert ["label" in json.loads(line) for line in lines] == [True, False]
+    assert main([str(bundle / "none"), "a.png"]) == 2
+    sys.stderr.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_sizes_are_asked_for_once_or_twice(bundle, monkeypatch):
+    runner, asked = load(bundle), []
+    monkeypatch.setattr(type(runner), "size", lambda self, item: asked.append(item) or item.size)
+    assert len(list(runner.stream([grey(255)] * 50, batch_size=50))) == 50
+    assert len(asked) <= 100
+
+
+def test_kinds_are_known_from_a_zip(tmp_path):
+    """As a program that was frozen, or put into one file, has it."""
+    with zipfile.ZipFile(tmp_path / "dlref.zip", "w") as archive:
+        for path in sorted((ROOT / "dlref/runtime").rglob("*.py")):
+            archive.write(path, path.relative_to(ROOT))
+        archive.write(ROOT / "dlref/__init__.py", "dlref/__init__.py")
+    code = "from dlref import runtime; print(runtime.__file__, *runtime.kinds())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "dlref.zip")}
+    command = [sys.executable, "-c", code]
+    place, *found = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert place.startswith(str(tmp_path / "dlref.zip"))
+    assert found == kinds()
+
+
+def test_a_pipe_is_read_and_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=("3 March 2026\n",)).start()
+    assert text_in(str(tmp_path / "pipe")) == "3 March 2026\n"
+    assert text_in(str(tmp_path)) is None
+
+
+def test_grey_of_16_bits_is_the_high_byte(tmp_path):
+    values = np.array([[0, 255, 256, 65535]], dtype=">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.tobytes())
+    assert read_image(tmp_path / "a.pgm", 1)[..., 0].tolist() == [[0, 0, 1, 255]]
 
 
 def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):

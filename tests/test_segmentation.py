@@ -146,6 +146,7 @@ def test_a_share_is_held_out_and_workers_read_the_rest(tmp_path):
     assert (images.shape, masks.shape) == ((4, 3, 32, 32), (4, 32, 32))
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 def test_lists_and_voc_and_label_maps(tmp_path):
     folders(tmp_path, train=4, val=2)
     for split, count in (("train", 4), ("val", 2)):
@@ -316,6 +317,22 @@ def test_the_metric_never_waits_for_a_gpu():
 def test_logits_of_the_image_s_size_are_left_alone():
     logits = torch.randn(1, 2, 5, 7)
     assert torch.equal(enlarged(logits, torch.Size([5, 7])), logits)
+
+
+def test_a_class_that_only_what_is_held_out_has_is_told(tmp_path):
+    folders(tmp_path, train=10)
+    masks = sorted((tmp_path / "train_annotation").iterdir())
+    for path in masks:
+        Image.fromarray((np.arange(40 * 60).reshape(40, 60) % 2).astype(np.uint8)).save(path)
+    held_out = masked(tmp_path, held_out=0.1)
+    with pytest.warns(UserWarning, match="no pixel of"):
+        held_out.setup()
+    (place,) = [i for i, path in enumerate(masks) if str(path) in held_out.splits["val"].masks]
+    Image.fromarray((np.arange(40 * 60).reshape(40, 60) % 3).astype(np.uint8)).save(masks[place])
+    again = masked(tmp_path, held_out=0.1)
+    with pytest.warns(UserWarning, match=f"^train: no pixel of {LABELS[2]}$") as told:
+        again.setup()
+    assert len(told) == 1
 
 
 # The task

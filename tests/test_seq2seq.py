@@ -155,6 +155,14 @@ def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
     torch.testing.assert_close(last, torch.cat([hidden[-2], hidden[-1]], dim=1))
 
 
+def test_a_decoder_begins_with_the_last_annotation_of_each_direction():
+    encoder = Bidirectional("gru", 8, 8, 2, residual=True, dropout=0.0)
+    inputs, lengths = torch.randn(3, 5, 8), torch.tensor([5, 3, 1])
+    outputs, last = encoder(inputs, lengths, torch.arange(5) < lengths[:, None])
+    ends = outputs[torch.arange(3), lengths - 1]
+    torch.testing.assert_close(last, torch.cat([ends[:, :4], outputs[:, 0, 4:]], dim=1))
+
+
 def test_a_convolution_is_gehrings_block():
     model = network(encoder="convolutional", num_layers=1)
     source, lengths, _ = sentences((4,))

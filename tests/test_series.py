@@ -219,6 +219,15 @@ def test_parquet_of_many_rows_with_dates_and_bare_cats(tmp_path):
     assert series.names[-1].endswith("a.parquet:50")
 
 
+@pytest.mark.parametrize("name", ["feat_static_cat", "feat_dynamic_real"])
+def test_gluontss_names_are_refused_in_parquet_too(tmp_path, name):
+    content = parquet(start=[DAY], target=[[1.0]], **{name: [[1]]})
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(
+        f"{tmp_path}/a.parquet:1: {name}; expected it"
+    )
+
+
 def test_records_without_cat_and_features(tmp_path):
     series = of({"target": [1, 2]}, {"target": [], "cat": [], "dynamic_feat": None}, where=tmp_path)
     assert (series.cat.shape, series.dynamic.shape) == ((2, 0), (0, 0))

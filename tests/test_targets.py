@@ -256,7 +256,7 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
 
 
 def test_a_score_that_is_no_number_refuses_an_attempt_and_is_none_in_the_manifest(tmp_path, monkeypatch):
-    task, data = NETWORKS["resnet20"]()
+    task, data = NETWORKS["lenet5"]()
     # PyTorch on both splits, calibration, two attempts, and the second one on the test split.
     scores, evaluate = iter([0.9, 0.9, None, float("nan"), 0.9, 0.9]), task.evaluate
 

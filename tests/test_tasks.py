@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn import metrics as sklearn_metrics
@@ -36,6 +37,7 @@ from dlref.tasks import (
 )
 from dlref.tasks.averaging import Average
 from dlref.tasks.devices import fast_steps
+from dlref.tasks.image_classification import mixing, worst_mistakes
 from dlref.tasks.task import MeanLoss, freeze
 from dlref.tasks.weights import load_weights
 
@@ -118,6 +120,26 @@ def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
     soft = -(weight * log_p).sum(-1) / 3
     expected = (0.9 * hard + 0.1 * soft).sum() / weight[targets].sum()
     torch.testing.assert_close(task.loss(logits, targets), expected)
+
+
+def test_images_whose_classes_weigh_nothing_have_no_loss():
+    task = classifier(class_weights=[0.0, 1.0, 1.0])
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = task.loss(logits, torch.tensor([0, 0]))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+    mean = MeanLoss()
+    for targets in (torch.tensor([0, 0]), torch.tensor([1, 0])):
+        mean.update(task.loss(logits, targets), task.counted(targets))
+    torch.testing.assert_close(mean.compute(), F.cross_entropy(logits[:1], torch.tensor([1])).detach())
+
+
+def test_a_single_class_is_refused():
+    task = classifier(network=LeNet5(1))
+    task.known["labels"] = ["a"]
+    with pytest.raises(UserError, match="the data has 1 class; expected 2 or more"):
+        task.check()
 
 
 @pytest.mark.gpu
@@ -563,20 +585,6 @@ def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
     assert after == before
 
 
-def test_the_average_of_the_weights_is_what_a_checkpoint_holds(tmp_path):
-    task, data = classifier(), Pixels()
-    average = EMA(decay=0.5)
-    fitted = trainer(tmp_path, max_epochs=1, callbacks=[average])
-    steps = []
-    task.on_before_zero_grad = lambda _: steps.append(task.network.output.bias.detach().clone())
-    fitted.fit(task, datamodule=data)
-    fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
-    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["network.output.bias"]
-    torch.testing.assert_close(saved, task.network.output.bias.detach())  # swapped in when training ends
-    last = [*steps, None]
-    assert not torch.equal(saved, last[-2])
-
-
 def test_the_average_is_lightning_s_with_its_bias_corrected(tmp_path):
     """In three epochs of which the last is resumed; buffers of batch norm too."""
 
@@ -697,3 +705,25 @@ def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
     edge = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     difference = preprocess(edge) - preprocess(loader(images))
     assert difference.abs().mean() < 0.01  # of the range 0 to 1: less than three grey levels
+
+
+def test_gradients_of_a_fused_optimiser_are_clipped():
+    task = classifier()
+    for parameter in task.network.parameters():
+        parameter.grad = torch.full_like(parameter, 5.0)
+    task.trainer = SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+    task.configure_gradient_clipping(torch.optim.AdamW(task.network.parameters(), fused=True), 1.0)
+    norms = torch.stack([parameter.grad.norm() for parameter in task.network.parameters()])
+    assert norms.norm().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_each_blend_has_its_own_alpha():
+    assert [type(mixing(*alphas, 3).transforms[0]) for alphas in ((0.4, 0.0), (0.0, 0.4))] == [v2.MixUp, v2.CutMix]
+
+
+def test_the_most_certain_mistakes_are_kept():
+    sure = torch.linspace(0.5, 0.9, 60)
+    kept = []
+    for part in torch.stack([sure, 1 - sure], 1).split(20):
+        kept = worst_mistakes(kept, torch.zeros(20, 1, 2, 2), part, torch.ones(20).long())
+    assert [certainty for certainty, *_ in kept] == pytest.approx(sure.flip(0)[:25].tolist())

@@ -28,7 +28,7 @@ from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.decoding import beam_search
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
 from dlref.tasks import EMA, Translator
-from dlref.tasks.translation import WIDEST, bleu, exact_match
+from dlref.tasks.translation import WIDEST, bleu, chrf, exact_match
 
 LETTERS = make_vocabulary(["abcdefghijklmnopqrstuvwxyzü .", "0123456789-"], "character", 100)
 SIZE = len(LETTERS["tokens"])
@@ -142,6 +142,7 @@ def numbers(folder):
     return PairFiles(str(path), str(path), tokenizer="character", batch_size=400)
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 @pytest.mark.parametrize("options", [{}, {"cell": "gru", "attention": "dot", "input_feeding": True}])
 def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
     network = Seq2Seq(64, 64, hidden_size=32, embedding_size=32, dropout=0.0, **options)
@@ -166,6 +167,7 @@ def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
     assert set(first) == {"target", "log_probability"}
 
 
+@pytest.mark.filterwarnings("ignore:.* are among those of train")
 def test_weights_are_averaged_by_lightnings_callback(tmp_path):
     """Checkpoint averaging: what is left of a fit is the mean, not the last weights."""
 
@@ -190,7 +192,13 @@ def test_scores_are_sacrebleus():
     task = translator(metric="chrf")
     assert task.degradation(50.0, 49.0) == 1
     assert translator(metric="exact_match").degradation(0.9, 0.89) == pytest.approx(1)
-    assert corpus_chrf(texts, [references]).score > 50
+    assert chrf(texts, references) == corpus_chrf(texts, [references]).score > 50
+
+
+def test_graphs_say_how_often_they_are_called_and_how_long_a_source_may_be():
+    served = translator().deployable(batch_of(*PAIRS))
+    assert served.graphs["step"].calls == 5  # of 5, 3 and 6 tokens
+    assert {graph.sizes["source"][0] for graph in served.graphs.values()} == {40}
 
 
 class Few(Seq2Seq):

@@ -11,6 +11,7 @@ The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner`
 import os
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from dlref.runtime.bundle import CPU, MANIFEST, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
@@ -63,7 +64,9 @@ def make_runner(kind: str, graphs: dict, metadata: dict):
 
 def kinds() -> list[str]:
     """Every kind of bundle that this version knows."""
-    return sorted(path.stem.replace("_", "-") for path in (Path(__file__).parent / "runners").glob("[a-z]*.py"))
+    from dlref.runtime import runners
+
+    return sorted(module.name.replace("_", "-") for module in iter_modules(runners.__path__))
 
 
 def runner_of(kind: str) -> type:

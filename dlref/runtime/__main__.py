@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 with one line on stderr when something given is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = benchmark if arguments[:1] == ["bench"] else transform
+    if sys.stderr is None:  # closed likewise; what is printed there must not come to be among the answers
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for as long as there is a process
     if sys.stdout is None:  # closed by who started this
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2
@@ -220,16 +222,30 @@ def save(picture, path: Path) -> None:
 
 
 def files(given: str) -> list[str]:
-    """Every file below a folder, sorted by path, hidden ones left out; anything else stands for itself."""
+    """Every file below a folder, sorted by path, hidden ones left out; anything else stands for itself.
+
+    Folders that are links count once, too. Raises UserError.
+    """
     if not given or not os.path.isdir(given):  # not Path's, which raises for a text longer than a name may be
         return [given]
-    folder = Path(given)
-    # What may be listed and not looked at is an input too: reading says what is wrong, in its turn.
-    below = sorted(path for path in folder.rglob("*") if os.path.isfile(path) or not os.path.lexists(path))
-    found = [str(path) for path in below if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(given, onerror=refuse_folder, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "."]
+        paths = [Path(folder, name) for name in names if name[0] != "."]
+        # A link to nothing, or what may be listed and not looked at, is an input too: reading says what is wrong.
+        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     if not found:
-        raise UserError(f"{folder}: no file in it; expected inputs")
-    return found
+        raise UserError(f"{given}: no file in it; expected inputs")
+    return [str(path) for path in sorted(found)]
+
+
+def refuse_folder(error: OSError) -> None:
+    """Raise UserError for a folder that cannot be listed."""
+    raise UserError(f"{error.filename}: {error.strerror}; expected a folder of inputs")
 
 
 def progress(answers: Iterable, total: int) -> Iterator:

@@ -8,7 +8,7 @@ told when it was started. It answers the example input that the bundle carries a
     throughput                   examples a second, eight at once where the graphs take as many
     peak_rss_mb, anonymous_mb    resident memory at its highest, and the part after the last answer that cannot be
                                  given back; Linux only, else null
-    waited                       share of that time that its threads were ready and had no core: high means that
+    waited                       share of the time that its threads could have run and had no core: high means that
                                  something else was running, and that its speed says little; Linux only
     first_answer_s               from the start of the process
     model_mb, installed_mb       bytes of the graphs, and of the packages that run them
@@ -65,9 +65,10 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     one = example(folder)
     answer(graphs, one)
     figures = {"first_answer_s": time.monotonic() - started}
-    before, start = waiting(), time.perf_counter()
+    before = scheduled()
     times = clock(lambda: answer(graphs, one))
-    figures["waited"] = None if before is None else (waiting() - before) / (time.perf_counter() - start)
+    ran, waited = (after - earlier for after, earlier in zip(scheduled(), before, strict=True))
+    figures["waited"] = waited / (ran + waited) if ran + waited else None
     figures |= {"latency_ms": 1e3 * float(np.median(times)), "latency_p95_ms": 1e3 * float(np.percentile(times, 95))}
     figures |= memory()  # before the larger batch
     several = repeated(one, json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"])
@@ -173,15 +174,16 @@ def repeated(inputs: Arrays, graphs: dict) -> Arrays | None:
     return batch
 
 
-def waiting() -> float | None:
-    """Seconds that the threads of this process have been ready without a core to run on; None where nothing says so."""
-    found = []
+def scheduled() -> tuple[float, float]:
+    """Seconds that the threads of this process have run, and been ready without a core; 0 where nothing says so."""
+    ran = waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
-            found.append(int(path.read_text(encoding="ascii").split()[1]))
+            of_thread = path.read_text(encoding="ascii").split()
         except OSError:  # a thread that has just ended
             continue
-    return sum(found) / 1e9 if found else None
+        ran, waited = ran + int(of_thread[0]), waited + int(of_thread[1])
+    return ran / 1e9, waited / 1e9
 
 
 def memory() -> dict[str, float | None]:

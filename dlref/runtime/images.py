@@ -26,8 +26,9 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
         return _as_hwc(source, channels)
     try:
         with _opened(source) as image:
+            of_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # the high byte, as the training side takes it
+            if of_16_bits:  # the high byte
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")

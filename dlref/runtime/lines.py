@@ -64,9 +64,11 @@ def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
 def text_in(path: str) -> str | Path | None:
     """The text in a file; None where no file has this name, and the file where reading it will say what is wrong.
 
-    A single word that ends as a file's name does is one that is not there, and no text.
+    A single word that ends as a file's name does is one that is not there, and no text. Raises UserError for a pipe.
     """
     if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
+        if os.path.exists(path) and not os.path.isdir(path):  # a pipe, which gives what it has once
+            return read_text(path, "text")
         return Path(path) if FILE_NAME.fullmatch(path) else None
     try:
         return read_text(path, "text")

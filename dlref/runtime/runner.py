@@ -80,20 +80,21 @@ class Runner:
 
     def stream(self, sources: Iterable, batch_size: int = BATCH) -> Iterator[dict | UserError]:
         """Answers one by one, in the order of `sources`; a bad input's place is taken by its UserError."""
-        waiting = []
+        waiting, room = [], 0
         for source in sources:
             try:
                 item = self.read(source)
             except UserError as error:
                 yield from self._answers(waiting)
-                waiting = []
+                waiting, room = [], 0
                 yield error
                 continue
-            full = len(waiting) >= batch_size or sum(map(self.size, [*waiting, item])) > ROOM
+            full = len(waiting) >= batch_size or room + self.size(item) > ROOM
             if waiting and (full or not self.together(waiting[0], item)):
                 yield from self._answers(waiting)
-                waiting = []
+                waiting, room = [], 0
             waiting.append(item)
+            room += self.size(item)
         yield from self._answers(waiting)
 
     def _answers(self, items: list) -> list[dict | UserError]:
