@@ -30,7 +30,7 @@ OWN = (
     "not_finite.pt",
 )
 LOCK = ".lock"  # by which a fit has a folder, and one knows that there was a fit
-# What a fit has written that ended before its first checkpoint: the next one may begin anew.
+# What a fit leaves that ended before its first checkpoint: this alone is no run, and the next one begins anew.
 BEGUN = ("config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt")
 
 
@@ -49,7 +49,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     named = asked in (None, "best", "last")
     path = run / "checkpoints" / f"{asked or 'best'}.ckpt" if named else Path(asked)
     if asked == "last":
-        path = whole(path, path.with_name("previous.ckpt"))
+        path = intact(path, path.with_name("previous.ckpt"))
     if not path.is_file():
         if path.name == "best.ckpt" and path.with_name("last.ckpt").is_file():
             raise UserError(
@@ -60,7 +60,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     return path
 
 
-def whole(last: Path, previous: Path) -> Path:
+def intact(last: Path, previous: Path) -> Path:
     """The last checkpoint, or the one before it where the last is damaged or gone, which one line says."""
     wrong = damage(last) if last.is_file() else "not there"
     if wrong is None or not previous.is_file() or damage(previous):
@@ -188,8 +188,8 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
         earlier = []
         if before is not None and path.is_file():
             with path.open(newline="") as file:
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
-            earlier = [row for row in whole if row.get("step", "").isdigit() and int(row["step"]) < before]
+                complete = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
+            earlier = [row for row in complete if row.get("step", "").isdigit() and int(row["step"]) < before]
         with warnings.catch_warnings(action="ignore"):  # of the file being deleted: its rows are in `earlier`
             logger.experiment.metrics.extend(earlier)
         logger.save()

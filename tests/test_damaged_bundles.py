@@ -10,7 +10,7 @@ from handmade import LABELS, METADATA, SIGNATURE, make_bundle, write_manifest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from dlref.runtime import load
+from dlref.runtime import UserError, load
 from dlref.runtime.__main__ import main
 from dlref.runtime.bundle import sha256
 
@@ -221,6 +221,7 @@ DAMAGE = {
     "a kind that is a number": (manifest(kind=3), "not a manifest"),
     "a target that is text": (manifest(target="cpu"), "not a manifest"),
     "no provider": (manifest(target={}), "provider None"),
+    "threads below 0": (manifest(target={"provider": "CPUExecutionProvider", "threads": -1}), "threads -1"),
     "an unknown provider": (manifest(target={"provider": "../libevil.so"}), "expected one of CPUExecutionProvider"),
     "a provider that is a list": (manifest(target={"provider": ["CPUExecutionProvider", {}]}), "expected one of"),
     "files that are a list": (manifest(files=[]), "not a manifest"),
@@ -312,6 +313,14 @@ def test_it_is_refused_in_one_line(name, bundle, picture, capsys):
 def test_the_bundle_itself_is_not(bundle, picture, capsys):
     assert main([str(bundle), str(picture)]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "dark"
+
+
+def test_an_input_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
+    runner = load(make_bundle(tmp_path / "bundle"))
+    monkeypatch.setattr("dlref.runtime.bundle.LARGEST_INPUT", 10)
+    assert runner(np.zeros((2, 5), np.uint8))["label"] == "dark"
+    with pytest.raises(UserError, match=r"input image of \(1, 3, 4, 1\); expected at most 10 elements"):
+        runner(np.zeros((3, 4), np.uint8))
 
 
 def test_the_hash_is_checked_before_anything_is_opened(tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ from dlref.export import bundle as bundles
 from dlref.export.attempts import Attempt, Attempts
 from dlref.export.convert import Plan, after_the_network, beyond_half, convert, of_masks
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
+from dlref.export.manifest import write_manifest
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Reference, Refused, parity
-from dlref.models import AlexNet, CifarResNet, GoogLeNet, LeNet5, ResNet
+from dlref.models import AlexNet, GoogLeNet, LeNet5, ResNet
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
 from dlref.tasks import ImageClassifier, ImagePreprocess
@@ -38,7 +39,6 @@ def export(task, data, target, output):
 
 NETWORKS = {
     "lenet5": (lambda: LeNet5(3, in_channels=3), 32),
-    "resnet20": (lambda: CifarResNet(20, 3), 32),
     "resnet50": (lambda: ResNet(50, 3), 64),
     "alexnet": (lambda: AlexNet(3), 64),
     "googlenet": (lambda: GoogLeNet(3), 64),
@@ -98,6 +98,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     graph = manifest["graphs"]["classify"]
     assert graph["inputs"] == [{"name": "image", "type": "uint8", "shape": ["batch", "height", "width", 1]}]
     assert graph["outputs"] == [{"name": "probability", "type": "float32", "shape": ["batch", 3]}]
+    assert graph["calls"] == 1
     assert set(manifest["files"]) == {"answers.npz", "classify.onnx", "example.npz", "report.md"}
     metric = manifest["verification"]["metric"]
     assert (metric["name"], metric["split"], metric["n"]) == ("accuracy", "validation", 48)
@@ -367,6 +368,16 @@ def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
         with pytest.raises(UserError, match="file: a file; expected a folder"):
             export(classifier().eval(), Pixels(), CPU, tmp_path / output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.part", "file"]
+
+
+def test_the_manifest_says_how_often_an_answer_calls_a_graph(tmp_path):
+    task, data = classifier().eval(), Pixels()
+    task.learn(data)
+    served = task.deployable(next(iter(data.val_dataloader())))
+    served = replace(served, graphs={"classify": replace(served.graphs["classify"], calls=3)})
+    write_onnx(served.graphs["classify"], tmp_path / "classify.onnx", CPU)
+    write_manifest(tmp_path, served, CPU, "float32", tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["graphs"]["classify"]["calls"] == 3
 
 
 def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):

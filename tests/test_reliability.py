@@ -290,6 +290,25 @@ def test_a_run_that_is_killed_goes_on_to_the_same(families, command):
     assert done.stdout.count("1 equal") == len(families)
 
 
+def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    write_sealed({"step": 1}, previous)
+    last.write_bytes(b"damaged")
+    sealed = SealedCheckpointIO(tmp_path, previous)
+    sealed.save_checkpoint({"step": 2}, last)
+    assert read(previous)["step"] == 1
+    sealed.save_checkpoint({"step": 3}, last)
+    assert (read(previous)["step"], read(last)["step"]) == (2, 3)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_one_process_that_is_told_to_end_ends_all(others):
+    last = Last(minutes=10)
+    last.told = True
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda told, all: told and (others or not all))
+    assert last.agreed(SimpleNamespace(strategy=strategy))
+
+
 # Numerical trouble
 
 

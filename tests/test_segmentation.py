@@ -1,6 +1,7 @@
 """Semantic segmentation: masks that follow the pixels, loss and metrics, the runner, the bundle."""
 
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -19,11 +20,12 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from dlref.data import DigitSceneMasks, MaskFolders, MaskLists, VOCMasks
+from dlref.data import DigitSceneMasks, DigitScenes, MaskFolders, MaskLists, VOCMasks
+from dlref.data.scenes import make_scenes
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Refused, parity
-from dlref.models import CifarResNet, DeepLabV3, FCNCifarResNet, FCNResNet, PSPNet
+from dlref.models import CifarResNet, DeepLabV3, FCNResNet, PSPNet
 from dlref.run import write_pictures
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.__main__ import main
@@ -230,6 +232,20 @@ def test_scenes_need_no_file_and_every_split_has_its_own():
     seen = {int(k) for _, mask in data.splits["train"] for k in mask.unique()}
     assert {0} < seen <= set(range(11))
     assert not torch.equal(data.splits["train"][0][0], data.splits["val"][0][0])
+
+
+@pytest.mark.parametrize("module", [DigitSceneMasks, DigitScenes])
+def test_the_digits_of_a_split_are_in_no_other(module, monkeypatch):
+    pools = []
+
+    def recorded(digits, *rest):
+        pools.append({digit.numpy().tobytes() for digit in digits})
+        return make_scenes(digits, *rest)
+
+    monkeypatch.setattr(sys.modules[module.__module__], "make_scenes", recorded)
+    module(train=40, held_out=20, image_size=64).setup()
+    train, val, test = pools
+    assert not train & val | train & test | val & test
 
 
 # Loss and metrics
@@ -517,7 +533,6 @@ def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):
 
 
 NETWORKS = {
-    "cifar": lambda: FCNCifarResNet(20, 11, 2),
     "pspnet": lambda: PSPNet(18, 11, output_stride=16),
     "deeplabv3": lambda: DeepLabV3(18, 11, output_stride=16),
     "fcn8s": lambda: small_vgg(11),

@@ -68,7 +68,7 @@ class BoxListing(NamedTuple):
     Attributes:
         pictures: pictures, those without objects too.
         classes: K class names.
-        mended: how many boxes `on_bad_box` has "clipped" and "skipped"; what it has not done is not in it.
+        mended: how many boxes `on_bad_box` has "clipped" and "skipped"; a key is absent where its count is 0.
     """
 
     pictures: list[Picture]

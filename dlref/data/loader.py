@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dlref.runtime.errors import UserError
 
-# What a worker inherits it never collects: an onnxruntime session among it would wait for good, for threads that no
-# fork copies.
+# A forked worker must not collect what it inherited: to free an onnxruntime session is to wait for its threads, which
+# fork does not copy.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=gc.freeze)
 

@@ -57,7 +57,7 @@ QUANTISED = {*WEIGHTED, *DYNAMIC}
 # Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing. For
 # an NPU, forecasts with 8-bit weights were off by a tenth of a series' mean a step, and the metric hardly saw it.
 RECURRENT = {"LSTM", "GRU", "RNN"}
-# What answers finite numbers to those of a mask, or only has a bound that is infinite.
+# Operators that turn a mask's infinities into finite numbers; Clip's infinity is only its bound.
 FINITE = {"Softmax", "Exp", "Clip"}
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}

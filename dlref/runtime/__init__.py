@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from dlref.runtime.bundle import CPU, MANIFEST, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 from dlref.runtime.machine import cores
-from dlref.runtime.runner import whole
+from dlref.runtime.runner import whole_number
 
 __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
 
@@ -28,7 +28,7 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     provider of onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
     missing file, or a kind that this version does not know.
     """
-    if threads is not None and (whole(threads) or 0) < 1:
+    if threads is not None and (whole_number(threads) or 0) < 1:
         raise UserError(f"threads {threads!r}; expected a whole number from 1")
     manifest = read_manifest(Path(folder))
     provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")

@@ -107,7 +107,7 @@ class Runner:
             return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
 
 
-def whole(value: object) -> int | None:
+def whole_number(value: object) -> int | None:
     """A whole number of Python's or numpy's; None for anything else, True and False too."""
     try:
         return None if isinstance(value, bool) else operator.index(value)

@@ -1,4 +1,4 @@
-"""What several devices need to train and to evaluate one network."""
+"""What depends on the devices of a run: float32's speed, bfloat16, and several processes for one network."""
 
 import os
 from typing import TypeVar

@@ -175,7 +175,7 @@ class Monitor(Callback):
         """Nothing seen yet."""
         self.seen, self.firing = Seen(), set()
         self.measured: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> a number on the device
-        self.since_look, self.since_validation = Average(), Average()
+        self.since_look, self.since_validation = MeanOfLosses(), MeanOfLosses()
         self.looks = trainer.global_step // self.every
         if task.compile_network and trainer.is_global_zero:
             print("monitor: dead_relu and saturated_activation see nothing inside of a compiled network")
@@ -253,7 +253,7 @@ class Monitor(Callback):
         trainer.should_stop = trainer.should_stop or ends
 
 
-class Average:
+class MeanOfLosses:
     """The mean of losses, added up where they are."""
 
     def __init__(self):

@@ -17,7 +17,7 @@ from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import whole
+from dlref.runtime.runner import whole_number
 from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
@@ -107,7 +107,7 @@ class Runner(Base):
 
     def read(self, source: Any) -> Request:
         """A text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line that holds one."""
-        if not 1 <= (whole(self.beam) or 0) <= self.widest:
+        if not 1 <= (whole_number(self.beam) or 0) <= self.widest:
             raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
         if isinstance(source, Path):
