@@ -42,7 +42,7 @@ class Task(LightningModule):
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
     # weights, and checked against those of any data the model meets later.
     facts: tuple[str, ...] = ()
-    # Those that are an index into a layer, and which one: row i of an embedding means entry i, so weights fit no others.
+    # Those that index a layer, and which one: row i of an embedding means entry i, so a run's weights fit no others.
     indexed: ClassVar[dict[str, str]] = {}
     # Those that say what is done with the data, and mean nothing to the weights: other data may have others.
     free: tuple[str, ...] = ()
