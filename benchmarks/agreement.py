@@ -6,21 +6,14 @@ other task: its metric, of detections all that COCO reports, of PyTorch and of t
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
+from benchmarks.rows import watched
 from dlref.cli import load_run
 from dlref.runtime import load
 from dlref.tasks.task import Task
-
-
-def watched(batches, title: str) -> Iterator:
-    """The batches, showing how far they are."""
-    return track(batches, title, console=Console(stderr=True), transient=True)
 
 
 def labels(task: Task, batches, bundle: Path) -> list[str]:

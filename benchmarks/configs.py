@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.rows import NotHere, Row, Rows, data_file, run
+from benchmarks.rows import NotHere, Row, Rows, data_file, run, watched
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
@@ -90,7 +88,7 @@ def results(config: str) -> Rows:
     if config not in ON_A_CPU and not torch.cuda.is_available():
         raise NotHere("it wants a GPU")
     roots(config)
-    found = [fit(config, seed) for seed in track(SEEDS, config, console=Console(stderr=True), transient=True)]
+    found = [fit(config, seed) for seed in watched(SEEDS, config)]
     seconds, scores = map(list, zip(*found, strict=True))
     return {f"{metric(config)} on the test split": Row(scores), "the command": Row(seconds, unit="s")}
 

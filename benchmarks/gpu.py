@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
@@ -28,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import read, roots
 from benchmarks.overhead import made, options, under_trainer
-from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs, run
+from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs, run, watched
 from dlref.data.loader import SplitData
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.tasks import EMA
@@ -240,7 +238,7 @@ def beside_a_cpu(config: str, sizes: tuple[int, ...], unit: str = "", steps: int
         for size in sizes
     }
     _, data = made(config)  # read once
-    for _ in track(range(TURNS), config, console=Console(stderr=True), transient=True):
+    for _ in watched(range(TURNS), config):
         for data.batch_size, row in zip(sizes, rows.values(), strict=True):
             for accelerator, found in (("cpu", row.peer), ("gpu", row.own)):
                 task, _ = made(config)

@@ -18,11 +18,9 @@ import numpy as np
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
-from rich.console import Console
-from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.rows import Row, Rows, in_turns, needs, rest, run
+from benchmarks.rows import Row, Rows, in_turns, needs, rest, run, watched
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
@@ -199,7 +197,7 @@ def late_tokens() -> Rows:
             opened = {name: served(ours, Path(folder), name) for name in ("float32", "int8")}
             for place in PLACES:
                 found: dict[str, list[float]] = {name: [] for name in opened}
-                for _ in track(range(GENERATED), title, console=Console(stderr=True), transient=True):
+                for _ in watched(range(GENERATED), title):
                     for name, runner in opened.items():
                         found[name].append(cost(runner, place))
                 row = Row(found["int8"], found["float32"], "s", "float32 graph")

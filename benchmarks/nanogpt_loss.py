@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.rows import watched
 from dlref.cli import load_run
 from dlref.data.language import LanguageData
 from dlref.runtime import UserError
@@ -46,8 +45,7 @@ def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generato
     if places < 1:
         raise UserError(f"val: {len(windows.tokens)} tokens; expected more than a window, {data.context_length}")
     starts = torch.randint(places, (CALLS, eval_iters, data.batch_size), generator=generator)
-    watched = track(starts, "estimating", console=Console(stderr=True), transient=True)
-    return [loss(task, (windows[batch] for batch in call)) for call in watched]
+    return [loss(task, (windows[batch] for batch in call)) for call in watched(starts, "estimating")]
 
 
 def main() -> int:

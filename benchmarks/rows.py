@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,11 @@ def run(benchmarks: dict[str, Callable[[], Rows]]) -> NoReturn:
     sys.exit(main(sys.argv[1:], list(benchmarks)))
 
 
+def watched(items: Iterable, title: str) -> Iterator:
+    """The items, with a bar that shows how far they are."""
+    return track(items, title, console=Console(stderr=True), transient=True)
+
+
 def in_turns(
     title: str, calls: dict[str, Callable], device: str = DEVICE, turns: int = TURNS
 ) -> dict[str, list[float]]:
@@ -121,7 +126,7 @@ def figures_in_turns(title: str, calls: dict[str, Callable[[], float]], turns: i
     What else a machine does meets all of them alike.
     """
     figures: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in track(range(turns + 1), title, console=Console(stderr=True), transient=True):
+    for turn in watched(range(turns + 1), title):
         for name, call in calls.items():
             figure = call()
             if turn:

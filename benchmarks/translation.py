@@ -25,11 +25,9 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from rich.console import Console
-from rich.progress import track
 
 from benchmarks.forecasting import runners
-from benchmarks.rows import NotHere, Row, Rows, in_turns, rest, run
+from benchmarks.rows import NotHere, Row, Rows, in_turns, rest, run, watched
 from dlref.data import ParallelText
 from dlref.data.pairs import Batch, Corpus, TokenBatches
 from dlref.models import Seq2Seq
@@ -55,7 +53,7 @@ def joeynmt_python() -> str:
 def in_turn(title: str, calls: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
     """What each call answers, one after the other, TURNS times."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in track(range(TURNS), title, console=Console(stderr=True), transient=True):
+    for _ in watched(range(TURNS), title):
         for name, call in calls.items():
             rates[name].append(call())
     return rates
