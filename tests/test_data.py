@@ -628,6 +628,14 @@ def test_classes_without_an_image_and_names_that_are_alike_are_told(folders):
         setup(ImageList(**lists, class_names=["ant", "cat", "ant"], **SMALL))
 
 
+def test_a_class_without_a_name_takes_none_that_another_has(folders):
+    entry = {"source-ref": "train/cat/0.png", "grade": 2, "grade-metadata": {"class-name": "1"}}
+    (folders / "all.manifest").write_text(json.dumps(entry) + "\n")
+    with pytest.warns(UserWarning, match="no image of 0, class 1|are among those of train"):
+        module = setup(ImageManifest(folders / "all.manifest", folders / "all.manifest", **SMALL))
+    assert module.labels == ["0", "class 1", "1"]
+
+
 # From a config
 
 

@@ -1041,9 +1041,12 @@ def test_each_series_has_its_own_categories():
 
 
 def test_each_quantile_has_its_own_name(runner):
-    asked = {"instances": [instance()], "configuration": {"quantiles": ["0.9", "0.1", np.arange(0.1, 1, 0.1)[2]]}}
+    asked = {
+        "instances": [instance()],
+        "configuration": {"quantiles": ["0.9", "0.1", np.arange(0.1, 1, 0.1)[2], 0.1**2]},
+    }
     found = runner(asked)["predictions"][0]["quantiles"]
-    assert list(found) == ["0.9", "0.1", "0.30000000000000004"]
+    assert list(found) == ["0.9", "0.1", "0.30000000000000004", "0.010000000000000002"]
     assert all(high > low for high, low in zip(found["0.9"], found["0.1"], strict=True))
 
 
@@ -1101,5 +1104,8 @@ def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
     sizes = {"frequency": "H", "prediction_length": 4, "context_length": 6, "batches": 2}
     counts = SageMakerSeries(str(tmp_path / "train.json"), str(tmp_path / "test.json"), **sizes)
     task = Forecaster(NegativeBinomial(), network=DeepAR(len(H.lags), 5, parameters=2, num_cells=4), optimizer=sgd)
+    (tmp_path / "future.json").write_text(json.dumps({"start": START, "target": [1.5] * 20}) + "\n")
+    known = SageMakerSeries(str(tmp_path / "train.json"), predict=str(tmp_path / "future.json"), **sizes)
+    fit(tmp_path, task, known)  # which neither learns from what is to be forecast nor judges by it
     with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial gives no likelihood"):
         fit(tmp_path, task, counts)

@@ -203,6 +203,7 @@ def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     Image.fromarray(grey(0)).save(tmp_path / "elsewhere/c.png")
     (folder / "linked").symlink_to("../elsewhere")
+    (folder / "again").symlink_to("more")
     (folder / "more/round").symlink_to("..")
     (folder / "lost.png").symlink_to("nowhere.png")
     assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # for the notes and the lost
@@ -331,7 +332,7 @@ def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp
     def hiding(function):
         return lambda path: not str(path).endswith("a.png") and function(path)
 
-    for name in ("isfile", "lexists", "isdir"):  # as of a folder that may not be entered
+    for name in ("isfile", "exists", "isdir"):  # as of a folder that may not be entered
         monkeypatch.setattr(os.path, name, hiding(getattr(os.path, name)))
     (tmp_path / "in/a.png").write_bytes(b"")
     assert main([str(bundle), str(tmp_path / "in")]) == 2

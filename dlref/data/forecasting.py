@@ -341,8 +341,10 @@ def names_of(paths: list[str]) -> list[str]:
     if len(set(files)) < len(files):
         raise UserError(f"--data.init_args.paths: {paths}; expected each file once")
     names = [os.path.basename(file) for file in files]
+    if len(set(names)) == len(names):
+        return names
     shared = os.path.commonpath(map(os.path.dirname, files))
-    return names if len(set(names)) == len(names) else [os.path.relpath(file, shared) for file in files]
+    return [os.path.relpath(file, shared) for file in files]
 
 
 class RowSeries(TableSeries):

@@ -206,9 +206,10 @@ def _to_listing(
     """Check the labels against the classes, or name the classes that the labels need."""
     if not records:
         raise UserError(f"{source}: no lines; expected an image on each")
-    classes = classes or [names.get(i, str(i)) for i in range(_count_classes(source, records))]
-    if len(set(classes)) < len(classes):
-        raise UserError(f"{source}: classes {shorten(classes)}; expected names that differ")
+    given = classes or list(names.values())
+    if len(set(given)) < len(given):
+        raise UserError(f"{source}: classes {shorten(given)}; expected names that differ")
+    classes = classes or [names.get(i) or _number(i, given) for i in range(_count_classes(source, records))]
     kind, first = type(records[0].label), {}
     for line, path, label in records:
         where = f"{source}:{line}"
@@ -227,6 +228,11 @@ def _to_listing(
     targets = _multi_hot(labels, len(classes)) if kind is set else torch.tensor(labels)
     paths = [os.path.join(root, record.path) for record in records]
     return Listing(paths, targets.float() if targets.ndim == 2 else targets, classes)
+
+
+def _number(class_id: int, given: list[str]) -> str:
+    """The name of a class that has none, and that no other has."""
+    return f"class {class_id}" if str(class_id) in given else str(class_id)
 
 
 def _count_classes(source: str | Path, records: list[Record]) -> int:

@@ -234,7 +234,8 @@ def files(given: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if name[0] != "."]
+        linked = [(os.path.islink(os.path.join(folder, name)), name) for name in folders if name[0] != "."]
+        folders[:] = [name for _, name in sorted(linked)]  # a folder before the links to it
         paths = [Path(folder, name) for name in names if name[0] != "."]
         # A link to nothing, or what may be listed and not looked at, is an input too: reading says what is wrong.
         found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
@@ -27,7 +27,8 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
     try:
         with _opened(source) as image:
             of_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies what it need not turn, too
+                image = ImageOps.exif_transpose(image)
             if of_16_bits:  # the high byte
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":

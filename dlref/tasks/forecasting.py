@@ -89,7 +89,7 @@ class Forecaster(Task):
         if stage != "predict":
             stores: dict[nn.Module, str] = {}  # validation and testing may be of training's series, or of their own
             for name, split in self.trainer.datamodule.splits.items():
-                if stores.setdefault(split.store, name) == name:
+                if name != "predict" and stores.setdefault(split.store, name) == name:
                     self.check_outcomes(name, split.store.outcomes(self.difference))
         self.scores = nn.ModuleDict({name: SampleScores(self.horizon) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
