@@ -333,6 +333,7 @@ def test_boxes_up_to_the_border_stay_at_every_size():
 
 
 def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():
+    assert DigitScenes(zoom_out=3).train_transform().transforms[1].side_range == (1.0, 3)
     zoom = DigitScenes(zoom_out=4).train_transform().transforms[1]
     zoom.p = 1.0
     image = tv_tensors.Image(torch.zeros(3, 8, 8, dtype=torch.uint8))
@@ -637,6 +638,11 @@ def test_an_answer_can_be_read_off_and_drawn(tmp_path):
     changed = (drawn != painted(256)).any(axis=2)
     assert changed[128:, 128].all()  # the left edge of the second box
     assert not changed[20:100, 140:250].any()  # where there is no object
+    (red, blue) = (drawn[half, x].tolist() for half, x in ((64, 0), (192, 128)))
+    assert red != blue
+    doubtful = [{"label": "red", "score": score, "box": [140, 20, 250, 100]} for score in (0.29, 0.31)]
+    for found, shown in zip(doubtful, (False, True), strict=True):
+        assert (np.asarray(runner.draw(painted(256), {"objects": [found]})) != painted(256)).any() == shown
 
 
 def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():

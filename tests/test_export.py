@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
 from dlref.export.attempts import Attempt, Attempts
-from dlref.export.convert import Plan, after_the_network, beyond_half, convert, of_masks
+from dlref.export.convert import SAMPLES, Plan, after_the_network, beyond_half, convert, of_masks
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.manifest import write_manifest
 from dlref.export.targets import TARGETS
@@ -378,6 +378,31 @@ def test_the_manifest_says_how_often_an_answer_calls_a_graph(tmp_path):
     write_onnx(served.graphs["classify"], tmp_path / "classify.onnx", CPU)
     write_manifest(tmp_path, served, CPU, "float32", tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["graphs"]["classify"]["calls"] == 3
+
+
+def test_the_least_worse_ranges_keep_their_worst_nodes_in_float_until_it_is_slower(monkeypatch):
+    """Three ways to find ranges, then a twentieth of the nodes in float, then more, which is slower: no more."""
+    monkeypatch.setattr(
+        "dlref.export.attempts.worst_nodes", lambda source, converted, feeds: [str(i) for i in range(20)]
+    )
+    losses = iter([3.0, 1.0, 2.0, 0.9, 0.8])
+    attempts = SimpleNamespace(
+        target=TARGETS["x86-64"],
+        made=[],
+        deployable=SimpleNamespace(graphs={"classify": None}),
+        calibrated=lambda name: True,
+        source=lambda name: None,
+        converted=lambda name, plan: None,
+        feeds={"classify": []},
+    )
+    plans = []
+    for plan in Attempts.quantised(attempts):
+        plans.append(plan)
+        attempts.made.append(
+            Attempt(plan, Path(), "refused", slower=len(plan.kept.get("classify", ())) > 1, degradation=next(losses))
+        )
+    assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2]
+    assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, 1, 3]
 
 
 def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import statistics
 import sys
 import time
 from collections import Counter
@@ -72,6 +73,9 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
     assert sum(findings.parts.values()) * COUNTED == pytest.approx(sum(findings.steps))
     assert min(findings.parts.values()) > 0
     assert findings.epoch == 67
+    assert findings.checkpoints == pytest.approx(
+        2 + 67 * statistics.fmean(findings.free) / 600
+    )  # best.ckpt and last.ckpt
     assert findings.busy is None
     assert "log" not in vars(made.trainer.lightning_module)  # it is Lightning's again
 

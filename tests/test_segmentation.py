@@ -234,6 +234,11 @@ def test_scenes_need_no_file_and_every_split_has_its_own():
     assert not torch.equal(data.splits["train"][0][0], data.splits["val"][0][0])
 
 
+def test_scales_are_factors_of_the_shorter_side(tmp_path):
+    resize, *_ = masked(tmp_path, base_size=40, scales=(0.5, 2.0)).train_transform().transforms
+    assert (resize.min_size, resize.max_size) == (20, 81)  # the latter is not drawn
+
+
 @pytest.mark.parametrize("module", [DigitSceneMasks, DigitScenes])
 def test_the_digits_of_a_split_are_in_no_other(module, monkeypatch):
     pools = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 from PIL import Image
 from sacrebleu import corpus_bleu, corpus_chrf
 from test_detection import fit
@@ -24,6 +25,7 @@ from dlref.export.targets import TARGETS
 from dlref.export.verify import Reference, parity
 from dlref.models import Seq2Seq
 from dlref.runtime import UserError, make_runner
+from dlref.runtime.attention import draw_attention
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.decoding import beam_search
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
@@ -602,3 +604,11 @@ def test_dates_from_the_module_to_the_task(tmp_path):
     found = [answer["target"] for answer in runner(texts)]
     assert [task.translated[i].text for i in range(16)] == found
     assert results["test/exact_match"] == pytest.approx(exact_match(found, targets))
+
+
+def test_attention_is_drawn_with_a_row_for_each_token_that_is_written():
+    axes = Figure().subplots()
+    draw_attention(axes, np.eye(2, 3), ["a", "b", "c"], ["x", "y"])
+    assert axes.images[0].get_array().tolist() == np.eye(2, 3).tolist()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
