@@ -572,6 +572,10 @@ def test_weights_of_another_network_are_not_restored(tmp_path):
     fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     with pytest.raises(UserError, match="expected weights of this network"):
         classifier(Linear()).restore(tmp_path / "a.ckpt")
+    other = classifier()
+    other.known["labels"] = ["c", "b", "a"]
+    with pytest.raises(UserError, match="same order"):
+        other.restore(tmp_path / "a.ckpt")
 
 
 def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
