@@ -215,6 +215,13 @@ def test_weights_of_something_else_are_refused_in_one_line(tmp_path, network):
         load_weights(network(), tmp_path / "other.pth")
 
 
+def test_a_vgg_with_other_linear_layers_is_refused_in_one_line(tmp_path):
+    linear = {f"classifier.{i}.weight": torch.zeros(512, 512) for i in (0, 3)}
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3), **linear}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=r"small\.pth: \d+ tensors do not fit SSDVGG16"):
+        load_weights(SSDVGG16(3), tmp_path / "small.pth")
+
+
 def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
     trained, network = SSDResNet(18, 10, 96), SSDResNet(18, 3, 96)
     torch.save(trained.state_dict(), tmp_path / "ssd.pth")

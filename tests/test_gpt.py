@@ -72,6 +72,9 @@ def test_published_weights_fit_a_padded_vocabulary_and_a_shorter_context(tmp_pat
     tokens = torch.randint(13, (2, 8))
     with torch.no_grad():
         torch.testing.assert_close(answers(ours, tokens)[..., :13], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.save(state | {"lm_head.weight": torch.randn(13, 16)}, tmp_path / "untied.pt")
+    with pytest.raises(UserError, match=r"untied\.pt: \d+ tensors do not fit GPT "):
+        load_weights(network(vocabulary=13, context_length=8, n_layer=2), tmp_path / "untied.pt")
 
 
 def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):

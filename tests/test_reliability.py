@@ -380,6 +380,22 @@ def test_debug_learns_three_batches_by_heart_and_writes_nothing(tmp_path, capsys
 # Several fits, several processes
 
 
+def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
+    assert fit(run="mine") == 0
+    before = (tmp_path / "mine/config.yaml").read_text()
+    for key, value, complaint in (
+        ("freeze", "c1", "numbers of parameters [8], the checkpoint has [10]"),
+        ("decay_vectors", "false", "numbers of parameters [5, 5], the checkpoint has [10]"),
+        ("optimizer__init_args__lr", 0.5, "lr [0.5], the checkpoint has [0.003]"),
+        ("optimizer__init_args__weight_decay", 0.5, "weight_decay [0.5], the checkpoint has [0.01]"),
+        ("optimizer", "torch.optim.SGD", "SGD, the checkpoint is of another"),
+    ):
+        given = {f"model__init_args__{key}": value}
+        assert fit(run="mine", ckpt_path="last", trainer__max_epochs=2, **given) == 2
+        assert f"optimizer: {complaint}; expected the optimizer and freeze of" in capsys.readouterr().err
+        assert (tmp_path / "mine/config.yaml").read_text() == before
+
+
 def test_two_fits_do_not_share_a_folder(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     with FileLock(tmp_path / "mine" / ".lock"):

@@ -324,3 +324,8 @@ def test_other_classes_replace_the_last_layers_of_published_weights(fcn_resnet50
     assert "new head for other classes: aux_classifier.4.bias" in caplog.text
     with pytest.raises(UserError, match="tensors do not fit DeepLabV3"):
         load_weights(DeepLabV3(50, 3), tmp_path / "fcn.pth")
+
+
+def test_pyramid_pooling_is_computed_in_the_network_s_precision():
+    images = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
+    assert PSPNet(18, 3).eval().bfloat16()(images)[0].dtype == torch.bfloat16

@@ -711,6 +711,45 @@ def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
     assert difference.abs().mean() < 0.01  # of the range 0 to 1: less than three grey levels
 
 
+def test_what_is_frozen_leaves_its_children_in_training():
+    class Scaled(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.Dropout())
+            self.scale = nn.Parameter(torch.ones(2))
+
+    network = nn.Sequential(Scaled(), nn.Linear(2, 2))
+    freeze(network, "0.scale")
+    assert [module.training for module in network.modules()] == [True, False, True, True, True]
+
+
+def test_weights_that_differ_are_not_put_into_one_tensor(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.output = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+            self.output.weight = self.embed.weight
+
+    weight = torch.ones(3, 2)
+    torch.save({"embed.weight": weight, "output.weight": weight.clone()}, tmp_path / "tied.pth")
+    torch.save({"embed.weight": weight, "output.weight": 2 * weight}, tmp_path / "apart.pth")
+    network = Tied()
+    load_weights(network, tmp_path / "tied.pth")
+    assert network.embed.weight.eq(1).all()
+    with pytest.raises(
+        UserError, match=r"apart\.pth: output\.weight and embed\.weight differ, and are one tensor here"
+    ):
+        load_weights(network, tmp_path / "apart.pth")
+    freeze(network, "output")
+    assert not network.embed.weight.requires_grad
+
+
+def test_a_batch_whose_maps_are_a_pixel_each_is_one_line():
+    task = classifier(nn.Sequential(nn.Conv2d(1, 3, 32), nn.BatchNorm2d(3), nn.Flatten()))
+    task.mix = None
+    with pytest.raises(UserError, match=r"a batch of 1: Expected more than 1 value .*; expected a larger batch_size"):
+        task.training_step((torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.tensor([0])), 0)
+
+
 def test_gradients_of_a_fused_optimiser_are_clipped():
     task = classifier()
     for parameter in task.network.parameters():

@@ -143,7 +143,9 @@ class GPT(nn.Module):
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Hugging Face's weights under these names; a smaller vocabulary is filled up, a longer context cut."""
         state = {key.removeprefix("transformer."): value for key, value in state.items()}
-        state.pop("lm_head.weight", None)
+        head, tied = state.get("lm_head.weight"), state.get("wte.weight")
+        if head is not None and tied is not None and torch.equal(head, tied):
+            del state["lm_head.weight"]
         state = {key: value for key, value in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: self.context_length]

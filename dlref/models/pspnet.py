@@ -44,7 +44,7 @@ class PyramidPooling(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             means = [averages(exact, bins) for bins in BINS]
-        pooled = [level(mean) for level, mean in zip(self.levels, means, strict=True)]
+        pooled = [level(mean.to(x.dtype)) for level, mean in zip(self.levels, means, strict=True)]
         return torch.cat([x, *(F.interpolate(y, size, mode="bilinear", align_corners=False) for y in pooled)], dim=1)
 
 

@@ -143,12 +143,15 @@ class VGGFeatures(nn.Module):
             index, _, kind = rest.partition(".")
             if part == "features" and index.isdecimal():
                 own[f"features.{index}.{kind}" if int(index) < 23 else f"extra.0.{int(index) - 23}.{kind}"] = value
-        # torchvision's weights converted from the authors' hold no numbers in the classifier.
-        if "classifier.0.weight" in state and state["classifier.0.weight"].isfinite().all():
-            fc6, fc7 = (state[f"classifier.{i}.weight"] for i in (0, 3))
-            own["extra.0.7.1.weight"] = fc6.reshape(4096, 512, 7, 7)[::4, :, ::3, ::3].clone()
-            own["extra.0.7.3.weight"] = fc7.reshape(4096, 4096, 1, 1)[::4, ::4].clone()
-            own |= {f"extra.0.7.{to}.bias": state[f"classifier.{i}.bias"][::4].clone() for i, to in ((0, 1), (3, 3))}
+        fc6, fc7 = (state.get(f"classifier.{i}.weight") for i in (0, 3))
+        if fc6 is None or fc7 is None or not fc6.isfinite().all():  # none in the authors' weights, by torchvision
+            return own
+        if (fc6.shape, fc7.shape) != ((4096, 512 * 7 * 7), (4096, 4096)):
+            return {}
+        own["extra.0.7.1.weight"] = fc6.reshape(4096, 512, 7, 7)[::4, :, ::3, ::3].clone()
+        own["extra.0.7.3.weight"] = fc7.reshape(4096, 4096, 1, 1)[::4, ::4].clone()
+        biases = {f"extra.0.7.{to}.bias": state.get(f"classifier.{i}.bias") for i, to in ((0, 1), (3, 3))}
+        own |= {name: bias[::4].clone() for name, bias in biases.items() if bias is not None}
         return own
 
 

@@ -28,7 +28,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
-from dlref.tasks.task import Task, check_class_weights
+from dlref.tasks.task import Task, check_class_weights, enough_to_normalise
 
 MISTAKES = 25  # in the figure of the most confident ones
 
@@ -125,7 +125,8 @@ class ImageClassifier(Task):
         pixels = self.preprocess(images)
         if self.mix is not None:
             pixels, targets = self.mix(pixels, targets)
-        outputs = self.network(pixels)
+        with enough_to_normalise(images):
+            outputs = self.network(pixels)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:

@@ -16,7 +16,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.devices import everyone
 from dlref.tasks.multibox import CANDIDATES, PADDED, Detections, match, multibox_loss
 from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
-from dlref.tasks.task import Task
+from dlref.tasks.task import Task, enough_to_normalise
 
 PICTURES = 12  # in the figure of detections
 HALF = 0  # place of the intersection over union of 0.5 among those of COCO
@@ -115,7 +115,9 @@ class ObjectDetector(Task):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Localisation and confidence loss, of equal weight."""
         images, targets = batch
-        losses = self.losses(self(images), targets)
+        with enough_to_normalise(images):
+            heads = self(images)
+        losses = self.losses(heads, targets)
         self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")})
         return self.reported(losses["loss"], losses["positives"])
 

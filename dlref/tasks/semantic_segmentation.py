@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.preprocess import Normalise, check_classes, of_a_black_image
-from dlref.tasks.task import Task, check_class_weights
+from dlref.tasks.task import Task, check_class_weights, enough_to_normalise
 
 VOID = 255  # what the masks have where a pixel counts for nothing
 PICTURES = 12  # in the figure of masks
@@ -86,10 +85,8 @@ class SemanticSegmenter(Task):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of all heads."""
         images, masks = batch
-        try:
+        with enough_to_normalise(images):
             outputs = self(images)
-        except ValueError as error:  # normalising a single value: pooled maps of a single image
-            raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
         return self.reported(self.losses(outputs, masks), counted(masks, self.class_weights))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

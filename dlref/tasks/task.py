@@ -51,6 +51,7 @@ class Task(LightningModule):
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
+    resumed: list[dict] | None = None  # the groups of the optimiser that a run goes on with
 
     def __init__(
         self,
@@ -157,6 +158,8 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Hold a checkpoint's facts against those already known."""
         self.remember(checkpoint["facts"])
+        states = checkpoint.get("optimizer_states") or [{}]
+        self.resumed = states[0].get("param_groups")
 
     def restore(self, path: Path) -> None:
         """Take weights and facts from a checkpoint. Raises UserError where they are not of this task."""
@@ -298,6 +301,7 @@ class Task(LightningModule):
                     "model.init_args.optimizer.init_args.fused to be false"
                 )
             if self.lr_scheduler is None:
+                check_resumed(optimizer, self.resumed)
                 return optimizer
             steps = self.trainer.estimated_stepping_batches
             if not math.isfinite(steps):
@@ -305,7 +309,29 @@ class Task(LightningModule):
             scheduler = self.lr_scheduler(optimizer, int(steps))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
+        check_resumed(optimizer, self.resumed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def check_resumed(optimizer: Optimizer, groups: list[dict] | None) -> None:
+    """UserError where a run would go on with another optimiser than `groups` are of, or with their rate unasked."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = own if groups is None else groups
+    expected = (
+        "expected the optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that only "
+        "begins with its weights"
+    )
+    for before, now in zip(groups, own, strict=False):
+        if before.keys() - now.keys() and now.keys() - before.keys():  # one way alone: by another version of torch
+            raise UserError(f"optimizer: {type(optimizer).__name__}, the checkpoint is of another; {expected}")
+    for what, value in (
+        ("numbers of parameters", lambda group: len(group["params"])),
+        ("lr", lambda group: float(group.get("initial_lr", group["lr"]))),
+        ("weight_decay", lambda group: group.get("weight_decay")),
+    ):
+        asked, known = list(map(value, own)), list(map(value, groups))
+        if asked != known:
+            raise UserError(f"optimizer: {what} {_short(asked)}, the checkpoint has {_short(known)}; {expected}")
 
 
 def scales_itself(optimizer: Optimizer) -> bool:
@@ -321,6 +347,15 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 def number_of(fact: dict | Sequence) -> int:
     """How many tokens a tokeniser has, or names a list."""
     return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
+
+
+@contextmanager
+def enough_to_normalise(images: Tensor) -> Iterator[None]:
+    """UserError where batch norm has a single value of each channel: in maps of one pixel of a single image."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
 
 
 def or_one(count: Tensor) -> Tensor:
@@ -362,7 +397,8 @@ def freeze(network: nn.Module, pattern: str) -> None:
         matches = re.compile(pattern).match
     except re.error as error:
         raise UserError(f"freeze {pattern!r}: {error}; expected a regular expression") from None
-    frozen = [p for name, p in network.named_parameters() if matches(name)]
+    named = network.named_parameters(remove_duplicate=False)  # a tied weight has two names
+    frozen = [p for name, p in named if matches(name)]
     if not frozen:
         example = next(name for name, _ in network.named_parameters())
         raise UserError(f"freeze {pattern!r} matches no parameter; expected names such as {example}")
@@ -372,7 +408,7 @@ def freeze(network: nn.Module, pattern: str) -> None:
         own = list(module.parameters(recurse=False))
         # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
         if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
-            module.eval()
+            module.training = False  # its children may train
 
 
 def check_class_weights(weights: Tensor | None, classes: int) -> None:

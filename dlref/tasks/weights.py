@@ -90,6 +90,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """UserError where two tensors of `state` differ and are one in the network: the second would be lost."""
+    first: dict[int, str] = {}
+    for key in (key for key, value in own.items() if key in state and value.numel()):
+        other = first.setdefault(own[key].data_ptr(), key)
+        if not torch.equal(state[key], state[other]):
+            raise UserError(f"{path}: {key} and {other} differ, and are one tensor here; expected weights tied so")
+
+
 def load_weights(network: nn.Module, path: Path) -> list[str]:
     """Load `path` into `network`; the names of the tensors that were left as initialised.
 
@@ -104,6 +113,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
         of_base = {}
     state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
+    check_tied(path, state, own)
     of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
     replaced = [key for key in differing if key.startswith(of_classes)]
     # Counters that older files lack, ResNets as published among them.
