@@ -94,7 +94,9 @@ def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> 
     precision = " or ".join(sorted({manifest["precision"] for manifest in manifests}))
     rows = {}
     for peer, beside in PEERS.items():
-        for key, (what, unit, factor) in FIGURES.items():
+        # Not every contender runs everywhere, nor is memory known: a compiled one wants a compiler, and Linux tells it.
+        known = [key for key in FIGURES if all(turn.get(peer, {}).get(key) is not None for turn in contenders)]
+        for key, (what, unit, factor) in ((key, FIGURES[key]) for key in known):
             own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
             goal = goals.get(key, "") if peer == "pytorch-eager" else ""
             rows[f"{what}, beside {beside}"] = Row(own, theirs, unit, f"{beside} (bundle: {precision})", goal)

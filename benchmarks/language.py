@@ -5,7 +5,7 @@ random tokens, in float32 and by bfloat16 autocast. Generation: one prompt, toke
 time: `transformers`' own generate with its cache, and dlref's runner over PyTorch, over the graph as a bundle opens it,
 and over its int8 form. Then what a token costs where little and where much has been read, and how it is that a past is
 not copied: the attention of one token, by ONNX's Attention with a past that it puts together (opset 23), with one
-written in place (opset 24), and by the two products of dlref's graph. They all take turns.
+written in place (opset 24), and as dlref's graph has it, whose runner writes into the past. They all take turns.
 """
 
 import tempfile
@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row, Rows, in_turns, needs, rest, run, watched
@@ -25,10 +27,13 @@ from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import GPT
+from dlref.models.gpt import attend
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.generation import Settings, Writing
+from dlref.runtime.runners.language import GROWTH
 from dlref.tasks import LanguageModel
 from dlref.tasks.cross_entropy import linear_cross_entropy
+from dlref.tasks.deployable import Graph
 
 TRAINED = {
     "vocabulary": 4096,
@@ -214,7 +219,7 @@ def cost(runner, place: int) -> float:
 
 
 def attention() -> Rows:
-    """Seconds of one token's attention: 12 heads of 64, room for 1,024 tokens, by three graphs."""
+    """Seconds of one token's attention: 12 heads of 64, by three graphs."""
     rows = {}
     for place in PLACES:
         calls = {name: make(place) for name, make in GRAPHS.items()}
@@ -225,19 +230,33 @@ def attention() -> Rows:
     return rows
 
 
-HEADS, WIDTH, ROOM, CALLS = 12, 64, 1024, 50
+HEADS, WIDTH, CALLS = 12, 64, 50
 NEW = {name: [1, HEADS, 1, WIDTH] for name in ("query", "key", "value")}
 
 
-def repeated(
-    nodes: list, shapes: dict, outputs: list[str], opset: int, feeds: dict, kept: dict, constants=()
-) -> Callable:
-    """CALLS calls of a graph, whose outputs in `kept` are written into the inputs they name."""
+def past_with(place: int) -> dict[str, list[int]]:
+    """The shapes of a past of so many places."""
+    return {name: [1, HEADS, place, WIDTH] for name in ("past_key", "past_value")}
+
+
+def room_for(place: int) -> int:
+    """Places of a past that dlref's runner has where it writes the token after so many."""
+    return -(-(place + 1) // GROWTH) * GROWTH
+
+
+def made_of(nodes: list, shapes: dict, outputs: list[str], opset: int) -> onnx.ModelProto:
+    """A graph of ONNX's own operators."""
     kinds = {name: TensorProto.INT64 if name in ("at", "there") else TensorProto.FLOAT for name in shapes}
     inputs = [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in shapes.items()]
     found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
-    graph = helper.make_graph(nodes, "attention", inputs, found, list(constants))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    graph = helper.make_graph(nodes, "attention", inputs, found)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+
+
+def repeated(
+    model: onnx.ModelProto, shapes: dict, feeds: dict, kept: dict, after: Callable[[dict], None] = lambda values: None
+) -> Callable:
+    """CALLS calls of a graph, each followed by `after`; outputs in `kept` are written into the inputs they name."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -247,7 +266,7 @@ def repeated(
     binding = session.io_binding()
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
-    for name in outputs:
+    for name in (output.name for output in session.get_outputs()):
         if name in kept:
             binding.bind_ortvalue_output(name, held[kept[name]])
         else:
@@ -256,57 +275,58 @@ def repeated(
     def call() -> None:
         for _ in range(CALLS):
             session.run_with_iobinding(binding)
+            after(values)
 
     return call
 
 
 def put_together(place: int) -> Callable:
     """ONNX's Attention that answers the past with the new token behind."""
-    past = {name: [1, HEADS, place, WIDTH] for name in ("past_key", "past_value")}
-    node = helper.make_node(
-        "Attention", ["query", "key", "value", "", "past_key", "past_value"], ["y", "keys", "values"]
-    )
-    return repeated([node], NEW | past, ["y", "keys", "values"], 23, {}, {})
+    shapes, outputs = NEW | past_with(place), ["y", "keys", "values"]
+    node = helper.make_node("Attention", ["query", "key", "value", "", "past_key", "past_value"], outputs)
+    return repeated(made_of([node], shapes, outputs, 23), shapes, {}, {})
 
 
 def in_place(place: int) -> Callable:
     """ONNX's Attention over a past with room, into which TensorScatter writes."""
-    past = {name: [1, HEADS, ROOM, WIDTH] for name in ("past_key", "past_value")}
     nodes = [
         helper.make_node("TensorScatter", [f"past_{name}", name, "at"], [f"{name}s"], axis=2)
         for name in ("key", "value")
     ]
     nodes.append(helper.make_node("Attention", ["query", "keys", "values", "", "", "", "there"], ["y"]))
     feeds = {"at": np.array([place]), "there": np.array([place + 1])}
-    shapes = NEW | past | {"at": [1], "there": [1]}
+    shapes = NEW | past_with(room_for(place)) | {"at": [1], "there": [1]}
     kept = {"keys": "past_key", "values": "past_value"}
-    return repeated(nodes, shapes, ["y", "keys", "values"], 24, feeds, kept)
+    return repeated(made_of(nodes, shapes, ["y", "keys", "values"], 24), shapes, feeds, kept)
+
+
+class Attend(nn.Module):
+    """The attention of dlref's graph."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As `attend`."""
+        return attend(*inputs)
 
 
 def two_products(place: int) -> Callable:
-    """What dlref's graph does: scores over the past and the new token side by side, and two weighted sums."""
-    past = {name: [1, HEADS, place, WIDTH] for name in ("past_key", "past_value")}
-    make = helper.make_node
-    nodes = [
-        make("Transpose", ["past_key"], ["past_turned"], perm=[0, 1, 3, 2]),
-        make("Transpose", ["key"], ["turned"], perm=[0, 1, 3, 2]),
-        make("MatMul", ["query", "past_turned"], ["before"]),
-        make("MatMul", ["query", "turned"], ["now"]),
-        make("Concat", ["before", "now"], ["scores"], axis=3),
-        make("Softmax", ["scores"], ["weights"]),
-        make("Slice", ["weights", "zero", "cut", "axis"], ["of_past"]),
-        make("Slice", ["weights", "cut", "end", "axis"], ["of_new"]),
-        make("MatMul", ["of_past", "past_value"], ["a"]),
-        make("MatMul", ["of_new", "value"], ["b"]),
-        make("Add", ["a", "b"], ["y"]),
-    ]
-    numbers = {"zero": 0, "cut": place, "end": place + 1, "axis": 3}
-    constants = [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in numbers.items()]
-    return repeated(nodes, NEW | past, ["y"], 20, {}, {}, constants)
+    """dlref's graph over a past with room, of any length, into which its runner writes."""
+    shapes = NEW | past_with(room := room_for(place))
+    inputs = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"length": torch.tensor([place])}
+    free = {name: {2: "past"} for name in past_with(room)}
+    graph = Graph(Attend(), inputs, ["y"], free, {"past": (room, 2 * room)})
+
+    def write(values: dict) -> None:
+        for name in ("key", "value"):
+            values[f"past_{name}"][:, :, place] = values[name][:, :, 0]
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(graph, Path(folder, "attention.onnx"), FLOAT32)
+        model = onnx.load(Path(folder, "attention.onnx"))
+    return repeated(model, shapes, {"length": np.array([place])}, {}, write)
 
 
 GRAPHS = {
-    "two products, as dlref's graph (opset 20)": two_products,
+    "dlref's own (opset 20)": two_products,
     "Attention, past and new put together (opset 23)": put_together,
     "TensorScatter in place, Attention (opset 24)": in_place,
 }

@@ -19,6 +19,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
@@ -205,8 +206,8 @@ class TrainCLI(LightningCLI):
                 f"{self.run}: cannot be written to; expected the folder of a run that takes what {command} finds"
             )
         self.step = 0  # of the checkpoint
-        for path in self.run.glob("hpc_ckpt_*.ckpt"):
-            read_checkpoint(path)  # Lightning takes it where SLURM starts a job again
+        if path := next(self.run.glob("hpc_ckpt_*.ckpt"), None):
+            raise UserError(f"{path}: Lightning would take it where another was asked for; expected it elsewhere")
         if command != "fit" or options.ckpt_path is not None:
             self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
             self.step = read_checkpoint(self.checkpoint)["global_step"]
@@ -248,6 +249,11 @@ class TrainCLI(LightningCLI):
         trainer = self.options.trainer
         self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [Progress()]
         kwargs["default_root_dir"] = self.run
+        if SLURMEnvironment.detect():  # at its signal Lightning would write a checkpoint that takes the place of all
+            given = self.config_init[self.subcommand].trainer.plugins or []
+            given = given if isinstance(given, list) else [given]
+            own = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
+            kwargs["plugins"] = given if own else [*given, SLURMEnvironment(auto_requeue=False)]
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
         if self.subcommand != "fit" or self.dry:

@@ -209,7 +209,8 @@ def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
     They lie in it as the inputs lie in the folder that is common to them. Raises UserError.
     """
     common = os.path.commonpath([Path(name).parent.resolve() for name in names])
-    files = [Path(os.path.relpath(Path(name).resolve(), common)).with_suffix(".png") for name in names]
+    places = [Path(name).parent.resolve() / Path(name).name for name in names]  # a link lies where it is
+    files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice:
         raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")

@@ -360,6 +360,10 @@ def test_cifar_download(tmp_path, web, monkeypatch):
     assert len(module.splits["train"]) == 15
     archive.unlink()
     setup(CIFAR10(tmp_path / "root", validation=5, download=True))
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == [
+        "cifar-10-batches-bin",
+        "cifar-10-binary.tar.gz",
+    ]
 
 
 def test_cifar_folders(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 import dlref.cli
 from dlref.cli import train
@@ -396,6 +397,29 @@ def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
         assert (tmp_path / "mine/config.yaml").read_text() == before
 
 
+def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(during, tmp_path, monkeypatch, capsys):
+    names = {
+        "NTASKS": 1,
+        "JOB_NAME": "train",
+        "NODELIST": "localhost",
+        "NNODES": 1,
+        "PROCID": 0,
+        "LOCALID": 0,
+        "JOB_ID": 1,
+    }
+    for name, value in (names | {"NODEID": 0}).items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    seen = []
+    during("on_train_start", lambda self, trainer, *_: seen.append(trainer._accelerator_connector.cluster_environment))
+    assert fit(run="mine") == 0
+    ((environment),) = seen
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+    (tmp_path / "mine/hpc_ckpt_1.ckpt").touch()
+    assert train(["test", "--config", "mine/config.yaml"]) == 2
+    assert "hpc_ckpt_1.ckpt: Lightning would take it where another was asked for" in capsys.readouterr().err
+
+
 def test_two_fits_do_not_share_a_folder(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     with FileLock(tmp_path / "mine" / ".lock"):
@@ -567,6 +591,9 @@ def test_a_run_whose_checkpoints_lie_on_another_disk_goes_on(tmp_path):
     (tmp_path / "mine/checkpoints").symlink_to(tmp_path / "disk")
     assert fit(run="mine", ckpt_path="last", trainer__max_epochs=3) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 18
+    (tmp_path / "disk/epoch=1.ckpt").touch()  # of a config's own ModelCheckpoint
+    SealedCheckpointIO(tmp_path / "mine", None).remove_checkpoint(tmp_path / "mine/checkpoints/epoch=1.ckpt")
+    assert not (tmp_path / "disk/epoch=1.ckpt").exists()
 
 
 def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):

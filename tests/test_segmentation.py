@@ -516,6 +516,15 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     write_pictures(tmp_path / "predictions", names, [picture] * 3)
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert found == ["predictions/one/0.png", "predictions/two/0.png", "predictions/two/1.png"]
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    (blobs / "x.jpg").touch()
+    (tmp_path / "links").mkdir()
+    links = [tmp_path / "links" / name for name in ("a.jpg", "b.jpg")]
+    for link in links:
+        link.symlink_to(blobs / "x.jpg")
+    write_pictures(tmp_path / "predictions", list(map(str, links)), [picture] * 2)  # as they are linked, both to one
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["a.png", "b.png"]
     (tmp_path / "predictions.part").mkdir()
     picture.save(tmp_path / "predictions.part/2.png")  # of a process that was killed
     write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # of data that is in no files
@@ -524,7 +533,7 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/0.png"], [picture] * 2)
     with pytest.raises(ValueError, match="shorter"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/1.png"], [picture])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "links", "predictions"]
 
 
 def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):

@@ -1,5 +1,6 @@
 """Published files, fetched once and checked."""
 
+import os
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -16,7 +17,7 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
     It arrives under another name, so that `path` is never a part of a file nor a broken one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may be at it, too
     failures = []
     for url in urls:
         try:
@@ -28,4 +29,6 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
         else:
             part.replace(path)
             return
+        finally:
+            part.unlink(missing_ok=True)
     raise UserError(f"{path}: not downloaded from {', '.join(failures)}; expected a mirror that has it")

@@ -7,6 +7,7 @@ writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, all of them o
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -52,12 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokenizer", default="bpe", help="byte, character, bpe, a file of tokenizers or a run's folder"
     )
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     try:
         asked = parser.parse_args(arguments)
         make(asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
     return 0
 

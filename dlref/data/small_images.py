@@ -1,5 +1,6 @@
 """Data sets for image classification that are small enough to live, as uint8, on the device that trains."""
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,7 +221,12 @@ class CIFAR10(PublishedImages):
         if self.download and not self._binary_folder() and not self._image_folder():
             archive = self.root / "cifar-10-binary.tar.gz"
             fetch([self.url], archive, self.md5)
-            extract_archive(str(archive), str(self.root))
+            with tempfile.TemporaryDirectory(dir=self.root, prefix=".part-") as part:
+                extract_archive(str(archive), part)
+                for path in (path for path in Path(part).rglob("*") if path.is_file()):  # each is whole where it comes
+                    place = self.root / path.relative_to(part)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(place)
 
     def read(self) -> tuple[list[str], Splits]:
         """Read whichever form is there, the binary one first."""

@@ -205,10 +205,7 @@ class Attention(nn.Module):
             dropped = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropped)
         else:
-            past_key, past_value, length = before
-            weights = softmax_of(query, key, past_key, length)
-            past = past_key.shape[2]
-            attended = weights[..., :past] @ past_value + weights[..., past:] @ value
+            attended = attend(query, key, value, *before)
         return self.resid_dropout(self.c_proj(attended.transpose(1, 2).flatten(2))), key, value
 
 
@@ -239,6 +236,23 @@ class Linear(nn.Module):
         return F.linear(inputs, self.weight.T, self.bias)
 
 
+def attend(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B H T D"],
+    value: Float[Tensor, "B H T D"],
+    past_key: Float[Tensor, "B H P D"],
+    past_value: Float[Tensor, "B H P D"],
+    length: Int[Tensor, "B"],
+) -> Float[Tensor, "B H T D"]:
+    """What new tokens gather from the first `length` places of a past, and from themselves up to their own place.
+
+    A past is read where it lies and never copied, which on a device is most of what a token costs.
+    """
+    weights = softmax_of(query, key, past_key, length)
+    past = past_key.shape[2]
+    return weights[..., :past] @ past_value + weights[..., past:] @ value
+
+
 def softmax_of(
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B H T D"],
@@ -247,8 +261,7 @@ def softmax_of(
 ) -> Float[Tensor, "B H T S"]:
     """softmax(Q K^T / sqrt(D)), equation 1 of Vaswani et al. written out: scores, mask, softmax.
 
-    The weighted sum of the values, over the past and over the new tokens, completes it. Scores are put side by side,
-    not keys: a past is read where it lies and never copied, which on a device is most of what a token costs.
+    The weighted sum of the values completes it. Scores are put side by side, not keys.
     """
     new, scale = query.shape[2], query.shape[3] ** -0.5
     place = torch.arange(new, device=query.device)

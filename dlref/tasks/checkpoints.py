@@ -47,7 +47,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Only inside of the run's folder: a checkpoint may name any file as its best one so far. Raises UserError."""
         place = Path(path).resolve()
-        if self.run not in place.parents:
+        disk = (self.run / "checkpoints").resolve()  # which may be another
+        if self.run not in place.parents and disk not in place.parents:
             raise UserError(f"the checkpoint has {path} removed; expected a file in the run's folder")
         super().remove_checkpoint(place)
 
