@@ -19,7 +19,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
@@ -205,12 +205,14 @@ class TrainCLI(LightningCLI):
             raise UserError(
                 f"{self.run}: cannot be written to; expected the folder of a run that takes what {command} finds"
             )
-        self.step = 0  # of the checkpoint
-        if path := next(self.run.glob("hpc_ckpt_*.ckpt"), None):
+        self.step, self.resumed = 0, None  # of the checkpoint
+        taken = SLURMEnvironment.detect() and (command != "fit" or options.ckpt_path is None)
+        if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
             raise UserError(f"{path}: Lightning would take it where another was asked for; expected it elsewhere")
         if command != "fit" or options.ckpt_path is not None:
             self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
-            self.step = read_checkpoint(self.checkpoint)["global_step"]
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.step, self.resumed = checkpoint["global_step"], checkpoint.get("optimizer")
         if options.debug:
             for name, value in PRESET.items():
                 options.trainer[name] = value
@@ -243,13 +245,17 @@ class TrainCLI(LightningCLI):
         except REFUSALS as error:
             raise UserError(readable(str(error))) from error
         self.datamodule.same = self.options.debug
+        if self.subcommand == "fit" and isinstance(self.resumed, dict):  # of an older one it is not known
+            self.model.resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that, if this command trains, writes into the run's folder."""
         trainer = self.options.trainer
         self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [Progress()]
         kwargs["default_root_dir"] = self.run
-        if SLURMEnvironment.detect():  # at its signal Lightning would write a checkpoint that takes the place of all
+        if (
+            SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        ):  # at its signal Lightning would write a checkpoint that takes the place of all
             given = self.config_init[self.subcommand].trainer.plugins or []
             given = given if isinstance(given, list) else [given]
             own = any(isinstance(plugin, ClusterEnvironment) for plugin in given)

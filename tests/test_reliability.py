@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 import dlref.cli
 from dlref.cli import train
@@ -389,7 +389,7 @@ def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
         ("decay_vectors", "false", "numbers of parameters [5, 5], the checkpoint has [10]"),
         ("optimizer__init_args__lr", 0.5, "lr [0.5], the checkpoint has [0.003]"),
         ("optimizer__init_args__weight_decay", 0.5, "weight_decay [0.5], the checkpoint has [0.01]"),
-        ("optimizer", "torch.optim.SGD", "SGD, the checkpoint is of another"),
+        ("optimizer", "torch.optim.Adam", "class Adam, the checkpoint has AdamW"),
     ):
         given = {f"model__init_args__{key}": value}
         assert fit(run="mine", ckpt_path="last", trainer__max_epochs=2, **given) == 2
@@ -412,9 +412,13 @@ def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(durin
     seen = []
     during("on_train_start", lambda self, trainer, *_: seen.append(trainer._accelerator_connector.cluster_environment))
     assert fit(run="mine") == 0
-    ((environment),) = seen
+    (environment,) = seen
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun, as the job of a queue
+    assert fit(run="more") == 0
+    assert isinstance(seen[1], TorchElasticEnvironment)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     (tmp_path / "mine/hpc_ckpt_1.ckpt").touch()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
     assert "hpc_ckpt_1.ckpt: Lightning would take it where another was asked for" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Published files, fetched once and checked."""
 
-import os
+import tempfile
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -14,21 +14,19 @@ from dlref.runtime.errors import UserError, one_line
 def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
     """Download `path` from the first of its mirrors that delivers a file with that MD5 sum.
 
-    It arrives under another name, so that `path` is never a part of a file nor a broken one.
+    It arrives in a folder of its own, so that `path` is never a part of a file nor a broken one, whoever else is at it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may be at it, too
     failures = []
-    for url in urls:
-        try:
-            download_url(url, path.parent, part.name, md5)
-        except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
-            if isinstance(error, HTTPError):
-                error.close()
-            failures.append(f"{url} ({one_line(error)})")
-        else:
-            part.replace(path)
-            return
-        finally:
-            part.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
+        for url in urls:
+            try:
+                download_url(url, part, path.name, md5)
+            except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
+                if isinstance(error, HTTPError):
+                    error.close()
+                failures.append(f"{url} ({one_line(error)})")
+            else:
+                Path(part, path.name).replace(path)
+                return
     raise UserError(f"{path}: not downloaded from {', '.join(failures)}; expected a mirror that has it")

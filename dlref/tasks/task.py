@@ -51,7 +51,8 @@ class Task(LightningModule):
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
-    resumed: list[dict] | None = None  # the groups of the optimiser that a run goes on with
+    asked: dict[str, object] | None = None  # what optimiser a config asks for, and
+    resumed: dict[str, object] | None = None  # what one the run that is resumed asked for
 
     def __init__(
         self,
@@ -152,14 +153,12 @@ class Task(LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the facts beside the weights."""
-        checkpoint["facts"] = self.known
+        """Keep the facts beside the weights, and what optimiser was asked for."""
+        checkpoint["facts"], checkpoint["optimizer"] = self.known, self.asked
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Hold a checkpoint's facts against those already known."""
         self.remember(checkpoint["facts"])
-        states = checkpoint.get("optimizer_states") or [{}]
-        self.resumed = states[0].get("param_groups")
 
     def restore(self, path: Path) -> None:
         """Take weights and facts from a checkpoint. Raises UserError where they are not of this task."""
@@ -295,13 +294,15 @@ class Task(LightningModule):
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
+            self.asked = described(optimizer)
+            if self.resumed is not None:
+                check_resumed(self.asked, self.resumed)
             if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
                 raise UserError(
                     "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
                     "model.init_args.optimizer.init_args.fused to be false"
                 )
             if self.lr_scheduler is None:
-                check_resumed(optimizer, self.resumed)
                 return optimizer
             steps = self.trainer.estimated_stepping_batches
             if not math.isfinite(steps):
@@ -309,29 +310,29 @@ class Task(LightningModule):
             scheduler = self.lr_scheduler(optimizer, int(steps))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
-        check_resumed(optimizer, self.resumed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def check_resumed(optimizer: Optimizer, groups: list[dict] | None) -> None:
-    """UserError where a run would go on with another optimiser than `groups` are of, or with their rate unasked."""
-    own = optimizer.state_dict()["param_groups"]
-    groups = own if groups is None else groups
-    expected = (
-        "expected the optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that only "
-        "begins with its weights"
-    )
-    for before, now in zip(groups, own, strict=False):
-        if before.keys() - now.keys() and now.keys() - before.keys():  # one way alone: by another version of torch
-            raise UserError(f"optimizer: {type(optimizer).__name__}, the checkpoint is of another; {expected}")
-    for what, value in (
-        ("numbers of parameters", lambda group: len(group["params"])),
-        ("lr", lambda group: float(group.get("initial_lr", group["lr"]))),
-        ("weight_decay", lambda group: group.get("weight_decay")),
-    ):
-        asked, known = list(map(value, own)), list(map(value, groups))
-        if asked != known:
-            raise UserError(f"optimizer: {what} {_short(asked)}, the checkpoint has {_short(known)}; {expected}")
+def described(optimizer: Optimizer) -> dict[str, object]:
+    """What was asked for, before a step changes it; plain values."""
+    groups = optimizer.param_groups
+    return {
+        "class": type(optimizer).__name__,
+        "numbers of parameters": [len(group["params"]) for group in groups],
+        "lr": [float(group["lr"]) for group in groups],
+        "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
+    }
+
+
+def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
+    """UserError where a run would go on with another optimiser than asked for, or with its old rate without a word."""
+    for what, value in asked.items():
+        if value != known.get(what):
+            raise UserError(
+                f"optimizer: {what} {_short(value)}, the checkpoint has {_short(known.get(what))}; expected the "
+                "optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that begins with "
+                "its weights"
+            )
 
 
 def scales_itself(optimizer: Optimizer) -> bool:

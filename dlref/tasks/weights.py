@@ -95,7 +95,7 @@ def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> 
     first: dict[int, str] = {}
     for key in (key for key, value in own.items() if key in state and value.numel()):
         other = first.setdefault(own[key].data_ptr(), key)
-        if not torch.equal(state[key], state[other]):
+        if other != key and not torch.equal(state[key], state[other]):
             raise UserError(f"{path}: {key} and {other} differ, and are one tensor here; expected weights tied so")
 
 
@@ -113,7 +113,6 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
         of_base = {}
     state = of_base or state
     differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
-    check_tied(path, state, own)
     of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
     replaced = [key for key in differing if key.startswith(of_classes)]
     # Counters that older files lack, ResNets as published among them.
@@ -127,7 +126,9 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
             f"{'; ...' * (len(problems) > SHOWN)}); expected the weights of this architecture"
         )
     fresh = sorted(missing.union(replaced))
-    network.load_state_dict(own | {key: value for key, value in state.items() if key not in fresh})
+    taken = {key: value for key, value in state.items() if key not in fresh}
+    check_tied(path, taken, own)
+    network.load_state_dict(own | taken)
     if of_base:
         log.warning("%s: loaded into the base; %d of %d tensors are new", path, len(fresh), len(own))
     else:
