@@ -253,9 +253,8 @@ class TrainCLI(LightningCLI):
         trainer = self.options.trainer
         self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [Progress()]
         kwargs["default_root_dir"] = self.run
-        if (
-            SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-        ):  # at its signal Lightning would write a checkpoint that takes the place of all
+        # At a signal of its queue Lightning would write a checkpoint that takes the place of all.
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             given = self.config_init[self.subcommand].trainer.plugins or []
             given = given if isinstance(given, list) else [given]
             own = any(isinstance(plugin, ClusterEnvironment) for plugin in given)

@@ -51,8 +51,8 @@ class Task(LightningModule):
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
-    asked: dict[str, object] | None = None  # what optimiser a config asks for, and
-    resumed: dict[str, object] | None = None  # what one the run that is resumed asked for
+    asked: dict[str, object] | None = None  # the optimiser of the config, as `described` has it,
+    resumed: dict[str, object] | None = None  # and that of the run that goes on
 
     def __init__(
         self,
