@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokenizer", default="bpe", help="byte, character, bpe, a file of tokenizers or a run's folder"
     )
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     try:
         asked = parser.parse_args(arguments)
         make(asked)
@@ -87,4 +86,5 @@ def make(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     sys.exit(main())
