@@ -36,9 +36,8 @@ from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import StreamedPictures
 from dlref.runtime.errors import UserError
 
-ENOUGH = (
-    4  # sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it
-)
+# Sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it.
+ENOUGH = 4
 MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
 Batch = tuple[Tensor, dict[str, Tensor]]
 

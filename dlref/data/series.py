@@ -24,7 +24,7 @@ from dlref.data.files import is_line, visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, parse_object
-from dlref.runtime.series import MAX_CATEGORIES, Record, parse_record, to_float32
+from dlref.runtime.series import MAX_CATEGORIES, OF_GLUONTS, Record, parse_record, to_float32
 
 MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
 MAX_GAP = 100_000  # steps in a row: a mistyped year must not allocate a missing value for each step before it
@@ -32,7 +32,6 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 FIELDS = ["start", "target", "cat", "dynamic_feat", "feat_static_real"]
-OF_GLUONTS = ["feat_static_cat", "feat_dynamic_real"]  # its names for two of them, which `parse_record` refuses
 ROWS_AT_ONCE = 16  # of Parquet: a row is a whole series
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = benchmark if arguments[:1] == ["bench"] else transform
     if sys.stderr is None:  # closed likewise; what is printed there must not come to be among the answers
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for as long as there is a process
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:  # closed by who started this
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2

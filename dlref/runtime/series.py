@@ -14,6 +14,7 @@ from dlref.runtime.calendar import Frequency, parse_start
 from dlref.runtime.errors import UserError
 
 MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate an embedding for each below it
+OF_GLUONTS = {"feat_static_cat": "cat", "feat_dynamic_real": "dynamic_feat"}  # its names, and SageMaker's
 LARGEST = float(np.finfo(np.float32).max)
 NONE = np.zeros((0, 0), np.float32)
 
@@ -45,8 +46,8 @@ def changes(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
     """Read a series as SageMaker's DeepAR takes it, `feat_static_real` as GluonTS does; see `dlref.data.series`."""
-    for theirs, ours in (("feat_static_cat", "cat"), ("feat_dynamic_real", "dynamic_feat")):
-        if theirs in entry:  # GluonTS's names
+    for theirs, ours in OF_GLUONTS.items():
+        if theirs in entry:
             raise UserError(f"{where}: {theirs}; expected it to be called {ours}, as SageMaker's DeepAR does")
     start = parse_start(entry.get("start"), f"{where}: start", frequency)
     target = entry.get("target")
