@@ -27,7 +27,7 @@ from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import GPT
-from dlref.models.gpt import attend
+from dlref.models.gpt import Past, attend, visible
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.runners.language import GROWTH
@@ -303,9 +303,10 @@ def in_place(place: int) -> Callable:
 class Attend(nn.Module):
     """The attention of dlref's graph."""
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """As `attend`."""
-        return attend(*inputs)
+    def forward(self, query, key, value, past_key, past_value, length) -> torch.Tensor:
+        """One token of one text, that sees a past of so many places."""
+        seen = visible(length[:, None], Past([past_key], [past_value], length))
+        return attend(query, key, value, past_key, past_value, seen)
 
 
 def two_products(place: int) -> Callable:

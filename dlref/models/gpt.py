@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,9 +97,10 @@ class GPT(nn.Module):
         They are what a past grows by: to read on from it is to read everything at once.
         """
         hidden, rotary = self.embed(tokens, past)
+        seen = None if past is None else visible(tokens, past)
         keys, values = [], []
         for i, block in enumerate(self.h):
-            before = None if past is None else (past.keys[i], past.values[i], past.length)
+            before = None if past is None else (past.keys[i], past.values[i], seen)
             hidden, key, value = block(hidden, rotary, before)
             keys.append(key)
             values.append(value)
@@ -136,7 +137,7 @@ class GPT(nn.Module):
         weights = []
         for block in self.h:
             query, key, _ = block.attn.project(block.ln_1(hidden), rotary)
-            weights.append(softmax_of(query, key))
+            weights.append(softmax_of(query, visible(tokens), key))
             hidden, _, _ = block(hidden, rotary)
         return weights
 
@@ -188,8 +189,8 @@ class Attention(nn.Module):
 
     def project(self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
         """Queries, keys and values of each head."""
-        parts = self.c_attn(hidden).chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        heads = self.c_attn(hidden).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
+        query, key, value = heads.chunk(3, dim=1)
         if self.qk_norm:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
         if rotary is not None:
@@ -242,36 +243,38 @@ def attend(
     value: Float[Tensor, "B H T D"],
     past_key: Float[Tensor, "B H P D"],
     past_value: Float[Tensor, "B H P D"],
-    length: Int[Tensor, "B"],
+    seen: Bool[Tensor, "B 1 T S"],
 ) -> Float[Tensor, "B H T D"]:
-    """What new tokens gather from the first `length` places of a past, and from themselves up to their own place.
+    """What new tokens gather from a past and from themselves, of the places that each one has `seen`.
 
     A past is read where it lies and never copied, which on a device is most of what a token costs.
     """
-    weights = softmax_of(query, key, past_key, length)
+    weights = softmax_of(query, seen, past_key, key)
     past = past_key.shape[2]
     return weights[..., :past] @ past_value + weights[..., past:] @ value
 
 
+def visible(tokens: Int[Tensor, "B T"], past: Past | None = None) -> Bool[Tensor, "B 1 T S"]:
+    """The places that each new token may see: those of its text's past, and the new ones up to its own."""
+    batch, new = tokens.shape
+    place = torch.arange(new, device=tokens.device)
+    seen = (place <= place[:, None]).expand(batch, -1, -1)
+    if past is not None:
+        there = torch.arange(past.keys[0].shape[2], device=tokens.device) < past.length[:, None, None]
+        seen = torch.cat([there.expand(-1, new, -1), seen], dim=2)
+    return seen[:, None]
+
+
 def softmax_of(
-    query: Float[Tensor, "B H T D"],
-    key: Float[Tensor, "B H T D"],
-    past_key: Float[Tensor, "B H P D"] | None = None,
-    length: Int[Tensor, "B"] | None = None,
+    query: Float[Tensor, "B H T D"], seen: Bool[Tensor, "B 1 T S"], *keys: Float[Tensor, "B H _ D"]
 ) -> Float[Tensor, "B H T S"]:
     """softmax(Q K^T / sqrt(D)), equation 1 of Vaswani et al. written out: scores, mask, softmax.
 
-    The weighted sum of the values completes it. Scores are put side by side, not keys.
+    The weighted sum of the values completes it. Of several keys the scores are put side by side, not the keys.
     """
-    new, scale = query.shape[2], query.shape[3] ** -0.5
-    place = torch.arange(new, device=query.device)
-    scores = query @ key.transpose(2, 3) * scale
-    scores = scores.masked_fill(place > place[:, None], -math.inf)
-    if past_key is not None:
-        there = torch.arange(past_key.shape[2], device=query.device) < length[:, None]
-        before = query @ past_key.transpose(2, 3) * scale
-        scores = torch.cat([before.masked_fill(~there[:, None, None], -math.inf), scores], dim=3)
-    return scores.softmax(dim=3)
+    scale = query.shape[3] ** -0.5
+    scores = torch.cat([query @ key.transpose(2, 3) * scale for key in keys], dim=3)
+    return torch.where(seen, scores, -math.inf).softmax(dim=3)
 
 
 def sinusoids(places: int, width: int) -> Float[Tensor, "places width"]:

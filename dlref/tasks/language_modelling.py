@@ -292,5 +292,5 @@ class _Decode(nn.Module):
         place = tokens.shape[1] - 1 - back
         asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
         logits = self.network.logits(asked)[..., : self.vocabulary]
-        present = torch.stack([torch.stack(layer) for layer in zip(keys, values, strict=True)])
+        present = torch.stack([x for layer in zip(keys, values, strict=True) for x in layer]).unflatten(0, (-1, 2))
         return logits.float(), present.float()
