@@ -19,7 +19,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from dlref.allowed import ALLOWED, check_parts, no_other_configs
@@ -29,7 +29,7 @@ from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
 from dlref.tasks.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
 from dlref.tasks.debug import PRESET, Overfit
-from dlref.tasks.devices import Alike, fast_steps, imitates_bfloat16
+from dlref.tasks.devices import Alike, fast_steps, warn_of_slow_bfloat16
 from dlref.tasks.finite import Finite
 from dlref.tasks.profile import PRESET as PROFILE
 from dlref.tasks.profile import StepProfile, Unprofiled
@@ -141,6 +141,16 @@ class Start(Callback):
         self.claim.keep()
 
 
+def check_trainer(options) -> None:
+    """Refuse what a run decides for itself, and precisions in which it would not learn. Raises UserError."""
+    for name in ("logger", "default_root_dir"):
+        if options[name] is not None:
+            raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+    if str(options.precision).endswith("16-true"):
+        words = "expected bf16-mixed, by which weights, losses and metrics stay float32"
+        raise UserError(f"trainer.precision: {options.precision}; {words}")
+
+
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict over one YAML file."""
 
@@ -179,9 +189,9 @@ class TrainCLI(LightningCLI):
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        """Parse, and settle the run's folder and its checkpoint.
+        """Parse, and settle the run's folder and the checkpoint it begins with.
 
-        Neither is left in the config that a run saves: it may be moved, and is to be repeated from the start.
+        The saved config holds neither: a run's folder may be moved, and its config starts from scratch.
         """
         try:
             super().parse_arguments(parser, args)
@@ -190,36 +200,38 @@ class TrainCLI(LightningCLI):
         command = self.config.subcommand
         self.options = options = self.config[command]
         check_parts(options)
-        for name in ("logger", "default_root_dir"):
-            if options.trainer[name] is not None:
-                raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
-        if str(options.trainer.precision).endswith("16-true"):
-            words = "expected bf16-mixed, by which weights, losses and metrics stay float32"
-            raise UserError(f"trainer.precision: {options.trainer.precision}; {words}")
-        self.dry = command == "fit" and (options.debug or bool(options.trainer.fast_dev_run))
-        self.profile = command == "fit" and options.profile
+        check_trainer(options.trainer)
+        fitting = command == "fit"
+        self.records = fitting and not (options.debug or options.trainer.fast_dev_run)
+        self.profile = fitting and options.profile
         if self.profile:
             self.prepare_profile()
-        self.run, self.checkpoint, self.overwrite = run_folder(options), None, options.overwrite
+        self.run, self.overwrite = run_folder(options), options.overwrite
         if command in ("test", "predict") and self.run.is_dir() and not os.access(self.run, os.W_OK):
             raise UserError(
                 f"{self.run}: cannot be written to; expected the folder of a run that takes what {command} finds"
             )
-        self.step, self.resumed = 0, None  # of the checkpoint
-        taken = SLURMEnvironment.detect() and (command != "fit" or options.ckpt_path is None)
-        if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
-            raise UserError(f"{path}: Lightning would take it where another was asked for; expected it elsewhere")
-        if command != "fit" or options.ckpt_path is not None:
-            self.checkpoint = checkpoint_of(self.run, options.ckpt_path)
+        self.checkpoint = self.checkpoint_asked_for(command)
+        self.step, self.resumed = 0, None
+        if fitting and self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
             self.step, self.resumed = checkpoint["global_step"], checkpoint.get("optimizer")
         if options.debug:
             for name, value in PRESET.items():
                 options.trainer[name] = value
-        if command != "fit" or self.dry:
+        if not self.records:
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
+
+    def checkpoint_asked_for(self, command: str) -> Path | None:
+        """The checkpoint to resume from or to evaluate; None for a fit from scratch. Raises UserError."""
+        asked = self.options.ckpt_path
+        scratch = command == "fit" and asked is None
+        taken = SLURMEnvironment.detect() and (scratch or command != "fit")
+        if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
+            raise UserError(f"{path}: Lightning would take it where another was asked for; expected it elsewhere")
+        return None if scratch else checkpoint_of(self.run, asked)
 
     def prepare_profile(self) -> None:
         """A short run into a folder of its own. Raises UserError."""
@@ -245,29 +257,34 @@ class TrainCLI(LightningCLI):
         except REFUSALS as error:
             raise UserError(readable(str(error))) from error
         self.datamodule.same = self.options.debug
-        if self.subcommand == "fit" and isinstance(self.resumed, dict):  # of an older one it is not known
+        if self.subcommand != "fit":
+            self.model.restore(self.checkpoint)
+        elif isinstance(self.resumed, dict):  # of an older one it is not known
             self.model.resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """A trainer that, if this command trains, writes into the run's folder."""
-        trainer = self.options.trainer
-        self.trainer_defaults["callbacks"] = [] if trainer.enable_progress_bar is False else [Progress()]
-        kwargs["default_root_dir"] = self.run
+        """A trainer that writes into the run's folder, or nothing at all."""
+        shown = self.options.trainer.enable_progress_bar is not False
+        self.trainer_defaults["callbacks"] = [Progress()] if shown else []
+        kwargs |= {"default_root_dir": self.run, "plugins": []}
         # At a signal of its queue Lightning would write a checkpoint that takes the place of all.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            given = self.config_init[self.subcommand].trainer.plugins or []
-            given = given if isinstance(given, list) else [given]
-            own = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
-            kwargs["plugins"] = given if own else [*given, SLURMEnvironment(auto_requeue=False)]
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        trainer = self.recording_trainer(**kwargs) if self.records else self.plain_trainer(**kwargs)
+        fast_steps(trainer.strategy.root_device)
+        return trainer
+
+    def plain_trainer(self, **kwargs) -> Trainer:
+        """One that writes nothing."""
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
-        if self.subcommand != "fit" or self.dry:
-            given = self.config_init[self.subcommand].trainer.callbacks or []
-            given = given if isinstance(given, list) else [given]
-            kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # which write
-            built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
-            fast_steps(built.strategy.root_device)  # as in the test that ends a fit
-            return built
+        given = self.config_init[self.subcommand].trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # which write
+        return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+
+    def recording_trainer(self, **kwargs) -> Trainer:
+        """One that writes into the run's folder, which from here on is this process's."""
         places = (self.run.resolve(), (self.run / "checkpoints").resolve())  # which may lie on another disk
         own = self.checkpoint is not None and self.checkpoint.resolve().parent in places
         self.claim = Claim(self.run, resume=own, overwrite=self.overwrite)
@@ -278,8 +295,9 @@ class TrainCLI(LightningCLI):
             raise
 
     def claimed_trainer(self, **kwargs) -> Trainer:
-        """A trainer for the run's folder, which this process has for its own."""
+        """The same, once the folder is claimed."""
         best = self.options.best
+        kwargs["plugins"] += [SealedCheckpointIO(self.run, self.checkpoint)]
         self.trainer_defaults["callbacks"] += [
             Finite(),
             Alike(),
@@ -299,15 +317,7 @@ class TrainCLI(LightningCLI):
         for callback in built.callbacks:
             if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
                 callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
-        fast_steps(built.strategy.root_device)
-        if (
-            built.is_global_zero
-            and built.precision.startswith("bf16")
-            and imitates_bfloat16(built.strategy.root_device)
-        ):
-            words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
-            print(f"trainer.precision {built.precision}: {words}", file=sys.stderr)
-        built.strategy.checkpoint_io = SealedCheckpointIO(self.run, self.checkpoint)
+        warn_of_slow_bfloat16(built)
         if self.profile:
             built.profiler.trainer = built
         return built
@@ -317,7 +327,7 @@ class TrainCLI(LightningCLI):
         if self.checkpoint:
             arguments["ckpt_path"] = self.checkpoint
             model.weights = None  # the checkpoint holds what became of them
-        if self.dry:
+        if not self.records:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
         with self.claim:
@@ -330,13 +340,10 @@ class TrainCLI(LightningCLI):
 
     def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Print the validation metrics."""
-        model.restore(self.checkpoint)
         self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
-        if self.subcommand == "test":
-            model.restore(self.checkpoint)
         (results,) = self.trainer.test(model, datamodule=datamodule)
         if not self.trainer.is_global_zero:
             return
@@ -357,7 +364,6 @@ class TrainCLI(LightningCLI):
         """Write one JSON line for each input to predictions.jsonl, and answers that are pictures beside it."""
         if self.trainer.world_size > 1:
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
-        model.restore(self.checkpoint)
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
         if len(answers) < len(names):

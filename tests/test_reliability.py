@@ -16,14 +16,13 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 import dlref.cli
 from dlref.cli import train
 from dlref.run import checkpoint_of, metrics_file
 from dlref.runtime import UserError
-from dlref.tasks.checkpoints import BestCheckpoint, Last, SealedCheckpointIO
+from dlref.tasks.checkpoints import Last, SealedCheckpointIO
 from dlref.tasks.finite import Finite
 from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
 from dlref.tasks.weights import read
@@ -180,13 +179,6 @@ def test_a_callback_s_checkpoints_are_removed_by_whatever_path_the_run_has(tmp_p
         (tmp_path / f"run/checkpoints/{epoch}.ckpt").touch()
     SealedCheckpointIO(Path("../run"), None).remove_checkpoint("../run/checkpoints/0.ckpt")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["1.ckpt"]
-
-
-def test_the_best_one_of_an_older_checkpoint_is_known(tmp_path):
-    options = {"mode": "max", "save_on_train_epoch_end": False, "enable_version_counter": False}
-    theirs = ModelCheckpoint(tmp_path, "best", "val/accuracy", **options)
-    own = BestCheckpoint(tmp_path, "val/accuracy", "max")
-    assert own._legacy_state_key == theirs.state_key != own.state_key
 
 
 # When last.ckpt is written

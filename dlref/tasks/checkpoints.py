@@ -65,11 +65,6 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, folder: Path, metric: str, mode: str):
         super().__init__(folder, "best", metric, mode=mode, save_on_train_epoch_end=False, enable_version_counter=False)
 
-    @property
-    def _legacy_state_key(self) -> str:
-        """That of Lightning's class, which older checkpoints know it by."""
-        return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The best score so far, of the best.ckpt of this folder: a run may have moved."""
         path, score = self.format_checkpoint_name({}), state["best_model_score"]
@@ -110,7 +105,7 @@ class Last(Checkpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Those of the run that wrote the checkpoint."""
-        self.batches, self.validated = state["batches"], state.get("validated", True)
+        self.batches, self.validated = state["batches"], state["validated"]
 
     def on_load_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""

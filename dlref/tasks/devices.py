@@ -1,6 +1,7 @@
 """What depends on the devices of a run: float32's speed, bfloat16, and several processes for one network."""
 
 import os
+import sys
 from typing import TypeVar
 
 import torch
@@ -10,9 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 Mine = TypeVar("Mine")
 
 
-def imitates_bfloat16(device: torch.device) -> bool:
-    """Whether it is known to compute in bfloat16 by way of float32, many times slower: x86 with AVX2 at best does."""
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether this CPU emulates bfloat16 in float32, many times slower (x86 with AVX2 only)."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def warn_of_slow_bfloat16(trainer: Trainer) -> None:
+    """Say on stderr that bfloat16 will be slow here, where it will."""
+    slow = trainer.precision.startswith("bf16") and emulates_bfloat16(trainer.strategy.root_device)
+    if slow and trainer.is_global_zero:
+        words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
+        print(f"trainer.precision {trainer.precision}: {words}", file=sys.stderr)
 
 
 def fast_steps(device: torch.device) -> None:

@@ -201,7 +201,7 @@ class Forecaster(Task):
         """Every score, beside the baselines; some forecasts from all over the split for the figure."""
         paths, (target, observed) = self.judge("test", batch), self.outcome(batch)
         horizon, shown = self.horizon, self.context + self.horizon
-        for row in self.shown(batch_index, len(target), SHOWN)[: SHOWN - len(self.forecasts)]:
+        for row in self.shown(batch_index, len(target), SHOWN):
             past = batch.values[row, -shown:-horizon].where(batch.observed[row, -shown:-horizon], torch.nan)
             after = target[row].where(observed[row], torch.nan)
             self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))

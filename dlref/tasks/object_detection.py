@@ -147,7 +147,7 @@ class ObjectDetector(Task):
         self.evaluated("test", losses["loss"], losses["positives"])
         found = self.found(heads)
         self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
-        for i in self.shown(batch_index, len(images), PICTURES)[: PICTURES - len(self.pictures)]:
+        for i in self.shown(batch_index, len(images), PICTURES):
             self.pictures.append((images[i].cpu(), found[i], {name: value[i].cpu() for name, value in targets.items()}))
 
     def on_test_epoch_end(self) -> None:

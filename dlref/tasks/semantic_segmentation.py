@@ -113,7 +113,7 @@ class SemanticSegmenter(Task):
         self.evaluated("test", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
         found = classes_of(outputs[0], masks.shape[1:])
         self.test_confusion.update(found, masks)
-        for i in self.shown(batch_index, len(images), PICTURES)[: PICTURES - len(self.pictures)]:
+        for i in self.shown(batch_index, len(images), PICTURES):
             self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 
     def on_test_epoch_end(self) -> None:

@@ -94,16 +94,14 @@ class Task(LightningModule):
         return 100 * (reference - score)
 
     def shown(self, batch_index: int, size: int, most: int) -> list[int]:
-        """The places in a test batch of what a figure of `most` samples shows: from all over, for neighbours are alike.
+        """Rows of a test batch to keep for a figure of `most` samples, spread over the split: neighbours look alike.
 
         Args:
             size: of the batch.
         """
         batches = self.trainer.num_test_batches[0]
-        if batch_index not in {i * batches // most for i in range(most)}:
-            return []
-        each = min(size, -(-most // batches))
-        return [i * size // each for i in range(each)]
+        rows = min(size, sum(i * batches // most == batch_index for i in range(most)))
+        return [i * size // rows for i in range(rows)]
 
     def draw(self, folder: Path) -> None:
         """Write the figures of the last test into `folder`."""
