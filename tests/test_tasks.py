@@ -338,13 +338,13 @@ def test_a_network_that_answers_no_tensor_is_refused(unchecked):
 
 def test_what_is_tried_on_a_network_leaves_no_trace():
     task = classifier(network=torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout().eval()))
-    with task.trying("three numbers", "expected another"):
+    with task.probing("three numbers", "expected another"):
         task.network(torch.ones(1, 3))  # which batch norm refuses in training
     assert [module.training for module in task.network.modules()] == [True, True, False]
     assert not task.network[0].running_mean.any()
     with (
         pytest.raises(UserError, match=r"^network refuses five numbers \(.+\); expected another$"),
-        task.trying("five numbers", "expected another"),
+        task.probing("five numbers", "expected another"),
     ):
         task.network(torch.ones(1, 5))
     assert [module.training for module in task.network.modules()] == [True, True, False]

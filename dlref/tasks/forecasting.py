@@ -75,10 +75,10 @@ class Forecaster(Task):
         zeros = torch.zeros(1, 1, max(lags, features), device=self.network_device)
         largest = torch.tensor([cardinality], device=self.network_device).reshape(1, -1).long() - 1
         window = zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1
-        with self.trying("a window of this data", expected):
+        with self.probing("a window of this data", expected):
             answers = self.network(*window)
         state = state_in(answers)
-        with self.trying("its own state", expected):
+        with self.probing("its own state", expected):
             answer, _ = self.network(*window, state)
         if answer.shape[-1] != parameters:
             raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")

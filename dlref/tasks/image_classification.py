@@ -27,15 +27,15 @@ from torchmetrics.classification import (
 from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
-from dlref.tasks.task import Task, check_class_weights, enough_to_normalise
+from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
+from dlref.tasks.preprocess import ImagePreprocess
 
 MISTAKES = 25  # in the figure of the most confident ones
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]  # images and targets; a loader with workers makes a list
 
 
-class ImageClassifier(Task):
+class ImageClassifier(ImageTask):
     """Cross entropy over K classes, or K independent binary cross entropies where data has several labels.
 
     The network answers logits (B, K), or a tuple of the logits and those of auxiliary heads.
@@ -48,8 +48,7 @@ class ImageClassifier(Task):
             each batch takes one of the two.
         class_weights: one factor a class in the loss; with several labels, of the images that have the label.
         auxiliary_weight: of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
-        channels_last: keep the network's weights and activations in NHWC order in memory.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        task: what every `ImageTask` takes: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     facts = ("labels", "multi_label", "crop")
@@ -63,17 +62,13 @@ class ImageClassifier(Task):
         cutmix: float = 0.0,
         class_weights: list[float] | None = None,
         auxiliary_weight: float = 0.3,
-        channels_last: bool = False,
         **task,
     ):
-        super().__init__(**task)
-        self.preprocess = preprocess
+        super().__init__(preprocess, **task)
         self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
         self.mixup, self.cutmix = mixup, cutmix
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        if channels_last:
-            self.network.to(memory_format=torch.channels_last)
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
@@ -85,7 +80,7 @@ class ImageClassifier(Task):
             raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
         if min(self.mixup, self.cutmix) < 0:
             raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
-        check_classes(of_a_black_image(self, self.preprocess.size)[0].shape[-1], classes)
+        check_classes(self.probe(self.preprocess.size)[0].shape[-1], classes)
 
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
@@ -97,11 +92,6 @@ class ImageClassifier(Task):
         self.mix = mixing(self.mixup, self.cutmix, len(labels))
         self.val_metrics = metrics(len(labels), multi_label).clone(prefix="val/")
         self.test_metrics = test_metrics(len(labels), multi_label).clone(prefix="test/")
-
-    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        """Pixels -> logits (B, K) of the head and of the auxiliary heads."""
-        logits = self.network(self.preprocess(images))
-        return logits if isinstance(logits, tuple) else (logits,)
 
     def loss(self, logits: Float[Tensor, "B K"], targets: Tensor) -> Tensor:
         """Mean over the batch; `targets` are class indices (B,), or probabilities or several labels (B, K)."""
@@ -126,19 +116,24 @@ class ImageClassifier(Task):
         if self.mix is not None:
             pixels, targets = self.mix(pixels, targets)
         with enough_to_normalise(images):
-            outputs = self.network(pixels)
-        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            logits, *auxiliary = as_tuple(self.network(pixels))
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
         return self.reported(loss, self.counted(targets))
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss and metrics of the head."""
+    def judge(self, stage: str, batch: Batch, metrics: MetricCollection) -> Float[Tensor, "B K"]:
+        """Add a batch to the loss and the metrics of a stage; return its probabilities."""
         images, targets = batch
         logits = self(images)[0]
-        self.val_metrics.update(self.probability(logits), targets.long())
-        self.evaluated("val", self.loss(logits, targets), self.counted(targets))
+        probability = self.probability(logits)
+        metrics.update(probability, targets.long())
+        self.evaluated(stage, self.loss(logits, targets), self.counted(targets))
+        return probability
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss and metrics of the head."""
+        self.judge("val", batch, self.val_metrics)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_start(self) -> None:
@@ -149,10 +144,7 @@ class ImageClassifier(Task):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Every metric; probabilities and the worst mistakes are kept for the figures."""
         images, targets = batch
-        logits = self(images)[0]
-        probability = self.probability(logits)
-        self.test_metrics.update(probability, targets.long())
-        self.evaluated("test", self.loss(logits, targets), self.counted(targets))
+        probability = self.judge("test", batch, self.test_metrics)
         self.seen.append((probability.cpu(), targets.long().cpu()))
         if not self.known["multi_label"]:
             self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)
@@ -191,7 +183,7 @@ class ImageClassifier(Task):
         side = self.preprocess.size
         graph = Graph(
             module=_Classify(self),
-            inputs={"image": batch[0].permute(0, 2, 3, 1).contiguous()},
+            inputs={"image": nhwc(batch[0])},
             outputs=["probability"],
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 7), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
@@ -203,7 +195,7 @@ class ImageClassifier(Task):
         """Accuracy of a runner's probabilities over `batches`."""
         accuracy = metrics(len(self.known["labels"]), self.known["multi_label"])["accuracy"]
         for images, targets in batches:
-            probability = runner.probability(images.permute(0, 2, 3, 1).contiguous().numpy())
+            probability = runner.probability(nhwc(images).numpy())
             accuracy.update(torch.from_numpy(probability), targets.long())
         return accuracy.compute().item()
 
@@ -228,8 +220,7 @@ class _Classify(nn.Module):
         self.multi_label = task.known["multi_label"]
 
     def forward(self, image: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B K"]:
-        logits = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
-        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = as_tuple(self.network(self.preprocess(image.permute(0, 3, 1, 2))))[0]
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
 

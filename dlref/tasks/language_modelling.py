@@ -73,7 +73,7 @@ class LanguageModel(Task):
         expected = (
             f"expected model.init_args.network.init_args of at least vocabulary: {vocabulary}, context_length: {length}"
         )
-        with self.trying("the tokens of this data", expected):
+        with self.probing("the tokens of this data", expected):
             last = torch.full((1, 1), vocabulary - 1, device=self.network_device)
             logits = self.network.logits(self.network(last)[0])
         room, context = logits.shape[-1], self.network.context_length

@@ -14,9 +14,9 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.devices import everyone
+from dlref.tasks.image_task import ImageTask, check_classes, enough_to_normalise, nhwc
 from dlref.tasks.multibox import CANDIDATES, PADDED, Detections, match, multibox_loss
-from dlref.tasks.preprocess import ImagePreprocess, check_classes, of_a_black_image
-from dlref.tasks.task import Task, enough_to_normalise
+from dlref.tasks.preprocess import ImagePreprocess
 
 PICTURES = 12  # in the figure of detections
 HALF = 0  # place of the intersection over union of 0.5 among those of COCO
@@ -25,7 +25,7 @@ Batch = tuple[Tensor, dict[str, Tensor]] | list  # a loader with workers makes a
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), labels (n,) of an image
 
 
-class ObjectDetector(Task):
+class ObjectDetector(ImageTask):
     """SSD's matching and loss (Liu et al. 2016, section 2.2), and COCO's metrics.
 
     The network has `size`, the side of its square images in pixels, and `anchors` (N, 4), its default boxes as centre,
@@ -40,8 +40,7 @@ class ObjectDetector(Task):
         nms_threshold: intersection over union with a better box of its class above which a box is suppressed.
         score_threshold: probability above which something is a detection.
         detections: the most of an image.
-        channels_last: keep the network's weights and activations in NHWC order in memory.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        task: what every `ImageTask` takes: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     needs = ("size", "anchors")
@@ -55,15 +54,11 @@ class ObjectDetector(Task):
         nms_threshold: float = 0.45,
         score_threshold: float = 0.01,
         detections: int = 200,
-        channels_last: bool = False,
         **task,
     ):
-        super().__init__(**task)
-        self.preprocess = preprocess
+        super().__init__(preprocess, **task)
         self.overlap_threshold = overlap_threshold
         self.detect = Detections(score_threshold, nms_threshold, detections)
-        if channels_last:
-            self.network.to(memory_format=torch.channels_last)
 
     def learn(self, datamodule) -> None:
         """Hold the size of the batches against the network's too: another one would train without a word."""
@@ -84,7 +79,7 @@ class ObjectDetector(Task):
             raise UserError(f"detections {self.detect.most}; expected 1 to {CANDIDATES}")
         if side != self.network.size:
             raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
-        heads = of_a_black_image(self, side)
+        heads = self.probe(side)
         if len(heads) != 2:
             raise UserError(f"network answers {len(heads)} tensors; expected offsets (B, N, 4) and logits (B, N, K1)")
         check_classes(heads[1].shape[-1] - 1, classes)  # the background is no class
@@ -93,10 +88,6 @@ class ObjectDetector(Task):
         """Once the classes are known, what counts over them."""
         super().setup(stage)
         self.val_map, self.test_map = average_precision(), average_precision(extended_summary=True)
-
-    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
-        """Pixels -> offsets (B, N, 4) and logits (B, N, K + 1)."""
-        return self.network(self.preprocess(images))
 
     def losses(self, heads: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parts of the loss, their sum and over how many default boxes it is a mean; of none it is a sum."""
@@ -121,13 +112,19 @@ class ObjectDetector(Task):
         self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")})
         return self.reported(losses["loss"], losses["positives"])
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss; detections are kept for the metrics."""
+    def judge(self, stage: str, batch: Batch, metric: MeanAveragePrecision) -> list[Found]:
+        """Add a batch to the loss and the metric of a stage; return its detections."""
         images, targets = batch
         heads = self(images)
         losses = self.losses(heads, self.learnt(targets))
-        self.evaluated("val", losses["loss"], losses["positives"])
-        self.val_map.update(predictions(self.found(heads), targets["sizes"]), truth(targets))
+        self.evaluated(stage, losses["loss"], losses["positives"])
+        found = self.found(heads)
+        metric.update(predictions(found, targets["sizes"]), truth(targets))
+        return found
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss; detections are kept for the metrics."""
+        self.judge("val", batch, self.val_map)
 
     def on_validation_epoch_end(self) -> None:
         """COCO's mean average precision, over ten overlaps and at one half."""
@@ -142,11 +139,7 @@ class ObjectDetector(Task):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Detections for the metrics, and some pictures from all over the split for the figure."""
         images, targets = batch
-        heads = self(images)
-        losses = self.losses(heads, self.learnt(targets))
-        self.evaluated("test", losses["loss"], losses["positives"])
-        found = self.found(heads)
-        self.test_map.update(predictions(found, targets["sizes"]), truth(targets))
+        found = self.judge("test", batch, self.test_map)
         for i in self.shown(batch_index, len(images), PICTURES):
             self.pictures.append((images[i].cpu(), found[i], {name: value[i].cpu() for name, value in targets.items()}))
 
@@ -186,7 +179,7 @@ class ObjectDetector(Task):
         outputs = ["boxes", "scores", "labels", "count"]
         graph = Graph(
             module=_Detect(self),
-            inputs={"image": batch[0].permute(0, 2, 3, 1).contiguous()},
+            inputs={"image": nhwc(batch[0])},
             outputs=outputs,
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 5), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
@@ -205,7 +198,7 @@ class ObjectDetector(Task):
         """All that COCO reports of a runner's detections over `batches`."""
         metric = average_precision()
         for images, targets in batches:
-            found = runner.detections(images.permute(0, 2, 3, 1).contiguous().numpy())
+            found = runner.detections(nhwc(images).numpy())
             side = np.float32(images.shape[-1])
             shares = [(boxes / side, scores, labels) for boxes, scores, labels in found]
             metric.update(predictions(shares, targets["sizes"]), truth(targets))

@@ -8,29 +8,6 @@ from torch import Tensor, nn
 from dlref.runtime import UserError
 
 
-def of_a_black_image(task, side: int, expected: str = "expected one that takes what preprocess gives") -> tuple:
-    """The tensors that a task's network answers to one black image. Raises UserError where it refuses it."""
-    channels = task.preprocess.channels
-    black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=task.network_device)
-    what = f"an image of {side}×{side} pixels and {channels} channels"
-    with task.trying(what, expected):
-        answers = task(black)
-    answers = answers if isinstance(answers, tuple) else (answers,)
-    for answer in answers:
-        if not isinstance(answer, torch.Tensor):
-            raise UserError(f"network answers {type(answer).__name__}; expected tensors, alone or in a tuple")
-    return answers
-
-
-def check_classes(found: int, known: int) -> None:
-    """UserError unless the network tells as many classes apart as the data has."""
-    if found != known:
-        raise UserError(
-            f"network answers {found} classes, the data has {known}; expected "
-            f"model.init_args.network.init_args.num_classes to be {known}"
-        )
-
-
 class Normalise(nn.Module):
     """Shift and scale the pixels, inside the task and inside the exported graph alike.
 

@@ -12,8 +12,7 @@ from torchmetrics import Metric
 from dlref.runtime import UserError
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.preprocess import Normalise, check_classes, of_a_black_image
-from dlref.tasks.task import Task, check_class_weights, enough_to_normalise
+from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
 
 VOID = 255  # what the masks have where a pixel counts for nothing
 PICTURES = 12  # in the figure of masks
@@ -21,19 +20,17 @@ PICTURES = 12  # in the figure of masks
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 
 
-class SemanticSegmenter(Task):
+class SemanticSegmenter(ImageTask):
     """Cross entropy over the pixels (Long et al. 2015, section 4), and the mean intersection over union.
 
     The network answers logits (B, K, h, w) at its own resolution, or a tuple of these and those of auxiliary heads.
     Batches are images uint8 (B, C, H, W) and masks uint8 (B, H, W) with 255 where a pixel counts for nothing.
 
     Args:
-        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
         class_weights: one factor a class in the loss.
         auxiliary_weight: of each auxiliary head's loss (Zhao et al. 2017, sections 4 and 5.1: 0.4).
         probabilities: let the bundle answer the probability of each class too, in maps of the image's size.
-        channels_last: keep the network's weights and activations in NHWC order in memory.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        task: what every `ImageTask` takes: preprocess, channels_last, network, optimizer, lr_scheduler, weights, ...
     """
 
     facts = ("labels",)
@@ -41,19 +38,15 @@ class SemanticSegmenter(Task):
 
     def __init__(
         self,
-        preprocess: Normalise,
         class_weights: list[float] | None = None,
         auxiliary_weight: float = 0.4,
         probabilities: bool = False,
-        channels_last: bool = False,
         **task,
     ):
         super().__init__(**task)
-        self.preprocess, self.auxiliary_weight, self.probabilities = preprocess, auxiliary_weight, probabilities
+        self.auxiliary_weight, self.probabilities = auxiliary_weight, probabilities
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        if channels_last:
-            self.network.to(memory_format=torch.channels_last)
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
@@ -62,7 +55,7 @@ class SemanticSegmenter(Task):
         if not 2 <= classes < VOID:
             raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
         any_size = "expected one that takes pictures of any height and width, odd ones too"
-        for logits in (*of_a_black_image(self, 64), *of_a_black_image(self, 65, any_size)):
+        for logits in (*self.probe(64), *self.probe(65, any_size)):
             if logits.ndim != 4:
                 raise UserError(f"network answers {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
             check_classes(logits.shape[1], classes)
@@ -71,11 +64,6 @@ class SemanticSegmenter(Task):
         """Once the classes are known, what counts over them."""
         super().setup(stage)
         self.val_confusion, self.test_confusion = (Confusion(len(self.known["labels"])) for _ in range(2))
-
-    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        """Pixels -> logits (B, K, h, w) of the head and of the auxiliary heads."""
-        logits = self.network(self.preprocess(images))
-        return logits if isinstance(logits, tuple) else (logits,)
 
     def losses(self, outputs: tuple[Tensor, ...], masks: UInt8[Tensor, "B H W"]) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""
@@ -89,12 +77,18 @@ class SemanticSegmenter(Task):
             outputs = self(images)
         return self.reported(self.losses(outputs, masks), counted(masks, self.class_weights))
 
+    def judge(self, stage: str, batch: Batch, confusion: "Confusion") -> Int[Tensor, "B H W"]:
+        """Add a batch to the loss and the confusion matrix of a stage; return the classes found."""
+        images, masks = batch
+        logits = self(images)[0]
+        self.evaluated(stage, pixel_loss(logits, masks, self.class_weights), counted(masks, self.class_weights))
+        found = classes_of(logits, masks.shape[1:])
+        confusion.update(found, masks)
+        return found
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss of the main head, and what is taken for what."""
-        images, masks = batch
-        outputs = self(images)
-        self.evaluated("val", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
-        self.val_confusion.update(classes_of(outputs[0], masks.shape[1:]), masks)
+        self.judge("val", batch, self.val_confusion)
 
     def on_validation_epoch_end(self) -> None:
         """Mean intersection over union and pixel accuracy."""
@@ -109,10 +103,7 @@ class SemanticSegmenter(Task):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """What is taken for what, and some pictures from all over the split for the figure."""
         images, masks = batch
-        outputs = self(images)
-        self.evaluated("test", pixel_loss(outputs[0], masks, self.class_weights), counted(masks, self.class_weights))
-        found = classes_of(outputs[0], masks.shape[1:])
-        self.test_confusion.update(found, masks)
+        found = self.judge("test", batch, self.test_confusion)
         for i in self.shown(batch_index, len(images), PICTURES):
             self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 
@@ -141,7 +132,7 @@ class SemanticSegmenter(Task):
 
     def deployable(self, batch: Batch) -> Deployable:
         """uint8 (B, H, W, C) of any size -> uint8 (B, H, W), and the probabilities (B, K, H, W) if asked for."""
-        images = batch[0].permute(0, 2, 3, 1).contiguous()
+        images = nhwc(batch[0])
         height, width = images.shape[1:3]
         graph = Graph(
             module=_Segment(self),
@@ -163,7 +154,7 @@ class SemanticSegmenter(Task):
         """Mean intersection over union of a runner's masks over `batches`."""
         confusion = Confusion(len(self.known["labels"]))
         for images, masks in batches:
-            found = runner.masks(images.permute(0, 2, 3, 1).contiguous().numpy())
+            found = runner.masks(nhwc(images).numpy())
             confusion.update(torch.from_numpy(found), masks)
         return scores(confusion.compute())[1][self.metric].item()
 
@@ -184,8 +175,8 @@ class _Segment(nn.Module):
         self.preprocess, self.network, self.probabilities = task.preprocess, task.network, task.probabilities
 
     def forward(self, image: UInt8[Tensor, "B H W C"]):
-        outputs = self.network(self.preprocess(image.permute(0, 3, 1, 2)))
-        logits = enlarged(outputs[0] if isinstance(outputs, tuple) else outputs, image.shape[1:3])
+        logits = as_tuple(self.network(self.preprocess(image.permute(0, 3, 1, 2))))[0]
+        logits = enlarged(logits, image.shape[1:3])
         mask = logits.argmax(dim=1).to(torch.uint8)
         return (mask, logits.softmax(dim=1)) if self.probabilities else mask
 

@@ -113,7 +113,7 @@ class Task(LightningModule):
         """Raise UserError where the network and the facts of the data do not fit together."""
 
     @contextmanager
-    def trying(self, what: str, expected: str) -> Iterator[None]:
+    def probing(self, what: str, expected: str) -> Iterator[None]:
         """Try `what` on the network, in evaluation mode: none of its statistics sees it.
 
         Raises UserError where the network refuses it, with what was `expected`.
@@ -348,15 +348,6 @@ def number_of(fact: dict | Sequence) -> int:
     return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
 
 
-@contextmanager
-def enough_to_normalise(images: Tensor) -> Iterator[None]:
-    """UserError where batch norm has a single value of each channel: in maps of one pixel of a single image."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
-
-
 def or_one(count: Tensor) -> Tensor:
     """What a sum is divided by: by 1 where nothing counts. A count of weights may be a fraction."""
     return torch.where(count > 0, count, 1)
@@ -408,16 +399,6 @@ def freeze(network: nn.Module, pattern: str) -> None:
         # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
         if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
             module.training = False  # its children may train
-
-
-def check_class_weights(weights: Tensor | None, classes: int) -> None:
-    """UserError if these are no factors of a loss, one a class."""
-    if weights is None:
-        return
-    if len(weights) != classes:
-        raise UserError(f"class_weights has {len(weights)} factors; expected {classes}, one a class")
-    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
-        raise UserError(f"class_weights {weights.tolist()}; expected factors of 0 or more, and not all 0")
 
 
 def _short(value: object) -> str:

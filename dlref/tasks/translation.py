@@ -101,7 +101,7 @@ class Translator(Task):
         )
         one = torch.ones(1, 1, dtype=torch.long, device=self.network_device)
         sentence, before = (one * (source - 1)).repeat(1, longest), (one * (target - 1)).repeat(1, longest_answer)
-        with self.trying("the tokens of this data", expected):
+        with self.probing("the tokens of this data", expected):
             self.network(sentence, one[0] * longest, before[:, :1])  # not both at once: attention would fill the memory
             logits = self.network(sentence[:, :1], one[0], before)
         if not isinstance(logits, Tensor):

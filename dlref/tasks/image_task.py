@@ -1,0 +1,82 @@
+"""What the tasks of images share: pixels normalised inside the task, memory order, and checks on one black image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
+from dlref.tasks.preprocess import Normalise
+from dlref.tasks.task import Task
+
+
+class ImageTask(Task):
+    """A task whose network takes normalised pixels and answers tensors, alone or in a tuple.
+
+    Args:
+        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        channels_last: keep the network's weights and activations in NHWC order in memory.
+        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+    """
+
+    def __init__(self, preprocess: Normalise, channels_last: bool = False, **task):
+        super().__init__(**task)
+        self.preprocess = preprocess
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        """Pixels -> what the network answers."""
+        return as_tuple(self.network(self.preprocess(images)))
+
+    def probe(self, side: int, expected: str = "expected one that takes what preprocess gives") -> tuple[Tensor, ...]:
+        """What the network answers to one black image. Raises UserError where it refuses it."""
+        channels = self.preprocess.channels
+        black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
+        with self.probing(f"an image of {side}×{side} pixels and {channels} channels", expected):
+            answers = self(black)
+        for answer in answers:
+            if not isinstance(answer, Tensor):
+                raise UserError(f"network answers {type(answer).__name__}; expected tensors, alone or in a tuple")
+        return answers
+
+
+def as_tuple(answer) -> tuple:
+    """A network's answer, which may be one tensor or several."""
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def nhwc(images: UInt8[Tensor, "B C H W"]) -> UInt8[Tensor, "B H W C"]:
+    """Images as a bundle takes them."""
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+@contextmanager
+def enough_to_normalise(images: Tensor) -> Iterator[None]:
+    """UserError where batch norm has a single value of each channel: in maps of one pixel of a single image."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"a batch of {len(images)}: {one_line(error)}; expected a larger batch_size") from error
+
+
+def check_classes(found: int, known: int) -> None:
+    """UserError unless the network tells as many classes apart as the data has."""
+    if found != known:
+        raise UserError(
+            f"network answers {found} classes, the data has {known}; expected "
+            f"model.init_args.network.init_args.num_classes to be {known}"
+        )
+
+
+def check_class_weights(weights: Tensor | None, classes: int) -> None:
+    """UserError unless these are usable factors of a loss, one a class."""
+    if weights is None:
+        return
+    if len(weights) != classes:
+        raise UserError(f"class_weights has {len(weights)} factors; expected {classes}, one a class")
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        raise UserError(f"class_weights {weights.tolist()}; expected factors of 0 or more, and not all 0")
