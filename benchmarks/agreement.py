@@ -18,7 +18,7 @@ from dlref.tasks.task import Task
 
 def labels(task: Task, batches, bundle: Path) -> list[str]:
     """Of a classifier, image by image."""
-    runner, names = load(bundle), task.known["labels"]
+    runner, names = load(bundle), task.facts["labels"]
     images_seen = differing = correct = 0
     error = 0.0
     for images, targets in watched(batches, "comparing"):
@@ -57,7 +57,7 @@ def main() -> None:
     task, data = load_run(options.run, overrides)
     data.prepare_data()
     data.setup("test")
-    task.learn(data)
+    task.take_facts(data)
     compare = labels if hasattr(task, "probability") else metrics
     for line in compare(task, data.test_dataloader(), options.bundle):
         print(f"{options.run.name}, {line}")

@@ -65,7 +65,7 @@ def report(options: argparse.Namespace, overrides: list[str]) -> None:
     """Print both losses of a run. Raises UserError."""
     task, data = load_run(options.run, overrides)
     data.setup("validate")
-    task.learn(data)
+    task.take_facts(data)
     found = estimates(task, data, options.eval_iters, torch.Generator().manual_seed(0))
     estimated = f"{statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
     calls = f"{CALLS} calls, each of {options.eval_iters} batches of {data.batch_size} windows"

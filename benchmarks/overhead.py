@@ -29,12 +29,12 @@ from rich import reconfigure
 from benchmarks.configs import roots
 from benchmarks.rows import DEVICE, TURNS, Row, Rows, run
 from dlref.cli import build
-from dlref.tasks.checkpoints import Last
-from dlref.tasks.devices import Alike, fast_steps
-from dlref.tasks.finite import Finite
-from dlref.tasks.profile import Unprofiled
-from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
+from dlref.training.checkpoints import Last
+from dlref.training.devices import UnevenEvaluation, fast_steps
+from dlref.training.finite import StopOnNonFiniteLoss
+from dlref.training.profile import Unprofiled
+from dlref.training.progress import Progress
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WARMUP = 3  # steps before the clock starts
@@ -127,8 +127,8 @@ def under_trainer(
             logger=[CSVLogger(folder), TensorBoardLogger(folder)],
             callbacks=[
                 bar(console_kwargs={"file": nowhere, "force_terminal": True}),
-                Finite(),
-                Alike(),
+                StopOnNonFiniteLoss(),
+                UnevenEvaluation(),
                 ModelCheckpoint(folder, "best", None, save_on_train_epoch_end=False),
                 Last(minutes=10),
                 clock,

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.rows import Row
 from dlref.export.report import table
-from dlref.run import write_text
 from dlref.runtime.machine import processor
+from dlref.training.run_folder import write_text
 
 PACKAGES = ("torch", "torchvision", "lightning", "onnxruntime", "timm", "transformers", "gluonts", "airbench")
 MARGIN = 0.05

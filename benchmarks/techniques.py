@@ -19,8 +19,8 @@ from benchmarks.overhead import bare_loop, rate, under_trainer
 from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns, run
 from dlref.models import LeNet5, ResNet
 from dlref.tasks.averaging import Average
-from dlref.tasks.devices import fast_steps
 from dlref.tasks.optimizers import Muon
+from dlref.training.devices import fast_steps
 
 FUSED = "--model.init_args.optimizer.init_args.fused"
 COMPILED, CHANNELS_LAST = "--model.init_args.compile_network", "--model.init_args.channels_last"

@@ -177,7 +177,8 @@ def translator(alone: bool = True) -> Translator:
     words = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(VOCABULARY - len(SPECIAL)))]}
     facts = {"source_vocabulary": words, "target_vocabulary": words, "longest": 100, "longest_answer": 20}
     if alone:
-        task.remember({**facts, "too_long": "error"})
+        task.remember(facts)
+        task.too_long = "error"
         task.log = lambda *arguments, **options: None
     return task
 

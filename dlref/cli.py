@@ -7,7 +7,6 @@ a test test.json and figures/.
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -15,27 +14,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.allowed import ALLOWED, check_parts, no_other_configs
-from dlref.run import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
+from dlref.config import Parser, check_parts, no_other_configs, readable
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
-from dlref.tasks.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
-from dlref.tasks.debug import PRESET, Overfit
-from dlref.tasks.devices import Alike, fast_steps, warn_of_slow_bfloat16
-from dlref.tasks.finite import Finite
-from dlref.tasks.profile import PRESET as PROFILE
-from dlref.tasks.profile import StepProfile, Unprofiled
-from dlref.tasks.progress import Progress
 from dlref.tasks.task import Task
-from dlref.tasks.weights import read_checkpoint
+from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
+from dlref.training.debug import PRESET, Overfit
+from dlref.training.devices import UnevenEvaluation, fast_steps, warn_of_slow_bfloat16
+from dlref.training.finite import StopOnNonFiniteLoss
+from dlref.training.preflight import Preflight
+from dlref.training.profile import PRESET as PROFILE
+from dlref.training.profile import StepProfile, Unprofiled
+from dlref.training.progress import Progress
+from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
+from dlref.training.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
@@ -58,87 +58,6 @@ class Best:
 
     metric: str
     mode: Literal["min", "max"]
-
-
-class Parser(LightningArgumentParser):
-    """Errors are one line, raised instead of printed with a page of usage; options have their whole names."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None):
-        """Raise UserError with the parser's message on one readable line."""
-        raise UserError(readable(message)) from ex
-
-    def parse_path(self, path, *args, **kwargs):
-        """A file of config, which what is wrong with it names."""
-        try:
-            return super().parse_path(path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason}); expected YAML") from None
-        except UserError as error:
-            hint = "" if "; expected" in str(error) else "; expected YAML as in configs/"
-            raise UserError(f"{path}: {error}{hint}") from None
-
-    def parse_string(self, *args, **kwargs):
-        """A config's text; what it names is not read as config."""
-        with no_other_configs():
-            return super().parse_string(*args, **kwargs)
-
-
-def readable(message: str) -> str:
-    """What jsonargparse says over many lines and of its own insides, on one line and of the user's."""
-    message = " ".join(message.split())
-    for pattern, replacement in (
-        (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: (- )?", ""),
-        (r" - Expected a <class 'NoneType'>", ""),
-        (r" - Expected a path but \S+ either not accessible or invalid", ""),
-        (r" Given value type: <class '[^']*'>", ""),
-        (r" Given value: Namespace\(.*", ""),
-        (r" - Importing", " Importing"),
-        (r" Subclass types expect one of.*", ""),
-        (r" Given value: NestedArg\(key='(.*?)', val=(.*)\)", r" (\1 = \2)"),
-        (r" Given value:", "; got"),
-        (r".*module '(dlref(?:\.\w+)+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that it exports"),
-        (r"<class '([^']*)'>", r"\1"),
-        (r"Option ('[^']*') is not accepted", r"\1 is not an argument of its class; expected one that is"),
-        (
-            r"(Importing '\S+' is not allowed), denied by .* to allow it\.",
-            rf"\1; expected a class of {ALLOWED}",
-        ),
-        (r'Parser key "([^"]*)":', r"\1:"),
-        (r"Problem with given class_path '[^']*': ", ""),
-        (r"typing\.Literal", "one of "),
-    ):
-        message = re.sub(pattern, replacement, message)
-    return message
-
-
-class Start(Callback):
-    """Where a fit stops being refusable: after the sanity check, before the first step."""
-
-    def __init__(self, best: Best, claim: Claim):
-        self.best, self.claim = best, claim
-
-    def on_sanity_check_end(self, trainer: Trainer, task: Task) -> None:
-        """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
-        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
-        known = [one.monitor for one in stopping if not one.monitor.startswith("train/")]
-        for what, metric in [("best.metric", self.best.metric), *(("EarlyStopping: monitor", name) for name in known)]:
-            if metric not in trainer.callback_metrics:
-                logged = ", ".join(sorted(trainer.callback_metrics))
-                raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
-
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:
-        """Without validation no checkpoint would be the best."""
-        # A run that is resumed in an epoch without validation has not loaded it yet.
-        loaded = trainer.val_dataloaders is not None
-        if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
-            raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
-
-    def on_train_batch_start(self, trainer: Trainer, task: Task, batch, batch_idx: int) -> None:
-        """There is a batch: from here on the run is real."""
-        self.claim.keep()
 
 
 def check_trainer(options) -> None:
@@ -260,7 +179,7 @@ class TrainCLI(LightningCLI):
         if self.subcommand != "fit":
             self.model.restore(self.checkpoint)
         elif isinstance(self.resumed, dict):  # of an older one it is not known
-            self.model.resumed = self.resumed
+            self.model.optimizer_resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that writes into the run's folder, or nothing at all."""
@@ -291,7 +210,7 @@ class TrainCLI(LightningCLI):
         try:
             return self.claimed_trainer(**kwargs)
         except BaseException:
-            self.claim.give_back()
+            self.claim.roll_back()
             raise
 
     def claimed_trainer(self, **kwargs) -> Trainer:
@@ -299,11 +218,11 @@ class TrainCLI(LightningCLI):
         best = self.options.best
         kwargs["plugins"] += [SealedCheckpointIO(self.run, self.checkpoint)]
         self.trainer_defaults["callbacks"] += [
-            Finite(),
-            Alike(),
+            StopOnNonFiniteLoss(),
+            UnevenEvaluation(),
             BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
             Last(self.options.checkpoint_minutes),  # after the best: it knows of that
-            Start(best, self.claim),
+            Preflight(best.metric, self.claim),
         ]
         if self.profile:
             kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes)
@@ -332,7 +251,7 @@ class TrainCLI(LightningCLI):
             return
         with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-            self.claim.keep()  # a run that was complete has no first batch
+            self.claim.commit()  # a run that was complete has no first batch
             if self.options.final_test and self.trainer.state.finished:
                 # The weights alone: restoring callbacks too would put EMA's current weights over their average.
                 model.restore(checkpoint_of(self.run, None))

@@ -14,7 +14,7 @@ from conftest import ROOT
 from dlref.cli import TrainCLI, build, load_run, train
 from dlref.models import LeNet5
 from dlref.runtime import UserError
-from dlref.tasks.checkpoints import Interrupted
+from dlref.training.checkpoints import Interrupted
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 SHORT = [

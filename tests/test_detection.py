@@ -36,7 +36,7 @@ from dlref.runtime.__main__ import main
 from dlref.tasks import ImagePreprocess, ObjectDetector
 from dlref.tasks.multibox import PADDED
 from dlref.tasks.object_detection import average_precision, predictions, truth
-from dlref.tasks.weights import load_weights
+from dlref.training.weights import load_weights
 
 PLAIN = {"mean": [0.5] * 3, "std": [0.25] * 3}
 RED, BLUE = (200, 30, 30), (30, 30, 200)
@@ -559,7 +559,7 @@ def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
     without = targets | {"labels": torch.tensor([[PADDED, 1]])}
     heads = task(torch.from_numpy(painted()).permute(2, 0, 1)[None])
     assert targets["labels"][0, 0] != PADDED
-    found, expected = task.losses(heads, task.learnt(targets)), task.losses(heads, targets if kept else without)
+    found, expected = task.losses(heads, task.as_trained(targets)), task.losses(heads, targets if kept else without)
     assert found == expected
     assert found["positives"] != task.losses(heads, without if kept else targets)["positives"]
 
@@ -616,10 +616,10 @@ def test_a_default_box_matches_where_it_overlaps_enough():
 def test_pictures_of_another_size_than_the_network_s_are_refused():
     task, data = detector(), Painted()
     data.setup()
-    task.learn(data)
+    task.take_facts(data)
     data.image_size = 16
     with pytest.raises(UserError, match=r"image_size 16; expected 8, the network's"):
-        task.learn(data)
+        task.take_facts(data)
 
 
 # The runner

@@ -75,7 +75,7 @@ def photographic(request):
 
 def test_every_network_answers_as_pytorch_does_at_shapes_it_was_not_traced_on(photographic, tmp_path):
     task, data = photographic
-    task.learn(data)
+    task.take_facts(data)
     graph = task.deployable(next(iter(data.val_dataloader()))).graphs["classify"]
     write_onnx(graph, tmp_path / "classify.onnx", CPU)
     exported = OnnxGraph(tmp_path / "classify.onnx", CPU.provider)
@@ -118,7 +118,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
 
 def test_several_labels_leave_through_sigmoids(tmp_path):
     task, data = classifier(), Pixels(multi_label=True)
-    task.known["multi_label"] = True
+    task.facts["multi_label"] = True
     export(task.eval(), data, CPU, tmp_path / "bundle")
     images = data.set.tensors[0][:2]
     with torch.no_grad():
@@ -372,7 +372,7 @@ def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
 
 def test_the_manifest_says_how_often_an_answer_calls_a_graph(tmp_path):
     task, data = classifier().eval(), Pixels()
-    task.learn(data)
+    task.take_facts(data)
     served = task.deployable(next(iter(data.val_dataloader())))
     served = replace(served, graphs={"classify": replace(served.graphs["classify"], calls=3)})
     write_onnx(served.graphs["classify"], tmp_path / "classify.onnx", CPU)

@@ -436,7 +436,7 @@ def test_step_by_step_is_the_network_all_at_once():
 def runner():
     torch.manual_seed(0)
     task = forecaster(cardinality=(5,), dynamic=1)
-    task.known["unseen"] = [[3]]
+    task.facts["unseen"] = [[3]]
     served = task.deployable(window_of(torch.rand(2, 10), features=6, categories=1))
     return make_runner("forecasting", served.graphs, served.metadata)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dlref.models import GPT
 from dlref.models.gpt import Past, apply_rotary, sinusoids, softmax_of, visible
 from dlref.runtime import UserError
-from dlref.tasks.weights import load_weights
+from dlref.training.weights import load_weights
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 

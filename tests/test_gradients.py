@@ -92,7 +92,7 @@ def test_classification(options, heads):
 
 def test_classification_with_several_labels():
     task = classifier(Given(), class_weights=[1.0, 3.0, 0.5])
-    task.known["multi_label"], task.mix = True, None
+    task.facts["multi_label"], task.mix = True, None
     assert gradcheck(loss_of(task, (pictures(4, 32), torch.randint(0, 2, (4, 3)).double())), [numbers(4, 3)])
 
 

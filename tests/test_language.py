@@ -514,7 +514,7 @@ def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatc
     task, batch = model().train(), batch_of("abcdefghijklmnop")
     task.log, task.compile_network = lambda *_, **__: None, True
     strategy = SimpleNamespace(root_device=torch.device(kind))
-    data = SimpleNamespace(**task.known)
+    data = SimpleNamespace(**task.facts)
     task.trainer = SimpleNamespace(datamodule=data, strategy=strategy, accumulate_grad_batches=1)
     task.setup("fit")
     task.training_step(batch, 0)
@@ -533,7 +533,7 @@ def test_a_batch_of_evaluation_leaves_training_compiled_for_its_own_size(monkeyp
     task = model(compile_network=True)
     task.log = lambda *_, **__: None
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trained = SimpleNamespace(datamodule=SimpleNamespace(**task.known), strategy=strategy, accumulate_grad_batches=1)
+    trained = SimpleNamespace(datamodule=SimpleNamespace(**task.facts), strategy=strategy, accumulate_grad_batches=1)
     task.trainer = trained
     task.setup("fit")
     for size, step in ((2, task.evaluation_step), (5, lambda batch: task.training_step(batch, 0))):

@@ -13,7 +13,7 @@ from babel.dates import format_date
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_translation import translator
+from test_translation import batch_of, translator
 
 from dlref.data import PairFiles, ParallelText, SageMakerTokens, SyntheticDates, synthetic_dates
 from dlref.data.pairs import Corpus, TokenBatches, read_parallel, read_records, read_table
@@ -350,13 +350,12 @@ def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
 
 def test_what_becomes_of_longer_texts_is_another_test_s_own_choice():
     task = translator(too_long="error")
-    facts = {name: task.known[name] for name in task.facts}
-    task.learn(SimpleNamespace(**facts | {"too_long": "truncate"}))
-    assert task.known["too_long"] == "truncate"
-    task.remember(facts)  # of the checkpoint, where a run goes on
-    assert task.known["too_long"] == "truncate"
+    facts = task.facts | {"too_long": "truncate"}
+    task.take_facts(SimpleNamespace(**facts))
+    task.remember(task.facts | {"too_long": "error"})  # of an older checkpoint, where a run goes on
+    assert task.deployable(batch_of(("a", "b"))).metadata["too_long"] == "truncate"
     with pytest.raises(UserError, match="longest of the data and of the checkpoint differ"):
-        task.learn(SimpleNamespace(**facts | {"longest": 7}))
+        task.take_facts(SimpleNamespace(**facts | {"longest": 7}))
 
 
 @pytest.mark.parametrize("kind", ["word", "character", "bpe"])

@@ -54,7 +54,7 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
 
     def build_only(cli, name):
         built.update(task=cli.model)
-        cli.claim.give_back()
+        cli.claim.roll_back()
 
     monkeypatch.setattr(TrainCLI, "_run_subcommand", build_only)
     arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
@@ -73,10 +73,10 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     facts |= {"dynamic_features": int(written["data"]["class_path"].endswith("SyntheticSeries"))}  # promotions
     vocabulary = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(network.get("target_vocabulary", 0) - 4))]}
     facts |= {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
-    facts |= {"longest": 100, "longest_answer": 100, "too_long": "error"}
+    facts |= {"longest": 100, "longest_answer": 100}
     letters = [chr(256 + i) for i in range(min(network.get("vocabulary", 0), 300) - 4)]
     facts |= {"vocabulary": {"kind": "character", "exact": True, "tokens": [*SPECIAL, *letters]}}
-    task.remember({name: facts[name] for name in task.facts})
+    task.remember({name: facts[name] for name in task.fact_names})
     task._device = torch.device("cuda")  # as Lightning has it in setup, when everything is on the CPU still
     task.check()
     assert list(tmp_path.iterdir()) == []

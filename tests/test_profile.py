@@ -15,12 +15,12 @@ from lightning.pytorch.profilers import Profiler
 from torch.profiler import ProfilerActivity
 
 import dlref.cli
-import dlref.tasks.profile
+import dlref.training.profile
 from dlref.cli import train
 from dlref.data.loader import Seeded
-from dlref.tasks.finite import Finite
-from dlref.tasks.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
-from dlref.tasks.profile_report import ADVICE, PARTS, bound
+from dlref.training.finite import StopOnNonFiniteLoss
+from dlref.training.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
+from dlref.training.profile_report import ADVICE, PARTS, bound
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 EMA = ("--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging")
@@ -90,7 +90,7 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
     trace = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
     labels = [event["name"] for event in trace if event.get("cat") == "user_annotation"]
     assert {"data", "forward", "backward", "optimiser", "callbacks", "logging"} <= set(labels)
-    assert labels.count("forward") == labels.count("backward") == dlref.tasks.profile.TRACED
+    assert labels.count("forward") == labels.count("backward") == dlref.training.profile.TRACED
 
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert (run / "metrics.csv").is_file()
@@ -111,11 +111,13 @@ def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
 
 
 def test_a_slow_callback_is_told_and_slow_validation_is_of_no_step(profiles, monkeypatch):
-    end = Finite.on_train_batch_end
-    monkeypatch.setattr(dlref.tasks.profile, "COUNTED", 20)
-    monkeypatch.setitem(dlref.tasks.profile.PRESET, "max_steps", WARM_UP + 21)
-    monkeypatch.setattr(Finite, "on_train_batch_end", lambda *arguments: time.sleep(0.03) or end(*arguments))
-    monkeypatch.setattr(Finite, "on_validation_batch_end", lambda *arguments: time.sleep(0.25))
+    end = StopOnNonFiniteLoss.on_train_batch_end
+    monkeypatch.setattr(dlref.training.profile, "COUNTED", 20)
+    monkeypatch.setitem(dlref.training.profile.PRESET, "max_steps", WARM_UP + 21)
+    monkeypatch.setattr(
+        StopOnNonFiniteLoss, "on_train_batch_end", lambda *arguments: time.sleep(0.03) or end(*arguments)
+    )
+    monkeypatch.setattr(StopOnNonFiniteLoss, "on_validation_batch_end", lambda *arguments: time.sleep(0.25))
     assert profile("--run", "mine", "--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "64") == 0
     findings = profiles[0].findings()
     assert findings.bound == "callbacks"
@@ -128,7 +130,7 @@ def test_nothing_waits_for_a_gpu_in_the_first_half(profiles, monkeypatch):
     waits = Counter()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.update([len(profiles[0].steps)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
-    monkeypatch.setattr(dlref.tasks.profile, "ON_CUDA", {ProfilerActivity.CPU})
+    monkeypatch.setattr(dlref.training.profile, "ON_CUDA", {ProfilerActivity.CPU})
     monkeypatch.setattr(StepProfile, "on_cuda", lambda self: True)
     assert profile("--run", "mine", "--data.init_args.batch_size", "16") == 0
     half = WARM_UP + COUNTED // 2
@@ -150,7 +152,7 @@ def test_on_a_gpu_steps_are_also_timed_without_waiting(profiles):
 
 
 def test_a_run_that_ends_too_soon_is_no_profile(monkeypatch, capsys):
-    monkeypatch.setattr(dlref.tasks.profile, "WARM_UP", 100)
+    monkeypatch.setattr(dlref.training.profile, "WARM_UP", 100)
     assert profile("--run", "mine") == 2
     assert "error: the run ended after 56 steps; expected more than 100" in capsys.readouterr().err
 
@@ -202,7 +204,7 @@ def clock(monkeypatch):
             return self.now
 
     made = Clock()
-    monkeypatch.setattr(dlref.tasks.profile, "time", made)
+    monkeypatch.setattr(dlref.training.profile, "time", made)
     return made
 
 

@@ -20,12 +20,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 
 import dlref.cli
 from dlref.cli import train
-from dlref.run import checkpoint_of, metrics_file
 from dlref.runtime import UserError
-from dlref.tasks.checkpoints import Last, SealedCheckpointIO
-from dlref.tasks.finite import Finite
-from dlref.tasks.seal import SIZE, Hashed, damage, seal_of, write_sealed
-from dlref.tasks.weights import read
+from dlref.training.checkpoints import Last, SealedCheckpointIO
+from dlref.training.finite import StopOnNonFiniteLoss
+from dlref.training.run_folder import checkpoint_of, metrics_file
+from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
+from dlref.training.weights import read
 from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
 from tests.faults.families import equal, state_of, write_text_file
@@ -119,7 +119,7 @@ def test_what_is_no_trouble_with_the_disk_is_not_told_as_one(tmp_path, monkeypat
 
 
 def test_what_torch_makes_of_a_full_disk_is_told_as_such():
-    hashed = Hashed(Full())
+    hashed = HashingWriter(Full())
     with pytest.raises(RuntimeError):
         torch.save({"weights": torch.ones(10_000)}, hashed)
     assert (hashed.error.errno, hashed.error.filename) == (errno.ENOSPC, "last.ckpt.part")
@@ -127,7 +127,7 @@ def test_what_torch_makes_of_a_full_disk_is_told_as_such():
 
 def test_nothing_is_left_of_a_checkpoint_that_finds_no_room(sealed, monkeypatch):
     before = sealed.read_bytes()
-    monkeypatch.setattr(Hashed, "write", refuse)
+    monkeypatch.setattr(HashingWriter, "write", refuse)
     with pytest.raises(OSError, match="No space left"):
         write_sealed({"weights": torch.ones(10_000)}, sealed, sealed.with_name("previous.ckpt"))
     assert sealed.read_bytes() == before
@@ -188,7 +188,7 @@ def test_a_callback_s_checkpoints_are_removed_by_whatever_path_the_run_has(tmp_p
 def saving(monkeypatch):
     """A last.ckpt that is to be saved every ten minutes, its trainer, the clock, and when it was saved."""
     now, saved = [1000.0], []
-    monkeypatch.setattr("dlref.tasks.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dlref.training.checkpoints.time.monotonic", lambda: now[0])
     trainer = SimpleNamespace(
         global_step=3,
         max_steps=-1,
@@ -225,7 +225,7 @@ def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
 
 
 def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
-    monkeypatch.setattr("dlref.tasks.checkpoints.signal.signal", lambda *_: None)
+    monkeypatch.setattr("dlref.training.checkpoints.signal.signal", lambda *_: None)
     last, told = Last(minutes=10), []
     last.taken = last.batches = 6
     trainer = SimpleNamespace(
@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path):
 @pytest.mark.parametrize("others", [True, False])
 def test_one_process_that_is_told_to_end_ends_all(others):
     last = Last(minutes=10)
-    last.told = True
+    last.sigterm_received = True
     strategy = SimpleNamespace(reduce_boolean_decision=lambda told, all: told and (others or not all))
     assert last.agreed(SimpleNamespace(strategy=strategy))
 
@@ -328,13 +328,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(during, tmp_path, 
 
 def test_a_loss_is_looked_at_no_more_often_than_it_is_logged(monkeypatch):
     looks = []
-    monkeypatch.setattr(Finite, "look", lambda self, trainer: looks.append(trainer.global_step) or self.seen.clear())
+    monkeypatch.setattr(
+        StopOnNonFiniteLoss, "look", lambda self, trainer: looks.append(trainer.global_step) or self.seen.clear()
+    )
     assert fit(trainer__limit_train_batches=12, trainer__log_every_n_steps=5, trainer__max_epochs=1) == 0
     assert looks == [5, 10, 12, 12, 12]  # at the last batch, and before best.ckpt and last.ckpt
 
 
 def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
-    finite = Finite()
+    finite = StopOnNonFiniteLoss()
     finite.on_train_start(None, None)
     finite.losses.append(torch.tensor(torch.nan))
     finite.seen.append({"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1})
@@ -350,8 +352,8 @@ def test_no_process_waits_for_a_first_one_that_cannot_keep_the_batch(tmp_path, m
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Finite, "keep", full)
-    finite, waited = Finite(), []
+    monkeypatch.setattr(StopOnNonFiniteLoss, "keep", full)
+    finite, waited = StopOnNonFiniteLoss(), []
     finite.on_train_start(None, None)
     finite.losses.append(torch.tensor(torch.nan))
     finite.seen.append({"step": 1})

@@ -26,13 +26,13 @@ from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Refused, parity
 from dlref.models import CifarResNet, DeepLabV3, FCNResNet, PSPNet
-from dlref.run import write_pictures
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.__main__ import main
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.runners.semantic_segmentation import PALETTE
 from dlref.tasks import Normalise, SemanticSegmenter
 from dlref.tasks.semantic_segmentation import VOID, Confusion, classes_of, enlarged, pixel_loss, scores
+from dlref.training.run_folder import write_pictures
 
 PLAIN = {"mean": [0.5] * 3, "std": [0.25] * 3}
 COLOURS = np.array([[120, 120, 120], [200, 30, 30], [30, 30, 200]], dtype=np.uint8)
@@ -280,7 +280,7 @@ def test_auxiliary_heads_are_weighed():
     expected = pixel_loss(head, masks, None) + 0.25 * pixel_loss(auxiliary, masks, None)
     torch.testing.assert_close(task.losses(task(images), masks), expected)
     seen = {}
-    task.evaluated = lambda split, loss, count: seen.update({split: loss})
+    task.log_eval_loss = lambda split, loss, count: seen.update({split: loss})
     task.val_confusion = Confusion(len(LABELS))
     task.validation_step((images, masks), 0)
     torch.testing.assert_close(seen["val"], pixel_loss(head, masks, None))

@@ -14,7 +14,7 @@ from dlref.models import FCNVGG16, CifarResNet, DeepLabV3, FCNCifarResNet, FCNRe
 from dlref.models.fcn import bilinear
 from dlref.models.pspnet import BINS, PyramidPooling, averages
 from dlref.runtime import UserError
-from dlref.tasks.weights import load_weights
+from dlref.training.weights import load_weights
 
 
 def count(network):

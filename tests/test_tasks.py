@@ -36,10 +36,10 @@ from dlref.tasks import (
     image_classification,
 )
 from dlref.tasks.averaging import Average
-from dlref.tasks.devices import fast_steps
 from dlref.tasks.image_classification import mixing, worst_mistakes
 from dlref.tasks.task import MeanLoss, freeze
-from dlref.tasks.weights import load_weights
+from dlref.training.devices import fast_steps
+from dlref.training.weights import load_weights
 
 GREY = {"mean": [0.5], "std": [0.25]}
 
@@ -137,7 +137,7 @@ def test_images_whose_classes_weigh_nothing_have_no_loss():
 
 def test_a_single_class_is_refused():
     task = classifier(network=LeNet5(1))
-    task.known["labels"] = ["a"]
+    task.facts["labels"] = ["a"]
     with pytest.raises(UserError, match="the data has 1 class; expected 2 or more"):
         task.check()
 
@@ -171,7 +171,7 @@ def test_class_weights_that_are_no_factors_are_refused(weights, message):
 
 def test_several_labels_are_independent_binary_cross_entropies():
     task = classifier(class_weights=[1.0, 3.0, 0.5])
-    task.known["multi_label"] = True
+    task.facts["multi_label"] = True
     logits, targets = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
     p = logits.sigmoid()
     weight = torch.tensor([1.0, 3.0, 0.5])
@@ -230,7 +230,7 @@ def test_test_metrics_are_scikit_learn_s(tmp_path):
 def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
     data = Pixels(multi_label=True)
     task = classifier()
-    task.known["multi_label"] = True
+    task.facts["multi_label"] = True
     (results,) = trainer(tmp_path).test(task, data, verbose=False)
     images, targets = data.set.tensors
     with torch.no_grad():
@@ -573,7 +573,7 @@ def test_weights_of_another_network_are_not_restored(tmp_path):
     with pytest.raises(UserError, match="expected weights of this network"):
         classifier(Linear()).restore(tmp_path / "a.ckpt")
     other = classifier()
-    other.known["labels"] = ["c", "b", "a"]
+    other.facts["labels"] = ["c", "b", "a"]
     with pytest.raises(UserError, match="same order"):
         other.restore(tmp_path / "a.ckpt")
 

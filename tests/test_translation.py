@@ -41,7 +41,8 @@ def translator(too_long="error", longest=40, network=None, **task):
     network = network or {}
     task = Translator(**{"network": Seq2Seq(64, 64, **SIZES | network), "optimizer": sgd} | task)
     vocabularies = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
-    task.remember({**vocabularies, "longest": longest, "longest_answer": 12, "too_long": too_long})
+    task.remember({**vocabularies, "longest": longest, "longest_answer": 12})
+    task.too_long = too_long
     return task.eval()
 
 
@@ -179,7 +180,7 @@ def test_weights_are_averaged_by_lightnings_callback(tmp_path):
 
     seen = []
     task, data = translator(), numbers(tmp_path)
-    task.known.clear()
+    task.facts.clear()
     fit(tmp_path, task, data, max_epochs=3, callbacks=[Last(), EMA(decay=0.5)])
     weights = torch.stack(seen)
     assert not torch.equal(task.network.output.bias, weights[-1])
@@ -227,7 +228,8 @@ class Few(Seq2Seq):
 def test_what_does_not_fit_the_data_is_refused(network, task, complaint):
     task = Translator(network=network, optimizer=sgd, **task)
     facts = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
-    task.remember({**facts, "longest": 9, "longest_answer": 9, "too_long": "error"})
+    task.remember({**facts, "longest": 9, "longest_answer": 9})
+    task.too_long = "error"
     with pytest.raises(UserError) as caught:
         task.check()
     assert complaint in str(caught.value)

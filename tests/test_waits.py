@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dlref.cli import build
 from dlref.tasks import EMA
-from dlref.tasks.checkpoints import Last
-from dlref.tasks.devices import Alike, fast_steps
-from dlref.tasks.finite import Finite
-from dlref.tasks.progress import Progress
+from dlref.training.checkpoints import Last
+from dlref.training.devices import UnevenEvaluation, fast_steps
+from dlref.training.finite import StopOnNonFiniteLoss
+from dlref.training.progress import Progress
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {  # the embedded config of each family, with little data: a processor may have to imitate bfloat16
@@ -124,7 +124,7 @@ def trained(config, folder, callbacks, **options):
         gradient_clip_val=1,
         precision="bf16-mixed",
         logger=False,
-        callbacks=[*callbacks, EMA(0.5), Finite(), Alike(), Last(10), Progress()],
+        callbacks=[*callbacks, EMA(0.5), StopOnNonFiniteLoss(), UnevenEvaluation(), Last(10), Progress()],
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,

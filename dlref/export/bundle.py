@@ -35,7 +35,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     data.prepare_data()
     data.setup("validate")
     data.setup("test")
-    task.learn(data)
+    task.take_facts(data)
     batch = next(iter(data.val_dataloader()), None)
     if batch is None:
         raise UserError("no validation data; expected some, to verify the bundle on")

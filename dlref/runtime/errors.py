@@ -20,3 +20,9 @@ class UserError(Exception):
 def one_line(error: object) -> str:
     """An exception's message on one line."""
     return " ".join(str(error).split())
+
+
+def shortened(value: object) -> str:
+    """A value as text, no longer than fits into a message."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

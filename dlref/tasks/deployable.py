@@ -1,6 +1,6 @@
 """What a task answers to `deployable()`: all that the export step learns of its graphs.
 
-Beside it, export asks a task for `metric`, `evaluate` and `degradation`, and tells it of the data by `learn`.
+Beside it, export asks a task for `metric`, `evaluate` and `degradation`, and tells it of the data by `take_facts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

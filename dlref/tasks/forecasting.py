@@ -44,7 +44,7 @@ class Forecaster(Task):
         task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
-    facts = (
+    fact_names = (
         "frequency",
         "context_length",
         "prediction_length",
@@ -54,7 +54,7 @@ class Forecaster(Task):
         "dynamic_features",
         "static_features",
     )
-    indexed: ClassVar = {"category_names": "embeddings"}
+    row_facts: ClassVar = {"category_names": "embeddings"}
     metric = "wql"
 
     def __init__(self, distribution: Distribution, longest_lag: int | None = None, difference: bool = False, **task):
@@ -63,8 +63,8 @@ class Forecaster(Task):
 
     def check(self) -> None:
         """One window of zeros through the network: one of other sizes would not train, or on other series."""
-        cardinality = self.known["cardinality"]
-        features = len(self.frequency.cycles) + 1 + self.known["static_features"] + self.known["dynamic_features"]
+        cardinality = self.facts["cardinality"]
+        features = len(self.frequency.cycles) + 1 + self.facts["static_features"] + self.facts["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters
         if not lags:
             raise UserError(f"longest_lag: {self.longest_lag}; expected at least 1")
@@ -111,17 +111,17 @@ class Forecaster(Task):
     @property
     def context(self) -> int:
         """Times before a forecast that the network reads."""
-        return self.known["context_length"]
+        return self.facts["context_length"]
 
     @property
     def horizon(self) -> int:
         """Times of a forecast."""
-        return self.known["prediction_length"]
+        return self.facts["prediction_length"]
 
     @property
     def frequency(self) -> Frequency:
         """The time from one value to the next."""
-        return Frequency.parse(self.known["frequency"])
+        return Frequency.parse(self.facts["frequency"])
 
     @property
     def lags(self) -> list[int]:
@@ -178,7 +178,7 @@ class Forecaster(Task):
     def training_step(self, batch, batch_index: int) -> Tensor:
         """Negative log-likelihood."""
         total, count = self.nll(batch)
-        return self.reported(total / count, count)
+        return self.log_train_loss(total / count, count)
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Every score, beside the baselines."""
@@ -213,7 +213,7 @@ class Forecaster(Task):
     def judge(self, stage: str, batch) -> Float[Tensor, "B S H"]:
         """Count the loss, the forecasts and the baselines of a batch; answer the sample paths."""
         total, count = self.nll(batch)
-        self.evaluated(stage, total / count, count)
+        self.log_eval_loss(stage, total / count, count)
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.scores[OWN].update(paths, target, observed, batch.seasonal_error)
         horizon, season = self.horizon, self.frequency.season
@@ -261,7 +261,7 @@ class Forecaster(Task):
         past = Past(*(torch.from_numpy(part[:EXAMPLES]) for part in self.past(batch)))
         encode = self.encode_graph(past)
         metadata = {
-            **{name: self.known[name] for name in self.facts},
+            **{name: self.facts[name] for name in self.fact_names},
             "lags": self.lags,
             "uniforms": self.distribution.uniforms,
             "differenced": self.difference,

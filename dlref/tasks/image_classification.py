@@ -51,7 +51,7 @@ class ImageClassifier(ImageTask):
         task: what every `ImageTask` takes: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
-    facts = ("labels", "multi_label", "crop")
+    fact_names = ("labels", "multi_label", "crop")
     metric = "accuracy"
 
     def __init__(
@@ -72,11 +72,11 @@ class ImageClassifier(ImageTask):
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
-        classes = len(self.known["labels"])
-        if classes < 2 and not self.known["multi_label"]:
+        classes = len(self.facts["labels"])
+        if classes < 2 and not self.facts["multi_label"]:
             raise UserError(f"the data has {classes} class; expected 2 or more")
         check_class_weights(self.class_weights, classes)
-        if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.known["multi_label"]):
+        if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.facts["multi_label"]):
             raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
         if min(self.mixup, self.cutmix) < 0:
             raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
@@ -88,14 +88,14 @@ class ImageClassifier(ImageTask):
         size = getattr(self.trainer.datamodule, "image_size", self.preprocess.size)  # small images come as they are
         if stage == "fit" and size != self.preprocess.size:  # it would be resized without a word
             raise UserError(f"data.init_args.image_size {size}; expected {self.preprocess.size}, preprocess's size")
-        labels, multi_label = self.known["labels"], self.known["multi_label"]
+        labels, multi_label = self.facts["labels"], self.facts["multi_label"]
         self.mix = mixing(self.mixup, self.cutmix, len(labels))
         self.val_metrics = metrics(len(labels), multi_label).clone(prefix="val/")
         self.test_metrics = test_metrics(len(labels), multi_label).clone(prefix="test/")
 
     def loss(self, logits: Float[Tensor, "B K"], targets: Tensor) -> Tensor:
         """Mean over the batch; `targets` are class indices (B,), or probabilities or several labels (B, K)."""
-        if self.known["multi_label"]:
+        if self.facts["multi_label"]:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
         options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
         if self.class_weights is None:
@@ -120,7 +120,7 @@ class ImageClassifier(ImageTask):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        return self.reported(loss, self.counted(targets))
+        return self.log_train_loss(loss, self.counted(targets))
 
     def judge(self, stage: str, batch: Batch, metrics: MetricCollection) -> Float[Tensor, "B K"]:
         """Add a batch to the loss and the metrics of a stage; return its probabilities."""
@@ -128,7 +128,7 @@ class ImageClassifier(ImageTask):
         logits = self(images)[0]
         probability = self.probability(logits)
         metrics.update(probability, targets.long())
-        self.evaluated(stage, self.loss(logits, targets), self.counted(targets))
+        self.log_eval_loss(stage, self.loss(logits, targets), self.counted(targets))
         return probability
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -146,7 +146,7 @@ class ImageClassifier(ImageTask):
         images, targets = batch
         probability = self.judge("test", batch, self.test_metrics)
         self.seen.append((probability.cpu(), targets.long().cpu()))
-        if not self.known["multi_label"]:
+        if not self.facts["multi_label"]:
             self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)
 
     def on_test_epoch_end(self) -> None:
@@ -170,13 +170,13 @@ class ImageClassifier(ImageTask):
 
     def probability(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         """Softmax over the classes, or a sigmoid for each where there are several labels."""
-        return logits.float().sigmoid() if self.known["multi_label"] else logits.float().softmax(dim=-1)
+        return logits.float().sigmoid() if self.facts["multi_label"] else logits.float().softmax(dim=-1)
 
     # The contract with the export step
 
     def metadata(self) -> dict:
         """What the runner has to know."""
-        return {**self.known, "channels": self.preprocess.channels}
+        return {**self.facts, "channels": self.preprocess.channels}
 
     def deployable(self, batch: Batch) -> Deployable:
         """uint8 (B, H, W, C) of any size -> probabilities (B, K)."""
@@ -193,7 +193,7 @@ class ImageClassifier(ImageTask):
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Accuracy of a runner's probabilities over `batches`."""
-        accuracy = metrics(len(self.known["labels"]), self.known["multi_label"])["accuracy"]
+        accuracy = metrics(len(self.facts["labels"]), self.facts["multi_label"])["accuracy"]
         for images, targets in batches:
             probability = runner.probability(nhwc(images).numpy())
             accuracy.update(torch.from_numpy(probability), targets.long())
@@ -204,8 +204,8 @@ class ImageClassifier(ImageTask):
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
 
         probability, targets = (torch.cat(part) for part in zip(*self.seen, strict=True))
-        labels = self.known["labels"]
-        if not self.known["multi_label"]:
+        labels = self.facts["labels"]
+        if not self.facts["multi_label"]:
             figures.confusion(folder / "confusion.png", self.confusion, labels)
             figures.mistakes(folder / "mistakes.png", self.mistakes, labels)
         figures.roc(folder / "roc.png", probability, targets, labels)
@@ -217,7 +217,7 @@ class _Classify(nn.Module):
     def __init__(self, task: ImageClassifier):
         super().__init__()
         self.preprocess, self.network = task.preprocess, task.network
-        self.multi_label = task.known["multi_label"]
+        self.multi_label = task.facts["multi_label"]
 
     def forward(self, image: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B K"]:
         logits = as_tuple(self.network(self.preprocess(image.permute(0, 3, 1, 2))))[0]

@@ -47,8 +47,8 @@ class LanguageModel(Task):
     """
 
     needs = ("output", "logits", "attention", "context_length")
-    facts = ("vocabulary", "context_length")
-    indexed: ClassVar = {"vocabulary": "wte"}
+    fact_names = ("vocabulary", "context_length")
+    row_facts: ClassVar = {"vocabulary": "wte"}
     metric = "bits_per_byte"
 
     def __init__(self, prompt: str = "", decay_vectors: bool = False, **task):
@@ -65,11 +65,11 @@ class LanguageModel(Task):
             if self.compile_network and self.trainer.strategy.root_device.type == "cuda":  # a processor gains little
                 self.nll_and_gradient = torch.compile(nll_and_gradient, dynamic=False)
             sizes = torch.tensor([len(spelling) for spelling in self.tokenizer.spelling])
-            self.nll = TokenNLL(self.known["context_length"], sizes).to(self.device)
+            self.nll = TokenNLL(self.facts["context_length"], sizes).to(self.device)
 
     def check(self) -> None:
         """The last token through the network: one with less room would fail within an epoch."""
-        vocabulary, length = len(self.tokenizer), self.known["context_length"]
+        vocabulary, length = len(self.tokenizer), self.facts["context_length"]
         expected = (
             f"expected model.init_args.network.init_args of at least vocabulary: {vocabulary}, context_length: {length}"
         )
@@ -96,7 +96,7 @@ class LanguageModel(Task):
     @cached_property
     def tokenizer(self):
         """The tokeniser, as the data has it."""
-        return make_tokenizer(self.known["vocabulary"])
+        return make_tokenizer(self.facts["vocabulary"])
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Logits of the token after each of `tokens`; of tokens beyond the vocabulary, which pad it, none."""
@@ -125,7 +125,7 @@ class LanguageModel(Task):
             torch._dynamo.mark_static(before, 0)
         hidden, _, _ = self.network(before)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.nll_and_gradient)
-        return self.reported(loss, len(after))
+        return self.log_train_loss(loss, len(after))
 
     def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
         """Nats of every token of a split."""
@@ -184,7 +184,7 @@ class LanguageModel(Task):
 
     def deployable(self, batch: Int[Tensor, "B U"]) -> Deployable:
         """`decode` reads tokens after a past, and answers the logits after those that are asked for."""
-        context_length = self.known["context_length"]
+        context_length = self.facts["context_length"]
         tokens = batch[:2, :context_length].clamp(min=0)
         with torch.inference_mode():
             _, keys, values = self.network.forward(tokens[:, :-NEW])
@@ -207,7 +207,7 @@ class LanguageModel(Task):
             {"batch": (1, 2, 3), "new": (1, 2, 4), "asked": (1, 2, 4), "past": (context_length, 0, READ, 1, 33)},
             tolerance=1e-4,
         )
-        metadata = {"tokenizer": self.known["vocabulary"], "context_length": context_length}
+        metadata = {"tokenizer": self.facts["vocabulary"], "context_length": context_length}
         return Deployable("language", {"decode": graph}, metadata)
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from dlref.tasks.task import Task, scaler_of, scales_itself
+from dlref.tasks.task import Task
+from dlref.training.devices import scaler_of, scales_itself
 
 Rule = Literal[
     "vanishing_gradient",

@@ -13,10 +13,10 @@ from torchmetrics.detection import MeanAveragePrecision
 from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.devices import everyone
 from dlref.tasks.image_task import ImageTask, check_classes, enough_to_normalise, nhwc
 from dlref.tasks.multibox import CANDIDATES, PADDED, Detections, match, multibox_loss
 from dlref.tasks.preprocess import ImagePreprocess
+from dlref.training.devices import gather_objects
 
 PICTURES = 12  # in the figure of detections
 HALF = 0  # place of the intersection over union of 0.5 among those of COCO
@@ -44,7 +44,7 @@ class ObjectDetector(ImageTask):
     """
 
     needs = ("size", "anchors")
-    facts = ("labels",)
+    fact_names = ("labels",)
     metric = "map"
 
     def __init__(
@@ -60,9 +60,9 @@ class ObjectDetector(ImageTask):
         self.overlap_threshold = overlap_threshold
         self.detect = Detections(score_threshold, nms_threshold, detections)
 
-    def learn(self, datamodule) -> None:
+    def take_facts(self, datamodule) -> None:
         """Hold the size of the batches against the network's too: another one would train without a word."""
-        super().learn(datamodule)
+        super().take_facts(datamodule)
         if datamodule.image_size != self.network.size:
             raise UserError(
                 f"data.init_args.image_size {datamodule.image_size}; expected {self.network.size}, the network's"
@@ -70,7 +70,7 @@ class ObjectDetector(ImageTask):
 
     def check(self) -> None:
         """One black image through the network: heads of another width would train without a word."""
-        classes, side = len(self.known["labels"]), self.preprocess.size
+        classes, side = len(self.facts["labels"]), self.preprocess.size
         shares = {"overlap_threshold": self.overlap_threshold, "nms_threshold": self.detect.overlap}
         for name, value in (shares | {"score_threshold": self.detect.score}).items():
             if not 0 <= value <= 1:
@@ -97,7 +97,7 @@ class ObjectDetector(ImageTask):
         positives = (matched >= 0).sum()
         return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes, "positives": positives}
 
-    def learnt(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    def as_trained(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of an evaluation's boxes those that training would have: the losses are then of the same."""
         if self.trainer.datamodule.keep_ignored:
             return targets
@@ -110,15 +110,15 @@ class ObjectDetector(ImageTask):
             heads = self(images)
         losses = self.losses(heads, targets)
         self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")})
-        return self.reported(losses["loss"], losses["positives"])
+        return self.log_train_loss(losses["loss"], losses["positives"])
 
     def judge(self, stage: str, batch: Batch, metric: MeanAveragePrecision) -> list[Found]:
         """Add a batch to the loss and the metric of a stage; return its detections."""
         images, targets = batch
         heads = self(images)
-        losses = self.losses(heads, self.learnt(targets))
-        self.evaluated(stage, losses["loss"], losses["positives"])
-        found = self.found(heads)
+        losses = self.losses(heads, self.as_trained(targets))
+        self.log_eval_loss(stage, losses["loss"], losses["positives"])
+        found = self.detections(heads)
         metric.update(predictions(found, targets["sizes"]), truth(targets))
         return found
 
@@ -146,13 +146,13 @@ class ObjectDetector(ImageTask):
     def on_test_epoch_end(self) -> None:
         """Numbers go to the log; the curves are for the figure alone. COCO's -1, nothing to count, is left out."""
         values = computed(self.test_map)
-        self.precision = curves_at_half(values["precision"].cpu(), values["classes"], len(self.known["labels"]))
+        self.precision = curves_at_half(values["precision"].cpu(), values["classes"], len(self.facts["labels"]))
         log = {name: values[name] for name in SUMMARY if values[name] >= 0}
         precision = values["precision"][..., 0, -1].cpu()  # (overlaps, recalls, classes), objects of any size
         for place, k in enumerate(values["classes"].flatten().tolist()):
             ap = precision[:, :, place].mean(dim=1)
             if ap[HALF] >= 0:
-                log[f"ap_{self.known['labels'][k]}"], log[f"ap_50_{self.known['labels'][k]}"] = ap.mean(), ap[HALF]
+                log[f"ap_{self.facts['labels'][k]}"], log[f"ap_50_{self.facts['labels'][k]}"] = ap.mean(), ap[HALF]
         self.log_dict({f"test/{name}": value for name, value in log.items()})
         self.test_map.reset()
 
@@ -160,13 +160,13 @@ class ObjectDetector(ImageTask):
         """The answers that the bundle's runner gives, in pixels of the original images."""
         images, targets = batch
         rows = []
-        for (boxes, scores, labels), size in zip(self.found(self(images)), targets["sizes"].tolist(), strict=True):
+        for (boxes, scores, labels), size in zip(self.detections(self(images)), targets["sizes"].tolist(), strict=True):
             height, width = size
             boxes = boxes * np.float32([width, height, width, height])
-            rows.append(answer(boxes, scores, labels, width, height, self.known["labels"]))
+            rows.append(answer(boxes, scores, labels, width, height, self.facts["labels"]))
         return rows
 
-    def found(self, heads: tuple[Tensor, Tensor]) -> list[Found]:
+    def detections(self, heads: tuple[Tensor, Tensor]) -> list[Found]:
         """For each image boxes in shares of it, scores and labels."""
         *arrays, count = (x.cpu().numpy() for x in self.detect(*(h.float() for h in heads), self.network.anchors))
         return [tuple(array[i, :n] for array in arrays) for i, n in enumerate(count)]
@@ -186,7 +186,7 @@ class ObjectDetector(ImageTask):
             tolerance=1e-4,  # of a large offset's exponential
             selected=outputs,
         )
-        metadata = {"labels": self.known["labels"], "channels": batch[0].shape[1]}
+        metadata = {"labels": self.facts["labels"], "channels": batch[0].shape[1]}
         return Deployable("object-detection", {"detect": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
@@ -209,8 +209,8 @@ class ObjectDetector(ImageTask):
         """Pictures with their boxes beside the true ones, and the precision-recall curve of each class."""
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
 
-        figures.detections(folder / "detections.png", self.pictures, self.known["labels"])
-        figures.precision_recall(folder / "precision_recall.png", self.precision, self.known["labels"])
+        figures.detections(folder / "detections.png", self.pictures, self.facts["labels"])
+        figures.precision_recall(folder / "precision_recall.png", self.precision, self.facts["labels"])
 
 
 class _Detect(nn.Module):
@@ -248,7 +248,7 @@ def computed(metric: MeanAveragePrecision) -> dict[str, Tensor]:
     torchmetrics would gather them one by one, which fails where devices have not as many.
     """
     for name, mine in metric.metric_state.items():
-        setattr(metric, name, [rows.to(metric.device) for part in everyone(mine) for rows in part])
+        setattr(metric, name, [rows.to(metric.device) for part in gather_objects(mine) for rows in part])
     return metric.compute()
 
 

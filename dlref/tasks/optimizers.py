@@ -1,4 +1,4 @@
-"""Optimisers that torch has in parts."""
+"""Muon with AdamW, and what a resumed run checks of its optimiser."""
 
 import math
 from collections import defaultdict
@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+
+from dlref.runtime import UserError
+from dlref.runtime.errors import shortened
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: as steep at 0 as it can be, all of (0, 1] goes near 1
 ITERATIONS = 5
@@ -125,3 +128,25 @@ class MuonAdamW(Optimizer):
         if False in self.parts:
             self.parts[False].step()
         return loss
+
+
+def described(optimizer: Optimizer) -> dict[str, object]:
+    """What was asked for, before a step changes it; plain values."""
+    groups = optimizer.param_groups
+    return {
+        "class": type(optimizer).__name__,
+        "numbers of parameters": [len(group["params"]) for group in groups],
+        "lr": [float(group["lr"]) for group in groups],
+        "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
+    }
+
+
+def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
+    """UserError where a run would go on with another optimiser than asked for, or with its old rate without a word."""
+    for what, value in asked.items():
+        if value != known.get(what):
+            raise UserError(
+                f"optimizer: {what} {shortened(value)}, the checkpoint has {shortened(known.get(what))}; expected the "
+                "optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that begins with "
+                "its weights"
+            )

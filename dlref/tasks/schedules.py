@@ -24,7 +24,7 @@ def check_shares(**shares: list[float]) -> None:
                 raise ValueError(f"{name} {value}; expected a share of the run, 0 to 1")
 
 
-class OfTheRun(LambdaLR):
+class RunSchedule(LambdaLR):
     """A schedule that is a function of the step, and of the run's length as it is now."""
 
     def load_state_dict(self, state: dict) -> None:
@@ -34,7 +34,7 @@ class OfTheRun(LambdaLR):
         super().load_state_dict(state)
 
 
-class Steps(OfTheRun):
+class Steps(RunSchedule):
     """Multiply the rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4).
 
     Before, it rises linearly over the first `warmup` share.
@@ -52,14 +52,14 @@ class Steps(OfTheRun):
         super().__init__(optimizer, factor)
 
 
-class Polynomial(OfTheRun):
+class Polynomial(RunSchedule):
     """Fall to 0 as a power of the share of the run that is left (Chen et al. 2017, DeepLab, section 4.1.2: 0.9)."""
 
     def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 1.0):
         super().__init__(optimizer, lambda step: max(1 - step / total_steps, 0.0) ** power)
 
 
-class WarmupCosine(OfTheRun):
+class WarmupCosine(RunSchedule):
     """Rise linearly over the first `warmup` share of the run, then fall along half a cosine to `final`.
 
     `final` is a share of the peak rate (Loshchilov and Hutter 2017, eq. 5, one period).

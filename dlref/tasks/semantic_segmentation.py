@@ -33,7 +33,7 @@ class SemanticSegmenter(ImageTask):
         task: what every `ImageTask` takes: preprocess, channels_last, network, optimizer, lr_scheduler, weights, ...
     """
 
-    facts = ("labels",)
+    fact_names = ("labels",)
     metric = "miou"
 
     def __init__(
@@ -50,7 +50,7 @@ class SemanticSegmenter(ImageTask):
 
     def check(self) -> None:
         """One black image through the network: a head of another width would train without a word."""
-        classes = len(self.known["labels"])
+        classes = len(self.facts["labels"])
         check_class_weights(self.class_weights, classes)
         if not 2 <= classes < VOID:
             raise UserError(f"the data has {classes} classes; expected 2 to {VOID - 1}, as 255 is no class")
@@ -63,7 +63,7 @@ class SemanticSegmenter(ImageTask):
     def setup(self, stage: str) -> None:
         """Once the classes are known, what counts over them."""
         super().setup(stage)
-        self.val_confusion, self.test_confusion = (Confusion(len(self.known["labels"])) for _ in range(2))
+        self.val_confusion, self.test_confusion = (Confusion(len(self.facts["labels"])) for _ in range(2))
 
     def losses(self, outputs: tuple[Tensor, ...], masks: UInt8[Tensor, "B H W"]) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""
@@ -75,13 +75,13 @@ class SemanticSegmenter(ImageTask):
         images, masks = batch
         with enough_to_normalise(images):
             outputs = self(images)
-        return self.reported(self.losses(outputs, masks), counted(masks, self.class_weights))
+        return self.log_train_loss(self.losses(outputs, masks), counted(masks, self.class_weights))
 
     def judge(self, stage: str, batch: Batch, confusion: "Confusion") -> Int[Tensor, "B H W"]:
         """Add a batch to the loss and the confusion matrix of a stage; return the classes found."""
         images, masks = batch
         logits = self(images)[0]
-        self.evaluated(stage, pixel_loss(logits, masks, self.class_weights), counted(masks, self.class_weights))
+        self.log_eval_loss(stage, pixel_loss(logits, masks, self.class_weights), counted(masks, self.class_weights))
         found = classes_of(logits, masks.shape[1:])
         confusion.update(found, masks)
         return found
@@ -112,7 +112,7 @@ class SemanticSegmenter(ImageTask):
         matrix = self.test_confusion.compute()
         union, values = scores(matrix)
         values |= {
-            f"iou_{label}": value for label, value in zip(self.known["labels"], union, strict=True) if value.isfinite()
+            f"iou_{label}": value for label, value in zip(self.facts["labels"], union, strict=True) if value.isfinite()
         }
         self.log_dict({f"test/{name}": value for name, value in values.items()})
         self.confusion = matrix.cpu()
@@ -122,7 +122,7 @@ class SemanticSegmenter(ImageTask):
         """The answers that the bundle's runner gives."""
         images, _ = batch
         found = classes_of(self(images)[0], images.shape[-2:])
-        return [answer(mask, self.known["labels"]) for mask in found.to(torch.uint8).cpu().numpy()]
+        return [answer(mask, self.facts["labels"]) for mask in found.to(torch.uint8).cpu().numpy()]
 
     def picture(self, answer: dict):
         """The mask of an answer as an indexed picture."""
@@ -147,12 +147,12 @@ class SemanticSegmenter(ImageTask):
             tolerance=1e-4,  # of probabilities, through the many layers of a deep network
             discrete=["mask"],
         )
-        metadata = {"labels": self.known["labels"], "channels": batch[0].shape[1]}
+        metadata = {"labels": self.facts["labels"], "channels": batch[0].shape[1]}
         return Deployable("semantic-segmentation", {"segment": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Mean intersection over union of a runner's masks over `batches`."""
-        confusion = Confusion(len(self.known["labels"]))
+        confusion = Confusion(len(self.facts["labels"]))
         for images, masks in batches:
             found = runner.masks(nhwc(images).numpy())
             confusion.update(torch.from_numpy(found), masks)
@@ -162,7 +162,7 @@ class SemanticSegmenter(ImageTask):
         """Pictures with true and found masks, the confusion matrix and each class's intersection over union."""
         from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
 
-        labels = self.known["labels"]
+        labels = self.facts["labels"]
         figures.masks(folder / "masks.png", self.pictures, labels)
         figures.confusion(folder / "confusion.png", self.confusion, labels, "IoU")
 

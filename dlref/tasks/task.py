@@ -1,27 +1,27 @@
 """What every task shares: optimiser and schedule, transfer, what is remembered of the data, the contract."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
+from dlref.runtime.errors import one_line, shortened
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.deployable import Deployable
-from dlref.tasks.devices import several
-from dlref.tasks.weights import load_weights, read_checkpoint, read_facts
+from dlref.tasks.losses import MeanLoss, or_one, sums
+from dlref.tasks.optimizers import check_resumed, described
+from dlref.training.devices import is_distributed, scaler_of, scales_itself
+from dlref.training.weights import freeze, load_weights, read_checkpoint, read_facts
 
 
 class Task(LightningModule):
@@ -41,18 +41,17 @@ class Task(LightningModule):
 
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
     # weights, and checked against those of any data the model meets later.
-    facts: tuple[str, ...] = ()
+    fact_names: tuple[str, ...] = ()
     # Those that index a layer, and which one: row i of an embedding means entry i, so a run's weights fit no others.
-    indexed: ClassVar[dict[str, str]] = {}
-    # Those that say what is done with the data, and mean nothing to the weights: other data may have others.
-    free: tuple[str, ...] = ()
+    row_facts: ClassVar[dict[str, str]] = {}
     # What the network has to have beside `forward`.
     needs: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
-    asked: dict[str, object] | None = None  # the optimiser of the config, as `described` has it,
-    resumed: dict[str, object] | None = None  # and that of the run that goes on
+    # The optimiser of the config, as `described` has it, and that of the run that is resumed.
+    optimizer_asked: dict[str, object] | None = None
+    optimizer_resumed: dict[str, object] | None = None
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class Task(LightningModule):
         self.weights, self.freeze_pattern = weights, freeze
         self.decay_vectors, self.compile_network = decay_vectors, compile_network
         self.mean_loss = MeanLoss()
-        self.known: dict[str, object] = {}
+        self.facts: dict[str, object] = {}
         self.prepared = False
 
     # What a subclass answers
@@ -136,23 +135,22 @@ class Task(LightningModule):
 
     # What the data said of itself
 
-    def learn(self, datamodule) -> None:
+    def take_facts(self, datamodule) -> None:
         """Take the facts of the data, or check them against those that came with the checkpoint."""
-        self.known |= {name: getattr(datamodule, name) for name in self.free}
-        self.remember({name: getattr(datamodule, name) for name in self.facts})
+        self.remember({name: getattr(datamodule, name) for name in self.fact_names})
 
     def remember(self, facts: dict[str, object]) -> None:
         """Raises UserError where `facts` contradict what is known."""
         for name, value in facts.items():
-            if self.known.setdefault(name, value) != value and name not in self.free:
+            if self.facts.setdefault(name, value) != value:
                 raise UserError(
-                    f"{name} of the data and of the checkpoint differ: {_short(value)} and "
-                    f"{_short(self.known[name])}; expected the same, in the same order"
+                    f"{name} of the data and of the checkpoint differ: {shortened(value)} and "
+                    f"{shortened(self.facts[name])}; expected the same, in the same order"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep the facts beside the weights, and what optimiser was asked for."""
-        checkpoint["facts"], checkpoint["optimizer"] = self.known, self.asked
+        checkpoint["facts"], checkpoint["optimizer"] = self.facts, self.optimizer_asked
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Hold a checkpoint's facts against those already known."""
@@ -176,7 +174,7 @@ class Task(LightningModule):
                 f"network {type(self.network).__name__} has no {', '.join(without)}; expected what "
                 f"{type(self).__name__}'s docstring says"
             )
-        self.learn(self.trainer.datamodule)
+        self.take_facts(self.trainer.datamodule)
         first, self.prepared = not self.prepared, True
         if first:  # not again in the test that ends a fit: it would run a compiled network at another size
             self.check()
@@ -196,15 +194,16 @@ class Task(LightningModule):
             weights: the run's.
             fresh: the tensors that were not taken, such as those of layers for another number of tokens.
         """
-        facts = read_facts(weights) if self.indexed else {}
-        for name, layer in self.indexed.items():
-            theirs, own = facts.get(name, self.known[name]), self.known[name]
+        facts = read_facts(weights) if self.row_facts else {}
+        for name, layer in self.row_facts.items():
+            theirs, own = facts.get(name, self.facts[name]), self.facts[name]
             others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
             replaced = any(tensor.startswith(f"{layer}.") for tensor in fresh)
             if theirs != own and not (replaced and others):
                 raise UserError(
-                    f"weights {weights}: {name} of that run and of the data differ: {_short(theirs)} and {_short(own)}"
-                    "; expected the same (of texts by data.init_args.tokenizer, the run's folder), or another number"
+                    f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
+                    f"{shortened(own)}; expected the same (of texts by data.init_args.tokenizer, the run's folder), or "
+                    "another number"
                 )
 
     def on_train_start(self) -> None:
@@ -247,7 +246,7 @@ class Task(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def reported(self, loss: Tensor, count: Tensor | int) -> Tensor:
+    def log_train_loss(self, loss: Tensor, count: Tensor | int) -> Tensor:
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
 
         Args:
@@ -255,7 +254,7 @@ class Task(LightningModule):
                 gradients: as it is, a thing would count for less on a device that has more of them.
         """
         self.train_loss, own = loss.detach(), loss
-        if several():
+        if is_distributed():
             both = sums(self.train_loss, count)
             scale = or_one(count * torch.ones_like(self.train_loss)) * torch.distributed.get_world_size()
             torch.distributed.all_reduce(both)
@@ -263,7 +262,7 @@ class Task(LightningModule):
         self.log("train/loss", self.train_loss)  # not to the bar: Lightning would fetch it after every step
         return own
 
-    def evaluated(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
+    def log_eval_loss(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
         """Log the loss of an evaluation: the mean over all that counts, however it is shared out into batches.
 
         Args:
@@ -292,9 +291,9 @@ class Task(LightningModule):
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
-            self.asked = described(optimizer)
-            if self.resumed is not None:
-                check_resumed(self.asked, self.resumed)
+            self.optimizer_asked = described(optimizer)
+            if self.optimizer_resumed is not None:
+                check_resumed(self.optimizer_asked, self.optimizer_resumed)
             if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
                 raise UserError(
                     "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
@@ -311,96 +310,6 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def described(optimizer: Optimizer) -> dict[str, object]:
-    """What was asked for, before a step changes it; plain values."""
-    groups = optimizer.param_groups
-    return {
-        "class": type(optimizer).__name__,
-        "numbers of parameters": [len(group["params"]) for group in groups],
-        "lr": [float(group["lr"]) for group in groups],
-        "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
-    }
-
-
-def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
-    """UserError where a run would go on with another optimiser than asked for, or with its old rate without a word."""
-    for what, value in asked.items():
-        if value != known.get(what):
-            raise UserError(
-                f"optimizer: {what} {_short(value)}, the checkpoint has {_short(known.get(what))}; expected the "
-                "optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that begins with "
-                "its weights"
-            )
-
-
-def scales_itself(optimizer: Optimizer) -> bool:
-    """Whether it undoes the scale of 16-mixed within its step, as fused ones do: gradients are scaled until then."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
-    """What scales the gradients of 16-mixed."""
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
 def number_of(fact: dict | Sequence) -> int:
     """How many tokens a tokeniser has, or names a list."""
     return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
-
-
-def or_one(count: Tensor) -> Tensor:
-    """What a sum is divided by: by 1 where nothing counts. A count of weights may be a fraction."""
-    return torch.where(count > 0, count, 1)
-
-
-def sums(loss: Tensor, count: Tensor | int) -> Tensor:
-    """A loss that is a mean, as a sum (2,) with its count, to be added to others."""
-    count = count * torch.ones_like(loss)
-    return torch.stack([loss * or_one(count), count])
-
-
-class MeanLoss(Metric):
-    """The mean of a loss over all batches of all devices: torchmetrics' own would lose the sum of a batch of none."""
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("both", torch.zeros(2), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, count: Tensor | int) -> None:
-        """Add a batch."""
-        self.both += sums(loss.detach(), count)
-
-    def compute(self) -> Tensor:
-        """The mean."""
-        return self.both[0] / or_one(self.both[1])
-
-
-def freeze(network: nn.Module, pattern: str) -> None:
-    """Stop the gradient of every parameter whose name matches `pattern` from its start.
-
-    A module whose own parameters are all frozen, but a recurrent one, goes to evaluation mode, so that frozen batch
-    norms keep their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
-    """
-    try:
-        matches = re.compile(pattern).match
-    except re.error as error:
-        raise UserError(f"freeze {pattern!r}: {error}; expected a regular expression") from None
-    named = network.named_parameters(remove_duplicate=False)  # a tied weight has two names
-    frozen = [p for name, p in named if matches(name)]
-    if not frozen:
-        example = next(name for name, _ in network.named_parameters())
-        raise UserError(f"freeze {pattern!r} matches no parameter; expected names such as {example}")
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    for module in network.modules():
-        own = list(module.parameters(recurse=False))
-        # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
-        if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
-            module.training = False  # its children may train
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

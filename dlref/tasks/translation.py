@@ -20,8 +20,8 @@ from dlref.runtime.decoding import Hypothesis
 from dlref.runtime.runners.translation import Runner
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.devices import everyone
 from dlref.tasks.task import Task
+from dlref.training.devices import gather_objects
 
 WIDEST = 16  # next tokens that a step answers: the widest beam
 EXAMPLES = 2  # sentences of the example inputs
@@ -58,9 +58,8 @@ class Translator(Task):
     """
 
     needs = ("encode", "step")
-    facts = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer", "too_long")
-    indexed: ClassVar = {"source_vocabulary": "embed_source", "target_vocabulary": "embed_target"}
-    free = ("too_long",)
+    fact_names = ("source_vocabulary", "target_vocabulary", "longest", "longest_answer")
+    row_facts: ClassVar = {"source_vocabulary": "embed_source", "target_vocabulary": "embed_target"}
 
     def __init__(
         self,
@@ -81,8 +80,13 @@ class Translator(Task):
     def tokenizer(self, side: Literal["source", "target"]):
         """The tokeniser of a side, as the data has it."""
         if side not in self.tokenizers:
-            self.tokenizers[side] = make_tokenizer(self.known[f"{side}_vocabulary"])
+            self.tokenizers[side] = make_tokenizer(self.facts[f"{side}_vocabulary"])
         return self.tokenizers[side]
+
+    def take_facts(self, datamodule) -> None:
+        """Take what becomes of longer sources too: it says nothing of the weights, so a test may choose otherwise."""
+        super().take_facts(datamodule)
+        self.too_long = datamodule.too_long
 
     def check(self) -> None:
         """The largest tokens through the network: one with less room would fail in the middle of an epoch."""
@@ -94,7 +98,7 @@ class Translator(Task):
         for name in ("label_smoothing", "scheduled_sampling"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: {getattr(self, name)}; expected a share, 0 to 1")
-        longest, longest_answer = self.longest_verified(), self.known["longest_answer"]
+        longest, longest_answer = self.longest_verified(), self.facts["longest_answer"]
         expected = (
             f"expected model.init_args.network.init_args of at least source_vocabulary: {source}, target_vocabulary: "
             f"{target}, and room for {longest} and {longest_answer} tokens"
@@ -111,7 +115,7 @@ class Translator(Task):
 
     def longest_verified(self) -> int:
         """Tokens of the longest source at which the export compares the graphs: one that none was traced at."""
-        return 2 * self.known["longest"] + 3
+        return 2 * self.facts["longest"] + 3
 
     # Sentences
 
@@ -151,7 +155,7 @@ class Translator(Task):
             before = self.mixed(batch, before)
         logits = self(batch, before).flatten(0, 1)
         loss = F.cross_entropy(logits, after.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing)
-        return self.reported(loss, (after != PAD).sum())
+        return self.log_train_loss(loss, (after != PAD).sum())
 
     def evaluation_step(self, batch, beam: int) -> None:
         """Likelihood and accuracy of the true tokens, and the text that is found without them."""
@@ -165,7 +169,7 @@ class Translator(Task):
     def log_evaluation(self, stage: str) -> None:
         """Every score, over all devices."""
         loss = self.nll.compute()
-        everything = [one for part in everyone(self.translated) for one in part.values()]
+        everything = [one for part in gather_objects(self.translated) for one in part.values()]
         texts, references = [one.text for one in everything], [one.reference for one in everything]
         values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.accuracy.compute()}
         values |= {name: score(texts, references) for name, score in SCORES.items()}
@@ -209,9 +213,10 @@ class Translator(Task):
         encode = self.encode_graph(batch.source[:EXAMPLES])
         step = self.step_graph(batch, encode)
         metadata = {
-            "source": self.known["source_vocabulary"],
-            "target": self.known["target_vocabulary"],
-            **{name: self.known[name] for name in ("longest", "longest_answer", "too_long")},
+            "source": self.facts["source_vocabulary"],
+            "target": self.facts["target_vocabulary"],
+            **{name: self.facts[name] for name in ("longest", "longest_answer")},
+            "too_long": self.too_long,
             "beam": self.beam,
             "widest": step.module.widest,
             "length_penalty": float(self.length_penalty),
@@ -221,7 +226,7 @@ class Translator(Task):
     def encode_graph(self, source: Int[Tensor, "B S"]) -> Graph:
         """Sources -> what the decoder looks at, and the state that it begins with."""
         # The first is what a target of fixed shapes has: every source has to fit.
-        lengths = (self.known["longest"], 1, source.shape[1], self.longest_verified())
+        lengths = (self.facts["longest"], 1, source.shape[1], self.longest_verified())
         return Graph(
             _Encode(self.network),
             {"source": source},

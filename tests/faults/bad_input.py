@@ -1417,7 +1417,7 @@ def write_bundle(folder: Path) -> None:
     task, data = load_run(Path("run"), [])
     data.setup("validate")
     data.setup("test")
-    task.learn(data)
+    task.take_facts(data)
     served = task.deployable(next(iter(data.val_dataloader())))
     folder.mkdir()
     for name, graph in served.graphs.items():

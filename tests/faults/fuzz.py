@@ -31,7 +31,7 @@ from dlref.data.images import read_image
 from dlref.runtime import UserError, bundle, images, lines
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.text import make_tokenizer
-from dlref.tasks.weights import read_checkpoint, read_state_dict
+from dlref.training.weights import read_checkpoint, read_state_dict
 
 from . import bad_input as corpus
 from .bad_input import COCO, DAY, IMAGES, LABELS, VOC_LIST, VOC_MASKS, captured, screen

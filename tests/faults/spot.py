@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from dlref.run import checkpoint_of
-from dlref.tasks.seal import damage
+from dlref.training.run_folder import checkpoint_of
+from dlref.training.seal import damage
 from tests.faults.families import FAMILIES, at, differing, fit_words, in_a_process, write_text_file
 
 FAMILY = "image classification"  # where one will do

@@ -740,8 +740,8 @@ CLASSES: dict[str, dict[str, object]] = {
         NETWORK_KEY: named("torch.nn.functional.torch.from_file", filename="@OUTSIDE@/new", shared=True, size=9)
     },
     "functools.partial through torch.optim": {OPTIMIZER: named("torch.optim.optimizer.functools.partial")},
-    "torch.load through the tasks": {NETWORK_KEY: named("dlref.tasks.weights.torch.load", f="@OUTSIDE@/secret.yaml")},
-    "pickle through the tasks": {NETWORK_KEY: named("dlref.tasks.weights.pickle.loads", data="x")},
+    "torch.load through the tasks": {NETWORK_KEY: named("dlref.tasks.task.torch.load", f="@OUTSIDE@/secret.yaml")},
+    "pickle through the training": {NETWORK_KEY: named("dlref.training.weights.pickle.loads", data="x")},
     "shutil through Lightning": {
         "trainer.callbacks": [named(f"{BUILT}callbacks.model_checkpoint.shutil.rmtree", path="@OUTSIDE@")]
     },
@@ -799,7 +799,7 @@ WITHIN: dict[str, dict[str, object]] = {
     ),
     "a best checkpoint elsewhere": {
         "trainer.callbacks": [
-            named("dlref.tasks.checkpoints.BestCheckpoint", folder="@OUTSIDE@", metric="val/loss", mode="min")
+            named("dlref.training.checkpoints.BestCheckpoint", folder="@OUTSIDE@", metric="val/loss", mode="min")
         ]
     },
     "the log of another program": {"trainer.default_root_dir": "@OUTSIDE@"},

@@ -1,4 +1,7 @@
-"""What a config may name. A class that is named is code that runs, so few can be, and nothing but classes."""
+"""From the text of a config to objects that are safe to build, or one line that says why not.
+
+A class that a config names is code that runs, so few can be named, and nothing but classes.
+"""
 
 import inspect
 import re
@@ -9,6 +12,7 @@ from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
 from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.cli import LightningArgumentParser
 
 from dlref.runtime import UserError
 
@@ -80,3 +84,57 @@ def check_part(part: dict) -> None:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )
+
+
+class Parser(LightningArgumentParser):
+    """Errors are one line, raised instead of printed with a page of usage; options have their whole names."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None):
+        """Raise UserError with the parser's message on one readable line."""
+        raise UserError(readable(message)) from ex
+
+    def parse_path(self, path, *args, **kwargs):
+        """A file of config, which what is wrong with it names."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason}); expected YAML") from None
+        except UserError as error:
+            hint = "" if "; expected" in str(error) else "; expected YAML as in configs/"
+            raise UserError(f"{path}: {error}{hint}") from None
+
+    def parse_string(self, *args, **kwargs):
+        """A config's text; what it names is not read as config."""
+        with no_other_configs():
+            return super().parse_string(*args, **kwargs)
+
+
+def readable(message: str) -> str:
+    """What jsonargparse says over many lines and of its own insides, on one line and of the user's."""
+    message = " ".join(message.split())
+    for pattern, replacement in (
+        (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: (- )?", ""),
+        (r" - Expected a <class 'NoneType'>", ""),
+        (r" - Expected a path but \S+ either not accessible or invalid", ""),
+        (r" Given value type: <class '[^']*'>", ""),
+        (r" Given value: Namespace\(.*", ""),
+        (r" - Importing", " Importing"),
+        (r" Subclass types expect one of.*", ""),
+        (r" Given value: NestedArg\(key='(.*?)', val=(.*)\)", r" (\1 = \2)"),
+        (r" Given value:", "; got"),
+        (r".*module '(dlref(?:\.\w+)+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that it exports"),
+        (r"<class '([^']*)'>", r"\1"),
+        (r"Option ('[^']*') is not accepted", r"\1 is not an argument of its class; expected one that is"),
+        (
+            r"(Importing '\S+' is not allowed), denied by .* to allow it\.",
+            rf"\1; expected a class of {ALLOWED}",
+        ),
+        (r'Parser key "([^"]*)":', r"\1:"),
+        (r"Problem with given class_path '[^']*': ", ""),
+        (r"typing\.Literal", "one of "),
+    ):
+        message = re.sub(pattern, replacement, message)
+    return message

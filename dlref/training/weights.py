@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
-from dlref.tasks.seal import damage, seal_of
+from dlref.training.seal import damage, seal_of
 
 log = logging.getLogger(__name__)
 
@@ -139,3 +140,27 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
 def shape_of(state: Mapping[str, Tensor], key: str) -> str:
     """The shape of a tensor, or that there is none."""
     return f"({', '.join(map(str, state[key].shape))})" if key in state else "missing"
+
+
+def freeze(network: nn.Module, pattern: str) -> None:
+    """Stop the gradient of every parameter whose name matches `pattern` from its start.
+
+    A module whose own parameters are all frozen, but a recurrent one, goes to evaluation mode, so that frozen batch
+    norms keep their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
+    """
+    try:
+        matches = re.compile(pattern).match
+    except re.error as error:
+        raise UserError(f"freeze {pattern!r}: {error}; expected a regular expression") from None
+    named = network.named_parameters(remove_duplicate=False)  # a tied weight has two names
+    frozen = [p for name, p in named if matches(name)]
+    if not frozen:
+        example = next(name for name, _ in network.named_parameters())
+        raise UserError(f"freeze {pattern!r} matches no parameter; expected names such as {example}")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
+        if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
+            module.training = False  # its children may train

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from dlref.runtime import UserError
 from dlref.runtime.machine import processor
-from dlref.tasks.profile_report import PARTS, Findings
+from dlref.training.profile_report import PARTS, Findings
 
 WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
 PRESET = {

@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 
 from dlref.runtime import UserError
-from dlref.tasks.seal import write_sealed
-from dlref.tasks.task import Task
+from dlref.training.seal import write_sealed
 
 
-class Finite(Callback):
+class StopOnNonFiniteLoss(Callback):
     """End a run whose loss is NaN or infinite, and keep the first batch of which it was.
 
     A look at the loss waits for the device, so one is taken only now and then: as often as losses are logged, and
@@ -20,12 +19,14 @@ class Finite(Callback):
     memory. It goes to not_finite.pt in the run's folder.
     """
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Nothing seen yet."""
         self.losses: list[torch.Tensor] = []
         self.seen: list[dict[str, Any]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Keep the loss where it is, and of which batch it was."""
         self.losses.append(task.train_loss)
         self.seen.append(
@@ -39,7 +40,7 @@ class Finite(Callback):
         if trainer.is_last_batch or len(self.seen) >= trainer.log_every_n_steps:
             self.look(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is kept is of steps whose losses were numbers."""
         self.look(trainer)
 

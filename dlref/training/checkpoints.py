@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dlref.runtime import UserError
-from dlref.tasks.seal import write_sealed
-from dlref.tasks.task import Task
+from dlref.training.seal import write_sealed
 
 
 class Interrupted(Exception):
@@ -71,7 +70,7 @@ class BestCheckpoint(ModelCheckpoint):
         here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         super().load_state_dict(state | here | {"best_k_models": {} if score is None else {path: score}})
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Forget the score where the best one is not there, or is of another run than the checkpoint."""
         super().on_train_start(trainer, task)
         path = Path(self.format_checkpoint_name({}))
@@ -92,12 +91,12 @@ class Last(Checkpoint):
 
     def __init__(self, minutes: float):
         self.minutes = minutes
-        self.told = self.ending = self.validated = False
+        self.sigterm_received = self.ending = self.validated = False
         self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
 
-    def hear(self, *_: Any) -> None:
+    def on_sigterm(self, *_: Any) -> None:
         """SIGTERM: what a spot instance gets two minutes before it ends."""
-        self.told = True
+        self.sigterm_received = True
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches an epoch has, for the place of one means nothing among others; if a validation came yet."""
@@ -107,7 +106,7 @@ class Last(Checkpoint):
         """Those of the run that wrote the checkpoint."""
         self.batches, self.validated = state["batches"], state["validated"]
 
-    def on_load_checkpoint(self, trainer: Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""
         try:
             loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
@@ -115,7 +114,7 @@ class Last(Checkpoint):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"loops: {error!r}; expected a checkpoint that train.py wrote") from None
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Go on in the epoch, and listen to SIGTERM: Lightning's own answer ends a run without keeping it."""
         if trainer.received_sigterm:
             raise SIGTERMException
@@ -140,14 +139,16 @@ class Last(Checkpoint):
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.hear)  # Lightning puts the earlier one back
+            signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning puts the earlier one back
 
-    def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int) -> None:
         """End here rather than in the step before: its losses are logged by now."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Between two steps of the optimiser; gradients that add up are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         stops = stops_here(trainer)
@@ -157,7 +158,7 @@ class Last(Checkpoint):
         if stops or self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, task: Task) -> None:
+    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         """After the best one, which `last` knows of."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -166,13 +167,13 @@ class Last(Checkpoint):
         if self.agreed(trainer):
             raise Interrupted(self.path, self.kept)
 
-    def on_train_epoch_end(self, trainer: Trainer, task: Task) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Where no validation came."""
         if trainer.is_last_batch and trainer.global_step > self.kept:
             self.save(trainer)
             self.ending = self.agreed(trainer)
 
-    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Told in the last step: what comes after training is left to the one who goes on."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
@@ -187,7 +188,7 @@ class Last(Checkpoint):
 
     def agreed(self, trainer: Trainer) -> bool:
         """Whether any of the processes was told to end."""
-        return trainer.strategy.reduce_boolean_decision(self.told, all=False)
+        return trainer.strategy.reduce_boolean_decision(self.sigterm_received, all=False)
 
     def due(self, trainer: Trainer) -> bool:
         """Whether the minutes are over by the first process' clock. Several ask it now and then: each time all wait."""

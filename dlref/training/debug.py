@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-
-from dlref.tasks.task import Task
 
 BATCHES, PASSES = 3, 100
 PRESET = {
@@ -23,16 +21,18 @@ PRESET = {
 class Overfit(Callback):
     """Say how far the loss of the same few batches falls."""
 
-    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Nothing seen yet."""
         self.losses = []
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Keep each loss, on the device."""
         self.losses.append(task.train_loss)
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
         """The mean of the first pass and of the last one."""
         batches = int(trainer.num_training_batches)
         first, last = (float(sum(part) / len(part)) for part in (self.losses[:batches], self.losses[-batches:]))

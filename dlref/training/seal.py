@@ -16,7 +16,7 @@ SIZE = len(SEAL) + 64
 BLOCK = 1 << 24  # bytes that are hashed at once
 
 
-class Hashed:
+class HashingWriter:
     """A file that is written to, and the hash of all of it; `error` keeps the OSError that torch.save hides."""
 
     def __init__(self, file: BinaryIO):
@@ -45,7 +45,7 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with part.open("wb") as file:
-            hashed = Hashed(file)
+            hashed = HashingWriter(file)
             try:
                 torch.save(state, hashed)
             except RuntimeError:  # torch.save's own words for an OSError

@@ -1,4 +1,4 @@
-"""What depends on the devices of a run: float32's speed, bfloat16, and several processes for one network."""
+"""What depends on the devices of a run: number formats, their speed, and several processes for one network."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 Mine = TypeVar("Mine")
 
@@ -36,21 +37,31 @@ def fast_steps(device: torch.device) -> None:
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def everyone(mine: Mine) -> list[Mine]:
+def gather_objects(mine: Mine) -> list[Mine]:
     """What each process has, in the order of their numbers."""
-    if not several():
+    if not is_distributed():
         return [mine]
     parts: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
     return parts
 
 
-class Alike(Callback):
+def scales_itself(optimizer: Optimizer) -> bool:
+    """Whether it undoes the scale of 16-mixed within its step, as fused ones do: gradients are scaled until then."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """What scales the gradients of 16-mixed."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+class UnevenEvaluation(Callback):
     """Let devices evaluate shares of different lengths, all by the first one's statistics.
 
     DDP sends the buffers of the first device to the others before every batch, in evaluation too, and waits for ever

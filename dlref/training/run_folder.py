@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dlref.runtime import UserError
-from dlref.tasks.seal import damage
+from dlref.training.seal import damage
 
 OWN = (
     "checkpoints",
@@ -135,7 +135,7 @@ class Claim:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.give_back()
+        self.roll_back()
         if rank_zero_only.rank == 0:
             self.lock.release()
 
@@ -144,13 +144,13 @@ class Claim:
         paths = (*map(self.run.joinpath, OWN), *self.run.glob("events.out.tfevents.*"))
         return [path for path in paths if path.exists()]
 
-    def keep(self) -> None:
+    def commit(self) -> None:
         """Training starts: the earlier run is replaced for good."""
         if self.refusable:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.refusable = False
 
-    def give_back(self) -> None:
+    def roll_back(self) -> None:
         """Unless training has started: remove what the fit wrote, bring back what was set aside."""
         if not self.refusable:
             return

@@ -1,0 +1,34 @@
+"""Losses that are means, added up over batches and devices."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def or_one(count: Tensor) -> Tensor:
+    """What a sum is divided by: by 1 where nothing counts. A count of weights may be a fraction."""
+    return torch.where(count > 0, count, 1)
+
+
+def sums(loss: Tensor, count: Tensor | int) -> Tensor:
+    """A loss that is a mean, as a sum (2,) with its count, to be added to others."""
+    count = count * torch.ones_like(loss)
+    return torch.stack([loss * or_one(count), count])
+
+
+class MeanLoss(Metric):
+    """The mean of a loss over all batches of all devices: torchmetrics' own would lose the sum of a batch of none."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("both", torch.zeros(2), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: Tensor | int) -> None:
+        """Add a batch."""
+        self.both += sums(loss.detach(), count)
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.both[0] / or_one(self.both[1])

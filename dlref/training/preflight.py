@@ -1,0 +1,34 @@
+"""What a fit has to have before its first step."""
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from dlref.runtime import UserError
+from dlref.training.run_folder import Claim
+
+
+class Preflight(Callback):
+    """Where a fit stops being refusable: after the sanity check, before the first step."""
+
+    def __init__(self, metric: str, claim: Claim):
+        self.metric, self.claim = metric, claim
+
+    def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
+        """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
+        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
+        known = [one.monitor for one in stopping if not one.monitor.startswith("train/")]
+        for what, metric in [("best.metric", self.metric), *(("EarlyStopping: monitor", name) for name in known)]:
+            if metric not in trainer.callback_metrics:
+                logged = ", ".join(sorted(trainer.callback_metrics))
+                raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        """Without validation no checkpoint would be the best."""
+        # A run that is resumed in an epoch without validation has not loaded it yet.
+        loaded = trainer.val_dataloaders is not None
+        if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
+            raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
+
+    def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch, batch_idx: int) -> None:
+        """There is a batch: from here on the run is real."""
+        self.claim.commit()
