@@ -306,6 +306,37 @@ def test_a_reader_s_own_mistakes_cost_one_input(bundle, tmp_path, monkeypatch, c
     assert good["label"] == "bright"
 
 
+def test_an_input_that_memory_does_not_hold_costs_no_other(bundle, tmp_path, monkeypatch, capsys):
+    paths = [str(tmp_path / name) for name in ("white.png", "huge.png", "black.png")]
+    for path, value in zip(paths, (255, 254, 0), strict=True):
+        Image.fromarray(grey(value)).save(path)
+    convert, runner = Image.Image.convert, load(bundle)
+
+    def too_large(picture, *arguments):
+        if picture.getpixel((0, 0)) == 254:
+            raise MemoryError
+        return convert(picture, *arguments)
+
+    monkeypatch.setattr(Image.Image, "convert", too_large)
+    assert main([str(bundle), *paths]) == 2
+    first, refused, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert refused["error"] == "not enough memory; expected a smaller input, or more memory"
+    assert (first["label"], last["label"]) == ("bright", "dark")
+    answer = runner.answer
+    runner.answer = lambda items: answer(items) if len(items) == 1 else too_large(Image.new("L", (1, 1), 254))
+    assert [row["label"] for row in runner.stream([grey(255), grey(0)])] == ["bright", "dark"]
+
+
+def test_nothing_is_reported_to_anybody(bundle, tmp_path):
+    """As onnxruntime does by itself: it keeps what it has not sent yet in the home folder."""
+    code = "import sys, dlref.runtime; dlref.runtime.load(sys.argv[1])"
+    home = os.environ | {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "home").mkdir()
+    home.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code, bundle], env=home, check=True)
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
 def test_names_that_no_text_can_hold_are_answered(bundle, tmp_path, capsys):
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     with open(path, "wb") as file:

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
+    warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped
     try:
         status = command(arguments)
         sys.stdout.flush()

@@ -34,15 +34,15 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
             upright = image.convert("L" if channels == 1 else "RGB")
+            return np.asarray(upright).reshape(upright.height, upright.width, channels)
     except FileNotFoundError:
         raise UserError(f"{source}: not found; expected an image file") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, pillow's readers raise whatever comes up
         if isinstance(source, BYTES):
             raise UserError(f"{len(source)} bytes: cannot be decoded; expected those of an image file") from None
         raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
-    return np.asarray(upright).reshape(upright.height, upright.width, channels)
 
 
 def _opened(source) -> AbstractContextManager[Image.Image]:

@@ -84,10 +84,10 @@ class Runner:
         for source in sources:
             try:
                 item = self.read(source)
-            except UserError as error:
+            except (UserError, MemoryError) as error:
                 yield from self._answers(waiting)
                 waiting, room = [], 0
-                yield error
+                yield refusal(error)
                 continue
             full = len(waiting) >= batch_size or room + self.size(item) > ROOM
             if waiting and (full or not self.together(waiting[0], item)):
@@ -103,8 +103,17 @@ class Runner:
             return []
         try:
             return self.answer(items)
-        except UserError as error:
-            return [error] if len(items) == 1 else [answer for item in items for answer in self._answers([item])]
+        except (UserError, MemoryError) as error:
+            if len(items) > 1:
+                return [answer for item in items for answer in self._answers([item])]
+            return [refusal(error)]
+
+
+def refusal(error: UserError | MemoryError) -> UserError:
+    """Why an input has no answer."""
+    if isinstance(error, UserError):
+        return error
+    return UserError("not enough memory; expected a smaller input, or more memory")
 
 
 def whole_number(value: object) -> int | None:

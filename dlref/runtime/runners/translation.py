@@ -80,7 +80,9 @@ class Runner(Base):
         fixed = graphs["encode"].shape["source"][1]
         self.longest = min(metadata["longest"], fixed) if isinstance(fixed, int) else metadata["longest"]
         self.longest_answer = metadata["longest_answer"]
-        self.truncates, self.widest = metadata["too_long"] == "truncate", metadata["widest"]
+        self.truncates = metadata["too_long"] == "truncate"
+        fixed = graphs["step"].shape["token"][1]
+        self.widest = min(metadata["widest"], fixed) if isinstance(fixed, int) else metadata["widest"]
         self.beam, self.length_penalty = metadata["beam"], metadata["length_penalty"]
 
     # Requests
