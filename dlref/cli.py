@@ -1,7 +1,7 @@
-"""The front door: one config -> a run's folder. What train.py and export.py share.
+"""Fit, validate, test or predict, from one YAML config and a run's folder.
 
-A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv, TensorBoard events, and after
-a test test.json and figures/.
+What train.py and export.py share. A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv,
+TensorBoard events, and after a test test.json and figures/.
 """
 
 import json
@@ -28,13 +28,14 @@ from dlref.runtime.runner import plain
 from dlref.tasks.task import Task
 from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
 from dlref.training.debug import PRESET, Overfit
-from dlref.training.devices import UnevenEvaluation, fast_steps, warn_of_slow_bfloat16
+from dlref.training.devices import UnevenEvaluation, fast_steps, lost_another, warn_of_slow_bfloat16
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.preflight import Preflight
 from dlref.training.profile import PRESET as PROFILE
 from dlref.training.profile import StepProfile, Unprofiled
 from dlref.training.progress import Progress
 from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
+from dlref.training.sigterm import EndAtSigterm, ends_at_sigterm
 from dlref.training.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
@@ -97,13 +98,13 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside a trainer, a task and data."""
         switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
-        parser.add_argument("--best", type=Best, required=True, help="what makes a checkpoint the best one")
-        parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME of NAME.yaml)")
-        parser.add_argument("--overwrite", **switch, help="replace a run that is there")
-        parser.add_argument("--final_test", type=bool, default=True, help="end a fit by testing the best checkpoint")
-        parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between two last.ckpt of an epoch")
+        parser.add_argument("--best", type=Best, required=True, help="metric and mode that choose best.ckpt")
+        parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME for NAME.yaml)")
+        parser.add_argument("--overwrite", **switch, help="replace an existing run")
+        parser.add_argument("--final_test", type=bool, default=True, help="test the best checkpoint after a fit")
+        parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="minutes between saves of last.ckpt")
         parser.add_argument("--debug", **switch, help="overfit three batches, and write nothing")
-        parser.add_argument("--profile", **switch, help="train some steps, and say what takes the time")
+        parser.add_argument("--profile", **switch, help="train a few steps, show where time goes")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
@@ -127,9 +128,7 @@ class TrainCLI(LightningCLI):
             self.prepare_profile()
         self.run, self.overwrite = run_folder(options), options.overwrite
         if command in ("test", "predict") and self.run.is_dir() and not os.access(self.run, os.W_OK):
-            raise UserError(
-                f"{self.run}: cannot be written to; expected the folder of a run that takes what {command} finds"
-            )
+            raise UserError(f"{self.run}: not writable; expected a run's folder that {command} can write to")
         self.checkpoint = self.checkpoint_asked_for(command)
         self.step, self.resumed = 0, None
         if fitting and self.checkpoint:
@@ -184,7 +183,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that writes into the run's folder, or nothing at all."""
         shown = self.options.trainer.enable_progress_bar is not False
-        self.trainer_defaults["callbacks"] = [Progress()] if shown else []
+        self.trainer_defaults["callbacks"] = [EndAtSigterm(), *([Progress()] if shown else [])]
         kwargs |= {"default_root_dir": self.run, "plugins": []}
         # At a signal of its queue Lightning would write a checkpoint that takes the place of all.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
@@ -247,9 +246,10 @@ class TrainCLI(LightningCLI):
             arguments["ckpt_path"] = self.checkpoint
             model.weights = None  # the checkpoint holds what became of them
         if not self.records:
-            self.trainer.fit(model, datamodule=datamodule, **arguments)
+            with ends_at_sigterm(self.trainer):
+                self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
-        with self.claim:
+        with self.claim, ends_at_sigterm(self.trainer):
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             self.claim.commit()  # a run that was complete has no first batch
             if self.options.final_test and self.trainer.state.finished:
@@ -259,11 +259,13 @@ class TrainCLI(LightningCLI):
 
     def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Print the validation metrics."""
-        self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
+        with ends_at_sigterm(self.trainer):
+            self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
-        (results,) = self.trainer.test(model, datamodule=datamodule)
+        with ends_at_sigterm(self.trainer):
+            (results,) = self.trainer.test(model, datamodule=datamodule)
         if not self.trainer.is_global_zero:
             return
         values = {key.removeprefix("test/"): value for key, value in results.items()}
@@ -283,7 +285,8 @@ class TrainCLI(LightningCLI):
         """Write one JSON line for each input to predictions.jsonl, and answers that are pictures beside it."""
         if self.trainer.world_size > 1:
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
-        batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
+        with ends_at_sigterm(self.trainer):
+            batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
         if len(answers) < len(names):
             raise UserError(f"answers for {len(answers)} of {len(names)} inputs; expected no limit on the batches")
@@ -312,7 +315,12 @@ def train(arguments: list[str] | None = None) -> int:
         if error.errno not in FULL:
             raise
         where = error.filename or "the run's folder"
-        print(f"error: {where}: {error.strerror}; expected space: the checkpoints before are whole", file=sys.stderr)
+        print(f"error: {where}: {error.strerror}; expected space; earlier checkpoints are intact", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        print("error: another process has ended; its own line says why", file=sys.stderr)
         return 2
     return 0
 

@@ -127,7 +127,7 @@ def readable(message: str) -> str:
         (r" Given value:", "; got"),
         (r".*module '(dlref(?:\.\w+)+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that it exports"),
         (r"<class '([^']*)'>", r"\1"),
-        (r"Option ('[^']*') is not accepted", r"\1 is not an argument of its class; expected one that is"),
+        (r"Option ('[^']*') is not accepted", r"\1 is unknown; expected an argument of the class"),
         (
             r"(Importing '\S+' is not allowed), denied by .* to allow it\.",
             rf"\1; expected a class of {ALLOWED}",

@@ -230,7 +230,7 @@ def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, cap
     (tmp_path / "mine/checkpoints/best.ckpt").unlink()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
     assert (
-        "last.ckpt alone, as of a run that was killed before its first validation; expected one"
+        "only last.ckpt, as in a run killed before its first validation; expected a run that ended"
         in capsys.readouterr().err
     )
 

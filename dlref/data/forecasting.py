@@ -183,7 +183,7 @@ class ForecastingData(SplitData):
     def predict_dataloader(self) -> DataLoader:
         """What comes after the end of each series to predict."""
         if "predict" not in self.splits:
-            raise UserError("dynamic_feat ends with the series; expected --data.init_args.predict with what is to come")
+            raise UserError("dynamic_feat ends with the series; expected --data.init_args.predict with future values")
         return self.in_order("predict")
 
     def sources(self) -> list[str]:

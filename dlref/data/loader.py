@@ -189,7 +189,10 @@ class SplitData(LightningDataModule):
 
     def order(self, devices: int) -> Order:
         """The batches of an epoch, each to be shared by so many devices."""
-        return Shuffled(len(self.splits["train"]), self.batch_size * devices)
+        count = len(self.splits["train"])
+        if 0 < count < devices:
+            raise UserError(f"train: {count} samples for {devices} devices; expected one for each")
+        return Shuffled(count, self.batch_size * devices)
 
     def at_once(self, split: str) -> int:
         """The most samples that are evaluated together."""

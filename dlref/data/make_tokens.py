@@ -1,4 +1,4 @@
-"""Text files -> files of tokens, text after text, for what no memory holds; see `dlref.data.TokenFiles`.
+"""Text files to token files, for texts that do not fit in memory; see `dlref.data.TokenFiles`.
 
     python -m dlref.data.make_tokens FOLDER --train 'books/*.txt' --val 'held/*.txt' --vocabulary-size 32768
 

@@ -65,8 +65,8 @@ def metrics(verification: dict, target: dict) -> list[str]:
     ]
     if verification["test"]["rows"]:
         parts.append(
-            "Outputs that are a choice, such as boxes after suppression, are compared as sets, and places of largest "
-            "values, such as the class of a pixel, one by one; a rounding flipped "
+            "Boxes after suppression and the like are compared as sets; discrete outputs, such as the class of a "
+            "pixel, one by one; rounding flipped "
             + " and ".join(f"{row['flipped']} of {row['rows']} ({row['split']})" for row in both)
             + "."
         )

@@ -1,6 +1,6 @@
 """`python -m dlref.runtime BUNDLE INPUT...`: one JSON line for each input; a folder stands for its files.
 
-`python -m dlref.runtime BUNDLE --prompt TEXT`: the text and how it goes on, as it comes, of a language model.
+`python -m dlref.runtime BUNDLE --prompt TEXT`: a language model continues TEXT, printed as it is generated.
 
 `python -m dlref.runtime bench BUNDLE` measures the bundle on this device instead.
 """
@@ -72,20 +72,20 @@ def opened(arguments: list[str]):
     """What was asked for, and the runner of the bundle, its own options set. Raises UserError."""
     known = parser(__doc__)
     known.add_argument("inputs", nargs="*", metavar="INPUT", help="what the model reads (image files, ...), or folders")
-    known.add_argument("--prompt", metavar="TEXT", help="in the place of INPUT: write how it goes on, as it comes")
+    known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, as it comes")
     known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
     known.add_argument("--form", help="another form of the answers, such as sagemaker")
     known.add_argument(
         "--output",
         type=Path,
         metavar="PLACE",
-        help="write the answer where it is a picture: one to NAME.png, or into a folder",
+        help="save masks: NAME.png for one input, otherwise a folder",
     )
     known.add_argument(
         "--overlay",
         type=Path,
         metavar="PLACE",
-        help="draw the answer over the input, or the input's attention: one to NAME.png, or into a folder",
+        help="draw answers over inputs, or attention: NAME.png for one input, otherwise a folder",
     )
     own = {}
     for kind in map(runner_of, kinds()):

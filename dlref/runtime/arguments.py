@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raise UserError."""
-        raise UserError(f"{message}; expected what --help says, and -- before a text that begins with a dash")
+        raise UserError(f"{message}; expected arguments as in --help, and -- before a text that begins with a dash")
 
 
 def positive(text: str) -> int:

@@ -179,8 +179,8 @@ class OnnxGraph:
             raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
         if self.session.get_providers()[0] != provider or (devices and provider not in taken):
             raise UserError(
-                f"{path}: {provider} does not start, onnxruntime would take the processor without a word; expected its "
-                "driver and libraries, or another provider"
+                f"{path}: {provider} does not start, onnxruntime would silently use the CPU; expected its driver and "
+                "libraries, or another provider"
             )
         self.declared = {output.name: output.shape for output in self.session.get_outputs()}
         self.outputs = list(self.declared)

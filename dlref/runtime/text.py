@@ -99,7 +99,7 @@ class BytePairs:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise UserError("a tokeniser of byte pairs; expected the package tokenizers, or install [text]") from None
+            raise UserError("a byte-pair tokeniser; expected the package tokenizers (the extra [text])") from None
         self.tokenizer, self.exact = Tokenizer.from_str(model), exact
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

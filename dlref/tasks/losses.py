@@ -10,12 +10,6 @@ def or_one(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, 1)
 
 
-def sums(loss: Tensor, count: Tensor | int) -> Tensor:
-    """A loss that is a mean, as a sum (2,) with its count, to be added to others."""
-    count = count * torch.ones_like(loss)
-    return torch.stack([loss * or_one(count), count])
-
-
 class MeanLoss(Metric):
     """The mean of a loss over all batches of all devices: torchmetrics' own would lose the sum of a batch of none."""
 
@@ -27,7 +21,8 @@ class MeanLoss(Metric):
 
     def update(self, loss: Tensor, count: Tensor | int) -> None:
         """Add a batch."""
-        self.both += sums(loss.detach(), count)
+        count = count * torch.ones_like(loss)
+        self.both += torch.stack([loss.detach() * or_one(count), count])
 
     def compute(self) -> Tensor:
         """The mean."""

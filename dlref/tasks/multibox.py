@@ -18,6 +18,7 @@ from torchvision.ops import box_convert, box_iou, nms
 PADDED = -1  # the label of a box that is not there
 # Offsets are learnt in these units (the "variances" of the authors' code), centres and sides.
 CENTRE, SIDE = 0.1, 0.2
+SMALLEST = 1e-6  # side over its default: where pixels are rounded to shares of the image, one can become 0
 LARGEST = math.log(1000 / 16)  # of the logarithm of a side over its default: exp of more would overflow
 NEGATIVES = 3  # for each positive ("Hard negative mining")
 CANDIDATES = 1000  # pairs of default box and class in an image that suppression looks at
@@ -28,7 +29,8 @@ def encode(boxes: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Floa
     """The offsets from default boxes to `boxes` (equation 2)."""
     boxes = box_convert(boxes, "xyxy", "cxcywh")
     centre = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:] / CENTRE
-    return torch.cat([centre, (boxes[..., 2:] / anchors[..., 2:]).log() / SIDE], dim=-1)
+    sides = (boxes[..., 2:] / anchors[..., 2:]).clamp(min=SMALLEST)
+    return torch.cat([centre, sides.log() / SIDE], dim=-1)
 
 
 def decode(offsets: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:

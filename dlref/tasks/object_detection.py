@@ -109,8 +109,7 @@ class ObjectDetector(ImageTask):
         with enough_to_normalise(images):
             heads = self(images)
         losses = self.losses(heads, targets)
-        self.log_dict({f"train/{name}": losses[name].detach() for name in ("box_loss", "class_loss")})
-        return self.log_train_loss(losses["loss"], losses["positives"])
+        return self.log_train_loss(losses.pop("loss"), losses.pop("positives"), **losses)
 
     def judge(self, stage: str, batch: Batch, metric: MeanAveragePrecision) -> list[Found]:
         """Add a batch to the loss and the metric of a stage; return its detections."""

@@ -29,8 +29,8 @@ class Normalise(nn.Module):
         """Pixels -> the network's input; one channel stands for all where there are more."""
         if images.shape[1] not in (1, self.channels):
             raise UserError(
-                f"images have {images.shape[1]} channels; expected {self.channels}, as preprocess has means, or as "
-                "many in model.init_args.preprocess.init_args.mean and std and in_channels of the network"
+                f"images have {images.shape[1]} channels; expected {self.channels}, the number of preprocess's "
+                "means, or as many in model.init_args.preprocess.init_args.mean, std and the network's in_channels"
             )
         return (self.resize(images.float()) - self.offset) * self.scale
 

@@ -18,7 +18,7 @@ from dlref.runtime import UserError
 from dlref.runtime.errors import one_line, shortened
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.deployable import Deployable
-from dlref.tasks.losses import MeanLoss, or_one, sums
+from dlref.tasks.losses import MeanLoss, or_one
 from dlref.tasks.optimizers import check_resumed, described
 from dlref.training.devices import is_distributed, scaler_of, scales_itself
 from dlref.training.weights import freeze, load_weights, read_checkpoint, read_facts
@@ -202,8 +202,8 @@ class Task(LightningModule):
             if theirs != own and not (replaced and others):
                 raise UserError(
                     f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
-                    f"{shortened(own)}; expected the same (of texts by data.init_args.tokenizer, the run's folder), or "
-                    "another number"
+                    f"{shortened(own)}; expected the same (texts: data.init_args.tokenizer, the run's folder), or a "
+                    "different number"
                 )
 
     def on_train_start(self) -> None:
@@ -246,21 +246,26 @@ class Task(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def log_train_loss(self, loss: Tensor, count: Tensor | int) -> Tensor:
+    def log_train_loss(self, loss: Tensor, count: Tensor | int, **parts: Tensor) -> Tensor:
         """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
 
         Args:
             loss: a mean over `count` things of this device's share; of no things, a sum. DDP averages the devices'
                 gradients: as it is, a thing would count for less on a device that has more of them.
+            parts: of the loss, logged beside it by their names; means over as many.
         """
-        self.train_loss, own = loss.detach(), loss
+        values = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
         if is_distributed():
-            both = sums(self.train_loss, count)
-            scale = or_one(count * torch.ones_like(self.train_loss)) * torch.distributed.get_world_size()
-            torch.distributed.all_reduce(both)
-            self.train_loss, own = both[0] / or_one(both[1]), loss * (scale / or_one(both[1]))
-        self.log("train/loss", self.train_loss)  # not to the bar: Lightning would fetch it after every step
-        return own
+            count = count * torch.ones_like(values["loss"])
+            sums = torch.stack([count, *(value * or_one(count) for value in values.values())])
+            torch.distributed.all_reduce(sums)
+            everywhere = or_one(sums[0])
+            values = dict(zip(values, sums[1:] / everywhere, strict=True))
+            loss = loss * (or_one(count) * torch.distributed.get_world_size() / everywhere)
+        self.train_loss = values["loss"]
+        for name, value in values.items():
+            self.log(f"train/{name}", value)  # not to the bar: Lightning would fetch it after every step
+        return loss
 
     def log_eval_loss(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
         """Log the loss of an evaluation: the mean over all that counts, however it is shared out into batches.

@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dlref.runtime import UserError
 from dlref.training.seal import write_sealed
+from dlref.training.sigterm import listen
 
 
 class Interrupted(Exception):
@@ -48,7 +46,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         place = Path(path).resolve()
         disk = (self.run / "checkpoints").resolve()  # which may be another
         if self.run not in place.parents and disk not in place.parents:
-            raise UserError(f"the checkpoint has {path} removed; expected a file in the run's folder")
+            raise UserError(f"the checkpoint would delete {path}; expected a file in the run's folder")
         super().remove_checkpoint(place)
 
 
@@ -115,9 +113,7 @@ class Last(Checkpoint):
             raise UserError(f"loops: {error!r}; expected a checkpoint that train.py wrote") from None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Go on in the epoch, and listen to SIGTERM: Lightning's own answer ends a run without keeping it."""
-        if trainer.received_sigterm:
-            raise SIGTERMException
+        """Go on in the epoch, and listen to SIGTERM, to end between two steps with what was learnt so far."""
         batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
         if every is None:
             raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
@@ -125,9 +121,9 @@ class Last(Checkpoint):
         if (every % added and (through or every < batches)) or (through and batches % added):
             raise UserError(
                 f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
-                f"{added}; expected a multiple: gradients that add up are in no checkpoint"
+                f"{added}; expected a multiple: no checkpoint has accumulated gradients"
             )
-        if self.batches not in (None, batches) and (self.taken % batches or self.taken % self.batches):
+        if self.batches not in (None, batches):  # also at an epoch's end: a schedule counts steps
             raise UserError(
                 f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
                 "same data, batch size and devices"
@@ -138,8 +134,7 @@ class Last(Checkpoint):
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning puts the earlier one back
+        listen(self.on_sigterm)  # Lightning puts the earlier one back
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int) -> None:
         """End here rather than in the step before: its losses are logged by now."""

@@ -61,6 +61,11 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether a collective has failed because another process is no more."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 class UnevenEvaluation(Callback):
     """Let devices evaluate shares of different lengths, all by the first one's statistics.
 

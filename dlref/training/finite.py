@@ -58,7 +58,7 @@ class StopOnNonFiniteLoss(Callback):
             trainer.strategy.barrier("not_finite.pt")  # the others' end would end the one that writes
         raise UserError(
             "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
-            "expected a number, see a lower rate or trainer.gradient_clip_val; ".format(**where)
+            "expected a number; try a lower lr or trainer.gradient_clip_val; ".format(**where)
             + f"the batch is in {path}"
         )
 

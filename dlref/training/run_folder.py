@@ -53,8 +53,8 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     if not path.is_file():
         if path.name == "best.ckpt" and path.with_name("last.ckpt").is_file():
             raise UserError(
-                f"{path}: no checkpoint there, last.ckpt alone, as of a run that was killed before its first "
-                "validation; expected one that ended"
+                f"{path}: not there, only last.ckpt, as in a run killed before its first validation; "
+                "expected a run that ended"
             )
         raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
     return path

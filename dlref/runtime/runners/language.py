@@ -26,13 +26,13 @@ GROWTH = 64  # tokens by which the room for the past grows
 LONGEST = 1 << 24  # tokens
 
 OPTIONS = {
-    "max_new_tokens": (number(1, LONGEST, int), "tokens after which a text stops"),
+    "max_new_tokens": (number(1, LONGEST, int), "most tokens to generate"),
     "temperature": (number(0, 100), "what logits are divided by; 0 takes the likeliest token"),
-    "top_k": (number(0, LONGEST, int), "draw from so many of the likeliest tokens; 0 is all"),
-    "top_p": (number(0.001, 1), "draw from the likeliest tokens that together have this probability"),
-    "repetition_penalty": (number(0.01, 100), "by which tokens that were there become less likely"),
-    "stop": (filled, "a text that ends what is written, before it; may be given several times"),
-    "seed": (number(0, 1 << 63, int), "of what is drawn"),
+    "top_k": (number(0, LONGEST, int), "sample from this many of the likeliest tokens; 0 for all"),
+    "top_p": (number(0.001, 1), "sample from the likeliest tokens that together have this probability"),
+    "repetition_penalty": (number(0.01, 100), "above 1, tokens already seen become less likely"),
+    "stop": (filled, "end before this text; may be repeated"),
+    "seed": (number(0, 1 << 63, int), "of the sampling"),
 }
 
 

@@ -60,7 +60,7 @@ class Runner(Base):
     """
 
     spreads = True
-    options: Mapping = {"beam": (positive, "hypotheses that are kept (default: the model's)")}
+    options: Mapping = {"beam": (positive, "beam width (default: the model's)")}
 
     def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
         if set(graphs) != {"encode", "step"} or not all(type(metadata.get(key)) is KEYS[key] for key in KEYS):
