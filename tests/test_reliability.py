@@ -14,17 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from filelock import FileLock
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dlref.cli
 from dlref.cli import train
 from dlref.runtime import UserError
+from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.run_folder import checkpoint_of, metrics_file
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
+from dlref.training.sigterm import ends_at_sigterm
 from dlref.training.weights import read
 from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
@@ -51,7 +55,7 @@ def during(monkeypatch):
     """Do something in a hook of a fit."""
 
     def when(hook, action):
-        monkeypatch.setattr(dlref.cli, "Start", families.during(hook, action))
+        monkeypatch.setattr(dlref.cli, "Preflight", families.during(hook, action))
 
     return when
 
@@ -225,11 +229,10 @@ def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
 
 
 def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
-    monkeypatch.setattr("dlref.training.checkpoints.signal.signal", lambda *_: None)
+    monkeypatch.setattr("dlref.training.checkpoints.listen", lambda *_: None)
     last, told = Last(minutes=10), []
     last.taken = last.batches = 6
     trainer = SimpleNamespace(
-        received_sigterm=False,
         num_training_batches=6,
         val_check_batch=6,
         check_val_every_n_epoch=1,
@@ -240,9 +243,9 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
     )
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
-    last.batches = 12  # of which the six were a half
-    with pytest.raises(UserError, match="the checkpoint is of batch 6 of 12, an epoch has 6 now"):
-        last.on_train_start(trainer, None)
+    for last.batches in (12, 3):  # of which the six were a half, or two epochs: a schedule counts steps
+        with pytest.raises(UserError, match=f"the checkpoint is of batch 6 of {last.batches}, an epoch has 6 now"):
+            last.on_train_start(trainer, None)
 
 
 # SIGTERM
@@ -269,6 +272,52 @@ def test_sigterm_in_validation_waits_for_its_end(during, tmp_path):
     assert fit(run="told") == os.EX_TEMPFAIL
     assert state_of(tmp_path / "told")["global_step"] == 6
     assert "0.1" in (tmp_path / "told/metrics.csv").read_text().splitlines()[-1]  # what validation found
+
+
+@pytest.mark.parametrize("step", ["validation_step", "test_step"])  # of the sanity check, of the final test
+def test_sigterm_where_nothing_is_kept_ends_a_fit_at_once(step, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
+    assert fit(run="told", final_test="true") == os.EX_TEMPFAIL
+    assert capsys.readouterr().err.endswith("told to end\n")
+    assert (tmp_path / "told").exists() == (step == "test_step")
+    assert not (tmp_path / "told/test.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys):
+    assert fit(run="mine", trainer__max_epochs=1, trainer__limit_train_batches=1) == 0
+    for command, step in (("validate", "validation_step"), ("test", "test_step"), ("predict", "predict_step")):
+        monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
+        assert train([command, "--config", "mine/config.yaml"]) == os.EX_TEMPFAIL
+        assert capsys.readouterr().err.endswith("told to end\n")
+
+
+def test_the_processes_of_other_devices_end_with_the_one_that_started_them():
+    """Also while they start."""
+    told = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(kill=told.append)))
+    with pytest.raises(SIGTERMException), ends_at_sigterm(trainer):
+        tell()
+    assert told == [signal.SIGTERM]
+
+
+def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):
+    """Gloo's and NCCL's errors; no other error of torch's is one."""
+    for error in (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), dist.DistBackendError()):
+        monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
+        assert train([]) == 2
+        assert capsys.readouterr().err == "error: another process has ended; its own line says why\n"
+    monkeypatch.setattr(dlref.cli, "TrainCLI", raising(RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train([])
+
+
+def raising(error):
+    def raise_it(_):
+        raise error
+
+    return raise_it
 
 
 # Mixed images and averaged weights; two workers; accumulated gradients and dropout.

@@ -171,15 +171,15 @@ def at(hook: str, number: int, given: signal.Signals) -> None:
         if calls[hook] == number:
             os.kill(os.getpid(), given)
 
-    dlref.cli.Start = during(hook, count)
+    dlref.cli.Preflight = during(hook, count)
 
 
-def during(hook: str, action: Callable[..., None]) -> type[dlref.cli.Start]:
+def during(hook: str, action: Callable[..., None]) -> type[dlref.cli.Preflight]:
     """The callback of a fit that also does something in one of its hooks."""
-    own = getattr(dlref.cli.Start, hook)
+    own = getattr(dlref.cli.Preflight, hook)
 
     def both(*arguments: object) -> None:
         own(*arguments)
         action(*arguments)
 
-    return type("Start", (dlref.cli.Start,), {hook: both})
+    return type("Preflight", (dlref.cli.Preflight,), {hook: both})
