@@ -35,7 +35,7 @@ from dlref.training.profile import PRESET as PROFILE
 from dlref.training.profile import StepProfile, Unprofiled
 from dlref.training.progress import Progress
 from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
-from dlref.training.sigterm import EndAtSigterm, ends_at_sigterm
+from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
@@ -246,10 +246,9 @@ class TrainCLI(LightningCLI):
             arguments["ckpt_path"] = self.checkpoint
             model.weights = None  # the checkpoint holds what became of them
         if not self.records:
-            with ends_at_sigterm(self.trainer):
-                self.trainer.fit(model, datamodule=datamodule, **arguments)
+            self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
-        with self.claim, ends_at_sigterm(self.trainer):
+        with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             self.claim.commit()  # a run that was complete has no first batch
             if self.options.final_test and self.trainer.state.finished:
@@ -259,13 +258,11 @@ class TrainCLI(LightningCLI):
 
     def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Print the validation metrics."""
-        with ends_at_sigterm(self.trainer):
-            self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
+        self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
-        with ends_at_sigterm(self.trainer):
-            (results,) = self.trainer.test(model, datamodule=datamodule)
+        (results,) = self.trainer.test(model, datamodule=datamodule)
         if not self.trainer.is_global_zero:
             return
         values = {key.removeprefix("test/"): value for key, value in results.items()}
@@ -285,8 +282,7 @@ class TrainCLI(LightningCLI):
         """Write one JSON line for each input to predictions.jsonl, and answers that are pictures beside it."""
         if self.trainer.world_size > 1:
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
-        with ends_at_sigterm(self.trainer):
-            batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
+        batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
         if len(answers) < len(names):
             raise UserError(f"answers for {len(answers)} of {len(names)} inputs; expected no limit on the batches")

@@ -28,7 +28,7 @@ from dlref.training.checkpoints import Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.run_folder import checkpoint_of, metrics_file
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
-from dlref.training.sigterm import ends_at_sigterm
+from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read
 from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
@@ -293,13 +293,13 @@ def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys)
         assert capsys.readouterr().err.endswith("told to end\n")
 
 
-def test_the_processes_of_other_devices_end_with_the_one_that_started_them():
-    """Also while they start."""
-    told = []
-    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(kill=told.append)))
-    with pytest.raises(SIGTERMException), ends_at_sigterm(trainer):
-        tell()
-    assert told == [signal.SIGTERM]
+def test_the_processes_of_other_devices_end_with_the_one_that_started_them(monkeypatch):
+    killed = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(kill=killed.append)))
+    monkeypatch.setattr("dlref.training.sigterm.listen", lambda handler: handler(signal.SIGTERM, None))
+    with pytest.raises(SIGTERMException):
+        EndAtSigterm().on_test_start(trainer, None)
+    assert killed == [signal.SIGTERM]
 
 
 def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):

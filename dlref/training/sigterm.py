@@ -1,65 +1,51 @@
-"""SIGTERM where there is nothing to keep: the process ends at once, and those that it started."""
+"""SIGTERM where there is nothing to keep: the process ends at once."""
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
-@contextmanager
-def ends_at_sigterm(trainer: Trainer) -> Iterator[None]:
-    """Also while the processes of the other devices start, which would outlive this one."""
-    before = signal.getsignal(signal.SIGTERM)
-    end_at_sigterm(trainer)
-    try:
-        yield
-    finally:
-        listen(before)
-
-
-def end_at_sigterm(trainer: Trainer) -> None:
-    """From here on SIGTERM raises SIGTERMException, here and in the processes that this one started."""
-
-    def end(*_: object) -> None:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGTERM)
-        raise SIGTERMException
-
-    listen(end)
-
-
 def listen(handler) -> None:
-    """Let a handler have SIGTERM; other threads cannot say who has."""
+    """Give SIGTERM to a handler until Lightning puts the earlier one back. Only the main thread can."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
 
 class EndAtSigterm(Callback):
-    """Take the place of Lightning's handler outside of training.
+    """Take the place of Lightning's handler, but in training that `Last` keeps.
 
-    That one waits for the other processes within the signal, while they may wait for this one somewhere else.
+    Lightning's waits within the signal for the other processes, while they may wait for this one somewhere else.
     """
+
+    def listen(self, trainer: Trainer) -> None:
+        """End at SIGTERM, with the processes that this one started."""
+
+        def end(*_: object) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            raise SIGTERMException
+
+        listen(end)
 
     def on_sanity_check_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Before the first step."""
-        end_at_sigterm(trainer)
+        self.listen(trainer)
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Where nothing is kept; else `Last` listens."""
-        end_at_sigterm(trainer)
+        """Where nothing is kept; else `Last` listens next."""
+        self.listen(trainer)
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Of a validation that is no part of a fit."""
         if trainer.state.fn == "validate":
-            end_at_sigterm(trainer)
+            self.listen(trainer)
 
     def on_test_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """The test that ends a fit, too."""
-        end_at_sigterm(trainer)
+        """Of the test that ends a fit, too."""
+        self.listen(trainer)
 
     def on_predict_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Nothing is written before the end."""
-        end_at_sigterm(trainer)
+        self.listen(trainer)
