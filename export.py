@@ -81,9 +81,10 @@ def gains(bundle: dict, eager: dict, held_up: Collection[str]) -> str:
         "installed_mb": "less to install",
     }
     known = [key for key in words if bundle[key] and eager[key] and not (held_up and key in TIMES)]
-    ratios = [f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known]
-    busy = ["no times, for other programs held the machine up"] * bool(held_up)
-    return f"beside PyTorch: {', '.join([*ratios, *busy])}"
+    parts = [f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known]
+    if held_up:
+        parts.append("no times, for other programs held the machine up")
+    return f"beside PyTorch: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from dlref.runtime.lines import Line
 from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
 from dlref.runtime.series import changes
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
-from dlref.tasks.forecast_scores import QuantileScores, SampleScores, crps
-from dlref.tasks.forecasting import BASELINES, OWN, last_value, scale_of, seasonal_naive
+from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
+from dlref.tasks.forecasting import OWN, scale_of
 
 H = Frequency.parse("H")
 LONGEST = max(H.lags)

@@ -106,7 +106,7 @@ class Seq2Seq(nn.Module):
         for table in (self.embed_source, self.embed_target):
             nn.init.normal_(table.weight, std=embedding_size**-0.5)
         self.encoder = ENCODERS[encoder](cell, embedding_size, hidden_size, num_layers, residual, dropout)
-        fed = embedding_size + hidden_size * input_feeding
+        fed = embedding_size + (hidden_size if input_feeding else 0)
         self.decoder = RecurrentLayers(cell, fed, hidden_size, num_layers, residual, dropout)
         self.bridge = None if initial == "zero" else nn.Linear(hidden_size, self.decoder.rows * hidden_size)
         self.attention = None if attention == "none" else Attention(attention, hidden_size)

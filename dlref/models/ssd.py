@@ -184,10 +184,12 @@ class ResNetFeatures(nn.Module):
                     module.stride = (1, 1)
         self.out_channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - len(channels))]
         extra = []
-        for before, after in pairwise(self.out_channels[self.small :]):
+        widths = self.out_channels[1:] if self.small else self.out_channels  # from the ResNet's last map on
+        for before, after in pairwise(widths):
             halves = size != 300 or len(extra) < 3
+            stride, padding = (2, 1) if halves else (1, 0)
             middle = 256 if after == 512 else 128
-            extra.append(_extra(before, middle, after, 2 if halves else 1, int(halves), norm=True))
+            extra.append(_extra(before, middle, after, stride, padding, norm=True))
         self.extra = nn.ModuleList(extra)
         self.extra.apply(_initialise)
 

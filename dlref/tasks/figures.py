@@ -1,10 +1,12 @@
-"""Pictures of a test. Each function draws one file and returns nothing."""
+"""Figures and tables of a test run."""
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import auc, roc_curve
@@ -24,6 +26,46 @@ GROUPS = 6  # of lengths
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _grid(panels: int, columns: int, width: float, height: float, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure and the axes of its panels, row by row; what is left of the last row stays blank.
+
+    `width` and `height` are those of one panel, in inches; `extra` is the height left for titles and legends.
+    """
+    rows = max(1, math.ceil(panels / columns))
+    figure = Figure(figsize=(width * columns, height * rows + extra), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for blank in axes[panels:]:
+        blank.set_axis_off()
+    return figure, axes[:panels]
+
+
+def _class_curves(
+    by_class: dict[int, tuple[np.ndarray, np.ndarray, float]],
+    labels: list[str],
+    area: str,
+    digits: int,
+    corner: str,
+    **line,
+) -> tuple[Figure, Axes]:
+    """Draw one curve per class, from (x, y, area under the curve).
+
+    The legend calls the areas `area` and gives them to `digits` decimals; with more than SHOWN classes it names those
+    with the smallest areas. `line` styles the curves.
+    """
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    weakest = sorted(by_class, key=lambda k: by_class[k][2])[:SHOWN]
+    for k, (x, y, size) in by_class.items():
+        label = f"{literal(labels[k])}  {size:.{digits}f}" if k in weakest else None
+        axes.plot(x, y, label=label, linewidth=1.2 if k in weakest else 0.4, **line)
+    axes.set(xlim=(0, 1), ylim=(0, 1.01))
+    axes.grid(alpha=0.3)
+    if by_class:
+        title = area if len(by_class) <= SHOWN else f"{area}, the {SHOWN} weakest of {len(by_class)}"
+        axes.legend(title=title, loc=corner, fontsize=8)
+    return figure, axes
 
 
 def curves(path: Path, metrics: Path) -> None:
@@ -87,42 +129,26 @@ def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> 
     All classes are drawn; with more than SHOWN the legend names the weakest.
     """
     probability, targets = probability.numpy(), targets.numpy()
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
-    axes = figure.subplots()
-    rates = {}
+    by_class = {}
     for k in range(len(labels)):
         positive = targets[:, k] if targets.ndim == 2 else targets == k
         if 0 < positive.sum() < len(positive):  # otherwise there is no curve
-            rates[k] = roc_curve(positive, probability[:, k])[:2]
-    areas = {k: auc(false, true) for k, (false, true) in rates.items()}
-    weakest = sorted(areas, key=areas.get)[:SHOWN]
-    for k, (false, true) in rates.items():
-        label = f"{literal(labels[k])}  {areas[k]:.4f}" if k in weakest else None
-        axes.step(false, true, where="post", label=label, linewidth=1.2 if k in weakest else 0.4)
+            false, true, _ = roc_curve(positive, probability[:, k])
+            by_class[k] = (false, true, auc(false, true))
+    area = "area under the curve" if len(by_class) <= SHOWN else "area"
+    figure, axes = _class_curves(by_class, labels, area, 4, "lower right", drawstyle="steps-post")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     axes.set_xscale("symlog", linthresh=1e-3)
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1.01),
-        xlabel="false positive rate (log above 0.001)",
-        ylabel="true positive rate",
-    )
+    axes.set(xlabel="false positive rate (log above 0.001)", ylabel="true positive rate")
     axes.set_title("ROC, each class against the rest")
-    axes.grid(alpha=0.3)
-    title = "area under the curve" if len(areas) <= SHOWN else f"area, the {SHOWN} weakest of {len(areas)}"
-    if areas:
-        axes.legend(title=title, loc="lower right", fontsize=8)
     _save(figure, path)
 
 
 def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: list[str]) -> None:
     """The wrong answers given with most confidence: (confidence, uint8 image (C, H, W), predicted, true)."""
-    rows = max(1, -(-len(worst) // COLUMNS))
-    figure = Figure(figsize=(1.9 * COLUMNS, 2.1 * rows + 0.5), layout="constrained")
-    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
-    for axes in grid:
+    figure, grid = _grid(len(worst), COLUMNS, width=1.9, height=2.1, extra=0.5)
+    for axes, (confidence, image, predicted, true) in zip(grid, worst, strict=True):
         axes.set_axis_off()
-    for axes, (confidence, image, predicted, true) in zip(grid, worst, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         found, there = literal(labels[predicted]), literal(labels[true])
         axes.set_title(f"{found} {confidence:.0%}\ntrue: {there}", fontsize=9)
@@ -135,17 +161,12 @@ def detections(path: Path, pictures: list, labels: list[str]) -> None:
 
     Boxes are in shares of the image. Found ones are drawn from a score of 0.3.
     """
-    columns = 3
-    rows = max(1, -(-len(pictures) // columns))
-    figure = Figure(figsize=(5.2 * columns, 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2 * columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, (image, (boxes, scores, classes), targets) in enumerate(pictures):
-        row, column = divmod(number, columns)
+    figure, grid = _grid(2 * len(pictures), 6, width=2.6, height=2.8)
+    pairs = zip(grid[::2], grid[1::2], pictures, strict=True)
+    for truth, found, (image, (boxes, scores, classes), targets) in pairs:
         height, width = targets["sizes"].tolist()
-        truth, found = grid[row, 2 * column], grid[row, 2 * column + 1]
         for axes, title in ((truth, "true"), (found, "found")):
+            axes.set_axis_off()
             axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
             axes.set_title(title, fontsize=9)
         there = targets["labels"] >= 0
@@ -162,17 +183,13 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
 
     Pixels that count for nothing stay uncovered, and so does a class called background.
     """
-    rows = max(1, -(-len(pictures) // 2))
     height, width = pictures[0][1].shape if pictures else (1, 1)
-    figure = Figure(figsize=(15, 2.5 * rows * height / width + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 6, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    figure, grid = _grid(3 * len(pictures), 6, width=2.5, height=2.5 * height / width, extra=0.6)
     seen: set[int] = set()
-    for number, (image, true, found) in enumerate(pictures):
-        row, column = divmod(number, 2)
-        for place, (title, mask) in enumerate((("picture", None), ("true", true), ("found", found))):
-            axes = grid[row, 3 * column + place]
+    for i, (image, true, found) in enumerate(pictures):
+        shown = (("picture", None), ("true", true), ("found", found))
+        for axes, (title, mask) in zip(grid[3 * i : 3 * i + 3], shown, strict=True):
+            axes.set_axis_off()
             pixels = image.permute(1, 2, 0).numpy()
             grey = mask is not None or pixels.shape[2] == 1  # colours of a picture would mix with those of the classes
             axes.imshow(pixels.mean(axis=2) if grey else pixels, cmap="gray", vmin=0, vmax=255)
@@ -204,31 +221,17 @@ def _box(axes, box: list[float], width: int, height: int, colour: str, text: str
 
 def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[str]) -> None:
     """Precision (101,) over recalls from 0 to 1 for each class; with more than SHOWN the legend names the weakest."""
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
-    axes = figure.subplots()
-    areas = {k: curve.mean() for k, curve in precision.items()}
-    weakest = sorted(areas, key=areas.get)[:SHOWN]
-    for k, curve in precision.items():
-        label = f"{literal(labels[k])}  {areas[k]:.3f}" if k in weakest else None
-        axes.plot(np.linspace(0, 1, len(curve)), curve, label=label, linewidth=1.2 if k in weakest else 0.4)
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="recall", ylabel="precision")
+    by_class = {k: (np.linspace(0, 1, len(curve)), curve, curve.mean()) for k, curve in precision.items()}
+    figure, axes = _class_curves(by_class, labels, "AP50", 3, "lower left")
+    axes.set(xlabel="recall", ylabel="precision")
     axes.set_title("Precision over recall at an overlap of 0.5")
-    axes.grid(alpha=0.3)
-    if areas:
-        title = "AP50" if len(areas) <= SHOWN else f"AP50, the {SHOWN} weakest of {len(areas)}"
-        axes.legend(title=title, loc="lower left", fontsize=8)
     _save(figure, path)
 
 
 def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Series (past (T,), what came (H,), sample paths (S, H)): the paths' quantiles as a fan over what came."""
-    columns = 2
-    rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(7 * columns, 2.6 * rows + 0.4), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[len(shown) :]:
-        axes.set_axis_off()
-    for axes, (past, after, paths) in zip(grid, shown, strict=False):
+    figure, grid = _grid(len(shown), 2, width=7, height=2.6, extra=0.4)
+    for axes, (past, after, paths) in zip(grid, shown, strict=True):
         before, ahead = np.arange(-len(past), 0), np.arange(len(after))
         axes.plot(before, past.numpy(), color="black", linewidth=1, label="past")
         for low, high, colour in ((0.05, 0.95, "#deebf7"), (0.1, 0.9, "#c6dbef"), (0.25, 0.75, "#9ecae1")):
@@ -274,13 +277,8 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
 
 def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -> None:
     """Heat maps of attention weights (T, S), with the tokens of source and target beside them."""
-    columns = min(3, len(maps))
-    rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in list(grid.flat)[len(maps) :]:
-        axes.set_axis_off()
-    for axes, (weights, source, target) in zip(grid.flat, maps, strict=False):
+    figure, grid = _grid(len(maps), min(3, len(maps)), width=6, height=5)
+    for axes, (weights, source, target) in zip(grid, maps, strict=True):
         draw_attention(axes, weights, source, target)
     figure.suptitle("Attention: what each token of the answer (rows) looked at in the source (columns)")
     _save(figure, path)

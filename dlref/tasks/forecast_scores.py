@@ -1,6 +1,6 @@
-"""How good probabilistic forecasts are: sums that add up over batches and devices.
+"""Scores of probabilistic forecasts, summed over batches and devices, and the baselines they are compared with.
 
-B windows, S sample paths, H times to forecast, Q quantile levels.
+B windows, T times of context, S sample paths, H times to forecast, Q quantile levels.
 """
 
 import torch
@@ -107,3 +107,22 @@ def crps(paths: Float[Tensor, "B S H"], target: Float[Tensor, "B H"]) -> Float[T
     rank = 2 * torch.arange(1, samples + 1, device=paths.device) - samples - 1
     spread = (rank[:, None] * paths.sort(dim=1).values).sum(1) / samples**2
     return (paths - target[:, None]).abs().mean(1) - spread
+
+
+def seasonal_naive(
+    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+) -> Float[Tensor, "B H"]:
+    """Each time as in the last season that is known, or as the last value where the series is shorter."""
+    begun = observed.cumsum(1) > 0
+    last = values.where(begun, values[:, -1:])[:, -season:]
+    return last[:, torch.arange(horizon, device=values.device) % season]
+
+
+def last_value(
+    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+) -> Float[Tensor, "B H"]:
+    """Each time as the last one known."""
+    return values[:, -1:].expand(-1, horizon)
+
+
+BASELINES = {"seasonal_naive": seasonal_naive, "last_value": last_value}

@@ -20,7 +20,7 @@ from dlref.runtime.runners.forecasting import LEVELS, SAMPLES, Past, Runner, pre
 from dlref.runtime.series import lag_places
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
-from dlref.tasks.forecast_scores import QuantileScores, SampleScores, quantiles_of
+from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.task import Task
 
 SHOWN = 8  # series in the figure of forecasts
@@ -405,22 +405,3 @@ def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Flo
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
     mean = mean.where(observed.any(1), target[:, -1].abs())  # to which missing values are carried
     return mean.where(mean > 0, 1)
-
-
-def seasonal_naive(
-    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
-) -> Float[Tensor, "B H"]:
-    """Each time as in the last season that is known, or as the last value where the series is shorter."""
-    begun = observed.cumsum(1) > 0
-    last = values.where(begun, values[:, -1:])[:, -season:]
-    return last[:, torch.arange(horizon, device=values.device) % season]
-
-
-def last_value(
-    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
-) -> Float[Tensor, "B H"]:
-    """Each time as the last one known."""
-    return values[:, -1:].expand(-1, horizon)
-
-
-BASELINES = {"seasonal_naive": seasonal_naive, "last_value": last_value}

@@ -19,15 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from dlref.tasks.task import Task
 from dlref.training.devices import scaler_of, scales_itself
 
-Rule = Literal[
-    "vanishing_gradient",
-    "exploding_gradient",
-    "dead_relu",
-    "saturated_activation",
-    "loss_not_decreasing",
-    "overfitting",
-]
-
 VANISHED = 1e-7  # of the weights' norm; Debugger's is that number for the gradient itself, whatever the weights are
 EXPLODED = 1e4  # times the weights' norm; of the networks here, untrained, ResNet-50 comes closest, with 400
 LAYER = 0.5  # share of a layer's units, or of its outputs (Debugger's threshold_layer)
@@ -135,6 +126,7 @@ RULES: dict[str, Callable[[Seen], str | None]] = {
         overfitting,
     )
 }
+Rule = Literal[tuple(RULES)]
 
 
 class Monitor(Callback):

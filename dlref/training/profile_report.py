@@ -93,7 +93,7 @@ class Findings:
         for title in ("ms a step", "share"):
             table.add_column(title, justify="right")
         for name, (seconds, share) in self.rows.items():
-            table.add_row(name, f"{1000 * seconds:.3f}", f"{share:.1%}", style="bold" * (name == self.bound))
+            table.add_row(name, f"{1000 * seconds:.3f}", f"{share:.1%}", style="bold" if name == self.bound else "")
         console = Console()
         console.print(table)
         for line in [*self.lines(), *where]:

@@ -77,14 +77,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises UserError.
     """
     state = read(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and "facts" in state:  # of this project
-        state = {
-            key.removeprefix("network."): value
-            for key, value in state["state_dict"].items()
-            if key.startswith("network.")
-        }
-    elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        of_task = "facts" in state  # a checkpoint of this project, whose task holds the network
         state = state["state_dict"]
+        if of_task:
+            prefix = "network."
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict; expected names and tensors")
@@ -101,32 +99,23 @@ def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> 
 
 
 def load_weights(network: nn.Module, path: Path) -> list[str]:
-    """Load `path` into `network`; the names of the tensors that were left as initialised.
+    """Load `path` into `network` and return the names of the tensors left as initialised.
 
-    The modules in `network.class_layers` depend on the classes: where their shapes differ, or the file has none, they
-    keep their fresh weights. So does all that is not the base's where the weights are those of the network's base, as
-    published for classification. The log says which; any other difference is a UserError.
+    Layers listed in `network.class_layers` keep their fresh weights if shapes differ or the file lacks them. Given a
+    published classifier, only the backbone (`network.base`) is loaded. Both are logged; any other mismatch is a
+    UserError.
     """
-    state, own = read_state_dict(path), network.state_dict()
-    fits = all(key in own and value.shape == own[key].shape for key, value in state.items())
-    of_base = network.of_base(state) if hasattr(network, "of_base") and not fits else {}
-    if not of_base.keys() <= own.keys():
-        of_base = {}
-    state = of_base or state
-    differing = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
-    of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
-    replaced = [key for key in differing if key.startswith(of_classes)]
-    # Counters that older files lack, ResNets as published among them.
-    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
-    needed = {key for key in missing if (key.startswith(network.base) if of_base else not key.startswith(of_classes))}
-    problems = sorted(state.keys() - own.keys() | needed | set(differing) - set(replaced))
+    own = network.state_dict()
+    state, of_base = _state_for(network, read_state_dict(path), own)
+    fresh, problems = _compare(network, state, own, of_base)
     if problems:
         named = [f"{key} {shape_of(state, key)}, here {shape_of(own, key)}" for key in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            named.append("...")
         raise UserError(
-            f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({'; '.join(named)}"
-            f"{'; ...' * (len(problems) > SHOWN)}); expected the weights of this architecture"
+            f"{path}: {len(problems)} tensors do not fit {type(network).__name__} ({'; '.join(named)}); "
+            "expected the weights of this architecture"
         )
-    fresh = sorted(missing.union(replaced))
     taken = {key: value for key, value in state.items() if key not in fresh}
     check_tied(path, taken, own)
     network.load_state_dict(own | taken)
@@ -135,6 +124,33 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     else:
         log.warning("%s: loaded; new head for other classes: %s", path, ", ".join(fresh) or "none needed")
     return fresh
+
+
+def _state_for(network: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors to load into `network`, and whether they are a published classifier's, renamed for the backbone."""
+    fits = all(key in own and value.shape == own[key].shape for key, value in state.items())
+    if hasattr(network, "of_base") and not fits:
+        renamed = network.of_base(state)
+        if renamed and renamed.keys() <= own.keys():
+            return renamed, True
+    return state, False
+
+
+def _compare(
+    network: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], of_base: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the network's tensors that keep their fresh weights, and of tensors that do not fit."""
+    of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
+    differing = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
+    replaced = {key for key in differing if key.startswith(of_classes)}
+    # Older files, published ResNets among them, lack these counters.
+    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
+    if of_base:
+        needed = {key for key in missing if key.startswith(network.base)}
+    else:
+        needed = {key for key in missing if not key.startswith(of_classes)}
+    problems = (state.keys() - own.keys()) | needed | (differing - replaced)
+    return sorted(missing | replaced), sorted(problems)
 
 
 def shape_of(state: Mapping[str, Tensor], key: str) -> str:
