@@ -15,6 +15,7 @@ BOXES = {  # name: (x, y, width, text, kind)
     "data": (0.2, 2.6, 2.6, "data\nfiles → checked,\naugmented batches", "torch"),
     "tasks": (4.2, 2.6, 2.8, "tasks\nloss, metrics, figures,\ndeployable()", "torch"),
     "export": (9.0, 2.6, 2.6, "export\nONNX, quantised, judged,\nmeasured, manifest", "torch"),
+    "training": (1.5, 0.3, 2.4, "training\na run's folder,\ncheckpoints, devices", "torch"),
     "models": (4.2, 0.3, 2.8, "models\nnetworks, one file\nan architecture", "torch"),
     "runtime": (9.0, 0.3, 2.6, "runtime\nbundle → answers,\nwithout torch", "edge"),
     "answers": (12.4, 0.3, 2.2, "answers\nplain values", "disk"),
@@ -25,6 +26,7 @@ IMPORTS = [  # from, to: side of leaving, side of arriving
     ("train", "tasks", "bottom", "top"),
     ("export.py", "export", "bottom", "top"),
     ("tasks", "models", "bottom", "top"),
+    ("tasks", "training", "bottom", "top"),
     ("tasks", "runtime", "right", "left"),
     ("export", "runtime", "bottom", "top"),
 ]
@@ -66,7 +68,8 @@ def main() -> None:
     hook = {**call, "linestyle": "--"}
     axes.annotate("", side("tasks", "right"), side("export", "left"), arrowprops=hook)
     axes.text(8.0, 3.3, "asks\ndeployable()", ha="center", fontsize=9, style="italic")
-    axes.plot([1.5, 1.5, 10.3], [2.6, -0.05, -0.05], color=INK, lw=1.1)  # around the models
+    axes.plot([0.9, 0.9, 10.3], [2.6, -0.05, -0.05], color=INK, lw=1.1)  # around training and the models
+    axes.plot([2.7, 2.7], [0.3, -0.05], color=INK, lw=1.1)
     axes.annotate("", side("runtime", "bottom"), (10.3, -0.08), arrowprops=call)
     legend = "orange: what passes on disk    black: who imports whom    dashed: asked for, not imported"
     axes.text(7.4, -0.6, f"{legend}    blue: needs torch    green: does not", ha="center", fontsize=9)
