@@ -144,11 +144,7 @@ class SegmentationData(StreamedPictures):
     def train_transform(self) -> v2.Transform:
         """Return what training does to each picture and its mask, light aside."""
         smallest, largest = (max(1, round(self.base_size * scale)) for scale in self.scales)
-        resize = (
-            v2.RandomResize(smallest, largest + 1, antialias=True)
-            if smallest < largest
-            else v2.Resize(smallest, antialias=True)
-        )
+        resize = v2.RandomResize(smallest, largest + 1, antialias=True)
         fill = {tv_tensors.Image: MEAN, tv_tensors.Mask: VOID}
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])

@@ -250,16 +250,22 @@ class Reader(CalibrationDataReader):
         return next(self.remaining, None)
 
 
+def activations_of(model: Path, feeds: Feeds) -> dict[str, list[np.ndarray]]:
+    """The values of every tensor between the nodes of a graph, for the first DEBUGGED samples."""
+    augmented = model.with_suffix(".augmented.onnx")
+    qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
+    activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
+    augmented.unlink()
+    return activations
+
+
 def beyond_half(source: Path, feeds: Feeds) -> list[str]:
     """Nodes of a float32 graph around numbers that float16 does not have, or hardly: they would become infinite.
 
     A processor is no judge of that: it has few kernels for float16, and computes in float32 instead.
     """
-    augmented = source.with_suffix(".augmented.onnx")
     with quietly(source.name):
-        qdq_loss_debug.modify_model_output_intermediate_tensors(source, augmented)
-        activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
-        augmented.unlink()
+        activations = activations_of(source, feeds)
     for feed in feeds[:DEBUGGED]:
         activations |= {name: [*activations.get(name, ()), array] for name, array in feed.items()}
     large = {
@@ -277,14 +283,8 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
     `source` is the float32 graph that `convert` made `quantised` from.
     """
     prepared = source.with_suffix(".prepared.onnx")
-    activations = []
     with quietly(quantised.name):
-        for model in (prepared, quantised):
-            augmented = model.with_suffix(".augmented.onnx")
-            qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
-            activations.append(qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED])))
-            augmented.unlink()
-        float_activations, quantised_activations = activations
+        float_activations, quantised_activations = (activations_of(model, feeds) for model in (prepared, quantised))
         errors = qdq_loss_debug.compute_activation_error(
             qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
         )
