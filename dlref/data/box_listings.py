@@ -31,7 +31,6 @@ from torch import Tensor
 
 from dlref.data.files import (
     check_name,
-    drawn,
     image_path,
     picture_size,
     read_json,
@@ -75,6 +74,15 @@ class BoxListing(NamedTuple):
     classes: list[str]
     mended: dict[str, int]
 
+    @property
+    def images(self) -> list[str]:
+        """The paths of the pictures."""
+        return [picture.path for picture in self.pictures]
+
+    def take(self, places: list[int]) -> "BoxListing":
+        """The pictures at these places."""
+        return self._replace(pictures=[self.pictures[i] for i in places])
+
 
 OnBadBox = Literal["error", "clip", "skip"]
 Box = tuple[float, float, float, float]
@@ -96,17 +104,6 @@ class Record(NamedTuple):
     path: str
     size: tuple[float | None, float | None]
     objects: list[Found]
-
-
-def hold_out(listing: BoxListing, share: float) -> tuple[BoxListing, BoxListing]:
-    """Take a share of the pictures away, the same ones each time: what stays, and what is taken.
-
-    Both in the order of the listing; `mended` stays with the former.
-    """
-    out = drawn(len(listing.pictures), share)
-    kept = [picture for i, picture in enumerate(listing.pictures) if i not in out]
-    held_out = [picture for i, picture in enumerate(listing.pictures) if i in out]
-    return BoxListing(kept, listing.classes, listing.mended), BoxListing(held_out, listing.classes, {})
 
 
 # Pascal VOC

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import ExifTags, Image
 
 from dlref.data.images import FORMATS
@@ -28,6 +28,32 @@ def drawn(count: int, share: float) -> set[int]:
     if not 0 < chosen < count:
         raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
     return set(np.random.RandomState(SPLIT_SEED).permutation(count)[:chosen].tolist())
+
+
+def read_splits(
+    lists: Mapping[str, Any], read: Callable[[Any, list[str] | None], Any], classes: list[str] | None, share: float
+) -> dict[str, Any]:
+    """Read the pictures of "train", "val" and "test", the latter two with the classes of the training pictures.
+
+    Args:
+        lists: what `read` takes for each split; None for val holds out a `share` of the training pictures, and None
+            for test uses the validation pictures for testing too.
+        read: returns a listing with `images`, `classes` and `take`.
+        classes: the class names; None: those of the training pictures.
+        share: of the training pictures, held out.
+    """
+    train = read(lists["train"], classes)
+    splits = {name: read(lists[name], train.classes) for name in ("val", "test") if lists[name] is not None}
+    if "val" not in splits:
+        places, out = range(len(train.images)), drawn(len(train.images), share)
+        splits["val"] = train.take([i for i in places if i in out])
+        train = train.take([i for i in places if i not in out])
+    if "test" not in splits:
+        rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
+        splits["test"] = splits["val"]
+    splits = {"train": train, **splits}
+    warn_of_shared({name: listing.images for name, listing in splits.items()}, "pictures")
+    return splits
 
 
 def warn_of_shared(splits: Mapping[str, Iterable[str]], what: str) -> None:

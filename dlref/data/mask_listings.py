@@ -69,6 +69,11 @@ class MaskListing(NamedTuple):
     classes: list[str]
     pixels: np.ndarray
 
+    def take(self, places: list[int]) -> "MaskListing":
+        """The pictures at these places."""
+        chosen = {name: [getattr(self, name)[i] for i in places] for name in ("images", "masks", "sizes")}
+        return self._replace(**chosen, pixels=self.pixels[places])
+
 
 class Pair(NamedTuple):
     """A picture, its mask and the line of the list that names them, "" where a folder does."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -22,13 +22,12 @@ from dlref.data.box_listings import (
     BoxListing,
     OnBadBox,
     Picture,
-    hold_out,
     read_box_manifest,
     read_coco,
     read_sagemaker,
     read_voc,
 )
-from dlref.data.files import warn_of_shared
+from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.scenes import make_scenes
@@ -306,16 +305,7 @@ class ListedBoxes(ObjectDetectionData):
         """Read the lists of each split, with the classes of training."""
         if self.class_names and len(set(self.class_names)) < len(self.class_names):
             raise UserError(f"--data.init_args.class_names: {self.class_names}; expected names that differ")
-        train = self.read_all(self.lists["train"], self.class_names)
-        given = {name: lists for name, lists in self.lists.items() if lists is not None and name != "train"}
-        read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
-        if "val" not in read:
-            train, read["val"] = hold_out(train, self.held_out)
-        if "test" not in read:
-            rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
-        splits = {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
-        warn_of_shared({name: (one.path for one in split.pictures) for name, split in splits.items()}, "pictures")
-        return splits
+        return read_splits(self.lists, self.read_all, self.class_names, self.held_out)
 
 
 class VOCBoxes(ListedBoxes):
