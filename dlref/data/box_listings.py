@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 from xml.parsers.expat import ErrorString
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dlref.data.files import (
@@ -67,12 +68,10 @@ class BoxListing(NamedTuple):
     Attributes:
         pictures: pictures, those without objects too.
         classes: K class names.
-        mended: how many boxes `on_bad_box` has "clipped" and "skipped"; a key is absent where its count is 0.
     """
 
     pictures: list[Picture]
     classes: list[str]
-    mended: dict[str, int]
 
     @property
     def images(self) -> list[str]:
@@ -140,7 +139,7 @@ def read_voc(
         classes = sorted({found.label for record in records for found in record.objects})
     if not classes:
         raise UserError(f"{names}: no objects; expected at least one, to know the classes")
-    return _to_listing(records, {name: i for i, name in enumerate(classes)}, classes, on_bad_box)
+    return _to_listing(names, records, {name: i for i, name in enumerate(classes)}, classes, on_bad_box)
 
 
 def _parse_voc(root: Path, stem: str, listed: str) -> Record:
@@ -236,7 +235,7 @@ def read_coco(
             raise UserError(f"{where}: image_id {image}; expected the id of one of the images")
         objects[image].append(found)
     index = {name: i for i, name in enumerate(classes)}
-    return _to_listing(records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+    return _to_listing(annotations, records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
 
 
 def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:
@@ -393,7 +392,7 @@ def _by_class_id(
             raise UserError(f"{source}: {times} classes called {shorten(name)}; expected another name for each")
     if not classes:
         raise UserError(f"{source}: no classes; expected at least one box or name")
-    return _to_listing(records, {i: i for i in range(len(classes))}, classes, on_bad_box)
+    return _to_listing(source, records, {i: i for i in range(len(classes))}, classes, on_bad_box)
 
 
 # JSON
@@ -440,9 +439,12 @@ def _corners(x: float, y: float, width: float, height: float) -> Box:
 
 
 def _to_listing(
-    records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
+    source: str | Path, records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
 ) -> BoxListing:
-    """Check each record against its picture and the classes; `ids` has the class id of each label."""
+    """Check each record against its picture and the classes, and warn of boxes that were clipped or skipped.
+
+    `ids` has the class id of each label.
+    """
     if on_bad_box not in get_args(OnBadBox):
         raise UserError(f"on_bad_box: {shorten(on_bad_box)}; expected one of {', '.join(get_args(OnBadBox))}")
     pictures, mended, seen = [], Counter(), {}
@@ -454,7 +456,10 @@ def _to_listing(
             )
         seen[path] = record.where
         pictures.append(_check_picture(record, ids, on_bad_box, mended))
-    return BoxListing(pictures, classes, dict(mended))
+    if mended:
+        what = ", ".join(f"{count} {how}" for how, count in mended.items())
+        rank_zero_warn(f"{source}: boxes that stick out of their picture or have no area: {what}")
+    return BoxListing(pictures, classes)
 
 
 def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBox, mended: Counter) -> Picture:

@@ -154,10 +154,6 @@ class ObjectDetectionData(StreamedPictures):
         if not 1 <= self.zoom_out < 100:
             raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to 100")
         listings = self.list_splits()
-        for name, listing in listings.items():
-            if listing.mended:
-                what = ", ".join(f"{count} {how}" for how, count in listing.mended.items())
-                rank_zero_warn(f"{name}: boxes that stick out of their picture or have no area: {what}")
         self.labels = listings["train"].classes
         learnt = (one.labels[self.keep_ignored | ~one.ignored] for one in listings["train"].pictures)
         there = {int(label) for labels in learnt for label in labels.unique()}
@@ -241,7 +237,6 @@ class DigitScenes(ObjectDetectionData):
                     for there in [labels >= 0]
                 ],
                 [str(digit) for digit in range(10)],
-                {},
             )
         return listings
 
@@ -288,18 +283,16 @@ class ListedBoxes(ObjectDetectionData):
     def read_all(self, lists: str | list[str], classes: list[str] | None) -> BoxListing:
         """Read the lists of a split and put them together."""
         pictures: list[Picture] = []
-        mended: Counter[str] = Counter()
         for name in [lists] if isinstance(lists, str) else lists:
             listing = self.read(self.root / name, classes)
             classes = listing.classes
             pictures += listing.pictures
-            mended.update(listing.mended)
         if not pictures:
             raise UserError("--data.init_args: an empty list of lists; expected at least one file")
         path, times = Counter(picture.path for picture in pictures).most_common(1)[0]
         if times > 1:
             raise UserError(f"{path}: in {times} of the lists {lists}; expected it in one")
-        return BoxListing(pictures, classes, dict(mended))
+        return BoxListing(pictures, classes)
 
     def list_splits(self) -> dict[str, BoxListing]:
         """Read the lists of each split, with the classes of training."""
