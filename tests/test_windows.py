@@ -27,7 +27,6 @@ def counting(lengths=(5, 9, 3), future=0):
         dynamic_offsets=offsets + future * np.arange(len(lengths) + 1),
         static=np.zeros((len(lengths), 0), np.float32),
         names=list("abc"),
-        filled=np.zeros(len(lengths), np.int64),
     )
 
 

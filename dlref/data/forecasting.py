@@ -113,9 +113,6 @@ class ForecastingData(SplitData):
             if series is not None and series is not train:
                 check(series, ahead, self.cardinality, train=False)
                 unseen(train, series)
-        filled = train.filled.sum() + (0 if together else test.filled.sum())
-        if filled:
-            rank_zero_warn(f"{filled} points that no row of the files stands for count as missing")
         return Channels(train, test, predict, channels.truth)
 
     def cut(self, channels: Channels) -> None:
@@ -408,10 +405,7 @@ def joined(tables: list[Series]) -> Series:
     """The series of several tables without dynamic features."""
     target = np.concatenate([table.target for table in tables])
     lengths = np.concatenate([np.diff(table.offsets) for table in tables])
-    rest = {
-        field: np.concatenate([getattr(table, field) for table in tables])
-        for field in ("start", "cat", "static", "filled")
-    }
+    rest = {field: np.concatenate([getattr(table, field) for table in tables]) for field in ("start", "cat", "static")}
     offsets = np.cumsum([0, *lengths])
     names = [name for table in tables for name in table.names]
     return tables[0]._replace(

@@ -22,7 +22,7 @@ NONE = np.zeros((0, 0), np.float32)
 class Record(NamedTuple):
     """One series: its name, the time of its first point, its values (T,), and what else is said of it.
 
-    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,); `filled` counts points without a row.
+    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,).
     """
 
     name: str
@@ -31,7 +31,6 @@ class Record(NamedTuple):
     cat: Sequence[int] = ()
     dynamic: np.ndarray = NONE
     static: np.ndarray = np.zeros(0, np.float32)
-    filled: int = 0
 
 
 def changes(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
