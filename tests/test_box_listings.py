@@ -430,7 +430,7 @@ BROKEN = [
     ("voc", "JPEGImages/two.png", None, b"GIF89a", "two.xml: {root}/JPEGImages/two.png: cannot be decoded"),
     ("coco", "coco.json", None, None, "coco.json: No such file or directory; expected JSON"),
     ("coco", "coco.json", None, b'{"images": "\xff"}', "coco.json: byte 12 is 0xff, not UTF-8"),
-    ("coco", "coco.json", None, b'{\n"images": [}', "coco.json:2: Expecting value; expected one JSON object"),
+    ("coco", "coco.json", None, b'{\n"images": [}', "coco.json:2: Expecting value at column 12; expected one JSON"),
     ("coco", "coco.json", None, b"[" * 100_000, "coco.json: nested too deeply; expected one JSON object"),
     ("coco", "coco.json", None, b"1" * 5000, "coco.json: a number too long to read"),
     ("coco", "coco.json", None, b"[1]", "coco.json: [1]; expected one JSON object"),

@@ -178,9 +178,9 @@ def test_records_that_are_refused(tmp_path, data, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[]", "not a vocabulary"),
+        ("[]", "[]; expected one JSON object"),
         ('{"a": "b"}', "not a vocabulary"),
-        ("{", "unreadable"),
+        ("{", ":1: Expecting property name enclosed in double quotes at column 2; expected one JSON object"),
         (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers leave some out; expected 0 to 7"),
         (json.dumps({"a": 0, "b": 1}), "begins with a b; expected <pad> <unk> <s> </s>"),
         (json.dumps({**VOCABULARY, "d": 6}), "leave some out"),

@@ -207,7 +207,7 @@ def read_coco(
         classes: the class names of the training pictures; None is the categories, in the order of their ids.
         on_bad_box: what becomes of a box without area or not within its picture.
     """
-    content = read_json(annotations)
+    content = read_json(annotations, _without_outlines)
     names = _parse_categories(content, str(annotations), classes)
     if classes is None:
         classes = [names[i] for i in sorted(names)]
@@ -236,6 +236,11 @@ def read_coco(
         objects[image].append(found)
     index = {name: i for i, name in enumerate(classes)}
     return _to_listing(annotations, records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+
+
+def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)  # most of the file: dropped while it is read, it never fills the memory
+    return entry
 
 
 def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:

@@ -98,13 +98,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """One JSON object, without the outlines of COCO's objects. Raises UserError."""
+def read_json(path: str | Path, object_hook: Callable[[dict], Any] | None = None) -> dict[str, Any]:
+    """One JSON object; `object_hook` is json.loads's. Raises UserError."""
     text, where = read_text(path, "JSON", largest=None), str(path)
     try:
-        content = json.loads(text, object_hook=_without_outlines)
+        content = json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}; expected one JSON object") from None
+        wrong = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{path}:{error.lineno}: {wrong}; expected one JSON object") from None
     except ValueError:  # a number of more digits than Python reads
         raise UserError(f"{where}: a number too long to read; expected one JSON object") from None
     except RecursionError:
@@ -112,11 +113,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: {shorten(content)}; expected one JSON object")
     return content
-
-
-def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
-    return entry
 
 
 def picture_size(path: str) -> tuple[int, int]:
