@@ -34,6 +34,7 @@ from dlref.data.files import (
     check_name,
     image_path,
     picture_size,
+    read_fields,
     read_json,
     read_lines,
     visible_entries,
@@ -122,16 +123,11 @@ def read_voc(
         classes: the class names of the training pictures; None is those found, sorted.
         on_bad_box: what becomes of a box without area or not within its picture.
     """
-    records, lines = [], {}
-    for number, line in show_progress(list(read_lines(names)), "Reading annotations"):
-        where = f"{names}:{number}"
-        columns = line.split()
-        if len(columns) != 1:
-            raise UserError(f"{where}: {len(columns)} columns; expected one, the name of a picture")
-        stem = columns[0]
-        if stem in lines:
-            raise UserError(f"{where}: {shorten(stem)} again; expected it once, as in line {lines[stem]}")
-        lines[stem] = number
+    records, seen = [], {}
+    for where, (stem,) in show_progress(list(read_fields(names, 1, "the name of a picture")), "Reading annotations"):
+        if stem in seen:
+            raise UserError(f"{where}: {shorten(stem)} again; expected it once, as in {seen[stem]}")
+        seen[stem] = where
         records.append(_parse_voc(Path(root), stem, where))
     if not records:
         raise UserError(f"{names}: no lines; expected the name of a picture on each")

@@ -98,6 +98,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
 
 
+def read_fields(path: str | Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
+    """The place of each line of a list, for an error to name, and the `count` words on it. Raises UserError."""
+    for number, line in read_lines(path):
+        fields = line.split()
+        if len(fields) != count:
+            raise UserError(f"{path}:{number}: {len(fields)} fields; expected {count}: {what}")
+        yield f"{path}:{number}", fields
+
+
 def read_json(path: str | Path, object_hook: Callable[[dict], Any] | None = None) -> dict[str, Any]:
     """One JSON object; `object_hook` is json.loads's. Raises UserError."""
     text, where = read_text(path, "JSON", largest=None), str(path)
