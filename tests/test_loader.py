@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dlref.data import loader
-from dlref.data.loader import Gathered, Shuffled, SplitData
+from dlref.data.loader import Shuffled, SplitData
 from dlref.data.pairs import TokenBatches
 from dlref.data.tokens import RandomStarts
 from dlref.data.windows import Draws
@@ -38,6 +38,8 @@ class Noisy(Dataset):
 
 
 class Data(SplitData):
+    decoded_singly = True
+
     def __init__(self, order="shuffled", num_workers=0):
         super().__init__()
         self.batch_size, self.num_workers, self.kind = 6, num_workers, order
@@ -45,9 +47,6 @@ class Data(SplitData):
 
     def order(self, devices):
         return ORDERS[self.kind](devices)
-
-    def as_batches(self, split):
-        return Gathered(self.splits[split])
 
 
 def epoch_of(train, number):

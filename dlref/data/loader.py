@@ -180,6 +180,7 @@ class SplitData(LightningDataModule):
     splits: dict[str, Dataset]
     batch_size: int
     num_workers = 0  # processes that make batches; 0: the one that trains
+    decoded_singly = False  # whether a split gives single samples, of which batches have to be made
     same = False  # whether all epochs are the first one
 
     @property
@@ -197,7 +198,7 @@ class SplitData(LightningDataModule):
 
     def as_batches(self, split: str) -> Dataset:
         """A split as a data set of batches."""
-        return self.splits[split]
+        return Gathered(self.splits[split]) if self.decoded_singly else self.splits[split]
 
     def samples(self, split: str) -> Tensor:
         """The samples of a split."""
