@@ -31,6 +31,7 @@ from dlref.export.convert import (
 from dlref.export.graph import example_at, first_sizes, write_onnx
 from dlref.export.manifest import describe, write_manifest
 from dlref.export.measure import CPU, Contenders, provider, stands_in
+from dlref.export.progress import say, watched
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, Refused, parity, score
 from dlref.runtime import UserError
@@ -62,13 +63,11 @@ class Attempts:
         deployable: what the task answered for a validation batch.
         target: the device.
         place: an empty folder to work in.
-        watched: (batches, title) -> the same batches, showing how far they are.
-        say: prints a line.
     """
 
-    def __init__(self, task, data, deployable, target: Target, place: Path, watched: Callable, say: Callable):
+    def __init__(self, task, data, deployable, target: Target, place: Path):
         self.task, self.data, self.deployable, self.target = task, data, deployable, target
-        self.place, self.watched, self.say = place, watched, say
+        self.place = place
         self.references = {name: Reference(graph) for name, graph in deployable.graphs.items()}
         self.pytorch: dict[str, float] = {}
         self.made: list[Attempt] = []
@@ -95,7 +94,7 @@ class Attempts:
             self.made.append(attempt)
             if not attempt.refused:
                 return attempt
-            self.say(f"{plan} refused: {attempt.refused}")
+            say(f"{plan} refused: {attempt.refused}")
         raise AssertionError("float32 holds, or has raised Refused")
 
     def plans(self) -> Iterator[Plan]:
@@ -124,7 +123,7 @@ class Attempts:
                 for name in filter(self.calibrated, self.deployable.graphs)
             }
         except UserError as error:  # it keeps all that flows between the nodes in memory
-            self.say(f"the worst nodes are not known: {error}")
+            say(f"the worst nodes are not known: {error}")
             return
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
@@ -141,7 +140,7 @@ class Attempts:
             feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
             found = {name: tuple(beyond_half(self.source(name), some)) for name, some in feeds.items()}
         except UserError as error:
-            self.say(f"whether float16 has all numbers is not known: {error}")
+            say(f"whether float16 has all numbers is not known: {error}")
             return {}
         return {name: nodes for name, nodes in found.items() if nodes}
 
@@ -264,7 +263,7 @@ class Attempts:
 
     def score_pytorch(self, split: str) -> None:
         """The task's metric on a whole split, by PyTorch. Raises UserError where there is none."""
-        batches = self.watched(self.loader(split), f"PyTorch on {split}")
+        batches = watched(self.loader(split), f"PyTorch on {split}")
         self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
         if not np.isfinite(self.pytorch[split]):
             found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
@@ -281,7 +280,7 @@ class Attempts:
                 )
                 for name, graph in self.deployable.graphs.items()
             }
-        bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))
+        bundle = score(self.task, self.deployable, compared, watched(loader, f"the bundle on {split}"))
         for graph in compared.values() if exact else ():
             graph.check_flips()
         return {
@@ -328,7 +327,7 @@ class Attempts:
             torch.manual_seed(0)
             loader = self.data.train_dataloader()
             batches = takewhile(lambda _: not all(recorder.full for recorder in recorders.values()), loader)
-            score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
+            score(self.task, self.deployable, recorders, watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
 
 

@@ -3,7 +3,7 @@
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from dlref.export.graph import write_program
+from dlref.export.progress import say
 from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
@@ -103,7 +104,7 @@ class Contenders:
         module = [sys.executable, "-m", "dlref.export.contender"]
         return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
 
-    def measurement(self, bundle: Path, names: tuple[str, ...], say: Callable) -> dict:
+    def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
         """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
         measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
         if not stands_in(self.target):
