@@ -1,4 +1,4 @@
-"""What the readers of folders and lists share: names, lines, JSON, the sizes of pictures, and what is held out."""
+"""What the readers of folders and lists share: names, class ids, lines, JSON, sizes of pictures, what is held out."""
 
 import json
 import math
@@ -84,6 +84,14 @@ def check_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or not is_line(name):
         raise UserError(f"{where}: name {shorten(name)}; expected that of a class")
     return name
+
+
+def check_class_ids(where: str | Path, labels: np.ndarray, classes: int) -> None:
+    """Raise UserError for the first of the labels (N,) that is not the id of a class."""
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise UserError(f"{where}: label {labels[at]} of image {at}; expected 0 to {classes - 1}")
 
 
 def image_path(root: str | Path, name: Any, where: str) -> str:
