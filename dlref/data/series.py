@@ -415,8 +415,8 @@ def _check_target(series: Series, train: bool) -> None:
         raise UserError(f"{names}: target: only zeros; expected other values to train from")
 
 
-def _check_cat(series: Series, cardinality: Literal["auto"] | list[int] | None) -> list[int]:
-    if cardinality is None or cardinality == "auto":
+def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list[int]:
+    if cardinality == "auto":
         return (series.cat.max(axis=0) + 1).tolist()
     count = series.cat.shape[1]
     if not isinstance(cardinality, list) or len(cardinality) != count:
