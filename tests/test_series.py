@@ -15,7 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mask_listings import error_of, one_line
 
-from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
+from dlref.data.series import (
+    Series,
+    check,
+    check_seen_in_training,
+    read_dated,
+    read_json_lines,
+    read_long,
+    read_rows,
+    read_wide,
+)
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.errors import UserError
 
@@ -652,14 +661,14 @@ def test_wrong_cardinality(tmp_path, size):
 
 def test_unseen(tmp_path):
     train = of({"target": MANY, "cat": [3, 0]}, {"target": MANY, "cat": [1, 2]}, where=tmp_path)
-    unseen(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
-    message = error_of(
-        unseen, train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
-    )
+    check_seen_in_training(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
+    other = of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
+    message = error_of(check_seen_in_training, train, other)
     assert message == f"{tmp_path}/of.json:2: cat[0]: 2; expected one of training's, [1, 3]"
-    message = error_of(unseen, train, of({"target": [1]}, where=tmp_path))
+    message = error_of(check_seen_in_training, train, of({"target": [1]}, where=tmp_path))
     assert message == f"{tmp_path}/of.json:1: cat: 0 of them; expected 2, as in training"
-    message = error_of(unseen, train, of({"target": [1], "cat": [3, 0], "dynamic_feat": [[1]]}, where=tmp_path))
+    other = of({"target": [1], "cat": [3, 0], "dynamic_feat": [[1]]}, where=tmp_path)
+    message = error_of(check_seen_in_training, train, other)
     assert message == f"{tmp_path}/of.json:1: dynamic_feat: 1 of them; expected 0, as in training"
 
 

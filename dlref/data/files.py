@@ -22,8 +22,8 @@ PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
 
 
-def drawn(count: int, share: float) -> set[int]:
-    """The places of the share of `count` pictures that is held out, the same ones each time. Raises UserError."""
+def held_out_indices(count: int, share: float) -> set[int]:
+    """Indices of the held-out share of `count` pictures; always the same ones. Raises UserError."""
     chosen = round(count * share) if math.isfinite(share) else 0
     if not 0 < chosen < count:
         raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
@@ -45,7 +45,7 @@ def read_splits(
     train = read(lists["train"], classes)
     splits = {name: read(lists[name], train.classes) for name in ("val", "test") if lists[name] is not None}
     if "val" not in splits:
-        places, out = range(len(train.images)), drawn(len(train.images), share)
+        places, out = range(len(train.images)), held_out_indices(len(train.images), share)
         splits["val"] = train.take([i for i in places if i in out])
         train = train.take([i for i in places if i not in out])
     if "test" not in splits:

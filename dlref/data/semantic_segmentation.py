@@ -149,7 +149,7 @@ class SegmentationData(StreamedPictures):
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
-    def at_once(self, split: str) -> int:
+    def eval_batch_size(self, split: str) -> int:
         """Pictures stay as they are; alone where others have other sizes, for the network would see what pads one."""
         return self.batch_size if len(set(self.splits[split].sizes)) == 1 else 1
 

@@ -2,7 +2,7 @@
 
 Each reader returns a `Series`: the values of all series in one flat array. Steps that a table leaves out are filled
 with missing values, with a warning; any other mistake is a `UserError`. `check` compares what was read with SageMaker's
-rules for DeepAR, and `unseen` the series to forecast with those of training.
+rules for DeepAR, and `check_seen_in_training` the series to forecast with those of training.
 
 N series, P points in all; D dynamic features of Q points in all; R static features; G categories. T times.
 """
@@ -428,8 +428,8 @@ def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list
     return cardinality
 
 
-def unseen(train: Series, other: Series) -> None:
-    """Refuse series that have other fields than those of training, or a category's value that none of those has."""
+def check_seen_in_training(train: Series, other: Series) -> None:
+    """Raise UserError if `other` has other fields than the training series, or category values new to them."""
     fields = [("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)]
     for field, found, known in [*fields, ("feat_static_real", other.static, train.static)]:
         if found.shape[1] != known.shape[1]:

@@ -47,8 +47,8 @@ def read_exact(path: Path) -> dict:
     return described
 
 
-def of_run(run: Path, *names: str) -> list[dict]:
-    """The tokenisers that a run of this project keeps under `names`. Raises UserError."""
+def tokenizers_of_run(run: Path, *names: str) -> list[dict]:
+    """The tokenisers that the best checkpoint of a run keeps under `names`. Raises UserError."""
     path = run / "checkpoints" / "best.ckpt"
     try:
         facts = torch.load(path, map_location="cpu", weights_only=True)["facts"]

@@ -21,21 +21,21 @@ from dlref.export.convert import (
     SAMPLES,
     Feeds,
     Plan,
-    beyond_half,
     convert,
     is_calibrated,
     is_quantised,
+    nodes_beyond_float16,
     place_in,
     worst_nodes,
 )
 from dlref.export.graph import example_at, first_sizes, write_onnx
 from dlref.export.manifest import describe, write_manifest
-from dlref.export.measure import CPU, Contenders, provider, stands_in
+from dlref.export.measure import CPU, Contenders, can_time, provider
 from dlref.export.progress import say, watched
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, Refused, parity, score
 from dlref.runtime import UserError
-from dlref.runtime.bench import ANSWERS, EXAMPLE, example, tried
+from dlref.runtime.bench import ANSWERS, EXAMPLE, example, smoke_test
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
 
 FLOAT32 = Plan("float32")
@@ -84,8 +84,8 @@ class Attempts:
 
     # The ladder
 
-    def climb(self) -> Attempt:
-        """One attempt after the other until one holds. Raises Refused where not even float32 does."""
+    def find_best(self) -> Attempt:
+        """Try plans, best first, until one is not refused. Raises Refused if not even float32 is good enough."""
         self.exact = self.parity(FLOAT32)  # first: a lower precision is judged by a metric, which forgives
         for split in ("validation", "test"):
             self.score_pytorch(split)
@@ -100,15 +100,15 @@ class Attempts:
     def plans(self) -> Iterator[Plan]:
         """What to try next, given what was refused so far."""
         if any(map(self.calibrated, self.deployable.graphs)):
-            yield from self.quantised()
+            yield from self.quantised_plans()
         elif self.target.precision != "float32":
             yield Plan(self.target.precision, kept=self.too_large() if self.target.precision == "float16" else {})
         yield FLOAT32
 
-    def quantised(self) -> Iterator[Plan]:
-        """Every way to find ranges, then the best of them with more and more of the worst nodes in float.
+    def quantised_plans(self) -> Iterator[Plan]:
+        """Plans with each calibration method, then the best of these with ever more of the worst nodes kept in float.
 
-        Nothing more once an attempt was not faster: none of this would make it so.
+        It stops once an attempt was not faster: none of the other plans would be.
         """
         for method in SAMPLES:
             yield Plan(self.target.precision, method)
@@ -138,7 +138,7 @@ class Attempts:
         """The nodes of each graph that float16 has no numbers for."""
         try:
             feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
-            found = {name: tuple(beyond_half(self.source(name), some)) for name, some in feeds.items()}
+            found = {name: tuple(nodes_beyond_float16(self.source(name), some)) for name, some in feeds.items()}
         except UserError as error:
             say(f"whether float16 has all numbers is not known: {error}")
             return {}
@@ -182,7 +182,7 @@ class Attempts:
 
     def not_faster(self, attempt: Attempt) -> str:
         """Why the clock refuses an attempt, or nothing; it has no say where this machine is unlike the device."""
-        if not stands_in(self.target):
+        if not can_time(self.target):
             return ""
         own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))
         attempt.slower = own >= float32
@@ -244,7 +244,7 @@ class Attempts:
         """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
         folder = self.bundle(plan)
         if plan != FLOAT32:
-            tried(folder, provider(self.target))
+            smoke_test(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), CPU if plan == FLOAT32 else provider(self.target))
 
     # Checked against PyTorch

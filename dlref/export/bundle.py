@@ -37,7 +37,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     deployable = task.deployable(batch)
     with staged(output) as place:
         attempts = Attempts(task, data, deployable, target, place)
-        chosen = attempts.climb()
+        chosen = attempts.find_best()
         verification = attempts.verification(chosen)
         measurement = attempts.contenders.measurement(chosen.folder, contenders)
         attempts.keep_answers(chosen.plan)

@@ -43,8 +43,8 @@ def bench(folder: Path, threads: int, provider: str) -> dict:
     return in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), str(threads), provider])
 
 
-def tried(folder: Path, provider: str) -> None:
-    """Open a bundle and answer once in a process of its own, for some graphs end onnxruntime. Raises UserError."""
+def smoke_test(folder: Path, provider: str) -> None:
+    """Open a bundle and answer once in another process, as some graphs crash onnxruntime. Raises UserError."""
     in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), "1", provider, "once"])
 
 

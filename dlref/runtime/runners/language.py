@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlref.runtime.arguments import filled, number
+from dlref.runtime.arguments import non_empty, number
 from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
@@ -31,7 +31,7 @@ OPTIONS = {
     "top_k": (number(0, LONGEST, int), "draw from so many of the likeliest tokens; 0 is all"),
     "top_p": (number(0.001, 1), "draw from the likeliest tokens that together have this probability"),
     "repetition_penalty": (number(0.01, 100), "by which tokens that were there become less likely"),
-    "stop": (filled, "a text that ends what is written, before it; may be given several times"),
+    "stop": (non_empty, "a text that ends what is written, before it; may be given several times"),
     "seed": (number(0, 1 << 63, int), "of what is drawn"),
 }
 
