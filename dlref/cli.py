@@ -174,7 +174,7 @@ class TrainCLI(LightningCLI):
             super().instantiate_classes()
         except REFUSALS as error:
             raise UserError(readable(str(error))) from error
-        self.datamodule.same = self.options.debug
+        self.datamodule.repeat_first_epoch = self.options.debug
         if self.subcommand != "fit":
             self.model.restore(self.checkpoint)
         elif isinstance(self.resumed, dict):  # of an older one it is not known

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from dlref.data import box_listings
-from dlref.data.box_listings import MAX_XML, hold_out, read_box_manifest, read_coco, read_sagemaker, read_voc
+from dlref.data.box_listings import MAX_XML, read_box_manifest, read_coco, read_sagemaker, read_voc
+from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.listings import MAX_CLASSES
 from dlref.runtime.errors import UserError
@@ -183,7 +186,6 @@ def test_good_set(tmp_path, kind):
     assert none.labels.shape == none.ignored.shape == (0,)
     for picture in listing.pictures:
         assert [t.dtype for t in picture[1:]] == [torch.float32, torch.int64, torch.bool]
-    assert listing.mended == {}
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco"])
@@ -307,6 +309,25 @@ BAD_BOXES = [  # in one.png, 20 × 10: x1 y1 x2 y2, what clip makes of it, the c
 ]
 
 
+def mended(kind: str, root: Path, on_bad_box: str, counted: str):
+    """What is read of the set, with a warning that counts the bad boxes."""
+    source = {"voc": "train.txt", "coco": "coco.json", "sagemaker": "json", "manifest": "a.manifest"}[kind]
+    message = f"{root}/{source}: boxes that stick out of their picture or have no area: {counted}"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as told:
+        listing = READERS[kind](root, on_bad_box=on_bad_box)
+    assert len(told) == 1
+    return listing
+
+
+def read_aloud(read, *args, **kwargs):
+    """What is read, and how many boxes the only warning counts; "" where there is none."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        listing = read(*args, **kwargs)
+    assert len(told) <= 1
+    return listing, "".join(str(one.message).rpartition(": ")[2] for one in told)
+
+
 def put_box(root: Path, kind: str, corners) -> None:
     """Give one.png this box instead of its own."""
     x1, y1, x2, y2 = (float(value) for value in corners)
@@ -335,13 +356,11 @@ def test_bad_box(tmp_path, kind, corners, clipped, complaint):
     message = error_of(READERS[kind], root)
     assert f"{root}/{place[kind]}" in message
     assert complaint in message
-    skipped = READERS[kind](root, on_bad_box="skip")
+    skipped = mended(kind, root, "skip", "1 skipped")
     assert skipped.pictures[2].boxes.shape == (0, 4)
     assert skipped.pictures[2].labels.shape == skipped.pictures[2].ignored.shape == (0,)
-    assert skipped.mended == {"skipped": 1}
-    cut = READERS[kind](root, on_bad_box="clip")
+    cut = mended(kind, root, "clip", "1 clipped" if clipped else "1 skipped")
     assert cut.pictures[2].boxes.tolist() == ([clipped] if clipped else [])
-    assert cut.mended == ({"clipped": 1} if clipped else {"skipped": 1})
     for listing in (skipped, cut):
         assert listing.pictures[0].boxes.tolist() == [[1, 2, 11, 22], [5.5, 0, 40, 30]]
         assert listing.pictures[0].labels.tolist() == [1, 0]
@@ -351,7 +370,7 @@ def test_box_of_a_number_beyond_every_float(tmp_path):
     root = write(tmp_path, "coco")
     mutate(root, "coco.json", "[0, 0, 20, 10]", f"[0, 0, {10**400}, 10]")
     assert "annotations[1]: box inf, inf, inf, inf: not finite; expected" in error_of(READERS["coco"], root)
-    assert READERS["coco"](root, on_bad_box="clip").mended == {"skipped": 1}
+    mended("coco", root, "clip", "1 skipped")
 
 
 def test_labels_stay_with_their_boxes_where_some_are_left_out(tmp_path):
@@ -360,15 +379,13 @@ def test_labels_stay_with_their_boxes_where_some_are_left_out(tmp_path):
     root = write(tmp_path, "voc")
     mutate(root, "Annotations/two.xml", None, voc("two.png", *objects))
     mutate(root, "train.txt", None, "two")
-    clip = READERS["voc"](root, on_bad_box="clip")
+    clip = mended("voc", root, "clip", "2 skipped, 2 clipped")
     assert clip.classes == list("abcde")  # of the boxes that were left out too
     assert clip.pictures[0].boxes.tolist() == [[2, 2, 40, 9], [3, 3, 4, 4], [5, 0, 6, 6]]
     assert clip.pictures[0].labels.tolist() == [1, 2, 4]
     assert clip.pictures[0].ignored.tolist() == [True, False, False]
-    assert clip.mended == {"clipped": 2, "skipped": 2}
-    skip = READERS["voc"](root, on_bad_box="skip")
+    skip = mended("voc", root, "skip", "4 skipped")
     assert skip.pictures[0].labels.tolist() == [2]
-    assert skip.mended == {"skipped": 4}
     assert "on_bad_box: 'mend'; expected one of error, clip, skip" in error_of(READERS["voc"], root, on_bad_box="mend")
 
 
@@ -379,8 +396,8 @@ BROKEN = [
     ("voc", "train.txt", None, None, "train.txt: No such file or directory"),
     ("voc", "train.txt", None, "\n \n", "train.txt: no lines; expected the name of a picture on each"),
     ("voc", "train.txt", None, b"two\n\xff\n", "train.txt:2: byte 0 is 0xff, not UTF-8"),
-    ("voc", "train.txt", "none", "none -1", "train.txt:2: 2 columns; expected one, the name of a picture"),
-    ("voc", "train.txt", "\none ", "\ntwo ", "train.txt:4: 'two' again; expected it once, as in line 1"),
+    ("voc", "train.txt", "none", "none -1", "train.txt:2: 2 fields; expected 1: the name of a picture"),
+    ("voc", "train.txt", "\none ", "\ntwo ", "train.txt:4: 'two' again; expected it once, as in {root}/train.txt:1"),
     ("voc", "train.txt", "none", "three", "train.txt:2: '{root}/Annotations/three.xml': No such file"),
     ("voc", "train.txt", "none", "no\0ne", "train.txt:2: '{root}/Annotations/no\\x00ne.xml': embedded null byte"),
     ("voc", "train.txt", "none", "/etc", "train.txt:2: '/etc.xml': No such file or directory; expected an annotation"),
@@ -413,7 +430,7 @@ BROKEN = [
     ("voc", "JPEGImages/two.png", None, b"GIF89a", "two.xml: {root}/JPEGImages/two.png: cannot be decoded"),
     ("coco", "coco.json", None, None, "coco.json: No such file or directory; expected JSON"),
     ("coco", "coco.json", None, b'{"images": "\xff"}', "coco.json: byte 12 is 0xff, not UTF-8"),
-    ("coco", "coco.json", None, b'{\n"images": [}', "coco.json:2: Expecting value; expected one JSON object"),
+    ("coco", "coco.json", None, b'{\n"images": [}', "coco.json:2: Expecting value at column 12; expected one JSON"),
     ("coco", "coco.json", None, b"[" * 100_000, "coco.json: nested too deeply; expected one JSON object"),
     ("coco", "coco.json", None, b"1" * 5000, "coco.json: a number too long to read"),
     ("coco", "coco.json", None, b"[1]", "coco.json: [1]; expected one JSON object"),
@@ -658,6 +675,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
 @pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind in FORMATS for file in list(GOOD[kind])[:2]])
 @quick
 @given(
@@ -672,6 +690,7 @@ def test_arbitrary_bytes(tmp_path, kind, file, content, mode):
     answer_or_user_error(READERS[kind], root, on_bad_box=mode)
 
 
+@pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
 @pytest.mark.parametrize("kind", FORMATS)
 @quick
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9), which=st.integers(0, 3), mode=modes)
@@ -690,6 +709,7 @@ def nodes_of(value) -> list[tuple]:
     return [node for key, inner in items for node in [(value, key), *nodes_of(inner)]]
 
 
+@pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
 @pytest.mark.parametrize("kind", ["coco", "sagemaker", "manifest"])
 @quick
 @given(at=st.integers(0, 10_000), new=json_values, mode=modes)
@@ -714,12 +734,12 @@ numbers = st.integers(-5, 25) | st.integers() | st.floats() | st.floats(-1, 21, 
 def test_any_box_is_good_or_refused_or_mended(tmp_path, kind, corners):
     root = write(tmp_path, kind)
     put_box(root, kind, corners)
-    good, clip, skip = (
-        answer_or_user_error(READERS[kind], root, on_bad_box=mode) for mode in ("error", "clip", "skip")
-    )
-    assert (good is None) == bool(skip.mended) == bool(clip.mended)
-    assert len(clip.pictures[2].boxes) == 1 - clip.mended.get("skipped", 0)
-    assert len(skip.pictures[2].boxes) == 1 - skip.mended.get("skipped", 0)
+    good = answer_or_user_error(READERS[kind], root)
+    clip, clipped = read_aloud(READERS[kind], root, on_bad_box="clip")
+    skip, skipped = read_aloud(READERS[kind], root, on_bad_box="skip")
+    assert (good is None) == bool(skipped) == bool(clipped)
+    assert len(clip.pictures[2].boxes) == (clipped in ("", "1 clipped"))
+    assert len(skip.pictures[2].boxes) == (skipped == "")
     assert good is None or torch.equal(good.pictures[2].boxes, clip.pictures[2].boxes)
 
 
@@ -733,11 +753,17 @@ def listing_of(count: int) -> box_listings.BoxListing:
         )
         for i in range(count)
     ]
-    return box_listings.BoxListing(pictures, ["cat"], {"skipped": 1})
+    return box_listings.BoxListing(pictures, ["cat"])
 
 
 def paths_of(listing) -> list[str]:
     return [picture.path for picture in listing.pictures]
+
+
+def hold_out(listing, share: float):
+    splits = read_splits({"train": "all", "val": None, "test": None}, lambda *_: listing, None, share)
+    assert splits["test"] is splits["val"]
+    return splits["train"], splits["val"]
 
 
 def test_hold_out():
@@ -748,7 +774,6 @@ def test_hold_out():
     for part in (kept, held_out):
         assert part.classes == ["cat"]
         assert paths_of(part) == sorted(paths_of(part), key=lambda path: int(path.split(".")[0]))
-    assert (kept.mended, held_out.mended) == ({"skipped": 1}, {})
     assert paths_of(hold_out(listing, 0.2)[1]) == paths_of(held_out)
     # Written down: another release of NumPy must not hold out others.
     assert paths_of(hold_out(listing_of(8), 0.4)[1]) == ["1.jpg", "2.jpg", "6.jpg"]
@@ -769,21 +794,21 @@ REAL = os.environ.get("DLREF_DATA")
 @pytest.mark.skipif(not REAL, reason="needs DLREF_DATA, the folder of the real data sets")
 def test_real_bccd():
     root = Path(REAL) / "bccd"
-    pictures, boxes, skipped = [], 0, 0
+    pictures, boxes = [], 0
     for name, bad in (
         ("train", "BloodImage_00343.xml: object 4"),
         ("val", "BloodImage_00338.xml: object 13"),
         ("test", ""),
     ):
         names = root / f"ImageSets/Main/{name}.txt"
-        listing = read_voc(root, names, on_bad_box="skip")
+        listing, skipped = read_aloud(read_voc, root, names, on_bad_box="skip")
         assert listing.classes == ["Platelets", "RBC", "WBC"]
         pictures.append(len(listing.pictures))
         boxes += sum(len(picture.boxes) for picture in listing.pictures)
-        skipped += listing.mended.get("skipped", 0)
+        assert skipped == ("1 skipped" if bad else "")
         if bad:
             assert f"{root}/Annotations/{bad}: box " in error_of(read_voc, root, names)
         else:
             assert len(read_voc(root, names).pictures) == 72
     assert pictures == [205, 87, 72]
-    assert (boxes, skipped) == (4886, 2)
+    assert boxes == 4886

@@ -49,7 +49,10 @@ def rows(path):
 
 
 MISTAKES = {
-    "an unknown key": (["--model.init_args.learning_rte", "1"], "model: 'learning_rte' is unknown; expected an argument of the class"),
+    "an unknown key": (
+        ["--model.init_args.learning_rte", "1"],
+        "model: 'learning_rte' is unknown; expected an argument of the class",
+    ),
     "an unknown key of the network": (["--model.init_args.network.init_args.depht", "1"], "depht"),
     "an unknown top-level key": (["--frobnicate", "1"], "unrecognized arguments: --frobnicate"),
     "the beginning of a key": (["--trainer.max_epo", "3"], "unrecognized arguments: --trainer.max_epo"),

@@ -292,7 +292,7 @@ def test_a_class_id_that_is_none_is_refused(wrong):
 
     with pytest.raises(UserError) as caught:
         setup(Ten())
-    assert one_line(caught) == f"val: class {wrong} of image 7; expected 0 to 9"
+    assert one_line(caught) == f"val: label {wrong} of image 7; expected 0 to 9"
 
 
 def test_user_errors_of_published_sets(tmp_path):

@@ -97,7 +97,7 @@ class Painted(DigitScenes):
         picture = Picture("0", boxes, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool))
         image = torch.from_numpy(painted()).permute(2, 0, 1)
         self.images = dict.fromkeys(("train", "val", "test"), image.repeat(self.n, 1, 1, 1))
-        return dict.fromkeys(("train", "val", "test"), BoxListing([picture] * self.n, ["red", "blue"], {}))
+        return dict.fromkeys(("train", "val", "test"), BoxListing([picture] * self.n, ["red", "blue"]))
 
 
 # Networks and their weights
@@ -427,7 +427,7 @@ def test_every_split_has_the_classes_of_training(monkeypatch):
     def read(self, path, classes):
         asked[path.name] = classes
         picture = Picture(path.name, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
-        return BoxListing([picture], classes or ["b", "a"], {})
+        return BoxListing([picture], classes or ["b", "a"])
 
     monkeypatch.setattr(VOCBoxes, "read", read)
     VOCBoxes(root="", train="train", val="val", test="test").list_splits()
@@ -459,7 +459,7 @@ def test_boxes_that_were_mended_are_counted_aloud(tmp_path):
     path = framed(tmp_path, 4) / "Annotations/2.xml"
     path.write_text(path.read_text().replace("<xmax>45</xmax>", "<xmax>75</xmax>"))
     data = VOCBoxes(tmp_path, train="ImageSets/Main/train.txt", on_bad_box="clip", held_out=0.25)
-    with pytest.warns(UserWarning, match="train: boxes that stick out of their picture or have no area: 1 clipped"):
+    with pytest.warns(UserWarning, match="train.txt: boxes that stick out of their picture or have no area: 1 clipped"):
         data.setup()
 
 

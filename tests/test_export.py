@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
 from dlref.export.attempts import Attempt, Attempts
-from dlref.export.convert import SAMPLES, Plan, after_the_network, beyond_half, convert, of_masks
+from dlref.export.convert import SAMPLES, Plan, convert, infinity_mask_nodes, nodes_beyond_float16, postprocessing_nodes
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.manifest import write_manifest
 from dlref.export.targets import TARGETS
@@ -396,7 +396,7 @@ def test_the_least_worse_ranges_keep_their_worst_nodes_in_float_until_it_is_slow
         feeds={"classify": []},
     )
     plans = []
-    for plan in Attempts.quantised(attempts):
+    for plan in Attempts.quantised_plans(attempts):
         plans.append(plan)
         attempts.made.append(
             Attempt(plan, Path(), "refused", slower=len(plan.kept.get("classify", ())) > 1, degradation=next(losses))
@@ -541,7 +541,8 @@ def test_a_mask_goes_no_further_than_to_what_ends_it(ends):
     masked = helper.make_node("Where", ["seen", "x", "infinite"], ["masked"], "masked")
     ended = helper.make_node(ends, ["masked"], ["ended"], "ended")
     after = helper.make_node("MatMul", ["ended", "x"], ["y"], "after")
-    assert of_masks(helper.make_graph([masked, ended, after], "mask", [], [], [infinite, word])) == ["masked", "ended"]
+    graph = helper.make_graph([masked, ended, after], "mask", [], [], [infinite, word])
+    assert infinity_mask_nodes(graph) == ["masked", "ended"]
 
 
 def test_an_empty_example_is_filled_with_zeros():
@@ -586,7 +587,7 @@ def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
     feed = {"x": np.ones((1, 4), np.float32)}
     graph = Graph(Large().eval(), {"x": torch.ones(2, 4)}, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
     write_onnx(graph, tmp_path / "step.onnx", CPU)
-    kept = beyond_half(tmp_path / "step.onnx", [feed])
+    kept = nodes_beyond_float16(tmp_path / "step.onnx", [feed])
     for nodes, finite in ((kept, True), ([], False)):
         plan = Plan("float16", kept={"step": tuple(nodes)})
         convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], plan, [])
@@ -784,9 +785,9 @@ def test_what_follows_the_last_weights_is_not_quantised(tmp_path):
     graph = Graph(Decoded(), inputs, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
     write_onnx(graph, tmp_path / "decoded.onnx", CPU)
     model = onnx.load(tmp_path / "decoded.onnx")
-    left = {node.op_type for node in model.graph.node if node.name in after_the_network(model.graph)}
+    left = {node.op_type for node in model.graph.node if node.name in postprocessing_nodes(model.graph)}
     kept = {node.op_type for node in model.graph.node} - left
     assert "Add" in left
     assert {"Conv", "Relu"} <= kept
     adds = [node.name for node in model.graph.node if node.op_type == "Add"]
-    assert sum(name in after_the_network(model.graph) for name in adds) == len(adds) - 1 == 1
+    assert sum(name in postprocessing_nodes(model.graph) for name in adds) == len(adds) - 1 == 1

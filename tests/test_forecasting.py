@@ -32,7 +32,7 @@ from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.lines import Line
 from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
-from dlref.runtime.series import changes
+from dlref.runtime.series import first_differences
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
 from dlref.tasks.forecasting import OWN, scale_of
@@ -191,7 +191,7 @@ class Ones(nn.Module):
 
 def test_a_change_from_or_to_what_is_missing_is_missing():
     values, observed = np.array([1.0, 3.0, 3.0, 7.0, 6.0]), np.array([True, True, False, True, True])
-    change, known = changes(values, observed)
+    change, known = first_differences(values, observed)
     assert change.tolist() == [2, 0, 0, -1]
     assert known.tolist() == [True, False, False, True]
 
@@ -217,7 +217,7 @@ def test_the_likelihood_of_values_is_that_of_their_changes():
     differenced = forecaster(difference=True)
     plain = forecaster(network=differenced.network)
     window = window_of(torch.rand(3, 10), torch.rand(3, 10) > 0.2)
-    both = [changes(*row) for row in zip(window.values.numpy(), window.observed.numpy(), strict=True)]
+    both = [first_differences(*row) for row in zip(window.values.numpy(), window.observed.numpy(), strict=True)]
     values, observed = (torch.from_numpy(np.stack(part)) for part in zip(*both, strict=True))
     torch.testing.assert_close(differenced.loss(window), plain.loss(window._replace(values=values, observed=observed)))
 

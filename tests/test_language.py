@@ -253,7 +253,7 @@ def test_the_last_tenth_validates_and_is_not_trained_from(tmp_path):
 
 def test_two_windows_at_least_are_evaluated_together():
     for context, count in ((1024, 8), (4096, 2), (8192, 2)):
-        assert TextFiles("a.txt", context_length=context).at_once("val") == count
+        assert TextFiles("a.txt", context_length=context).eval_batch_size("val") == count
 
 
 @given(st.lists(st.text(max_size=9), max_size=6), st.floats(0, 1))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dlref.data import loader
-from dlref.data.loader import Gathered, Shuffled, SplitData
+from dlref.data.loader import Shuffled, SplitData
 from dlref.data.pairs import TokenBatches
 from dlref.data.tokens import RandomStarts
 from dlref.data.windows import Draws
@@ -38,6 +38,8 @@ class Noisy(Dataset):
 
 
 class Data(SplitData):
+    decoded_singly = True
+
     def __init__(self, order="shuffled", num_workers=0):
         super().__init__()
         self.batch_size, self.num_workers, self.kind = 6, num_workers, order
@@ -45,9 +47,6 @@ class Data(SplitData):
 
     def order(self, devices):
         return ORDERS[self.kind](devices)
-
-    def as_batches(self, split):
-        return Gathered(self.splits[split])
 
 
 def epoch_of(train, number):
@@ -155,7 +154,7 @@ def test_runs_of_other_seeds_are_others(monkeypatch):
 def test_all_epochs_are_the_first_where_that_is_asked():
     data = Data()
     first = epoch_of(data.train_dataloader(), 0)
-    data.same = True
+    data.repeat_first_epoch = True
     assert same(epoch_of(data.train_dataloader(), 5), first)
 
 
@@ -200,7 +199,7 @@ def test_devices_evaluate_each_sample_once(count, devices):
 def test_devices_evaluate_as_many_batches_from_two_samples_a_batch_on(count, devices, monkeypatch):
     """Those that share a network wait for each other; batches of one may differ in number, and stay of one."""
     for size in (1, 2):
-        monkeypatch.setattr(Data, "at_once", lambda self, split, size=size: size)
+        monkeypatch.setattr(Data, "eval_batch_size", lambda self, split, size=size: size)
         numbers = []
         for rank in range(count):
             devices(rank, count)

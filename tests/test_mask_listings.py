@@ -379,7 +379,7 @@ def test_masks_of_one_class_or_none(tmp_path):
 SCALES = ["0", '"256"', "-1", "2.0", "true", "null", "NaN", '"٣"', '"3\\n"', '""', "9" * 4000, "[3]"]
 BROKEN_MAPS = [
     *((f'{{"scale": {value}}}', ": scale ") for value in SCALES),
-    ("", ":1: Expecting value; expected one JSON object"),
+    ("", ":1: Expecting value at column 1; expected one JSON object"),
     ("[" * 100_000, ": nested too deeply; expected one JSON object"),
     ("[3]", ": [3]; expected one JSON object"),
     ("{}", ": keys []; expected one of scale and map"),

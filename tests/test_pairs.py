@@ -18,7 +18,7 @@ from test_translation import batch_of, translator
 from dlref.data import PairFiles, ParallelText, SageMakerTokens, SyntheticDates, synthetic_dates
 from dlref.data.pairs import Corpus, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import LANGUAGES, STYLES, WITHHELD, make_dates
-from dlref.data.translation import text_of
+from dlref.data.translation import as_text
 from dlref.data.vocabulary import make_vocabulary, read_vocabulary
 from dlref.runtime import UserError
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, make_tokenizer
@@ -178,9 +178,9 @@ def test_records_that_are_refused(tmp_path, data, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[]", "not a vocabulary"),
+        ("[]", "[]; expected one JSON object"),
         ('{"a": "b"}', "not a vocabulary"),
-        ("{", "unreadable"),
+        ("{", ":1: Expecting property name enclosed in double quotes at column 2; expected one JSON object"),
         (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers leave some out; expected 0 to 7"),
         (json.dumps({"a": 0, "b": 1}), "begins with a b; expected <pad> <unk> <s> </s>"),
         (json.dumps({**VOCABULARY, "d": 6}), "leave some out"),
@@ -375,8 +375,8 @@ def test_a_perfect_answer_is_the_same_text_as_its_reference(kind, tmp_path):
 
 def test_what_is_unknown_in_a_reference_is_like_no_answer():
     tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "a"]})
-    assert text_of(tokenizer, [4, UNKNOWN], compared=True) == "a \ufffd"
-    assert text_of(tokenizer, [4, UNKNOWN], compared=False) == "a <unk>"
+    assert as_text(tokenizer, [4, UNKNOWN], is_reference=True) == "a \ufffd"
+    assert as_text(tokenizer, [4, UNKNOWN], is_reference=False) == "a <unk>"
 
 
 def test_a_run_s_vocabularies_serve_other_texts(tmp_path):

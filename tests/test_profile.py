@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 import dlref.cli
 import dlref.training.profile
 from dlref.cli import train
-from dlref.data.loader import Seeded
+from dlref.data.loader import SeededBatches
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
 from dlref.training.profile_report import ADVICE, PARTS, bound
@@ -101,8 +101,8 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
 
 
 def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
-    make = Seeded.__getitem__
-    monkeypatch.setattr(Seeded, "__getitem__", lambda self, step: time.sleep(0.03) or make(self, step))
+    make = SeededBatches.__getitem__
+    monkeypatch.setattr(SeededBatches, "__getitem__", lambda self, step: time.sleep(0.03) or make(self, step))
     assert profile("--run", "mine") == 0
     findings = profiles[0].findings()
     assert findings.bound == "data"

@@ -111,7 +111,7 @@ def test_idx_pair_messages(tmp_path):
     labels.write_bytes(idx_bytes(np.zeros(3, np.uint8)))
     assert error_of(read_idx_pair, images, labels, 10) == f"{labels}: 3 labels; expected 2, as in {images}"
     labels.write_bytes(idx_bytes(np.array([9, 10], np.uint8)))
-    assert error_of(read_idx_pair, images, labels, 10) == f"{labels}: label 10 at record 1; expected 0 to 9"
+    assert error_of(read_idx_pair, images, labels, 10) == f"{labels}: label 10 of image 1; expected 0 to 9"
     images.write_bytes(idx_bytes(np.zeros((0, 3, 3), np.uint8)))
     assert "sizes 0 x 3 x 3" in error_of(read_idx_pair, images, labels, 10)
 
@@ -145,7 +145,7 @@ def test_cifar_arbitrary_bytes(tmp_path, content, length):
 def test_cifar_messages(tmp_path):
     path = tmp_path / "b.bin"
     path.write_bytes(b"\x0a" + bytes(RECORD - 1))
-    assert error_of(read_cifar_batch, path) == f"{path}: label 10 at record 0; expected 0 to 9"
+    assert error_of(read_cifar_batch, path) == f"{path}: label 10 of image 0; expected 0 to 9"
     path.write_bytes(bytes(RECORD + 1))
     assert f"{path}: 3074 bytes; expected records of 3073" in error_of(read_cifar_batch, path)
     path.write_text("cat\ndog\n")

@@ -15,7 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mask_listings import error_of, one_line
 
-from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
+from dlref.data.series import (
+    Series,
+    check,
+    check_seen_in_training,
+    read_dated,
+    read_json_lines,
+    read_long,
+    read_rows,
+    read_wide,
+)
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.errors import UserError
 
@@ -72,14 +81,14 @@ def answer_or_user_error(function, *arguments) -> Series | None:
     assert (series.offsets[-1], series.dynamic_offsets[-1]) == (len(series.target), len(series.dynamic))
     assert (np.diff(series.offsets) >= 0).all()
     assert (np.diff(series.dynamic_offsets) >= 0).all()
-    assert series.start.shape == series.filled.shape == series.cat.shape[:1] == (count,)
+    assert series.start.shape == series.cat.shape[:1] == (count,)
     assert series.target.ndim == 1
     assert series.dynamic.ndim == 2
     assert not np.isinf(series.target).any()
     assert np.isfinite(series.dynamic).all()
     assert np.isfinite(series.static).all()
     assert series.static.shape[:1] == (count,)
-    dtypes = ["float32", "int64", "datetime64[s]", "int64", "float32", "int64", "float32", "int64"]
+    dtypes = ["float32", "int64", "datetime64[s]", "int64", "float32", "int64", "float32"]
     assert [str(values.dtype) for values in series if not isinstance(values, list)] == dtypes
     for train in (True, False):
         try:
@@ -178,7 +187,7 @@ def check_records(series: Series, names: list[str]) -> None:
     assert series.start.tolist() == [datetime(2020, 1, 31, 5), datetime(2020, 1, 31)]
     assert series.cat.tolist() == [[3, 0], [0, 1]]
     assert series.dynamic.tolist() == [[0, 0, 0]] * 5 + [[1, 2, 3.5]]
-    assert (series.names, series.filled.tolist()) == (names, [0, 0])
+    assert series.names == names
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "b/a.JSONL.gz"])
@@ -256,15 +265,15 @@ def test_wide(tmp_path, name):
     same(targets(series), [[1, 4, NAN], [-2.5, NAN, NAN], [300, 0.5, 7]])
     assert series.names == ["column 1", "column 2", "column 3"]
     assert series.start.tolist() == [datetime(2020, 1, 31)] * 3
-    assert series.filled.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_dated(tmp_path, name):
     rows = ["2020-01-31 23:00:00,1,2", "2020-02-01 00:00:00,,4", "2020-02-01 03:00:00,5,6"]
-    series = answer_or_user_error(read, tmp_path, "dated", name, text(',"OT, in °C",load', *rows, ""))
+    with pytest.warns(UserWarning, match=rf"{name}: 4 points have no row and count as missing$"):
+        series = answer_or_user_error(read, tmp_path, "dated", name, text(',"OT, in °C",load', *rows, ""))
     same(targets(series), [[1, NAN, NAN, NAN, 5], [2, 4, NAN, NAN, 6]])
-    assert (series.names, series.filled.tolist()) == (["OT, in °C", "load"], [2, 2])
+    assert series.names == ["OT, in °C", "load"]
     assert series.start.tolist() == [datetime(2020, 1, 31, 23)] * 2
 
 
@@ -279,7 +288,9 @@ def test_dated(tmp_path, name):
 )
 def test_dated_by_calendar(tmp_path, frequency, dates, expected):
     content = text("date,x", *(f"{day},{i}" for i, day in enumerate(dates, start=1)))
-    same(targets(read(tmp_path, "dated", "a.csv", content, Frequency.parse(frequency))), [expected])
+    with pytest.warns(UserWarning, match="a.csv: 1 points have no row"):
+        series = read(tmp_path, "dated", "a.csv", content, Frequency.parse(frequency))
+    same(targets(series), [expected])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
@@ -294,9 +305,10 @@ def test_rows(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_long(tmp_path, name):
     rows = ["1,a,2020-01-31 01:00:00", "2,b,2020-01-31", "3,a,2020-01-31 02:00:00", ",b,2020-01-31 03:00:00"]
-    series = answer_or_user_error(read, tmp_path, "long", name, text("target,item_id,timestamp", *rows))
+    with pytest.warns(UserWarning, match=rf"{name}: 2 points have no row and count as missing$"):
+        series = answer_or_user_error(read, tmp_path, "long", name, text("target,item_id,timestamp", *rows))
     same(targets(series), [[1, 3], [2, NAN, NAN, NAN]])
-    assert (series.names, series.filled.tolist()) == (["a", "b"], [0, 2])
+    assert series.names == ["a", "b"]
     assert series.start.tolist() == [datetime(2020, 1, 31, 1), datetime(2020, 1, 31)]
 
 
@@ -649,14 +661,14 @@ def test_wrong_cardinality(tmp_path, size):
 
 def test_unseen(tmp_path):
     train = of({"target": MANY, "cat": [3, 0]}, {"target": MANY, "cat": [1, 2]}, where=tmp_path)
-    unseen(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
-    message = error_of(
-        unseen, train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
-    )
+    check_seen_in_training(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
+    other = of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
+    message = error_of(check_seen_in_training, train, other)
     assert message == f"{tmp_path}/of.json:2: cat[0]: 2; expected one of training's, [1, 3]"
-    message = error_of(unseen, train, of({"target": [1]}, where=tmp_path))
+    message = error_of(check_seen_in_training, train, of({"target": [1]}, where=tmp_path))
     assert message == f"{tmp_path}/of.json:1: cat: 0 of them; expected 2, as in training"
-    message = error_of(unseen, train, of({"target": [1], "cat": [3, 0], "dynamic_feat": [[1]]}, where=tmp_path))
+    other = of({"target": [1], "cat": [3, 0], "dynamic_feat": [[1]]}, where=tmp_path)
+    message = error_of(check_seen_in_training, train, other)
     assert message == f"{tmp_path}/of.json:1: dynamic_feat: 1 of them; expected 0, as in training"
 
 
@@ -666,6 +678,7 @@ ALPHABETS = {"json": '{}[]":,0e-. \n', "csv": f'0123456789,."-:NaN \n\r{chr(0)}�
 frequencies = st.sampled_from(["min", "7H", "D", "2W", "M", "B"]).map(Frequency.parse)
 
 
+@pytest.mark.filterwarnings("ignore:.* points have no row")
 @pytest.mark.parametrize("kind", READERS)
 @quick
 @given(data=st.data(), frequency=frequencies)
@@ -696,6 +709,7 @@ def test_arbitrary_records(tmp_path, records, frequency):
 rows = st.lists(st.tuples(st.sampled_from("ab"), dates, st.sampled_from(["1", "", "-2e3", "x", "NaN"])), max_size=5)
 
 
+@pytest.mark.filterwarnings("ignore:.* points have no row")
 @quick
 @given(rows=rows, frequency=frequencies)
 def test_arbitrary_rows(tmp_path, rows, frequency):
@@ -759,7 +773,6 @@ def test_real_tables():
     for name in ("ETTh1", "ETTh2"):
         series = read_dated(root / f"ett/{name}.csv.gz", H)
         assert np.diff(series.offsets).tolist() == [17420] * 7
-        assert not series.filled.any()
     series = read_rows(root / "m4/Hourly-train.csv.gz", "1750-01-01", H)
     assert series.names == [f"H{i}" for i in range(1, 415)]
     assert set(np.diff(series.offsets)) == {700, 960}

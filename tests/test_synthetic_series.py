@@ -58,7 +58,6 @@ def test_types_and_shapes_are_those_promised(synthetic):
         "cat": (np.int64, (COUNT, 1)),
         "dynamic": (np.float32, (points, 1)),
         "dynamic_offsets": (np.int64, (COUNT + 1,)),
-        "filled": (np.int64, (COUNT,)),
     }
     for field, (dtype, shape) in promised.items():
         found = getattr(synthetic.series, field)

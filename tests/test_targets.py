@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dlref.export.bundle import export
 from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in
 from dlref.export.graph import write_onnx
-from dlref.export.measure import provider, stands_in, starts
+from dlref.export.measure import can_time, provider, provider_works
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
 from dlref.runtime import UserError, load
@@ -288,28 +288,28 @@ def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
         found = [SimpleNamespace(device=SimpleNamespace(type=kind))]
         monkeypatch.setattr("dlref.export.measure.plugin_devices", lambda provider, found=found: found)
         monkeypatch.setattr("dlref.export.measure.OnnxGraph", lambda *_: None)
-        starts.cache_clear()
+        provider_works.cache_clear()
         assert provider(TARGETS["qualcomm"]) == expected
-    starts.cache_clear()
+    provider_works.cache_clear()
 
 
 def test_a_provider_s_package_that_does_not_fit_leaves_the_work_to_the_cpu(tmp_path, monkeypatch):
     (tmp_path / "onnxruntime_qnn.py").write_text("def get_library_path(): return 'none.so'")
     monkeypatch.syspath_prepend(tmp_path)
-    starts.cache_clear()
+    provider_works.cache_clear()
     assert provider(TARGETS["qualcomm"]) == "CPUExecutionProvider"
-    starts.cache_clear()
+    provider_works.cache_clear()
     sys.modules.pop("onnxruntime_qnn")
 
 
 def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):
     known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # this build says it has it
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
-    starts.cache_clear()
+    provider_works.cache_clear()
     with pytest.warns(UserWarning, match="not in available"):
         assert provider(TARGETS["qualcomm"]) == "CPUExecutionProvider"
     assert provider(TARGETS["cpu"]) == "CPUExecutionProvider"
-    starts.cache_clear()
+    provider_works.cache_clear()
 
 
 def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):
 
 def test_what_is_not_faster_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [2.0, 2.0])
-    monkeypatch.setattr("dlref.export.attempts.stands_in", lambda target: True)
+    monkeypatch.setattr("dlref.export.attempts.can_time", lambda target: True)
     task, data = NETWORKS["lenet5"]()
     manifest = made(task, data, replace(TARGETS["arm64"], gate=100.0), tmp_path / "bundle")
     first, last = manifest["verification"]["attempts"]
@@ -340,8 +340,8 @@ def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch
     assert manifest["precision"] == "int8"
     assert manifest["measurement"]["contenders"] == {}
     assert "says nothing of this device" in (tmp_path / "bundle/report.md").read_text()
-    assert stands_in(TARGETS["cpu"])
-    assert not stands_in(TARGETS["qualcomm"])  # whose processor executes nothing here
+    assert can_time(TARGETS["cpu"])
+    assert not can_time(TARGETS["qualcomm"])  # whose processor executes nothing here
 
 
 def test_what_onnxruntime_cannot_convert_falls_back_too(tmp_path, monkeypatch):

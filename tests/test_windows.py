@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlref.data.series import Series
 from dlref.data.windows import SeriesStore
 from dlref.runtime.calendar import Frequency
-from dlref.runtime.series import carried
+from dlref.runtime.series import forward_filled
 
 H = Frequency.parse("H")
 
@@ -27,7 +27,6 @@ def counting(lengths=(5, 9, 3), future=0):
         dynamic_offsets=offsets + future * np.arange(len(lengths) + 1),
         static=np.zeros((len(lengths), 0), np.float32),
         names=list("abc"),
-        filled=np.zeros(len(lengths), np.int64),
     )
 
 
@@ -77,7 +76,7 @@ def test_no_value_is_compared_with_that_of_another_series():
 
 def test_missing_values_carry_the_last_one_on():
     target = np.array([np.nan, 1, np.nan, np.nan, 4, np.nan, np.nan, 7, np.nan], np.float32)
-    values, observed = carried(target, np.array([0, 5, 9]))
+    values, observed = forward_filled(target, np.array([0, 5, 9]))
     assert values.tolist() == [0, 1, 1, 1, 4, 0, 0, 7, 7]  # nothing comes from the series before
     assert observed.tolist() == [False, True, False, False, True, False, False, True, False]
 

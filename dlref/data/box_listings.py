@@ -27,13 +27,14 @@ from xml.etree import ElementTree
 from xml.parsers.expat import ErrorString
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dlref.data.files import (
     check_name,
-    drawn,
     image_path,
     picture_size,
+    read_fields,
     read_json,
     read_lines,
     visible_entries,
@@ -68,12 +69,19 @@ class BoxListing(NamedTuple):
     Attributes:
         pictures: pictures, those without objects too.
         classes: K class names.
-        mended: how many boxes `on_bad_box` has "clipped" and "skipped"; a key is absent where its count is 0.
     """
 
     pictures: list[Picture]
     classes: list[str]
-    mended: dict[str, int]
+
+    @property
+    def images(self) -> list[str]:
+        """The paths of the pictures."""
+        return [picture.path for picture in self.pictures]
+
+    def take(self, places: list[int]) -> "BoxListing":
+        """The pictures at these places."""
+        return self._replace(pictures=[self.pictures[i] for i in places])
 
 
 OnBadBox = Literal["error", "clip", "skip"]
@@ -98,17 +106,6 @@ class Record(NamedTuple):
     objects: list[Found]
 
 
-def hold_out(listing: BoxListing, share: float) -> tuple[BoxListing, BoxListing]:
-    """Take a share of the pictures away, the same ones each time: what stays, and what is taken.
-
-    Both in the order of the listing; `mended` stays with the former.
-    """
-    out = drawn(len(listing.pictures), share)
-    kept = [picture for i, picture in enumerate(listing.pictures) if i not in out]
-    held_out = [picture for i, picture in enumerate(listing.pictures) if i in out]
-    return BoxListing(kept, listing.classes, listing.mended), BoxListing(held_out, listing.classes, {})
-
-
 # Pascal VOC
 
 
@@ -126,16 +123,11 @@ def read_voc(
         classes: the class names of the training pictures; None is those found, sorted.
         on_bad_box: what becomes of a box without area or not within its picture.
     """
-    records, lines = [], {}
-    for number, line in show_progress(list(read_lines(names)), "Reading annotations"):
-        where = f"{names}:{number}"
-        columns = line.split()
-        if len(columns) != 1:
-            raise UserError(f"{where}: {len(columns)} columns; expected one, the name of a picture")
-        stem = columns[0]
-        if stem in lines:
-            raise UserError(f"{where}: {shorten(stem)} again; expected it once, as in line {lines[stem]}")
-        lines[stem] = number
+    records, seen = [], {}
+    for where, (stem,) in show_progress(list(read_fields(names, 1, "the name of a picture")), "Reading annotations"):
+        if stem in seen:
+            raise UserError(f"{where}: {shorten(stem)} again; expected it once, as in {seen[stem]}")
+        seen[stem] = where
         records.append(_parse_voc(Path(root), stem, where))
     if not records:
         raise UserError(f"{names}: no lines; expected the name of a picture on each")
@@ -143,7 +135,7 @@ def read_voc(
         classes = sorted({found.label for record in records for found in record.objects})
     if not classes:
         raise UserError(f"{names}: no objects; expected at least one, to know the classes")
-    return _to_listing(records, {name: i for i, name in enumerate(classes)}, classes, on_bad_box)
+    return _to_listing(names, records, {name: i for i, name in enumerate(classes)}, classes, on_bad_box)
 
 
 def _parse_voc(root: Path, stem: str, listed: str) -> Record:
@@ -211,7 +203,7 @@ def read_coco(
         classes: the class names of the training pictures; None is the categories, in the order of their ids.
         on_bad_box: what becomes of a box without area or not within its picture.
     """
-    content = read_json(annotations)
+    content = read_json(annotations, _without_outlines)
     names = _parse_categories(content, str(annotations), classes)
     if classes is None:
         classes = [names[i] for i in sorted(names)]
@@ -239,7 +231,12 @@ def read_coco(
             raise UserError(f"{where}: image_id {image}; expected the id of one of the images")
         objects[image].append(found)
     index = {name: i for i, name in enumerate(classes)}
-    return _to_listing(records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+    return _to_listing(annotations, records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+
+
+def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)  # most of the file: dropped while it is read, it never fills the memory
+    return entry
 
 
 def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:
@@ -396,7 +393,7 @@ def _by_class_id(
             raise UserError(f"{source}: {times} classes called {shorten(name)}; expected another name for each")
     if not classes:
         raise UserError(f"{source}: no classes; expected at least one box or name")
-    return _to_listing(records, {i: i for i in range(len(classes))}, classes, on_bad_box)
+    return _to_listing(source, records, {i: i for i in range(len(classes))}, classes, on_bad_box)
 
 
 # JSON
@@ -443,9 +440,12 @@ def _corners(x: float, y: float, width: float, height: float) -> Box:
 
 
 def _to_listing(
-    records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
+    source: str | Path, records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
 ) -> BoxListing:
-    """Check each record against its picture and the classes; `ids` has the class id of each label."""
+    """Check each record against its picture and the classes, and warn of boxes that were clipped or skipped.
+
+    `ids` has the class id of each label.
+    """
     if on_bad_box not in get_args(OnBadBox):
         raise UserError(f"on_bad_box: {shorten(on_bad_box)}; expected one of {', '.join(get_args(OnBadBox))}")
     pictures, mended, seen = [], Counter(), {}
@@ -457,7 +457,10 @@ def _to_listing(
             )
         seen[path] = record.where
         pictures.append(_check_picture(record, ids, on_bad_box, mended))
-    return BoxListing(pictures, classes, dict(mended))
+    if mended:
+        what = ", ".join(f"{count} {how}" for how, count in mended.items())
+        rank_zero_warn(f"{source}: boxes that stick out of their picture or have no area: {what}")
+    return BoxListing(pictures, classes)
 
 
 def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBox, mended: Counter) -> Picture:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dlref.data.files import check_class_ids
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import opened, read_text
 
@@ -23,9 +24,7 @@ def read_cifar_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: {len(content)} bytes; expected records of {RECORD}, 10,000 as published")
     records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, RECORD)
     labels, images = records[:, 0], records[:, 1:].reshape(-1, *SHAPE)
-    if labels.max() >= CLASSES:
-        at = int(np.argmax(labels >= CLASSES))
-        raise UserError(f"{path}: label {labels[at]} at record {at}; expected 0 to {CLASSES - 1}")
+    check_class_ids(path, labels, CLASSES)
     return images, labels
 
 

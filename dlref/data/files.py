@@ -1,16 +1,16 @@
-"""What the readers of folders and lists share: names, lines, JSON, the sizes of pictures, and what is held out."""
+"""What the readers of folders and lists share: names, class ids, lines, JSON, sizes of pictures, what is held out."""
 
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import ExifTags, Image
 
 from dlref.data.images import FORMATS
@@ -22,12 +22,38 @@ PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
 
 
-def drawn(count: int, share: float) -> set[int]:
-    """The places of the share of `count` pictures that is held out, the same ones each time. Raises UserError."""
+def held_out_indices(count: int, share: float) -> set[int]:
+    """Indices of the held-out share of `count` pictures; always the same ones. Raises UserError."""
     chosen = round(count * share) if math.isfinite(share) else 0
     if not 0 < chosen < count:
         raise UserError(f"--data.init_args.held_out: {share} of {count} pictures; expected at least one in each part")
     return set(np.random.RandomState(SPLIT_SEED).permutation(count)[:chosen].tolist())
+
+
+def read_splits(
+    lists: Mapping[str, Any], read: Callable[[Any, list[str] | None], Any], classes: list[str] | None, share: float
+) -> dict[str, Any]:
+    """Read the pictures of "train", "val" and "test", the latter two with the classes of the training pictures.
+
+    Args:
+        lists: what `read` takes for each split; None for val holds out a `share` of the training pictures, and None
+            for test uses the validation pictures for testing too.
+        read: returns a listing with `images`, `classes` and `take`.
+        classes: the class names; None: those of the training pictures.
+        share: of the training pictures, held out.
+    """
+    train = read(lists["train"], classes)
+    splits = {name: read(lists[name], train.classes) for name in ("val", "test") if lists[name] is not None}
+    if "val" not in splits:
+        places, out = range(len(train.images)), held_out_indices(len(train.images), share)
+        splits["val"] = train.take([i for i in places if i in out])
+        train = train.take([i for i in places if i not in out])
+    if "test" not in splits:
+        rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
+        splits["test"] = splits["val"]
+    splits = {"train": train, **splits}
+    warn_of_shared({name: listing.images for name, listing in splits.items()}, "pictures")
+    return splits
 
 
 def warn_of_shared(splits: Mapping[str, Iterable[str]], what: str) -> None:
@@ -60,6 +86,14 @@ def check_name(name: Any, where: str) -> str:
     return name
 
 
+def check_class_ids(where: str | Path, labels: np.ndarray, classes: int) -> None:
+    """Raise UserError for the first of the labels (N,) that is not the id of a class."""
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise UserError(f"{where}: label {labels[at]} of image {at}; expected 0 to {classes - 1}")
+
+
 def image_path(root: str | Path, name: Any, where: str) -> str:
     """The path of an image of a folder. Raises UserError at `where` for what is no name."""
     if not isinstance(name, str) or not is_line(name):
@@ -72,13 +106,23 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in numbered(path, "a list of images") if line.strip())
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """One JSON object, without the outlines of COCO's objects. Raises UserError."""
+def read_fields(path: str | Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
+    """The place of each line of a list, for an error to name, and the `count` words on it. Raises UserError."""
+    for number, line in read_lines(path):
+        fields = line.split()
+        if len(fields) != count:
+            raise UserError(f"{path}:{number}: {len(fields)} fields; expected {count}: {what}")
+        yield f"{path}:{number}", fields
+
+
+def read_json(path: str | Path, object_hook: Callable[[dict], Any] | None = None) -> dict[str, Any]:
+    """One JSON object; `object_hook` is json.loads's. Raises UserError."""
     text, where = read_text(path, "JSON", largest=None), str(path)
     try:
-        content = json.loads(text, object_hook=_without_outlines)
+        content = json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}; expected one JSON object") from None
+        wrong = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{path}:{error.lineno}: {wrong}; expected one JSON object") from None
     except ValueError:  # a number of more digits than Python reads
         raise UserError(f"{where}: a number too long to read; expected one JSON object") from None
     except RecursionError:
@@ -86,11 +130,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: {shorten(content)}; expected one JSON object")
     return content
-
-
-def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)  # most of a COCO file; dropped as it is read, it never fills the memory
-    return entry
 
 
 def picture_size(path: str) -> tuple[int, int]:

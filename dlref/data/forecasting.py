@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dlref.data.loader import SplitData, check_at_least
-from dlref.data.series import Series, check, read_dated, read_json_lines, read_long, read_rows, read_wide, unseen
+from dlref.data.series import (
+    Series,
+    check,
+    check_seen_in_training,
+    read_dated,
+    read_json_lines,
+    read_long,
+    read_rows,
+    read_wide,
+)
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows
 from dlref.runtime.calendar import Frequency
@@ -112,10 +121,7 @@ class ForecastingData(SplitData):
         for series, ahead in ((test, 0), (predict, horizon if self.dynamic_features else 0)):
             if series is not None and series is not train:
                 check(series, ahead, self.cardinality, train=False)
-                unseen(train, series)
-        filled = train.filled.sum() + (0 if together else test.filled.sum())
-        if filled:
-            rank_zero_warn(f"{filled} points that no row of the files stands for count as missing")
+                check_seen_in_training(train, series)
         return Channels(train, test, predict, channels.truth)
 
     def cut(self, channels: Channels) -> None:
@@ -145,7 +151,7 @@ class ForecastingData(SplitData):
             self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, steps)
 
     def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int) -> Windows:
-        """The `count` windows of each series that follow each other and end at `last`; only those with a past."""
+        """Consecutive, non-overlapping evaluation windows ending at `last`; series too short for one get none."""
         horizon = self.prediction_length
         whole = ((last - 1) // horizon).clamp(0, count)  # those with a point before them
         return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, horizon)
@@ -176,7 +182,7 @@ class ForecastingData(SplitData):
         windows = self.splits["train"]
         return Draws(windows.count, self.weight, self.batch_size * devices, self.batches)
 
-    def at_once(self, split: str) -> int:
+    def eval_batch_size(self, split: str) -> int:
         """Few: each window has all of its sample paths."""
         return EVALUATED
 
@@ -408,10 +414,7 @@ def joined(tables: list[Series]) -> Series:
     """The series of several tables without dynamic features."""
     target = np.concatenate([table.target for table in tables])
     lengths = np.concatenate([np.diff(table.offsets) for table in tables])
-    rest = {
-        field: np.concatenate([getattr(table, field) for table in tables])
-        for field in ("start", "cat", "static", "filled")
-    }
+    rest = {field: np.concatenate([getattr(table, field) for table in tables]) for field in ("start", "cat", "static")}
     offsets = np.cumsum([0, *lengths])
     names = [name for table in tables for name in table.names]
     return tables[0]._replace(

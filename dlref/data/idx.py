@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dlref.data.files import check_class_ids
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import opened
 
@@ -56,7 +57,5 @@ def read_idx_pair(images_path: str | Path, labels_path: str | Path, classes: int
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise UserError(f"{labels_path}: {len(labels)} labels; expected {len(images)}, as in {images_path}")
-    if labels.max() >= classes:
-        at = int(np.argmax(labels >= classes))
-        raise UserError(f"{labels_path}: label {labels[at]} at record {at}; expected 0 to {classes - 1}")
+    check_class_ids(labels_path, labels, classes)
     return images, labels

@@ -96,7 +96,7 @@ class LanguageData(SplitData):
         """The beginnings of windows one after the other, so that every token but the first is predicted once."""
         return torch.arange(len(self.splits[split])) * self.context_length
 
-    def at_once(self, split: str) -> int:
+    def eval_batch_size(self, split: str) -> int:
         """As many windows as have so many tokens; two at least, with which devices have as many batches each."""
         return max(2, EVALUATED // self.context_length)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlref.data.files import read_lines, visible_entries
+from dlref.data.files import image_path, read_lines, visible_entries
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object
@@ -210,7 +210,7 @@ def _to_listing(
     if len(set(given)) < len(given):
         raise UserError(f"{source}: classes {shorten(given)}; expected names that differ")
     classes = classes or [names.get(i) or _number(i, given) for i in range(_count_classes(source, records))]
-    kind, first = type(records[0].label), {}
+    kind, first, paths = type(records[0].label), {}, []
     for line, path, label in records:
         where = f"{source}:{line}"
         if type(label) is not kind:
@@ -219,14 +219,12 @@ def _to_listing(
             raise UserError(f"{where}: label {shorten(label)}; expected {len(classes)} values, 0 or 1 each")
         if kind is not list and _classes_needed(label) > len(classes):
             raise UserError(f"{where}: label {shorten(label)}; expected ids from 0 to {len(classes) - 1}")
-        if path.splitlines() != [path] or "\0" in path:
-            raise UserError(f"{where}: image {shorten(path)}; expected a path")
+        paths.append(image_path(root, path, where))
         before, other = first.setdefault(os.path.normpath(path), (line, label))
         if other != label:
             raise UserError(f"{where}: {path}: label {shorten(label)}; expected {shorten(other)}, as in line {before}")
     labels = [record.label for record in records]
     targets = _multi_hot(labels, len(classes)) if kind is set else torch.tensor(labels)
-    paths = [os.path.join(root, record.path) for record in records]
     return Listing(paths, targets.float() if targets.ndim == 2 else targets, classes)
 
 

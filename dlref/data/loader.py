@@ -82,11 +82,11 @@ class Steps(Sampler[tuple[int, Tensor]]):
 
     Args:
         order: of all processes.
-        same: whether all epochs are the first one.
+        repeat_first_epoch: whether every epoch has the batches of the first.
     """
 
-    def __init__(self, order: Order, same: bool = False):
-        self.order, self.same, self.epoch, self.first = order, same, 0, 0
+    def __init__(self, order: Order, repeat_first_epoch: bool = False):
+        self.order, self.repeat_first_epoch, self.epoch, self.first = order, repeat_first_epoch, 0, 0
         self.run = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning keeps the seed of a run
         self.rank, self.devices = processes()
 
@@ -95,7 +95,7 @@ class Steps(Sampler[tuple[int, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
-        self.epoch = 0 if self.same else epoch
+        self.epoch = 0 if self.repeat_first_epoch else epoch
 
     def seed(self, purpose: int, number: int = 0, rank: int = 0) -> int:
         """A seed of 32 bits, of which each is as good as drawn."""
@@ -113,8 +113,8 @@ class Steps(Sampler[tuple[int, Tensor]]):
                 yield self.seed(SAMPLES, number, self.rank), samples[self.rank :: self.devices]
 
 
-class Seeded(Dataset):
-    """Batches, each made after seeding: the same in any process that makes it."""
+class SeededBatches(Dataset):
+    """Batches of a data set, each made right after seeding, so that any process makes the same one."""
 
     def __init__(self, batches: Dataset):
         self.batches = batches
@@ -125,8 +125,8 @@ class Seeded(Dataset):
         return self.batches[samples]
 
 
-class Gathered(Dataset):
-    """The batches of a data set of single samples."""
+class CollatedBatches(Dataset):
+    """Batches of a data set that only gives single samples."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -180,7 +180,8 @@ class SplitData(LightningDataModule):
     splits: dict[str, Dataset]
     batch_size: int
     num_workers = 0  # processes that make batches; 0: the one that trains
-    same = False  # whether all epochs are the first one
+    decoded_singly = False  # whether a split gives single samples, of which batches have to be made
+    repeat_first_epoch = False  # whether every epoch has the batches of the first
 
     @property
     def device(self) -> torch.device:
@@ -194,13 +195,13 @@ class SplitData(LightningDataModule):
             raise UserError(f"train: {count} samples for {devices} devices; expected one for each")
         return Shuffled(count, self.batch_size * devices)
 
-    def at_once(self, split: str) -> int:
-        """The most samples that are evaluated together."""
+    def eval_batch_size(self, split: str) -> int:
+        """How many samples an evaluation batch has at most."""
         return self.batch_size
 
     def as_batches(self, split: str) -> Dataset:
         """A split as a data set of batches."""
-        return self.splits[split]
+        return CollatedBatches(self.splits[split]) if self.decoded_singly else self.splits[split]
 
     def samples(self, split: str) -> Tensor:
         """The samples of a split."""
@@ -208,8 +209,8 @@ class SplitData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches in an order that is new in each epoch."""
-        steps = Steps(self.order(processes()[1]), self.same)
-        return TrainLoader(Seeded(self.as_batches("train")), sampler=steps, batch_size=None, **self.workers())
+        steps = Steps(self.order(processes()[1]), self.repeat_first_epoch)
+        return TrainLoader(SeededBatches(self.as_batches("train")), sampler=steps, batch_size=None, **self.workers())
 
     def in_order(self, split: str) -> DataLoader:
         """Each sample of a split once; each batch is one device's alone.
@@ -220,7 +221,7 @@ class SplitData(LightningDataModule):
         samples, (rank, devices) = self.samples(split), processes()
         if len(samples) < devices and devices > 1:
             raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
-        size = self.at_once(split)
+        size = self.eval_batch_size(split)
         if devices == 1:
             parts = samples.split(size) if len(samples) else ()
         else:  # as many for each device, where there are enough: those that share a network wait for each other

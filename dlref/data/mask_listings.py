@@ -13,7 +13,7 @@ N pictures, H high and W wide; K classes.
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
@@ -29,8 +29,8 @@ from dlref.data.files import (
     image_path,
     is_line,
     picture_size,
+    read_fields,
     read_json,
-    read_lines,
     visible_entries,
 )
 from dlref.data.images import FORMATS, SUFFIXES, UnreadableImage, show_progress
@@ -68,6 +68,11 @@ class MaskListing(NamedTuple):
     table: np.ndarray
     classes: list[str]
     pixels: np.ndarray
+
+    def take(self, places: list[int]) -> "MaskListing":
+        """The pictures at these places."""
+        chosen = {name: [getattr(self, name)[i] for i in places] for name in ("images", "masks", "sizes")}
+        return self._replace(**chosen, pixels=self.pixels[places])
 
 
 class Pair(NamedTuple):
@@ -120,7 +125,7 @@ def read_mask_list(path: str | Path, classes: list[str] | None = None, void: int
     """
     root = Path(path).parent
     pairs = []
-    for where, (image, mask) in _read_fields(path, 2, "a picture and its mask"):
+    for where, (image, mask) in read_fields(path, 2, "a picture and its mask"):
         pairs.append(Pair(where, image_path(root, image, where), image_path(root, mask, where)))
     return _to_listing(path, pairs, classes, None, void)
 
@@ -134,7 +139,7 @@ def read_voc_masks(path: str | Path, classes: list[str] | None = None) -> MaskLi
     """
     root = Path(os.path.normpath(Path(path).parent / ".." / ".."))
     pairs = []
-    for where, (stem,) in _read_fields(path, 1, "the name of a picture"):
+    for where, (stem,) in read_fields(path, 1, "the name of a picture"):
         image = image_path(root / "JPEGImages", f"{stem}.jpg", where)
         pairs.append(Pair(where, image, image_path(root / "SegmentationClass", f"{stem}.png", where)))
     return _to_listing(path, pairs, VOC_CLASSES.split() if classes is None else classes, None, VOID)
@@ -164,15 +169,6 @@ def _refuse_orphans(files: dict[str, str], others: dict[str, str], what: str) ->
     if orphans:
         more = f", nor for {len(orphans) - 1} more" if len(orphans) > 1 else ""
         raise UserError(f"{orphans[0]}: no {what}{more}; expected one for each file")
-
-
-def _read_fields(path: str | Path, count: int, what: str) -> Iterator[tuple[str, list[str]]]:
-    """Split each line; return its place, for an error to name, and its fields."""
-    for number, line in read_lines(path):
-        fields = line.split()
-        if len(fields) != count:
-            raise UserError(f"{path}:{number}: {len(fields)} fields; expected {count}: {what}")
-        yield f"{path}:{number}", fields
 
 
 # What the values mean

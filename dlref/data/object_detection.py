@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -22,13 +22,12 @@ from dlref.data.box_listings import (
     BoxListing,
     OnBadBox,
     Picture,
-    hold_out,
     read_box_manifest,
     read_coco,
     read_sagemaker,
     read_voc,
 )
-from dlref.data.files import warn_of_shared
+from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.scenes import make_scenes
@@ -155,10 +154,6 @@ class ObjectDetectionData(StreamedPictures):
         if not 1 <= self.zoom_out < 100:
             raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to 100")
         listings = self.list_splits()
-        for name, listing in listings.items():
-            if listing.mended:
-                what = ", ".join(f"{count} {how}" for how, count in listing.mended.items())
-                rank_zero_warn(f"{name}: boxes that stick out of their picture or have no area: {what}")
         self.labels = listings["train"].classes
         learnt = (one.labels[self.keep_ignored | ~one.ignored] for one in listings["train"].pictures)
         there = {int(label) for labels in learnt for label in labels.unique()}
@@ -242,7 +237,6 @@ class DigitScenes(ObjectDetectionData):
                     for there in [labels >= 0]
                 ],
                 [str(digit) for digit in range(10)],
-                {},
             )
         return listings
 
@@ -289,33 +283,22 @@ class ListedBoxes(ObjectDetectionData):
     def read_all(self, lists: str | list[str], classes: list[str] | None) -> BoxListing:
         """Read the lists of a split and put them together."""
         pictures: list[Picture] = []
-        mended: Counter[str] = Counter()
         for name in [lists] if isinstance(lists, str) else lists:
             listing = self.read(self.root / name, classes)
             classes = listing.classes
             pictures += listing.pictures
-            mended.update(listing.mended)
         if not pictures:
             raise UserError("--data.init_args: an empty list of lists; expected at least one file")
         path, times = Counter(picture.path for picture in pictures).most_common(1)[0]
         if times > 1:
             raise UserError(f"{path}: in {times} of the lists {lists}; expected it in one")
-        return BoxListing(pictures, classes, dict(mended))
+        return BoxListing(pictures, classes)
 
     def list_splits(self) -> dict[str, BoxListing]:
         """Read the lists of each split, with the classes of training."""
         if self.class_names and len(set(self.class_names)) < len(self.class_names):
             raise UserError(f"--data.init_args.class_names: {self.class_names}; expected names that differ")
-        train = self.read_all(self.lists["train"], self.class_names)
-        given = {name: lists for name, lists in self.lists.items() if lists is not None and name != "train"}
-        read = {name: self.read_all(lists, train.classes) for name, lists in given.items()}
-        if "val" not in read:
-            train, read["val"] = hold_out(train, self.held_out)
-        if "test" not in read:
-            rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
-        splits = {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
-        warn_of_shared({name: (one.path for one in split.pictures) for name, split in splits.items()}, "pictures")
-        return splits
+        return read_splits(self.lists, self.read_all, self.class_names, self.held_out)
 
 
 class VOCBoxes(ListedBoxes):

@@ -72,7 +72,7 @@ def read_parallel(source: Path, target: Path) -> Pairs:
         raise UserError(f"{source}: no line; expected a sentence on each")
     for path, lines in zip((source, target), sides, strict=True):
         for number, line in enumerate(lines, start=1):
-            _not_empty(line, f"{path}:{number}")
+            _check_text(line, f"{path}:{number}")
     return Pairs(*sides, [f"{source}:{number}" for number in range(1, len(sides[0]) + 1)])
 
 
@@ -93,7 +93,7 @@ def read_table(path: Path) -> Pairs:
             if len(pair) != 2:
                 raise UserError(f"{where}: {len(pair)} columns; expected a source, a tab and a target")
         for side, text in zip(("source", "target"), pair, strict=True):
-            _not_empty(text, f"{where}: {side}")
+            _check_text(text, f"{where}: {side}")
         pairs.append(pair)
         names.append(where)
     if not pairs:
@@ -101,7 +101,8 @@ def read_table(path: Path) -> Pairs:
     return Pairs(*zip(*pairs, strict=True), names)
 
 
-def _not_empty(text: str, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
+    """Raise UserError for a text that is blank or that Unicode cannot encode."""
     if not text.strip():
         raise UserError(f"{where}: empty; expected a text")
     if not is_unicode(text):

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dlref.data.files import drawn, warn_of_shared
+from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.mask_listings import (
@@ -144,16 +144,12 @@ class SegmentationData(StreamedPictures):
     def train_transform(self) -> v2.Transform:
         """Return what training does to each picture and its mask, light aside."""
         smallest, largest = (max(1, round(self.base_size * scale)) for scale in self.scales)
-        resize = (
-            v2.RandomResize(smallest, largest + 1, antialias=True)
-            if smallest < largest
-            else v2.Resize(smallest, antialias=True)
-        )
+        resize = v2.RandomResize(smallest, largest + 1, antialias=True)
         fill = {tv_tensors.Image: MEAN, tv_tensors.Mask: VOID}
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
-    def at_once(self, split: str) -> int:
+    def eval_batch_size(self, split: str) -> int:
         """Pictures stay as they are; alone where others have other sizes, for the network would see what pads one."""
         return self.batch_size if len(set(self.splits[split].sizes)) == 1 else 1
 
@@ -234,40 +230,21 @@ class ListedMasks(SegmentationData):
 
     def make_splits(self) -> dict[str, MaskedPictures]:
         """Read the splits, with the classes of training, and say which classes have no pixel there."""
-        train = self.read(self.lists["train"], self.class_names)
-        self.labels = train.classes
-        given = {name: split for name, split in self.lists.items() if split is not None and name != "train"}
-        read = {name: self.read(split, train.classes) for name, split in given.items()}
-        if "val" not in read:
-            train, read["val"] = hold_out(train, self.held_out)
-        for name, listing in {"train": train, **read}.items():
+        listings = read_splits(self.lists, self.read, self.class_names, self.held_out)
+        self.labels = listings["train"].classes
+        for name, listing in listings.items():
+            if name == "test" and listing is listings["val"]:
+                continue  # warned of as val
             counts = listing.pixels.sum(axis=0)
             if empty := [label for label, count in zip(listing.classes, counts, strict=True) if not count]:
                 rank_zero_warn(f"{name}: no pixel of {', '.join(empty)}")
             if name == "train" and len(empty) > len(self.labels) - 2:
                 there = len(self.labels) - len(empty)
                 raise UserError(f"train: {there} of the classes have pixels; expected 2 or more{self.hint}")
-        if "test" not in read:
-            rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
-        listings = {"train": train, "val": read["val"], "test": read.get("test", read["val"])}
-        warn_of_shared({name: listing.images for name, listing in listings.items()}, "pictures")
         return {
             name: MaskedFiles(listing, self.train_transform() if name == "train" else None)
             for name, listing in listings.items()
         }
-
-
-def hold_out(listing: MaskListing, share: float) -> tuple[MaskListing, MaskListing]:
-    """Take a share of the pictures away, the same ones each time: what stays, and what is taken."""
-    count = len(listing.images)
-    out = drawn(count, share)
-
-    def part(taken: bool) -> MaskListing:
-        places = [i for i in range(count) if (i in out) == taken]
-        chosen = {name: [getattr(listing, name)[i] for i in places] for name in ("images", "masks", "sizes")}
-        return listing._replace(**chosen, pixels=listing.pixels[places])
-
-    return part(False), part(True)
 
 
 class MaskFolders(ListedMasks):

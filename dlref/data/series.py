@@ -1,8 +1,8 @@
 """Time series from files: SageMaker's JSON Lines and Parquet, and the CSV tables that people have.
 
 Each reader returns a `Series`: the values of all series in one flat array. Steps that a table leaves out are filled
-with missing values and counted; any other mistake is a `UserError`. `check` compares what was read with SageMaker's
-rules for DeepAR, and `unseen` the series to forecast with those of training.
+with missing values, with a warning; any other mistake is a `UserError`. `check` compares what was read with SageMaker's
+rules for DeepAR, and `check_seen_in_training` the series to forecast with those of training.
 
 N series, P points in all; D dynamic features of Q points in all; R static features; G categories. T times.
 """
@@ -19,6 +19,7 @@ from reprlib import repr as shorten
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dlref.data.files import is_line, visible_entries
 from dlref.runtime.calendar import Frequency, parse_date, parse_start, show
@@ -47,7 +48,6 @@ class Series(NamedTuple):
         dynamic_offsets: int64 (N + 1,): series i has dynamic[dynamic_offsets[i]:dynamic_offsets[i + 1]].
         static: float32 (N, R), features that are the same at all times; R is 0 where there are none.
         names: N names: the series' id where the file has one, or file:line.
-        filled: int64 (N,), the points among the missing that no row of the file stands for.
     """
 
     target: np.ndarray
@@ -58,7 +58,6 @@ class Series(NamedTuple):
     dynamic_offsets: np.ndarray
     static: np.ndarray
     names: list[str]
-    filled: np.ndarray
 
 
 class Points(NamedTuple):
@@ -185,8 +184,8 @@ def read_dated(path: str | Path, frequency: Frequency) -> Series:
     if not points.lines:
         return _to_series(path, [])
     start, values, filled = _fill(points, frequency, path, date)
-    records = [Record(name, start, column, filled=filled) for name, column in zip(names, values.T, strict=True)]
-    return _to_series(path, records)
+    _warn_of_gaps(path, filled * len(names))
+    return _to_series(path, [Record(name, start, column) for name, column in zip(names, values.T, strict=True)])
 
 
 def read_rows(path: str | Path, start: str, frequency: Frequency) -> Series:
@@ -251,10 +250,12 @@ def read_long(
         points.lines.append(line)
         points.times.append(parse_date(time, f"{where}: {timestamp}"))
         points.values.append(_parse_cells([value], where, lambda _: target)[0])
-    records = []
+    records, missing = [], 0
     for name, points in groups.items():
         start, values, filled = _fill(points, frequency, path, timestamp)
-        records.append(Record(name, start, values, filled=filled))
+        records.append(Record(name, start, values))
+        missing += filled
+    _warn_of_gaps(path, missing)
     return _to_series(path, records)
 
 
@@ -333,6 +334,11 @@ def _fill(points: Points, frequency: Frequency, path: str | Path, field: str) ->
     return times[0], values, len(values) - len(rows)
 
 
+def _warn_of_gaps(path: str | Path, points: int) -> None:
+    if points:
+        rank_zero_warn(f"{path}: {points} points have no row and count as missing")
+
+
 # Common to all
 
 
@@ -356,7 +362,6 @@ def _to_series(path: str | Path, records: list[Record]) -> Series:
         dynamic_offsets=_offsets([record.dynamic for record in records]),
         static=np.array([record.static for record in records], np.float32),
         names=[record.name for record in records],
-        filled=np.array([record.filled for record in records]),
     )
 
 
@@ -410,8 +415,8 @@ def _check_target(series: Series, train: bool) -> None:
         raise UserError(f"{names}: target: only zeros; expected other values to train from")
 
 
-def _check_cat(series: Series, cardinality: Literal["auto"] | list[int] | None) -> list[int]:
-    if cardinality is None or cardinality == "auto":
+def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list[int]:
+    if cardinality == "auto":
         return (series.cat.max(axis=0) + 1).tolist()
     count = series.cat.shape[1]
     if not isinstance(cardinality, list) or len(cardinality) != count:
@@ -423,8 +428,8 @@ def _check_cat(series: Series, cardinality: Literal["auto"] | list[int] | None) 
     return cardinality
 
 
-def unseen(train: Series, other: Series) -> None:
-    """Refuse series that have other fields than those of training, or a category's value that none of those has."""
+def check_seen_in_training(train: Series, other: Series) -> None:
+    """Raise UserError if `other` has other fields than the training series, or category values new to them."""
     fields = [("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)]
     for field, found, known in [*fields, ("feat_static_real", other.static, train.static)]:
         if found.shape[1] != known.shape[1]:

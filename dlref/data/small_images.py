@@ -15,7 +15,7 @@ from torchvision.datasets.utils import extract_archive
 from dlref.data.augment import random_crop, random_erase, random_flip
 from dlref.data.cifar import read_cifar_batch, read_class_names
 from dlref.data.download import fetch
-from dlref.data.files import SPLIT_SEED
+from dlref.data.files import SPLIT_SEED, check_class_ids
 from dlref.data.idx import read_idx_pair
 from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_images
@@ -74,7 +74,8 @@ class InMemoryImages(ImageClassificationData):
         if not self.splits:
             self.labels, self.splits = self.read()
             for name, split in self.splits.items():
-                check_class_ids(name, split.targets, len(self.labels))
+                if split.targets.ndim == 1:  # rows of several labels have no ids
+                    check_class_ids(name, split.targets.cpu().numpy(), len(self.labels))
         self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -89,16 +90,6 @@ class InMemoryImages(ImageClassificationData):
         if self.cutout:
             images = random_erase(images, self.cutout)
         return images, targets
-
-
-def check_class_ids(split: str, targets: Tensor, classes: int) -> None:
-    """Raise UserError for the first class id (N,) that is none; rows of several labels (N, K) have no ids."""
-    if targets.ndim > 1:
-        return
-    wrong = (targets < 0) | (targets >= classes)
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise UserError(f"{split}: class {int(targets[place])} of image {place}; expected 0 to {classes - 1}")
 
 
 class Digits(InMemoryImages):

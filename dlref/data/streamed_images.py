@@ -12,7 +12,7 @@ from dlref.data.files import warn_of_shared
 from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_lst, read_manifest
-from dlref.data.loader import Gathered, check_at_least
+from dlref.data.loader import check_at_least
 from dlref.runtime.errors import UserError
 
 
@@ -44,6 +44,8 @@ class StreamedImages(ImageClassificationData):
             Hutter, "TrivialAugment", 2021).
         num_workers: processes that decode; 0 decodes in the training process.
     """
+
+    decoded_singly = True
 
     def __init__(
         self,
@@ -105,10 +107,6 @@ class StreamedImages(ImageClassificationData):
     def eval_transform(self) -> v2.Transform:
         """Return what validation and testing do to each image."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)])
-
-    def as_batches(self, split: str) -> Gathered:
-        """Decoded one by one."""
-        return Gathered(self.splits[split])
 
 
 class ImageFolder(StreamedImages):

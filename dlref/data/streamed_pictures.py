@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from dlref.data.augment import photometric
-from dlref.data.loader import Gathered, SplitData
+from dlref.data.loader import SplitData
 
 
 class StreamedPictures(SplitData):
@@ -16,10 +16,7 @@ class StreamedPictures(SplitData):
 
     labels: list[str]
     photometric: bool
-
-    def as_batches(self, split: str) -> Gathered:
-        """Decoded one by one."""
-        return Gathered(self.splits[split])
+    decoded_singly = True
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Any]:
         """Change the light of training batches, on the device."""

@@ -106,7 +106,6 @@ def make_series(count: int, length: int, seed: int) -> Synthetic:
         dynamic_offsets=offsets.copy(),
         static=np.zeros((count, 0), np.float32),
         names=[f"{KINDS[kind].name} {i}" for i, kind in enumerate(kinds)],
-        filled=np.zeros(count, np.int64),
     )
     return Synthetic(series, loc.ravel(), scale.ravel())
 

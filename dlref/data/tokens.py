@@ -16,7 +16,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dlref.data.vocabulary import Exact, make_exact, of_run, read_exact
+from dlref.data.vocabulary import Exact, make_exact, read_exact, tokenizers_of_run
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import decoded, numbered, opened, parse_object
 from dlref.runtime.text import UNKNOWN, is_unicode
@@ -68,7 +68,7 @@ def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
         return make_exact(texts, asked, size)
     path = Path(asked)
     if path.is_dir():
-        return of_run(path, "vocabulary")[0]
+        return tokenizers_of_run(path, "vocabulary")[0]
     if not path.is_file():
         raise UserError(f"tokenizer: {asked}; expected {', '.join(TRAINED)}, a file of tokenizers or a run's folder")
     return read_exact(path)

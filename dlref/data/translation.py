@@ -15,7 +15,7 @@ from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
 from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import make_dates
-from dlref.data.vocabulary import KINDS, make_vocabulary, of_run, read_vocabulary
+from dlref.data.vocabulary import KINDS, make_vocabulary, read_vocabulary, tokenizers_of_run
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import BEGIN, END, SPECIAL, UNKNOWN, make_tokenizer
 
@@ -59,7 +59,7 @@ class TranslationData(SplitData):
         if self.tokenizer not in KINDS:
             if not Path(self.tokenizer).is_dir():
                 raise UserError(f"tokenizer: {self.tokenizer}; expected {', '.join(KINDS)} or a run's folder")
-            return tuple(of_run(Path(self.tokenizer), "source_vocabulary", "target_vocabulary"))
+            return tuple(tokenizers_of_run(Path(self.tokenizer), "source_vocabulary", "target_vocabulary"))
         sides = [train.source, train.target]
         if self.shared:
             both = make_vocabulary([text for side in sides for text in side], self.tokenizer, self.vocabulary_size)
@@ -100,7 +100,7 @@ class TranslationData(SplitData):
                 rows.append([*tokens, END] if name == "source" else [BEGIN, *tokens, END])
             sides.append(rows)
             if split != "train":
-                texts.append([text_of(tokenizer, given, name == "target") for given in getattr(pairs, name)])
+                texts.append([as_text(tokenizer, given, name == "target") for given in getattr(pairs, name)])
         if cut:
             rank_zero_warn(f"{split}: {cut} sentences of more than {self.longest - 1} tokens are cut")
         return Corpus(*sides, tuple(texts) or None)
@@ -110,7 +110,7 @@ class TranslationData(SplitData):
         source, target = (side.lengths for side in (self.splits["train"].source, self.splits["train"].target))
         return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
-    def at_once(self, split: str) -> int:
+    def eval_batch_size(self, split: str) -> int:
         """The number does not depend on the lengths."""
         return EVALUATED
 
@@ -119,14 +119,15 @@ class TranslationData(SplitData):
         return self.names
 
 
-def text_of(tokenizer, given: str | Sequence[int], compared: bool) -> str:
-    """A sentence as text; one that answers are `compared` with is written as they are, and what is unknown in it is
-    like no answer.
+def as_text(tokenizer, given: str | Sequence[int], is_reference: bool) -> str:
+    """A sentence as text; a reference is written as answers are, with U+FFFD for each unknown token.
+
+    No answer has that character, so an unknown token in a reference matches nothing.
     """
     if isinstance(given, str):
-        return tokenizer.written(given) if compared else given
+        return tokenizer.written(given) if is_reference else given
     text = tokenizer.decode(list(given))
-    return text.replace(SPECIAL[UNKNOWN], "\ufffd") if compared else text
+    return text.replace(SPECIAL[UNKNOWN], "\ufffd") if is_reference else text
 
 
 class SyntheticDates(TranslationData):

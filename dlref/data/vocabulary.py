@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from dlref.data.files import read_json
 from dlref.runtime.errors import UserError, one_line
 from dlref.runtime.lines import is_object, read_text
 from dlref.runtime.text import SPECIAL, make_tokenizer, normal
@@ -46,8 +47,8 @@ def read_exact(path: Path) -> dict:
     return described
 
 
-def of_run(run: Path, *names: str) -> list[dict]:
-    """The tokenisers that a run of this project keeps under `names`. Raises UserError."""
+def tokenizers_of_run(run: Path, *names: str) -> list[dict]:
+    """The tokenisers that the best checkpoint of a run keeps under `names`. Raises UserError."""
     path = run / "checkpoints" / "best.ckpt"
     try:
         facts = torch.load(path, map_location="cpu", weights_only=True)["facts"]
@@ -106,11 +107,8 @@ def _byte_pairs(texts: Iterable[str], size: int, exact: bool = False) -> str:
 
 def read_vocabulary(path: Path) -> dict:
     """SageMaker's vocab.src.json or vocab.trg.json: token -> number, from 0 on, the first four SPECIAL."""
-    try:
-        numbers = json.loads(read_text(path, "JSON of tokens and their numbers"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: unreadable ({error}); expected JSON of tokens and their numbers") from None
-    if not isinstance(numbers, dict) or not all(type(number) is int for number in numbers.values()):
+    numbers = read_json(path)
+    if not all(type(number) is int for number in numbers.values()):
         raise UserError(f"{path}: not a vocabulary; expected an object of tokens and their numbers")
     tokens = sorted(numbers, key=numbers.get)
     if [numbers[token] for token in tokens] != list(range(len(tokens))):

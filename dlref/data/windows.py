@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dlref.data.series import Series
 from dlref.runtime.calendar import Frequency
-from dlref.runtime.series import Record, carried, features_at
+from dlref.runtime.series import Record, features_at, forward_filled
 
 
 class Window(NamedTuple):
@@ -53,7 +53,7 @@ class SeriesStore(nn.Module):
     def __init__(self, series: Series, frequency: Frequency, future: int = 0, truth: np.ndarray | None = None):
         super().__init__()
         self.future = future
-        values, observed = carried(series.target, series.offsets)
+        values, observed = forward_filled(series.target, series.offsets)
         tensors = {
             "values": values,
             "observed": observed,

@@ -21,20 +21,21 @@ from dlref.export.convert import (
     SAMPLES,
     Feeds,
     Plan,
-    beyond_half,
     convert,
     is_calibrated,
     is_quantised,
+    nodes_beyond_float16,
     place_in,
     worst_nodes,
 )
 from dlref.export.graph import example_at, first_sizes, write_onnx
 from dlref.export.manifest import describe, write_manifest
-from dlref.export.measure import CPU, Contenders, provider, stands_in
+from dlref.export.measure import CPU, Contenders, can_time, provider
+from dlref.export.progress import say, watched
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, Refused, parity, score
 from dlref.runtime import UserError
-from dlref.runtime.bench import ANSWERS, EXAMPLE, example, tried
+from dlref.runtime.bench import ANSWERS, EXAMPLE, example, smoke_test
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
 
 FLOAT32 = Plan("float32")
@@ -62,13 +63,11 @@ class Attempts:
         deployable: what the task answered for a validation batch.
         target: the device.
         place: an empty folder to work in.
-        watched: (batches, title) -> the same batches, showing how far they are.
-        say: prints a line.
     """
 
-    def __init__(self, task, data, deployable, target: Target, place: Path, watched: Callable, say: Callable):
+    def __init__(self, task, data, deployable, target: Target, place: Path):
         self.task, self.data, self.deployable, self.target = task, data, deployable, target
-        self.place, self.watched, self.say = place, watched, say
+        self.place = place
         self.references = {name: Reference(graph) for name, graph in deployable.graphs.items()}
         self.pytorch: dict[str, float] = {}
         self.made: list[Attempt] = []
@@ -85,8 +84,8 @@ class Attempts:
 
     # The ladder
 
-    def climb(self) -> Attempt:
-        """One attempt after the other until one holds. Raises Refused where not even float32 does."""
+    def find_best(self) -> Attempt:
+        """Try plans, best first, until one is not refused. Raises Refused if not even float32 is good enough."""
         self.exact = self.parity(FLOAT32)  # first: a lower precision is judged by a metric, which forgives
         for split in ("validation", "test"):
             self.score_pytorch(split)
@@ -95,21 +94,21 @@ class Attempts:
             self.made.append(attempt)
             if not attempt.refused:
                 return attempt
-            self.say(f"{plan} refused: {attempt.refused}")
+            say(f"{plan} refused: {attempt.refused}")
         raise AssertionError("float32 holds, or has raised Refused")
 
     def plans(self) -> Iterator[Plan]:
         """What to try next, given what was refused so far."""
         if any(map(self.calibrated, self.deployable.graphs)):
-            yield from self.quantised()
+            yield from self.quantised_plans()
         elif self.target.precision != "float32":
             yield Plan(self.target.precision, kept=self.too_large() if self.target.precision == "float16" else {})
         yield FLOAT32
 
-    def quantised(self) -> Iterator[Plan]:
-        """Every way to find ranges, then the best of them with more and more of the worst nodes in float.
+    def quantised_plans(self) -> Iterator[Plan]:
+        """Plans with each calibration method, then the best of these with ever more of the worst nodes kept in float.
 
-        Nothing more once an attempt was not faster: none of this would make it so.
+        It stops once an attempt was not faster: none of the other plans would be.
         """
         for method in SAMPLES:
             yield Plan(self.target.precision, method)
@@ -124,7 +123,7 @@ class Attempts:
                 for name in filter(self.calibrated, self.deployable.graphs)
             }
         except UserError as error:  # it keeps all that flows between the nodes in memory
-            self.say(f"the worst nodes are not known: {error}")
+            say(f"the worst nodes are not known: {error}")
             return
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
@@ -139,9 +138,9 @@ class Attempts:
         """The nodes of each graph that float16 has no numbers for."""
         try:
             feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
-            found = {name: tuple(beyond_half(self.source(name), some)) for name, some in feeds.items()}
+            found = {name: tuple(nodes_beyond_float16(self.source(name), some)) for name, some in feeds.items()}
         except UserError as error:
-            self.say(f"whether float16 has all numbers is not known: {error}")
+            say(f"whether float16 has all numbers is not known: {error}")
             return {}
         return {name: nodes for name, nodes in found.items() if nodes}
 
@@ -183,7 +182,7 @@ class Attempts:
 
     def not_faster(self, attempt: Attempt) -> str:
         """Why the clock refuses an attempt, or nothing; it has no say where this machine is unlike the device."""
-        if not stands_in(self.target):
+        if not can_time(self.target):
             return ""
         own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))
         attempt.slower = own >= float32
@@ -245,7 +244,7 @@ class Attempts:
         """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
         folder = self.bundle(plan)
         if plan != FLOAT32:
-            tried(folder, provider(self.target))
+            smoke_test(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), CPU if plan == FLOAT32 else provider(self.target))
 
     # Checked against PyTorch
@@ -264,7 +263,7 @@ class Attempts:
 
     def score_pytorch(self, split: str) -> None:
         """The task's metric on a whole split, by PyTorch. Raises UserError where there is none."""
-        batches = self.watched(self.loader(split), f"PyTorch on {split}")
+        batches = watched(self.loader(split), f"PyTorch on {split}")
         self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
         if not np.isfinite(self.pytorch[split]):
             found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
@@ -281,7 +280,7 @@ class Attempts:
                 )
                 for name, graph in self.deployable.graphs.items()
             }
-        bundle = score(self.task, self.deployable, compared, self.watched(loader, f"the bundle on {split}"))
+        bundle = score(self.task, self.deployable, compared, watched(loader, f"the bundle on {split}"))
         for graph in compared.values() if exact else ():
             graph.check_flips()
         return {
@@ -328,7 +327,7 @@ class Attempts:
             torch.manual_seed(0)
             loader = self.data.train_dataloader()
             batches = takewhile(lambda _: not all(recorder.full for recorder in recorders.values()), loader)
-            score(self.task, self.deployable, recorders, self.watched(batches, "calibrating"))
+            score(self.task, self.deployable, recorders, watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
 
 

@@ -3,12 +3,9 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
 
 from dlref.export.attempts import Attempts
 from dlref.export.manifest import write_manifest
@@ -20,8 +17,6 @@ from dlref.runtime.errors import FULL
 
 BUNDLE = "bundle"
 BEFORE = "before"  # where a bundle is until another has taken its place
-
-console = Console(stderr=True)
 
 
 def export(task, data, target: Target, output: Path, contenders: tuple[str, ...] = CONTENDERS) -> dict:
@@ -41,26 +36,16 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
         raise UserError("no validation data; expected some, to verify the bundle on")
     deployable = task.deployable(batch)
     with staged(output) as place:
-        attempts = Attempts(task, data, deployable, target, place, watched, say)
-        chosen = attempts.climb()
+        attempts = Attempts(task, data, deployable, target, place)
+        chosen = attempts.find_best()
         verification = attempts.verification(chosen)
-        measurement = attempts.contenders.measurement(chosen.folder, contenders, say)
+        measurement = attempts.contenders.measurement(chosen.folder, contenders)
         attempts.keep_answers(chosen.plan)
         signatures, precision = place / "converted" / str(chosen.plan), chosen.plan.precision
         manifest = write_manifest(chosen.folder, deployable, target, precision, signatures, verification, measurement)
         load(chosen.folder, provider=provider(target))  # what was written is what a device will open
         chosen.folder.rename(place / BUNDLE)
     return manifest
-
-
-def say(line: str) -> None:
-    """A line to whoever waits."""
-    console.print(line, soft_wrap=True, highlight=False)
-
-
-def watched(batches: Iterable, title: str) -> Iterator:
-    """The batches, showing how far they are."""
-    return track(batches, title, console=console, transient=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from dlref.export.graph import save, unwarned
+from dlref.export.graph import save, warnings_silenced
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
@@ -99,7 +99,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
         if whole and any(node.op_type in RECURRENT for node in model.graph.node):
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if plan.precision == "float16":
-            kept = [*plan.kept.get(source.stem, ()), *after_the_network(model.graph)]
+            kept = [*plan.kept.get(source.stem, ()), *postprocessing_nodes(model.graph)]
             blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": kept}
             half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
             half.topological_sort()  # the casts of the inputs were appended
@@ -159,7 +159,7 @@ def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 def quietly(name: str) -> Iterator[None]:
     """The tools print and log as they go; what stops them is one line."""
     try:
-        with redirect_stdout(io.StringIO()), unwarned():
+        with redirect_stdout(io.StringIO()), warnings_silenced():
             yield
     except UserError:
         raise
@@ -198,7 +198,7 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
     reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
     activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
     graph = onnx.load(source).graph
-    kept = [*plan.kept.get(source.name.split(".")[0], ()), *after_the_network(graph), *of_masks(graph)]
+    kept = [*plan.kept.get(source.name.split(".")[0], ()), *postprocessing_nodes(graph), *infinity_mask_nodes(graph)]
     if scheme.qnn:
         return get_qnn_qdq_config(source, reader, method, activation, weight, scheme.per_channel, nodes_to_exclude=kept)
     return StaticQuantConfig(
@@ -214,8 +214,8 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
     )
 
 
-def after_the_network(graph: onnx.GraphProto) -> list[str]:
-    """The nodes that no layer with weights comes after: decoding, which 256 levels or 11 bits are too few for."""
+def postprocessing_nodes(graph: onnx.GraphProto) -> list[str]:
+    """The nodes after the last layers with weights: they decode, for which 256 levels or 11 bits are too few."""
     writers = {output: node for node in graph.node for output in node.output}
     before: set[str] = set()
     waiting = [node for node in graph.node if node.op_type in WEIGHTED]
@@ -227,8 +227,8 @@ def after_the_network(graph: onnx.GraphProto) -> list[str]:
     return [node.name for node in graph.node if node.name not in before and node.op_type not in FUSED]
 
 
-def of_masks(graph: onnx.GraphProto) -> list[str]:
-    """The nodes through which the infinities of a mask go, up to the softmax that ends them: no range holds one."""
+def infinity_mask_nodes(graph: onnx.GraphProto) -> list[str]:
+    """The nodes that a mask's infinities pass through, up to the softmax that ends them: no range holds one."""
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     infinite = {name for name, value in values.items() if value.dtype.kind == "f" and np.isinf(value).any()}
     nodes = []
@@ -250,16 +250,22 @@ class Reader(CalibrationDataReader):
         return next(self.remaining, None)
 
 
-def beyond_half(source: Path, feeds: Feeds) -> list[str]:
-    """Nodes of a float32 graph around numbers that float16 does not have, or hardly: they would become infinite.
+def activations_of(model: Path, feeds: Feeds) -> dict[str, list[np.ndarray]]:
+    """The values of every tensor between the nodes of a graph, for the first DEBUGGED samples."""
+    augmented = model.with_suffix(".augmented.onnx")
+    qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
+    activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
+    augmented.unlink()
+    return activations
 
-    A processor is no judge of that: it has few kernels for float16, and computes in float32 instead.
+
+def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
+    """Nodes of a float32 graph that read or write numbers too large for float16, or nearly so.
+
+    Running it in float16 on a CPU would not show them: it has few float16 kernels and computes in float32 instead.
     """
-    augmented = source.with_suffix(".augmented.onnx")
     with quietly(source.name):
-        qdq_loss_debug.modify_model_output_intermediate_tensors(source, augmented)
-        activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
-        augmented.unlink()
+        activations = activations_of(source, feeds)
     for feed in feeds[:DEBUGGED]:
         activations |= {name: [*activations.get(name, ()), array] for name, array in feed.items()}
     large = {
@@ -277,25 +283,19 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
     `source` is the float32 graph that `convert` made `quantised` from.
     """
     prepared = source.with_suffix(".prepared.onnx")
-    activations = []
     with quietly(quantised.name):
-        for model in (prepared, quantised):
-            augmented = model.with_suffix(".augmented.onnx")
-            qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
-            activations.append(qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED])))
-            augmented.unlink()
-        float_activations, quantised_activations = activations
+        float_activations, quantised_activations = (activations_of(model, feeds) for model in (prepared, quantised))
         errors = qdq_loss_debug.compute_activation_error(
             qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
         )
     # Decibels of signal over noise, of this quantisation alone.
     worst_first = sorted(errors, key=lambda name: errors[name]["qdq_err"])
     graph = onnx.load(prepared).graph
-    return list(dict.fromkeys(node for name in worst_first for node in touching(graph, name)))
+    return list(dict.fromkeys(node for name in worst_first for node in nodes_around(graph, name)))
 
 
-def touching(graph: onnx.GraphProto, activation: str) -> list[str]:
-    """The quantised nodes that write an activation, through what is fused into them, and those that read it."""
+def nodes_around(graph: onnx.GraphProto, activation: str) -> list[str]:
+    """The quantised nodes that write an activation, with the nodes fused into them, and those that read it."""
     writers = {output: node for node in graph.node for output in node.output}
     nodes, name = [], activation
     while name in writers:

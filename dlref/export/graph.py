@@ -28,14 +28,14 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
     try:
-        with unwarned(), recurrent_layers_whole(graph.module):
+        with warnings_silenced(), recurrent_layers_whole(graph.module):
             exported = torch.onnx.export(
                 graph.module.eval(),
                 tuple(inputs.values()),
                 dynamo=True,
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
-                dynamic_shapes=free(graph, axes),
+                dynamic_shapes=dynamic_shapes(graph, axes),
                 opset_version=target.opset,
                 verbose=False,
             )
@@ -62,18 +62,18 @@ def write_program(graph, path: Path, target: Target) -> None:
     if any(batch.values()):
         sizes["batch"] = trace_sizes(graph)["batch"]
     inputs = example_at(graph, sizes)
-    shapes = free(graph, batch)
+    shapes = dynamic_shapes(graph, batch)
     module, arguments = graph.module.eval(), tuple(inputs.values())
     try:
-        with unwarned(), recurrent_layers_whole(module):
+        with warnings_silenced(), recurrent_layers_whole(module):
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch.export.save(program, path)
     except Exception as error:  # torch.export has no base of its own
         raise UserError(f"{path.name}: torch.export refuses the graph: {one_line(error)}") from error
 
 
-def free(graph, axes: dict[str, dict[int, str]]) -> tuple:
-    """The axes of each input that stay dynamic, as torch.export takes them: those of *arguments are a tuple in it."""
+def dynamic_shapes(graph, axes: dict[str, dict[int, str]]) -> tuple:
+    """The dynamic axes of each input as torch.export takes them, those of *arguments as a tuple of their own."""
     shapes = [dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs]
     parameters = inspect.signature(graph.module.forward).parameters.values()
     named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
@@ -81,8 +81,8 @@ def free(graph, axes: dict[str, dict[int, str]]) -> tuple:
 
 
 @contextmanager
-def unwarned() -> Iterator[None]:
-    """Torch's exporter and onnxruntime's tools warn of their own code; what they write is compared."""
+def warnings_silenced() -> Iterator[None]:
+    """Silence torch's exporter and onnxruntime's tools, which warn about their own code; what they write is checked."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

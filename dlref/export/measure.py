@@ -3,7 +3,7 @@
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from dlref.export.graph import write_program
+from dlref.export.progress import say
 from dlref.export.report import busy
 from dlref.export.targets import Target
 from dlref.runtime import UserError
@@ -25,12 +26,12 @@ CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
 
 def provider(target: Target) -> str:
     """What executes the target's graphs here: its own provider, or the CPU in its stead."""
-    return target.provider if starts(target.provider, target.opset, target.ir_version) else CPU
+    return target.provider if provider_works(target.provider, target.opset, target.ir_version) else CPU
 
 
 @cache
-def starts(provider: str, opset: int, ir_version: int) -> bool:
-    """Whether it executes a graph here: onnxruntime may know a provider whose driver or libraries are missing."""
+def provider_works(provider: str, opset: int, ir_version: int) -> bool:
+    """Whether a provider runs a graph here: onnxruntime also lists one whose driver or libraries are missing."""
     if provider == CPU:
         return True
     try:
@@ -42,10 +43,10 @@ def starts(provider: str, opset: int, ir_version: int) -> bool:
     if not devices and provider not in onnxruntime.get_available_providers():
         return False
     sides = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "starts", *sides)
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", *sides)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, path := Path(folder) / "starts.onnx")
+        onnx.save(model, path := Path(folder) / "identity.onnx")
         try:
             OnnxGraph(path, provider)
         except UserError:
@@ -53,8 +54,8 @@ def starts(provider: str, opset: int, ir_version: int) -> bool:
     return True
 
 
-def stands_in(target: Target) -> bool:
-    """Whether speed on this machine says something of the device."""
+def can_time(target: Target) -> bool:
+    """Whether timings on this machine say anything about the target device."""
     return provider(target) == target.provider and platform.machine() in (target.machines or (platform.machine(),))
 
 
@@ -103,10 +104,10 @@ class Contenders:
         module = [sys.executable, "-m", "dlref.export.contender"]
         return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
 
-    def measurement(self, bundle: Path, names: tuple[str, ...], say: Callable) -> dict:
+    def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
         """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
         measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
-        if not stands_in(self.target):
+        if not can_time(self.target):
             here = f"{platform.machine()} with {provider(self.target)} says nothing of this device"
             return measured | {"not_run": dict.fromkeys(names, here)}
         for name in names:

@@ -49,8 +49,8 @@ class Compared:
     """An exported graph that answers, and checks each answer against PyTorch's.
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
-    task's metric judges: then only rank, type and finiteness count, for the number of boxes or tokens that come out
-    can depend on the last digit. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, places of
+    task's metric judges. In that case only rank, dtype and finiteness are checked: rounding can change how many boxes
+    or tokens come out. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, places of
     largest values and the like (`Graph.discrete`) by how many of them there are that differ.
     """
 

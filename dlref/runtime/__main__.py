@@ -114,7 +114,7 @@ def transform(arguments: list[str]) -> int:
     """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
     options, runner = opened(arguments)
     if options.prompt is not None:
-        return tell(runner.written(options.prompt))
+        return print_stream(runner.written(options.prompt))
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected {', '.join(runner.forms) or 'none'} with this bundle")
     if options.output and type(runner).picture is Runner.picture:
@@ -156,8 +156,8 @@ def transform(arguments: list[str]) -> int:
     return 0
 
 
-def tell(pieces: Iterable[str]) -> int:
-    """Print a text as it comes, letters that the output cannot show as numbers."""
+def print_stream(pieces: Iterable[str]) -> int:
+    """Print pieces of text as they arrive, escaping characters that the output cannot show."""
     for piece in pieces:
         piece = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], piece)
         known = piece.encode(sys.stdout.encoding or "ascii", "backslashreplace")

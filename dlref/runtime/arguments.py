@@ -21,8 +21,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def filled(text: str) -> str:
-    """A text with something in it, from a command line."""
+def non_empty(text: str) -> str:
+    """A command-line text that must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("empty; expected a text")
     return text

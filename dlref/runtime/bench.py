@@ -43,8 +43,8 @@ def bench(folder: Path, threads: int, provider: str) -> dict:
     return in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), str(threads), provider])
 
 
-def tried(folder: Path, provider: str) -> None:
-    """Open a bundle and answer once in a process of its own, for some graphs end onnxruntime. Raises UserError."""
+def smoke_test(folder: Path, provider: str) -> None:
+    """Open a bundle and answer once in another process, as some graphs crash onnxruntime. Raises UserError."""
     in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), "1", provider, "once"])
 
 
@@ -61,7 +61,9 @@ def in_process(command: list[str]) -> dict:
 
 def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) -> dict:
     """Speed and memory of this process answering the example of the bundle in `folder`."""
-    graphs = repeating(open_contender(), folder)
+    graphs = open_contender()
+    described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
+    graphs = repeating(graphs, described)
     one = example(folder)
     answer(graphs, one)
     figures = {"first_answer_s": time.monotonic() - started}
@@ -71,15 +73,14 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     figures["waited"] = waited / (ran + waited) if ran + waited else None
     figures |= {"latency_ms": 1e3 * float(np.median(times)), "latency_p95_ms": 1e3 * float(np.percentile(times, 95))}
     figures |= memory()  # before the larger batch
-    several = repeated(one, json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"])
+    several = repeated(one, described)
     rows = SEVERAL if several else 1
     times = clock(lambda: answer(graphs, several or one))
     return figures | {"throughput": rows / float(np.median(times))}
 
 
-def repeating(graphs: Graphs, folder: Path) -> Graphs:
-    """The graphs, each called as often as an answer of the bundle in `folder` calls it."""
-    described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
+def repeating(graphs: Graphs, described: dict) -> Graphs:
+    """The graphs, each called as often as an answer calls it; `described` is what the manifest says of them."""
 
     def repeated(graph: Callable, calls: int) -> Callable:
         return lambda **inputs: [graph(**inputs) for _ in range(calls)]

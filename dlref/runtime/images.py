@@ -87,9 +87,14 @@ class ImageRunner(Runner):
     """
 
     def __init__(self, graphs: dict, metadata: dict, graph: str, kind: str):
-        if graph not in graphs or not is_metadata(metadata):
+        labels, channels = metadata.get("labels"), metadata.get("channels")
+        named = isinstance(labels, list) and bool(labels) and all(isinstance(label, str) for label in labels)
+        if graph not in graphs or not named or type(channels) is not int or channels not in (1, 3):
             raise UserError(f"not {kind}; expected a graph {graph} and metadata channels, labels")
-        check_image_input(graphs[graph])
+        inputs = graphs[graph].shape
+        image = inputs.get("image", [])
+        if len(inputs) != 1 or len(image) != 4 or any(isinstance(size, int) and size < 1 for size in image):
+            raise UserError(f"graph takes {inputs}; expected image of four axes, none of them empty")
         self.metadata = metadata
 
     @staticmethod
@@ -115,23 +120,9 @@ class ImageRunner(Runner):
         return item.size
 
 
-def is_metadata(metadata: dict) -> bool:
-    """Whether labels and channels are there and of their kind."""
-    labels, channels = metadata.get("labels"), metadata.get("channels")
-    named = isinstance(labels, list) and bool(labels) and all(isinstance(label, str) for label in labels)
-    return named and type(channels) is int and channels in (1, 3)
-
-
 def as_picture(image: np.ndarray) -> Image.Image:
     """uint8 (H, W, C) -> a picture in colour, to draw on."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
-
-
-def check_image_input(graph) -> None:
-    """Raise UserError for a graph that does not take `image` (B, H, W, C) and nothing else."""
-    shape = graph.shape.get("image", [])
-    if len(graph.shape) != 1 or len(shape) != 4 or any(isinstance(size, int) and size < 1 for size in shape):
-        raise UserError(f"graph takes {graph.shape}; expected image of four axes, none of them empty")
 
 
 def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:

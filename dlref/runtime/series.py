@@ -22,7 +22,7 @@ NONE = np.zeros((0, 0), np.float32)
 class Record(NamedTuple):
     """One series: its name, the time of its first point, its values (T,), and what else is said of it.
 
-    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,); `filled` counts points without a row.
+    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,).
     """
 
     name: str
@@ -31,11 +31,10 @@ class Record(NamedTuple):
     cat: Sequence[int] = ()
     dynamic: np.ndarray = NONE
     static: np.ndarray = np.zeros(0, np.float32)
-    filled: int = 0
 
 
-def changes(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each of the values (T,) adds to the one before (T - 1,); 0 and not observed unless both are."""
+def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Differences between neighbouring values (T,) -> (T - 1,); 0 and not observed unless both values are."""
     both = observed[1:] & observed[:-1]
     with np.errstate(over="ignore"):  # a forecast from there is found not to be finite
         return np.where(both, np.diff(values), np.float32(0)), both
@@ -114,11 +113,10 @@ def to_float32(values: list, where: str, field: Callable[[int], str], missing: b
 # What a network is given
 
 
-def carried(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (P,) with NaN -> the last value of the same series before each NaN, 0 where there is none, and what was
-    there, bool (P,).
+def forward_filled(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Replace each NaN in values (P,) by the last value before it in the same series, 0 where there is none.
 
-    Series i is target[offsets[i]:offsets[i + 1]].
+    Returns the filled values and which of them were observed, bool (P,). Series i is target[offsets[i]:offsets[i + 1]].
     """
     observed = ~np.isnan(target)
     places = np.arange(len(target))
@@ -139,8 +137,8 @@ def features_at(frequency: Frequency, record: Record, steps: np.ndarray) -> np.n
     return np.concatenate([calendar, age, static, dynamic], axis=1, dtype=np.float32)
 
 
-def lag_places(lags: Sequence[int], times: int) -> np.ndarray:
-    """Where the lagged values of the last `times` of a window lie in it, int64 (T, L).
+def lag_indices(lags: Sequence[int], times: int) -> np.ndarray:
+    """Indices into a window of the lagged values for its last `times` times, int64 (T, L).
 
     The window has max(lags) more values before them.
     """

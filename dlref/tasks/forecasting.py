@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dlref.runtime import UserError
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.runners.forecasting import LEVELS, SAMPLES, Past, Runner, prediction
-from dlref.runtime.series import lag_places
+from dlref.runtime.series import lag_indices
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
@@ -141,7 +141,7 @@ class Forecaster(Task):
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         scale = scale_of(values[:, :context], observed[:, :context])[:, None]
         history = window.values[:, -times - max(self.lags) :] / scale
-        places = torch.from_numpy(lag_places(self.lags, times)).to(history.device, non_blocking=True)
+        places = torch.from_numpy(lag_indices(self.lags, times)).to(history.device, non_blocking=True)
         features = window.features[:, -times:]
         raw, _ = self.network(history[:, places], features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
@@ -275,7 +275,7 @@ class Forecaster(Task):
         inputs = {
             "target": past.values[:, -context:],
             "observed": past.observed,
-            "lagged": past.values[:, lag_places(self.lags, context)],
+            "lagged": past.values[:, lag_indices(self.lags, context)],
             "features": past.features[:, :context],
             "categories": past.categories,
         }

@@ -18,7 +18,7 @@ from dlref.runtime.calendar import LARGEST_LAG, Frequency
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.series import Record, carried, changes, features_at, lag_places, parse_record
+from dlref.runtime.series import Record, features_at, first_differences, forward_filled, lag_indices, parse_record
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
 SAMPLES = 100  # SageMaker's
@@ -219,10 +219,10 @@ class Runner(Base):
     def cut(self, record: Record) -> Past:
         """The end of a series, with zeros before its start."""
         points = len(record.target)
-        values, observed = carried(record.target, np.array([0, points]))
+        values, observed = forward_filled(record.target, np.array([0, points]))
         last, first = values[-1], max(0, points - self.context)
         if self.metadata["differenced"]:
-            values, observed = changes(values, observed)
+            values, observed = first_differences(values, observed)
         features = features_at(self.frequency, record, np.arange(first, points + self.horizon))
         return Past(
             _last(values, max(self.lags) + self.context),
@@ -275,7 +275,7 @@ class Runner(Base):
         encoded = self.encode(
             target=values[:, longest:],
             observed=past.observed,
-            lagged=values[:, lag_places(self.lags, self.context)],
+            lagged=values[:, lag_indices(self.lags, self.context)],
             features=features[:, : self.context],
             categories=categories,
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlref.runtime.arguments import filled, number
+from dlref.runtime.arguments import non_empty, number
 from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
@@ -31,7 +31,7 @@ OPTIONS = {
     "top_k": (number(0, LONGEST, int), "sample from this many of the likeliest tokens; 0 for all"),
     "top_p": (number(0.001, 1), "sample from the likeliest tokens that together have this probability"),
     "repetition_penalty": (number(0.01, 100), "above 1, tokens already seen become less likely"),
-    "stop": (filled, "end before this text; may be repeated"),
+    "stop": (non_empty, "end before this text; may be repeated"),
     "seed": (number(0, 1 << 63, int), "of the sampling"),
 }
 
