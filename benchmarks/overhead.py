@@ -35,6 +35,7 @@ from dlref.training.devices import UnevenEvaluation, fast_steps
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.profile import Unprofiled
 from dlref.training.progress import Progress
+from dlref.training.sigterm import EndAtSigterm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WARMUP = 3  # steps before the clock starts
@@ -126,6 +127,7 @@ def under_trainer(
             limit_val_batches=0,
             logger=[CSVLogger(folder), TensorBoardLogger(folder)],
             callbacks=[
+                EndAtSigterm(),
                 bar(console_kwargs={"file": nowhere, "force_terminal": True}),
                 StopOnNonFiniteLoss(),
                 UnevenEvaluation(),
