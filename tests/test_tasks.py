@@ -492,12 +492,14 @@ def test_a_bundle_takes_pictures_with_as_many_channels_as_the_data_has():
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save(LeNet5(3).state_dict(), tmp_path / "other.pt")
     torch.save({"a": "b"}, tmp_path / "text.pt")
+    torch.save({"facts": {}, "state_dict": {1: torch.ones(1)}}, tmp_path / "numbers.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")  # code in a pickle
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     for name, message in {
         "other.pt": "do not fit CifarResNet",
         "text.pt": "not a state dict",
+        "numbers.pt": "not a state dict",
         "module.pt": "unreadable",
         "noise.pt": "unreadable",
         "noise.safetensors": "unreadable",

@@ -77,16 +77,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises UserError.
     """
     state = read(path)
+    prefix = ""
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        of_task = "facts" in state  # a checkpoint of this project, whose task holds the network
+        prefix = "network." if "facts" in state else ""  # in a checkpoint of this project the task holds the network
         state = state["state_dict"]
-        if of_task:
-            prefix = "network."
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict; expected names and tensors")
-    return state
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
