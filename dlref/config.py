@@ -113,7 +113,7 @@ class Parser(LightningArgumentParser):
 
 
 def readable(message: str) -> str:
-    """What jsonargparse says over many lines and of its own insides, on one line and of the user's."""
+    """jsonargparse's multi-line errors as one line, in the user's terms."""
     message = " ".join(message.split())
     for pattern, replacement in (
         (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: (- )?", ""),

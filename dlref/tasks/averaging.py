@@ -39,7 +39,7 @@ class Average(AveragedModel):
         self.updates += 1
 
     def kept(self) -> float:
-        """Share of the average that stays in the next update: none in the first, `decay` after many.
+        """Decay with bias correction: 0 at the first update, `decay` in the limit.
 
         So each of n updates weighs `decay` to the power of its age, over the sum of these: Adam's correction of the
         bias (Kingma and Ba 2015, section 3). Without it the first weights would be 61% of the average after 500

@@ -194,7 +194,7 @@ class Forecaster(Task):
             self.log_dict(finite(values))
 
     def on_test_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the forecasts kept for the figure."""
         self.forecasts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def test_step(self, batch, batch_index: int) -> None:

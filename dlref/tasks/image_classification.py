@@ -137,7 +137,7 @@ class ImageClassifier(ImageTask):
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear what is kept for the figures."""
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.mistakes: list[tuple[float, Tensor, int, int]] = []
 

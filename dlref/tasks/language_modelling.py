@@ -142,7 +142,7 @@ class LanguageModel(Task):
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
 
     def on_validation_epoch_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the scores of the epoch."""
         self.nll.reset()
 
     def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
@@ -163,7 +163,7 @@ class LanguageModel(Task):
                     logger.experiment.add_text("sample", indented, self.global_step)
 
     def on_test_epoch_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the scores of the epoch."""
         self.nll.reset()
         self.sentence = []
 

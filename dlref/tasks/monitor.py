@@ -53,7 +53,7 @@ class Seen:
 
 
 def vanishing_gradient(seen: Seen) -> str | None:
-    """A gradient that moves nothing. One of exactly 0 is none: no example reached the layer, as with a detector's head
+    """A gradient that moves nothing. Exactly 0 does not count: no example reached the layer, as with a detector's head
     for sizes that no object of the batch had.
     """
     ratios = {name: norm / size for name, (norm, size) in seen.gradients.items() if 0 < norm < VANISHED * size}
@@ -165,7 +165,7 @@ class Monitor(Callback):
         self.handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
-        """Nothing seen yet."""
+        """Forget earlier looks."""
         self.seen, self.firing = Seen(), set()
         self.measured: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> a number on the device
         self.since_look, self.since_validation = MeanOfLosses(), MeanOfLosses()

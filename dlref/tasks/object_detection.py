@@ -132,7 +132,7 @@ class ObjectDetector(ImageTask):
         self.val_map.reset()
 
     def on_test_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the pictures kept for the figure."""
         self.pictures: list[tuple[Tensor, Found, dict[str, Tensor]]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:

@@ -142,7 +142,7 @@ def described(optimizer: Optimizer) -> dict[str, object]:
 
 
 def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
-    """UserError where a run would go on with another optimiser than asked for, or with its old rate without a word."""
+    """Refuse to resume with an optimiser other than the checkpoint's: its old learning rate would silently win."""
     for what, value in asked.items():
         if value != known.get(what):
             raise UserError(

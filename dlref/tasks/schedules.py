@@ -17,7 +17,7 @@ from dlref.runtime import UserError
 
 
 def check_shares(**shares: list[float]) -> None:
-    """Raise ValueError for one that is none."""
+    """Raise ValueError unless every value is a share from 0 to 1."""
     for name, values in shares.items():
         for value in values:
             if not 0 <= value <= 1:

@@ -97,7 +97,7 @@ class SemanticSegmenter(ImageTask):
         self.val_confusion.reset()
 
     def on_test_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the pictures kept for the figure."""
         self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:

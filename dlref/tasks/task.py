@@ -188,7 +188,7 @@ class Task(LightningModule):
             self.compile_in_place()
 
     def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
-        """Raise UserError where `weights` of a run have been taken for other tokens or categories than its own.
+        """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
 
         Args:
             weights: the run's.
@@ -207,7 +207,7 @@ class Task(LightningModule):
                 )
 
     def on_train_start(self) -> None:
-        """Epochs of fewer steps than from one logging to the next are logged at their end."""
+        """Log at least once an epoch, however few steps it has."""
         if math.isfinite(batches := self.trainer.num_training_batches):
             steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)

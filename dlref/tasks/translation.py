@@ -178,7 +178,7 @@ class Translator(Task):
         self.accuracy.reset()
 
     def on_validation_epoch_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the translations of the epoch."""
         self.translated = {}
 
     def validation_step(self, batch, batch_index: int) -> None:
@@ -190,7 +190,7 @@ class Translator(Task):
         self.log_evaluation("val")
 
     def on_test_epoch_start(self) -> None:
-        """Nothing seen yet."""
+        """Clear the translations of the epoch."""
         self.translated = {}
 
     def test_step(self, batch, batch_index: int) -> None:

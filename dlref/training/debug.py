@@ -22,7 +22,7 @@ class Overfit(Callback):
     """Say how far the loss of the same few batches falls."""
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Nothing seen yet."""
+        """Clear the losses of the fit."""
         self.losses = []
 
     def on_train_batch_end(

@@ -20,7 +20,7 @@ class StopOnNonFiniteLoss(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Nothing seen yet."""
+        """Clear the losses not looked at yet."""
         self.losses: list[torch.Tensor] = []
         self.seen: list[dict[str, Any]] = []
 
@@ -63,7 +63,7 @@ class StopOnNonFiniteLoss(Callback):
         )
 
     def keep(self, trainer: Trainer, where: dict[str, Any], path: Path) -> None:
-        """Make the batch once more, and write it for who may have no GPU."""
+        """Rebuild the offending batch on the CPU and save it, so that it can be inspected without a GPU."""
         stage, trainer.training = trainer.state.stage, True  # validation would not augment
         batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
         trainer.state.stage = stage

@@ -71,7 +71,7 @@ def intact(last: Path, previous: Path) -> Path:
 
 
 class Claim:
-    """Hold a folder for a fit until it trains: a fit that is refused leaves everything as it was.
+    """Reserve a run's folder for a fit. Until training starts, `roll_back` restores it exactly.
 
     Args:
         run: the folder.
