@@ -24,6 +24,7 @@ HEIGHT = 1.15
 IMPORTS = [  # from, to: side of leaving, side of arriving
     ("train", "data", "bottom", "top"),
     ("train", "tasks", "bottom", "top"),
+    ("train", "training", "bottom", "top"),
     ("export.py", "export", "bottom", "top"),
     ("tasks", "models", "bottom", "top"),
     ("tasks", "training", "bottom", "top"),
