@@ -213,6 +213,10 @@ def test_more_devices_than_samples(devices):
     devices(0, 51)
     with pytest.raises(UserError, match="val: 50 samples for 51 devices"):
         Data().val_dataloader()
+    data = Data()
+    data.splits = {"train": range(50)}
+    with pytest.raises(UserError, match="train: 50 samples for 51 devices"):
+        SplitData.order(data, 51)
 
 
 def test_sentences_that_are_longer_than_a_batch_are_enough_for_all_devices():

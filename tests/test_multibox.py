@@ -64,6 +64,11 @@ def test_no_offset_decodes_to_infinity():
     torch.testing.assert_close(box, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
 
 
+def test_a_box_that_rounding_made_a_line_has_finite_offsets():
+    line = encode(torch.tensor([[0.4, 0.4, 0.4, 0.6]]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
+    assert line.isfinite().all()
+
+
 # Matching
 
 

@@ -122,6 +122,31 @@ def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
     torch.testing.assert_close(task.loss(logits, targets), expected)
 
 
+def test_a_loss_and_its_parts_are_means_over_the_devices(monkeypatch):
+    """Of another device's share 3 things, whose mean loss is 2, of which a half is a part."""
+    task, logged = classifier(), {}
+    task.log = lambda name, value: logged.update({name: value.item()})
+    monkeypatch.setattr("dlref.tasks.task.is_distributed", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: sums.add_(torch.tensor([3.0, 6.0, 3.0])))
+    loss = torch.tensor(4.0, requires_grad=True)
+    task.log_train_loss(loss, 1, box_loss=loss / 4).backward()
+    assert logged == {"train/loss": pytest.approx(10 / 4), "train/box_loss": pytest.approx(4 / 4)}
+    assert task.train_loss.item() == pytest.approx(10 / 4)
+    assert loss.grad.item() == pytest.approx(2 / 4)  # DDP takes the mean of two gradients: a quarter for 1 of 4
+
+
+@pytest.mark.parametrize(("batches", "size"), [(11, 4), (3, 4), (12, 4), (40, 2), (1, 30), (5, 3)])
+def test_what_figures_show_is_spread_over_the_whole_split(batches, size):
+    task = classifier()
+    task._trainer = SimpleNamespace(num_test_batches=[batches])
+    rows = [task.shown(i, size, most=12) for i in range(batches)]
+    assert sum(map(len, rows)) == min(12, batches * size)
+    assert all(len(set(part)) == len(part) and max(part) < size for part in rows if part)
+    assert rows[-1] or batches > 12
+    assert any(rows[-4:])
+
+
 def test_images_whose_classes_weigh_nothing_have_no_loss():
     task = classifier(class_weights=[0.0, 1.0, 1.0])
     logits = torch.randn(2, 3, requires_grad=True)
