@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dlref.cli
 from dlref.cli import train
+from dlref.data.loader import TrainLoader
 from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Last, SealedCheckpointIO
@@ -295,22 +296,42 @@ def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys)
 
 def test_the_processes_of_other_devices_end_with_the_one_that_started_them(monkeypatch):
     killed = []
-    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(kill=killed.append)))
+    launcher = SimpleNamespace(kill=killed.append)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), received_sigterm=False)
     monkeypatch.setattr("dlref.training.sigterm.listen", lambda handler: handler(signal.SIGTERM, None))
     with pytest.raises(SIGTERMException):
         EndAtSigterm().on_test_start(trainer, None)
     assert killed == [signal.SIGTERM]
 
 
+def test_sigterm_while_the_loaders_begin_leaves_the_earlier_run(tmp_path, monkeypatch):
+    """Where no sanity check comes: Lightning's handler has it, and only notes it."""
+    assert fit(run="mine", trainer__limit_train_batches=1) == 0
+    earlier = (tmp_path / "mine/metrics.csv").read_bytes()
+    begin = TrainLoader.__iter__
+    monkeypatch.setattr(TrainLoader, "__iter__", lambda self: tell() or begin(self))
+    again = {"overwrite": True, "trainer__num_sanity_val_steps": 0, "model__init_args__lr_scheduler": "null"}
+    assert fit(run="mine", **again) == os.EX_TEMPFAIL
+    assert (tmp_path / "mine/metrics.csv").read_bytes() == earlier
+    assert (tmp_path / "mine/checkpoints/best.ckpt").is_file()
+
+
 def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):
     """Gloo's and NCCL's errors; no other error of torch's is one."""
-    for error in (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), dist.DistBackendError()):
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    for error in (RuntimeError(gloo), dist.DistBackendError("NCCL error: ncclRemoteError: a peer has gone")):
         monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
         assert train([]) == 2
         assert capsys.readouterr().err == "error: another process has ended; its own line says why\n"
-    monkeypatch.setattr(dlref.cli, "TrainCLI", raising(RuntimeError("CUDA out of memory")))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train([])
+    others = (
+        "CUDA out of memory",
+        "cannot read igloo.jpg",
+        "[/gloo/transport/tcp/device.cc:84] unable to find address",
+    )
+    for error in (*map(RuntimeError, others), dist.DistNetworkError("address already in use")):
+        monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
+        with pytest.raises(RuntimeError):
+            train([])
 
 
 def raising(error):

@@ -189,8 +189,8 @@ class Attention(nn.Module):
 
     def project(self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
         """Queries, keys and values of each head."""
-        heads = self.c_attn(hidden).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
-        query, key, value = heads.chunk(3, dim=1)
+        parts = self.c_attn(hidden).chunk(3, dim=2)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         if self.qk_norm:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
         if rotary is not None:

@@ -102,7 +102,7 @@ class Last(Checkpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Those of the run that wrote the checkpoint."""
-        self.batches, self.validated = state["batches"], state["validated"]
+        self.batches, self.validated = state["batches"], state.get("validated", True)
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""

@@ -62,8 +62,8 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether a collective has failed because another process is no more."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    """Whether a collective has failed because another process is no more: gloo's errors, or NCCL's."""
+    return ("/gloo/" in str(error) and "by peer" in str(error)) or "ncclRemoteError" in str(error)
 
 
 class UnevenEvaluation(Callback):

@@ -20,7 +20,9 @@ class EndAtSigterm(Callback):
     """
 
     def listen(self, trainer: Trainer) -> None:
-        """End at SIGTERM, with the processes that this one started."""
+        """End at SIGTERM, with the processes that this one started. One may have come already: Lightning notes it."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
         def end(*_: object) -> None:
             if trainer.strategy.launcher is not None:
