@@ -19,8 +19,8 @@ from torch import nn
 
 from dlref.export.bundle import export
 from dlref.export.graph import write_program
-from dlref.export.measure import CONTENDERS, Contenders
-from dlref.export.report import busy, measurement
+from dlref.export.measure import CONTENDERS, Contenders, threads
+from dlref.export.report import busy, graphs, measurement
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
 from dlref.runtime.__main__ import main
@@ -227,6 +227,31 @@ def test_speeds_are_of_the_median_call_and_of_all_its_rows(axes, rows, tmp_path,
     figures = bench.measure(lambda: {"g": lambda x: calls.append(len(x))}, tmp_path, 0.0)
     assert (figures["throughput"], figures["latency_ms"]) == (rows / 0.5, 500)
     assert calls == [1, 1, 1]  # the first answer, as often as an answer calls the graph
+
+
+def test_slow_calls_and_waiting_are_shares_of_all(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": {}}}}))
+    np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
+    monkeypatch.setattr(bench, "clock", lambda call: [i / 1000 for i in range(101)])
+    monkeypatch.setattr(bench, "scheduled", iter([(1.0, 2.0), (4.0, 3.0)]).__next__)
+    figures = bench.measure(lambda: {"g": lambda x: None}, tmp_path, 0.0)
+    assert figures["latency_p95_ms"] == pytest.approx(95)
+    assert figures["waited"] == 0.25  # 3 seconds ran, 1 waited
+
+
+def test_a_megabyte_of_a_report_is_a_million_bytes():
+    described = {"g": {"file": "g.onnx", "inputs": [], "outputs": []}}
+    assert "| g.onnx | 1.50 |" in graphs(described, {"g.onnx": 1_500_000})[1]
+
+
+def test_both_sides_have_the_threads_of_the_device(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dlref.export.measure.cores", lambda: 8)
+    monkeypatch.setattr("dlref.export.measure.bench", lambda folder, threads, provider: asked.append(threads) or {})
+    for target in (TARGETS["cpu"], TARGETS["mobile"], TARGETS["web"]):
+        Contenders(target, {}, tmp_path, tmp_path).measured(tmp_path)
+        asked.append(threads(target))
+    assert asked == [0, 8, 2, 2, 1, 1]  # of a bundle 0: as `load` has it, all
 
 
 def test_first_calls_are_not_timed(monkeypatch):

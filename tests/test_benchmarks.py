@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import configs, gpu, measure, nanogpt_loss, overhead
+from benchmarks import configs, forecasting, gpu, measure, nanogpt_loss, overhead, techniques, translation
 from benchmarks.page import Record, Where, figure, page, read, spread, within, write
 from benchmarks.rows import NotHere, Row, in_turns, needs
 from dlref.data.tokens import Windows
@@ -245,6 +245,35 @@ def test_rates_are_of_equal_parts():
     clock = overhead.Clock()
     clock.seconds = [1.0, 3.0, 0.5, 0.5, 9.0]
     assert clock.rates(2) == [0.5, 2.0]
+
+
+def test_rows_have_dlref_on_its_own_side(monkeypatch):
+    """Of rates, dlref's 6 beside 1 and 2."""
+    rates = {"dlref": 6.0, "GluonTS, data cached": 2.0, "GluonTS, as it comes": 1.0}
+    rates |= {translation.AS_IT_COMES: 1.0, translation.WITHOUT: 2.0}
+    monkeypatch.setattr(forecasting, "made", lambda make: None)
+    monkeypatch.setattr(translation, "joeynmt_python", lambda: "python")
+    monkeypatch.setattr(translation, "write_files", lambda folder: 1)
+    for module, name in ((forecasting, "figures_in_turns"), (translation, "in_turn")):
+        monkeypatch.setattr(module, name, lambda title, calls, **_: {call: [rates[call]] for call in calls})
+    for rows in (forecasting.training(forecasting.synthetic), translation.programs()):
+        assert [row.values for row in rows.values()] == [[6], [3]]
+
+
+def test_a_technique_is_on_dlref_s_side(monkeypatch):
+    monkeypatch.setattr(techniques, "rate", lambda config, loop, said: 2.0 if said[1] == "true" else 1.0)
+    monkeypatch.setattr(techniques, "figures_in_turns", lambda title, calls: {name: [c()] for name, c in calls.items()})
+    assert [row.values for row in techniques.switch("fused", "--fused", "lenet5_digits").values()] == [[2]]
+
+
+def test_the_first_epoch_is_not_timed(monkeypatch):
+    now, clock = [0.0], forecasting.Clock()
+    monkeypatch.setattr(forecasting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for epoch, seconds in enumerate((90.0, 1.0, 3.0)):
+        clock.on_train_epoch_start(None, None)
+        now[0] += seconds
+        clock.on_train_epoch_end(SimpleNamespace(current_epoch=epoch), None)
+    assert clock.rate == 2 * forecasting.BATCH * forecasting.BATCHES / 4
 
 
 # Configs

@@ -15,6 +15,7 @@ from dlref.cli import TrainCLI, build, load_run, train
 from dlref.models import LeNet5
 from dlref.runtime import UserError
 from dlref.training.checkpoints import Interrupted
+from dlref.training.run_folder import Claim
 
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 SHORT = [
@@ -293,6 +294,19 @@ def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
     assert "mine already holds a run (figures); expected --run with another folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["figures"]
     assert (tmp_path / "mine/figures/thesis.png").exists()
+
+
+def test_nothing_of_a_run_is_left_where_another_takes_its_place(tmp_path):
+    """Scores and predictions of weights that are gone would be taken for the new run's."""
+    mine = ("config.yaml", "metrics.csv", "test.json", "predictions.jsonl", "profile.md", "events.out.tfevents.1")
+    for name in ("notes.txt", *mine):
+        (tmp_path / name).touch()
+    for name in ("checkpoints", "figures", "predictions"):
+        (tmp_path / name).mkdir()
+    claim = Claim(tmp_path, resume=False, overwrite=True)
+    claim.commit()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.txt"}
+    claim.leave()
 
 
 def test_another_program_s_log_is_not_taken_for_a_run_s(tmp_path, capsys):

@@ -494,6 +494,16 @@ def test_the_light_of_training_pictures_alone_is_changed():
         assert data.on_after_batch_transfer(batch, 0)[0].eq(100).all() != training
 
 
+def test_each_change_of_light_comes_half_of_the_time(monkeypatch):
+    """The least of each: a grey of 132 stays, loses 32 levels, its half, or both."""
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *ends: drawn.append(ends) or self.fill_(ends[0]))
+    found = photometric(torch.full((4000, 3, 1, 1), 132, dtype=torch.uint8))[:, 0].flatten().bincount(minlength=133)
+    assert drawn == [(-32, 32), (0.5, 1.5), (0.5, 1.5), (-math.pi / 10, math.pi / 10)]
+    assert found[[50, 66, 100, 132]].sum() == 4000
+    assert (found[[50, 66, 100, 132]] / 4000).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
 def test_light_moves_by_32_levels_that_contrast_scales():
     black, white = (photometric(torch.full((512, 3, 1, 1), level, dtype=torch.uint8)) for level in (0, 255))
     assert 33 < black.max() <= 48
@@ -562,6 +572,37 @@ def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
     found, expected = task.losses(heads, task.as_trained(targets)), task.losses(heads, targets if kept else without)
     assert found == expected
     assert found["positives"] != task.losses(heads, without if kept else targets)["positives"]
+
+
+@torch.no_grad()
+def test_each_validation_begins_anew():
+    task, logged = sighted(), []
+    task.val_map, task.log_eval_loss = average_precision(), lambda *_: None
+    task.log_dict = lambda values, **_: logged.append(values["val/map"].item())
+    task.trainer = SimpleNamespace(datamodule=SimpleNamespace(keep_ignored=True))
+    images, boxes = torch.from_numpy(painted()).permute(2, 0, 1)[None], [[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
+    known = {"boxes": torch.tensor([boxes]), "ignored": torch.zeros(1, 2, dtype=torch.bool)}
+    for labels in ([0, 1], [1, 0], [0, 1]):
+        task.validation_step((images, known | {"labels": torch.tensor([labels]), "sizes": torch.tensor([[8, 8]])}), 0)
+        task.on_validation_epoch_end()
+    assert logged[0] == logged[2] > logged[1]
+
+
+def test_what_a_config_leaves_out_is_as_ssd_s_authors_have_it():
+    task, data = detector(), VOCBoxes(root="voc", train="VOC2007/ImageSets/Main/train.txt")
+    assert (task.overlap_threshold, task.detect.overlap, task.detect.score, task.detect.most) == (0.5, 0.45, 0.01, 200)
+    assert (data.zoom_out, data.crop, data.flip, data.photometric) == (4, True, True, True)
+
+
+def test_average_precisions_of_a_class_are_of_objects_of_any_size():
+    task, logged = detector(), {}
+    task.test_map, task.log_dict = average_precision(extended_summary=True), logged.update
+    boxes, sizes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 0.51, 0.51]]]), torch.tensor([[400, 400]])
+    targets = {"boxes": boxes, "labels": torch.tensor([[0, 0]]), "ignored": torch.zeros(1, 2, dtype=torch.bool)}
+    found = [(boxes[0, :1].numpy(), np.float32([0.9]), np.int64([0]))]  # the large one
+    task.test_map.update(predictions(found, sizes), truth(targets | {"sizes": sizes}))
+    task.on_test_epoch_end()
+    assert logged["test/ap_red"] == logged["test/ap_50_red"] == pytest.approx(51 / 101)
 
 
 def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
@@ -650,6 +691,16 @@ def test_an_answer_can_be_read_off_and_drawn(tmp_path):
     doubtful = [{"label": "red", "score": score, "box": [140, 20, 250, 100]} for score in (0.29, 0.31)]
     for found, shown in zip(doubtful, (False, True), strict=True):
         assert (np.asarray(runner.draw(painted(256), {"objects": [found]})) != painted(256)).any() == shown
+
+
+def test_the_best_detection_is_drawn_on_top():
+    served = sighted().deployable((torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}))
+    runner = make_runner(served.kind, served.graphs, served.metadata)
+    found = [
+        {"label": label, "score": score, "box": [40, 40, 200, 200]} for label, score in (("red", 0.9), ("blue", 0.8))
+    ]
+    both, best = (np.asarray(runner.draw(painted(256), {"objects": some})) for some in (found, found[:1]))
+    np.testing.assert_array_equal(both[200, 60:180], best[200, 60:180])
 
 
 def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():

@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
 from dlref.export.attempts import Attempt, Attempts
-from dlref.export.convert import SAMPLES, Plan, convert, infinity_mask_nodes, nodes_beyond_float16, postprocessing_nodes
+from dlref.export.convert import (
+    SAMPLES,
+    Plan,
+    convert,
+    infinity_mask_nodes,
+    nodes_beyond_float16,
+    postprocessing_nodes,
+    static_configuration,
+    worst_nodes,
+)
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
 from dlref.export.manifest import write_manifest
 from dlref.export.targets import TARGETS
@@ -502,7 +511,7 @@ def test_what_no_device_could_open_is_not_left(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("lost", "refused"), [(0.5, False), (0.501, True)])
+@pytest.mark.parametrize(("lost", "refused"), [(0.5, False), (0.501, True), (-3.0, False)])
 def test_a_bundle_may_lose_what_its_target_s_gate_says(lost, refused):
     metric = {"name": "accuracy", "pytorch": 0.9, "bundle": 0.9 - lost / 100}
     attempt = Attempt(Plan("int8"), Path("int8"), degradation=lost, metric=metric)
@@ -605,6 +614,30 @@ def test_what_an_example_holds_stays_in_its_range():
     found = Attempts.example(SimpleNamespace(deployable=SimpleNamespace(graphs={"encode": graph})))
     assert found["encode/categories"].tolist() == [[1, 1]]
     assert sorted(found["encode/target"].ravel()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", SAMPLES)
+def test_histograms_are_made_of_few_samples(method, tmp_path):
+    """They keep all that flows through the graph in memory."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    model = helper.make_model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y]))
+    onnx.save(model, tmp_path / "g.onnx")
+    feeds = [{"x": np.ones(1, np.float32)}] * 300
+    found = static_configuration(tmp_path / "g.onnx", TARGETS["x86-64"], Plan("int8", method), feeds)
+    assert sum(1 for _ in iter(found.calibration_data_reader.get_next, None)) == SAMPLES[method]
+
+
+def test_nodes_around_the_most_noise_come_first(tmp_path, monkeypatch):
+    x, b = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xb")
+    nodes = [helper.make_node("Add", [before, before], [after], name=f"to {after}") for before, after in ("xa", "ab")]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [b])), tmp_path / "g.prepared.onnx")
+    decibels = {"a": {"qdq_err": 40.0}, "b": {"qdq_err": 5.0}}  # of signal over noise
+    tools = "dlref.export.convert.qdq_loss_debug"
+    monkeypatch.setattr(f"{tools}.modify_model_output_intermediate_tensors", lambda model, path: path.touch())
+    monkeypatch.setattr(f"{tools}.compute_activation_error", lambda matching: decibels)
+    for name in ("collect_activations", "create_activation_matching"):
+        monkeypatch.setattr(f"{tools}.{name}", lambda *_: {})
+    assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to a"]
 
 
 def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):

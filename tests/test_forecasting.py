@@ -1097,6 +1097,16 @@ def test_the_loss_of_a_split_is_a_mean_over_its_points():
     torch.testing.assert_close(task.mean_loss.compute(), sum(totals) / sum(counts))
 
 
+@torch.no_grad()
+def test_each_evaluation_begins_anew():
+    task, found = judging("fit", OWN), []
+    one, other = window_of(torch.rand(2, 10)), window_of(9 * torch.rand(2, 10))
+    for window in (one, other, one):
+        task.judge("val", window)
+        found.append(task.scored("val")["val/wql"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
     for name, value in (("train", 2), ("test", -3)):
         lines = [json.dumps({"start": START, "target": [1, 2, value] * 200})]

@@ -263,6 +263,18 @@ def test_what_is_cut_is_whole(texts, share):
     assert len("".join(last)) == pytest.approx(share * len("".join(texts)), abs=1)
 
 
+def test_a_test_of_its_own_is_tested(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(40 * name)
+        np.array([make_tokenizer(BYTE).encode(40 * name)], np.uint16).tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(BYTE))
+    texts = TextFiles("a.txt", "b.txt", "c.txt", root=str(tmp_path), tokenizer="byte", context_length=8)
+    files = TokenFiles(str(tmp_path), "a.bin", "b.bin", "c.bin", context_length=8)
+    for data in (texts, files):
+        data.setup()
+        assert [data.splits[split].tokens[-1].item() for split in ("train", "val", "test")] == [101, 102, 103]
+
+
 def test_names_may_have_brackets(tmp_path):
     (tmp_path / "[1]").mkdir()
     (tmp_path / "[1]/x[2].txt").write_text(SENTENCES)
@@ -496,6 +508,16 @@ def test_bits_per_byte_do_not_depend_on_what_a_token_is():
     assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / 5)
     assert found["loss"] == pytest.approx(3.0)
     assert metric.by_position().tolist() == [2.0, 5.0]
+
+
+def test_samples_go_on_from_the_prompt():
+    task, told = model(prompt="The cat"), []
+    task.log_evaluation, task.runner = lambda stage: None, lambda: lambda prompt: {"text": f"<{prompt}>"}
+    logger = SimpleNamespace(experiment=SimpleNamespace(add_text=lambda name, text, step: told.append((text, step))))
+    fitting = {"state": SimpleNamespace(fn="fit"), "sanity_checking": False, "is_global_zero": True}
+    task.trainer = SimpleNamespace(loggers=[logger], global_step=7, **fitting)
+    task.on_validation_epoch_end()
+    assert told == [("    The cat<The cat>\n", 7)]
 
 
 def test_the_loss_is_cross_entropy_over_the_window():

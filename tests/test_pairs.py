@@ -408,6 +408,19 @@ def test_pair_files_test_on_what_validates_where_there_is_no_more(tmp_path):
     assert len(data.splits["test"]) == 2
 
 
+def test_a_test_of_its_own_is_tested(tmp_path):
+    tables = [str(write(tmp_path / f"{name}.tsv", f"{name}\tx\n")) for name in "abc"]
+    for side in ("src", "trg"):
+        write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
+    records = [str(write(tmp_path / f"{token}.rec", recordio(packed([token], [6])))) for token in (4, 5, 1)]
+    for data, expected in (
+        (PairFiles(*tables, tokenizer="character"), ["a", "b", "c"]),
+        (SageMakerTokens(*records[:2], str(tmp_path), records[2]), [[4], [5], [1]]),
+    ):
+        pairs = data.read()
+        assert [pairs[split].source[0] for split in ("train", "val", "test")] == expected
+
+
 def test_sagemakers_channels(tmp_path):
     for side in ("src", "trg"):
         write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))

@@ -286,6 +286,23 @@ def test_auxiliary_heads_are_weighed():
     torch.testing.assert_close(seen["val"], pixel_loss(head, masks, None))
 
 
+def test_each_validation_begins_anew_and_weighs_classes_as_training_does():
+    task, logged, losses = segmenter(class_weights=[0.5, 2.0, 1.0]).eval(), [], []
+    task.val_confusion, task.log_eval_loss = Confusion(3), lambda stage, loss, count: losses.append(loss)
+    task.log_dict = lambda values, **_: logged.append(values["val/pixel_accuracy"].item())
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    found = classes_of(task(images)[0], images.shape[-2:]).to(torch.uint8)
+    for masks in (found, (found + 1) % 3, found):
+        task.validation_step((images, masks), 0)
+        task.on_validation_epoch_end()
+    assert logged == [1, 0, 1]
+    torch.testing.assert_close(losses[0], F.cross_entropy(task(images)[0], found.long(), task.class_weights))
+
+
+def test_auxiliary_heads_weigh_as_pspnet_s_does_where_nothing_else_is_said():
+    assert segmenter().auxiliary_weight == 0.4
+
+
 def test_scores_are_scikit_learn_s_and_torchmetrics():
     found = torch.randint(0, 5, (3, 20, 30))
     masks = torch.randint(0, 4, (3, 20, 30), dtype=torch.uint8)  # class 4 is found and never there

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from test_export import Photographs
 from test_tasks import Pixels, classifier, sgd
 from torch import nn
@@ -194,6 +194,18 @@ def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     place_in(tmp_path / "bundle", tmp_path / "int8.onnx", TARGETS[name])
     answer = OnnxGraph(tmp_path / f"bundle/int8.{TARGETS[name].file_format}", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
+
+
+def test_weights_of_dynamic_products_have_a_scale_for_each_output(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, n]) for name, n in (("x", 32), ("y", 16)))
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    graph = helper.make_graph([product], "g", [x], [y], [numpy_helper.from_array(weight, "w")])
+    opsets = [helper.make_opsetid("", TARGETS["x86-64"].opset)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "product.onnx")
+    convert(tmp_path / "product.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], Plan("int8"), [])
+    (scale,) = (c for name, c in constants(onnx.load(tmp_path / "int8.onnx")).items() if name.endswith("_scale"))
+    np.testing.assert_allclose(scale, np.abs(weight).max(axis=0) / 127, rtol=0.02)
 
 
 # The ladder

@@ -787,6 +787,15 @@ def test_gradients_of_a_fused_optimiser_are_clipped():
     assert norms.norm().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_gradients_of_a_fused_optimiser_are_clipped_by_value_where_that_is_asked_for():
+    task = classifier()
+    for parameter in task.network.parameters():
+        parameter.grad = torch.full_like(parameter, -5.0)
+    task.trainer = SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+    task.configure_gradient_clipping(torch.optim.AdamW(task.network.parameters(), fused=True), 1.0, "value")
+    assert all((parameter.grad == -1).all() for parameter in task.network.parameters())
+
+
 def test_each_blend_has_its_own_alpha():
     assert [type(mixing(*alphas, 3).transforms[0]) for alphas in ((0.4, 0.0), (0.0, 0.4))] == [v2.MixUp, v2.CutMix]
 

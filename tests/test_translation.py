@@ -109,6 +109,22 @@ def test_each_evaluation_begins_anew(monkeypatch):
     assert logged[0] == logged[2] != logged[1]
 
 
+def test_validation_is_greedy_and_what_is_told_by_beam_search():
+    task, seen = translator(beam=3), []
+    task.evaluation_step = lambda batch, beam: seen.append(beam)
+    task.validation_step(None, 0)
+    task.test_step(None, 0)
+    task.runner, task.translate = lambda batch, beam: seen.append(beam), lambda *_: {}
+    task.predict_step(None, 0)
+    assert seen == [1, 3, 3]
+
+
+def test_an_evaluation_s_loss_is_of_the_labels_as_they_are():
+    plain, smoothed = translator(label_smoothing=0.0), translator(label_smoothing=0.3)
+    smoothed.load_state_dict(plain.state_dict())
+    assert judged(smoothed, *PAIRS) == judged(plain, *PAIRS)
+
+
 class Progress:
     """A trainer that is so far."""
 
