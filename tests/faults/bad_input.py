@@ -821,7 +821,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
             ("a class that training lacks", field("val.manifest", "pet", 2, 4), "val.manifest:4", "label 2"),
         ],
         "export": [
-            ("no checkpoint", drop(BEST), BEST, "no checkpoint"),
+            ("no checkpoint", drop(BEST), BEST, "not there"),
             ("a checkpoint cut off", cut(BEST, 1000), BEST, "unreadable"),
             ("an empty checkpoint", put(BEST, b""), BEST, "unreadable"),
             ("a checkpoint that is code", saved(BEST, torch.nn.Linear(1, 1)), BEST, "holds code"),
