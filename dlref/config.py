@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
+from typing import Optional, Union
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
+from lightning import Trainer
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -32,6 +34,22 @@ ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
 set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning lets configs come from servers
+
+
+def whole_numbers_first(annotations: dict[str, object]) -> None:
+    """Let a 1 be a number of batches and 1.0 all of them, as Lightning means them.
+
+    Python's typing remembers the first of two equal unions: where another package has said "float or int" before,
+    Lightning's "int or float" is that too, and every 1 would be read as 1.0.
+    """
+    for name, kind in annotations.items():
+        if kind == Union[int, float]:  # noqa: UP007
+            annotations[name] = int | float
+        if kind == Optional[Union[int, float]]:  # noqa: UP007, UP045
+            annotations[name] = int | float | None
+
+
+whole_numbers_first(Trainer.__init__.__annotations__)
 
 
 @contextmanager

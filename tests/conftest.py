@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 # Before anything imports them: the shapes in their signatures are checked while the tests run.
 SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "optimizers", "preprocess"]
 SHAPED += ["semantic_segmentation", "translation", "language_modelling", "cross_entropy"]
-SHAPED += ["image_classification", "object_detection"]
+SHAPED += ["image_classification", "image_task", "object_detection"]
 SHAPED = [f"dlref.tasks.{name}" for name in SHAPED]
 SHAPED += ["dlref.data.pairs", "dlref.data.tokens", "dlref.data.windows"]
 install_import_hook(["dlref.models", *SHAPED], "beartype.beartype")
@@ -21,7 +21,6 @@ from functools import cache
 from pathlib import Path
 
 import jaxtyping
-import lightning  # noqa: F401 (before rich: typing remembers its union, and 1 batch would be all of them, 1.0)
 import pytest
 import torch
 from handmade import make_bundle
@@ -30,6 +29,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # of all that is exported: it would drown what a failure shows
+logging.getLogger("lightning.pytorch").propagate = True  # to `caplog`, whoever imported it first
 
 
 def pytest_collection_modifyitems(items):

@@ -5,13 +5,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from lightning import Trainer
 
 from dlref.cli import TrainCLI, build, load_run, train
+from dlref.config import whole_numbers_first
 from dlref.models import LeNet5
 from dlref.runtime import UserError
 from dlref.training.checkpoints import Interrupted
@@ -285,6 +288,18 @@ def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
     assert (tmp_path / "mine/checkpoints/last.ckpt").read_bytes() != weights
     assert (tmp_path / "mine/notes.txt").exists()
     assert not yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["overwrite"]
+
+
+def test_one_batch_is_one_whatever_was_imported_before():
+    """Of two equal unions typing gives the first that anybody has made."""
+    annotations = {"batches": float | int | None, "share": float | int, "name": str | None}
+    whole_numbers_first(annotations)
+    assert [get_args(annotations[name])[:2] for name in ("batches", "share")] == [(int, float)] * 2
+    assert annotations["name"] == str | None
+    limits = [
+        name for name in Trainer.__init__.__annotations__ if name.startswith("limit_") or name.endswith("_batches")
+    ]
+    assert {get_args(Trainer.__init__.__annotations__[name])[0] for name in limits} == {int}
 
 
 def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
