@@ -296,10 +296,8 @@ def test_one_batch_is_one_whatever_was_imported_before():
     whole_numbers_first(annotations)
     assert [get_args(annotations[name])[:2] for name in ("batches", "share")] == [(int, float)] * 2
     assert annotations["name"] == str | None
-    limits = [
-        name for name in Trainer.__init__.__annotations__ if name.startswith("limit_") or name.endswith("_batches")
-    ]
-    assert {get_args(Trainer.__init__.__annotations__[name])[0] for name in limits} == {int}
+    known = Trainer.__init__.__annotations__
+    assert {get_args(kind)[0] for name, kind in known.items() if name.startswith(("limit_", "overfit_"))} == {int}
 
 
 def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
