@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
-from typing import Optional, Union
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
 from lightning import Trainer
@@ -43,10 +42,9 @@ def whole_numbers_first(annotations: dict[str, object]) -> None:
     Lightning's "int or float" is that too, and every 1 would be read as 1.0.
     """
     for name, kind in annotations.items():
-        if kind == Union[int, float]:  # noqa: UP007
-            annotations[name] = int | float
-        if kind == Optional[Union[int, float]]:  # noqa: UP007, UP045
-            annotations[name] = int | float | None
+        for whole_first in (int | float, int | float | None):
+            if kind == whole_first:
+                annotations[name] = whole_first
 
 
 whole_numbers_first(Trainer.__init__.__annotations__)

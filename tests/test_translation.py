@@ -420,6 +420,9 @@ def test_a_graph_of_fixed_sizes_is_filled_up():
         assert one["attention"].shape == other["attention"].shape
     with pytest.raises(UserError, match="9 tokens; expected at most 7"):
         fixed("abcdefghi")
+    graphs["step"].shape = graphs["step"].shape | {"token": ["batch"]}
+    with pytest.raises(UserError, match="expected inputs source and token of two axes"):
+        make_runner("translation", graphs, served.metadata)
     fixed.beam = 6
     with pytest.raises(UserError, match="beam: 6; expected a whole number from 1 to 5"):
         fixed("abc")

@@ -73,6 +73,8 @@ class Runner(Base):
             raise UserError("not translation; expected too_long: error or truncate")
         if "source" not in graphs["encode"].shape or not {"token", "state"} <= set(graphs["step"].shape):
             raise UserError("not translation; expected graphs with inputs source, token and state")
+        if len(graphs["encode"].shape["source"]) != 2 or len(graphs["step"].shape["token"]) != 2:
+            raise UserError("not translation; expected inputs source and token of two axes")
         self.source, self.target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
         if not hasattr(self.target, "decode"):
             raise UserError("not translation; expected a target of words, characters or byte pairs")
