@@ -97,6 +97,9 @@ class GPT(nn.Module):
         They are what a past grows by: to read on from it is to read everything at once.
         """
         hidden, rotary = self.embed(tokens, past)
+        kind = tokens.device.type
+        if torch.is_autocast_enabled(kind):  # what layers add to is read and written most: half the bytes
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
         seen = None if past is None else visible(tokens, past)
         keys, values = [], []
         for i, block in enumerate(self.h):
@@ -125,8 +128,7 @@ class GPT(nn.Module):
             place = (past.length[:, None] + place).clamp(max=self.context_length - 1)
         hidden = self.wte(tokens)
         if self.positions == "rotary":
-            rotary = self.sinusoids[place]
-            return self.drop(hidden), rotary if past is None else rotary[:, None]  # the same for each head
+            return self.drop(hidden), self.sinusoids[place].unsqueeze(-2)  # the same for each head
         if self.positions == "sinusoidal":
             return self.drop(hidden * math.sqrt(hidden.shape[2]) + self.sinusoids[place]), None
         return self.drop(hidden + self.wpe(place)), None
@@ -189,13 +191,13 @@ class Attention(nn.Module):
 
     def project(self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
         """Queries, keys and values of each head."""
-        parts = self.c_attn(hidden).chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        query, key, value = (part.unflatten(2, (self.heads, -1)) for part in self.c_attn(hidden).chunk(3, dim=2))
         if self.qk_norm:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        return query, key, value
+        # Heads go before tokens last, by a view: all that is computed lies token by token, attention's answer too.
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(
         self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None
@@ -284,8 +286,10 @@ def sinusoids(places: int, width: int) -> Float[Tensor, "places width"]:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-def apply_rotary(vectors: Float[Tensor, "B H T D"], rotary: Float[Tensor, "... T D"]) -> Float[Tensor, "B H T D"]:
+def apply_rotary(vectors: Float[Tensor, "*B D"], rotary: Float[Tensor, "... D"]) -> Float[Tensor, "*B D"]:
     """Turn each pair (x_i, x_i+D/2) by the angle of its place (Su et al., equation 34, their order aside)."""
-    sine, cosine = rotary.chunk(2, dim=-1)
-    first, second = vectors.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    sine, cosine = (part.unsqueeze(-2) for part in rotary.chunk(2, dim=-1))
+    halves = vectors.unflatten(-1, (2, -1))
+    sign = torch.arange(-1, 2, 2, device=vectors.device)[:, None]
+    # Not put together from two parts: a compiled kernel would look at each element for the part it is of.
+    return (halves * cosine + halves.flip(-2) * (sign * sine)).flatten(-2)

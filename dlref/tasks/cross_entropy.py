@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Logits at once: what stays in a processor's cache, or is enough to keep a GPU busy.
-AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 29}
+AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 30}
 
 
 def nll_and_gradient(
