@@ -3,7 +3,7 @@
 The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging and no profiler under the
 Trainer; an update of averaged weights and steps of AdamW and Muon alone. Steps are those of an epoch but the first.
 Data on the device, static shapes and steps that wait for nothing are how every config is, and have no row. What CUDA
-graphs give is among the figures of a GPU; `gpu-output-layer` would time a compiled output layer there.
+graphs and a compiled output layer give is among the figures of a GPU.
 """
 
 import os
