@@ -193,6 +193,13 @@ def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
     assert "loaded into the base" in caplog.text
 
 
+def test_the_first_map_of_a_vgg_begins_with_a_norm_of_20():
+    """Section 3.1: what conv4_3 answers is larger than what the deeper maps do."""
+    with torch.no_grad():
+        first = SSDVGG16(3).backbone(torch.randn(1, 3, 300, 300))[0]
+    torch.testing.assert_close(first.norm(dim=1), torch.full((1, 38, 38), 20.0))
+
+
 def test_a_published_resnet_becomes_the_base(tmp_path):
     theirs = ResNet(18)
     kept = {name: tensor for name, tensor in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}

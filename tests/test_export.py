@@ -606,6 +606,14 @@ def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
     np.testing.assert_allclose(graph(**feed)["y"], 0.8, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("value", "kept"), [(8000.0, 0), (8200.0, 1)])
+def test_an_eighth_of_float16_s_largest_number_is_left_to_other_data(value, kept, tmp_path):
+    graph = Graph(nn.ReLU(), {"x": torch.ones(2, 4)}, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    feed = {"x": np.full((1, 4), value, np.float32)}
+    assert len(nodes_beyond_float16(tmp_path / "step.onnx", [feed])) == kept
+
+
 def test_what_an_example_holds_stays_in_its_range():
     """A value of one category may be none of another, and is not to be told either."""
     inputs = {"categories": torch.tensor([[7, 1], [3, 0]]), "target": torch.arange(6.0).reshape(2, 3)}

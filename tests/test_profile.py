@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,15 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["profile"]
     assert profile() == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("every", "validations"), [(1, 1.0), (4, 0.25), (None, 2.0)])
+def test_checkpoints_of_an_epoch_are_those_of_its_validations_and_of_minutes(every, validations):
+    steps = [{"forward": 1.0}] * (WARM_UP + COUNTED)
+    trainer = SimpleNamespace(num_training_batches=60, accumulate_grad_batches=2, check_val_every_n_epoch=every)
+    trainer.val_check_batch = 60 if every else 30  # without a number of epochs batches are counted through
+    made = SimpleNamespace(steps=steps, free=0, saves=[], minutes=1, trainer=trainer, _busy=lambda mean: None)
+    assert StepProfile.findings(made).checkpoints == pytest.approx(2 * validations + 30 / 60)
 
 
 def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
-from dlref.training.run_folder import checkpoint_of, metrics_file
+from dlref.training.run_folder import Claim, checkpoint_of, metrics_file
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
 from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read
@@ -416,6 +416,33 @@ def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
     with pytest.raises(UserError, match="not finite in step 1"):
         finite.on_save_checkpoint(second, None, {})
     assert waited == ["not_finite.pt"]  # for the first, which keeps the batch
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_room_is_one_line(number, monkeypatch, capsys):
+    """The disk's, the user's share of it, or what its file system lets a file have."""
+    monkeypatch.setattr(dlref.cli, "TrainCLI", raising(OSError(number, os.strerror(number), "last.ckpt")))
+    assert train([]) == 2
+    expected = f"error: last.ckpt: {os.strerror(number)}; expected space; earlier checkpoints are intact\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_other_errors_of_a_disk_are_no_lack_of_room(monkeypatch):
+    monkeypatch.setattr(dlref.cli, "TrainCLI", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        train([])
+
+
+def test_the_batch_of_a_fit_that_failed_at_once_is_no_run(tmp_path):
+    run = tmp_path / "mine"
+    claim = Claim(run, resume=False, overwrite=False)
+    (run / "not_finite.pt").write_bytes(b"a batch")
+    claim.commit()
+    claim.lock.release()
+    again = Claim(run, resume=False, overwrite=False)  # not refused
+    again.commit()
+    again.lock.release()
+    assert not (run / "not_finite.pt").exists()  # it was not this one's
 
 
 def test_no_process_waits_for_a_first_one_that_cannot_keep_the_batch(tmp_path, monkeypatch):
