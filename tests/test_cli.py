@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT
 from lightning import Trainer
 
+import dlref.cli
 from dlref.cli import TrainCLI, build, load_run, train
 from dlref.config import whole_numbers_first
 from dlref.models import LeNet5
@@ -344,11 +345,16 @@ def test_a_fit_that_fails_before_it_begins_gives_back_the_earlier_run(tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_resuming_continues_the_metrics_and_the_schedule(tmp_path):
+def test_resuming_continues_the_metrics_and_the_schedule(tmp_path, monkeypatch):
+    logger, purged = dlref.cli.TensorBoardLogger, []
+    monkeypatch.setattr(
+        "dlref.cli.TensorBoardLogger", lambda *a, **k: purged.append(k["purge_step"]) or logger(*a, **k)
+    )
     assert fit("--run", "mine", "--final_test", "false") == 0
     before = rows(tmp_path / "mine/metrics.csv")
     bar = ["--trainer.enable_progress_bar", "true"]  # which has no loss to show before the first step
     assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--final_test", "false", *bar) == 0
+    assert purged == [None, 6]  # events of steps that come again, of a process that was killed, are not shown twice
     after = rows(tmp_path / "mine/metrics.csv")
     assert [row["step"] for row in after][: len(before)] == [row["step"] for row in before]
     assert len(after) > len(before)

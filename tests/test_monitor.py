@@ -157,6 +157,14 @@ def test_each_look_begins_anew():
     assert silent == [{"act": 1.0}, {}]
 
 
+def test_a_resumed_run_looks_at_the_steps_that_it_would_have_looked_at():
+    monitor, trainer = Monitor(every=5), SimpleNamespace(global_step=7, is_global_zero=True)
+    monitor.on_train_start(trainer, SimpleNamespace(compile_network=False))
+    assert not monitor._due(trainer)
+    trainer.global_step = 9
+    assert monitor._due(trainer)
+
+
 def test_batches_whose_gradients_add_up_are_one_step(tmp_path):
     network = Stack()
     done, watch = fitted(tmp_path, network, every=2, accumulate_grad_batches=3)

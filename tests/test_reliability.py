@@ -27,7 +27,7 @@ from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
-from dlref.training.run_folder import Claim, checkpoint_of, metrics_file
+from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
 from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read
@@ -335,7 +335,7 @@ def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):
 
 
 def raising(error):
-    def raise_it(_):
+    def raise_it(*_):
         raise error
 
     return raise_it
@@ -416,6 +416,18 @@ def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
     with pytest.raises(UserError, match="not finite in step 1"):
         finite.on_save_checkpoint(second, None, {})
     assert waited == ["not_finite.pt"]  # for the first, which keeps the batch
+
+
+def test_the_last_of_several_configs_names_the_run():
+    assert run_folder(SimpleNamespace(run=None, config=["configs/a.yaml", "mine/b.yaml"])) == Path("runs/b")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_text(tmp_path / "test.json", "before")
+    monkeypatch.setattr("os.replace", raising(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "test.json", "after")
+    assert (tmp_path / "test.json").read_text() == "before"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
