@@ -183,6 +183,39 @@ def test_attention_is_what_the_network_uses():
     torch.testing.assert_close(attn.c_proj(mixed), attn(model.h[0].ln_1(hidden), None, None)[0])
 
 
+def test_layers_add_up_in_bfloat16_where_autocast_has_it():
+    model, tokens = network(), torch.randint(13, (2, 6))
+    exact, _, _ = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _, _ = model(tokens)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=0.1, rtol=0.1)
+
+
+def test_what_layers_add_up_to_may_be_too_large_for_float16():
+    model, tokens = network(), torch.randint(13, (2, 6))
+    for block in model.h[:2]:
+        block.mlp.c_proj.bias.data[5] = 40_000.0
+    exact, _, _ = model(tokens)
+    with torch.autocast("cpu", torch.float16):
+        found, _, _ = model(tokens)
+    torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_is_compiled_as_a_whole_with_and_without_autocast(enabled, unchecked):
+    model, tokens = network(positions="rotary", qk_norm=True), torch.randint(13, (2, 6))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        torch.testing.assert_close(compiled(tokens)[0], model(tokens)[0])
+
+
+def test_a_device_that_knows_no_autocast_will_do():
+    with torch.device("meta"):
+        hidden, _, _ = network()(torch.zeros(1, 4, dtype=torch.long))
+    assert hidden.device.type == "meta"
+
+
 def test_rotary_positions_are_llamas():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb

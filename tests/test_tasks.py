@@ -683,6 +683,8 @@ def test_recorded_launches_are_of_one_batch_a_step(tmp_path):
     with pytest.raises(UserError, match=r"accumulate_grad_batches 2; expected 1") as error:
         trainer(tmp_path, accumulate_grad_batches=2).fit(task, Pixels())
     assert "\n" not in str(error.value)
+    again = classifier(compile_network="graphs")
+    trainer(tmp_path, accumulate_grad_batches=2, limit_test_batches=0).test(again, Pixels(), verbose=False)
 
 
 def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):

@@ -97,9 +97,8 @@ class GPT(nn.Module):
         They are what a past grows by: to read on from it is to read everything at once.
         """
         hidden, rotary = self.embed(tokens, past)
-        kind = tokens.device.type
-        if torch.is_autocast_enabled(kind):  # what layers add to is read and written most: half the bytes
-            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        if in_bfloat16(hidden):  # what layers add to is read and written most: half the bytes
+            hidden = hidden.to(torch.bfloat16)
         seen = None if past is None else visible(tokens, past)
         keys, values = [], []
         for i, block in enumerate(self.h):
@@ -277,6 +276,14 @@ def softmax_of(
     scale = query.shape[3] ** -0.5
     scores = torch.cat([query @ key.transpose(2, 3) * scale for key in keys], dim=3)
     return torch.where(seen, scores, -math.inf).softmax(dim=3)
+
+
+def in_bfloat16(hidden: Float[Tensor, "B T E"]) -> bool:
+    """Whether autocast computes in bfloat16 where this is. In float16 what layers add up to may overflow."""
+    kind = hidden.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the first knows no autocast
+        return False
+    return torch.get_autocast_dtype(kind) is torch.bfloat16
 
 
 def sinusoids(places: int, width: int) -> Float[Tensor, "places width"]:

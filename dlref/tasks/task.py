@@ -185,7 +185,7 @@ class Task(LightningModule):
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
-            self.compile_in_place()
+            self.compile_in_place(stage)
 
     def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
         """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
@@ -212,12 +212,15 @@ class Task(LightningModule):
             steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
 
-    def compile_in_place(self) -> None:
+    def compile_in_place(self, stage: str) -> None:
         """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""
         graphs = self.compile_network == "graphs"
-        if graphs and (batches := self.trainer.accumulate_grad_batches) != 1:
+        if graphs and stage == "fit" and (batches := self.trainer.accumulate_grad_batches) != 1:
             # Each graph writes its gradients where those of the batch before lie.
-            raise UserError(f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1")
+            raise UserError(
+                f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1, or "
+                "model.init_args.compile_network true"
+            )
         self.network.compile(mode="reduce-overhead" if graphs else None)
 
     def log(self, name: str, value, *arguments, **options) -> None:
