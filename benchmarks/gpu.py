@@ -3,7 +3,7 @@
 Networks, batch sizes, precision and optimisers are the configs'; of LeNet-5, DeepAR, Seq2Seq and CIFAR-10 the loaders
 too. The share of the arithmetic is what torch counts of a step, forward and backward, over the rate of a product of two
 matrices of 8192×8192 in bfloat16 in the same run. Seconds without a batch are the host's, from the end of a step to the
-beginning of the next. The row of the output layer, of torch 2.11, takes 8,192 tokens at a time, gpt2_124m now twice as many.
+beginning of the next. The output layer's row of torch 2.11 is of 8,192 tokens at a time, gpt2_124m's of twice as many.
 Whole trainings on CIFAR-10 stand beside those of Jordan's airbench96, which reaches 96% on the images as published.
 """
 
