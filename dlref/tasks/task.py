@@ -179,13 +179,19 @@ class Task(LightningModule):
         if first:  # not again in the test that ends a fit: it would run a compiled network at another size
             self.check()
         if stage == "fit":
+            if self.compile_network == "graphs" and (batches := self.trainer.accumulate_grad_batches) != 1:
+                # Each graph writes its gradients where those of the batch before lie.
+                raise UserError(
+                    f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1, or "
+                    "model.init_args.compile_network true"
+                )
             if self.weights:
                 fresh = load_weights(self.network, Path(self.weights))
                 self.check_facts_of(Path(self.weights), fresh)
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
-            self.compile_in_place(stage)
+            self.compile_in_place()
 
     def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
         """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
@@ -212,16 +218,9 @@ class Task(LightningModule):
             steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
 
-    def compile_in_place(self, stage: str) -> None:
+    def compile_in_place(self) -> None:
         """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""
-        graphs = self.compile_network == "graphs"
-        if graphs and stage == "fit" and (batches := self.trainer.accumulate_grad_batches) != 1:
-            # Each graph writes its gradients where those of the batch before lie.
-            raise UserError(
-                f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1, or "
-                "model.init_args.compile_network true"
-            )
-        self.network.compile(mode="reduce-overhead" if graphs else None)
+        self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
 
     def log(self, name: str, value, *arguments, **options) -> None:
         """As Lightning's, but `train/...` values only in the steps that are logged and in the last of an epoch.
