@@ -1,6 +1,6 @@
 """Every benchmark that this machine can run: `python -m benchmarks`, with the extra [bench].
 
-    python -m benchmarks                    all of them, and docs/benchmarks.md is written anew
+    python -m benchmarks                    all of them, and docs/benchmarks.md and its pictures are written anew
     python -m benchmarks NAME...            these; the other rows stay as they are
     python -m benchmarks.MODULE             those of a module of this folder
     python -m benchmarks --list             what there is
@@ -24,6 +24,7 @@ from rich.progress import track
 
 from benchmarks.measure import modules
 from benchmarks.page import Record, Records, read, record, spread, within, write
+from benchmarks.pictures import draw
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -53,6 +54,7 @@ def measure(names: list[str], folder: Path) -> int:
             records[name] = found
         print(f"{name}: {found.not_run or ', '.join(spread(row.values, row.sign) for row in found.rows.values())}")
         write(folder, {name: records[name] for name in order if name in records})
+    draw(folder, records)
     return int(failed)
 
 

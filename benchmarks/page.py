@@ -28,6 +28,8 @@ either side are medians. A row without a peer is a figure of dlref's.
 
 `python -m benchmarks reproduce NAME` measures a name's rows once more and says of each whether its median lies between
 the least and the greatest here, or beyond by 5% at most. [results.md](results.md) tells what stands behind the figures.
+
+![ratios that have a goal: median, spread and goal](images/benchmarks.png)
 """
 
 

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, page and command; that both sides of the overhead do the same; that headers are true."""
 
 import json
+import math
 import re
 import runpy
 from dataclasses import asdict
@@ -12,7 +13,18 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import configs, forecasting, gpu, measure, nanogpt_loss, overhead, techniques, translation
+from benchmarks import (
+    configs,
+    edge,
+    forecasting,
+    gpu,
+    measure,
+    nanogpt_loss,
+    overhead,
+    pictures,
+    techniques,
+    translation,
+)
 from benchmarks.page import Record, Where, figure, page, read, spread, within, write
 from benchmarks.rows import NotHere, Row, in_turns, needs
 from dlref.data.tokens import Windows
@@ -22,7 +34,7 @@ WHERE = Where("a machine", "torch 1", "2026-01-01")
 
 
 def recorded(*own: float, peer: tuple[float, ...] = (), **options) -> Record:
-    return Record("edge", {"what": Row(list(own), list(peer), **options)}, where=WHERE)
+    return Record("classification", {"what": Row(list(own), list(peer), **options)}, where=WHERE)
 
 
 # Rows
@@ -94,6 +106,28 @@ def test_what_was_measured_is_read_as_it_was_written(tmp_path):
     assert "- [1] a machine; torch 1; 2026-01-01" in text
 
 
+def test_a_picture_of_bundles_has_what_is_known(tmp_path):
+    """A bundle in float32 is its own float32 graph; what a machine could not measure leaves a gap, not an error."""
+    rows = {
+        "an answer, beside PyTorch eager": Row([1.0, 3.0], [4.0, 4.0], "s", "PyTorch eager (bundle: float32)", ">= 2"),
+        "an answer, beside PyTorch compiled": Row([1.0, 3.0], [3.0, 3.0], "s", "PyTorch compiled (bundle: float32)"),
+    }
+    known = Record("edge", rows, where=WHERE)
+    times = [pictures.middle(known, "an answer", contender) for contender in pictures.CONTENDERS]
+    assert times == [4, 3, 2, 2]
+    assert all(math.isnan(pictures.middle(known, "peak memory", contender)) for contender in pictures.CONTENDERS)
+    pictures.draw(tmp_path, {"edge-lenet5": known})
+    assert [file.name for file in (tmp_path / "images").iterdir()] == ["edge.png"]
+
+
+def test_a_bundle_in_float32_is_not_beside_itself(monkeypatch):
+    figures = dict.fromkeys(edge.FIGURES, 1.0)
+    measured = {"contenders": dict.fromkeys(("bundle", *edge.PEERS), figures)}
+    for precision, rows in (("float32", 5 + 3), ("int8", 5 + 3 + 4)):
+        monkeypatch.setattr(edge, "export", lambda *_, kept=precision: {"measurement": measured, "precision": kept})
+        assert len(edge.bundle("edge-lenet5", lambda: ())) == rows
+
+
 @pytest.mark.parametrize(("now", "inside"), [(1.5, True), (0.96, True), (2.09, True), (0.94, False), (2.11, False)])
 def test_within_the_spread(now, inside):
     assert within(recorded(1.0, 2.0, 1.7), recorded(now)) == {"what": inside}
@@ -132,10 +166,11 @@ def test_names_are_of_one_module_each():
 
 
 def test_what_is_measured_is_kept_beside_the_rest(tmp_path, monkeypatch, capsys, answers):
-    answers |= {"edge-lenet5": recorded(1.0), "edge-resnet18": recorded(2.0)}
+    answers |= {"edge-lenet5": recorded(1.0, peer=(2.0,), unit="s", goal=">= 2"), "edge-resnet18": recorded(2.0)}
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[0] == 0
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-resnet18")[0] == 0
     assert list(read(tmp_path)) == ["edge-lenet5", "edge-resnet18"]
+    assert [file.name for file in (tmp_path / "images").iterdir()] == ["benchmarks.png"]
 
 
 def test_a_module_by_itself_is_all_of_its_benchmarks(tmp_path, monkeypatch, answers):
