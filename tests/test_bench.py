@@ -112,6 +112,26 @@ def test_a_device_that_answers_otherwise_is_told(change, share, exported, tmp_pa
     assert found is None if share is None else found == pytest.approx(share, rel=0.15)
 
 
+def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
+    def two(answers):
+        probability = answers["classify/probability"]
+        return {"classify/probability": probability, "classify/sum": probability.sum(-1) + 0.5}
+
+    folder, opened = changed(exported[0], tmp_path / "bundle", two), bench.open_graphs
+
+    def with_sums(*arguments):
+        graph = opened(*arguments)["classify"]
+
+        def answer(**inputs):
+            probability = graph(**inputs)["probability"]
+            return {"probability": probability, "sum": probability.sum(-1)}
+
+        return {"classify": answer}
+
+    monkeypatch.setattr(bench, "open_graphs", with_sums)
+    assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(0.5 / 1.5, rel=1e-3)
+
+
 def test_answers_of_another_bundle_are_refused(exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", lambda answers: {"classify/boxes": np.zeros(1)})
     with pytest.raises(UserError, match=r"answers.npz: 'boxes' is not of this bundle"):
@@ -322,6 +342,15 @@ def test_what_something_held_up_is_measured_again(waits, kept, left, tmp_path, m
     found, runs = contenders(tmp_path, monkeypatch, waits)
     assert found.undisturbed("bundle", tmp_path)["latency_ms"] == kept
     assert len(runs) == left
+
+
+def test_a_contender_is_measured_by_its_own_folder(tmp_path, monkeypatch):
+    found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path / "float32")
+    monkeypatch.setattr(found, "measured", lambda folder: {"of": folder.name, "waited": 0.0})
+    monkeypatch.setattr(found, "pytorch", lambda mode: {"of": mode, "waited": 0.0})
+    names = ("bundle", "onnx-float32", "pytorch-eager", "pytorch-compiled")
+    measured = [found.undisturbed(name, tmp_path / "int8")["of"] for name in names]
+    assert measured == ["int8", "float32", "eager", "compiled"]
 
 
 def test_two_bundles_are_measured_in_turns(tmp_path, monkeypatch):

@@ -435,6 +435,15 @@ def test_a_bundle_holds_no_other(tmp_path, monkeypatch):
     assert not (outer / "arm64").exists()
 
 
+def test_a_target_of_fixed_shapes_gets_no_free_axis(tmp_path, monkeypatch):
+    """As where a converter frees one that was fixed."""
+    free, fixed = CPU, replace(CPU, static=True)
+    monkeypatch.setattr("dlref.export.attempts.write_onnx", lambda graph, path, _: write_onnx(graph, path, free))
+    with pytest.raises(UserError, match=r"classify: axes \{'image': .*'batch'.*\} are free; expected fixed ones"):
+        export(classifier().eval(), Pixels(), fixed, tmp_path / "bundle")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

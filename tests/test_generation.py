@@ -189,7 +189,9 @@ def test_a_graph_of_fixed_shapes_is_served():
     assert set(graph.calls) == {(1, 1)}
 
 
-@pytest.mark.parametrize("prompt", ["", "abc", "0123456789abcd", "0123456789abcde", "0123456789abcdef" * 40])
+@pytest.mark.parametrize(
+    "prompt", ["", "abc", "0123456789abcd", "0123456789abcde", "0123456789abcdef", "0123456789abcdef" * 40]
+)
 def test_where_the_context_is_full_its_older_half_is_forgotten(prompt):
     made, graph = runner(context_length=16)
     made.max_new_tokens = 50

@@ -130,6 +130,21 @@ def test_what_torch_makes_of_a_full_disk_is_told_as_such():
     assert (hashed.error.errno, hashed.error.filename) == (errno.ENOSPC, "last.ckpt.part")
 
 
+def test_a_checkpoint_that_finds_no_room_says_so_with_its_own_error(tmp_path, monkeypatch):
+    """Not by torch.save's words of it."""
+
+    def full(_, writer):
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(bytes(2000))
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "open", lambda *_: Full())
+    with pytest.raises(OSError, match="No space left") as error:
+        write_sealed({}, tmp_path / "last.ckpt")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "last.ckpt.part")
+
+
 def test_nothing_is_left_of_a_checkpoint_that_finds_no_room(sealed, monkeypatch):
     before = sealed.read_bytes()
     monkeypatch.setattr(HashingWriter, "write", refuse)

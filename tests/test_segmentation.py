@@ -29,7 +29,7 @@ from dlref.models import CifarResNet, DeepLabV3, FCNResNet, PSPNet
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.__main__ import main
 from dlref.runtime.bundle import OnnxGraph
-from dlref.runtime.runners.semantic_segmentation import PALETTE
+from dlref.runtime.runners.semantic_segmentation import PALETTE, answer
 from dlref.tasks import Normalise, SemanticSegmenter
 from dlref.tasks.semantic_segmentation import VOID, Confusion, classes_of, enlarged, pixel_loss, scores
 from dlref.training.run_folder import write_pictures
@@ -462,6 +462,28 @@ def test_an_answer_can_be_read_off_and_drawn():
     np.testing.assert_array_equal(drawn[mask[60:] == 0], picture[60:][mask[60:] == 0])
     expected = (0.4 * COLOURS[1] + 0.6 * PALETTE[1]).round()
     assert (np.abs(drawn[mask[60:] == 1] - expected) <= 1).all()
+
+
+def test_classes_are_named_from_a_hundredth_of_a_picture_on():
+    """All but the background, the largest first, in their colours."""
+    task = sighted()
+    task.facts["labels"] = ["background", *LABELS[1:]]
+    deployable = deployed(task)
+    runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
+    picture = np.zeros((100, 200, 3), np.uint8)
+
+    def colours(ones, twos):
+        mask = np.zeros((100, 200), np.uint8)
+        mask.ravel()[-ones - twos :] = 1
+        mask.ravel()[len(mask.ravel()) - twos :] = 2
+        return np.asarray(runner.draw(picture, answer(mask, task.facts["labels"])))[:40, 0]
+
+    one, two = (PALETTE[k].tolist() for k in (1, 2))
+    assert not colours(199, 0).any()
+    assert colours(200, 0)[1].tolist() == one
+    both = [row for row in colours(200, 300).tolist() if row in (one, two)]
+    assert both[0] == two
+    assert both[-1] == one
 
 
 def test_a_device_with_fixed_sizes_answers_at_the_size_of_the_picture():

@@ -664,6 +664,30 @@ def test_launches_are_recorded_where_it_is_asked_for(said, mode, monkeypatch, tm
     assert seen == [{"mode": mode}]
 
 
+def test_an_average_stays_to_the_end_of_a_validation(tmp_path, monkeypatch):
+    """What a task makes at its end, such as a text, is of the weights that are validated; then training's return."""
+    hooks = ("on_train_batch_end", "validation_step", "on_validation_epoch_end", "on_train_epoch_end")
+    seen = {hook: [] for hook in hooks}
+
+    class Watched(ImageClassifier):
+        pass
+
+    for hook, kept in seen.items():
+
+        def watched(self, *arguments, hook=hook, kept=kept):
+            kept.append(self.network.state_dict()["output.bias"].clone())
+            return getattr(ImageClassifier, hook)(self, *arguments)
+
+        monkeypatch.setattr(Watched, hook, watched)
+    task = classifier()
+    task.__class__ = Watched
+    trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, callbacks=[EMA(0.9)]).fit(task, Pixels())
+    trained, validated, ended, after = (torch.stack(kept) for kept in seen.values())
+    assert torch.equal(ended, validated[:: len(validated) // len(ended)])
+    assert torch.equal(after, trained[len(trained) // 2 - 1 :: len(trained) // 2])
+    assert (ended != after).any(dim=1).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch begins with such a one
 def test_recorded_launches_train_to_the_same_weights(tmp_path, unchecked):

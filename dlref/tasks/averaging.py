@@ -61,8 +61,9 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 class EMA(EMAWeightAveraging):
     """An average of the weights, which validation, test and export see.
 
-    Lightning's callback but for two things. In its own, each update asks the device how many there were before, and
-    takes a call for every weight; and the first weights weigh as much as all that would have come before them.
+    Lightning's callback but for three things. In its own, each update asks the device how many there were before, and
+    takes a call for every weight; the first weights weigh as much as all that would have come before them; and it ends
+    before a task's own end of a validation, which may still ask the network, as for a sample of text.
 
     Args:
         decay: share of the average that stays in an update, after many of them (`Average.kept`).
@@ -86,6 +87,13 @@ class EMA(EMAWeightAveraging):
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         """A checkpoint's average has been read by now."""
         self._average_model.updates = int(self._average_model.n_averaged)
+
+    def on_validation_epoch_end(self, trainer: Trainer, task: Task) -> None:
+        """Not yet."""
+
+    def on_validation_end(self, trainer: Trainer, task: Task) -> None:
+        """The weights that train come back."""
+        super().on_validation_epoch_end(trainer, task)
 
     @torch.no_grad()
     def _swap_models(self, task: Task) -> None:
