@@ -207,6 +207,10 @@ class DigitScenes(ObjectDetectionData):
         train: number of training scenes.
         held_out: number of validation scenes, and of test scenes.
         most: digits in a scene.
+        image_size: height and width of a scene and of the network's image, in pixels.
+        flip: as of all `ObjectDetectionData`, with another default; so is num_workers.
+        num_workers: see there.
+        kwargs: what else it takes.
     """
 
     def __init__(

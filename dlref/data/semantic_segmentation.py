@@ -168,6 +168,9 @@ class DigitSceneMasks(SegmentationData):
         held_out: number of validation scenes, and of test scenes.
         most: digits in a scene.
         image_size: side of a scene, in pixels.
+        photometric: see `SegmentationData`.
+        num_workers: see there.
+        batch_size: see there.
     """
 
     def __init__(

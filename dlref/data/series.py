@@ -76,7 +76,8 @@ def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
 
     Its fields are `start`, "YYYY-MM-DD HH:MM:SS" or a date; `target`, numbers, where null and "NaN" are missing; and
     where every record has them `cat`, a whole number or several, and `dynamic_feat`, a list of numbers for each
-    feature. GluonTS's `feat_static_real`, numbers that stay the same, is read too. Other fields are ignored.
+    feature. GluonTS's `feat_static_real`, numbers that stay the same, is read too; its names for the others
+    are refused. Other fields are ignored.
 
     Args:
         path: a .json, .jsonl, .json.gz, .jsonl.gz or .parquet file, or a folder of them and of folders. Hidden files

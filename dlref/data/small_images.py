@@ -96,6 +96,10 @@ class Digits(InMemoryImages):
     """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; they come with it and need no file.
 
     Split by class into 1,077 for training, 360 for validation and 360 for testing, always the same.
+
+    Args:
+        batch_size: images in a batch.
+        kwargs: what else `InMemoryImages` takes.
     """
 
     def __init__(self, batch_size: int = 64, **kwargs):

@@ -131,7 +131,7 @@ def as_text(tokenizer, given: str | Sequence[int], is_reference: bool) -> str:
 
 
 class SyntheticDates(TranslationData):
-    """Dates as a dozen languages write them, to ISO 8601; see `synthetic_dates`. They need no file.
+    """Dates as 13 languages write them, to ISO 8601; see `synthetic_dates`. They need no file.
 
     Args:
         train: pairs to train from.

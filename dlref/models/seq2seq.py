@@ -10,9 +10,9 @@ J. Gehring, M. Auli, D. Grangier, D. Yarats and Y. N. Dauphin, "Convolutional Se
 convolutional encoder.
 
 As in Luong's paper the decoder attends with its state after reading a token, whatever the score: so, without input
-feeding, the whole target is one call of each layer. All layers of the decoder start from the last annotations through
-one linear layer and tanh; Sutskever's takes over the encoder's states, Bahdanau's starts from the backward direction
-alone.
+feeding, the whole target is one call of each layer. By default all layers of the decoder start from the last
+annotations through one linear layer and tanh; Sutskever's takes over the encoder's states, Bahdanau's starts from the
+backward direction alone.
 
 Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
 vocabulary, D hidden size, I size of a layer's inputs, Y rows of the decoder's state.

@@ -99,6 +99,9 @@ class MuonAdamW(Optimizer):
         weight_decay: of both, where a group has none of its own.
         momentum: Muon's.
         betas: AdamW's.
+
+    Raises:
+        ValueError: no group is of hidden matrices, or a number is below 0.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ Each is built from the optimiser and the run's number of steps, so that a config
 goes on for longer, too. `CosineAnnealingLR` of `torch.optim.lr_scheduler` fits the same place: its second argument is
 the number of steps. But a checkpoint holds that number, and a run that goes on for longer has a rate of 0 then.
 
-All raise ValueError for what is no share of the run.
+`Steps` and `WarmupCosine` raise ValueError for what is no share of the run.
 """
 
 import math
