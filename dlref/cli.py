@@ -45,6 +45,7 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
+PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # what a constructor says a user has to mend
 
 
@@ -66,9 +67,14 @@ def check_trainer(options) -> None:
     for name in ("logger", "default_root_dir"):
         if options[name] is not None:
             raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
-    if str(options.precision).endswith("16-true"):
-        words = "expected bf16-mixed, by which weights, losses and metrics stay float32"
+    if str(options.precision) not in PRECISIONS:
+        words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"):
+        if options[name] == 0:
+            raise UserError(f"trainer.{name}: 0; expected more")
+    if options.overfit_batches:
+        raise UserError(f"trainer.overfit_batches: {options.overfit_batches}; expected none, see --debug")
 
 
 class TrainCLI(LightningCLI):
@@ -126,8 +132,10 @@ class TrainCLI(LightningCLI):
         self.profile = fitting and options.profile
         if self.profile:
             self.prepare_profile()
+        if self.records and options.final_test and options.trainer.limit_test_batches == 0:
+            raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
         self.run, self.overwrite = run_folder(options), options.overwrite
-        if command in ("test", "predict") and self.run.is_dir() and not os.access(self.run, os.W_OK):
+        if command in ("test", "predict") and os.path.isdir(self.run) and not os.access(self.run, os.W_OK):
             raise UserError(f"{self.run}: not writable; expected a run's folder that {command} can write to")
         self.checkpoint = self.checkpoint_asked_for(command)
         self.step, self.resumed = 0, None
@@ -203,8 +211,8 @@ class TrainCLI(LightningCLI):
 
     def recording_trainer(self, **kwargs) -> Trainer:
         """One that writes into the run's folder, which from here on is this process's."""
-        places = (self.run.resolve(), (self.run / "checkpoints").resolve())  # which may lie on another disk
-        own = self.checkpoint is not None and self.checkpoint.resolve().parent in places
+        places = map(os.path.realpath, (self.run, self.run / "checkpoints"))  # which may lie on another disk
+        own = self.checkpoint is not None and os.path.dirname(os.path.realpath(self.checkpoint)) in places
         self.claim = Claim(self.run, resume=own, overwrite=self.overwrite)
         try:
             return self.claimed_trainer(**kwargs)
@@ -262,10 +270,12 @@ class TrainCLI(LightningCLI):
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
-        (results,) = self.trainer.test(model, datamodule=datamodule)
+        results = self.trainer.test(model, datamodule=datamodule)
+        if not results:
+            raise UserError("nothing to test on; expected a test split, and no limit of 0 batches of it")
         if not self.trainer.is_global_zero:
             return
-        values = {key.removeprefix("test/"): value for key, value in results.items()}
+        values = {key.removeprefix("test/"): value for key, value in results[0].items()}
         write_text(self.run / "test.json", json.dumps(values, indent=2) + "\n")
         print(f"test.json is in {self.run}")
         if self.trainer.world_size > 1:
@@ -312,6 +322,11 @@ def train(arguments: list[str] | None = None) -> int:
             raise
         where = error.filename or "the run's folder"
         print(f"error: {where}: {error.strerror}; expected space; earlier checkpoints are intact", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):  # Lightning's word of a long one
+            raise
+        print(f"error: trainer: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not lost_another(error):

@@ -454,6 +454,13 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_looked_at_is_one_line(tmp_path):
+    (tmp_path / "round").symlink_to("round")
+    for name in ("a" * 300, "round"):
+        with pytest.raises(UserError, match=r"; expected a folder for the bundle"), bundles.staged(tmp_path / name):
+            pass
+
+
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not lose me")
     with pytest.raises(UserError, match="holds other files"):

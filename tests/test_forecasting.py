@@ -472,6 +472,9 @@ def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner)
     )
     assert pythons == plain
     assert runner(instance(start=np.datetime64(instance()["start"]))) == plain
+    for moment in (np.datetime64("2024-01-01T00:30:00.750"), np.datetime64("NaT")):
+        with pytest.raises(UserError, match="start"):
+            runner(instance(start=moment))
     request = {"instances": (instance(),), "configuration": {"num_samples": np.int64(100)}}
     assert runner(request)["predictions"][0]["mean"] == plain["mean"]
     among = runner([instance(8), instance(), instance(50)])[1]

@@ -1,5 +1,7 @@
 """Choosing tokens beside `transformers`, texts as they come, and what a runner's past holds."""
 
+import gzip
+
 import numpy as np
 import pytest
 import torch
@@ -314,6 +316,9 @@ def test_files_are_prompts_or_requests(tmp_path):
     (tmp_path / "request.json").write_text('{\n"inputs": "a"\n}\n')
     (tmp_path / "torn.txt").write_text('{"inputs": "a"}\n{"inputs": "b"\n')
     (tmp_path / "list.jsonl").write_text("no object\n")
+    (tmp_path / "blank.txt").write_text('\n{"inputs": "a"}\n\n{"inputs": 3}\n')
+    with gzip.open(tmp_path / "list.jsonl.gz", "wt") as file:
+        file.write("no object\n")
 
     def answers(name):
         return list(made.stream([source for _, source in made.inputs(str(tmp_path / name))]))
@@ -328,7 +333,11 @@ def test_files_are_prompts_or_requests(tmp_path):
     first, second = answers("torn.txt")
     assert first["text"] == by_hand("a", 2)
     assert str(second).startswith(f"{tmp_path}/torn.txt:2: ")
-    assert str(answers("list.jsonl")[0]).startswith(f"{tmp_path}/list.jsonl:1: 'no object'; expected one JSON object")
+    for name in ("list.jsonl", "list.jsonl.gz"):
+        assert str(answers(name)[0]).startswith(f"{tmp_path}/{name}:1: 'no object'; expected one JSON object")
+    first, second = answers("blank.txt")
+    assert first["text"] == by_hand("a", 2)
+    assert str(second).startswith(f"{tmp_path}/blank.txt:4: ")
 
 
 def character(**changes):

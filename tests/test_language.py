@@ -434,6 +434,18 @@ def test_what_cannot_be_made_into_tokens_is_one_line(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_folder_that_was_there_stays(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "out").mkdir()
+    assert main([str(tmp_path / "out"), "--train", str(tmp_path / "none"), "--val", str(tmp_path / "none")]) == 2
+    assert (tmp_path / "out").is_dir()
+    (tmp_path / "out/val.bin").mkdir()
+    texts = str(tmp_path / "a.txt")
+    assert main([str(tmp_path / "out"), "--train", texts, "--val", texts, "--tokenizer", "byte"]) == 2
+    assert f"{tmp_path}/out/val.bin: a folder; expected a place for a file" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.bin"]
+
+
 def test_files_of_tokens_are_replaced_together_or_not_at_all(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "b.txt").write_text("cba?")

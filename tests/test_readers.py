@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 
 import numpy as np
@@ -27,6 +28,9 @@ quick = settings(
 
 def idx_bytes(array: np.ndarray) -> bytes:
     return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+A_CLASS = "expected that of a class"
 
 
 def error_of(function, *arguments, **options) -> str:
@@ -294,12 +298,21 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
             "class 0: 'dog'; expected 'cat' again",
         ),
         ({"source-ref": "a.jpg", "c": 0, "c-metadata": 3}, "metadata 3; expected an object"),
+        *(
+            ({"source-ref": "a.jpg", "c": 1, "c-metadata": {"class-name": name}}, f"class 1: name {name!r}; {A_CLASS}")
+            for name in ("smile\ud83d", "", "a\nb", 3)
+        ),
     ],
 )
 def test_manifest_messages(tmp_path, entry, message):
     first = {"source-ref": "a.jpg", "c": 0, "c-metadata": {"class-name": "cat"}}
     path = write_manifest(tmp_path / "a", first, entry)
     assert error_of(read_manifest, path).removeprefix(f"{path}:2: ").replace("'c'", "c") == message
+
+
+def test_a_folder_whose_name_is_no_text_is_no_class(tmp_path):
+    os.makedirs(os.fsencode(tmp_path) + b"/caf\xe9")
+    assert error_of(read_folder, tmp_path) == f"{tmp_path}: name 'caf\\udce9'; {A_CLASS}"
 
 
 def test_manifest_label_attribute(tmp_path):

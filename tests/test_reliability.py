@@ -645,7 +645,23 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
         ),
         ({"trainer.limit_val_batches": 0.00001}, "limit_val_batches"),
         ({"trainer.max_epochs": -1, "trainer.max_time": "00:00:10:00"}, "expected trainer.max_epochs or max_steps"),
-        ({"trainer.precision": "bf16-true"}, "trainer.precision: bf16-true; expected bf16-mixed"),
+        ({"trainer.precision": "bf16-true"}, "trainer.precision: bf16-true; expected 32-true, or bf16-mixed"),
+        ({"trainer.precision": "64-true"}, "trainer.precision: 64-true; expected 32-true, or bf16-mixed"),
+        ({"trainer.limit_test_batches": 0, "final_test": "true"}, "limit_test_batches: 0; expected more, or --final"),
+        ({"trainer.limit_train_batches": 0}, "trainer.limit_train_batches: 0; expected more"),
+        ({"trainer.accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: 0; expected more"),
+        ({"trainer.max_epochs": 0}, "trainer.max_epochs: 0; expected more"),
+        ({"trainer.overfit_batches": 2}, "trainer.overfit_batches: 2; expected none, see --debug"),
+        ({"trainer.val_check_interval": 1000}, "error: trainer: `val_check_interval` (1000) must be less than"),
+        (
+            {"model.init_args.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR"},
+            "ExponentialLR: takes gamma where the run's number of steps is given to it; expected CosineAnnealingLR",
+        ),
+        (
+            {"trainer.callbacks+": "dlref.tasks.EMA", "trainer.callbacks.update_every_n_steps": 0},
+            "update_every_n_steps 0; expected 1 or more",
+        ),
+        ({"run": "a" * 300}, "File name too long; expected a folder to write to"),
         (
             {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val_loss"},
             "EarlyStopping: monitor 'val_loss' is not logged in validation; expected one of val/accuracy",
@@ -723,6 +739,17 @@ def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
     assert fit(run="mine") == os.EX_TEMPFAIL
     assert fit(run="mine", ckpt_path="last", trainer__limit_train_batches=5) == 2
     assert "the checkpoint is of batch 3 of 6, an epoch has 5 now" in capsys.readouterr().err
+
+
+def test_what_a_schedule_counts_on_stays_as_it_was(capsys):
+    assert fit(run="mine") == 0
+    capsys.readouterr()
+    more = {"run": "mine", "ckpt_path": "last", "trainer__max_epochs": 3}
+    assert fit(**more, trainer__accumulate_grad_batches=2) == 2
+    assert "trainer.accumulate_grad_batches: 2, the checkpoint has 1; expected the same" in capsys.readouterr().err
+    assert fit(**more, model__init_args__lr_scheduler="null") == 2
+    assert "optimizer: lr_scheduler False, the checkpoint has True; expected" in capsys.readouterr().err
+    assert fit(**more) == 0
 
 
 @pytest.mark.parametrize("torn", ["1", "1,", "1,8", "1,x,,,", "1,6,,0.3\r\n1,7,,0.2\r\n"])

@@ -25,7 +25,7 @@ from PIL import Image
 from dlref.data.images import read_image as to_train_with
 from dlref.runtime import UserError, kinds, load, sessions
 from dlref.runtime import bundle as bundles
-from dlref.runtime.__main__ import line, main, progress
+from dlref.runtime.__main__ import line, main, places_of, progress, save
 from dlref.runtime.images import ask, centre, read_image, resize
 from dlref.runtime.lines import text_in
 from dlref.runtime.machine import cores
@@ -266,6 +266,23 @@ def test_a_pipe_is_read_and_no_text(tmp_path):
     threading.Thread(target=(tmp_path / "pipe").write_text, args=("3 March 2026\n",)).start()
     assert text_in(str(tmp_path / "pipe")) == "3 March 2026\n"
     assert text_in(str(tmp_path)) is None
+
+
+def test_a_link_to_nothing_is_no_text(tmp_path):
+    (tmp_path / "lost").symlink_to("nowhere")
+    assert text_in(str(tmp_path / "lost")) == tmp_path / "lost"
+
+
+def test_numbers_give_way_to_the_names_of_files(tmp_path):
+    (tmp_path / "1.jpg").touch()
+    names = ["lost.jpg", str(tmp_path / "1.jpg"), "a text"]
+    found = [path.name for path in places_of(names, tmp_path / "out", "--output")]
+    assert found == ["input-1.png", "1.png", "3.png"]
+
+
+def test_a_picture_may_have_the_longest_of_names(tmp_path):
+    save(Image.new("L", (2, 2)), tmp_path / f"{'a' * 251}.png")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_grey_of_16_bits_is_the_high_byte(tmp_path):

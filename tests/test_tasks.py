@@ -147,8 +147,9 @@ def test_what_figures_show_is_spread_over_the_whole_split(batches, size):
     assert any(rows[-4:])
 
 
-def test_images_whose_classes_weigh_nothing_have_no_loss():
-    task = classifier(class_weights=[0.0, 1.0, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_images_whose_classes_weigh_nothing_have_no_loss(smoothing):
+    task = classifier(class_weights=[0.0, 1.0, 1.0], label_smoothing=smoothing)
     logits = torch.randn(2, 3, requires_grad=True)
     loss = task.loss(logits, torch.tensor([0, 0]))
     loss.backward()
@@ -157,7 +158,8 @@ def test_images_whose_classes_weigh_nothing_have_no_loss():
     mean = MeanLoss()
     for targets in (torch.tensor([0, 0]), torch.tensor([1, 0])):
         mean.update(task.loss(logits, targets), task.counted(targets))
-    torch.testing.assert_close(mean.compute(), F.cross_entropy(logits[:1], torch.tensor([1])).detach())
+    expected = F.cross_entropy(logits, targets, weight=task.class_weights, label_smoothing=smoothing)
+    torch.testing.assert_close(mean.compute(), expected.detach())
 
 
 def test_a_single_class_is_refused():

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from PIL import ExifTags, Image
+from PIL import Image
 
 from dlref.data.images import FORMATS
 from dlref.runtime.errors import UserError
+from dlref.runtime.images import SIDEWAYS, orientation
 from dlref.runtime.lines import numbered, read_text
+from dlref.runtime.text import is_unicode
 
 SPLIT_SEED = 0  # of what is held out, which must be the same whatever the run's own seed
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # those whose EXIF orientation read_image heeds
+EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG has it, XMP too
 
 
 def held_out_indices(count: int, share: float) -> set[int]:
@@ -81,7 +83,7 @@ def is_line(text: str) -> bool:
 
 def check_name(name: Any, where: str) -> str:
     """The name of a class. Raises UserError at `where` for what is none."""
-    if not isinstance(name, str) or not is_line(name):
+    if not isinstance(name, str) or not is_line(name) or not is_unicode(name):
         raise UserError(f"{where}: name {shorten(name)}; expected that of a class")
     return name
 
@@ -137,18 +139,11 @@ def picture_size(path: str) -> tuple[int, int]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=PILLOW_FORMATS) as image:
             width, height = image.size
-            exif = image.info.get("exif") if image.format in TURNED_FORMATS else None
+            # Of a PNG Pillow decodes all of it to tell, and most have nothing to tell.
+            content = Path(path).read_bytes() if image.format == "PNG" else b""
+            told = image.format != "PNG" or any(mark in content for mark in EXIF_OF_PNG)
+            turned = told and orientation(image) in SIDEWAYS
     except Exception:  # what Pillow's readers raise at a broken header is open-ended
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UserError(f"{path}: {wrong}; expected a {FORMATS} image") from None
-    return (height, width) if exif and _orientation(exif) in (5, 6, 7, 8) else (width, height)
-
-
-def _orientation(content: bytes) -> int | None:
-    exif = Image.Exif()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            exif.load(content)
-            return exif.get(ExifTags.Base.Orientation)
-    except Exception:  # as above; read_image turns no picture whose EXIF is broken
-        return None
+    return (height, width) if turned else (width, height)

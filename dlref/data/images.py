@@ -3,14 +3,18 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_image, read_file
+from torchvision.io import decode_image
 
 from dlref.runtime.errors import UserError
+from dlref.runtime.images import orientation, upright
 from dlref.runtime.images import read_image as read_as_device
 
 # torchvision 0.29 deprecates its decoders for torchcodec's, which torchvision 0.26 does not have beside it.
@@ -37,15 +41,24 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to uint8 RGB (3, H, W), turned as its EXIF orientation says."""
+    """Decode an image file to uint8 RGB (3, H, W), turned as EXIF or XMP says."""
     try:
-        content = read_file(path)
-        if bytes(content[:3].numpy()) == JPEG:
-            return decode_image(content, mode="RGB", apply_exif_orientation=True)
-        # As a device reads it, a PNG slower than torchvision, which ends the process at a damaged one. It does not turn
-        # a WebP, and fills the holes of a GIF with another colour.
-        pixels = read_as_device(content.numpy().tobytes(), channels=3)
-    except (RuntimeError, ValueError, UserError):  # ValueError: a path that no file can have
+        content = Path(path).read_bytes()
+        if content.startswith(JPEG):
+            decoded = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode="RGB")
+            with Image.open(BytesIO(content), formats=("JPEG",)) as header:  # torchvision passes over XMP
+                pixels = upright(decoded.permute(1, 2, 0).numpy(), orientation(header))
+        else:
+            # As a device reads it, a PNG slower than torchvision, which ends the process at a damaged one. It does not
+            # turn a WebP, and fills the holes of a GIF with another colour.
+            pixels = read_as_device(content, channels=3)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        UserError,
+        Image.DecompressionBombError,
+    ):  # ValueError: a path that no file can have
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlref.data.files import image_path, read_lines, visible_entries
+from dlref.data.files import check_name, image_path, read_lines, visible_entries
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object
@@ -64,7 +64,7 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
     """
     entries = visible_entries(folder)
     others = [entry.path for entry in entries if not entry.is_dir()]
-    found = [entry.name for entry in entries if entry.is_dir()]
+    found = [check_name(entry.name, str(folder)) for entry in entries if entry.is_dir()]
     if not found:
         raise UserError(f"{folder}: no folders; expected one for each class, with its images")
     classes = classes or found
@@ -187,8 +187,9 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
     if not isinstance(given, dict):
         raise UserError(f"{where}: class-map {shorten(given)}; expected an object from class ids to names")
     for key, name in given.items():
-        if not re.fullmatch("[0-9]{1,9}", str(key)) or not isinstance(name, str):
+        if not re.fullmatch("[0-9]{1,9}", str(key)):
             raise UserError(f"{where}: class {shorten(key)}: {shorten(name)}; expected an id and a name")
+        check_name(name, f"{where}: class {key}")
         if names.setdefault(int(key), name) != name:
             raise UserError(f"{where}: class {key}: {shorten(name)}; expected {shorten(names[int(key)])} again")
 

@@ -68,6 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make(asked: argparse.Namespace) -> None:
     """Write all that is asked for, or nothing. Raises UserError."""
+    there = asked.folder.exists()
+    for path in (asked.folder / name for name in ("train.bin", "val.bin", "tokenizer.json")):
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; expected a place for a file")
     try:
         asked.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:
@@ -81,8 +85,9 @@ def make(asked: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{asked.folder}: {error.strerror}; expected a folder to write to") from None
     finally:
-        with suppress(OSError):  # where something lies in it
-            asked.folder.rmdir()
+        if not there:
+            with suppress(OSError):  # where something lies in it
+                asked.folder.rmdir()
 
 
 if __name__ == "__main__":

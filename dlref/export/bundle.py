@@ -51,17 +51,17 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder to work in, beside `output`. What is then in its BUNDLE becomes `output`; the rest vanishes."""
-    output = output.resolve()
+    output = Path(os.path.realpath(output))  # of what cannot be looked at, Path's methods raise before Python 3.12
     if os.path.ismount(output):
         raise UserError(f"{output}: something is mounted there; expected a folder in it, which can be replaced whole")
-    nearest = next(path for path in (output, *output.parents) if path.exists())
+    nearest = next(path for path in (output, *output.parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
-    if nearest == output and any(output.iterdir()) and not is_bundle(output):
-        raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
     if outer := next(filter(is_bundle, output.parents), None):
         raise UserError(f"{output}: inside the bundle {outer}, which holds its own files alone; expected another place")
     try:
+        if nearest == output and any(output.iterdir()) and not is_bundle(output):
+            raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
         beside = output.parent if nearest == output else nearest
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
     except OSError as error:

@@ -125,9 +125,9 @@ def transform(arguments: list[str]) -> int:
     names, sources = [name for name, _ in inputs], [source for _, source in inputs]
     places = {"--output": options.output, "--overlay": options.overlay}
     written = {option: places_of(names, path, option) for option, path in places.items() if path}
-    bundle, taken = options.bundle.resolve(), set()
+    bundle, taken = real(options.bundle), set()
     for option, paths in written.items():
-        for path in (path.resolve() for path in paths):
+        for path in map(real, paths):
             if bundle in path.parents:
                 raise UserError(
                     f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
@@ -181,34 +181,35 @@ def line(record: dict) -> str:
 def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     """Where the picture of each source goes: of one source to `path` if it is named .png, else into the folder `path`.
 
-    There it has the name of the source, or where that is no file, such as a line or a text, its number.
+    There it has the name of the source, or where that is no file, such as a line or a text, its number; after "input-"
+    where a file has that for a name.
     """
     single = len(sources) == 1 and path.suffix.lower() == ".png" and not os.path.isdir(path)
     if not single and (path.suffix.lower() in PICTURES or (os.path.exists(path) and not os.path.isdir(path))):
         raise UserError(f"{option} {path}: expected a folder, or for one input the name of a PNG")
-    paths = (
-        [path]
-        if single
-        else [
-            path / f"{Path(source).stem if os.path.isfile(source) else number}.png"
-            for number, source in enumerate(sources, start=1)
-        ]
-    )
+    stems = [Path(source).stem if os.path.isfile(source) else None for source in sources]
+    numbers = [f"input-{n}" if str(n) in stems else str(n) for n in range(1, len(sources) + 1)]
+    paths = [path] if single else [path / f"{stem or n}.png" for stem, n in zip(stems, numbers, strict=True)]
     names: set[Path] = set()
     for one in paths:
         if one in names:
             raise UserError(f"{option} {path}: two inputs would become {one.name}; expected names that differ")
         names.add(one)
-    taken = {one.resolve() for one in paths}
+    taken = set(map(real, paths))
     for source in sources:
-        if Path(source).resolve() in taken:
+        if real(source) in taken:
             raise UserError(f"{option} {path}: {source} would be overwritten; expected another place")
     return paths
 
 
+def real(path: str | Path) -> Path:
+    """Without links. Path's own raises for one that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def save(picture, path: Path) -> None:
     """Write a picture whole or not at all. Raises UserError."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{os.getpid()}.part")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")
     try:

@@ -6,13 +6,14 @@ from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
 # Not PostScript, for which pillow starts another program.
 BYTES = (bytes, bytearray, memoryview)
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -26,15 +27,14 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
         return _as_hwc(source, channels)
     try:
         with _opened(source) as image:
-            of_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it copies what it need not turn, too
-                image = ImageOps.exif_transpose(image)
-            if of_16_bits:  # the high byte
+            image.load()  # which turns a TIFF, and finds what a PNG says of itself at its end
+            side_up = orientation(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # the high byte
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
-            upright = image.convert("L" if channels == 1 else "RGB")
-            return np.asarray(upright).reshape(upright.height, upright.width, channels)
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            return np.ascontiguousarray(upright(pixels[:, :, None] if channels == 1 else pixels, side_up))
     except FileNotFoundError:
         raise UserError(f"{source}: not found; expected an image file") from None
     except (UserError, MemoryError):
@@ -43,6 +43,21 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
         if isinstance(source, BYTES):
             raise UserError(f"{len(source)} bytes: cannot be decoded; expected those of an image file") from None
         raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8, or what XMP has in its place; 1, as it is, where it is broken."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of damaged EXIF, pillow raises whatever comes up
+        return 1
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, ...) turned as an orientation of EXIF says: a view."""
+    if orientation in SIDEWAYS:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def _opened(source) -> AbstractContextManager[Image.Image]:

@@ -69,7 +69,7 @@ def text_in(path: str) -> str | Path | None:
     if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
         if os.path.exists(path) and not os.path.isdir(path):  # a pipe, which gives what it has once
             return read_text(path, "text")
-        return Path(path) if FILE_NAME.fullmatch(path) else None
+        return Path(path) if os.path.islink(path) or FILE_NAME.fullmatch(path) else None
     try:
         return read_text(path, "text")
     except UserError:

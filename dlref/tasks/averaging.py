@@ -70,12 +70,14 @@ class EMA(EMAWeightAveraging):
         update_every_n_steps: steps from one update to the next.
 
     Raises:
-        ValueError: `decay` is not from 0 to below 1.
+        ValueError: `decay` is not from 0 to below 1, or `update_every_n_steps` below 1.
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1):
         if not 0 <= decay < 1:
             raise ValueError(f"decay {decay}; expected 0 to below 1")
+        if update_every_n_steps < 1:
+            raise ValueError(f"update_every_n_steps {update_every_n_steps}; expected 1 or more")
         super().__init__(decay=decay, update_every_n_steps=update_every_n_steps)
         self.decay = decay
 

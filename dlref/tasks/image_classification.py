@@ -28,6 +28,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
+from dlref.tasks.losses import or_one
 from dlref.tasks.preprocess import ImagePreprocess
 
 MISTAKES = 25  # in the figure of the most confident ones
@@ -101,13 +102,14 @@ class ImageClassifier(ImageTask):
         if self.class_weights is None:
             return F.cross_entropy(logits.float(), targets, **options)
         # With weights and smoothing torch's own mean waits for the GPU.
-        return F.cross_entropy(logits.float(), targets, **options, reduction="sum") / self.counted(targets)
+        total = F.cross_entropy(logits.float(), targets, **options, reduction="sum")
+        weight = self.counted(targets) * torch.ones_like(total)
+        return (total / or_one(weight)).where(weight > 0, 0)  # smoothed, images that weigh nothing add something
 
     def counted(self, targets: Tensor) -> Tensor | int:
-        """Over how much the loss is a mean: images, or what their classes weigh together; more than 0."""
+        """Over how much the loss is a mean: images, or what their classes weigh together."""
         by_class = self.class_weights is not None and not targets.is_floating_point()
-        tiny = torch.finfo(torch.float32).tiny  # of images whose classes all weigh 0
-        return self.class_weights[targets].sum().clamp(min=tiny) if by_class else len(targets)
+        return self.class_weights[targets].sum() if by_class else len(targets)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of the head plus the weighted losses of the auxiliary heads."""

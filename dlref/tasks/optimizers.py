@@ -133,23 +133,25 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def described(optimizer: Optimizer) -> dict[str, object]:
-    """What was asked for, before a step changes it; plain values."""
+def described(optimizer: Optimizer, schedule: object) -> dict[str, object]:
+    """What was asked for, before a step changes it, and whether with a schedule; plain values."""
     groups = optimizer.param_groups
     return {
         "class": type(optimizer).__name__,
         "numbers of parameters": [len(group["params"]) for group in groups],
         "lr": [float(group["lr"]) for group in groups],
         "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
+        "lr_scheduler": schedule is not None,
     }
 
 
 def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
     """Refuse to resume with an optimiser other than the checkpoint's: its old learning rate would silently win."""
+    known = {"lr_scheduler": asked["lr_scheduler"]} | known  # which earlier checkpoints do not say
     for what, value in asked.items():
         if value != known.get(what):
             raise UserError(
                 f"optimizer: {what} {shortened(value)}, the checkpoint has {shortened(known.get(what))}; expected the "
-                "optimizer and freeze of the run's config.yaml, or model.init_args.weights for a run that begins with "
-                "its weights"
+                "optimizer, lr_scheduler and freeze of the run's config.yaml, or model.init_args.weights for a run "
+                "that begins with its weights"
             )

@@ -296,9 +296,12 @@ class Task(LightningModule):
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if not parameters:
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
+        steps = 0 if self.lr_scheduler is None else self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise UserError("lr_scheduler without an end of the run; expected trainer.max_epochs or max_steps")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
-            self.optimizer_asked = described(optimizer)
+            self.optimizer_asked = described(optimizer, self.lr_scheduler)
             if self.optimizer_resumed is not None:
                 check_resumed(self.optimizer_asked, self.optimizer_resumed)
             if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
@@ -308,9 +311,6 @@ class Task(LightningModule):
                 )
             if self.lr_scheduler is None:
                 return optimizer
-            steps = self.trainer.estimated_stepping_batches
-            if not math.isfinite(steps):
-                raise UserError("lr_scheduler without an end of the run; expected trainer.max_epochs or max_steps")
             scheduler = self.lr_scheduler(optimizer, int(steps))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error

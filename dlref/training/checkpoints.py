@@ -91,18 +91,20 @@ class Last(Checkpoint):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
         self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
+        self.accumulated = None  # batches of a step, in that checkpoint
 
     def on_sigterm(self, *_: Any) -> None:
         """SIGTERM: what a spot instance gets two minutes before it ends."""
         self.sigterm_received = True
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches an epoch has, for the place of one means nothing among others; if a validation came yet."""
-        return {"batches": self.batches, "validated": self.validated}
+        """How many batches an epoch and a step have, which say where a run is; if a validation came yet."""
+        return {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Those of the run that wrote the checkpoint."""
         self.batches, self.validated = state["batches"], state.get("validated", True)
+        self.accumulated = state.get("accumulated")
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""
@@ -128,7 +130,12 @@ class Last(Checkpoint):
                 f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
                 "same data, batch size and devices"
             )
-        self.batches = batches
+        if self.accumulated not in (None, added):
+            raise UserError(
+                f"trainer.accumulate_grad_batches: {added}, the checkpoint has {self.accumulated}; expected the same, "
+                "for a schedule counts steps"
+            )
+        self.batches, self.accumulated = batches, added
         # Lightning forgets where it was once the number of steps has been asked for, as schedules do.
         trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

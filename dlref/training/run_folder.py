@@ -50,8 +50,8 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     path = run / "checkpoints" / f"{asked or 'best'}.ckpt" if named else Path(asked)
     if asked == "last":
         path = intact(path, path.with_name("previous.ckpt"))
-    if not path.is_file():
-        if path.name == "best.ckpt" and path.with_name("last.ckpt").is_file():
+    if not os.path.isfile(path):  # of what cannot be looked at, Path's methods raise before Python 3.12
+        if path.name == "best.ckpt" and os.path.isfile(path.with_name("last.ckpt")):
             raise UserError(
                 f"{path}: not there, only last.ckpt, as in a run killed before its first validation; "
                 "expected a run that ended"
@@ -62,8 +62,8 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
 
 def intact(last: Path, previous: Path) -> Path:
     """The last checkpoint, or the one before it where the last is damaged or gone, which one line says."""
-    wrong = damage(last) if last.is_file() else "not there"
-    if wrong is None or not previous.is_file() or damage(previous):
+    wrong = damage(last) if os.path.isfile(last) else "not there"
+    if wrong is None or not os.path.isfile(previous) or damage(previous):
         return last
     if rank_zero_only.rank == 0:
         print(f"{last}: {wrong}; {previous.name}, the one before it, is whole and is used", file=sys.stderr)
@@ -85,11 +85,11 @@ class Claim:
         self.run, self.refusable = run, rank_zero_only.rank == 0
         if not self.refusable:
             return
-        blocked = next((path for path in (run, *run.parents) if path.exists()), run)
-        if blocked.exists() and not blocked.is_dir():
+        blocked = next(filter(os.path.exists, (run, *run.parents)), run)
+        if os.path.exists(blocked) and not blocked.is_dir():
             raise UserError(f"{blocked}: a file; expected a folder for the run")
-        self.created = [path for path in (run, *run.parents) if not path.exists()]
-        self.first = not (run / LOCK).exists()
+        self.created = [path for path in (run, *run.parents) if not os.path.exists(path)]
+        self.first = not os.path.exists(run / LOCK)
         self.take()
         begun = () if self.first else BEGUN
         there = [path.name for path in self.own() if path.name not in begun and (self.first or path.name in OWN)]

@@ -349,7 +349,8 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_json(one) for key, one in value.items()}
     if isinstance(value, np.datetime64):
-        value = value.astype("datetime64[s]").item()
+        seconds = value.astype("datetime64[s]")
+        value = seconds.item() if seconds == value else str(value)  # a fraction is refused, as in a text
     if isinstance(value, date):
         return value.isoformat(sep=" ") if isinstance(value, datetime) else value.isoformat()
     if isinstance(value, np.ndarray | np.generic):

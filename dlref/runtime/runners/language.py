@@ -127,11 +127,11 @@ class Runner(Base):
         if not isinstance(text, str):
             yield path, text or (Line("input", path) if is_object(path) else path)
             return
-        lines = text.rstrip().split("\n")
-        if not path.lower().endswith(".jsonl") and not is_object(lines[0]):
+        lines = {f"{path}:{n}": line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
+        if not path.lower().removesuffix(".gz").endswith(".jsonl") and not is_object(next(iter(lines.values()), "")):
             yield path, Line(path, text) if is_object(text) else text
             return
-        yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
+        yield from ((where, Line(where, line)) for where, line in lines.items())
 
     def read(self, source: Any) -> Request:
         """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
