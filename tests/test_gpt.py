@@ -204,6 +204,7 @@ def test_what_layers_add_up_to_may_be_too_large_for_float16():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_it_is_compiled_as_a_whole_with_and_without_autocast(enabled, unchecked):
+    torch._dynamo.reset()  # other tests may have compiled it as often as torch does
     model, tokens = network(positions="rotary", qk_norm=True), torch.randint(13, (2, 6))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

@@ -511,7 +511,7 @@ def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
     ):
         given = {f"model__init_args__{key}": value}
         assert fit(run="mine", ckpt_path="last", trainer__max_epochs=2, **given) == 2
-        assert f"optimizer: {complaint}; expected the optimizer and freeze of" in capsys.readouterr().err
+        assert f"optimizer: {complaint}; expected the optimizer, lr_scheduler and freeze of" in capsys.readouterr().err
         assert (tmp_path / "mine/config.yaml").read_text() == before
 
 
