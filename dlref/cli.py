@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.config import Parser, check_parts, no_other_configs, readable
+from dlref.config import Parser, check_parts, check_schedule, no_other_configs, readable
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
@@ -63,13 +63,17 @@ class Best:
 
 
 def check_trainer(options) -> None:
-    """Refuse what a run decides for itself, and precisions in which it would not learn. Raises UserError."""
+    """Refuse what a run decides for itself, and precisions in which it would not run. Raises UserError."""
     for name in ("logger", "default_root_dir"):
         if options[name] is not None:
             raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")
+
+
+def check_fit(options) -> None:
+    """Refuse a trainer's options by which nothing would be trained, or something else. Raises UserError."""
     for name in ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"):
         if options[name] == 0:
             raise UserError(f"trainer.{name}: 0; expected more")
@@ -128,6 +132,10 @@ class TrainCLI(LightningCLI):
         check_parts(options)
         check_trainer(options.trainer)
         fitting = command == "fit"
+        if fitting:
+            check_fit(options.trainer)
+            if schedule := options.model.init_args.get("lr_scheduler"):
+                check_schedule(schedule.class_path)
         self.records = fitting and not (options.debug or options.trainer.fast_dev_run)
         self.profile = fitting and options.profile
         if self.profile:

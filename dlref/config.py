@@ -29,7 +29,7 @@ ALLOWED_CLASS_PATHS = [
 ]
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
-LENGTHS = ("total_iters", "T_max")  # of a run, as torch's schedules call it
+LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # of a run, as schedules call it
 # What a checkpoint's name may have filled in, beside its own name; {step:c} is a letter by its number, such as a slash.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
@@ -96,16 +96,19 @@ def check_part(part: dict) -> None:
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
-    if isinstance(path, str) and path.startswith("torch.optim.lr_scheduler."):
-        _, taken, *_ = inspect.signature(locate(path)).parameters
-        if taken not in LENGTHS:
-            words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
-            raise UserError(f"{path}: takes {taken} where {words}")
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
     if folder is not None or {"..", "/"} & {*Path(named).parts} or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )
+
+
+def check_schedule(path: str) -> None:
+    """Raise UserError for the class of a schedule that would take a run's number of steps for something else."""
+    _, taken, *_ = inspect.signature(locate(path)).parameters
+    if taken not in LENGTHS:
+        words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
+        raise UserError(f"{path}: takes {taken} where {words}")
 
 
 class Parser(LightningArgumentParser):

@@ -610,7 +610,7 @@ def test_broken_exif_turns_nothing(tmp_path):
     plain = (tmp_path / "a.jpg").read_bytes()
     for exif in (b"nonsense", exif_of(6)[:12], exif_of(9)):
         (tmp_path / "a.jpg").write_bytes(plain[:2] + app1(b"Exif\0\0" + exif) + plain[2:])
-        with warnings.catch_warnings(action="ignore"):  # Pillow's
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of which there is none in training
             assert on_a_device(tmp_path / "a.jpg", 3).shape == (16, 24, 3)
             assert read_image(str(tmp_path / "a.jpg")).shape == (3, 16, 24)
             assert picture_size(str(tmp_path / "a.jpg")) == (24, 16)

@@ -316,6 +316,7 @@ def test_files_are_prompts_or_requests(tmp_path):
     (tmp_path / "request.json").write_text('{\n"inputs": "a"\n}\n')
     (tmp_path / "torn.txt").write_text('{"inputs": "a"}\n{"inputs": "b"\n')
     (tmp_path / "list.jsonl").write_text("no object\n")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "blank.txt").write_text('\n{"inputs": "a"}\n\n{"inputs": 3}\n')
     with gzip.open(tmp_path / "list.jsonl.gz", "wt") as file:
         file.write("no object\n")
@@ -335,6 +336,7 @@ def test_files_are_prompts_or_requests(tmp_path):
     assert str(second).startswith(f"{tmp_path}/torn.txt:2: ")
     for name in ("list.jsonl", "list.jsonl.gz"):
         assert str(answers(name)[0]).startswith(f"{tmp_path}/{name}:1: 'no object'; expected one JSON object")
+    assert str(answers("empty.jsonl")[0]).startswith(f"{tmp_path}/empty.jsonl:1: ''; expected one JSON object")
     first, second = answers("blank.txt")
     assert first["text"] == by_hand("a", 2)
     assert str(second).startswith(f"{tmp_path}/blank.txt:4: ")

@@ -444,6 +444,8 @@ def test_a_folder_that_was_there_stays(tmp_path, capsys):
     assert main([str(tmp_path / "out"), "--train", texts, "--val", texts, "--tokenizer", "byte"]) == 2
     assert f"{tmp_path}/out/val.bin: a folder; expected a place for a file" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.bin"]
+    assert main(["a" * 300, "--train", texts, "--val", texts, "--tokenizer", "byte"]) == 2
+    assert "File name too long; expected a folder to write to" in capsys.readouterr().err
 
 
 def test_files_of_tokens_are_replaced_together_or_not_at_all(tmp_path, capsys):

@@ -280,6 +280,21 @@ def test_numbers_give_way_to_the_names_of_files(tmp_path):
     assert found == ["input-1.png", "1.png", "3.png"]
 
 
+def test_pictures_beside_each_other_are_written_apart(tmp_path):
+    """By two machines at once, whose processes may have the same number."""
+    parts = []
+
+    class Watched:
+        def save(self, part, format):
+            parts.append(part)
+            part.touch()
+
+    for name in ("a.png", "b.png"):
+        save(Watched(), tmp_path / name)
+    assert len(set(parts)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
 def test_a_picture_may_have_the_longest_of_names(tmp_path):
     save(Image.new("L", (2, 2)), tmp_path / f"{'a' * 251}.png")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]

@@ -20,6 +20,8 @@ from dlref.runtime.images import read_image as read_as_device
 # torchvision 0.29 deprecates its decoders for torchcodec's, which torchvision 0.26 does not have beside it.
 # Of JPEG they decode two to four times as fast as Pillow, to the same pixels.
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+# Pillow's, of EXIF that is cut off and of large pictures.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 JPEG = b"\xff\xd8\xff"  # how such files begin
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
@@ -52,16 +54,12 @@ def read_image(path: str) -> Tensor:
             # As a device reads it, a PNG slower than torchvision, which ends the process at a damaged one. It does not
             # turn a WebP, and fills the holes of a GIF with another colour.
             pixels = read_as_device(content, channels=3)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        UserError,
-        Image.DecompressionBombError,
-    ):  # ValueError: a path that no file can have
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: {error}; expected a smaller image") from None
+    except (OSError, RuntimeError, ValueError, UserError):  # ValueError: a path that no file can have
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)
 
 
 def show_progress(items: list[Item], what: str) -> Iterable[Item]:

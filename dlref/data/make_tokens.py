@@ -7,6 +7,7 @@ writes FOLDER/train.bin, FOLDER/val.bin and FOLDER/tokenizer.json, all of them o
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -68,9 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make(asked: argparse.Namespace) -> None:
     """Write all that is asked for, or nothing. Raises UserError."""
-    there = asked.folder.exists()
+    there = os.path.exists(asked.folder)  # of what cannot be looked at, Path's raises
     for path in (asked.folder / name for name in ("train.bin", "val.bin", "tokenizer.json")):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{path}: a folder; expected a place for a file")
     try:
         asked.folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,9 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder to work in, beside `output`. What is then in its BUNDLE becomes `output`; the rest vanishes."""
-    output = Path(os.path.realpath(output))  # of what cannot be looked at, Path's methods raise before Python 3.12
+    output = Path(os.path.realpath(output))  # of what cannot be looked at, Path's methods raise before Python 3.14
+    if os.path.islink(output):
+        raise UserError(f"{output}: a link to itself; expected a folder for the bundle")
     if os.path.ismount(output):
         raise UserError(f"{output}: something is mounted there; expected a folder in it, which can be replaced whole")
     nearest = next(path for path in (output, *output.parents) if os.path.exists(path))

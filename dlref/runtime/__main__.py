@@ -7,6 +7,7 @@
 
 import argparse
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -188,7 +189,8 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     if not single and (path.suffix.lower() in PICTURES or (os.path.exists(path) and not os.path.isdir(path))):
         raise UserError(f"{option} {path}: expected a folder, or for one input the name of a PNG")
     stems = [Path(source).stem if os.path.isfile(source) else None for source in sources]
-    numbers = [f"input-{n}" if str(n) in stems else str(n) for n in range(1, len(sources) + 1)]
+    known = set(stems)
+    numbers = [f"input-{n}" if str(n) in known else str(n) for n in range(1, len(sources) + 1)]
     paths = [path] if single else [path / f"{stem or n}.png" for stem, n in zip(stems, numbers, strict=True)]
     names: set[Path] = set()
     for one in paths:
@@ -209,7 +211,8 @@ def real(path: str | Path) -> Path:
 
 def save(picture, path: Path) -> None:
     """Write a picture whole or not at all. Raises UserError."""
-    part = path.with_name(f".{os.getpid()}.part")
+    # A name of its own: others may write beside it, from machines with the same process numbers; and a short one.
+    part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")
     try:

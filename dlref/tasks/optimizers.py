@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
 from dlref.runtime.errors import shortened
@@ -133,15 +134,15 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def described(optimizer: Optimizer, schedule: object) -> dict[str, object]:
-    """What was asked for, before a step changes it, and whether with a schedule; plain values."""
+def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, object]:
+    """What was asked for, whatever a schedule makes of it, and the schedule's class; plain values."""
     groups = optimizer.param_groups
     return {
         "class": type(optimizer).__name__,
         "numbers of parameters": [len(group["params"]) for group in groups],
-        "lr": [float(group["lr"]) for group in groups],
+        "lr": [float(group.get("initial_lr", group["lr"])) for group in groups],
         "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
-        "lr_scheduler": schedule is not None,
+        "lr_scheduler": schedule and type(schedule).__name__,
     }
 
 

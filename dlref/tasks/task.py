@@ -301,19 +301,19 @@ class Task(LightningModule):
             raise UserError("lr_scheduler without an end of the run; expected trainer.max_epochs or max_steps")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
-            self.optimizer_asked = described(optimizer, self.lr_scheduler)
-            if self.optimizer_resumed is not None:
-                check_resumed(self.optimizer_asked, self.optimizer_resumed)
-            if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
-                raise UserError(
-                    "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
-                    "model.init_args.optimizer.init_args.fused to be false"
-                )
-            if self.lr_scheduler is None:
-                return optimizer
-            scheduler = self.lr_scheduler(optimizer, int(steps))
+            scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer, int(steps))
         except ValueError as error:  # a rate below zero, two rates too few, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
+        self.optimizer_asked = described(optimizer, scheduler)
+        if self.optimizer_resumed is not None:
+            check_resumed(self.optimizer_asked, self.optimizer_resumed)
+        if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):
+            raise UserError(
+                "a fused optimizer with trainer.gradient_clip_val and 16-mixed; expected bf16-mixed, or "
+                "model.init_args.optimizer.init_args.fused to be false"
+            )
+        if scheduler is None:
+            return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -50,7 +50,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     path = run / "checkpoints" / f"{asked or 'best'}.ckpt" if named else Path(asked)
     if asked == "last":
         path = intact(path, path.with_name("previous.ckpt"))
-    if not os.path.isfile(path):  # of what cannot be looked at, Path's methods raise before Python 3.12
+    if not os.path.isfile(path):  # of what cannot be looked at, Path's methods raise before Python 3.14
         if path.name == "best.ckpt" and os.path.isfile(path.with_name("last.ckpt")):
             raise UserError(
                 f"{path}: not there, only last.ckpt, as in a run killed before its first validation; "

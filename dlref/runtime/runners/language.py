@@ -131,7 +131,7 @@ class Runner(Base):
         if not path.lower().removesuffix(".gz").endswith(".jsonl") and not is_object(next(iter(lines.values()), "")):
             yield path, Line(path, text) if is_object(text) else text
             return
-        yield from ((where, Line(where, line)) for where, line in lines.items())
+        yield from ((where, Line(where, line)) for where, line in (lines or {f"{path}:1": ""}).items())
 
     def read(self, source: Any) -> Request:
         """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
