@@ -54,7 +54,7 @@ def measure(names: list[str], folder: Path) -> int:
             records[name] = found
         print(f"{name}: {found.not_run or ', '.join(spread(row.values, row.sign) for row in found.rows.values())}")
         write(folder, {name: records[name] for name in order if name in records})
-    draw(folder, records)
+    draw(folder, read(folder))
     return int(failed)
 
 

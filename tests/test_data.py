@@ -9,7 +9,6 @@ import struct
 import tarfile
 import threading
 import warnings
-import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ from torchvision.transforms.v2 import functional as F
 from dlref import data
 from dlref.data import CIFAR10, MNIST, Digits, FashionMNIST, ImageFolder, ImageList, ImageManifest
 from dlref.data.augment import random_crop, random_erase, random_flip
-from dlref.data.files import picture_size
 from dlref.data.images import read_image
 from dlref.runtime.errors import UserError
 from dlref.runtime.images import read_image as on_a_device
@@ -530,96 +528,6 @@ def test_read_image(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     frames[0].save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(str(tmp_path / "turned.jpg")).shape == (3, 4, 3)
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "webp.jpg"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    corners = np.zeros((16, 24, 3), np.uint8)
-    corners[:8, :8], corners[:8, -8:], corners[-8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    path = tmp_path / name
-    Image.fromarray(corners).save(path, "WEBP" if "webp" in name else None, exif=exif, quality=95)
-    device = on_a_device(path, 3)
-    training = read_image(str(path)).permute(1, 2, 0).numpy()
-    assert training.shape == device.shape
-    assert np.abs(training.astype(int) - device).mean() < 4
-
-
-XMP = (
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/></rdf:RDF>'
-    "</x:xmpmeta>"
-)
-
-
-def exif_of(orientation, order=">", kind="H"):
-    """EXIF with nothing but an orientation, in one of both byte orders, of a type that is short or long."""
-    value = struct.pack(f"{order}{kind}", orientation).ljust(4, b"\0")
-    entry = struct.pack(f"{order}HHI", 0x112, {"H": 3, "I": 4}[kind], 1) + value
-    return {">": b"MM", "<": b"II"}[order] + struct.pack(f"{order}HIH", 42, 8, 1) + entry + bytes(4)
-
-
-def app1(*contents):
-    """JPEG's segments for EXIF and XMP."""
-    return b"".join(b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content for content in contents)
-
-
-def chunk(kind, content):
-    """A PNG's."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def packets(name, plain):
-    """A file that says of itself in one way or another that it is to be turned."""
-    exif, xmp = b"Exif\0\0" + exif_of(6), b"http://ns.adobe.com/xap/1.0/\0" + XMP.format(1).encode()
-    raw = f"\nexif\n{len(exif):8}\n{exif.hex()}\n".encode()
-    xmp_of_png = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.format(6).encode()
-    return {
-        "xmp_alone.jpg": lambda: plain[:2] + app1(xmp.replace(b'"1"', b'"6"')) + plain[2:],
-        "xmp_first.jpg": lambda: plain[:2] + app1(xmp, exif) + plain[2:],
-        "long.jpg": lambda: plain[:2] + app1(b"Exif\0\0" + exif_of(6, ">", "I")) + plain[2:],
-        "little.jpg": lambda: plain[:2] + app1(b"Exif\0\0" + exif_of(6, "<", "I")) + plain[2:],
-        "raw.png": lambda: plain[:33] + chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)) + plain[33:],
-        "late.png": lambda: plain[:-12] + chunk(b"eXIf", exif_of(6)) + plain[-12:],
-        "xmp.png": lambda: plain[:33] + chunk(b"iTXt", xmp_of_png) + plain[33:],
-    }[name]()
-
-
-@pytest.mark.parametrize(
-    "name", ["xmp_alone.jpg", "xmp_first.jpg", "long.jpg", "little.jpg", "raw.png", "late.png", "xmp.png", "xmp.webp"]
-)
-def test_wherever_a_picture_says_that_it_lies_on_its_side_it_is_turned(tmp_path, name):
-    """In training, on a device, and where boxes and masks are held against its size."""
-    path = tmp_path / name
-    picture = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
-    if name == "xmp.webp":
-        picture.save(path, xmp=XMP.format(6).encode(), lossless=True)
-    else:
-        picture.save(path)
-        path.write_bytes(packets(name, path.read_bytes()))
-    device = on_a_device(path, 3)
-    assert device.shape == (24, 16, 3)
-    np.testing.assert_array_equal(read_image(str(path)).permute(1, 2, 0).numpy(), device)
-    assert picture_size(str(path)) == (16, 24)
-
-
-def test_broken_exif_turns_nothing(tmp_path):
-    Image.new("RGB", (24, 16)).save(tmp_path / "a.jpg")
-    plain = (tmp_path / "a.jpg").read_bytes()
-    for exif in (b"nonsense", exif_of(6)[:12], exif_of(9)):
-        (tmp_path / "a.jpg").write_bytes(plain[:2] + app1(b"Exif\0\0" + exif) + plain[2:])
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of which there is none in training
-            assert on_a_device(tmp_path / "a.jpg", 3).shape == (16, 24, 3)
-            assert read_image(str(tmp_path / "a.jpg")).shape == (3, 16, 24)
-            assert picture_size(str(tmp_path / "a.jpg")) == (24, 16)
-
-
-def test_a_name_need_not_be_utf_8(tmp_path):
-    path = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9.jpg")
-    Image.new("RGB", (24, 16)).save(path)
-    assert read_image(path).shape == (3, 16, 24)
 
 
 def test_evaluation_keeps_the_aspect_and_takes_the_centre(tmp_path):
