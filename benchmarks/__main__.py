@@ -45,6 +45,7 @@ def shown(names: list[str]):
 
 def measure(names: list[str], folder: Path) -> int:
     """Measure, and keep what was found beside what was there. 1 where one failed."""
+    folder.mkdir(parents=True, exist_ok=True)
     records, order = read(folder), list(modules())
     failed = False
     for name in shown(names):
@@ -54,7 +55,7 @@ def measure(names: list[str], folder: Path) -> int:
             records[name] = found
         print(f"{name}: {found.not_run or ', '.join(spread(row.values, row.sign) for row in found.rows.values())}")
         write(folder, {name: records[name] for name in order if name in records})
-    draw(folder, read(folder))
+        draw(folder, read(folder))
     return int(failed)
 
 

@@ -1,12 +1,14 @@
 """ResNets beside torchvision's and timm's.
 
 All hold the same weights and see the same pictures, in one process and in turns. Timed are the training step of a
-ResNet-18 (forward, cross entropy, backward, SGD; dlref in NHWC as its configs have it, the others as they come) and the
-answer of a ResNet-50 to one picture: dlref's graph in onnxruntime as a bundle opens it, the others in PyTorch.
+ResNet-18 (forward, cross entropy, backward, SGD; dlref in NHWC as its configs have it, the others as they come, and
+torchvision's in NHWC, too) and the answer of a ResNet-50 to one picture: dlref's graph in onnxruntime as a bundle opens
+it, the others in PyTorch.
 """
 
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +63,9 @@ def trainer(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
 def step() -> Rows:
     """The first losses have to be equal."""
     found = {name: network.to(DEVICE).train() for name, network in networks(18).items()}
-    found["dlref"].to(memory_format=torch.channels_last)
+    found["torchvision, NHWC"] = deepcopy(found["torchvision"])
+    for name in ("dlref", "torchvision, NHWC"):
+        found[name].to(memory_format=torch.channels_last)
     images = torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE)
     labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
     calls = {name: trainer(network, images, labels) for name, network in found.items()}
@@ -71,7 +75,8 @@ def step() -> Rows:
     seconds = in_turns("training steps", calls)
     title = f"training step, ResNet-18 at {SIDE} px, batch {BATCH}"
     return {
-        f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], "s", name) for name in ("torchvision", "timm")
+        f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], "s", name)
+        for name in ("torchvision", "torchvision, NHWC", "timm")
     }
 
 

@@ -1,12 +1,18 @@
 """A bundle beside what it replaces on this machine: PyTorch eager and compiled, and its own float32 graph.
 
-Each contender answers in a process of its own, one answer at a time; the export step measures them once a turn. A
-config's is exported from the run that the config's own benchmark has made; ResNet and LeNet-5 at published sizes have
-random weights, whose speed and memory are those of trained ones. A model is the bundle's graphs or the program that
-torch.export saved; "installed" are the packages that answer, with the CUDA libraries that PyTorch's wheel requires.
+Each contender answers in a process of its own, one answer at a time. A turn is an export, whose last step measures them
+one after the other; where int8 was tried, both graphs were measured three times and the middle counts. PyTorch runs the
+programs that torch.export saved, without the checks of each call, and compiles with nothing cached. A config's is
+exported from the run that the config's own benchmark has made; ResNet and LeNet-5 at published sizes have random
+weights, whose speed and memory are those of trained ones. A model is the bundle's graphs or PyTorch's weights.
+"Installed" are the packages that answer. PyTorch is the wheel that `pip install torch` brings, whose CUDA libraries
+cost memory and disk on a machine without a GPU, too. TORCH_CPU_PYTHON names an interpreter that has the wheel without
+them, numpy, onnxruntime and pillow: a contender of its own.
 """
 
+import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +26,10 @@ from benchmarks.configs import ON_A_CPU, roots, trained
 from benchmarks.rows import Row, Rows, run
 from dlref.cli import load_run
 from dlref.export.bundle import export
+from dlref.export.measure import Contenders
 from dlref.export.targets import ARM, TARGETS, Target
 from dlref.models import LeNet5, ResNet
+from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.task import Task
 
@@ -40,10 +48,11 @@ FIGURES = {  # of a contender: key, what, unit, factor
 }
 PEERS = {  # and which of its figures are not another contender's, too
     "pytorch-eager": ("PyTorch eager", set(FIGURES)),
+    "cpu-wheel": ("PyTorch eager, CPU wheel", set(FIGURES) - {"model_mb"}),
     "pytorch-compiled": ("PyTorch compiled", {"latency_ms", "first_answer_s", "peak_rss_mb"}),
     "onnx-float32": ("its float32 graph", {"latency_ms", "first_answer_s", "peak_rss_mb", "model_mb"}),
 }
-# Beside PyTorch eager, from the default wheel.
+# Beside PyTorch eager, from either wheel.
 GOALS = {"latency_ms": ">= 2", "first_answer_s": ">= 10", "peak_rss_mb": ">= 8", "installed_mb": ">= 10"}
 SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # where another latency is asked for
 
@@ -89,13 +98,30 @@ def fitting() -> Target:
     return TARGETS["x86-64" if "avx512_vnni" in flags or "avx_vnni" in flags else "x86-64-avx2"]
 
 
+def measured(built: Callable[[], tuple[Task, LightningDataModule]], target: Target, folder: Path) -> tuple[str, dict]:
+    """A turn: the precision of the bundle, and every contender's figures."""
+    task, data = built()
+    manifest = export(task, data, target, folder / "bundle")
+    figures = manifest["measurement"]["contenders"]
+    if python := os.environ.get("TORCH_CPU_PYTHON"):
+        graphs = task.deployable(next(iter(data.val_dataloader()))).graphs
+        (folder / "programs").mkdir()
+        try:
+            figures["cpu-wheel"] = Contenders(target, graphs, folder / "programs", folder / "bundle", python).pytorch(
+                "eager"
+            )
+        except UserError as error:  # it may lack torchvision, whose operators SSD's has
+            print(f"the CPU wheel: {error}", file=sys.stderr)
+    return manifest["precision"], figures
+
+
 def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
     """Every figure of a bundle beside those of the others."""
     target, goals = fitting(), GOALS | {"latency_ms": SOONER.get(name, GOALS["latency_ms"])}
     with tempfile.TemporaryDirectory() as folder:
-        manifests = [export(*built(), target, Path(folder, str(turn))) for turn in range(TURNS)]
-    contenders = [manifest["measurement"]["contenders"] for manifest in manifests]
-    precision = " or ".join(sorted({manifest["precision"] for manifest in manifests}))
+        turns = [measured(built, target, Path(folder, str(turn))) for turn in range(TURNS)]
+    precisions, contenders = zip(*turns, strict=True)
+    precision = " or ".join(sorted(set(precisions)))
     rows = {}
     for peer, (beside, keys) in PEERS.items():
         if peer == "onnx-float32" and precision == "float32":
@@ -104,7 +130,7 @@ def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> 
         known = [key for key in FIGURES if key in keys and all(turn.get(peer, {}).get(key) for turn in contenders)]
         for key, (what, unit, factor) in ((key, FIGURES[key]) for key in known):
             own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
-            goal = goals.get(key, "") if peer == "pytorch-eager" else ""
+            goal = goals.get(key, "") if peer in ("pytorch-eager", "cpu-wheel") else ""
             rows[f"{what}, beside {beside}"] = Row(own, theirs, unit, f"{beside} (bundle: {precision})", goal)
     return rows
 

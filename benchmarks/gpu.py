@@ -235,7 +235,9 @@ def beside_a_cpu(config: str, sizes: tuple[int, ...], unit: str = "", steps: int
     """Steps a second of both, in turns, in batches of so many samples, or of what `unit` says."""
     wanted()
     rows = {
-        f"training in batches of {size:,}{unit}, `{config}`": Row([], [], "steps/s", "this machine's CPU", ">= 10")
+        f"training in batches of {size:,}{unit}, `{config}`": Row(
+            [], [], "steps/s", f"its CPU, {torch.get_num_threads()} threads", ">= 10"
+        )
         for size in sizes
     }
     _, data = made(config)  # read once

@@ -11,6 +11,7 @@ from benchmarks.page import Record, Records
 MET, UNMET = "#1d4ed8", "#c2410c"
 CONTENDERS = {
     "PyTorch eager": "#c2410c",
+    "PyTorch eager, CPU wheel": "#9a3412",
     "PyTorch compiled": "#f59e0b",
     "its float32 graph": "#93c5fd",
     "bundle": "#1d4ed8",

@@ -1,12 +1,15 @@
 """FCN with a ResNet-50 beside torchvision's.
 
 Both hold the same weights and see the same pictures and masks, in one process and in turns. Timed are the training step
-(forward, enlarging, loss of both heads and backward, without the optimiser; dlref in NHWC as its configs have it) and
-the update of the metric, beside torchmetrics' own on the same pixels. Of both metrics it is made sure that theirs waits
-for the device and ours does not: on a GPU by torch.cuda.set_sync_debug_mode, elsewhere by tensors that have no values.
+(forward, enlarging, loss of both heads and backward, without the optimiser; dlref in NHWC as its configs have it,
+torchvision's as it comes and in NHWC, too) and the update of the metric, beside torchmetrics' own on the same pixels.
+Of both metrics it is made sure that theirs waits for the device and ours does not: on a GPU by
+torch.cuda.set_sync_debug_mode, elsewhere by tensors that have no values.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,9 +47,12 @@ def step() -> Rows:
     masks[:, : SIZE // 10] = VOID
     targets = masks.long()
 
-    def published() -> Tensor:
-        theirs.zero_grad()
-        heads = theirs(images)
+    peers = {"torchvision": theirs, "torchvision, NHWC": deepcopy(theirs).to(memory_format=torch.channels_last)}
+    nhwc = images.contiguous(memory_format=torch.channels_last)
+
+    def published(name: str) -> Tensor:
+        peers[name].zero_grad()
+        heads = peers[name](nhwc if name.endswith("NHWC") else images)
         loss = sum(
             w * F.cross_entropy(heads[k], targets, ignore_index=VOID) for k, w in (("out", 1), ("aux", AUXILIARY))
         )
@@ -55,15 +61,17 @@ def step() -> Rows:
 
     def ours() -> Tensor:
         own.zero_grad()
-        head, auxiliary = own(images.contiguous(memory_format=torch.channels_last))
+        head, auxiliary = own(nhwc)
         loss = pixel_loss(head, masks, None) + AUXILIARY * pixel_loss(auxiliary, masks, None)
         loss.backward()
         return loss
 
-    torch.testing.assert_close(ours(), published(), rtol=1e-4, atol=0)
-    seconds = in_turns("training steps", {"torchvision": published, "dlref": ours})
-    row = Row(seconds["dlref"], seconds["torchvision"], "s", "torchvision", ">= 1")
-    return {f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}": row}
+    calls = {name: partial(published, name) for name in peers}
+    for call in calls.values():
+        torch.testing.assert_close(ours(), call(), rtol=1e-4, atol=0)
+    seconds = in_turns("training steps", calls | {"dlref": ours})
+    title = f"training step, FCN with ResNet-50, {BATCH} pictures of {SIZE}×{SIZE}"
+    return {f"{title}, beside {name}": Row(seconds["dlref"], seconds[name], "s", name, ">= 1") for name in peers}
 
 
 def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 
 from dlref.export.bundle import export
 from dlref.export.graph import write_program
-from dlref.export.measure import CONTENDERS, Contenders, threads
+from dlref.export.measure import CONTENDERS, Contenders, threads, weights_mb
 from dlref.export.report import busy, graphs, measurement
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
@@ -222,6 +223,13 @@ def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
     module = [sys.executable, "-m", "dlref.export.contender"]
     figures = bench.in_process([*module, str(tmp_path / "programs"), str(bundle), "eager", "1", "cpu"])
     assert figures["installed_mb"] > bench.installed_mb("torch")
+
+
+def test_weights_that_graphs_share_count_once():
+    shared = nn.Linear(10, 10, bias=False)
+    modules = {"encode": nn.Sequential(shared), "step": nn.Sequential(shared, nn.Linear(10, 5, bias=False))}
+    graphs = {name: SimpleNamespace(module=module) for name, module in modules.items()}
+    assert weights_mb(graphs) == pytest.approx(4 * (10 * 10 + 10 * 5) / 1e6)
 
 
 def test_a_process_is_told_when_it_was_started():

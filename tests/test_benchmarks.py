@@ -114,6 +114,7 @@ def test_a_picture_of_bundles_has_what_is_known(tmp_path):
     }
     known = Record("edge", rows, where=WHERE)
     times = [pictures.middle(known, "an answer", contender) for contender in pictures.CONTENDERS]
+    assert math.isnan(times.pop(1))  # of the other wheel
     assert times == [4, 3, 2, 2]
     assert all(math.isnan(pictures.middle(known, "peak memory", contender)) for contender in pictures.CONTENDERS)
     pictures.draw(tmp_path, {"edge-lenet5": known})
@@ -122,15 +123,21 @@ def test_a_picture_of_bundles_has_what_is_known(tmp_path):
 
 def test_a_bundle_in_float32_is_not_beside_itself(monkeypatch):
     figures = dict.fromkeys(edge.FIGURES, 1.0)
-    measured = {"contenders": dict.fromkeys(("bundle", *edge.PEERS), figures)}
-    for precision, rows in (("float32", 5 + 3), ("int8", 5 + 3 + 4)):
-        monkeypatch.setattr(edge, "export", lambda *_, kept=precision: {"measurement": measured, "precision": kept})
+    contenders = dict.fromkeys(("bundle", *edge.PEERS), figures)
+    for precision, rows in (("float32", 5 + 4 + 3), ("int8", 5 + 4 + 3 + 4)):
+        monkeypatch.setattr(edge, "measured", lambda *_, kept=precision: (kept, contenders))
         assert len(edge.bundle("edge-lenet5", lambda: ())) == rows
 
 
 @pytest.mark.parametrize(("now", "inside"), [(1.5, True), (0.96, True), (2.09, True), (0.94, False), (2.11, False)])
 def test_within_the_spread(now, inside):
-    assert within(recorded(1.0, 2.0, 1.7), recorded(now)) == {"what": inside}
+    assert within(recorded(1.0, 2.0, 1.7, unit="s"), recorded(now, unit="s")) == {"what": inside}
+
+
+@pytest.mark.parametrize(("now", "inside"), [(0.992, True), (0.988, True), (0.98, False)])
+def test_a_score_is_within_by_points_not_by_its_share(now, inside):
+    stated, found = (Record("configs", {"accuracy": Row(scores)}) for scores in ([0.997, 0.992], [now]))
+    assert within(stated, found) == {"accuracy": inside}
 
 
 def test_a_row_that_is_gone_is_not_within():
@@ -289,8 +296,10 @@ def test_rows_have_dlref_on_its_own_side(monkeypatch):
     monkeypatch.setattr(forecasting, "made", lambda make: None)
     monkeypatch.setattr(translation, "joeynmt_python", lambda: "python")
     monkeypatch.setattr(translation, "write_files", lambda folder: 1)
-    for module, name in ((forecasting, "figures_in_turns"), (translation, "in_turn")):
-        monkeypatch.setattr(module, name, lambda title, calls, **_: {call: [rates[call]] for call in calls})
+    for module in (forecasting, translation):
+        monkeypatch.setattr(
+            module, "figures_in_turns", lambda title, calls, turns: {call: [rates[call]] for call in calls}
+        )
     for rows in (forecasting.training(forecasting.synthetic), translation.programs()):
         assert [row.values for row in rows.values()] == [[6], [3]]
 

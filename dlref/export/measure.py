@@ -64,6 +64,12 @@ def threads(target: Target) -> int:
     return min(target.threads or cores(), cores())
 
 
+def weights_mb(graphs: Mapping) -> float:
+    """Megabytes of the graphs' parameters and buffers, once each, however many graphs share them."""
+    tensors = {t.data_ptr(): t.nbytes for graph in graphs.values() for t in graph.module.state_dict().values()}
+    return sum(tensors.values()) / 1e6
+
+
 class Contenders:
     """What can be measured of one export, each once.
 
@@ -72,10 +78,12 @@ class Contenders:
         graphs: those of the task by name, which PyTorch is measured by.
         programs: folder for what torch.export saves of them, once they are asked for.
         float32: folder of the bundle as it came from PyTorch.
+        python: the interpreter that PyTorch is measured by.
     """
 
-    def __init__(self, target: Target, graphs: Mapping, programs: Path, float32: Path):
+    def __init__(self, target: Target, graphs: Mapping, programs: Path, float32: Path, python: str = sys.executable):
         self.target, self.graphs, self.programs, self.float32 = target, graphs, programs, float32
+        self.python = python
         self.known: dict[Path, dict] = {}
 
     def of_bundle(self, folder: Path, again: bool = False) -> dict:
@@ -101,8 +109,9 @@ class Contenders:
         for name, graph in self.graphs.items():
             if not (program := self.programs / f"{name}.pt2").exists():
                 write_program(graph, program, self.target)
-        module = [sys.executable, "-m", "dlref.export.contender"]
-        return in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
+        module = [self.python, "-m", "dlref.export.contender"]
+        figures = in_process([*module, str(self.programs), str(self.float32), mode, str(threads(self.target)), device])
+        return figures | {"model_mb": weights_mb(self.graphs)}
 
     def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
         """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
