@@ -8,21 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-    MultilabelAccuracy,
-    MultilabelAUROC,
-    MultilabelConfusionMatrix,
-    MultilabelExactMatch,
-    MultilabelF1Score,
-    MultilabelPrecision,
-    MultilabelRecall,
-)
+from torchmetrics.classification import AUROC, Accuracy, ConfusionMatrix, ExactMatch, F1Score, Precision, Recall
 
 from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
@@ -236,43 +222,34 @@ def mixing(mixup: float, cutmix: float, classes: int):
     return v2.RandomChoice(both)
 
 
+def of_task(classes: int, multi_label: bool) -> dict:
+    """What torchmetrics is told of the task."""
+    number = "num_labels" if multi_label else "num_classes"
+    return {"task": "multilabel" if multi_label else "multiclass", number: classes, "validate_args": False}
+
+
 def metrics(classes: int, multi_label: bool) -> MetricCollection:
     """What validation reports. Several labels: accuracy counts the images whose labels are all right."""
-    if multi_label:
-        return MetricCollection(
-            {
-                "accuracy": MultilabelExactMatch(classes, validate_args=False),
-                "f1": MultilabelF1Score(classes, validate_args=False),
-            }
-        )
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
-            "f1": MulticlassF1Score(classes, validate_args=False),
-        }
-    )
+    task = of_task(classes, multi_label)
+    accuracy = ExactMatch(**task) if multi_label else Accuracy(average="micro", **task)
+    return MetricCollection({"accuracy": accuracy, "f1": F1Score(average="macro", **task)})
 
 
 def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
     """What the test reports; averages over classes are macro averages."""
+    collection, task = metrics(classes, multi_label), of_task(classes, multi_label)
+    name, accuracy = "top5_accuracy", {"average": "micro", "top_k": min(5, classes)}
     if multi_label:
-        more = {
-            "label_accuracy": MultilabelAccuracy(classes, validate_args=False),
-            "precision": MultilabelPrecision(classes, validate_args=False),
-            "recall": MultilabelRecall(classes, validate_args=False),
-            "roc_auc": MultilabelAUROC(classes, average="none", validate_args=False),
-            "confusion": MultilabelConfusionMatrix(classes, validate_args=False),
+        name, accuracy = "label_accuracy", {"average": "macro"}
+    collection.add_metrics(
+        {
+            name: Accuracy(**accuracy, **task),
+            "precision": Precision(average="macro", **task),
+            "recall": Recall(average="macro", **task),
+            "roc_auc": AUROC(average="none", **task),
+            "confusion": ConfusionMatrix(**task),
         }
-    else:
-        more = {
-            "top5_accuracy": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
-            "precision": MulticlassPrecision(classes, validate_args=False),
-            "recall": MulticlassRecall(classes, validate_args=False),
-            "roc_auc": MulticlassAUROC(classes, average="none", validate_args=False),
-            "confusion": MulticlassConfusionMatrix(classes, validate_args=False),
-        }
-    collection = metrics(classes, multi_label)
-    collection.add_metrics(more)
+    )
     return collection
 
 
