@@ -64,7 +64,7 @@ class ReadingTask(ImageClassifier):
             dynamic_axes={"image": dict(enumerate(self.axes))},
             sizes={"batch": (1, 2, 7), "height": (32, 5, 40)},
         )
-        return Deployable("image-classification", {"classify": graph}, self.metadata())
+        return Deployable("image-classification", {"classify": graph}, {**self.facts, "channels": image.shape[3]})
 
 
 def reading(layer, features, axes=("batch",)):

@@ -154,17 +154,13 @@ class ImageClassifier(ImageTask):
     def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
         """The answers that the bundle's runner gives."""
         probability = self.probability(self(batch[0])[0])
-        return answers(probability.float().cpu().numpy(), self.metadata())
+        return answers(probability.cpu().numpy(), self.facts)
 
     def probability(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         """Softmax over the classes, or a sigmoid for each where there are several labels."""
         return logits.float().sigmoid() if self.facts["multi_label"] else logits.float().softmax(dim=-1)
 
     # The contract with the export step
-
-    def metadata(self) -> dict:
-        """What the runner has to know."""
-        return {**self.facts, "channels": self.preprocess.channels}
 
     def deployable(self, batch: Batch) -> Deployable:
         """uint8 (B, H, W, C) of any size -> probabilities (B, K)."""
@@ -176,7 +172,7 @@ class ImageClassifier(ImageTask):
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 7), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
         )
-        metadata = self.metadata() | {"channels": batch[0].shape[1]}  # grey pictures may train a network for colour
+        metadata = {**self.facts, "channels": batch[0].shape[1]}  # grey pictures may train a network for colour
         return Deployable("image-classification", {"classify": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
