@@ -19,7 +19,7 @@ class EndAtSigterm(Callback):
     Lightning's waits within the signal for the other processes, while they may wait for this one somewhere else.
     """
 
-    def listen(self, trainer: Trainer) -> None:
+    def listen(self, trainer: Trainer, task: LightningModule) -> None:
         """End at SIGTERM, with the processes that this one started. One may have come already: Lightning notes it."""
         if trainer.received_sigterm:
             raise SIGTERMException
@@ -31,23 +31,10 @@ class EndAtSigterm(Callback):
 
         listen(end)
 
-    def on_sanity_check_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Before the first step."""
-        self.listen(trainer)
-
-    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Where nothing is kept; else `Last` listens next."""
-        self.listen(trainer)
+    # In training `Last` listens next, where something is kept; the test may be the one that ends a fit.
+    on_sanity_check_start = on_train_start = on_test_start = on_predict_start = listen
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Of a validation that is no part of a fit."""
         if trainer.state.fn == "validate":
-            self.listen(trainer)
-
-    def on_test_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Of the test that ends a fit, too."""
-        self.listen(trainer)
-
-    def on_predict_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Nothing is written before the end."""
-        self.listen(trainer)
+            self.listen(trainer, task)
