@@ -86,6 +86,7 @@ class Runner(Base):
     Raises UserError for metadata or graphs that are others.
     """
 
+    forms: Mapping = {"sagemaker": lambda answer: {"generated_text": answer["text"]}}
     options: Mapping = OPTIONS
     stop: tuple[str, ...] = ()
 
@@ -280,6 +281,3 @@ class Runner(Base):
             whole = most + np.log(np.exp(logits - most[..., None]).sum(axis=2))
             nats.append(whole - np.take_along_axis(logits, after, axis=2)[..., 0])
         return np.concatenate(nats, axis=1)
-
-
-Runner.forms = {"sagemaker": lambda answer: {"generated_text": answer["text"]}}

@@ -60,6 +60,7 @@ class Runner(Base):
     """
 
     spreads = True
+    forms: Mapping = {"sagemaker": lambda answer: answer if "predictions" in answer else as_sagemaker(answer)}
     options: Mapping = {"beam": (positive, "beam width (default: the model's)")}
 
     def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
@@ -242,8 +243,3 @@ class Runner(Base):
 def as_sagemaker(answer: dict) -> dict:
     """What SageMaker's endpoint says of an instance, and nothing more."""
     return {key: answer[key] for key in ("target", "matrix") if key in answer}
-
-
-Runner.forms = {
-    "sagemaker": lambda answer: answer if "predictions" in answer else as_sagemaker(answer),
-}
