@@ -116,6 +116,11 @@ def refusal(error: UserError | MemoryError) -> UserError:
     return UserError("not enough memory; expected a smaller input, or more memory")
 
 
+def fixed_or(size: int | str, free: int) -> int:
+    """The size of an axis, as a graph's `shape` gives it: a number where it is fixed, else `free`."""
+    return size if isinstance(size, int) else free
+
+
 def whole_number(value: object) -> int | None:
     """A whole number of Python's or numpy's; None for anything else, True and False too."""
     try:

@@ -18,6 +18,7 @@ from dlref.runtime.calendar import LARGEST_LAG, Frequency
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text
 from dlref.runtime.runner import Runner as Base
+from dlref.runtime.runner import fixed_or
 from dlref.runtime.series import Record, features_at, first_differences, forward_filled, lag_indices, parse_record
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
@@ -259,11 +260,11 @@ class Runner(Base):
 
     def paths(self, past: Past, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
         """Sample paths float32 (B, S, H) of several series, whose arrays in `past` have a first axis B."""
-        fixed = self.step.shape["noise"][:2]
-        if isinstance(fixed[1], int) and fixed[1] != samples:
-            raise UserError(f"num_samples: {samples}; expected {fixed[1]}, which this bundle is fixed to")
+        rows, drawn = self.step.shape["noise"][:2]
+        if fixed_or(drawn, samples) != samples:
+            raise UserError(f"num_samples: {samples}; expected {drawn}, which this bundle is fixed to")
         count = len(past.values)
-        many = fixed[0] if isinstance(fixed[0], int) else max(1, min(ROWS // samples, -(-count // self.workers)))
+        many = fixed_or(rows, max(1, min(ROWS // samples, -(-count // self.workers))))
         parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, count, many)]
         return np.concatenate(self.spread(lambda part: self._paths(part, samples, seed), parts))
 

@@ -18,6 +18,7 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
+from dlref.runtime.runner import fixed_or
 from dlref.runtime.text import is_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all
@@ -48,10 +49,11 @@ class Past:
 
     Args:
         shape: of the graph's inputs; those named key_0, value_0, ... say of how many layers, heads and so on.
-        rows: texts.
+        texts: that are read side by side; a graph of fixed rows has its own number.
     """
 
-    def __init__(self, shape: Mapping[str, list], rows: int):
+    def __init__(self, shape: Mapping[str, list], texts: int):
+        rows = fixed_or(shape["tokens"][0], texts)
         layers = sum(name.startswith("key_") for name in shape)
         _, heads, room, width = shape["key_0"]
         self.fixed = isinstance(room, int)
@@ -185,9 +187,7 @@ class Runner(Base):
 
         `truncated` says that the prompt was longer than the context, and that only its end was read.
         """
-        rows = self.decode.shape["tokens"][0]
-        many = rows if isinstance(rows, int) else len(items)
-        answers = []
+        many, answers = fixed_or(self.decode.shape["tokens"][0], len(items)), []
         for i in range(0, len(items), many):
             texts = [Writing(item.tokens, item.settings, self.tokenizer) for item in items[i : i + many]]
             for _ in self.write(texts):
@@ -210,7 +210,7 @@ class Runner(Base):
 
         Where a text fills the context, its older half is forgotten and the rest is read again.
         """
-        past = Past(self.decode.shape, self.rows(len(texts)))
+        past = Past(self.decode.shape, len(texts))
         unread = [text.tokens for text in texts]
         while not all(text.reason for text in texts):
             for row, text in enumerate(texts):
@@ -225,21 +225,15 @@ class Runner(Base):
 
     # The graph
 
-    def rows(self, texts: int) -> int:
-        """Rows of a batch: as many as texts, unless the graph's are fixed."""
-        rows = self.decode.shape["tokens"][0]
-        return rows if isinstance(rows, int) else texts
-
     def last(self, past: Past, unread: list[list[int]]) -> np.ndarray:
         """Read tokens of each text, several at a time -> logits (B, V) after the last of each; the past grows."""
-        found = None
-        fixed = self.decode.shape["tokens"][1]
-        step = fixed if isinstance(fixed, int) else READ
+        found, width = None, self.decode.shape["tokens"][1]
+        step = fixed_or(width, READ)
         for start in range(0, max(map(len, unread)), step):
             parts = [tokens[start : start + step] for tokens in unread]
             parts += [[]] * (len(past.length) - len(parts))
             counts = np.array([len(part) for part in parts])
-            tokens = np.full((len(parts), fixed if isinstance(fixed, int) else counts.max()), self.tokenizer.end)
+            tokens = np.full((len(parts), fixed_or(width, counts.max())), self.tokenizer.end)
             for row, part in zip(tokens, parts, strict=True):
                 row[: len(part)] = part
             back = tokens.shape[1] - np.maximum(counts, 1)[:, None]
@@ -263,16 +257,16 @@ class Runner(Base):
         The first half is read at once, and the second one after that past, so that both ways of reading are tried.
         """
         rows, width = len(tokens), tokens.shape[1] - 1
-        fixed = self.decode.shape["tokens"]
-        step = fixed[1] if isinstance(fixed[1], int) else min(READ, math.ceil(width / 2))
-        many = fixed[0] if isinstance(fixed[0], int) else max(1, LOGITS // (step * len(self.tokenizer)))
+        axes = self.decode.shape["tokens"]
+        step = fixed_or(axes[1], min(READ, math.ceil(width / 2)))
+        many = fixed_or(axes[0], max(1, LOGITS // (step * len(self.tokenizer))))
         if many < rows:
             return np.concatenate([self.nll(part) for part in np.split(tokens, range(many, rows, many))])
-        past, nats = Past(self.decode.shape, self.rows(rows)), []
+        past, nats = Past(self.decode.shape, rows), []
         for start in range(0, width, step):
             part = tokens[:, start : min(start + step, width)]
             counts = np.full(len(past.length), part.shape[1])
-            padded = np.full((len(counts), step if isinstance(fixed[1], int) else part.shape[1]), self.tokenizer.end)
+            padded = np.full((len(counts), fixed_or(axes[1], part.shape[1])), self.tokenizer.end)
             padded[:rows, : part.shape[1]] = part
             back = np.tile(np.arange(padded.shape[1])[::-1], (len(counts), 1))
             logits = self.step(past, padded, back, counts)[:rows, : part.shape[1]].astype(np.float64)

@@ -17,7 +17,7 @@ from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
-from dlref.runtime.runner import whole_number
+from dlref.runtime.runner import fixed_or, whole_number
 from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
@@ -80,12 +80,11 @@ class Runner(Base):
         if not hasattr(self.target, "decode"):
             raise UserError("not translation; expected a target of words, characters or byte pairs")
         self.encode, self.step = graphs["encode"], graphs["step"]
-        fixed = graphs["encode"].shape["source"][1]
-        self.longest = min(metadata["longest"], fixed) if isinstance(fixed, int) else metadata["longest"]
+        longest, widest = metadata["longest"], metadata["widest"]
+        self.longest = min(longest, fixed_or(self.encode.shape["source"][1], longest))
+        self.widest = min(widest, fixed_or(self.step.shape["token"][1], widest))
         self.longest_answer = metadata["longest_answer"]
         self.truncates = metadata["too_long"] == "truncate"
-        fixed = graphs["step"].shape["token"][1]
-        self.widest = min(metadata["widest"], fixed) if isinstance(fixed, int) else metadata["widest"]
         self.beam, self.length_penalty = metadata["beam"], metadata["length_penalty"]
 
     # Requests
@@ -191,8 +190,7 @@ class Runner(Base):
 
     def search(self, sources: list[list[int]]) -> list[Hypothesis]:
         """The best hypothesis of each source; those of about a length are searched together."""
-        fixed = self.encode.shape["source"][0]
-        many = fixed if isinstance(fixed, int) else max(1, min(SENTENCES, -(-len(sources) // self.workers)))
+        many = fixed_or(self.encode.shape["source"][0], max(1, min(SENTENCES, -(-len(sources) // self.workers))))
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         parts = [order[i : i + many] for i in range(0, len(order), many)]
         found = self.spread(lambda part: self._search([sources[i] for i in part]), parts)
@@ -204,19 +202,18 @@ class Runner(Base):
     def _search(self, sources: list[list[int]]) -> list[Hypothesis]:
         """Hypotheses of sources that fit into one batch."""
         rows, length = self.encode.shape["source"]
-        length = length if isinstance(length, int) else max(map(len, sources))
-        padded = np.full((rows if isinstance(rows, int) else len(sources), length), PAD)
+        padded = np.full((fixed_or(rows, len(sources)), fixed_or(length, max(map(len, sources)))), PAD)
         padded[:, 0] = END  # of rows that are only there to fill up
         for row, tokens in zip(padded, sources, strict=False):
             row[: len(tokens)] = tokens
         memory = {"source": padded, **self.encode(source=padded)}
         state = memory.pop("state")
         known = {name: memory[name] for name in self.step.shape if name in memory}
-        beam = self.step.shape["token"][1]
+        beam = fixed_or(self.step.shape["token"][1], 0)
 
         def step(token: np.ndarray, state: np.ndarray, sentences: np.ndarray) -> Next:
             kept = token.shape[1]
-            if isinstance(beam, int) and kept < beam:  # a graph of fixed width: what is beside is not looked at
+            if kept < beam:  # a graph of fixed width: what is beside is not looked at
                 token = np.pad(token, [(0, 0), (0, beam - kept)])
                 state = np.pad(state, [(0, 0), (0, 0), (0, beam - kept), (0, 0)])
             memory = {name: array[sentences] for name, array in known.items()}
