@@ -45,17 +45,8 @@ class PaddedShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
 
-def padded_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option A: zero channels where the shape changes, else the identity."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return PaddedShortcut(in_channels, out_channels, stride)
-
-
 def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option B: a 1x1 convolution where the shape changes, else the identity."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
+    """Option B (section 3.3): a 1x1 convolution."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
@@ -71,7 +62,7 @@ class BasicBlock(nn.Module):
         channels: int,
         stride: int,
         dilations: Dilations,
-        shortcut: Shortcut,
+        shortcut: nn.Module,
         activation: ActivationName,
     ) -> None:
         super().__init__()
@@ -81,7 +72,7 @@ class BasicBlock(nn.Module):
         self.act1 = make_activation(activation)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=second, dilation=second, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = shortcut(in_channels, channels, stride)
+        self.downsample = shortcut
         self.act2 = make_activation(activation)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -102,7 +93,7 @@ class Bottleneck(nn.Module):
         channels: int,
         stride: int,
         dilations: Dilations,
-        shortcut: Shortcut,
+        shortcut: nn.Module,
         activation: ActivationName,
     ) -> None:
         super().__init__()
@@ -116,7 +107,7 @@ class Bottleneck(nn.Module):
         self.act2 = make_activation(activation)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride)
+        self.downsample = shortcut
         self.act3 = make_activation(activation)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -235,9 +226,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.act1 = make_activation(activation)
-        self.layer1 = _stage(BasicBlock, n, 16, 16, _UNCHANGED, padded_shortcut, activation)
-        self.layer2 = _stage(BasicBlock, n, 16, 32, second, padded_shortcut, activation)
-        self.layer3 = _stage(BasicBlock, n, 32, 64, third, padded_shortcut, activation)
+        self.layer1 = _stage(BasicBlock, n, 16, 16, _UNCHANGED, PaddedShortcut, activation)
+        self.layer2 = _stage(BasicBlock, n, 16, 32, second, PaddedShortcut, activation)
+        self.layer3 = _stage(BasicBlock, n, 32, 64, third, PaddedShortcut, activation)
         self.fc = nn.Linear(64, num_classes)
         self.apply(_initialise)
 
@@ -279,11 +270,13 @@ def _stage(
     shortcut: Shortcut,
     activation: ActivationName,
 ) -> nn.Sequential:
-    """`depth` blocks at one resolution; the first of them brings the maps to their new shape."""
+    """`depth` blocks at one resolution; the first brings the maps to their new shape, if it is another."""
     stride, (before, after) = step
-    first = block(in_channels, channels, stride, (before, after), shortcut, activation)
     out_channels = channels * block.expansion
-    rest = [block(out_channels, channels, 1, (after, after), shortcut, activation) for _ in range(depth - 1)]
+    same = stride == 1 and in_channels == out_channels
+    around = nn.Identity() if same else shortcut(in_channels, out_channels, stride)
+    first = block(in_channels, channels, stride, (before, after), around, activation)
+    rest = [block(out_channels, channels, 1, (after, after), nn.Identity(), activation) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)
 
 
