@@ -15,19 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ActivationName = Literal[
-    "identity",
-    "step",
-    "sigmoid",
-    "tanh",
-    "relu",
-    "leaky_relu",
-    "prelu",
-    "elu",
-    "silu",
-    "maxout",
-]
-
 
 class Step(nn.Module):
     """The threshold unit: 1 where x > 0, else 0 (McCulloch & Pitts, 1943; Rosenblatt, 1958).
@@ -70,7 +57,7 @@ class Maxout(nn.Module):
 
 
 # No module works in place: a caller's tensor stays as it was, and torch.compile fuses the saving back in.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "identity": nn.Identity,
     "step": Step,
     "sigmoid": nn.Sigmoid,
@@ -82,6 +69,7 @@ _ACTIVATIONS = {
     "silu": nn.SiLU,  # x sigmoid(x): Elfwing et al., 2018; "swish" in Ramachandran et al., 2017
     "maxout": Maxout,
 }
+ActivationName = Literal[tuple(ACTIVATIONS)]
 
 
 def make_activation(name: ActivationName) -> nn.Module:
@@ -92,6 +80,6 @@ def make_activation(name: ActivationName) -> nn.Module:
     """
     if name == "softmax":
         raise ValueError("softmax is for the output only: it makes a layer's units compete; see ActivationName")
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]()
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
