@@ -218,10 +218,9 @@ class Bidirectional(nn.Module):
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
         super().__init__()
         sizes = [inputs] + [size] * (num_layers - 1)
-        forward, backward = (
+        self.ahead, self.back = (
             nn.ModuleList(CELLS[cell](width, size // 2, batch_first=True) for width in sizes) for _ in range(2)
         )
-        self.ahead, self.back = forward, backward
         self.residual, self.dropout = residual, nn.Dropout(dropout)
 
     def forward(
