@@ -90,9 +90,9 @@ def answer_or_user_error(function, *arguments) -> Series | None:
     assert series.static.shape[:1] == (count,)
     dtypes = ["float32", "int64", "datetime64[s]", "int64", "float32", "int64", "float32"]
     assert [str(values.dtype) for values in series if not isinstance(values, list)] == dtypes
-    for train in (True, False):
+    for ahead in (None, 2):
         try:
-            check(series, 2, train=train)
+            check(series, ahead=ahead)
         except UserError as error:
             one_line(error)
     return series
@@ -602,7 +602,7 @@ RULES = [  # records, the arguments of check, and the complaint after the file's
     ([{"target": [*MANY, None] * 2}, {"target": [None, "NaN"]}], {}, ":2: target: 2 values, all missing; expected at"),
     (
         [{"target": MANY * 2}, {"target": []}],
-        {"train": False},
+        {"ahead": 2},
         ":2: target: 0 values, all missing; expected at least one",
     ),
     ([{"target": [0] * 300}], {}, ":1: target: only zeros; expected other values to train from"),
@@ -614,7 +614,7 @@ RULES = [  # records, the arguments of check, and the complaint after the file's
     ),
     (
         [{"target": MANY, "dynamic_feat": [MANY]}],
-        {"train": False},
+        {"ahead": 2},
         ":1: dynamic_feat: 150 values; expected 152, as many as target and 2 more",
     ),
     (
@@ -627,20 +627,20 @@ RULES = [  # records, the arguments of check, and the complaint after the file's
 
 @pytest.mark.parametrize(("records", "options", "complaint"), RULES, ids=range(len(RULES)))
 def test_rules(tmp_path, records, options, complaint):
-    message = error_of(check, of(*records, where=tmp_path), 2, **options)
+    message = error_of(check, of(*records, where=tmp_path), **options)
     assert message.startswith(f"{tmp_path}/of.json:")
     assert complaint.replace("{file}", f"{tmp_path}/of.json") in message
 
 
 def test_series_within_the_rules(tmp_path):
     train = of({"target": MANY, "cat": [3, 0]}, {"target": [*MANY, None], "cat": [0, 1]}, where=tmp_path)
-    assert check(train, 200) == check(train, 200, "auto") == [4, 2]  # shorter than the horizon is no mistake
-    assert check(train, 2, [4, 9]) == [4, 9]
-    assert check(of({"target": MANY * 2}, where=tmp_path), 2) == []
+    assert check(train) == check(train, "auto") == [4, 2]
+    assert check(train, [4, 9]) == [4, 9]
+    assert check(of({"target": MANY * 2}, where=tmp_path)) == []
     features = {"target": MANY * 2, "dynamic_feat": [MANY * 2, [0] * 300]}
-    assert check(of(features, where=tmp_path), 2) == []
+    assert check(of(features, where=tmp_path)) == []
     features = {"target": [0], "dynamic_feat": [[1, 2, 3]]}
-    assert check(of(features, where=tmp_path), 2, train=False) == []  # few and zero: no mistake in what is forecast
+    assert check(of(features, where=tmp_path), ahead=2) == []  # few and zero: no mistake in what is forecast
 
 
 CARDINALITIES = [[4], [4, 2, 1], [], {}, "ignore", "42", 4]
@@ -649,14 +649,14 @@ CARDINALITIES = [[4], [4, 2, 1], [], {}, "ignore", "42", 4]
 @pytest.mark.parametrize("cardinality", CARDINALITIES, ids=range(len(CARDINALITIES)))
 def test_cardinality_of_wrong_length(tmp_path, cardinality):
     series = of({"target": MANY * 2, "cat": [3, 0]}, where=tmp_path)
-    message = error_of(check, series, 2, cardinality)
+    message = error_of(check, series, cardinality)
     assert message == f"cardinality: {cardinality!r}; expected auto or 2 numbers, one for each cat"
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 4.0, "4", None, 10**6 + 1])
 def test_wrong_cardinality(tmp_path, size):
     series = of({"target": MANY * 2, "cat": [3, 0]}, where=tmp_path)
-    assert error_of(check, series, 2, [4, size]) == f"cardinality[1]: {size!r}; expected 1 to 1000000"
+    assert error_of(check, series, [4, size]) == f"cardinality[1]: {size!r}; expected 1 to 1000000"
 
 
 def test_unseen(tmp_path):
@@ -769,7 +769,7 @@ def test_real_tables():
     root = Path(REAL)
     series = read_wide(root / "exchange_rate/exchange_rate.txt.gz", "1990-01-01", Frequency(1, "B"))
     assert np.diff(series.offsets).tolist() == [7588] * 8
-    assert check(series, 30) == []
+    assert check(series) == []
     for name in ("ETTh1", "ETTh2"):
         series = read_dated(root / f"ett/{name}.csv.gz", H)
         assert np.diff(series.offsets).tolist() == [17420] * 7

@@ -112,7 +112,7 @@ class ForecastingData(SplitData):
             raise UserError("--data.init_args.points: expected none where test or predict are series of their own")
         train = first_points(channels.train, self.points)
         test = train if together else channels.test
-        self.cardinality = check(train, horizon, self.asked_cardinality)
+        self.cardinality = check(train, self.asked_cardinality)
         values = zip(self.cardinality, train.cat.T.tolist(), strict=True)
         self.unseen = [sorted(set(range(size)) - set(column)) for size, column in values]
         self.dynamic_features, self.static_features = train.dynamic.shape[1], train.static.shape[1]
@@ -120,7 +120,7 @@ class ForecastingData(SplitData):
         predict = test if channels.predict is None and not self.dynamic_features else channels.predict
         for series, ahead in ((test, 0), (predict, horizon if self.dynamic_features else 0)):
             if series is not None and series is not train:
-                check(series, ahead, self.cardinality, train=False)
+                check(series, self.cardinality, ahead)
                 check_seen_in_training(train, series)
         return Channels(train, test, predict, channels.truth)
 

@@ -373,27 +373,21 @@ def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
 # SageMaker's rules
 
 
-def check(
-    series: Series,
-    prediction_length: int,
-    cardinality: Literal["auto"] | list[int] = "auto",
-    train: bool = True,
-) -> list[int]:
+def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahead: int | None = None) -> list[int]:
     """Check series against SageMaker's rules for DeepAR; series that are too short for a window are no mistake.
 
     Args:
         series: what a reader returned.
-        prediction_length: the points to forecast; each series to forecast knows its dynamic features so much longer.
         cardinality: how many values each category has, G numbers; "auto" is one more than the highest found.
-        train: whether these are for training, where dynamic features are as long as the target, and there have to be
-            300 observations in all that are not only zeros.
+        ahead: points after the target for which the dynamic features are known. None: these series are for training,
+            which needs 300 observations in all that are not only zeros.
 
     Returns:
         The cardinality, G numbers.
     """
-    _check_target(series, train)
+    _check_target(series, train=ahead is None)
     if series.dynamic.shape[1]:
-        more = 0 if train else prediction_length
+        more = ahead or 0
         lengths, expected = np.diff(series.dynamic_offsets), np.diff(series.offsets) + more
         for name, length, points in zip(series.names, lengths, expected, strict=True):
             if length != points:
