@@ -538,7 +538,7 @@ BROKEN = [
         '"bird"',
         "json/1.json: categories[0]: class 0: 'bird'; expected 'cat' again",
     ),
-    ("sagemaker", "json/1.json", '"cat"', "[]", "json/1.json: categories[0]: name []; expected that of a class"),
+    ("sagemaker", "json/1.json", '"cat"', "[]", "1.json: categories[0]: class 0: name []; expected that of a class"),
     (
         "sagemaker",
         "json/1.json",

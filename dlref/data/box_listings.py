@@ -40,7 +40,7 @@ from dlref.data.files import (
     visible_entries,
 )
 from dlref.data.images import show_progress
-from dlref.data.listings import MAX_CLASSES, only_attribute, parse_source
+from dlref.data.listings import MAX_CLASSES, add_name, only_attribute, parse_source
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import decoded, parse_object
 
@@ -288,7 +288,8 @@ def read_sagemaker(
     for file in show_progress(files, "Reading annotations"):
         entry = read_json(file.path)
         for where, category in _objects(entry, "categories", file.path) if "categories" in entry else []:
-            _add_name(names, _class_id(category, where, limit), category.get("name"), where)
+            class_id = _class_id(category, where, limit)
+            add_name(names, class_id, category.get("name"), f"{where}: class {class_id}")
         path = image_path(images, entry.get("file"), file.path)
         records.append(Record(file.path, path, _image_size(entry, file.path), _parse_boxes(entry, file.path, limit)))
     if not records:
@@ -342,13 +343,7 @@ def _add_class_map(names: dict[int, str], metadata: Any, where: str, limit: int)
         # isascii: isdecimal alone takes the digits of every script.
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < limit):
             raise UserError(f"{where}: class {shorten(key)}; expected a class id from 0 to {limit - 1}")
-        _add_name(names, int(key), name, where)
-
-
-def _add_name(names: dict[int, str], key: int, name: Any, where: str) -> None:
-    """Enter a class's name, and check it against what it was called before."""
-    if names.setdefault(key, check_name(name, where)) != name:
-        raise UserError(f"{where}: class {key}: {shorten(name)}; expected {shorten(names[key])} again")
+        add_name(names, int(key), name, f"{where}: class {key}")
 
 
 def _class_id(entry: dict[str, Any], where: str, limit: int) -> int:

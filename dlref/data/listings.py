@@ -189,9 +189,13 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
     for key, name in given.items():
         if not re.fullmatch("[0-9]{1,9}", str(key)):
             raise UserError(f"{where}: class {shorten(key)}: {shorten(name)}; expected an id and a name")
-        check_name(name, f"{where}: class {key}")
-        if names.setdefault(int(key), name) != name:
-            raise UserError(f"{where}: class {key}: {shorten(name)}; expected {shorten(names[int(key)])} again")
+        add_name(names, int(key), name, f"{where}: class {key}")
+
+
+def add_name(names: dict[int, str], class_id: int, name: Any, where: str) -> None:
+    """Enter the name of a class. Raises UserError at `where` for what is none, or not what it was called before."""
+    if names.setdefault(class_id, check_name(name, where)) != name:
+        raise UserError(f"{where}: {shorten(name)}; expected {shorten(names[class_id])} again")
 
 
 # Common to .lst and manifest
