@@ -151,8 +151,7 @@ class TrainCLI(LightningCLI):
             checkpoint = read_checkpoint(self.checkpoint)
             self.step, self.resumed = checkpoint["global_step"], checkpoint.get("optimizer")
         if options.debug:
-            for name, value in PRESET.items():
-                options.trainer[name] = value
+            vars(options.trainer).update(PRESET)
         if not self.records:
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
@@ -181,8 +180,7 @@ class TrainCLI(LightningCLI):
             raise UserError(f"--profile with {given}; expected one without the other")
         options.run = options.run or f"{run_folder(options)}-profile"
         options.final_test = False
-        for name, value in PROFILE.items():
-            options.trainer[name] = value
+        vars(options.trainer).update(PROFILE)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is the user's to mend."""
