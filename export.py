@@ -2,9 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Collection
 from pathlib import Path
 
+from dlref.export.report import held_up
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError
 from dlref.runtime.arguments import Parser
@@ -58,7 +58,6 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
         raise UserError(f"target {target!r} is unknown; expected one of {', '.join(TARGETS)}")
     from dlref.cli import load_run  # only now: torch takes seconds to import
     from dlref.export.bundle import export
-    from dlref.export.report import busy
 
     manifest = export(*load_run(run, overrides), TARGETS[target], output)
     metric = manifest["verification"]["metric"]
@@ -68,21 +67,21 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
     )
     measured = manifest["measurement"]["contenders"]
     if {"bundle", "pytorch-eager"} <= measured.keys():
-        held_up = {"bundle", "pytorch-eager"}.intersection(busy(measured))
-        print(gains(measured["bundle"], measured["pytorch-eager"], held_up))
+        print(gains(measured["bundle"], measured["pytorch-eager"]))
 
 
-def gains(bundle: dict, eager: dict, held_up: Collection[str]) -> str:
+def gains(bundle: dict, eager: dict) -> str:
     """The bundle beside PyTorch, in a line; no times where other programs held one of them up."""
+    disturbed = held_up(bundle) or held_up(eager)
     words = {
         "latency_ms": "faster",
         "first_answer_s": "sooner to the first answer",
         "peak_rss_mb": "less memory",
         "installed_mb": "less to install",
     }
-    known = [key for key in words if bundle[key] and eager[key] and not (held_up and key in TIMES)]
+    known = [key for key in words if bundle[key] and eager[key] and not (disturbed and key in TIMES)]
     parts = [f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known]
-    if held_up:
+    if disturbed:
         parts.append("no times, for other programs held the machine up")
     return f"beside PyTorch: {', '.join(parts)}"
 

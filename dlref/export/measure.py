@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from dlref.export.graph import write_program
 from dlref.export.progress import say
-from dlref.export.report import busy
+from dlref.export.report import held_up
 from dlref.export.targets import Target
 from dlref.runtime import UserError
 from dlref.runtime.bench import bench, in_process
@@ -122,9 +122,8 @@ class Contenders:
         for name in names:
             say(f"measuring {name}")
             try:
-                figures = self.undisturbed(name, bundle)
-                measured["contenders"][name] = figures
-                if busy({name: figures}):
+                measured["contenders"][name] = figures = self.undisturbed(name, bundle)
+                if held_up(figures):
                     say(f"{name} waited for a core {figures['waited']:.0%} of the time: this machine is busy")
             except UserError as error:
                 measured["not_run"][name] = str(error).replace(f"{self.programs.parent}/", "")
@@ -133,7 +132,7 @@ class Contenders:
     def undisturbed(self, name: str, bundle: Path) -> dict:
         """A contender's figures, measured again while something else holds it up; the least disturbed ones."""
         runs = []
-        while len(runs) < TURNS and (not runs or busy({name: runs[-1]})):
+        while len(runs) < TURNS and (not runs or held_up(runs[-1])):
             if name.startswith("pytorch"):
                 runs.append(self.pytorch(name.removeprefix("pytorch-")))
             else:

@@ -106,9 +106,10 @@ def measurement(measured: dict, spread: bool) -> list[str]:
             + (alone if spread else ""),
             table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
-    for name in busy(measured["contenders"]):
-        share = measured["contenders"][name]["waited"]
-        parts.append(f"{name} waited for a core {share:.0%} of the time: this machine was busy, its speed says little.")
+    for name, figures in measured["contenders"].items():
+        if held_up(figures):
+            share = f"{figures['waited']:.0%}"
+            parts.append(f"{name} waited for a core {share} of the time: this machine was busy, its speed says little.")
     missing = measured["not_run"]
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name in missing if missing[name] == reason)
@@ -116,9 +117,9 @@ def measurement(measured: dict, spread: bool) -> list[str]:
     return parts
 
 
-def busy(measured: dict) -> list[str]:
-    """The contenders that something else on the machine held up."""
-    return [name for name, figures in measured.items() if (figures["waited"] or 0) > BUSY]
+def held_up(figures: dict) -> bool:
+    """Whether something else on the machine held a contender up."""
+    return (figures["waited"] or 0) > BUSY
 
 
 def contenders(measured: dict) -> list[list[str]]:
