@@ -20,7 +20,7 @@ WIDTH = 256
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling with the image's average (section 3.3): a 1x1 and three dilated convolutions."""
 
-    def __init__(self, channels: int, rates: tuple[int, int, int]) -> None:
+    def __init__(self, channels: int, rates: list[int]) -> None:
         super().__init__()
         pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv(channels, 1))
         self.convs = nn.ModuleList([_conv(channels, 1), *(_conv(channels, 3, rate) for rate in rates), pooled])
@@ -63,8 +63,6 @@ class DeepLabV3(FCN):
             raise ValueError(f"no output_stride of {output_stride}: expected 8 or 16")
         backbone = dilated_resnet(depth, output_stride)
         *_, before, last = backbone.channels
-        first, second, third = (rate * 16 // output_stride for rate in RATES)
-        classifier = nn.Sequential(
-            ASPP(last, (first, second, third)), *_conv(WIDTH, 3), nn.Conv2d(WIDTH, num_classes, kernel_size=1)
-        )
+        rates = [rate * 16 // output_stride for rate in RATES]
+        classifier = nn.Sequential(ASPP(last, rates), *_conv(WIDTH, 3), nn.Conv2d(WIDTH, num_classes, kernel_size=1))
         super().__init__(backbone, classifier, head(before, num_classes) if auxiliary else None)
