@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import AUROC, Accuracy, ConfusionMatrix, ExactMatch, F1Score, Precision, Recall
+from torchvision.transforms import v2
 
 from dlref.runtime import UserError
 from dlref.runtime.runners.image_classification import answers
@@ -208,12 +209,10 @@ class _Classify(nn.Module):
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
 
-def mixing(mixup: float, cutmix: float, classes: int):
+def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
     """The blend of pairs in a batch that the two alphas ask for, or None."""
     if not (mixup or cutmix):
         return None
-    from torchvision.transforms import v2  # slow to import, and few configs blend
-
     both = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     return v2.RandomChoice(both)
 
