@@ -80,7 +80,7 @@ def told(settings, tokens):
     pieces = []
     for token in tokens:
         text.go_on(np.eye(len(BYTES))[token])
-        pieces.append(text.news())
+        pieces.append(text.new_text())
         if text.reason:
             break
     return text, pieces

@@ -86,7 +86,7 @@ class Writing:
         self.known = set(prompt) - {self.end}  # which stands before every prompt: no repetition when the text ends
         self.prompt, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text, self.told, self.reason = "", 0, ""
+        self.text, self.returned, self.reason = "", 0, ""
         if not settings.max_new_tokens:
             self.reason = "length"
 
@@ -112,14 +112,14 @@ class Writing:
         if self.reason in ("end", "length"):
             self.text += self.decoder.decode(b"", final=True)
 
-    def news(self) -> str:
-        """The text that has not been told yet, but for what could become a stop text."""
-        upto = len(self.text)
+    def new_text(self) -> str:
+        """The text since the last call, without an end that may be the beginning of a stop text."""
+        end = len(self.text)
         if not self.reason:
-            upto -= max(map(self.begun, self.settings.stop), default=0)
-        piece, self.told = self.text[self.told : upto], max(upto, self.told)
+            end -= max(map(self.partial_stop, self.settings.stop), default=0)
+        piece, self.returned = self.text[self.returned : end], max(end, self.returned)
         return piece
 
-    def begun(self, stop: str) -> int:
-        """How much of a stop text there may be at the end."""
+    def partial_stop(self, stop: str) -> int:
+        """How many of the first letters of a stop text end the text so far."""
         return next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)

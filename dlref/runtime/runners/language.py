@@ -203,7 +203,7 @@ class Runner(Base):
         text = Writing(asked.tokens, asked.settings, self.tokenizer)
         yield prompt
         for _ in self.write([text]):
-            yield text.news()
+            yield text.new_text()
 
     def write(self, texts: list[Writing]) -> Iterator[None]:
         """Let texts go on until all have ended, a token of each at a time.
