@@ -240,10 +240,10 @@ def test_a_process_is_told_when_it_was_started():
 
 def test_the_batch_is_repeated_where_there_is_one():
     image = np.arange(12, dtype=np.uint8).reshape(1, 2, 6, 1)
-    several = bench.repeated({"classify": {"image": image}}, {"classify": SIGNATURE})
+    several = bench.batch_of({"classify": {"image": image}}, {"classify": SIGNATURE})
     np.testing.assert_array_equal(several["classify"]["image"], image.repeat(8, axis=0))
     fixed = {"classify": {**SIGNATURE, "dynamic_axes": {}}}
-    assert bench.repeated({"classify": {"image": image}}, fixed) is None
+    assert bench.batch_of({"classify": {"image": image}}, fixed) is None
 
 
 @pytest.mark.parametrize(("axes", "rows"), [({"x": {"0": "batch"}}, 8), ({}, 1)])

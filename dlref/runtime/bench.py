@@ -73,7 +73,7 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     figures["waited"] = waited / (ran + waited) if ran + waited else None
     figures |= {"latency_ms": 1e3 * float(np.median(times)), "latency_p95_ms": 1e3 * float(np.percentile(times, 95))}
     figures |= memory()  # before the larger batch
-    several = repeated(one, described)
+    several = batch_of(one, described)
     rows = SEVERAL if several else 1
     times = clock(lambda: answer(graphs, several or one))
     return figures | {"throughput": rows / float(np.median(times))}
@@ -82,10 +82,10 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
 def repeating(graphs: Graphs, described: dict) -> Graphs:
     """The graphs, each called as often as an answer calls it; `described` is what the manifest says of them."""
 
-    def repeated(graph: Callable, calls: int) -> Callable:
-        return lambda **inputs: [graph(**inputs) for _ in range(calls)]
+    def called(graph: Callable, times: int) -> Callable:
+        return lambda **inputs: [graph(**inputs) for _ in range(times)]
 
-    return {name: repeated(graph, described[name].get("calls", 1)) for name, graph in graphs.items()}
+    return {name: called(graph, described[name].get("calls", 1)) for name, graph in graphs.items()}
 
 
 def answer(graphs: Graphs, inputs: Arrays) -> None:
@@ -160,7 +160,7 @@ def arrays(path: Path) -> Arrays:
     return found
 
 
-def repeated(inputs: Arrays, graphs: dict) -> Arrays | None:
+def batch_of(inputs: Arrays, graphs: dict) -> Arrays | None:
     """The example SEVERAL times along every axis called batch; None where a graph has no such axis."""
     batch = {}
     for graph, arrays in inputs.items():

@@ -11,9 +11,9 @@ from PIL import ExifTags, Image
 from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
-# Not PostScript, for which pillow starts another program.
 BYTES = (bytes, bytearray, memoryview)
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+# Not PostScript, for which pillow starts another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
