@@ -32,12 +32,11 @@ from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.scenes import make_scenes
 from dlref.data.small_images import digit_pools
-from dlref.data.streamed_pictures import StreamedPictures
+from dlref.data.streamed_pictures import MEAN, StreamedPictures
 from dlref.runtime.errors import UserError
 
 # Sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it.
 ENOUGH = 4
-MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 

@@ -28,10 +28,9 @@ from dlref.data.mask_listings import (
     read_mask_list,
     read_voc_masks,
 )
-from dlref.data.object_detection import MEAN
 from dlref.data.scenes import Scenes, make_scenes
 from dlref.data.small_images import digit_pools
-from dlref.data.streamed_pictures import StreamedPictures
+from dlref.data.streamed_pictures import MEAN, StreamedPictures
 from dlref.runtime.errors import UserError
 
 Batch = tuple[Tensor, Tensor]

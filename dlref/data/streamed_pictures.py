@@ -7,6 +7,8 @@ from torch import Tensor
 from dlref.data.augment import photometric
 from dlref.data.loader import SplitData
 
+MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out, or smaller than a crop
+
 
 class StreamedPictures(SplitData):
     """Pictures, decoded one by one; a subclass fills `splits`.
