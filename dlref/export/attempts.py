@@ -33,7 +33,7 @@ from dlref.export.manifest import describe, write_manifest
 from dlref.export.measure import CPU, Contenders, can_time, provider
 from dlref.export.progress import say, watched
 from dlref.export.targets import Target
-from dlref.export.verify import Compared, Reference, Refused, parity, score
+from dlref.export.verify import Compared, Reference, Refused, parity
 from dlref.runtime import UserError
 from dlref.runtime.bench import ANSWERS, EXAMPLE, example, smoke_test
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
@@ -264,7 +264,7 @@ class Attempts:
     def score_pytorch(self, split: str) -> None:
         """The task's metric on a whole split, by PyTorch. Raises UserError where there is none."""
         batches = watched(self.loader(split), f"PyTorch on {split}")
-        self.pytorch[split] = score(self.task, self.deployable, self.references, batches)
+        self.pytorch[split] = self.task.evaluate(self.deployable.runner(self.references), batches)
         if not np.isfinite(self.pytorch[split]):
             found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
             raise UserError(f"{found}; expected a number, of data that it can be computed of")
@@ -280,7 +280,7 @@ class Attempts:
                 )
                 for name, graph in self.deployable.graphs.items()
             }
-        bundle = score(self.task, self.deployable, compared, watched(loader, f"the bundle on {split}"))
+        bundle = self.task.evaluate(self.deployable.runner(compared), watched(loader, f"the bundle on {split}"))
         for graph in compared.values() if exact else ():
             graph.check_flips()
         return {
@@ -327,7 +327,7 @@ class Attempts:
             torch.manual_seed(0)
             loader = self.data.train_dataloader()
             batches = takewhile(lambda _: not all(recorder.full for recorder in recorders.values()), loader)
-            score(self.task, self.deployable, recorders, watched(batches, "calibrating"))
+            self.task.evaluate(self.deployable.runner(recorders), watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
 
 

@@ -1,7 +1,7 @@
 """A bundle answers as the task does, or it is not written."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import numpy as np
@@ -205,8 +205,3 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
         found = {"max_abs_error": compared.max_abs_error, "tolerance": allowed, **flips}
         rows.append({"graph": name, "shape": shape, **found})
     return rows
-
-
-def score(task, deployable, graphs: dict[str, Callable], batches: Iterable) -> float:
-    """The task's metric over `batches`, answered by its runner over `graphs`."""
-    return task.evaluate(deployable.runner(graphs), batches)
