@@ -191,7 +191,8 @@ class Task(LightningModule):
             if self.freeze_pattern:
                 freeze(self.network, self.freeze_pattern)
         if first and self.compile_network:
-            self.compile_in_place()
+            # In place: rebinding would put `_orig_mod.` into every checkpoint key.
+            self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
 
     def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
         """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
@@ -217,10 +218,6 @@ class Task(LightningModule):
         if math.isfinite(batches := self.trainer.num_training_batches):
             steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
-
-    def compile_in_place(self) -> None:
-        """Compile the network where it is: rebinding would put `_orig_mod.` into every checkpoint key."""
-        self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
 
     def log(self, name: str, value, *arguments, **options) -> None:
         """As Lightning's, but `train/...` values only in the steps that are logged and in the last of an epoch.

@@ -12,15 +12,10 @@ from torch.optim import Optimizer
 Mine = TypeVar("Mine")
 
 
-def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether this CPU emulates bfloat16 in float32, many times slower (x86 with AVX2 only)."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def warn_of_slow_bfloat16(trainer: Trainer) -> None:
-    """Say on stderr that bfloat16 will be slow here, where it will."""
-    slow = trainer.precision.startswith("bf16") and emulates_bfloat16(trainer.strategy.root_device)
-    if slow and trainer.is_global_zero:
+    """Say on stderr where a CPU emulates bfloat16 in float32, many times slower (x86 with AVX2 only)."""
+    slow = trainer.strategy.root_device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if slow and trainer.precision.startswith("bf16") and trainer.is_global_zero:
         words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
         print(f"trainer.precision {trainer.precision}: {words}", file=sys.stderr)
 
