@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # what a constructor says a user has to mend
+REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # errors of constructors that a user can mend
 
 
 @dataclass
@@ -191,7 +191,7 @@ class TrainCLI(LightningCLI):
         self.datamodule.repeat_first_epoch = self.options.debug
         if self.subcommand != "fit":
             self.model.restore(self.checkpoint)
-        elif isinstance(self.resumed, dict):  # of an older one it is not known
+        elif isinstance(self.resumed, dict):  # older checkpoints do not say which optimiser they had
             self.model.optimizer_resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
@@ -199,7 +199,7 @@ class TrainCLI(LightningCLI):
         shown = self.options.trainer.enable_progress_bar is not False
         self.trainer_defaults["callbacks"] = [EndAtSigterm(), *([Progress()] if shown else [])]
         kwargs |= {"default_root_dir": self.run, "plugins": []}
-        # At a signal of its queue Lightning would write a checkpoint that takes the place of all.
+        # When SLURM requeues a job, Lightning would write a checkpoint that it later prefers to all others.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         trainer = self.recording_trainer(**kwargs) if self.records else self.plain_trainer(**kwargs)
@@ -212,7 +212,7 @@ class TrainCLI(LightningCLI):
             self.trainer_defaults["callbacks"] += [Overfit()]
         given = self.config_init[self.subcommand].trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
-        kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # which write
+        kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # those write files
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
     def recording_trainer(self, **kwargs) -> Trainer:
@@ -264,7 +264,7 @@ class TrainCLI(LightningCLI):
             return
         with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-            self.claim.commit()  # a run that was complete has no first batch
+            self.claim.commit()  # a complete run that is resumed has no first batch, which commits otherwise
             if self.options.final_test and self.trainer.state.finished:
                 # The weights alone: restoring callbacks too would put EMA's current weights over their average.
                 model.restore(checkpoint_of(self.run, None))

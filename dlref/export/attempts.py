@@ -181,7 +181,7 @@ class Attempts:
         )
 
     def not_faster(self, attempt: Attempt) -> str:
-        """Why the clock refuses an attempt, or nothing; it has no say where this machine is unlike the device."""
+        """Why an attempt is too slow, or nothing; where this machine is unlike the device, speed does not count."""
         if not can_time(self.target):
             return ""
         own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))

@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 with one line on stderr when something given is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = benchmark if arguments[:1] == ["bench"] else transform
-    if sys.stderr is None:  # closed likewise; what is printed there must not come to be among the answers
+    if sys.stderr is None:  # closed by the caller; messages must not end up among the answers
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    if sys.stdout is None:  # closed by who started this
+    if sys.stdout is None:  # closed by the caller
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused

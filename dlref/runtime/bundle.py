@@ -172,7 +172,7 @@ class OnnxGraph:
                     options.add_session_config_entry(*ASSIGNED)
                 chain = (provider, *BEHIND.get(provider, ()))
                 asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
-                # A fallback exchanges the session that other threads may be in, and prints.
+                # A fallback would replace the session while other threads use it, and print.
                 self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
             taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
         except Exception as error:  # onnxruntime's own types have no public base

@@ -91,10 +91,10 @@ class EMA(EMAWeightAveraging):
         self._average_model.updates = int(self._average_model.n_averaged)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Task) -> None:
-        """Not yet."""
+        """The average stays: the task may still use the network."""
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
-        """The weights that train come back."""
+        """Put the weights that train back."""
         super().on_validation_epoch_end(trainer, task)
 
     @torch.no_grad()

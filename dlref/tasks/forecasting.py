@@ -393,7 +393,7 @@ class _Step(nn.Module):
 
 
 def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are numbers: of values of 0 alone there is no weighted loss."""
+    """Only finite values: where all targets are 0, losses weighted by their size are undefined."""
     return {name: value for name, value in values.items() if value.isfinite()}
 
 

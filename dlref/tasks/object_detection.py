@@ -98,7 +98,7 @@ class ObjectDetector(ImageTask):
         return {"loss": boxes + classes, "box_loss": boxes, "class_loss": classes, "positives": positives}
 
     def as_trained(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of an evaluation's boxes those that training would have: the losses are then of the same."""
+        """The boxes that training would have, so that losses of training and evaluation can be compared."""
         if self.trainer.datamodule.keep_ignored:
             return targets
         return targets | {"labels": targets["labels"].masked_fill(targets["ignored"], PADDED)}

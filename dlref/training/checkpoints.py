@@ -98,7 +98,7 @@ class Last(Checkpoint):
         self.sigterm_received = True
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches an epoch and a step have, which say where a run is; if a validation came yet."""
+        """Batches of an epoch and of an optimiser step, by which a run finds its place; whether it was validated."""
         return {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class Last(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """After the best one, which `last` knows of."""
+        """Save after best.ckpt is written: last.ckpt records the best score."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self.validated = True
@@ -170,13 +170,13 @@ class Last(Checkpoint):
             raise Interrupted(self.path, self.kept)
 
     def on_train_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Where no validation came."""
+        """Save at the end of an epoch without validation."""
         if trainer.is_last_batch and trainer.global_step > self.kept:
             self.save(trainer)
             self.ending = self.agreed(trainer)
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Told in the last step: what comes after training is left to the one who goes on."""
+        """End after a SIGTERM in the last step; without any validation, make the last checkpoint the best."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
         if trainer.is_global_zero and not self.validated and self.path.is_file():
@@ -193,7 +193,7 @@ class Last(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.sigterm_received, all=False)
 
     def due(self, trainer: Trainer) -> bool:
-        """Whether the minutes are over by the first process' clock. Several ask it now and then: each time all wait."""
+        """Whether a save is due by the first process' clock. Several processes ask seldom: all wait for the answer."""
         if trainer.world_size > 1 and trainer.global_step % max(1, trainer.log_every_n_steps):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)

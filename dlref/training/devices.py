@@ -76,6 +76,6 @@ class UnevenEvaluation(Callback):
             trainer.model.require_forward_param_sync = False
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Training goes on as DDP has it."""
+        """In training DDP sends buffers again."""
         if isinstance(trainer.model, DistributedDataParallel):
             trainer.model.require_forward_param_sync = True

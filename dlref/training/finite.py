@@ -41,7 +41,7 @@ class StopOnNonFiniteLoss(Callback):
             self.look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What is kept is of steps whose losses were numbers."""
+        """No checkpoint is written after a step whose loss was no number."""
         self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:

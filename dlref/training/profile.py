@@ -132,7 +132,7 @@ class StepProfile(Profiler):
         self._time_logging(self.trainer.lightning_module, "log")
 
     def start(self, action_name: str) -> None:
-        """A part may begin."""
+        """An action begins, and with it perhaps another part."""
         if action_name == FETCH:
             self._next_batch()
         elif ".on_validation" in action_name:
@@ -150,7 +150,7 @@ class StepProfile(Profiler):
             self.save_began = self.last
 
     def stop(self, action_name: str) -> None:
-        """What began last ends."""
+        """The action that began last ends."""
         part, label = self.stack[-1]
         if action_name == "run_training_epoch":
             self._pause()
@@ -196,7 +196,7 @@ class StepProfile(Profiler):
             torch.cuda.synchronize()
 
     def _border(self, of_a_part: bool) -> None:
-        """Up to now the time was the current part's."""
+        """Count the time since the last border as the current part's."""
         if of_a_part and WARM_UP + self.free <= len(self.steps) < WARM_UP + COUNTED:
             self._wait()
         now = time.perf_counter()
@@ -219,7 +219,7 @@ class StepProfile(Profiler):
         self.inside, self.last = True, time.perf_counter()
 
     def _pause(self) -> None:
-        """What comes now is of no step."""
+        """End the step; what follows belongs to none."""
         if not self.inside:
             return
         self._wait()

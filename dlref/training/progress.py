@@ -22,7 +22,7 @@ class Progress(RichProgressBar):
         self.due, self.shown, self.moved, self.stepped = True, {}, 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        """Go on, where somebody could see it."""
+        """Move the bar, at most as often as it is drawn."""
         self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and trainer.global_step > self.stepped
         self.stepped = trainer.global_step  # the same for several batches whose gradients add up
         now = time.monotonic()
@@ -32,7 +32,7 @@ class Progress(RichProgressBar):
         self.due = True
 
     def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """The numbers beside the bar."""
         if self.due:
             self.shown = super().get_metrics(trainer, task)
             if trainer.training and task.train_loss is not None:

@@ -140,7 +140,7 @@ class Claim:
             self.lock.release()
 
     def own(self) -> list[Path]:
-        """What of the folder belongs to a run; other files in it are nobody's to touch."""
+        """The run's own files in the folder; others are left alone."""
         paths = (*map(self.run.joinpath, OWN), *self.run.glob("events.out.tfevents.*"))
         return [path for path in paths if path.exists()]
 

@@ -1,6 +1,6 @@
-"""Files of torch.save that are whole, or known not to be: each ends with the hash of what is before it.
+"""Files of torch.save whose damage can be found: each ends with the hash of all before it.
 
-torch.load passes over what follows the archive, so that they stay what others read.
+torch.load ignores what follows the archive, so other programs read them as before.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ def listen(handler) -> None:
 
 
 class EndAtSigterm(Callback):
-    """Take the place of Lightning's handler, but in training that `Last` keeps.
+    """Replace Lightning's handler of SIGTERM, except in training that `Last` saves.
 
     Lightning's waits within the signal for the other processes, while they may wait for this one somewhere else.
     """
