@@ -42,7 +42,7 @@ from dlref.data.files import (
 from dlref.data.images import show_progress
 from dlref.data.listings import MAX_CLASSES, add_name, only_attribute, parse_source
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import decoded, parse_object
+from dlref.runtime.lines import parse_object, read_text
 
 MAX_XML = 16 * 2**20  # bytes; a VOC annotation has a few thousand
 
@@ -159,15 +159,10 @@ def _parse_voc(root: Path, stem: str, listed: str) -> Record:
 
 def _read_xml(path: Path, listed: str) -> ElementTree.Element:
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_XML + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{listed}: {str(path)!r}: {reason}; expected an annotation") from None
-    if len(content) > MAX_XML:
-        raise UserError(f"{path}: more than {MAX_XML} bytes; expected the annotation of one picture")
-    # A string, not bytes: bytes may declare another encoding, in which the next check would find nothing.
-    text = decoded(content, str(path)).removeprefix("\ufeff")
+        # Text, not bytes: bytes may declare another encoding, in which the next check would find nothing.
+        text = read_text(path, "an annotation", MAX_XML)
+    except UserError as error:
+        raise UserError(f"{listed}: {error}") from None
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities of entities fill the memory from a few lines
         raise UserError(f"{path}: a document type or entity; expected an annotation without")
     try:
