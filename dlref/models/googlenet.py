@@ -171,5 +171,4 @@ class GoogLeNet(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
-        std = 0.01
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
