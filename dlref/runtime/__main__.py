@@ -76,18 +76,9 @@ def opened(arguments: list[str]):
     known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, as it comes")
     known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
     known.add_argument("--form", help="another form of the answers, such as sagemaker")
-    known.add_argument(
-        "--output",
-        type=Path,
-        metavar="PLACE",
-        help="save masks: NAME.png for one input, otherwise a folder",
-    )
-    known.add_argument(
-        "--overlay",
-        type=Path,
-        metavar="PLACE",
-        help="draw answers over inputs, or attention: NAME.png for one input, otherwise a folder",
-    )
+    for option, what in (("--output", "save masks"), ("--overlay", "draw answers over inputs, or attention")):
+        where = "NAME.png for one input, otherwise a folder"
+        known.add_argument(option, type=Path, metavar="PLACE", help=f"{what}: {where}")
     own = {}
     for kind in map(runner_of, kinds()):
         for name, (read, text) in kind.options.items():
