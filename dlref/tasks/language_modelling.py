@@ -142,8 +142,11 @@ class LanguageModel(Task):
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
 
     def on_validation_epoch_start(self) -> None:
-        """Clear the scores of the epoch."""
+        """Clear the scores of the epoch, and the sentence of the figure of attention."""
         self.nll.reset()
+        self.sentence = []
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Every token."""
@@ -161,11 +164,6 @@ class LanguageModel(Task):
                 if hasattr(logger.experiment, "add_text"):
                     indented = "".join(f"    {line}\n" for line in text.split("\n"))  # as it is, in Markdown
                     logger.experiment.add_text("sample", indented, self.global_step)
-
-    def on_test_epoch_start(self) -> None:
-        """Clear the scores of the epoch."""
-        self.nll.reset()
-        self.sentence = []
 
     def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Every token."""

@@ -181,6 +181,8 @@ class Translator(Task):
         """Clear the translations of the epoch."""
         self.translated = {}
 
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, batch, batch_index: int) -> None:
         """Greedy."""
         self.evaluation_step(batch, beam=1)
@@ -188,10 +190,6 @@ class Translator(Task):
     def on_validation_epoch_end(self) -> None:
         """Scores of the epoch."""
         self.log_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Clear the translations of the epoch."""
-        self.translated = {}
 
     def test_step(self, batch, batch_index: int) -> None:
         """By beam search."""
