@@ -59,7 +59,7 @@ def read_splits(
 
 
 def warn_of_shared(splits: Mapping[str, Iterable[str]], what: str) -> None:
-    """Say which share of what validates and tests, by path, is trained on: their scores flatter the network."""
+    """Warn of paths of validation and test that are trained on, too: their scores flatter the network."""
     train = set(map(os.path.normpath, splits["train"]))
     for name in ("val", "test"):
         paths = [os.path.normpath(path) for path in splits[name]]
@@ -139,7 +139,7 @@ def picture_size(path: str) -> tuple[int, int]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=PILLOW_FORMATS) as image:
             width, height = image.size
-            # Of a PNG Pillow decodes all of it to tell, and most have nothing to tell.
+            # To find the orientation of a PNG Pillow decodes all of it, and most have none.
             content = Path(path).read_bytes() if image.format == "PNG" else b""
             told = image.format != "PNG" or any(mark in content for mark in EXIF_OF_PNG)
             turned = told and orientation(image) in SIDEWAYS

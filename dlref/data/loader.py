@@ -233,7 +233,7 @@ class SplitData(LightningDataModule):
         several = self.num_workers > 0
         # What this process makes may lie on the device already, and cannot be pinned.
         pinned = several and self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # Python 3.14 would have each begin anew, which takes seconds and a gigabyte, and outlive a fit that is killed.
+        # Python 3.14 would start each from scratch: seconds, a gigabyte, and processes that outlive a killed fit.
         start = "fork" if several and sys.platform == "linux" else None
         known = {"num_workers": self.num_workers, "multiprocessing_context": start}
         return known | {"persistent_workers": several, "pin_memory": pinned}

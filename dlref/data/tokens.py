@@ -61,9 +61,7 @@ def read_whole(path: Path) -> str:
 
 
 def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
-    """One made from `texts`: byte, character, bpe; or one in a file, of `tokenizers` or as this module writes it; or a
-    run's.
-    """
+    """The tokeniser of a run's folder or a file, or of the kind `asked` for, made from `texts`. Raises UserError."""
     if asked in TRAINED:
         return make_exact(texts, asked, size)
     path = Path(asked)

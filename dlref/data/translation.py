@@ -89,7 +89,7 @@ class TranslationData(SplitData):
             tokenizer, rows = make_tokenizer(described), []
             for where, given in zip(pairs.names, getattr(pairs, name), strict=True):
                 tokens = tokenizer.encode(given) if isinstance(given, str) else list(given)
-                # Of a target that is only compared with, the text counts, and it stays.
+                # A target that is not trained on is compared as text, and is not cut.
                 if len(tokens) >= self.longest and (name == "source" or split == "train"):
                     if self.too_long == "error":
                         raise UserError(
@@ -111,7 +111,7 @@ class TranslationData(SplitData):
         return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
     def eval_batch_size(self, split: str) -> int:
-        """The number does not depend on the lengths."""
+        """As many sentences, however long they are."""
         return EVALUATED
 
     def sources(self) -> Sequence[str]:

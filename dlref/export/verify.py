@@ -11,9 +11,9 @@ from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
-FLIPPED = 0.002  # share of the rows of a choice that a rounding may change,
-MISPLACED = 0.001  # of the places of largest values,
-FEW = 2  # and this many however few there are; also the places by which a row may come sooner or later
+FLIPPED = 0.002  # share of the rows of `Graph.selected` outputs that rounding may change
+MISPLACED = 0.001  # share of the elements of `Graph.discrete` outputs, likewise
+FEW = 2  # rows or elements that may always differ; also places by which a row may move
 
 
 class Refused(UserError):

@@ -62,7 +62,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _opened(source) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
-        return nullcontext(source)  # it stays open: it is somebody's
+        return nullcontext(source)  # the caller's, which stays open
     return Image.open(BytesIO(source) if isinstance(source, BYTES) else source, formats=FORMATS)
 
 

@@ -189,7 +189,7 @@ class LanguageModel(Task):
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
-        # All of a short past counts, half of a full one; of the second text less.
+        # Of a full past half counts, of a short one all; of the second text's past READ tokens.
         length = torch.tensor([context_length // 2, READ], device=tokens.device)[: len(tokens)]
         graph = Graph(
             _Decode(self.network, len(self.tokenizer)),
