@@ -320,7 +320,7 @@ def train(arguments: list[str] | None = None) -> int:
         # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
         # whatever it is at, once another has ended with anything but 0.
         return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
-    except (UserError, MisconfigurationException) as error:
+    except (UserError, MisconfigurationException, ModuleNotFoundError) as error:  # a callback's package is missing
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -3,7 +3,9 @@
 A class that a config names is code that runs, so few can be named, and nothing but classes.
 """
 
+import codecs
 import inspect
+import locale
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +99,7 @@ def check_part(part: dict) -> None:
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
-    if folder is not None or {"..", "/"} & {*Path(named).parts} or "{" in named:
+    if folder is not None or Path(named).anchor or ".." in Path(named).parts or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )
@@ -116,6 +118,9 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        encoding = locale.getpreferredencoding(False)  # by which configs are read, and Lightning's metrics.csv written
+        if codecs.lookup(encoding).name != "utf-8":
+            raise UserError(f"this system's text is in {encoding}; expected UTF-8: set PYTHONUTF8=1")
 
     def error(self, message: str, ex: Exception | None = None):
         """Raise UserError with the parser's message on one readable line."""

@@ -167,6 +167,12 @@ def test_without_torch(exported):
     assert set(json.loads(result.stdout)) == FIGURES | {"waited"}
 
 
+def test_memory_that_a_system_does_not_tell_is_unknown(monkeypatch):
+    """gVisor's status has the resident memory of now alone."""
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "Name:\tpython\nVmRSS:\t  100 kB\n")
+    assert bench.memory() == {"peak_rss_mb": None, "anonymous_mb": None}
+
+
 def test_the_runtime_adds_little_to_the_memory_of_its_packages():
     """What these take is theirs to say, and differs by version."""
 

@@ -1,8 +1,11 @@
 """What a person types: one line for a mistake, nothing written; runs that are kept, replaced and resumed."""
 
 import csv
+import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -275,6 +278,36 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     shown = float(re.search(r"val/accuracy +│ +(\S+)", capsys.readouterr().out)[1])
     logged = [float(row["val/accuracy"]) for row in rows(moved / "metrics.csv") if row["val/accuracy"]]
     assert shown == pytest.approx(max(logged))
+
+
+def test_a_refused_fit_says_why_where_its_lock_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    """As on Windows while it is held: there filelock removes it."""
+    unlink = Path.unlink
+
+    def held(path, **options):
+        if path.name == ".lock":
+            raise PermissionError(13, "used by another process", str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    assert train(["fit", "--config", DIGITS, "--run", str(tmp_path / "mine"), "--best.metric", "val/nonsense"]) == 2
+    assert "val/nonsense" in capsys.readouterr().err
+
+
+def test_a_package_that_a_callback_lacks_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("dlref.cli.TrainCLI", lambda _: importlib.import_module("no_such_package"))
+    assert train([]) == 2
+    assert capsys.readouterr().err == "error: No module named 'no_such_package'\n"
+
+
+def test_a_system_whose_text_is_not_utf_8_is_told(tmp_path):
+    """Configs would be read in its encoding, and exported in another."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "train.py", "fit", "--config", DIGITS, "--run", str(tmp_path / "mine")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].endswith("; expected UTF-8: set PYTHONUTF8=1")
+    assert not (tmp_path / "mine").exists()
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):

@@ -819,6 +819,10 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeyp
         assert message in capsys.readouterr().err
     assert main([str(folder), one, "--overlay", str(tmp_path / "folder")]) == 0
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["one.png"]
+    (tmp_path / "same").mkdir()  # as on a disk that takes one.png for One.PNG
+    (tmp_path / "same/one.png").hardlink_to(tmp_path / "one.png")
+    assert main([str(folder), one, "--overlay", str(tmp_path / "same")]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
     capsys.readouterr()
     assert main([str(folder), one, two, "--overlay", str(tmp_path / "drawn.png")]) == 2
     assert "drawn.png: expected a folder" in capsys.readouterr().err

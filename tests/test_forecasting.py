@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from lightning import Trainer
 from scipy import integrate
 from sklearn.metrics import mean_pinball_loss
 from test_detection import fit
@@ -21,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
-from dlref.data.windows import Draws, Window
+from dlref.data.windows import Draws, SeriesStore, Window
 from dlref.export.contender import program
 from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, first_sizes, write_onnx, write_program
@@ -36,6 +37,7 @@ from dlref.runtime.series import first_differences
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
 from dlref.tasks.forecasting import OWN, scale_of
+from dlref.training.devices import exact
 
 H = Frequency.parse("H")
 LONGEST = max(H.lags)
@@ -472,7 +474,7 @@ def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner)
     )
     assert pythons == plain
     assert runner(instance(start=np.datetime64(instance()["start"]))) == plain
-    for moment in (np.datetime64("2024-01-01T00:30:00.750"), np.datetime64("NaT")):
+    for moment in (np.datetime64("2024-01-01T00:30:00.750"), np.datetime64("NaT", "s")):
         with pytest.raises(UserError, match="start"):
             runner(instance(start=moment))
     request = {"instances": (instance(),), "configuration": {"num_samples": np.int64(100)}}
@@ -1013,6 +1015,31 @@ def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
         "calibration.png",
         "by_time.png",
     }
+
+
+def test_one_time_ahead_is_tested_and_drawn(tmp_path):
+    """torchmetrics makes a number of what has one element."""
+    task = Forecaster(StudentT(), network=DeepAR(40, 6, [4]), optimizer=sgd)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.test(task, datamodule=data(prediction_length=1), verbose=False)
+    assert all(len(share) == 1 for share in task.by_time.values())
+    task.draw(tmp_path / "figures")
+    assert (tmp_path / "figures/by_time.png").is_file()
+
+
+def test_nothing_on_a_device_without_float64_has_64_bits(monkeypatch):
+    """Apple's GPUs refuse what has. The scores are then sums of float32."""
+    digits = exact(torch.device("mps"))
+    held = [SampleScores(4, digits), SeriesStore(data().read(H).train, H), forecaster()]
+    for module in held:
+        kinds = []
+        module._apply(lambda tensor, kinds=kinds: kinds.append(tensor.dtype) or tensor)
+        assert torch.float64 not in kinds
+        assert kinds
+    scores = held[0]
+    scores.update(torch.randn(3, 9, 4), torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool), torch.ones(3))
+    assert {value.dtype for value in scores.compute().values()} == {torch.float32}
+    assert exact(torch.device("cpu")) == exact(torch.device("cuda")) == torch.float64
 
 
 def test_configs_of_the_family_are_there():

@@ -272,6 +272,19 @@ def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["roc.png"]
 
 
+def test_whether_a_single_label_is_there_is_tested(tmp_path):
+    """torchmetrics makes a number of the areas under one curve."""
+    data = Pixels(multi_label=True)
+    data.labels, data.set.tensors = ["a"], (data.set.tensors[0], data.set.tensors[1][:, :1])
+    task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=LeNet5(1), optimizer=sgd)
+    (results,) = trainer(tmp_path).test(task, data, verbose=False)
+    images, targets = data.set.tensors
+    with torch.no_grad():
+        probability = task(images)[0].sigmoid()
+    assert results["test/roc_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(targets, probability), abs=1e-5)
+    task.draw(tmp_path / "figures")
+
+
 @pytest.mark.parametrize("label", ["$^$", "_background_"])
 def test_labels_that_mean_something_to_matplotlib_are_drawn_as_they_are(label, tmp_path, monkeypatch):
     drawn = []

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,14 @@ def test_scheduled_sampling_takes_the_networks_own_tokens_more_and_more(monkeypa
     many = batch_of(*PAIRS * 200)
     swapped = task.mixed(many, many.target[:, :-1])[:, 1:] != many.target[:, 1:-1]
     assert 0.4 < swapped[many.target[:, 1:-1] != PAD].float().mean() < 0.55
+
+
+def test_scheduled_sampling_of_a_run_without_an_end_is_refused(monkeypatch):
+    """Its share would stay 0."""
+    task = translator(scheduled_sampling=0.5)
+    monkeypatch.setattr(Translator, "trainer", SimpleNamespace(estimated_stepping_batches=math.inf))
+    with pytest.raises(UserError, match="scheduled_sampling without an end of the run"):
+        task.configure_optimizers()
 
 
 def numbers(folder):

@@ -61,7 +61,7 @@ class SeriesStore(nn.Module):
             "categories": series.cat,
             "begin": series.offsets[:-1],
             "length": np.diff(series.offsets),
-            "differences": differences(series, frequency.season),
+            "seasonal_errors": seasonal_errors(series, frequency.season),
         }
         for name, array in tensors.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)), persistent=False)
@@ -93,8 +93,7 @@ class SeriesStore(nn.Module):
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Mean absolute difference of the values a season apart before the time `end` of each series; 0: none."""
-        total, count = self.differences[self.begin[item] + item + end].unbind(1)
-        return (total / count.clamp(min=1)).float()
+        return self.seasonal_errors[self.begin[item] + item + end]
 
     def truth_of(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Float[Tensor, "B H Q"] | None:
         """The true quantiles of the `steps` times before `end`, which lie in the series; None where none are known."""
@@ -116,17 +115,16 @@ def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def differences(series: Series, season: int) -> np.ndarray:
-    """Sum and number of the absolute differences of values a season apart, before each point of a series and after its
-    last: float64 (P + N, 2). Differences to missing values are none.
+def seasonal_errors(series: Series, season: int) -> np.ndarray:
+    """Mean absolute difference of the values a season apart, of those before each point of a series and of all: float32
+    (P + N,), 0 where there are none. A missing value has no difference.
     """
     parts = []  # each summed by itself: in a sum over all, what is small would be lost behind what is large
     for target in np.split(series.target.astype(np.float64), series.offsets[1:-1]):
         apart = np.abs(target[season:] - target[:-season])
         there = ~np.isnan(apart)
-        both = np.cumsum(np.stack([np.where(there, apart, 0), there], axis=1), axis=0)
-        parts += [np.zeros((len(target) + 1 - len(both), 2)), both]
-    return np.concatenate(parts)
+        parts += [np.zeros(len(target) + 1 - len(apart)), np.where(there, apart, 0).cumsum() / there.cumsum().clip(1)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 class Windows(Dataset):

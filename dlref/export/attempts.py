@@ -5,6 +5,7 @@ task's metric falls by more than the target's gate, or where it is not faster th
 tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -167,7 +168,7 @@ class Attempts:
         except UserError as error:
             if exact:
                 raise
-            attempt.refused = str(error).replace(f"{attempt.folder}/", "")  # a path of this machine
+            attempt.refused = str(error).replace(f"{attempt.folder}{os.sep}", "")  # a path of this machine
         return attempt
 
     def too_much_lost(self, attempt: Attempt) -> str:

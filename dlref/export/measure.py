@@ -1,5 +1,6 @@
 """The bundle beside what it replaces: each contender in a process of its own, on this machine."""
 
+import os
 import platform
 import sys
 import tempfile
@@ -126,7 +127,7 @@ class Contenders:
                 if held_up(figures):
                     say(f"{name} waited for a core {figures['waited']:.0%} of the time: this machine is busy")
             except UserError as error:
-                measured["not_run"][name] = str(error).replace(f"{self.programs.parent}/", "")
+                measured["not_run"][name] = str(error).replace(f"{self.programs.parent}{os.sep}", "")
         return measured
 
     def undisturbed(self, name: str, bundle: Path) -> dict:

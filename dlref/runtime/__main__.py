@@ -188,11 +188,20 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
         if one in names:
             raise UserError(f"{option} {path}: two inputs would become {one.name}; expected names that differ")
         names.add(one)
-    taken = set(map(real, paths))
+    taken = {identity(one) for one in paths} - {None}
     for source in sources:
-        if real(source) in taken:
+        if identity(source) in taken:
             raise UserError(f"{option} {path}: {source} would be overwritten; expected another place")
     return paths
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """Which file a name leads to, by links or on a disk that takes a.PNG for a.png; None: to none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def real(path: str | Path) -> Path:

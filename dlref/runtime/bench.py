@@ -194,7 +194,8 @@ def memory() -> dict[str, float | None]:
     except OSError:
         return {"peak_rss_mb": None, "anonymous_mb": None}
     fields = {"peak_rss_mb": "VmHWM", "anonymous_mb": "RssAnon"}
-    return {key: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 / 1e6 for key, name in fields.items()}
+    found = {key: re.search(rf"{name}:\s+(\d+) kB", status) for key, name in fields.items()}  # gVisor has neither
+    return {key: int(match[1]) * 1024 / 1e6 if match else None for key, match in found.items()}
 
 
 def installed_mb(package: str) -> float | None:

@@ -18,6 +18,8 @@ from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 from torch.distributions import Normal
 from torch.nn import functional as F
 
+from dlref.training.devices import exact
+
 SMALLEST = 1e-6  # of what has to be above 0
 TRIES = 4  # of a gamma variable, each accepted with 0.951 or more: at most 6 in a million draws refuse all of them
 MANY = 30.0  # from this mean on the counts of a Poisson variable are near enough to a continuous one
@@ -119,11 +121,11 @@ class NegativeBinomial(Distribution):
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`, whole numbers of 0 or more."""
-        # Of nearly Poisson counts two large lgammas differ by little: float32 errs by nats. Apple's GPUs have no more.
-        exact = torch.float32 if values.device.type == "mps" else torch.float64
-        mean, shape = (parameter.to(exact) for parameter in parameters)
+        # Of nearly Poisson counts two large lgammas differ by little: float32 errs by nats.
+        digits = exact(values.device)
+        mean, shape = (parameter.to(digits) for parameter in parameters)
         known = TorchNegativeBinomial(1 / shape, logits=(mean * shape).log(), validate_args=False)
-        return known.log_prob(values.to(exact)).to(parameters[0].dtype)
+        return known.log_prob(values.to(digits)).to(parameters[0].dtype)
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """A Poisson variable whose mean is a gamma variable of shape 1/alpha and mean mu."""

@@ -18,27 +18,28 @@ class QuantileScores(Metric):
 
     Args:
         horizon: H.
+        digits: the floats to add up in.
     """
 
     full_state_update = False
 
-    def __init__(self, horizon: int):
+    def __init__(self, horizon: int, digits: torch.dtype = torch.float64):
         super().__init__()
-        self.register_buffer("levels", torch.tensor(LEVELS, dtype=torch.float64), persistent=False)
+        self.register_buffer("levels", torch.tensor(LEVELS, dtype=digits), persistent=False)
         for name in ("pinball", "covered"):
-            self.add_state(name, torch.zeros(horizon, len(LEVELS), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(horizon, len(LEVELS), dtype=digits), dist_reduce_fx="sum")
         for name in ("size", "points"):
-            self.add_state(name, torch.zeros(horizon, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(horizon, dtype=digits), dist_reduce_fx="sum")
 
     def update(
         self, quantiles: Float[Tensor, "B H Q"], target: Float[Tensor, "B H"], observed: Bool[Tensor, "B H"]
     ) -> None:
         """Add the points that are observed."""
-        above = (target[..., None] - quantiles).double()
+        above = (target[..., None] - quantiles).to(self.levels)
         loss = torch.maximum(self.levels * above, (self.levels - 1) * above)
         self.pinball += loss.where(observed[..., None], 0).sum(0)
         self.covered += ((above <= 0) & observed[..., None]).sum(0)
-        self.size += target.double().abs().where(observed, 0).sum(0)
+        self.size += target.to(self.levels).abs().where(observed, 0).sum(0)
         self.points += observed.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
@@ -58,10 +59,10 @@ class QuantileScores(Metric):
 class SampleScores(QuantileScores):
     """Of sample paths: beside their quantiles' the root mean squared error of the mean, MSIS and CRPS."""
 
-    def __init__(self, horizon: int):
-        super().__init__(horizon)
+    def __init__(self, horizon: int, digits: torch.dtype = torch.float64):
+        super().__init__(horizon, digits)
         for name in ("squared", "crps", "msis", "windows"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=digits), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -72,7 +73,7 @@ class SampleScores(QuantileScores):
     ) -> None:
         """Add the points that are observed. A window without a seasonal error, or without points, has no MSIS."""
         super().update(quantiles_of(paths), target, observed)
-        paths, values = paths.double(), target.double()
+        paths, values = paths.to(self.levels), target.to(self.levels)
         self.squared += (paths.mean(1) - values).square().where(observed, 0).sum()
         self.crps += crps(paths, values).where(observed, 0).sum()
         low, high = torch.quantile(paths, torch.tensor([INTERVAL / 2, 1 - INTERVAL / 2]).to(paths), dim=1)

@@ -22,6 +22,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.task import Task
+from dlref.training.devices import exact
 
 SHOWN = 8  # series in the figure of forecasts
 OWN = "this_model"  # the name of its scores, beside those of the baselines
@@ -91,9 +92,10 @@ class Forecaster(Task):
             for name, split in self.trainer.datamodule.splits.items():
                 if name != "predict" and stores.setdefault(split.store, name) == name:
                     self.check_outcomes(name, split.store.outcomes(self.difference))
-        self.scores = nn.ModuleDict({name: SampleScores(self.horizon) for name in (OWN, *BASELINES)})
+        digits = exact(self.trainer.strategy.root_device)
+        self.scores = nn.ModuleDict({name: SampleScores(self.horizon, digits) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
-            self.scores["oracle"] = QuantileScores(self.horizon)
+            self.scores["oracle"] = QuantileScores(self.horizon, digits)
 
     def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError where there is nothing to learn from or to judge by, or what has no likelihood."""
@@ -238,7 +240,8 @@ class Forecaster(Task):
             values = scores.compute()  # even of no points here: other devices may have some, and wait for this one
             scores.reset()
             coverage = values.pop("coverage")
-            self.by_time[name.replace("_", " ")] = values.pop("by_time").cpu()
+            # torchmetrics makes a number of one time ahead.
+            self.by_time[name.replace("_", " ")] = values.pop("by_time").cpu().reshape(self.horizon)
             values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
             before = "" if name == OWN else f"{name}_"
             found |= {f"{stage}/{before}{key}": value.float() for key, value in values.items()}

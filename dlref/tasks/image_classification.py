@@ -142,7 +142,7 @@ class ImageClassifier(ImageTask):
         """Numbers go to the log; the matrix is for the figure alone."""
         values = self.test_metrics.compute()
         self.confusion = values.pop("test/confusion").cpu()
-        areas = values.pop("test/roc_auc").cpu()
+        areas = values.pop("test/roc_auc").cpu().flatten()  # torchmetrics makes a number of one class
         # A class that no test image has, or all have, has no curve.
         matrix = self.confusion  # (K, K), or with several labels (K, 2, 2)
         positives = matrix[:, 1].sum(-1) if matrix.ndim == 3 else matrix.sum(-1)

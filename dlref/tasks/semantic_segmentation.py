@@ -13,6 +13,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
+from dlref.training.devices import exact
 
 VOID = 255  # what the masks have where a pixel counts for nothing
 PICTURES = 12  # in the figure of masks
@@ -236,6 +237,6 @@ class Confusion(Metric):
 
 def scores(matrix: Int[Tensor, "K K"]) -> tuple[Float[Tensor, "K"], dict[str, Tensor]]:
     """Intersection over union of each class, NaN where it is neither there nor found; their mean, and the accuracy."""
-    correct = matrix.diagonal().double()
+    correct = matrix.diagonal().to(exact(matrix.device))
     union = correct / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal())
     return union, {"miou": union.nanmean().nan_to_num(), "pixel_accuracy": correct.sum() / matrix.sum().clamp(min=1)}

@@ -4,6 +4,7 @@ Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of
 vocabulary, W best next tokens of a hypothesis, D hidden size, Y rows of the decoder's state.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -116,6 +117,12 @@ class Translator(Task):
     def longest_verified(self) -> int:
         """Tokens of the longest source at which the export compares the graphs: one that none was traced at."""
         return 2 * self.facts["longest"] + 3
+
+    def configure_optimizers(self):
+        """As every task's. Raises UserError where the share of the network's own tokens would never rise."""
+        if self.scheduled_sampling and not math.isfinite(self.trainer.estimated_stepping_batches):
+            raise UserError("scheduled_sampling without an end of the run; expected trainer.max_epochs or max_steps")
+        return super().configure_optimizers()
 
     # Sentences
 

@@ -32,6 +32,11 @@ def fast_steps(device: torch.device) -> None:
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
+def exact(device: torch.device) -> torch.dtype:
+    """The floats of most digits that a device has: Apple's GPUs have none of 64 bits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

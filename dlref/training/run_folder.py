@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -167,7 +168,8 @@ class Claim:
     def leave(self) -> None:
         """Release the folder, without a sign of a fit where there was none before."""
         if self.first:
-            (self.run / LOCK).unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps what is open; there the lock removes it as it is released
+                (self.run / LOCK).unlink(missing_ok=True)
         self.lock.release()
 
 
