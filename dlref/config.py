@@ -164,7 +164,7 @@ def readable(message: str) -> str:
         ),
         (r'Parser key "([^"]*)":', r"\1:"),
         (r"Problem with given class_path '[^']*': ", ""),
-        (r"typing\.Literal", "one of "),
+        (r"a typing\.Literal", "one of "),
     ):
         message = re.sub(pattern, replacement, message)
     return message

@@ -63,6 +63,7 @@ MISTAKES = {
     ),
     "an unknown key of the network": (["--model.init_args.network.init_args.depht", "1"], "depht"),
     "an unknown top-level key": (["--frobnicate", "1"], "unrecognized arguments: --frobnicate"),
+    "another choice": (["--best.mode", "most"], "best.mode: Expected one of ['min', 'max']. Got value: most"),
     "the beginning of a key": (["--trainer.max_epo", "3"], "unrecognized arguments: --trainer.max_epo"),
     "a function outside the allow-list": (
         ["--model.init_args.network", "os.system"],
