@@ -7,11 +7,12 @@ exported from the run that the config's own benchmark has made; ResNet and LeNet
 weights, whose speed and memory are those of trained ones. A model is the bundle's graphs or PyTorch's weights.
 "Installed" are the packages that answer. PyTorch is the wheel that `pip install torch` brings, whose CUDA libraries
 cost memory and disk on a machine without a GPU, too. TORCH_CPU_PYTHON names an interpreter that has the wheel without
-them, numpy, onnxruntime and pillow: a contender of its own.
+them, numpy, onnxruntime and pillow: a contender of its own, whose speed is left out, for its version may be another.
 """
 
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.configs import ON_A_CPU, roots, trained
-from benchmarks.rows import Row, Rows, run
+from benchmarks.rows import NotHere, Row, Rows, run
 from dlref.cli import load_run
 from dlref.export.bundle import export
 from dlref.export.measure import Contenders
@@ -48,7 +49,7 @@ FIGURES = {  # of a contender: key, what, unit, factor
 }
 PEERS = {  # and which of its figures are not another contender's, too
     "pytorch-eager": ("PyTorch eager", set(FIGURES)),
-    "cpu-wheel": ("PyTorch eager, CPU wheel", set(FIGURES) - {"model_mb"}),
+    "cpu-wheel": ("PyTorch eager, CPU wheel", {"first_answer_s", "peak_rss_mb", "installed_mb"}),
     "pytorch-compiled": ("PyTorch compiled", {"latency_ms", "first_answer_s", "peak_rss_mb"}),
     "onnx-float32": ("its float32 graph", {"latency_ms", "first_answer_s", "peak_rss_mb", "model_mb"}),
 }
@@ -100,16 +101,18 @@ def fitting() -> Target:
 
 def measured(built: Callable[[], tuple[Task, LightningDataModule]], target: Target, folder: Path) -> tuple[str, dict]:
     """A turn: the precision of the bundle, and every contender's figures."""
+    python = os.environ.get("TORCH_CPU_PYTHON")
+    if python and not shutil.which(python):
+        raise NotHere(f"TORCH_CPU_PYTHON is {python}, which cannot be run")
     task, data = built()
     manifest = export(task, data, target, folder / "bundle")
     figures = manifest["measurement"]["contenders"]
-    if python := os.environ.get("TORCH_CPU_PYTHON"):
+    if python:
         graphs = task.deployable(next(iter(data.val_dataloader()))).graphs
         (folder / "programs").mkdir()
+        contenders = Contenders(target, graphs, folder / "programs", folder / "bundle", python)
         try:
-            figures["cpu-wheel"] = Contenders(target, graphs, folder / "programs", folder / "bundle", python).pytorch(
-                "eager"
-            )
+            figures["cpu-wheel"] = contenders.undisturbed("pytorch-eager", folder / "bundle")
         except UserError as error:  # it may lack torchvision, whose operators SSD's has
             print(f"the CPU wheel: {error}", file=sys.stderr)
     return manifest["precision"], figures

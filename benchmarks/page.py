@@ -1,6 +1,7 @@
 """What has been measured, kept in docs/benchmarks.json and shown in docs/benchmarks.md."""
 
 import json
+import math
 import statistics
 import textwrap
 from dataclasses import asdict, dataclass, field
@@ -27,8 +28,9 @@ run; the ratio is the median of the ratios of all turns, with the least and the 
 either side are medians, whose own quotient is another number. A row without a peer is a figure of dlref's.
 
 `python -m benchmarks reproduce NAME` measures a name's rows once more and says of each whether its median lies between
-the least and the greatest here, or beyond by 5% at most, a score by 0.01; times and speeds without a peer are those of
-the machine that the row names. [results.md](results.md) tells what stands behind the figures.
+the least and the greatest here, or beyond by 5% at most, and what has no unit, such as a score, by 0.01 at most; times
+and speeds without a peer are those of the machine that the row names. [results.md](results.md) tells what stands behind
+the figures.
 
 ![ratios that have a goal: median, spread and goal](images/benchmarks.png)
 """
@@ -159,9 +161,8 @@ def within(stated: Record, found: Record) -> dict[str, bool]:
 def near(row: Row, value: float) -> bool:
     """Between the least and the greatest, or beyond by no more than a margin: few turns do not see all of a spread.
 
-    The margin is a share of the value, and of a score or a share, which have no unit, a number.
+    The margin is MARGIN of the value, and for what has no unit, such as a score, SCORE_MARGIN at most.
     """
     least, greatest = min(row.values), max(row.values)
-    if not row.sign:
-        return least - SCORE_MARGIN <= value <= greatest + SCORE_MARGIN
-    return least * (1 - MARGIN) <= value <= greatest * (1 + MARGIN)
+    most = math.inf if row.sign else SCORE_MARGIN
+    return least - min(MARGIN * least, most) <= value <= greatest + min(MARGIN * greatest, most)

@@ -11,7 +11,7 @@ from benchmarks.page import Record, Records
 MET, UNMET = "#1d4ed8", "#c2410c"
 CONTENDERS = {
     "PyTorch eager": "#c2410c",
-    "PyTorch eager, CPU wheel": "#9a3412",
+    "PyTorch eager, CPU wheel": "#78716c",
     "PyTorch compiled": "#f59e0b",
     "its float32 graph": "#93c5fd",
     "bundle": "#1d4ed8",
@@ -63,12 +63,12 @@ def draw_edge(path: Path, exports: Records) -> None:
     """Time, memory and start of a bundle beside what it replaces."""
     if not exports:
         return
-    figure = Figure(figsize=(12, 1 + 0.8 * len(exports)), layout="constrained")
+    figure = Figure(figsize=(12, 1 + len(exports)), layout="constrained")
     for axes, (what, (title, factor, text)) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
         for index, (contender, colour) in enumerate(CONTENDERS.items()):
             values = [factor * middle(record, what, contender) for record in exports.values()]
-            places = [row + 0.2 * (index - 1.5) for row in range(len(values))]
-            bars = axes.barh(places, values, 0.18, color=colour, label=contender)
+            places = [row + 0.16 * (index - (len(CONTENDERS) - 1) / 2) for row in range(len(values))]
+            bars = axes.barh(places, values, 0.15, color=colour, label=contender)
             labels = ["" if math.isnan(value) else text.format(value) for value in values]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
         axes.set(title=title, xscale="log")

@@ -238,6 +238,15 @@ def test_weights_that_graphs_share_count_once():
     assert weights_mb(graphs) == pytest.approx(4 * (10 * 10 + 10 * 5) / 1e6)
 
 
+def test_pytorch_is_measured_by_the_interpreter_that_is_given(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr("dlref.export.measure.in_process", lambda command: commands.append(command) or {})
+    for options in ({}, {"python": "another"}):
+        found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path, **options).pytorch("eager")
+        assert found == {"model_mb": 0}
+    assert [command[0] for command in commands] == [sys.executable, "another"]
+
+
 def test_a_process_is_told_when_it_was_started():
     before = time.monotonic()
     code = "import sys, json; print('noise'); print(json.dumps({'started': float(sys.argv[1])}))"

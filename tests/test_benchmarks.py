@@ -134,10 +134,18 @@ def test_within_the_spread(now, inside):
     assert within(recorded(1.0, 2.0, 1.7, unit="s"), recorded(now, unit="s")) == {"what": inside}
 
 
-@pytest.mark.parametrize(("now", "inside"), [(0.992, True), (0.988, True), (0.98, False)])
-def test_a_score_is_within_by_points_not_by_its_share(now, inside):
-    stated, found = (Record("configs", {"accuracy": Row(scores)}) for scores in ([0.997, 0.992], [now]))
-    assert within(stated, found) == {"accuracy": inside}
+@pytest.mark.parametrize(
+    ("scores", "now", "inside"),
+    [
+        ([0.997, 0.992], 0.988, True),
+        ([0.997, 0.992], 0.98, False),  # within 5%, and five times as many mistakes
+        ([0.0073], 0.0076, True),
+        ([0.0073], 0.0078, False),
+    ],
+)
+def test_a_score_is_within_by_a_share_and_by_a_number(scores, now, inside):
+    stated, found = (Record("configs", {"score": Row(values)}) for values in (scores, [now]))
+    assert within(stated, found) == {"score": inside}
 
 
 def test_a_row_that_is_gone_is_not_within():

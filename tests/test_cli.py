@@ -3,9 +3,7 @@
 import csv
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -301,13 +299,11 @@ def test_a_package_that_a_callback_lacks_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: No module named 'no_such_package'\n"
 
 
-def test_a_system_whose_text_is_not_utf_8_is_told(tmp_path):
+def test_a_system_whose_text_is_not_utf_8_is_told(tmp_path, monkeypatch, capsys):
     """Configs would be read in its encoding, and exported in another."""
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "train.py", "fit", "--config", DIGITS, "--run", str(tmp_path / "mine")]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert found.returncode == 2
-    assert found.stderr.splitlines()[-1].endswith("; expected UTF-8: set PYTHONUTF8=1")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _: "cp1252")
+    assert train(["fit", "--config", DIGITS, "--run", str(tmp_path / "mine")]) == 2
+    assert capsys.readouterr().err == "error: this system's text is in cp1252; expected UTF-8: set PYTHONUTF8=1\n"
     assert not (tmp_path / "mine").exists()
 
 

@@ -230,6 +230,6 @@ def copies(store: SeriesStore, times: int, length: int) -> SeriesStore:
     for name in ("values", "observed", "features", "categories", "length"):
         tensor = getattr(store, name)
         setattr(store, name, tensor.repeat(times, *[1] * (tensor.ndim - 1)))
-    store.differences = torch.cat([store.differences[:1], store.differences[1:].repeat(times, 1)])
+    store.seasonal_errors = torch.cat([store.seasonal_errors[:1], store.seasonal_errors[1:].repeat(times)])
     store.begin = torch.arange(len(store.length)) * length
     return store

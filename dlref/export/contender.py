@@ -55,7 +55,7 @@ def program(path: Path, mode: str, device: str) -> Callable:
 def main(arguments: list[str]) -> None:
     """The measured process."""
     folder, bundle, mode, threads, device, started = arguments
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # Windows keeps libraries that are loaded
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what an earlier process compiled would be found elsewhere
         figures = measure(lambda: programs(Path(folder), mode, int(threads), device), Path(bundle), float(started))
     package = "torchvision" if "torchvision" in sys.modules else "torch"

@@ -102,8 +102,8 @@ def measurement(measured: dict, spread: bool) -> list[str]:
     if measured["contenders"]:
         parts += [
             f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
-            "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone."
-            + (alone if spread else ""),
+            "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone; "
+            "its model is its weights." + (alone if spread else ""),
             table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
     for name, figures in measured["contenders"].items():
