@@ -1,6 +1,7 @@
 """The pictures of what has been measured: docs/images/benchmarks.png and docs/images/edge.png."""
 
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def draw(folder: Path, records: Records) -> None:
 def draw_goals(path: Path, records: Records) -> None:
     """Every ratio that has a goal, but for those of bundles, which the other picture is of."""
     rows = {
-        f"{title.replace('`', '').removesuffix(' beside PyTorch')}, beside {row.beside}": row
+        f"{re.sub(',? beside .*', '', title).replace('`', '')}, beside {row.beside}": row
         for record in records.values()
         for title, row in record.rows.items()
         if record.module != "edge" and row.peer and row.goal
