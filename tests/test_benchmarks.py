@@ -124,7 +124,7 @@ def test_a_picture_of_bundles_has_what_is_known(tmp_path):
 def test_a_bundle_in_float32_is_not_beside_itself(monkeypatch):
     figures = dict.fromkeys(edge.FIGURES, 1.0)
     contenders = dict.fromkeys(("bundle", *edge.PEERS), figures)
-    for precision, rows in (("float32", 5 + 4 + 3), ("int8", 5 + 4 + 3 + 4)):
+    for precision, rows in (("float32", 5 + 3 + 3), ("int8", 5 + 3 + 3 + 4)):
         monkeypatch.setattr(edge, "measured", lambda *_, kept=precision: (kept, contenders))
         assert len(edge.bundle("edge-lenet5", lambda: ())) == rows
 

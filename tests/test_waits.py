@@ -73,9 +73,9 @@ def test_a_step_waits_for_nothing(config, unchecked):
     task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
     data.prepare_data()
     data.setup("fit")
-    task.trainer = data.trainer = SimpleNamespace(
-        datamodule=data, training=True, sanity_checking=False, world_size=1, log_every_n_steps=1, global_step=0
-    )
+    stage = {"training": True, "sanity_checking": False, "global_step": 0, "log_every_n_steps": 1}
+    device = SimpleNamespace(root_device=torch.device("cuda"))
+    task.trainer = data.trainer = SimpleNamespace(datamodule=data, strategy=device, world_size=1, **stage)
     task.log = lambda *arguments, **options: None
     task.setup("fit")
     batch = next(iter(data.train_dataloader()))
