@@ -25,6 +25,7 @@ from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
+from dlref.runtime.machine import PRODUCT, saturates
 from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.deployable import Graph
 
@@ -194,6 +195,50 @@ def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     place_in(tmp_path / "bundle", tmp_path / "int8.onnx", TARGETS[name])
     answer = OnnxGraph(tmp_path / f"bundle/int8.{TARGETS[name].file_format}", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
+
+
+def test_what_is_tried_is_a_product_of_8_bit_numbers():
+    types = {
+        "a": (onnx.TensorProto.UINT8, "mk"),
+        "b": (onnx.TensorProto.INT8, "kn"),
+        "y": (onnx.TensorProto.INT32, "mn"),
+    }
+    a, b, y = (helper.make_tensor_value_info(name, kind, list(axes)) for name, (kind, axes) in types.items())
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "s", [a, b], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 10)], ir_version=5)
+    assert onnx.load_model_from_string(PRODUCT) == model
+
+
+def exact(a, b):
+    return a.astype(np.int32) @ b.astype(np.int32)
+
+
+def in_pairs_of_16_bits(a, b):
+    products = a.astype(np.int32)[:, :, None] * b
+    return (products[:, ::2] + products[:, 1::2]).clip(-(2**15), 2**15 - 1).sum(1)
+
+
+def no_kernel(a, b):
+    raise RuntimeError("NOT_IMPLEMENTED")
+
+
+@pytest.mark.parametrize(("product", "found"), [(exact, False), (in_pairs_of_16_bits, True), (no_kernel, True)])
+def test_a_processor_is_tried_for_sums_that_saturate(product, found, monkeypatch):
+    session = SimpleNamespace(run=lambda outputs, inputs: [product(**inputs)])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
+    assert saturates.__wrapped__() == found
+
+
+@pytest.mark.parametrize(("found", "entry"), [(True, "1"), (False, None)])
+def test_sums_are_made_exact_only_where_they_would_saturate(found, entry, monkeypatch, tmp_path):
+    """Elsewhere what makes them exact takes more than twice the time."""
+    monkeypatch.setattr("dlref.runtime.bundle.saturates", lambda: found)
+    (tmp_path / "product.onnx").write_bytes(PRODUCT)
+    options = OnnxGraph(tmp_path / "product.onnx", "CPUExecutionProvider").session.get_session_options()
+    try:
+        assert options.get_session_config_entry("session.x64quantprecision") == entry
+    except RuntimeError:  # there is none
+        assert entry is None
 
 
 def test_weights_of_dynamic_products_have_a_scale_for_each_output(tmp_path):

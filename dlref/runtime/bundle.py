@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlref.runtime.errors import UserError, one_line
+from dlref.runtime.machine import saturates
 from dlref.runtime.memory import returned_to_the_system
 
 FORMAT = 1
@@ -40,7 +41,7 @@ BEHIND = {"TensorrtExecutionProvider": ("CUDAExecutionProvider",)}
 PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
 REGISTERING = threading.Lock()
 
-# Without it the sums of 8-bit products saturate silently on x86-64 that lacks VNNI.
+# Where sums of 8-bit products would saturate silently.
 EXACT = "session.x64quantprecision", "1"
 # A provider that is a package may fail to start without a word, and leave all nodes to the processor.
 ASSIGNED = "session.record_ep_graph_assignment_info", "1"
@@ -161,7 +162,8 @@ class OnnxGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
         options.log_severity_level = 4  # errors come as exceptions
-        options.add_session_config_entry(*EXACT)
+        if saturates():
+            options.add_session_config_entry(*EXACT)
         # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         self.path = path
