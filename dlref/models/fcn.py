@@ -10,7 +10,8 @@ over its last maps; keys, parameters and outputs are torchvision's. PSPNet and D
 A network answers logits at its own resolution, in training and in evaluation, and with an auxiliary head a tuple of
 both heads' logits. Enlarging them to the image is the task's, except in `FCNVGG16`, where the paper makes it a layer.
 
-Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
+Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits, h2 w2
+of the auxiliary head's.
 """
 
 from typing import Literal

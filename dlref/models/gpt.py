@@ -43,7 +43,7 @@ class GPT(nn.Module):
         context_length: tokens that it reads at most, the past among them.
         n_layer: L.
         n_head: H.
-        n_embd: E, a multiple of H.
+        n_embd: E, a multiple of H; of 2 H with rotary positions.
         positions: `learned`, or fixed: `sinusoidal` ones that are added, `rotary` ones that rotate queries and keys.
         bias: whether linear layers and norms have one.
         qk_norm: bring queries and keys to a root mean square of 1 (Henry et al., without the learned scale).

@@ -8,6 +8,7 @@ This is the form in use today. Where it departs from the paper:
 - C3 sees all six maps of S2 (2,416 parameters). Table I connects each map of C3 to 3, 4 or 6 of them (1,516),
   to break symmetry and to bound the number of connections.
 - The squashing function is tanh, not 1.7159 tanh(2/3 x) (appendix A).
+- Weights begin as PyTorch's layers do, not uniform within 2.4 over the number of a unit's inputs (appendix A).
 - The output is a linear layer of logits, 850 parameters, for a cross-entropy loss. The paper's ten units are
   Euclidean radial basis functions: the squared distance of F6 to a fixed 7x12 bitmap of the digit, trained
   with a mean-squared-error-like loss (equation 8) or its discriminative extension (equation 9).

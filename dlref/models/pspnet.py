@@ -3,7 +3,8 @@
 Figure 3 on a dilated ResNet with torchvision's stem and keys (`backbone.*`), where the paper's ResNet begins with three
 3x3 convolutions. The auxiliary head is that of figure 4, over the third stage.
 
-Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
+Legend of shapes: B batch, C channels (C2 = 2 C), H W height and width, K classes, h w height and width
+of the logits.
 """
 
 from contextlib import nullcontext

@@ -15,7 +15,8 @@ annotations through one linear layer and tanh; Sutskever's takes over the encode
 backward direction alone.
 
 Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
-vocabulary, D hidden size, I size of a layer's inputs, Y rows of the decoder's state.
+vocabulary, D hidden size, I size of a layer's inputs, Q queries of attention, P places of rows, Y rows of the
+decoder's state.
 """
 
 import math
@@ -259,7 +260,8 @@ class Convolutional(nn.Module):
     """Convolutions with gated linear units and residuals (Gehring et al., section 3.2, scaled as in 3.5).
 
     Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is. Without the
-    paper's position embeddings: only the zeros at either end tell where a token stands.
+    paper's position embeddings: only the zeros at either end tell where a token stands. And attention sees the outputs
+    alone, not their sum with the embeddings (section 3.3).
     """
 
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:

@@ -2,7 +2,7 @@
 Detector", ECCV 2016.
 
 `SSDVGG16` is figure 2 with torchvision's keys (35,641,826 parameters at 300 pixels and 90 classes; 512 pixels is the
-arXiv version's footnote 5). `SSDResNet` has the base of NVIDIA's DeepLearningExamples: a ResNet to its third stage,
+arXiv version's footnote 3). `SSDResNet` has the base of NVIDIA's DeepLearningExamples: a ResNet to its third stage,
 which keeps the resolution of the second, and batch norm in the extra layers.
 
 A network returns the raw heads, in training and in evaluation: for each default box the offsets of a box and the
@@ -30,7 +30,8 @@ class Layout:
     """The default boxes of a network (section 2.2, "Choosing scales and aspect ratios for default boxes").
 
     Args:
-        steps: pixels of the image from one cell to the next, for each feature map.
+        steps: pixels of the image from one cell to the next, for each feature map: the authors' code's. The paper
+            divides the image by the number of cells.
         maps: cells on a side of each map.
         scales: side of the square boxes, as a share of the image's; one more than there are maps, for the second
             square of a map has the mean (geometric) of its scale and the next map's.
@@ -155,6 +156,14 @@ class VGGFeatures(nn.Module):
         return own
 
 
+# Channels and stride of the extra layers on a ResNet, by size.
+EXTRA = {
+    96: [(256, 2)] * 3,
+    300: [(512, 2)] * 2 + [(256, 2)] + [(256, 1)] * 2,
+    512: [(512, 2)] * 2 + [(256, 2)] * 4,
+}
+
+
 class ResNetFeatures(nn.Module):
     """A ResNet to its third stage, and extra layers with batch norm that lower the resolution.
 
@@ -175,21 +184,15 @@ class ResNetFeatures(nn.Module):
         self.features = base
         self.small = size == 96
         _, second, third, _ = base.channels
-        if self.small:
-            channels = [second, third]
-        else:
-            channels = [third, 512, 512]
+        if not self.small:
             for module in base.layer3[0].modules():  # without dilation, unlike `replace_stride_with_dilation`
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
-        self.out_channels = [*channels, *[256] * (len(LAYOUTS[size].maps) - len(channels))]
-        extra = []
-        widths = self.out_channels[1:] if self.small else self.out_channels  # from the ResNet's last map on
-        for before, after in pairwise(widths):
-            halves = size != 300 or len(extra) < 3
-            stride, padding = (2, 1) if halves else (1, 0)
-            middle = 256 if after == 512 else 128
-            extra.append(_extra(before, middle, after, stride, padding, norm=True))
+        self.out_channels = [*([second] if self.small else []), third, *(after for after, _ in EXTRA[size])]
+        extra, before = [], third
+        for after, stride in EXTRA[size]:
+            extra.append(_extra(before, after // 2, after, stride, padding=stride - 1, norm=True))
+            before = after
         self.extra = nn.ModuleList(extra)
         self.extra.apply(_initialise)
 
@@ -267,7 +270,8 @@ class SSDVGG16(SSD):
     Args:
         num_classes: K.
         size: side of the images, in pixels.
-        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted.
+        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted: at 300 pixels they are
+            the paper's for COCO, at 512 for VOC.
 
     Raises:
         ValueError: `size` is neither 300 nor 512, or `scales` are not one more than there are maps.

@@ -82,7 +82,8 @@ class Frequency:
     def season(self) -> int:
         """Steps of the cycle that a seasonal naive forecast repeats: a day, a week or a year.
 
-        1, the last value, where that is no whole number of steps, as GluonTS has it.
+        1, the last value, where that is no whole number of steps. As GluonTS has it, but for days and weeks, where it
+        has 1.
         """
         steps, rest = divmod({"min": 1440, "H": 24, "D": 7, "B": 5, "W": 52, "M": 12}[self.unit], self.count)
         return 1 if rest else steps

@@ -19,7 +19,8 @@ class Settings(NamedTuple):
         top_k: draw from so many of the likeliest tokens; 0 is all.
         top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         repetition_penalty: by which logits of tokens that were there are divided, or multiplied where they are below
-            zero (Keskar et al. 2019, section 4.1); the end of text that stands before a prompt is none of them.
+            zero (Keskar et al. 2019, section 4.1, who always divide); the end of text that stands before a prompt is
+            none of them.
         stop: texts of which none appears: before it the text ends.
         seed: of what is drawn; texts beside this one change nothing.
     """

@@ -39,8 +39,9 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """The mean of -log softmax(hidden weight^T) at the targets, as `F.cross_entropy` of `F.linear`.
 
-    The gradients are found beside the loss, while the logits of a few rows are there (Wijmans et al. 2025, section 4,
-    do so in one kernel). `row_step` is `nll_and_gradient` or its compiled form: all it does is memory traffic.
+    The gradients are found beside the loss, while the logits of a few rows are there (as Liger Kernel does, Hsu et
+    al. 2024; Wijmans et al. 2025 compute the logits again on the way back). `row_step` is `nll_and_gradient` or its
+    compiled form: all it does is memory traffic.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_step)
 

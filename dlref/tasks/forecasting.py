@@ -31,7 +31,8 @@ EXAMPLES = 2  # series of the example inputs
 
 
 class Forecaster(Task):
-    """Negative log-likelihood of the observed points (Salinas et al. 2017, equation 2), and forecasts by sampling.
+    """Negative log-likelihood of the observed points (Salinas et al. 2017, equation 2, but of the context, too, as
+    GluonTS has it), and forecasts by sampling.
 
     The network answers parameters (B, T, P) and a state, as `DeepAR` does. A batch is a window (values, observed,
     features, categories) of history, context and prediction; in training the network sees context and prediction in one

@@ -3,8 +3,9 @@
 W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Matching and loss work on whole batches of
 padded boxes: no loop over images, no wait for the device, no shape that depends on the data.
 
-Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, D
-detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as corners.
+Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, C
+candidates, D detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as
+corners.
 """
 
 import math
@@ -70,7 +71,7 @@ def multibox_loss(
     """The localisation and the confidence loss (equations 1 to 3), each a sum over the positives' number.
 
     Three negatives count for each positive of their image, those with the highest loss; in an image without
-    positives three, so that it teaches what is background.
+    positives three, so that it teaches what is background (the paper has no loss in a batch without positives).
     """
     positive = matched >= 0
     index = matched.clamp(min=0)
