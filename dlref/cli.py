@@ -6,6 +6,7 @@ TensorBoard events, and after a test test.json and figures/.
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -281,7 +282,8 @@ class TrainCLI(LightningCLI):
             raise UserError("nothing to test on; expected a test split, and no limit of 0 batches of it")
         if not self.trainer.is_global_zero:
             return
-        values = {key.removeprefix("test/"): value for key, value in results[0].items()}
+        found = {key.removeprefix("test/"): value for key, value in results[0].items()}
+        values = {key: value if math.isfinite(value) else None for key, value in found.items()}  # JSON has no NaN
         write_text(self.run / "test.json", json.dumps(values, indent=2) + "\n")
         print(f"test.json is in {self.run}")
         if self.trainer.world_size > 1:

@@ -319,6 +319,15 @@ def mended(kind: str, root: Path, on_bad_box: str, counted: str):
     return listing
 
 
+def test_pictures_without_a_json_file_are_counted(tmp_path):
+    root = write(tmp_path, "sagemaker")
+    (root / "JPEGImages/z.png").write_bytes(next(iter(PICTURES.values())))
+    message = f"{root}/JPEGImages: 1 pictures without a .json, left out: z.png"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        listing = READERS["sagemaker"](root)
+    assert len(listing.pictures) == len(BOXES)
+
+
 def read_aloud(read, *args, **kwargs):
     """What is read, and how many boxes the only warning counts; "" where there is none."""
     with warnings.catch_warnings(record=True) as told:

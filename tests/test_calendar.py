@@ -72,6 +72,15 @@ def test_months_end_where_they_end():
     assert [str(time)[:10] for time in times] == ["2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30", "2020-05-31"]
 
 
+@pytest.mark.parametrize("start", ["2023-12-29T05:00:00", "2023-12-30T05:00:00", "2023-12-31T05:00:00"])
+def test_the_months_that_it_makes_are_whole_steps(start):
+    """February is shorter than a month that ends on its 29th or 30th."""
+    monthly, steps = Frequency.parse("M"), np.arange(0, 60, 2)
+    found, whole = monthly.steps(monthly.times(np.datetime64(start), steps))
+    assert (found == steps).all()
+    assert whole.all()
+
+
 def test_features_are_the_places_in_each_cycle():
     """At every hour of nine years, leap years and 53rd weeks among them, by Python's own calendar."""
     start = np.datetime64("2015-12-25T00:00:00")

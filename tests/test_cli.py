@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from dlref.cli import TrainCLI, build, load_run, train
 from dlref.config import whole_numbers_first
 from dlref.models import LeNet5
 from dlref.runtime import UserError
+from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Interrupted
 from dlref.training.run_folder import Claim
 
@@ -210,6 +212,24 @@ def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
     other = ["--run", "other", "--ckpt_path", "moved/checkpoints/last.ckpt", *largest]
     assert fit(*other, "--trainer.max_epochs", "4") == 0  # where no best one is yet, another comes
     assert torch.load(tmp_path / "other/checkpoints/best.ckpt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [([math.nan, math.nan, math.nan], 3), ([math.inf, 0.5, math.nan], 2), ([0.5, math.nan, 0.7], 1)]
+)
+def test_the_best_is_the_newest_while_no_score_is_a_number(scores, kept, tmp_path, monkeypatch):
+    values = iter(scores[:1] + scores)  # the first batch is tried beforehand
+    monkeypatch.setattr(ImageClassifier, "on_validation_epoch_end", lambda self: self.log("val/told", next(values)))
+    best = ["--best.metric", "val/told", "--best.mode", "min", "--final_test", "false"]
+    with pytest.warns(UserWarning, match=r"^val/told is (nan|inf); expected a number, to choose best\.ckpt by$"):
+        assert fit("--run", "mine", *best, "--trainer.max_epochs", "3") == 0
+    assert torch.load(tmp_path / "mine/checkpoints/best.ckpt", weights_only=True)["epoch"] + 1 == kept
+
+
+def test_a_score_that_is_no_number_is_null(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageClassifier, "on_test_epoch_end", lambda self: self.log("test/told", math.nan))
+    assert fit("--run", "mine") == 0
+    assert json.loads((tmp_path / "mine/test.json").read_text(), parse_constant=pytest.fail)["told"] is None
 
 
 def test_a_config_that_is_not_there(capsys, tmp_path):

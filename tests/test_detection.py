@@ -492,6 +492,18 @@ def test_where_there_is_no_box_to_find_the_metric_is_no_number(monkeypatch):
         assert task.evaluate(None, []) == pytest.approx(expected, nan_ok=True)
 
 
+def test_a_validation_without_boxes_has_no_score():
+    task, logged = detector(), {}
+    task.val_map, task.log_dict = average_precision(), lambda values, **_: logged.update(values)
+    none = {"boxes": torch.zeros(1, 1, 4), "labels": torch.full((1, 1), PADDED), "sizes": torch.tensor([[8, 8]])}
+    nothing = [(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]
+    none["ignored"] = torch.zeros(1, 1, dtype=torch.bool)
+    task.val_map.update(predictions(nothing, none["sizes"]), truth(none))
+    task.on_validation_epoch_end()
+    assert all(value.isnan() for value in logged.values())
+    assert logged.keys() == {"val/map", "val/map_50"}
+
+
 def test_the_light_of_training_pictures_alone_is_changed():
     data = Painted()
     data.photometric = True
@@ -599,7 +611,7 @@ def test_average_precisions_of_a_class_are_of_objects_of_any_size():
     found = [(boxes[0, :1].numpy(), np.float32([0.9]), np.int64([0]))]  # the large one
     task.test_map.update(predictions(found, sizes), truth(targets | {"sizes": sizes}))
     task.on_test_epoch_end()
-    assert logged["test/ap_red"] == logged["test/ap_50_red"] == pytest.approx(51 / 101)
+    assert logged["test/ap_red"] == logged["test/ap50_red"] == pytest.approx(51 / 101)
 
 
 def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
@@ -607,7 +619,7 @@ def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
     trainer = fit(tmp_path, task, data, max_epochs=20)
     (results,) = trainer.test(task, datamodule=data, verbose=False)
     assert results["test/map"] == pytest.approx(1, abs=1e-6)
-    assert results["test/ap_50_red"] == pytest.approx(1, abs=1e-6)
+    assert results["test/ap50_red"] == pytest.approx(1, abs=1e-6)
     assert {"test/map_50", "test/map_75", "test/ap_blue", "test/loss"} <= results.keys()
     task.draw(tmp_path / "figures")
     for name in ("detections", "precision_recall"):

@@ -394,6 +394,13 @@ def test_letters_with_marks_are_one_however_typed_and_others_are_not():
     assert tokenizer.encode("na\u00eff nai\u0308f \ufb01x fix") == [4, 4, 5, UNKNOWN]  # a ligature is another word
 
 
+def test_of_two_spellings_in_a_vocabulary_the_first_stands_for_both():
+    tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "na\u00efve", "nai\u0308ve", "x"]})
+    assert tokenizer.encode("na\u00efve nai\u0308ve x") == [4, 4, 6]
+    with pytest.raises(UserError, match="expected tokens that differ"):
+        make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "x", "x"]})
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
 def test_logits_that_are_no_numbers_are_refused_and_the_text_beside_them_is_answered(settings):
     made, graph = runner()

@@ -219,6 +219,14 @@ def test_parquet(tmp_path, start, compression):
     check_records(series, [f"{tmp_path}/a.parquet:1", f"{tmp_path}/a.parquet:2"])
 
 
+def test_a_fraction_of_a_second_in_parquet_is_refused_where_it_stands(tmp_path):
+    starts = [np.datetime64(time, "ms") for time in ("2024-01-01T00:00:00.000", "2024-01-02T00:00:00.500")]
+    (tmp_path / "a.parquet").write_bytes(parquet(start=starts, target=[[1.0], [1.0]]))
+    assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(
+        f"{tmp_path}/a.parquet:2: start: '2024-01-02 00:00:00.500'; expected YYYY-MM-DD"
+    )
+
+
 def test_parquet_of_many_rows_with_dates_and_bare_cats(tmp_path):
     count = 50  # more than are read at once
     content = parquet(start=[date(1750, 1, 1)] * count, target=[[i] for i in range(count)], cat=list(range(count)))
@@ -409,7 +417,7 @@ BROKEN_PARQUET = [
     (parquet(target=[[1]]), ":1: start: None" + DATES),
     (parquet(start=[DAY, None], target=[[1], [1]]), ":2: start: None" + DATES),
     (parquet(start=UTC, target=[[1]]), ":1: start: time zone 'UTC'; expected none"),
-    (parquet(start=HALF, target=[[1]]), ": Casting from timestamp[us] to timestamp[s] would lose data"),
+    (parquet(start=HALF, target=[[1]]), ":1: start: '2020-01-31 00:00:00.000005'; expected YYYY-MM-DD"),
     (parquet(start=[1580428800], target=[[1]]), ":1: start: 1580428800" + DATES),
     (parquet(start=[b"2020-01-31"], target=[[1]]), ":1: start: b'2020-01-31'" + DATES),
     (parquet(start=[DAY, DAY], target=[[1], None]), ":2: target: None; expected a list of numbers"),

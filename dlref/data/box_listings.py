@@ -39,7 +39,7 @@ from dlref.data.files import (
     read_lines,
     visible_entries,
 )
-from dlref.data.images import show_progress
+from dlref.data.images import SUFFIXES, show_progress
 from dlref.data.listings import MAX_CLASSES, add_name, only_attribute, parse_source
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object, read_text
@@ -289,7 +289,13 @@ def read_sagemaker(
         records.append(Record(file.path, path, _image_size(entry, file.path), _parse_boxes(entry, file.path, limit)))
     if not records:
         raise UserError(f"{annotations}: no .json files; expected one for each image")
-    return _by_class_id(annotations, records, names, classes, on_bad_box)
+    listing = _by_class_id(annotations, records, names, classes, on_bad_box)
+    named = {os.path.normpath(record.path) for record in records}
+    pictures = [entry.path for entry in visible_entries(images) if entry.name.lower().endswith(SUFFIXES)]
+    if without := [os.path.basename(path) for path in pictures if os.path.normpath(path) not in named]:
+        more = ", ..." * (len(without) > 5)
+        rank_zero_warn(f"{images}: {len(without)} pictures without a .json, left out: {', '.join(without[:5])}{more}")
+    return listing
 
 
 def read_box_manifest(

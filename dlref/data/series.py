@@ -137,10 +137,8 @@ def _as_text(times):  # pyarrow's Array, to an Array
     """Write dates and timestamps as JSON has them; what is neither is left for `parse_date` to refuse."""
     import pyarrow as pa
 
-    if pa.types.is_timestamp(times.type):
-        if times.type.tz is not None:
-            raise UserError(f"start: time zone {shorten(times.type.tz)}; expected none")
-        times = times.cast(pa.timestamp("s"))  # an error where it would lose a fraction
+    if pa.types.is_timestamp(times.type) and times.type.tz is not None:
+        raise UserError(f"start: time zone {shorten(times.type.tz)}; expected none")
     return times.cast(pa.string()) if pa.types.is_temporal(times.type) else times
 
 

@@ -177,10 +177,10 @@ PLACES = {
 
 def _months(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     months = times.astype("datetime64[M]")
-    since, left = times - months, months + MONTH - times
+    steps, left = (months - months[0]).astype(np.int64), months + MONTH - times
     # The last days of months are as regular as the first, and what pandas writes.
     last = (left == left[0]) & (left[0] <= DAY)
-    return (months - months[0]).astype(np.int64), (since == since[0]) | last
+    return steps, (times == _with_clock(_same_day(times[0], steps), times[0])) | last
 
 
 def _business_days(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

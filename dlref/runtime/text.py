@@ -29,7 +29,7 @@ class Words:
     def __init__(self, tokens: list[str], exact: bool = False):
         self.names, self.normal = tokens, str if exact else normal
         names = tokens if exact else [unicodedata.normalize("NFC", name) for name in tokens]
-        self.numbers = {name: number for number, name in enumerate(names)}
+        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # the first of equal ones
 
     def __len__(self) -> int:
         return len(self.names)
@@ -200,7 +200,7 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
             f"tokeniser of kind {kind!r}; expected word or character with tokens, bpe with its model, or byte"
         )
     made = Words(tokens) if kind == "word" else Characters(tokens, exact is True)
-    if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(made.numbers) < len(tokens):
+    if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(set(tokens)) < len(tokens):
         raise UserError(
             f"tokeniser of kind {kind!r}: tokens that are equal, or first ones that are others; expected tokens that "
             f"differ, the first {' '.join(SPECIAL)}"

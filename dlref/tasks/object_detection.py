@@ -126,9 +126,10 @@ class ObjectDetector(ImageTask):
         self.judge("val", batch, self.val_map)
 
     def on_validation_epoch_end(self) -> None:
-        """COCO's mean average precision, over ten overlaps and at one half."""
+        """COCO's mean average precision, over ten overlaps and at one half; NaN where there is no box to find."""
         values = computed(self.val_map)
-        self.log_dict({f"val/{name}": values[name] for name in ("map", "map_50")}, prog_bar=True)
+        found = {f"val/{name}": values[name] for name in ("map", "map_50")}
+        self.log_dict({name: value.where(value >= 0, math.nan) for name, value in found.items()}, prog_bar=True)
         self.val_map.reset()
 
     def on_test_start(self) -> None:
@@ -151,7 +152,7 @@ class ObjectDetector(ImageTask):
         for place, k in enumerate(values["classes"].flatten().tolist()):
             ap = precision[:, :, place].mean(dim=1)
             if ap[HALF] >= 0:
-                log[f"ap_{self.facts['labels'][k]}"], log[f"ap_50_{self.facts['labels'][k]}"] = ap.mean(), ap[HALF]
+                log[f"ap_{self.facts['labels'][k]}"], log[f"ap50_{self.facts['labels'][k]}"] = ap.mean(), ap[HALF]
         self.log_dict({f"test/{name}": value for name, value in log.items()})
         self.test_map.reset()
 

@@ -236,7 +236,10 @@ class Confusion(Metric):
 
 
 def scores(matrix: Int[Tensor, "K K"]) -> tuple[Float[Tensor, "K"], dict[str, Tensor]]:
-    """Intersection over union of each class, NaN where it is neither there nor found; their mean, and the accuracy."""
+    """Intersection over union of each class, NaN where it is neither there nor found; their mean, and the accuracy.
+
+    NaN where no pixel counts.
+    """
     correct = matrix.diagonal().to(exact(matrix.device))
     union = correct / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal())
-    return union, {"miou": union.nanmean().nan_to_num(), "pixel_accuracy": correct.sum() / matrix.sum().clamp(min=1)}
+    return union, {"miou": union.nanmean(), "pixel_accuracy": correct.sum() / matrix.sum()}

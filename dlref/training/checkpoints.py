@@ -10,6 +10,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from dlref.runtime import UserError
 from dlref.training.seal import write_sealed
@@ -51,7 +53,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep best.ckpt: after validation, where the metric is better than before.
+    """Keep best.ckpt: after validation, where the metric is better than before; the newest while it was no number.
 
     Args:
         folder: of the run's checkpoints.
@@ -67,6 +69,13 @@ class BestCheckpoint(ModelCheckpoint):
         path, score = self.format_checkpoint_name({}), state["best_model_score"]
         here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         super().load_state_dict(state | here | {"best_k_models": {} if score is None else {path: score}})
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether to keep this one. A split without anything to count has no score, and none would ever be better."""
+        if current is not None and not current.isfinite():
+            rank_zero_warn(f"{self.monitor} is {current.item()}; expected a number, to choose best.ckpt by")
+        unscored = current is not None and not all(score.isfinite() for score in self.best_k_models.values())
+        return unscored or super().check_monitor_top_k(trainer, current)
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Forget the score where the best one is not there, or is of another run than the checkpoint."""
