@@ -16,7 +16,12 @@ from typing import Any, Literal
 
 import yaml
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -47,6 +52,7 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+UNRESUMED = (GradientAccumulationScheduler, StochasticWeightAveraging)  # callbacks that forget what they were at
 REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # errors of constructors that a user can mend
 
 
@@ -68,6 +74,9 @@ def check_trainer(options) -> None:
     for name in ("logger", "default_root_dir"):
         if options[name] is not None:
             raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+    method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
+    if str(method).endswith(("spawn", "fork", "notebook")):  # copies of this process, each with the claim of its folder
+        raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")
@@ -248,7 +257,12 @@ class TrainCLI(LightningCLI):
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)
         for callback in built.callbacks:
-            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            if isinstance(callback, UNRESUMED):
+                raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
+            if isinstance(callback, EarlyStopping):
+                if callback._check_on_train_epoch_end:
+                    words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
+                    raise UserError(f"EarlyStopping: {words}")
                 callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
         warn_of_slow_bfloat16(built)
         if self.profile:

@@ -443,6 +443,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "test.json", "after")
     assert (tmp_path / "test.json").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["test.json"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -666,6 +667,37 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
             {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val_loss"},
             "EarlyStopping: monitor 'val_loss' is not logged in validation; expected one of val/accuracy",
         ),
+        (
+            {
+                "trainer.callbacks+": STOPPING,
+                "trainer.callbacks.monitor": "val/loss",
+                "trainer.callbacks.check_on_train_epoch_end": "true",
+            },
+            "EarlyStopping: check_on_train_epoch_end true, by when a resumed run has no metrics; expected none",
+        ),
+        (
+            {
+                "trainer.callbacks+": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+                "trainer.callbacks.scheduling": '{"1": 4}',
+                "trainer.accumulate_grad_batches": 1,
+            },
+            "GradientAccumulationScheduler: a resumed run would train something else; expected none",
+        ),
+        (
+            {
+                "trainer.callbacks+": "lightning.pytorch.callbacks.StochasticWeightAveraging",
+                "trainer.callbacks.swa_lrs": 0.1,
+            },
+            "StochasticWeightAveraging: a resumed run would train something else; expected none",
+        ),
+        ({"trainer.strategy": "ddp_fork"}, "trainer.strategy: ddp_fork; expected ddp, whose processes start anew"),
+        (
+            {
+                "trainer.strategy": "lightning.pytorch.strategies.DDPStrategy",
+                "trainer.strategy.start_method": "spawn",
+            },
+            "trainer.strategy: spawn; expected ddp, whose processes start anew",
+        ),
     ],
 )
 def test_what_cannot_be_trained_with_is_one_line(options, words, tmp_path, capsys):
@@ -681,6 +713,24 @@ def test_a_run_that_may_stop_early_goes_on(tmp_path):
     assert fit(run="mine", trainer__max_epochs=1, **stopping) == 0
     assert fit(run="mine", trainer__max_epochs=2, ckpt_path="last", **stopping) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 12
+
+
+def test_a_run_that_goes_on_from_its_best_knows_that_it_was_validated(tmp_path, capsys):
+    assert fit(run="mine", trainer__max_epochs=1) == 0
+    best = (tmp_path / "mine/checkpoints/best.ckpt").read_bytes()
+    further = {"trainer__max_epochs": 2, "trainer__check_val_every_n_epoch": 3}
+    assert fit(run="mine", ckpt_path="best", **further) == 0
+    assert "no validation" not in capsys.readouterr().err
+    assert (tmp_path / "mine/checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_the_config_that_a_fit_repeats_stays_readable_to_its_other_processes(tmp_path):
+    (tmp_path / "config.yaml").write_text("best: null")
+    claim = Claim(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "config.yaml").read_text() == "best: null"
+    (tmp_path / "config.yaml").write_text("another")
+    claim.roll_back()
+    assert (tmp_path / "config.yaml").read_text() == "best: null"
 
 
 def test_a_run_that_stops_in_an_epoch_without_validation_is_kept(during, tmp_path, capsys):

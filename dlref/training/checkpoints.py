@@ -169,11 +169,14 @@ class Last(Checkpoint):
         if stops or self.ending or self.step == trainer.max_steps or self.due(trainer):
             self.save(trainer)
 
+    def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
+        """Before best.ckpt is written, which records it, too."""
+        self.validated = self.validated or not trainer.sanity_checking
+
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Save after best.ckpt is written: last.ckpt records the best score."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self.validated = True
         self.save(trainer)
         if self.agreed(trainer):
             raise Interrupted(self.path, self.kept)

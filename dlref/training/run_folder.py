@@ -106,7 +106,8 @@ class Claim:
         self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
-            path.rename(self.aside / path.name)
+            # Of the config a copy: a machine's other processes are yet to start, and may be told to read it.
+            (shutil.copy if path.name == "config.yaml" else os.rename)(path, self.aside / path.name)
 
     def take(self) -> None:
         """Take the folder for this process, until it ends in whatever way. Raises UserError.
@@ -201,8 +202,11 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
