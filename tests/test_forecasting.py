@@ -584,6 +584,8 @@ def test_one_bad_line_or_file_has_its_error_and_the_others_their_answers(runner,
     kinds = [type(answer) for answer in runner.stream(sources)]
     assert kinds == [UserError, dict, UserError, dict]
     assert [source for _, source in runner.inputs("none.json")] == ["none.json"]
+    ((_, typed),) = runner.inputs(json.dumps(instance()))
+    assert runner(typed) == runner(instance())
 
 
 def test_a_forecast_beyond_float32_names_its_series(runner):

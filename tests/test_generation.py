@@ -1,6 +1,8 @@
 """Choosing tokens beside `transformers`, texts as they come, and what a runner's past holds."""
 
 import gzip
+import math
+import re
 
 import numpy as np
 import pytest
@@ -271,6 +273,28 @@ def test_a_request_has_its_own_settings():
     made.temperature = 1.0
     assert made(GOOD)["text"] == by_hand("a", 2)
     assert made.forms["sagemaker"](made(GOOD)) == {"generated_text": by_hand("a", 2)}
+    assert made({"inputs": "a", "parameters": {"max_new_tokens": np.int64(2), "temperature": np.float32(0)}}) == made(
+        GOOD
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("temperature", math.nan, "temperature: nan; expected a number from 0 to 100"),
+        ("temperature", "1", "temperature: '1'; expected a number"),
+        ("top_p", 5, "top_p: 5; expected a number from 0.001 to 1"),
+        ("top_k", 2.5, "top_k: 2.5; expected a whole number from 0"),
+        ("repetition_penalty", 0, "repetition_penalty: 0; expected"),
+        ("max_new_tokens", -1, "max_new_tokens: -1; expected a whole number from 1"),
+        ("seed", -1, "seed: -1; expected a whole number"),
+    ],
+)
+def test_a_runner_s_own_settings_are_checked_as_a_request_s(name, value, complaint):
+    made, _ = runner()
+    setattr(made, name, value)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        made("a")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -47,6 +48,46 @@ def test_a_file_an_array_and_a_list_get_the_same_answer(bundle, tmp_path):
     assert runner(grey(204)) == answer
     assert runner([grey(204), str(tmp_path / "grey.png")]) == [answer, answer]
     assert json.loads(json.dumps(answer)) == answer  # plain Python values
+
+
+def test_a_camera_may_write_its_next_picture_where_the_last_one_was(bundle):
+    runner, camera = load(bundle), grey(0)
+
+    def frames():
+        for value in (10, 200, 90):
+            camera[:] = value
+            yield camera
+
+    assert list(runner.stream(frames())) == runner([grey(10), grey(200), grey(90)])
+
+
+def test_each_frame_is_answered_before_the_next_is_taken(bundle):
+    taken = []
+    for count, _ in enumerate(load(bundle).stream((taken.append(v) or grey(v) for v in (1, 2, 3)), batch_size=1)):
+        assert len(taken) == count + 1
+
+
+def test_what_says_what_is_wrong_has_an_end(bundle):
+    with pytest.raises(UserError) as caught:
+        load(bundle)("A" * 1_000_000)  # a picture as text
+    assert len(str(caught.value)) < 3000
+    assert str(caught.value).endswith("expected an image file")
+
+
+def test_a_picture_without_pixels_is_refused_in_plain_words(bundle):
+    with pytest.raises(UserError, match=r"0×5 pixels; expected at least one$"):
+        load(bundle)(Image.new("L", (0, 5)))
+
+
+def test_a_folder_may_have_a_name_that_is_no_unicode(bundle, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")
+    shutil.copytree(bundle, folder)
+    assert load(folder)(grey(204)) == load(bundle)(grey(204))
+
+
+def test_no_provider_is_not_the_default(bundle):
+    with pytest.raises(UserError, match="provider ''; expected one of"):
+        load(bundle, provider="")
 
 
 def test_answers_keep_the_order_of_images_of_many_sizes(bundle):

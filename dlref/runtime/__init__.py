@@ -31,7 +31,8 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
     if threads is not None and (whole_number(threads) or 0) < 1:
         raise UserError(f"threads {threads!r}; expected a whole number from 1")
     manifest = read_manifest(Path(folder))
-    provider, threads = provider or manifest["target"]["provider"], threads or manifest["target"].get("threads")
+    provider = manifest["target"]["provider"] if provider is None else provider
+    threads = threads or manifest["target"].get("threads")
     each, workers = sessions(manifest["kind"], threads, provider)
     graphs = open_graphs(Path(folder), manifest, provider, each)
     try:

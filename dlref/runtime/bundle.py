@@ -13,6 +13,7 @@ import numpy as np
 from dlref.runtime.errors import UserError, one_line
 from dlref.runtime.machine import saturates
 from dlref.runtime.memory import returned_to_the_system
+from dlref.runtime.text import is_unicode
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -175,7 +176,8 @@ class OnnxGraph:
                 chain = (provider, *BEHIND.get(provider, ()))
                 asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
                 # A fallback would replace the session while other threads use it, and print.
-                self.session = onnxruntime.InferenceSession(path, options, providers=asked, enable_fallback=False)
+                model = path if is_unicode(str(path)) else path.read_bytes()  # pybind11 takes no other names
+                self.session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=False)
             taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
         except Exception as error:  # onnxruntime's own types have no public base
             raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None

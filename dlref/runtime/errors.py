@@ -2,6 +2,7 @@
 
 import errno
 
+LONGEST = 2000  # letters of a message, whose ends say where and what was expected
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError where there is no more room
 
 
@@ -14,7 +15,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # Names from files may hold what moves a terminal's cursor.
-        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in super().__str__())
+        text = super().__str__()
+        if len(text) > LONGEST:  # a picture as text is where a file's name was to be
+            text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def one_line(error: object) -> str:

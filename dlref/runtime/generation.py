@@ -22,7 +22,7 @@ class Settings(NamedTuple):
             zero (Keskar et al. 2019, section 4.1, who always divide); the end of text that stands before a prompt is
             none of them.
         stop: texts of which none appears: before it the text ends.
-        seed: of what is drawn; texts beside this one change nothing.
+        seed: of what is drawn; texts beside this one change nothing, but to an int8 graph, whose ranges are of all.
     """
 
     max_new_tokens: int = 64

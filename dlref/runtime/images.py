@@ -33,6 +33,8 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
+            if 0 in image.size:
+                raise UserError(f"{source}: {image.width}×{image.height} pixels; expected at least one")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             return np.ascontiguousarray(upright(pixels[:, :, None] if channels == 1 else pixels, side_up))
     except FileNotFoundError:
@@ -70,6 +72,7 @@ def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W) -> (H, W, C): a last axis of 1, 3 or 4 is one of channels."""
     if array.dtype != np.uint8 or array.size == 0:
         raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
+    array = np.array(array)  # a camera writes its next picture where this one is, while others are waited for
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):

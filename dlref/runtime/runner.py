@@ -89,12 +89,14 @@ class Runner:
                 waiting, room = [], 0
                 yield refusal(error)
                 continue
-            full = len(waiting) >= batch_size or room + self.size(item) > ROOM
-            if waiting and (full or not self.together(waiting[0], item)):
+            if waiting and (room + self.size(item) > ROOM or not self.together(waiting[0], item)):
                 yield from self._answers(waiting)
                 waiting, room = [], 0
             waiting.append(item)
             room += self.size(item)
+            if len(waiting) >= batch_size:
+                yield from self._answers(waiting)
+                waiting, room = [], 0
         yield from self._answers(waiting)
 
     def _answers(self, items: list) -> list[dict | UserError]:

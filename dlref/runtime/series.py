@@ -52,7 +52,7 @@ def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Rec
     target = entry.get("target")
     if not isinstance(target, list):
         raise UserError(f"{where}: target: {shorten(target)}; expected a list of numbers")
-    target = [math.nan if value is None or value == "NaN" else value for value in target]
+    target = [math.nan if value is None or (isinstance(value, str) and value == "NaN") else value for value in target]
     values = to_float32(target, where, "target[{}]".format)
     known = _parse_cat(entry, where), _parse_dynamic(entry, where), _parse_static(entry, where)
     return Record(where, start, values, *known)

@@ -84,7 +84,7 @@ class Runner(Base):
     state (Y, B, S, D), noise (B, S, U), uniform from 0 to 1 -> value (B, S), next_state (Y, B, S, D).
 
     The noise of a series comes from its values and a request's seed: the same past has the same paths, in whatever
-    company.
+    company; but of an int8 graph, whose ranges are of all series in a call.
 
     Raises UserError for metadata or graphs that are others.
     """
@@ -135,7 +135,10 @@ class Runner(Base):
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
-        """A file of JSON is one request or series, or has one on each line: a name and a source for each."""
+        """A request or series, or a file of JSON that is one or has one on each line: a name and a source for each."""
+        if is_object(path):
+            yield path, Line("request", path)
+            return
         try:
             text = read_text(path, "JSON")
         except UserError:

@@ -158,11 +158,11 @@ class Runner(Base):
         """The runner's own settings, but for those that a request asks for. Raises UserError."""
         if not isinstance(asked, Mapping) or set(asked) - set(OPTIONS):
             raise UserError(f"{where}: parameters: {shorten(asked)}; expected some of {', '.join(OPTIONS)}")
-        known = {name: getattr(self, name) for name in OPTIONS}
-        for name, value in asked.items():
+        known = {name: getattr(self, name) for name in OPTIONS} | dict(asked)
+        for name, value in known.items():
             if name == "stop":
-                known["stop"] = value
                 continue
+            value = value.item() if isinstance(value, np.generic) else value
             if type(value) not in (int, float):
                 raise UserError(f"{where}: {name}: {shorten(value)}; expected a number")
             try:
