@@ -63,3 +63,23 @@ def test_the_loss_in_parts_is_torchs_in_half_precision():
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(of_ours, of_theirs, rtol=2e-2, atol=2e-3)
+
+
+def test_parts_add_up_in_the_precision_of_the_weights(monkeypatch):
+    """A bfloat16 of eight digits would lose most of what a few rows of thousands add."""
+    hidden, weight = torch.rand(4096, 4), torch.zeros(3, 4, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.long)
+    monkeypatch.setitem(AT_ONCE, "cpu", 24)  # 8 rows at once
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, weight, targets).backward()
+    expected = (torch.tensor([1 / 3 - 1, 1 / 3, 1 / 3])[:, None] * hidden.mean(0)).float()
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-2, atol=0)
+
+
+def test_a_token_that_is_nearly_certain_has_its_small_gradient_in_half_precision():
+    """A probability of 0.9995 rounded to bfloat16 is 1, less one at the target is nothing."""
+    scores = torch.tensor([[7.6, 0.0]], dtype=torch.bfloat16)
+    exact = scores.double().softmax(1) - torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    _, gradient = nll_and_gradient(scores.clone(), torch.tensor([0]), torch.float32)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-2, atol=0)

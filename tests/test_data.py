@@ -162,6 +162,21 @@ def test_erase_blackens_one_square_around_a_pixel(size):
     assert (images == 9).all()
 
 
+def test_the_centre_of_what_is_erased_is_any_pixel_alike():
+    """A square of 4 begins 2 before it: at two of the places the near border cuts it, at one the far one."""
+    torch.manual_seed(0)
+    erased = random_erase(torch.full((20_000, 1, 8, 10), 9, dtype=torch.uint8), 4)[:, 0] == 0
+    for axis, length in ((1, 8), (2, 10)):
+        seen = erased.any(3 - axis)
+        first, last = seen.int().argmax(1), length - 1 - seen.flip(1).int().argmax(1)
+        sizes = (last - first + 1).bincount(minlength=5)[1:] / len(seen)
+        expected = torch.tensor([0, 1, 2, length - 3]) / length
+        torch.testing.assert_close(sizes, expected, atol=0.015, rtol=0)
+        at_start, at_end = ((first == 0) & (last < 3)), ((last == length - 1) & (first > length - 4))
+        assert at_start.float().mean().item() == pytest.approx(2 / length, abs=0.015)
+        assert at_end.float().mean().item() == pytest.approx(1 / length, abs=0.015)
+
+
 def test_augmentation_repeats_with_the_seed():
     def augment():
         torch.manual_seed(3)

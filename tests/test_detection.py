@@ -193,11 +193,40 @@ def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
     assert "loaded into the base" in caplog.text
 
 
+def test_fc7_is_every_fourth_value_of_a_published_vgg_s():
+    network = SSDVGG16(3)
+    row, column = torch.arange(4096.0)[:, None], torch.arange(4096.0)
+    linear = {"classifier.0.weight": torch.zeros(4096, 25088), "classifier.3.weight": row * 4096 + column}
+    linear |= {"classifier.0.bias": torch.arange(4096.0), "classifier.3.bias": torch.arange(4096.0)}
+    own = network.of_base(linear)
+    fc7 = own["backbone.extra.0.7.3.weight"][..., 0, 0]
+    assert torch.equal(fc7, row[::4] * 4096 + column[::4])
+    assert torch.equal(own["backbone.extra.0.7.3.bias"], column[::4])
+
+
+def test_crops_are_of_the_authors_sizes_and_overlaps():
+    crop = DigitScenes(zoom_out=1).train_transform().transforms[0]
+    assert (crop.min_scale, crop.max_scale) == (0.3, 1.0)
+    assert (crop.min_aspect_ratio, crop.max_aspect_ratio) == (0.5, 2.0)
+    assert crop.options == [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+
+
 def test_the_first_map_of_a_vgg_begins_with_a_norm_of_20():
     """Section 3.1: what conv4_3 answers is larger than what the deeper maps do."""
     with torch.no_grad():
         first = SSDVGG16(3).backbone(torch.randn(1, 3, 300, 300))[0]
     torch.testing.assert_close(first.norm(dim=1), torch.full((1, 38, 38), 20.0))
+
+
+def test_layers_that_no_classifier_has_begin_as_xavier_says():
+    network = SSDResNet(18, 10, 96)
+    layers = [network.backbone.extra[0][0], network.head["classification_head"].module_list[1]]
+    for layer in layers:
+        fan_in, fan_out = (layer.weight[0].numel(), layer.weight[:, 0].numel())
+        limit = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.99 * limit < layer.weight.abs().max() <= limit
+        assert layer.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.03)
+    assert not layers[1].bias.any()
 
 
 def test_a_published_resnet_becomes_the_base(tmp_path):
@@ -581,6 +610,26 @@ def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
     found, expected = task.losses(heads, task.as_trained(targets)), task.losses(heads, targets if kept else without)
     assert found == expected
     assert found["positives"] != task.losses(heads, without if kept else targets)["positives"]
+
+
+def test_losses_are_means_over_as_many_default_boxes_as_they_say():
+    """Both parts weigh alike; by the number batches and devices are put together."""
+    task, said = detector(), []
+    task.trainer = SimpleNamespace(datamodule=SimpleNamespace(keep_ignored=True))
+    task.val_map = average_precision()
+    task.log_train_loss = lambda loss, count, **parts: said.append((loss, count, parts)) or loss
+    task.log_eval_loss = lambda stage, loss, count: said.append((loss, count))
+    boxes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.5, 0, 1, 0.5]]])
+    targets = {"boxes": boxes, "labels": torch.tensor([[0, 1, 0]]), "ignored": torch.zeros(1, 3, dtype=torch.bool)}
+    batch = torch.from_numpy(painted()).permute(2, 0, 1)[None], targets | {"sizes": torch.tensor([[8, 8]])}
+    task.training_step(batch, 0)
+    with torch.no_grad():
+        task.validation_step(batch, 0)
+    (trained, over, parts), (evaluated, also_over) = said
+    assert over == also_over == 3
+    assert parts["box_loss"] != parts["class_loss"]
+    torch.testing.assert_close(trained, parts["box_loss"] + parts["class_loss"])
+    torch.testing.assert_close(evaluated, trained.detach())
 
 
 @torch.no_grad()

@@ -133,6 +133,18 @@ def test_a_gamma_variable_is_a_later_try_where_the_first_is_refused():
     assert refused < taken
 
 
+def test_each_try_of_a_gamma_variable_has_a_number_of_its_own():
+    """The first is refused, the second, as far out, is taken by its own number; the last number is the power's."""
+    noise = torch.full((4, 9), 0.5, dtype=torch.float64)
+    noise[:, 0], noise[:, 1] = 1e-6, 0.125  # two tries of 3.7
+    noise[:, 4], noise[:, 5] = 0.999, torch.tensor([1e-9, 0.999, 1e-9, 1e-9], dtype=torch.float64)
+    noise[2, 7], noise[3, 8] = 0.25, 0.25
+    taken, refused, other, power = gamma(torch.full((4,), 0.1, dtype=torch.float64), noise)
+    assert refused < taken - 1
+    assert other == taken
+    assert power.item() == pytest.approx(taken.item() + np.log(0.5) / 0.1)
+
+
 @pytest.mark.parametrize(("mean", "apart"), [(5.0, 0), (29.9, 0), (31.0, 1), (50.0, 1), (75.0, 1), (300.0, 1)])
 def test_counts_are_scipy_s_quantiles(mean, apart):
     normal = torch.linspace(-3, 3, 61, dtype=torch.float64)

@@ -133,6 +133,16 @@ def test_missing_values_have_no_part_in_the_loss():
     assert task.loss(window_of(torch.rand(1, 10), [[False] * 10])) == 0
 
 
+def test_a_training_step_is_the_mean_over_as_many_points_as_it_says():
+    """By their number devices weigh their shares of a batch."""
+    task, said, observed = forecaster(), [], [[True] * 8 + [False, True], [False] * 9 + [True]]
+    task.log_train_loss = lambda loss, count: said.append(count) or loss
+    window = window_of(torch.rand(2, 10), observed)
+    loss = task.training_step(window, 0)
+    assert said == [10]
+    torch.testing.assert_close(loss, task.loss(window))
+
+
 @pytest.mark.parametrize("difference", [False, True])
 def test_a_cold_start_has_a_finite_loss_and_forecast(difference):
     """Of a series with a single point, and of one with only zeros."""
@@ -329,6 +339,23 @@ def test_msis_is_m4_s_and_leaves_out_series_without_seasonal_error():
     target = torch.tensor([[50.0, 100.0], [1e6, 1e6]])
     scores.update(paths, target, torch.ones(2, 2, dtype=torch.bool), torch.tensor([5.0, 0.0]))
     assert scores.compute()["msis"].item() == pytest.approx((95 + (95 + 40 * 2.5)) / 2 / 5)
+
+
+def test_crps_and_msis_are_of_what_is_observed_alone():
+    """CRPS over the sum of |values|; MSIS of each window over its own points, then over the windows that have some."""
+    target, paths = torch.randn(4, 3) * 10, torch.randn(4, 50, 3) * 10
+    observed = torch.tensor([[True, False, True], [True] * 3, [False] * 3, [False, False, True]])
+    error, scores = torch.tensor([0.5, 2.0, 1.0, 4.0]), SampleScores(3)
+    for rows in (slice(0, 1), slice(1, 4)):
+        scores.update(paths[rows], target[rows].where(observed[rows], 1e6), observed[rows], error[rows])
+    found = scores.compute()
+    expected = crps(paths, target)[observed].sum() / target[observed].abs().sum()
+    assert found["crps"].item() == pytest.approx(expected.item(), rel=1e-5)
+    low, high = np.quantile(paths.numpy(), [0.025, 0.975], axis=1)
+    y, there = target.numpy(), observed.numpy()
+    score = high - low + 40 * (np.maximum(low - y, 0) + np.maximum(y - high, 0))
+    by_window = [score[i][there[i]].mean() / error[i].item() for i in (0, 1, 3)]
+    assert found["msis"].item() == pytest.approx(np.mean(by_window), rel=1e-4)
 
 
 def test_a_point_forecast_at_all_levels_loses_its_absolute_error():
@@ -1096,6 +1123,16 @@ def test_the_truth_is_of_the_times_that_are_forecast():
     torch.testing.assert_close(split[torch.tensor([1])].truth[0], split.store.truth[796:800])
 
 
+def test_only_draws_that_jump_may_differ_here_and_there():
+    for distribution, jumps in (
+        (StudentT(), ()),
+        (Gaussian(), ()),
+        (NegativeBinomial(), ("value",)),
+        (Beta(), ("value",)),
+    ):
+        assert forecaster(distribution).deployable(window_of(torch.rand(2, 10))).graphs["step"].discrete == jumps
+
+
 def test_step_is_called_once_for_each_time():
     assert forecaster().deployable(window_of(torch.rand(2, 10))).graphs["step"].calls == 4
 
@@ -1117,6 +1154,19 @@ def test_baselines_see_no_future(monkeypatch):
     ((values, observed, *_),) = seen
     assert torch.equal(values, window.values[:, :-4])
     assert torch.equal(observed, window.observed[:, :-4])
+
+
+@torch.no_grad()
+def test_baselines_are_judged_where_there_is_something_to_judge_by():
+    window, found = window_of(torch.rand(2, 10), [[True] * 8 + [False, True], [True] * 10]), []
+    for missing in (0.0, 1e6):  # which the data has filled, with whatever
+        values = window.values.clone()
+        values[0, -2] = missing
+        task = judging("test", OWN, *BASELINES)
+        torch.manual_seed(0)
+        task.judge("test", window._replace(values=values))
+        found.append({name: task.scores[name].compute()["wql"].item() for name in BASELINES})
+    assert found[0] == found[1]
 
 
 @torch.no_grad()

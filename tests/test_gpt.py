@@ -272,6 +272,33 @@ def test_dropout_and_nothing_else_is_of_the_mode():
     assert not [name for name, _ in plain.named_parameters() if "bias" in name]
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_embeddings_are_dropped_out(positions):
+    model, tokens = network(positions=positions, dropout=0.5).train(), torch.randint(13, (1, 6))
+    assert (model.embed(tokens)[0] == 0).float().mean() == pytest.approx(0.5, abs=0.2)
+
+
+def test_what_the_feed_forward_network_answers_is_dropped_out():
+    mlp = network(dropout=0.5).train().h[0].mlp
+    assert (mlp(torch.randn(1, 6, 16)) == 0).float().mean() == pytest.approx(0.5, abs=0.2)
+
+
+def test_sinusoids_are_added_to_embeddings_as_long_as_they():
+    """Vaswani et al., section 3.4: times the root of the width."""
+    model, tokens = network(positions="sinusoidal"), torch.randint(13, (2, 6))
+    torch.testing.assert_close(model.embed(tokens)[0], 4 * model.wte.weight[tokens] + sinusoids(6, 16))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_queries_and_keys_have_a_root_mean_square_of_one(positions):
+    model, tokens = network(positions=positions, qk_norm=True), torch.randint(13, (2, 6))
+    hidden, rotary = model.embed(tokens)
+    *pair, value = model.h[0].attn.project(model.h[0].ln_1(hidden), rotary)
+    for vectors in pair:
+        torch.testing.assert_close(vectors.square().mean(3).sqrt(), torch.ones(2, 2, 6), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(value.square().mean(3).sqrt(), torch.ones(2, 2, 6), rtol=1e-2)
+
+
 @pytest.mark.parametrize(("other", "without"), [("resid_dropout", torch.nn.Identity()), ("dropout", 0.0)])
 def test_attention_drops_weights_and_outputs(other, without):
     attention = network(dropout=0.5).train().h[0].attn

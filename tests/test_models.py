@@ -1,6 +1,7 @@
 """Networks against their papers' numbers and against torchvision's, with the same weights."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import jaxtyping
@@ -77,6 +78,29 @@ def test_alexnet_equals_torchvision():
         assert_same(ours.train()(x), theirs.train()(x))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (AlexNet, torchvision.models.alexnet),
+        (partial(VGG, 11), torchvision.models.vgg11),
+        (GoogLeNet, partial(torchvision.models.GoogLeNet, init_weights=False)),
+    ],
+    ids=["alexnet", "vgg11", "googlenet"],
+)
+def test_what_is_dropped_is_what_torchvision_drops(ours, theirs):
+    """The defaults, in the same places: from the same seed the same units go."""
+    ours, theirs = ours(num_classes=7), theirs(num_classes=7)
+    ours.load_state_dict(theirs.state_dict())
+    x, found = torch.randn(2, 3, 96, 96), []
+    for network in (ours.train(), theirs.train()):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found.append(network(x))
+    if isinstance(found[1], tuple):  # whose heads have another order
+        found[1] = (found[1].logits, found[1].aux_logits1, found[1].aux_logits2)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_googlenet_equals_torchvision(training):
     theirs = torchvision.models.GoogLeNet(init_weights=False, dropout=0.0, dropout_aux=0.0)
@@ -103,6 +127,14 @@ def test_googlenet_init_is_truncated():
             assert m.weight.abs().max() <= 0.02
     std = network.aux1.fc1.weight.std().item()
     assert std == pytest.approx(0.0088, rel=0.01)  # 0.88 of 0.01: the tails are cut
+
+
+def test_vgg_init_is_torchvision_s():
+    convolution, linear = VGG(11, 7).features[18], VGG(11, 7).classifier[3]
+    assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.02)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not convolution.bias.any()
+    assert not linear.bias.any()
 
 
 @pytest.mark.parametrize("depth", [34, 101, 152])

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dlref.data.files import picture_size
 from dlref.data.images import read_image
@@ -66,6 +66,10 @@ def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, ori
     training = read_image(str(path)).permute(1, 2, 0).numpy()
     assert training.shape == device.shape
     assert np.abs(training.astype(int) - device).mean() < 4
+    with Image.open(path) as image:  # as Pillow itself turns it, which is how it is looked at and labelled
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(device, expected)
+    assert picture_size(str(path)) == expected.shape[1::-1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 
 from dlref.models import DeepAR, Seq2Seq
 from dlref.models.recurrent import CELLS, RecurrentLayers
+from dlref.models.seq2seq import Bidirectional
 
 TOKENS = torch.arange(27) * 5 % 8 + 1
 SOURCE, LENGTHS, TARGET = TOKENS[:15].reshape(3, 5), torch.tensor([5, 3, 1]), TOKENS[15:].reshape(3, 4)
@@ -25,6 +26,24 @@ def test_they_are_torch_s_own_of_as_many_layers(cell):
         last = torch.stack(last, dim=1).flatten(0, 1)
     torch.testing.assert_close(after, last)
     torch.testing.assert_close(mine(inputs)[0], mine(inputs, torch.zeros_like(before))[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_between_layers_and_nowhere_else_is_dropped_out(cell):
+    """Of everything: the second layer is given zeros, and the first one all of its inputs."""
+    layers, inputs = RecurrentLayers(cell, 3, 4, 2, dropout=1.0).train(), torch.randn(2, 7, 3)
+    outputs, after = layers(inputs)
+    torch.testing.assert_close(outputs, layers.layers[1](torch.zeros(2, 7, 4))[0])
+    of_first = layers.layers[0](inputs)[0][:, -1]
+    torch.testing.assert_close(after[0], of_first)
+    both, lengths = Bidirectional(cell, 3, 4, 2, residual=False, dropout=1.0).train(), torch.tensor([7, 4])
+    there = torch.arange(7) < lengths[:, None]
+    one, other = (both(torch.randn(2, 7, 3), lengths, there)[0] for _ in range(2))
+    torch.testing.assert_close(one, other)  # which follows from the lengths alone
+    given = []
+    both.ahead[0].register_forward_pre_hook(lambda layer, arguments: given.append(arguments[0]))
+    both(inputs, lengths, there)
+    assert torch.equal(given[0], inputs)
 
 
 def states_given(network: nn.Module) -> list[torch.Tensor]:

@@ -273,6 +273,26 @@ def test_a_batch_without_pixels_that_count_teaches_nothing_and_breaks_nothing():
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_losses_are_means_over_as_much_as_they_say(weights):
+    """Over the pixels that count, or what their classes weigh: so batches and devices are put together."""
+    task, said = segmenter(Colours(auxiliary=True), class_weights=weights, auxiliary_weight=0.25), []
+    task.val_confusion = Confusion(3)
+    task.log_train_loss = lambda loss, count: said.append((loss, count)) or loss
+    task.log_eval_loss = lambda stage, loss, count: said.append((loss, count))
+    images, masks = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8)
+    masks[0, :3], masks[1, 2:] = VOID, 1
+    factor = torch.tensor(weights or [1.0, 1.0, 1.0])
+    expected = factor[masks[masks != VOID].long()].sum()
+    task.training_step((images, masks), 0)
+    task.validation_step((images, masks), 0)
+    head, auxiliary = (F.cross_entropy(logits, masks.long(), factor, ignore_index=VOID) for logits in task(images))
+    (trained, over), (evaluated, also_over) = said
+    torch.testing.assert_close(trained, head + 0.25 * auxiliary)
+    torch.testing.assert_close(evaluated, head)
+    assert float(over) == float(also_over) == float(expected)
+
+
 def test_auxiliary_heads_are_weighed():
     task = segmenter(Colours(auxiliary=True), auxiliary_weight=0.25)
     images, masks = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8)
@@ -356,6 +376,15 @@ def test_the_metric_never_waits_for_a_gpu():
 def test_logits_of_the_image_s_size_are_left_alone():
     logits = torch.randn(1, 2, 5, 7)
     assert torch.equal(enlarged(logits, torch.Size([5, 7])), logits)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 12)])
+def test_logits_are_enlarged_in_float32(size):
+    """Between two of bfloat16 there is little."""
+    logits = torch.randn(1, 2, 4, 6).bfloat16()
+    found = enlarged(logits, torch.Size(size))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, enlarged(logits.float(), torch.Size(size)), rtol=0, atol=0)
 
 
 def test_a_class_that_only_what_is_held_out_has_is_told(tmp_path):

@@ -53,6 +53,33 @@ def test_outputs_are_torchvision_s_with_shared_weights(name):
         assert expected[key].std() > 0.01
 
 
+@pytest.mark.parametrize(("own", "name"), [(FCNResNet, "fcn_resnet50"), (DeepLabV3, "deeplabv3_resnet50")])
+def test_what_is_dropped_is_what_torchvision_drops(own, name):
+    """From the same seed the same units go, in both heads."""
+    torch.manual_seed(0)
+    theirs = stirred(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=5, aux_loss=True))
+    own = own(50, 5).eval()
+    own.load_state_dict(theirs.state_dict())
+    images, found = torch.randn(1, 3, 64, 64), []
+    for network in (own, theirs):
+        for module in network.modules():
+            module.training = isinstance(module, nn.Dropout)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            answers = network(images)
+        found.append(tuple(answers.values()) if isinstance(answers, dict) else answers)
+    ours = tuple(F.interpolate(logits, (64, 64), mode="bilinear", align_corners=False) for logits in found[0])
+    torch.testing.assert_close(ours, found[1], atol=1e-4, rtol=0)
+
+
+def test_pspnet_drops_a_tenth_before_the_classes():
+    with torch.device("meta"):
+        network = PSPNet(18, 5)
+    for head in (network.classifier, network.aux_classifier):
+        assert [layer.p for layer in head if isinstance(layer, nn.Dropout)] == [0.1]
+        assert isinstance(head[-2], nn.Dropout)
+
+
 @pytest.mark.parametrize(
     ("network", "name", "parameters"),
     [

@@ -136,6 +136,55 @@ def test_the_attentional_vector_is_dropped_out():
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_embeddings_of_both_sides_are_dropped_out(input_feeding):
+    model = network(input_feeding=input_feeding)
+    source, lengths, target = sentences()
+    dropped = []
+    model.dropout.register_forward_pre_hook(lambda layer, arguments: dropped.append(arguments[0]))
+    memory = model.encode(source, lengths)
+    assert torch.equal(dropped.pop(), model.embed_source(source))
+    model.decode(target, memory)
+    assert torch.equal(dropped[0], model.embed_target(target))
+    dropped.clear()
+    model.step(target[:, :2], memory.state[:, :, None].repeat(1, 1, 2, 1), memory)
+    assert torch.equal(dropped[0], model.embed_target(target[:, :2]))
+    model.dropout.p = 1.0  # and what is dropped is what is used
+    model.train()
+    one, other = (model.encode(torch.randint(4, 11, source.shape), lengths).values for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_each_convolution_drops_what_it_is_given_and_not_what_it_adds_to():
+    model = network(encoder="convolutional", num_layers=2)
+    source, lengths, _ = sentences((4, 4))
+    block = model.encoder.train()
+    block.dropout.p = 1.0
+    for layer in block.layers:
+        nn.init.zeros_(layer.bias)
+    inputs = model.embed_source(source)
+    outputs, _ = block(inputs, lengths, torch.ones(2, 4, dtype=torch.bool))
+    torch.testing.assert_close(outputs, block.project(inputs) * 0.5)
+
+
+@pytest.mark.parametrize(("cell", "rows"), [("lstm", 4), ("gru", 2)])
+def test_a_decoder_begins_with_what_a_layer_and_tanh_make_of_the_last_annotations(cell, rows):
+    model = network(cell=cell, num_layers=2)
+    nn.init.normal_(model.bridge.weight, std=3.0)
+    source, lengths, _ = sentences()
+    mask = torch.arange(source.shape[1]) < lengths[:, None]
+    _, last = model.encoder(model.embed_source(source), lengths, mask)
+    flat = F.linear(last, model.bridge.weight, model.bridge.bias).tanh()
+    expected = torch.stack([flat[:, 8 * row : 8 * row + 8] for row in range(rows)])
+    torch.testing.assert_close(model.encode(source, lengths).state, expected)
+
+
+def test_embeddings_begin_about_as_long_as_one():
+    model = Seq2Seq(400, 300, hidden_size=8, embedding_size=64)
+    for table in (model.embed_source, model.embed_target):
+        assert table.weight.std().item() == pytest.approx(1 / 8, rel=0.03)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
     ours = Bidirectional(cell, 6, 8, 2, residual=False, dropout=0.0)

@@ -207,6 +207,18 @@ def test_several_labels_are_independent_binary_cross_entropies():
     torch.testing.assert_close(task.probability(logits), p)
 
 
+@pytest.mark.parametrize("stage", ["training_step", "validation_step"])
+def test_a_weighted_loss_is_a_mean_over_what_its_classes_weigh(stage):
+    """So batches and devices are put together."""
+    task, said = classifier(class_weights=[1.0, 3.0, 0.5]), []
+    task.mix, task.val_metrics = None, image_classification.metrics(3, False)
+    task.log = task.log_dict = lambda *_, **__: None
+    task.log_train_loss = lambda loss, count: said.append(count) or loss
+    task.log_eval_loss = lambda stage, loss, count: said.append(count)
+    getattr(task, stage)((torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 1, 2])), 0)
+    assert [float(count) for count in said] == [7.5]
+
+
 def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
     task = classifier(Linear(), auxiliary_weight=0.7)
     task.mix = None
@@ -331,6 +343,22 @@ def test_a_mean_loss_may_be_of_less_than_one():
     mean.update(torch.tensor(2.0), torch.tensor(0.25))
     mean.update(torch.tensor(4.0), torch.tensor(0.5))
     assert mean.compute().item() == pytest.approx(2.5 / 0.75)
+
+
+def test_a_mean_loss_has_the_sum_of_a_batch_of_nothing():
+    """As of a detector's pictures without a box, whose loss is a sum."""
+    mean = MeanLoss()
+    mean.update(torch.tensor(6.0), 0)
+    mean.update(torch.tensor(4.0), 2)
+    assert mean.compute().item() == pytest.approx((6 + 2 * 4) / 2)
+
+
+def test_blended_images_count_alike_whatever_their_classes_weigh():
+    """As in torch's mean over probabilities."""
+    task = classifier(class_weights=[1.0, 3.0, 0.5])
+    logits, targets = torch.randn(2, 3), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
+    assert task.counted(targets) == 2
+    torch.testing.assert_close(task.loss(logits, targets), F.cross_entropy(logits, targets, weight=task.class_weights))
 
 
 # Schedules
@@ -657,6 +685,15 @@ def test_the_average_is_lightning_s_with_its_bias_corrected(tmp_path):
     for name, value in ours.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, theirs[name])
+
+
+def test_an_average_counts_the_batches_that_were_normalised():
+    model = nn.BatchNorm1d(2)
+    average = Average(model, 0.9, torch.device("cpu"))
+    for _ in range(3):
+        model(torch.randn(4, 2))
+        average.update_parameters(model)
+    assert average.module.num_batches_tracked == model.num_batches_tracked == 3
 
 
 def test_each_update_weighs_by_its_age():

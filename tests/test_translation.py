@@ -25,6 +25,7 @@ from dlref.export.graph import example_at, write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Reference, parity
 from dlref.models import Seq2Seq
+from dlref.models.seq2seq import Memory
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.attention import draw_attention
 from dlref.runtime.bundle import OnnxGraph
@@ -82,6 +83,14 @@ def test_the_loss_is_over_real_tokens_and_the_vocabulary_alone():
     real = (batch.target[:, 1:] != PAD).float()
     expected = 0.9 * loss + 0.1 * -(logits.mean(2) * real).sum() / real.sum()
     torch.testing.assert_close(smoothed.training_step(batch, 0), expected)
+
+
+def test_a_loss_is_a_mean_over_as_many_tokens_as_it_says():
+    """By their number devices weigh their shares of a batch."""
+    task, said = translator(), []
+    task.log_train_loss = lambda loss, count: said.append(int(count)) or loss
+    task.training_step(batch_of(*PAIRS), 0)
+    assert said == [sum(len(target) + 1 for _, target in PAIRS)]
 
 
 def judged(task, *pairs):
@@ -327,6 +336,21 @@ def test_no_answer_begins_again():
     assert not np.isin(answers["next_token"][likely], [PAD, BEGIN]).any()
 
 
+def test_an_answer_s_probability_is_over_the_tokens_that_there_are():
+    """The network has room for more, whose logits mean nothing."""
+    task = translator()
+    with torch.no_grad():
+        task.network.output.bias[SIZE:] = 5.0
+    step = task.deployable(batch_of(*PAIRS)).graphs["step"]
+    found = step(**{name: tensor.numpy() for name, tensor in step.inputs.items()})
+    known = step.inputs
+    memory = Memory(known["values"], known["keys"], known["source"] != PAD, known["state"][:, :, 0])
+    with torch.no_grad():
+        logits, _, _ = task.network.step(known["token"], known["state"], memory)
+    expected = logits[..., :SIZE].log_softmax(2).gather(2, torch.from_numpy(found["next_token"]))
+    np.testing.assert_allclose(found["log_probability"], expected, atol=1e-5)
+
+
 class Ending:
     """A step after which sources of two tokens have their answer and no others."""
 
@@ -418,10 +442,11 @@ def test_answers_that_are_no_numbers_are_refused(output, value, runner, monkeypa
         runner("abc")
 
 
-def test_a_graph_of_fixed_sizes_is_filled_up():
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_graph_of_fixed_sizes_is_filled_up(batch):
     served = translator().deployable(batch_of(*PAIRS))
     free = make_runner("translation", served.graphs, served.metadata)
-    sizes = {"batch": 1, "source": 8, "beam": 5}
+    sizes = {"batch": batch, "source": 8, "beam": 5}
     graphs = {name: Fixed(graph, sizes) for name, graph in served.graphs.items()}
     fixed = make_runner("translation", graphs, served.metadata)
     for one, other in zip(free(["abc", "d"]), fixed(["abc", "d"]), strict=True):
