@@ -479,3 +479,13 @@ def test_the_withheld_style_is_only_tested():
 
 def test_bad_counts_of_dates_are_refused():
     refused(lambda: SyntheticDates(train=0).setup(), "train: 0; expected at least 1")
+
+
+def test_a_batch_has_as_many_tokens_as_training_reads_of_it():
+    """Of a target all but its last one, which is only predicted."""
+    data = SyntheticDates(train=50, val=5, test=5)
+    data.setup()
+    order, train = data.order(1), data.splits["train"]
+    assert torch.equal(order.source, train.source.lengths)
+    assert torch.equal(order.target, train.target.lengths - 1)
+    assert train[torch.arange(9)].target[:, :-1].shape[1] == order.target[:9].max()

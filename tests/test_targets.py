@@ -251,6 +251,10 @@ def test_weights_of_dynamic_products_have_a_scale_for_each_output(tmp_path):
     convert(tmp_path / "product.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], Plan("int8"), [])
     (scale,) = (c for name, c in constants(onnx.load(tmp_path / "int8.onnx")).items() if name.endswith("_scale"))
     np.testing.assert_allclose(scale, np.abs(weight).max(axis=0) / 127, rtol=0.02)
+    convert(tmp_path / "product.onnx", tmp_path / "int7.onnx", TARGETS["x86-64-avx2"], Plan("int8"), [])
+    for name, largest in (("int8", 127), ("int7", 64)):
+        (eight,) = (c for c in constants(onnx.load(tmp_path / f"{name}.onnx")).values() if c.shape == weight.shape)
+        assert largest - 1 <= np.abs(eight.astype(int)).max() <= largest
 
 
 # The ladder
