@@ -75,7 +75,8 @@ def check_trainer(options) -> None:
         if options[name] is not None:
             raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
     method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
-    if str(method).endswith(("spawn", "fork", "notebook")):  # copies of this process, each with the claim of its folder
+    copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
+    if copies:  # of this process, each with the claim of its folder
         raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"

@@ -215,13 +215,19 @@ def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept"), [([math.nan, math.nan, math.nan], 3), ([math.inf, 0.5, math.nan], 2), ([0.5, math.nan, 0.7], 1)]
+    ("scores", "kept"),
+    [
+        ([math.nan, math.nan, math.nan], 3),
+        ([math.inf, 0.5, math.nan], 2),
+        ([0.5, math.nan, 0.7], 1),
+        ([0.5, -math.inf, 0.7], 1),
+    ],
 )
 def test_the_best_is_the_newest_while_no_score_is_a_number(scores, kept, tmp_path, monkeypatch):
     values = iter(scores[:1] + scores)  # the first batch is tried beforehand
     monkeypatch.setattr(ImageClassifier, "on_validation_epoch_end", lambda self: self.log("val/told", next(values)))
     best = ["--best.metric", "val/told", "--best.mode", "min", "--final_test", "false"]
-    with pytest.warns(UserWarning, match=r"^val/told is (nan|inf); expected a number, to choose best\.ckpt by$"):
+    with pytest.warns(UserWarning, match=r"^val/told is (nan|-?inf); expected a number, to choose best\.ckpt by$"):
         assert fit("--run", "mine", *best, "--trainer.max_epochs", "3") == 0
     assert torch.load(tmp_path / "mine/checkpoints/best.ckpt", weights_only=True)["epoch"] + 1 == kept
 

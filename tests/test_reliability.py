@@ -691,6 +691,7 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
             "StochasticWeightAveraging: a resumed run would train something else; expected none",
         ),
         ({"trainer.strategy": "ddp_fork"}, "trainer.strategy: ddp_fork; expected ddp, whose processes start anew"),
+        ({"trainer.strategy": "ddp_spawn_find_unused_parameters_true"}, "expected ddp, whose processes start anew"),
         (
             {
                 "trainer.strategy": "lightning.pytorch.strategies.DDPStrategy",
@@ -731,6 +732,27 @@ def test_the_config_that_a_fit_repeats_stays_readable_to_its_other_processes(tmp
     (tmp_path / "config.yaml").write_text("another")
     claim.roll_back()
     assert (tmp_path / "config.yaml").read_text() == "best: null"
+
+
+def test_a_config_that_is_a_link_stays_one_and_what_it_leads_to_as_it_was(tmp_path):
+    (tmp_path / "shared.yaml").write_text("best: null")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").symlink_to(tmp_path / "shared.yaml")
+    claim = Claim(tmp_path / "run", resume=False, overwrite=True)
+    (tmp_path / "run/config.yaml").write_text("another")
+    claim.roll_back()
+    assert (tmp_path / "run/config.yaml").is_symlink()
+    assert (tmp_path / "shared.yaml").read_text() == "best: null"
+
+
+def test_where_there_is_no_room_for_a_copy_of_the_config_the_run_is_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("best: null")
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr("shutil.copy", raising(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        Claim(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "config.yaml").read_text() == "best: null"
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.yaml", "checkpoints"}
 
 
 def test_a_run_that_stops_in_an_epoch_without_validation_is_kept(during, tmp_path, capsys):

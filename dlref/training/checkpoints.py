@@ -72,10 +72,14 @@ class BestCheckpoint(ModelCheckpoint):
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether to keep this one. A split without anything to count has no score, and none would ever be better."""
-        if current is not None and not current.isfinite():
+        better = super().check_monitor_top_k(trainer, current)
+        if current is None:
+            return better
+        unscored = not all(score.isfinite() for score in self.best_k_models.values())
+        if not current.isfinite():
             rank_zero_warn(f"{self.monitor} is {current.item()}; expected a number, to choose best.ckpt by")
-        unscored = current is not None and not all(score.isfinite() for score in self.best_k_models.values())
-        return unscored or super().check_monitor_top_k(trainer, current)
+            better = not self.best_k_models
+        return trainer.strategy.reduce_boolean_decision(bool(better or unscored))
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Forget the score where the best one is not there, or is of another run than the checkpoint."""

@@ -106,8 +106,20 @@ class Claim:
         self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
-            # Of the config a copy: a machine's other processes are yet to start, and may be told to read it.
-            (shutil.copy if path.name == "config.yaml" else os.rename)(path, self.aside / path.name)
+            path.rename(self.aside / path.name)
+        self.leave_config()
+
+    def leave_config(self) -> None:
+        """A copy of what is set aside: a machine's other processes are yet to start, and may be told to read it."""
+        config, part = self.aside / "config.yaml", self.run / "config.yaml.part"
+        if not config.is_file():
+            return
+        try:
+            os.replace(shutil.copy(config, part), self.run / config.name)
+        except OSError:
+            part.unlink(missing_ok=True)
+            self.roll_back()
+            raise
 
     def take(self) -> None:
         """Take the folder for this process, until it ends in whatever way. Raises UserError.
