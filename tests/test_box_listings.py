@@ -685,6 +685,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
+@pytest.mark.filterwarnings("ignore:.* pictures without a .json")
 @pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind in FORMATS for file in list(GOOD[kind])[:2]])
 @quick
 @given(
@@ -700,6 +701,7 @@ def test_arbitrary_bytes(tmp_path, kind, file, content, mode):
 
 
 @pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
+@pytest.mark.filterwarnings("ignore:.* pictures without a .json")
 @pytest.mark.parametrize("kind", FORMATS)
 @quick
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9), which=st.integers(0, 3), mode=modes)
@@ -719,6 +721,7 @@ def nodes_of(value) -> list[tuple]:
 
 
 @pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
+@pytest.mark.filterwarnings("ignore:.* pictures without a .json")
 @pytest.mark.parametrize("kind", ["coco", "sagemaker", "manifest"])
 @quick
 @given(at=st.integers(0, 10_000), new=json_values, mode=modes)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dlref.data.files import (
     check_name,
+    first_of,
     image_path,
     picture_size,
     read_fields,
@@ -293,8 +294,7 @@ def read_sagemaker(
     named = {os.path.normpath(record.path) for record in records}
     pictures = [entry.path for entry in visible_entries(images) if entry.name.lower().endswith(SUFFIXES)]
     if without := [os.path.basename(path) for path in pictures if os.path.normpath(path) not in named]:
-        more = ", ..." * (len(without) > 5)
-        rank_zero_warn(f"{images}: {len(without)} pictures without a .json, left out: {', '.join(without[:5])}{more}")
+        rank_zero_warn(f"{images}: {len(without)} pictures without a .json, left out: {first_of(without)}")
     return listing
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -74,6 +74,11 @@ def visible_entries(folder: str | Path) -> list[os.DirEntry]:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; expected a folder") from None
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Names for a message, no more than five."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def is_line(text: str) -> bool:

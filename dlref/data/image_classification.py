@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
+from dlref.data.files import first_of
 from dlref.data.images import FORMATS
 from dlref.data.listings import Listing, read_folder
 from dlref.data.loader import SplitData
@@ -42,8 +43,7 @@ def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
     """List class folders, and warn once of the files in them that are no images."""
     listing, others = read_folder(folder, classes)
     if others:
-        more = ", ..." if len(others) > 5 else ""
         kinds = Counter(Path(other).suffix.lower() or "without an ending" for other in others).most_common()
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        rank_zero_warn(f"{folder}: left out, as no {FORMATS}: {counted}: {', '.join(others[:5])}{more}")
+        rank_zero_warn(f"{folder}: left out, as no {FORMATS}: {counted}: {first_of(others)}")
     return listing

@@ -107,9 +107,9 @@ class Claim:
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
             path.rename(self.aside / path.name)
-        self.leave_config()
+        self.copy_config()
 
-    def leave_config(self) -> None:
+    def copy_config(self) -> None:
         """A copy of what is set aside: a machine's other processes are yet to start, and may be told to read it."""
         config, part = self.aside / "config.yaml", self.run / "config.yaml.part"
         if not config.is_file():
