@@ -50,7 +50,8 @@ GENERATING = {
     "10.7 million parameters": {"vocabulary": 128, "n_layer": 6, "n_head": 6, "n_embd": 384},
     "GPT-2's 124 million parameters": {"vocabulary": 50257},
 }  # configs/gpt_python.yaml, configs/gpt_shakespeare_char.yaml
-TOKENS, AFTER, GENERATED = 100, 64, 5  # tokens written; those timed where much has been read; turns of both
+TOKENS, AFTER = 100, 64  # tokens written; those timed where much has been read
+GENERATED, LATE = 5, 15  # turns of both: a turn of the second may be as short as a fiftieth of a second
 PLACES = (32, 900)
 FLOAT32, INT8 = TARGETS["cpu"], TARGETS["x86-64"]
 AS_IT_COMES, FUSED = "transformers, as it comes", "transformers, fused GELU"
@@ -213,7 +214,7 @@ def late_tokens() -> Rows:
             opened = {name: served(ours, Path(folder), name) for name in ("float32", "int8")}
             for place in PLACES:
                 found: dict[str, list[float]] = {name: [] for name in opened}
-                for _ in watched(range(GENERATED), title):
+                for _ in watched(range(LATE), title):
                     for name, runner in opened.items():
                         found[name].append(cost(runner, place))
                 row = Row(found["int8"], found["float32"], "s", "float32 graph")

@@ -1,14 +1,15 @@
 """What each technique of a training step gives, with beside without, on this machine.
 
-The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging and no profiler under the
-Trainer; an update of averaged weights and steps of AdamW and Muon alone. Steps are those of an epoch but the first.
-Data on the device, static shapes and steps that wait for nothing are how every config is, and have no row. What CUDA
-graphs and a compiled output layer give is among the figures of a GPU.
+The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging, the notes of hooks and no
+profiler under the Trainer; an update of averaged weights and steps of AdamW and Muon alone. Steps are those of an epoch
+but the first. Data on the device, static shapes and steps that wait for nothing are how every config is, and have no
+row. What CUDA graphs and a compiled output layer give is among the figures of a GPU.
 """
 
 import os
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
@@ -20,6 +21,7 @@ from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns, run
 from dlref.models import LeNet5, ResNet
 from dlref.tasks.averaging import Average
 from dlref.tasks.optimizers import Muon
+from dlref.tasks.task import Task
 from dlref.training.devices import fast_steps
 
 FUSED = "--model.init_args.optimizer.init_args.fused"
@@ -59,6 +61,18 @@ def around_a_step(title: str, beside: str, **other) -> Rows:
     return pairs(
         title, config, beside, partial(rate, config, under_trainer), partial(rate, config, under_trainer, **other)
     )
+
+
+def hooks() -> Rows:
+    """What the same steps gain where the name of each hook is no attribute to search for."""
+    config = "lenet5_digits"
+
+    def as_a_module(*arguments, **named) -> float:
+        with mock.patch.object(Task, "__setattr__", torch.nn.Module.__setattr__):
+            return under_trainer(*arguments, **named)
+
+    own, peer = (partial(rate, config, loop) for loop in (under_trainer, as_a_module))
+    return pairs("hooks noted beside the parameters", config, "as torch's modules", own, peer)
 
 
 def averaging() -> Rows:
@@ -133,6 +147,7 @@ BENCHMARKS = {
     "technique-muon": muon,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
+    "technique-hooks": hooks,
     "technique-logging": partial(
         around_a_step, "losses logged every tenth step", "every step", changed={"log_every_n_steps": 1}
     ),

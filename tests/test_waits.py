@@ -234,6 +234,26 @@ def test_a_step_on_a_processor_looks_for_no_gpu(monkeypatch):
     assert not found
 
 
+def test_noting_a_hook_searches_no_parameters(tmp_path, monkeypatch, unchecked):
+    """Lightning notes the hook that it is in, and the one before, around each: some forty times a step."""
+    task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
+    searched, noted, of_torch = [], set(), nn.Module.__setattr__
+
+    def search(module, name, value):
+        searched.append(name)
+        of_torch(module, name, value)
+
+    def log(name, value, **options):
+        noted.add(task._current_fx_name)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", search)
+    monkeypatch.setattr(task, "log", log)
+    callback = LambdaCallback(on_train_batch_end=lambda trainer, task, *_: task.log("val/one", 1))
+    Trainer(accelerator="cpu", fast_dev_run=4, callbacks=[callback], logger=False).fit(task, datamodule=data)
+    assert "_current_fx_name" not in searched
+    assert {"training_step", "validation_step", "on_train_batch_end"} <= noted
+
+
 @pytest.mark.parametrize(("ends", "steps"), [(15, [9, 14]), (None, [9, 19, 29, 32])])
 def test_what_is_logged_is_of_its_step(ends, steps, tmp_path, unchecked):
     """Where a callback ends the run, and at the end of an epoch, for what watches train/loss."""

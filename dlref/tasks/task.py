@@ -72,6 +72,13 @@ class Task(LightningModule):
         self.facts: dict[str, object] = {}
         self.prepared = False
 
+    def __setattr__(self, name: str, value) -> None:
+        """As of any module; Lightning notes some forty times a step in which hook it is, which is no parameter."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # What a subclass answers
 
     def deployable(self, batch) -> Deployable:
