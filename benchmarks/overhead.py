@@ -47,10 +47,10 @@ STEPS = {  # so many that a turn takes a few seconds
     "resnet20_cifar10": 20,
     "ssd_digit_scenes": 12,
     "fcn_digit_scenes": 20,
-    "deepar_synthetic": 60,
-    "deepar_exchange_rate": 40,
+    "deepar_synthetic": 240,
+    "deepar_exchange_rate": 160,
     "deepar_m4_hourly": 20,
-    "seq2seq_dates": 20,
+    "seq2seq_dates": 80,
     "gpt_python": 12,
 }
 FEWER = dict.fromkeys(("ssd_digit_scenes", "fcn_digit_scenes"), ("--data.init_args.train", "400"))  # enough to time

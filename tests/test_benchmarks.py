@@ -318,6 +318,21 @@ def test_a_technique_is_on_dlref_s_side(monkeypatch):
     assert [row.values for row in techniques.switch("fused", "--fused", "lenet5_digits").values()] == [[2]]
 
 
+@pytest.mark.parametrize("benchmark", [techniques.averaging, techniques.searching])
+def test_both_sides_of_a_technique_come_to_the_same(benchmark, monkeypatch):
+    """Of averages it is made sure."""
+    monkeypatch.setattr(techniques, "DEVICE", "cpu")
+
+    def once(title, calls, device="cpu"):
+        for call in calls.values():
+            call()
+        return {"own": [1.0, 2.0], "peer": [4.0, 4.0]}
+
+    monkeypatch.setattr(techniques, "in_turns", once)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # restored: the benchmark changes it
+    assert [row.values for row in benchmark().values()] == [[4, 2]]
+
+
 def test_the_first_epoch_is_not_timed(monkeypatch):
     now, clock = [0.0], forecasting.Clock()
     monkeypatch.setattr(forecasting, "time", SimpleNamespace(perf_counter=lambda: now[0]))
