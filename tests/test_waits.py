@@ -234,7 +234,7 @@ def test_a_step_on_a_processor_looks_for_no_gpu(monkeypatch):
     assert not found
 
 
-def test_noting_a_hook_searches_no_parameters(tmp_path, monkeypatch, unchecked):
+def test_noting_a_hook_searches_no_parameters(monkeypatch, unchecked):
     """Lightning notes the hook that it is in, and the one before, around each: some forty times a step."""
     task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
     searched, noted, of_torch = [], set(), nn.Module.__setattr__
