@@ -47,6 +47,16 @@ def test_the_gradients_of_the_loss_do_not_vanish_in_float16():
     torch.testing.assert_close(ours * 20_000, theirs * 20_000, rtol=2e-2, atol=2e-2)
 
 
+def test_scores_of_any_size_have_a_loss():
+    """exp(200) is none of float32's numbers."""
+    scores, targets = torch.tensor([[200.0, 0.0, 199.0], [-200.0, -201.0, -300.0]]), torch.tensor([2, 1])
+    nll, gradient = nll_and_gradient(scores.clone(), targets, torch.float32)
+    wanted = scores.clone().requires_grad_()
+    loss = F.cross_entropy(wanted, targets, reduction="sum")
+    torch.testing.assert_close(nll.sum(), loss.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, wanted)[0])
+
+
 def test_the_gradients_of_the_loss_are_its_differences():
     hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((6, 3), (4, 3)))
     targets = torch.randint(4, (6,))

@@ -148,6 +148,13 @@ def test_logits_of_any_size(network, stride, height, width):
     assert logits.shape == (1, 3, -(-height // stride), -(-width // stride))
 
 
+@pytest.mark.parametrize(("stride", "rates"), [(16, {6, 12, 18}), (8, {12, 24, 36})])
+def test_the_pyramid_s_rates_are_the_paper_s(stride, rates):
+    """Chen et al. 2017, section 3.3: doubled where the output stride is 8."""
+    convolutions = [m for m in DeepLabV3(18, 3, output_stride=stride).classifier[0].modules() if type(m) is nn.Conv2d]
+    assert {m.dilation[0] for m in convolutions if m.kernel_size == (3, 3)} == rates
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
