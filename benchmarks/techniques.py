@@ -55,24 +55,16 @@ def bfloat16() -> Rows:
     return rows
 
 
-def around_a_step(title: str, beside: str, **other) -> Rows:
-    """What a step of the smallest network gains under the Trainer, beside one that is told otherwise."""
+def around_a_step(title: str, beside: str, loop: Callable = under_trainer, **other) -> Rows:
+    """What a step of the smallest network gains under the Trainer, beside another loop or one told otherwise."""
     config = "lenet5_digits"
-    return pairs(
-        title, config, beside, partial(rate, config, under_trainer), partial(rate, config, under_trainer, **other)
-    )
+    return pairs(title, config, beside, partial(rate, config, under_trainer), partial(rate, config, loop, **other))
 
 
-def hooks() -> Rows:
-    """What the same steps gain where the name of each hook is no attribute to search for."""
-    config = "lenet5_digits"
-
-    def as_a_module(*arguments, **named) -> float:
-        with mock.patch.object(Task, "__setattr__", torch.nn.Module.__setattr__):
-            return under_trainer(*arguments, **named)
-
-    own, peer = (partial(rate, config, loop) for loop in (under_trainer, as_a_module))
-    return pairs("hooks noted beside the parameters", config, "as torch's modules", own, peer)
+def as_a_module(*arguments, **named) -> float:
+    """Under the Trainer, where the name of each hook is an attribute that torch searches for."""
+    with mock.patch.object(Task, "__setattr__", torch.nn.Module.__setattr__):
+        return under_trainer(*arguments, **named)
 
 
 def averaging() -> Rows:
@@ -148,7 +140,9 @@ BENCHMARKS = {
     "technique-muon": muon,
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
-    "technique-hooks": hooks,
+    "technique-hooks": partial(
+        around_a_step, "hooks noted beside the parameters", "as torch's modules", loop=as_a_module
+    ),
     "technique-logging": partial(
         around_a_step, "losses logged every tenth step", "every step", changed={"log_every_n_steps": 1}
     ),
