@@ -158,14 +158,6 @@ def batches(data: LightningDataModule) -> Iterator[tuple[int, Any]]:
             yield number, data.on_after_batch_transfer(batch, 0)
 
 
-def bare_loop(task: Task, data: LightningDataModule, steps: int, options: dict) -> float:
-    """Seconds of a training step without Lightning."""
-    clock = Clock()
-    for _ in itertools.islice(bare_steps(task, data, WARMUP + steps, options, clock), WARMUP + steps):
-        pass
-    return clock.mean()
-
-
 def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict, clock: Clock) -> Iterator[None]:
     """Training without Lightning, step by step, without end; `steps` is what the schedule is told."""
     if options.get("accumulate_grad_batches", 1) != 1:
@@ -204,22 +196,27 @@ def made(config: str, overrides: tuple[str, ...] = ()) -> tuple[Task, LightningD
     return build(CONFIGS / f"{config}.yaml", [*FEWER.get(config, ()), *overrides])
 
 
+def piece(config: str) -> int:
+    """Steps after which another loop goes on."""
+    return max(1, STEPS[config] // PIECES)
+
+
+def beside_a_bare_loop(
+    config: str, turns: int, parts: int, trainer: Callable = under_trainer, changed: dict | None = None, **named
+) -> tuple[list[float], list[float]]:
+    """Steps a second under the Trainer, told otherwise by `changed`, and of a bare loop in each of so many parts."""
+    steps, said, clock = piece(config) * PIECES * turns, options(config), Clock()
+    bare = bare_steps(*made(config, roots(config)), steps, said, clock)
+    in_turns = InTurns(bare, piece(config))
+    trainer(*made(config, roots(config)), steps - WARMUP, said | (changed or {}), clock=in_turns, **named)
+    return in_turns.rates(parts), clock.rates(parts)
+
+
 def overhead(config: str) -> Rows:
     """One family."""
-    piece = max(1, STEPS[config] // PIECES)
-    steps, said, clock = piece * PIECES * (TURNS + 1), options(config), Clock()
-    bare = bare_steps(*made(config, roots(config)), steps, said, clock)
-    in_turns = InTurns(bare, piece)
-    under_trainer(*made(config, roots(config)), steps - WARMUP, said, clock=in_turns)
-    own, peer = (one.rates(TURNS + 1)[1:] for one in (in_turns, clock))  # the first turn does not count
+    own, peer = (rates[1:] for rates in beside_a_bare_loop(config, TURNS + 1, TURNS + 1))  # the first does not count
     row = Row(own, peer, "steps/s", "a bare loop", ">= 0.952")
     return {f"training under the Trainer, `{config}`": row}
-
-
-def rate(config: str, loop: Callable, overrides: tuple[str, ...] = (), changed: dict | None = None, **named) -> float:
-    """Steps a second of a loop over a config, with arguments of train.py and what its Trainer is told otherwise."""
-    task, data = made(config, (*roots(config), *overrides))
-    return 1 / loop(task, data, STEPS[config], options(config) | (changed or {}), **named)
 
 
 BENCHMARKS = {f"overhead-{config.replace('_', '-')}": partial(overhead, config) for config in STEPS}

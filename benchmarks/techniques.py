@@ -1,12 +1,14 @@
 """What each technique of a training step gives, with beside without, on this machine.
 
-The embedded configs by a bare loop, in turns; the progress bar, the intervals of logging, the notes of hooks and no
-profiler under the Trainer; an update of averaged weights and steps of AdamW and Muon alone. Steps are those of an epoch
-but the first. Data on the device, static shapes and steps that wait for nothing are how every config is, and have no
-row. What CUDA graphs and a compiled output layer give is among the figures of a GPU.
+The embedded configs by two bare loops that take turns every few steps; an update of averaged weights and steps of AdamW
+and Muon alone. Of the progress bar, the intervals of logging, the notes of hooks and no profiler it is told what the
+Trainer adds to a step of a bare loop, with which it takes turns every few steps, too. Steps are those of an epoch but
+the first. Data on the device, static shapes and steps that wait for nothing are how every config is, and have no row.
+What CUDA graphs and a compiled output layer give is among the figures of a GPU.
 """
 
 import os
+import statistics
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
@@ -16,30 +18,40 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from benchmarks.overhead import bare_loop, rate, under_trainer
-from benchmarks.rows import DEVICE, Row, Rows, figures_in_turns, in_turns, run
+from benchmarks.configs import roots
+from benchmarks.overhead import PIECES, Clock, bare_steps, beside_a_bare_loop, made, options, piece, under_trainer
+from benchmarks.rows import DEVICE, TURNS, Row, Rows, figures_in_turns, in_turns, run, watched
 from dlref.models import LeNet5, ResNet
 from dlref.tasks.averaging import Average
 from dlref.tasks.optimizers import Muon
 from dlref.tasks.task import Task
 from dlref.training.devices import fast_steps
 
+Loop = tuple[tuple[str, ...], dict]  # arguments of train.py, and what its Trainer is told otherwise
 FUSED = "--model.init_args.optimizer.init_args.fused"
 COMPILED, CHANNELS_LAST = "--model.init_args.compile_network", "--model.init_args.channels_last"
 
 
-def pairs(title: str, config: str, beside: str, own: Callable[[], float], peer: Callable[[], float]) -> Rows:
-    """Steps a second of two ways to train, in turns."""
-    rates = figures_in_turns(title, {"peer": peer, "own": own})
-    return {f"{title}, `{config}`": Row(rates["own"], rates["peer"], "steps/s", beside)}
+def pair(title: str, config: str, beside: str, own: Loop, peer: Loop) -> Rows:
+    """Steps a second of two bare loops that take turns every few steps."""
+    steps, clocks = piece(config) * PIECES * (TURNS + 1), (Clock(), Clock())
+    loops = [
+        bare_steps(*made(config, (*roots(config), *arguments)), steps, options(config) | changed, clock)
+        for (arguments, changed), clock in zip((own, peer), clocks, strict=True)
+    ]
+    for _ in watched(range(PIECES * (TURNS + 1)), f"{title}, {config}"):
+        for loop in loops:
+            for _ in range(piece(config)):
+                next(loop)
+    rates = (clock.rates(TURNS + 1)[1:] for clock in clocks)  # the first turn does not count: one may be compiled in it
+    return {f"{title}, `{config}`": Row(*rates, "steps/s", beside)}
 
 
 def switch(title: str, argument: str, *configs: str) -> Rows:
     """An argument of the config, true beside false."""
     rows = {}
     for config in configs:
-        own, peer = (partial(rate, config, bare_loop, (argument, value)) for value in ("true", "false"))
-        rows |= pairs(title, config, "without", own, peer)
+        rows |= pair(title, config, "without", ((argument, "true"), {}), ((argument, "false"), {}))
     return rows
 
 
@@ -47,18 +59,22 @@ def bfloat16() -> Rows:
     """Autocast."""
     rows = {}
     for config in ("gpt_python", "fcn_digit_scenes"):
-        own, peer = (
-            partial(rate, config, bare_loop, changed={"precision": precision})
-            for precision in ("bf16-mixed", "32-true")
-        )
-        rows |= pairs("bf16-mixed", config, "float32", own, peer)
+        own, peer = (((), {"precision": precision}) for precision in ("bf16-mixed", "32-true"))
+        rows |= pair("bf16-mixed", config, "float32", own, peer)
     return rows
 
 
-def around_a_step(title: str, beside: str, loop: Callable = under_trainer, **other) -> Rows:
-    """What a step of the smallest network gains under the Trainer, beside another loop or one told otherwise."""
+def added(config: str, **named) -> float:
+    """Seconds that the Trainer, told otherwise by the arguments, adds to a step of a bare loop."""
+    rates = zip(*beside_a_bare_loop(config, 1, PIECES, **named), strict=True)
+    return statistics.median([1 / trainer - 1 / bare for trainer, bare in rates][1:])  # the first does not count
+
+
+def around_a_step(title: str, beside: str, **other) -> Rows:
+    """What the Trainer adds to a step of the smallest network, beside what it adds when it is told otherwise."""
     config = "lenet5_digits"
-    return pairs(title, config, beside, partial(rate, config, under_trainer), partial(rate, config, loop, **other))
+    seconds = figures_in_turns(title, {"own": partial(added, config), "peer": partial(added, config, **other)})
+    return {f"{title}: added to a step of `{config}`": Row(seconds["own"], seconds["peer"], "s", beside)}
 
 
 def as_a_module(*arguments, **named) -> float:
@@ -141,7 +157,7 @@ BENCHMARKS = {
     "technique-progress-bar": partial(around_a_step, "dlref's progress bar", "RichProgressBar", bar=RichProgressBar),
     "technique-profiler": partial(around_a_step, "no profiler", "PassThroughProfiler", profiler=PassThroughProfiler),
     "technique-hooks": partial(
-        around_a_step, "hooks noted beside the parameters", "as torch's modules", loop=as_a_module
+        around_a_step, "hooks noted beside the parameters", "as torch's modules", trainer=as_a_module
     ),
     "technique-logging": partial(
         around_a_step, "losses logged every tenth step", "every step", changed={"log_every_n_steps": 1}

@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, page and command; that both sides of the overhead do the same; that headers are true."""
 
+import itertools
 import json
 import math
 import re
@@ -272,7 +273,7 @@ def test_the_bare_loop_compiles_as_the_trainer_does(compiled, monkeypatch, unche
     seen = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
     task, data = overhead.made("lenet5_digits", ("--model.init_args.compile_network", compiled))
-    overhead.bare_loop(task, data, 2, overhead.options("lenet5_digits"))
+    next(overhead.bare_steps(task, data, 2, overhead.options("lenet5_digits"), overhead.Clock()))
     assert seen == [{"mode": "reduce-overhead" if compiled == "graphs" else None}]
 
 
@@ -280,7 +281,7 @@ def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
     """Each alone, and both in turns, over the ends of epochs."""
     said, clock, epoch = overhead.options("lenet5_digits"), overhead.Clock(), ("--data.init_args.batch_size", "200")
     alone, other, trained, bare = (overhead.made("lenet5_digits", epoch) for _ in range(4))
-    overhead.bare_loop(*alone, 9, said)
+    list(itertools.islice(overhead.bare_steps(*alone, 12, said, overhead.Clock()), 12))
     overhead.under_trainer(*other, 9, said)
     in_turns = overhead.InTurns(overhead.bare_steps(*bare, 12, said, clock), 4)
     overhead.under_trainer(*trained, 9, said, clock=in_turns)
@@ -313,9 +314,23 @@ def test_rows_have_dlref_on_its_own_side(monkeypatch):
 
 
 def test_a_technique_is_on_dlref_s_side(monkeypatch):
-    monkeypatch.setattr(techniques, "rate", lambda config, loop, said: 2.0 if said[1] == "true" else 1.0)
-    monkeypatch.setattr(techniques, "figures_in_turns", lambda title, calls: {name: [c()] for name, c in calls.items()})
-    assert [row.values for row in techniques.switch("fused", "--fused", "lenet5_digits").values()] == [[2]]
+    """A step takes a second with it, two without; the Trainer adds one second as it is, three when told otherwise."""
+
+    def steps(task, data, count, said, clock):
+        while True:
+            clock.seconds.append(1.0 if task[-1] == "true" else 2.0)
+            yield
+
+    def both(config, turns, parts, slow=False):
+        return [1 / 9, *[1 / 4 if slow else 1 / 2] * (parts - 1)], [1.0] * parts
+
+    monkeypatch.setattr(techniques, "made", lambda config, arguments: (arguments, None))
+    monkeypatch.setattr(techniques, "bare_steps", steps)
+    monkeypatch.setattr(techniques, "beside_a_bare_loop", both)
+    (row,) = techniques.switch("fused", "--fused", "lenet5_digits").values()
+    assert (row.own, row.peer, row.values) == ([1.0] * 7, [0.5] * 7, [2.0] * 7)
+    (row,) = techniques.around_a_step("a bar", "another", slow=True).values()
+    assert (row.own, row.peer, row.values) == ([1.0] * 7, [3.0] * 7, [3.0] * 7)
 
 
 @pytest.mark.parametrize("benchmark", [techniques.averaging, techniques.searching])
