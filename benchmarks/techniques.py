@@ -29,6 +29,7 @@ from dlref.training.devices import fast_steps
 
 Loop = tuple[tuple[str, ...], dict]  # arguments of train.py, and what its Trainer is told otherwise
 FUSED = "--model.init_args.optimizer.init_args.fused"
+PICTURES = ("lenet5_digits", "ssd_digit_scenes", "fcn_digit_scenes")
 COMPILED, CHANNELS_LAST = "--model.init_args.compile_network", "--model.init_args.channels_last"
 
 
@@ -148,7 +149,7 @@ def muon() -> Rows:
 
 BENCHMARKS = {
     "technique-fused": partial(switch, "fused optimiser", FUSED, "lenet5_digits", "deepar_synthetic", "seq2seq_dates"),
-    "technique-channels-last": partial(switch, "channels_last", CHANNELS_LAST, "ssd_digit_scenes", "fcn_digit_scenes"),
+    "technique-channels-last": partial(switch, "channels_last", CHANNELS_LAST, *PICTURES),
     "technique-compile": partial(switch, "compiled in place", COMPILED, "lenet5_digits", "gpt_python"),
     "technique-bfloat16": bfloat16,
     "technique-averaging": averaging,

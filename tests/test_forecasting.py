@@ -65,7 +65,7 @@ def window_of(values, observed=None, features=5, categories=0, context=6, horizo
     return Window(
         torch.cat([history, values], 1),
         torch.cat([history.bool(), observed], 1),
-        torch.rand(len(values), history.shape[1] + values.shape[1], features),
+        torch.rand(*values.shape, features),
         torch.zeros(len(values), categories, dtype=torch.long),
         torch.ones(len(values)),
     )

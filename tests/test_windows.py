@@ -31,18 +31,18 @@ def counting(lengths=(5, 9, 3), future=0):
 
 
 def test_values_come_from_their_series_and_nothing_from_its_neighbours():
-    window = SeriesStore(counting(), H)(torch.tensor([1, 0, 2, 1]), torch.tensor([9, 2, 3, 4]), 4)
+    window = SeriesStore(counting(), H)(torch.tensor([1, 0, 2, 1]), torch.tensor([9, 2, 3, 4]), 4, 3)
     assert window.values.tolist() == [[106, 107, 108, 109], [0, 0, 1, 2], [0, 201, 202, 203], [101, 102, 103, 104]]
     assert window.observed.tolist() == [[True] * 4, [False, False, True, True], [False, True, True, True], [True] * 4]
     assert window.categories.tolist() == [[1], [0], [2], [1]]
-    torch.testing.assert_close(window.features[..., -1], 10 * window.values)
-    assert not window.features[1, :2].any()
+    torch.testing.assert_close(window.features[..., -1], 10 * window.values[:, 1:])  # of the last three times
+    assert not window.features[1, 0].any()
 
 
 def test_lags_are_values_that_many_steps_before():
     """Of increasing integers, the value k steps back is k less."""
     store, steps, context = SeriesStore(counting((50, 90, 60)), H), 40, 10
-    window = store(torch.tensor([0, 1, 2]), torch.tensor([50, 77, 41]), steps)
+    window = store(torch.tensor([0, 1, 2]), torch.tensor([50, 77, 41]), steps, context)
     now = window.values[:, -context:]
     for lag in (1, 2, 7, 24, 30):
         before = window.values[:, steps - context - lag : steps - lag]
@@ -51,7 +51,7 @@ def test_lags_are_values_that_many_steps_before():
 
 def test_features_reach_into_the_future_and_values_do_not():
     store = SeriesStore(counting(future=2), H, future=2)
-    window = store(torch.tensor([0, 1, 2]), torch.tensor([7, 11, 5]), 4)
+    window = store(torch.tensor([0, 1, 2]), torch.tensor([7, 11, 5]), 4, 4)
     assert window.values.tolist() == [[4, 5, 0, 0], [108, 109, 0, 0], [202, 203, 0, 0]]
     assert window.observed.tolist() == [[True, True, False, False]] * 3
     assert window.features[..., -1].tolist() == [
@@ -62,7 +62,7 @@ def test_features_reach_into_the_future_and_values_do_not():
 
 
 def test_calendar_and_age_of_each_time():
-    window = SeriesStore(counting(), H)(torch.tensor([0, 2]), torch.tensor([5, 2]), 2)
+    window = SeriesStore(counting(), H)(torch.tensor([0, 2]), torch.tensor([5, 2]), 2, 2)
     hours = (window.features[..., 0] + 0.5) * 23
     torch.testing.assert_close(hours, torch.tensor([[8.0, 9.0], [23.0, 0.0]]))
     torch.testing.assert_close(window.features[..., -2], torch.tensor([[5.0, 6.0], [2.0, 3.0]]).log10())
@@ -111,6 +111,6 @@ def test_a_gather_is_a_few_operations_whatever_the_number_of_windows():
     for windows in (2, 200):
         item, end = torch.randint(0, 3, (windows,)), torch.randint(1, 300, (windows,))
         with Counted() as counted:
-            store(item, end, 48)
+            store(item, end, 48, 24)
         counts.append(counted.count)
     assert counts[0] == counts[1] < 60

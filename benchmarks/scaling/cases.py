@@ -200,7 +200,7 @@ def windows(context: int, cells: int, batch: int, device: str) -> Case:
     task = forecaster(context, cells, device)
     steps = context + HORIZON + max(task.lags)
     values = torch.rand(batch, steps, device=device) + 1
-    features = torch.rand(batch, steps, 6, device=device)
+    features = torch.rand(batch, context + HORIZON, 6, device=device)
     window = Window(values, values > 0, features, torch.zeros(batch, 1, dtype=torch.long, device=device))
     return Case(task.network, lambda: task.loss(window))
 
@@ -217,7 +217,7 @@ def many_series(number: int, device: str, batch: int = 64, length: int = 100) ->
     steps = 24 + HORIZON + max(task.lags)
     store = copies(SeriesStore(make_series(100, length, 0).series, Frequency.parse("1H")), number // 100, length)
     every = torch.full((number,), length - steps + 1)
-    data = Windows(store, torch.full((number,), steps), every, 1, steps).to(torch.device(device))
+    data = Windows(store, torch.full((number,), steps), every, 1, steps, 24 + HORIZON).to(torch.device(device))
 
     def loss() -> Tensor:
         return task.loss(data[torch.randint(len(data), (batch,))])

@@ -22,17 +22,12 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     The augmentation of He et al., "Deep Residual Learning", 2016, section 4.2, where `padding` is 4.
     """
     batch, channels, height, width = images.shape
-    shifts = torch.randint(2 * padding + 1, (2, batch, 1), device=images.device)
-    rows = shifts[0] + torch.arange(height, device=images.device)  # (B, H)
-    columns = shifts[1] + torch.arange(width, device=images.device)  # (B, W)
+    top, left = torch.randint(2 * padding + 1, (2, batch, 1), device=images.device)
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all that there are
     # Indexing the channels too keeps the result contiguous: a layout that differed between training and
     # evaluation would make torch.compile specialise twice.
-    return F.pad(images, [padding] * 4)[
-        torch.arange(batch, device=images.device)[:, None, None, None],
-        torch.arange(channels, device=images.device)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+    image, channel = torch.arange(batch, device=images.device), torch.arange(channels, device=images.device)
+    return crops[image[:, None], channel, top, left]
 
 
 def random_flip(images: Tensor) -> Tensor:

@@ -133,10 +133,11 @@ class ForecastingData(SplitData):
         held = horizon * (self.val_windows + self.test_windows * together)
         # One more than lags look back, for a task that forecasts changes.
         steps = max(max(frequency.lags) + self.context_length + 1, frequency.season) + horizon
+        times = steps, self.context_length + horizon
         self.splits = {
-            "train": Windows(store, *each_end(store.length - held, horizon), 1, steps),
-            "val": self.rolling(store, store.length - held + horizon * self.val_windows, self.val_windows, steps),
-            "test": self.rolling(tested, tested.length, self.test_windows, steps),
+            "train": Windows(store, *each_end(store.length - held, horizon), 1, *times),
+            "val": self.rolling(store, store.length - held + horizon * self.val_windows, self.val_windows, *times),
+            "test": self.rolling(tested, tested.length, self.test_windows, *times),
         }
         for name, windows in self.splits.items():
             self.report_short(name, windows, {"val": self.val_windows, "test": self.test_windows}.get(name, 1))
@@ -148,13 +149,13 @@ class ForecastingData(SplitData):
         self.names = [] if predict is None else predict.names
         if predict is not None:
             future = SeriesStore(predict, frequency, future=horizon)
-            self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, steps)
+            self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, *times)
 
-    def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int) -> Windows:
+    def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int, featured: int) -> Windows:
         """Consecutive, non-overlapping evaluation windows ending at `last`; series too short for one get none."""
         horizon = self.prediction_length
         whole = ((last - 1) // horizon).clamp(0, count)  # those with a point before them
-        return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, horizon)
+        return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, featured, horizon)
 
     def report_short(self, split: str, windows: Windows, asked: int) -> None:
         """Say how many series are left out, or have fewer windows than asked; raise UserError where all are out."""

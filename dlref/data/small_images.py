@@ -24,7 +24,7 @@ from dlref.runtime.errors import UserError
 
 
 class ImageTensors(Dataset):
-    """Images and targets in memory. A batch of them is one indexing of each tensor."""
+    """Images and targets in memory. A batch of them is one selection of each tensor."""
 
     def __init__(self, images: Tensor, targets: Tensor):
         self.images, self.targets = images, targets
@@ -35,7 +35,8 @@ class ImageTensors(Dataset):
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
         index = index.to(self.images.device, non_blocking=True)
-        return self.images[index], self.targets[index]
+        # On a processor images[index] takes twenty times as long.
+        return self.images.index_select(0, index), self.targets[index]
 
     def to(self, device: torch.device) -> "ImageTensors":
         """Return the same data on a device, copied only if it is elsewhere."""

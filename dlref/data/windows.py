@@ -2,8 +2,8 @@
 
 All series lie one after the other in one tensor. A batch of windows is one indexing of it: no Python for a window.
 
-N series, P points in all, B windows, T times of a window (history, context and prediction), F features of a time,
-G categories, H times to forecast, Q quantile levels.
+N series, P points in all, B windows, T times of a window (history, context and prediction), K the last of them, which
+have features (context and prediction), F features of a time, G categories, H times to forecast, Q quantile levels.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
     values: Float[Tensor, "B T"]
     observed: Bool[Tensor, "B T"]
-    features: Float[Tensor, "B T F"]
+    features: Float[Tensor, "B K F"]
     categories: Int[Tensor, "B G"]
     seasonal_error: Float[Tensor, "B"] | None = None
     truth: Float[Tensor, "B H Q"] | None = None
@@ -68,18 +68,21 @@ class SeriesStore(nn.Module):
         truth = None if truth is None else torch.from_numpy(truth.astype(np.float32))
         self.register_buffer("truth", truth, persistent=False)
 
-    def forward(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Window:
-        """The `steps` times before the time `end` of each series `item`, counted from its first value, 0."""
-        place = end[:, None] + torch.arange(-steps, 0, device=end.device)  # (B, T)
+    def forward(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int, featured: int) -> Window:
+        """The `steps` times before the time `end` of each series `item`, counted from its first value, 0; the last
+        `featured` of them with features.
+        """
         begin, length = self.begin[item][:, None], self.length[item][:, None]
+        place = end[:, None] + torch.arange(-steps, 0, device=end.device)  # (B, T)
         there = (place >= 0) & (place < length)
-        known = (place >= 0) & (place < length + self.future)
         index = begin + place.clamp(min=0).minimum(length - 1)
-        feature = begin + item[:, None] * self.future + place.clamp(min=0).minimum(length - 1 + self.future)
+        late, stop = place[:, -featured:], length + self.future  # (B, K)
+        feature = begin + item[:, None] * self.future + late.clamp(min=0).minimum(stop - 1)
+        known = (late >= 0) & (late < stop)
         return Window(
-            values=self.values[index].where(there, 0),
-            observed=self.observed[index] & there,
-            features=self.features[feature].where(known[..., None], 0),
+            values=rows_at(self.values, index).where(there, 0),
+            observed=rows_at(self.observed, index) & there,
+            features=rows_at(self.features, feature).where(known[..., None], 0),
             categories=self.categories[item],
         )
 
@@ -99,6 +102,11 @@ class SeriesStore(nn.Module):
         """The true quantiles of the `steps` times before `end`, which lie in the series; None where none are known."""
         place = (self.begin[item] + end)[:, None] + torch.arange(-steps, 0, device=end.device)
         return None if self.truth is None else self.truth[place]
+
+
+def rows_at(tensor: Tensor, index: Int[Tensor, "B T"]) -> Tensor:
+    """`tensor[index]`; on a processor torch's indexing takes six times as long as its selecting."""
+    return tensor.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
@@ -136,12 +144,15 @@ class Windows(Dataset):
         count: (N,) how many windows it has.
         stride: from the end of a window to the end of the next.
         steps: T.
+        featured: K.
         horizon: H; evaluated windows are given their seasonal error, and the truth where it is known. 0: for training.
     """
 
-    def __init__(self, store: SeriesStore, first: Tensor, count: Tensor, stride: int, steps: int, horizon: int = 0):
+    def __init__(
+        self, store: SeriesStore, first: Tensor, count: Tensor, stride: int, steps: int, featured: int, horizon: int = 0
+    ):
         self.store, self.first, self.count = store, first, count
-        self.stride, self.steps, self.horizon = stride, steps, horizon
+        self.stride, self.steps, self.featured, self.horizon = stride, steps, featured, horizon
         self.stop = count.cumsum(0)
 
     def __len__(self) -> int:
@@ -155,7 +166,7 @@ class Windows(Dataset):
     def __getitem__(self, number: Int[Tensor, "B"]) -> Window:
         # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
         item, end = self.ends(number.to(self.stop.device, non_blocking=True))
-        window = self.store(item, end, self.steps)
+        window = self.store(item, end, self.steps, self.featured)
         if not self.horizon:
             return window
         error = self.store.seasonal_error(item, end - self.horizon)
@@ -164,7 +175,7 @@ class Windows(Dataset):
     def to(self, device: torch.device) -> "Windows":
         """Return the same windows on a device. The store, which several share, is moved."""
         parts = self.first.to(device), self.count.to(device)
-        return Windows(self.store.to(device), *parts, self.stride, self.steps, self.horizon)
+        return Windows(self.store.to(device), *parts, self.stride, self.steps, self.featured, self.horizon)
 
 
 class Draws:

@@ -145,8 +145,9 @@ class Forecaster(Task):
         scale = scale_of(values[:, :context], observed[:, :context])[:, None]
         history = window.values[:, -times - max(self.lags) :] / scale
         places = torch.from_numpy(lag_indices(self.lags, times)).to(history.device, non_blocking=True)
-        features = window.features[:, -times:]
-        raw, _ = self.network(history[:, places], features, window.categories, scale[:, 0])
+        # history[:, places], which takes six times as long on a processor
+        lagged = history.index_select(1, places.flatten()).unflatten(1, places.shape)
+        raw, _ = self.network(lagged, window.features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
 
     def nll(self, window) -> tuple[Tensor, Tensor]:
@@ -169,8 +170,8 @@ class Forecaster(Task):
         last, window = window.values[:, -horizon - 1].float(), self.modelled(window)
         values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
         observed = window.observed[:, :-horizon][:, -context:]
-        features = window.features[:, -context - horizon :].float()
-        return Past(*(part.cpu().numpy() for part in (values, observed, features, window.categories, last)))
+        parts = values, observed, window.features.float(), window.categories, last
+        return Past(*(part.cpu().numpy() for part in parts))
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
         """Sample paths, drawn by the runner that a device uses."""
