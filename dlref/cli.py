@@ -17,9 +17,11 @@ from typing import Any, Literal
 import yaml
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Checkpoint,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -52,8 +54,10 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-UNRESUMED = (GradientAccumulationScheduler, StochasticWeightAveraging)  # callbacks that forget what they were at
-REFUSALS = (ValueError, ModuleNotFoundError, MisconfigurationException)  # errors of constructors that a user can mend
+# Callbacks that forget what they were at, or that train by what no config says.
+UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
+# Errors of constructors that a user can mend.
+REFUSALS = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
 
 
 @dataclass
@@ -85,9 +89,12 @@ def check_trainer(options) -> None:
 
 def check_fit(options) -> None:
     """Refuse a trainer's options by which nothing would be trained, or something else. Raises UserError."""
-    for name in ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"):
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
         if options[name] == 0:
             raise UserError(f"trainer.{name}: 0; expected more")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning takes less than 0
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"trainer.{name}: {options[name]}; expected more")
     if options.overfit_batches:
         raise UserError(f"trainer.overfit_batches: {options.overfit_batches}; expected none, see --debug")
 
@@ -142,6 +149,8 @@ class TrainCLI(LightningCLI):
         self.options = options = self.config[command]
         check_parts(options)
         check_trainer(options.trainer)
+        if not 0 <= options.seed_everything < 2**32:  # a bool is a number, too
+            raise UserError(f"seed_everything: {options.seed_everything}; expected 0 to {2**32 - 1}")
         fitting = command == "fit"
         if fitting:
             check_fit(options.trainer)
@@ -246,7 +255,7 @@ class TrainCLI(LightningCLI):
             UnevenEvaluation(),
             BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
             Last(self.options.checkpoint_minutes),  # after the best: it knows of that
-            Preflight(best.metric, self.claim),
+            Preflight(best.metric, self.claim, self.options.final_test),
         ]
         if self.profile:
             kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes)

@@ -14,6 +14,7 @@ from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
 from lightning import Trainer
+from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -95,6 +96,9 @@ def for_configs(path: str) -> bool:
 
 def check_part(part: dict) -> None:
     """Raise UserError for what is no class for configs, and for places to write."""
+    for key, value in part.items():
+        if isinstance(value, LightningEnum):  # a default of Lightning's, which jsonargparse could not write down
+            part[key] = value.value
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")

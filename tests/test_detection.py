@@ -933,3 +933,15 @@ def test_configs_of_the_family_are_there():
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         sizes = {model["network"]["init_args"]["size"], model["preprocess"]["init_args"]["size"]}
         assert len(sizes | {data.get("image_size", 96 if name == "ssd_digit_scenes" else 300)}) == 1
+
+
+@pytest.mark.parametrize(("objects", "found"), [(5, 3), (10, 6), (10, 3), (7, 4)])
+def test_average_precision_counts_the_recall_that_is_reached(objects, found):
+    """Nothing but right detections: the share of 101 recalls from 0 to 1 that are reached, the last one among them."""
+    boxes = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(objects)])
+    metric = average_precision()
+    metric.update(
+        [{"boxes": boxes[:found], "scores": torch.linspace(0.9, 0.5, found), "labels": torch.zeros(found).long()}],
+        [{"boxes": boxes, "labels": torch.zeros(objects).long()}],
+    )
+    assert metric.compute()["map"].item() == pytest.approx((100 * found // objects + 1) / 101)

@@ -162,3 +162,13 @@ def test_a_poisson_variable_has_no_count_that_it_never_takes():
 def test_a_deterministic_draw_is_the_value():
     drawn = Deterministic().sample((torch.tensor([[2.0]]), torch.ones(1, 1)), torch.rand(3, 5, 0))
     assert drawn.tolist() == [[2.0] * 5] * 3
+
+
+@pytest.mark.parametrize("first", [1e4, 1e6, 1e7])
+def test_shares_that_hardly_move_have_their_likelihood(first):
+    """Large concentrations, of which float32 loses the digits."""
+    second = 0.3 * first
+    found = Beta().log_prob(torch.tensor([0.77]), (torch.tensor([first]), torch.tensor([second])))
+    value = torch.tensor(0.77).double().item()
+    parameters = (torch.tensor(c).double().item() for c in (first, second))
+    assert found.item() == pytest.approx(stats.beta.logpdf(value, *parameters), abs=1e-3)

@@ -244,6 +244,18 @@ def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
     assert saved == [2005.0]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_goes_on_by_its_own_seed_and_with_its_average(capsys):
+    short = {"trainer.limit_train_batches": 2, "final_test": "false", "model.init_args.lr_scheduler": "null"}
+    average = {"trainer.callbacks+": "dlref.tasks.EMA"}
+    assert fit(**short, **average, run="mine", seed_everything=5) == 0
+    on = short | {"run": "mine", "ckpt_path": "last", "trainer.max_epochs": 9}
+    assert fit(**on, **average, seed_everything=6) == 2
+    assert "seed_everything: 6, the checkpoint has 5; expected the same" in capsys.readouterr().err
+    assert fit(**on, seed_everything=5) == 2
+    assert "trainer.callbacks: no average of the weights" in capsys.readouterr().err
+
+
 def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
     monkeypatch.setattr("dlref.training.checkpoints.listen", lambda *_: None)
     last, told = Last(minutes=10), []
@@ -255,7 +267,7 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
         global_step=6,
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
-        train_dataloader=SimpleNamespace(load_state_dict=told.append),
+        train_dataloader=SimpleNamespace(load_state_dict=told.append, sampler=SimpleNamespace(run=0)),
     )
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
@@ -690,6 +702,13 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
             },
             "StochasticWeightAveraging: a resumed run would train something else; expected none",
         ),
+        ({"trainer.callbacks+": "lightning.pytorch.callbacks.BatchSizeFinder"}, "BatchSizeFinder: a resumed run"),
+        ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),
+        ({"trainer.check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch: 0; expected more"),
+        ({"trainer.val_check_interval": 0}, "trainer.val_check_interval: 0; expected more"),
+        ({"trainer.limit_test_batches": 0.01, "final_test": "true"}, "trainer.limit_test_batches: 0.01 of "),
+        ({"trainer.devices": -1}, "`devices` selected with `CPUAccelerator` should be an int > 0"),
+        ({"seed_everything": -1}, "seed_everything: -1; expected 0 to 4294967295"),
         ({"trainer.strategy": "ddp_fork"}, "trainer.strategy: ddp_fork; expected ddp, whose processes start anew"),
         ({"trainer.strategy": "ddp_spawn_find_unused_parameters_true"}, "expected ddp, whose processes start anew"),
         (

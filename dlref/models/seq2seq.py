@@ -257,7 +257,7 @@ class Unidirectional(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """Convolutions with gated linear units and residuals (Gehring et al., section 3.2, scaled as in 3.5).
+    """Convolutions with gated linear units and residuals (Gehring et al., section 3.2, scaled as in 3.4).
 
     Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is. Without the
     paper's position embeddings: only the zeros at either end tell where a token stands. And attention sees the outputs

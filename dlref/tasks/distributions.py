@@ -153,8 +153,10 @@ class Beta(Distribution):
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`; 0 and 1 themselves are taken for what is next to them."""
-        inside = values.clamp(SMALLEST, 1 - SMALLEST)
-        return TorchBeta(*parameters, validate_args=False).log_prob(inside)
+        # Of large concentrations, which shares that hardly move have, lgammas differ by little: float32 errs by nats.
+        digits = exact(values.device)
+        known = TorchBeta(*(parameter.to(digits) for parameter in parameters), validate_args=False)
+        return known.log_prob(values.to(digits).clamp(SMALLEST, 1 - SMALLEST)).to(parameters[0].dtype)
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """The share of one gamma variable in the sum of two."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_area
 
 from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
@@ -233,11 +234,16 @@ class _Detect(nn.Module):
 # What COCO reports: mean average precision over overlaps of 0.5 to 0.95, at two of them, by size of the object
 # (below 32² and 96² pixels, and above), and the mean recall of the best hundred.
 SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+# In float64, as COCO's own are: torchmetrics' are rounded to float32, and miss a recall of exactly 0.6.
+THRESHOLDS = {
+    "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),
+    "rec_thresholds": np.linspace(0, 1, 101).tolist(),
+}
 
 
 def average_precision(**options) -> MeanAveragePrecision:
     """COCO's metrics over boxes in pixels."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False, **options)
+    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False, **THRESHOLDS, **options)
     metric.warn_on_many_detections = False  # COCO looks at the best hundred; more are kept for those who want them
     return metric
 
@@ -269,7 +275,9 @@ def truth(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         *(targets[n] for n in ("boxes", "labels", "ignored", "sizes")), strict=True
     ):
         there = labels != PADDED
-        rows.append({"boxes": pixels(boxes[there], size), "labels": labels[there], "iscrowd": ignored[there].long()})
+        found = pixels(boxes[there], size)
+        area = box_area(found).round(decimals=1)  # 32² and 96² belong to two sizes: what shares rounded stays there
+        rows.append({"boxes": found, "labels": labels[there], "iscrowd": ignored[there].long(), "area": area})
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -104,7 +104,7 @@ class Last(Checkpoint):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
         self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
-        self.accumulated = None  # batches of a step, in that checkpoint
+        self.accumulated = self.seed = None  # batches of a step and the run's seed, in that checkpoint
 
     def on_sigterm(self, *_: Any) -> None:
         """SIGTERM: what a spot instance gets two minutes before it ends."""
@@ -112,15 +112,21 @@ class Last(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Batches of an epoch and of an optimiser step, by which a run finds its place; whether it was validated."""
-        return {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
+        known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
+        return known | {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Those of the run that wrote the checkpoint."""
         self.batches, self.validated = state["batches"], state.get("validated", True)
-        self.accumulated = state.get("accumulated")
+        self.accumulated, self.seed = state.get("accumulated"), state.get("seed")
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""
+        if "averaging_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in trainer.callbacks):
+            raise UserError(
+                "trainer.callbacks: no average of the weights, the checkpoint is of one; expected those of the run's "
+                "config.yaml, or model.init_args.weights for a run that begins with its weights"
+            )
         try:
             loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
             self.taken = sum(int(loader["taken"]) for loader in loaders)
@@ -148,7 +154,12 @@ class Last(Checkpoint):
                 f"trainer.accumulate_grad_batches: {added}, the checkpoint has {self.accumulated}; expected the same, "
                 "for a schedule counts steps"
             )
-        self.batches, self.accumulated = batches, added
+        seed = trainer.train_dataloader.sampler.run
+        if self.seed not in (None, seed):
+            raise UserError(
+                f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, for steps draw from it"
+            )
+        self.batches, self.accumulated, self.seed = batches, added, seed
         # Lightning forgets where it was once the number of steps has been asked for, as schedules do.
         trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

@@ -10,8 +10,8 @@ from dlref.training.run_folder import Claim
 class Preflight(Callback):
     """Where a fit stops being refusable: after the sanity check, before the first step."""
 
-    def __init__(self, metric: str, claim: Claim):
-        self.metric, self.claim = metric, claim
+    def __init__(self, metric: str, claim: Claim, tests: bool):
+        self.metric, self.claim, self.tests = metric, claim, tests
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
         """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
@@ -23,11 +23,17 @@ class Preflight(Callback):
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Without validation no checkpoint would be the best."""
+        """Without validation no checkpoint would be the best; the test that ends a fit needs a batch."""
         # A run that is resumed in an epoch without validation has not loaded it yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
             raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
+        if self.tests:
+            count, share = len(trainer.datamodule.test_dataloader()), trainer.limit_test_batches
+            if isinstance(share, float) and share * count < 1:
+                raise UserError(
+                    f"trainer.limit_test_batches: {share} of {count}; expected a batch, or --final_test false"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch, batch_idx: int) -> None:
         """There is a batch: from here on the run is real."""
