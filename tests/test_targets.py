@@ -426,6 +426,6 @@ def test_calibration_sees_training_data_and_no_other(tmp_path, monkeypatch):
     training = torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8)
     data.train_dataloader = lambda: DataLoader(TensorDataset(training, torch.zeros(300).long()), batch_size=100)
     made(task, data, replace(TARGETS["x86-64"], gate=100.0), tmp_path / "bundle")
-    (feeds,) = [arguments[-1] for arguments in seen if arguments[-1]]
+    (feeds,) = [feeds for *_, feeds, _ in seen if feeds]
     images = np.concatenate([feed["image"] for feed in feeds])
     np.testing.assert_array_equal(images, training[: SAMPLES["MinMax"]].permute(0, 2, 3, 1).numpy())

@@ -195,10 +195,11 @@ class Attempts:
         if folder.is_dir():
             return folder
         folder.mkdir()
-        for name in self.deployable.graphs:
+        for name, graph in self.deployable.graphs.items():
             path = self.converted(name, plan)
             path.parent.mkdir(exist_ok=True)
-            convert(self.source(name), path, self.target, plan, self.feeds.get(name, []) if plan.calibration else [])
+            feeds = self.feeds.get(name, []) if plan.calibration else []
+            convert(self.source(name), path, self.target, plan, feeds, graph.unbounded)
             place_in(folder, path, self.target)
             if self.target.static and describe(path, "")["dynamic_axes"]:
                 raise UserError(f"{name}: axes {describe(path, '')['dynamic_axes']} are free; expected fixed ones")

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,8 @@ QUANTISED = {*WEIGHTED, *DYNAMIC}
 RECURRENT = {"LSTM", "GRU", "RNN"}
 # Operators that turn a mask's infinities into finite numbers; Clip's infinity is only its bound.
 FINITE = {"Softmax", "Exp", "Clip"}
+# Operators whose answers have a range of their own, whatever they are given.
+BOUNDED = {*RECURRENT, "Tanh", "Sigmoid", "Softmax", "LayerNormalization"}
 # Histograms keep every activation of every sample in memory, so they see fewer.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples to look for the worst nodes on
@@ -88,8 +90,12 @@ def is_calibrated(path: Path, target: Target) -> bool:
     return bool(kinds & CONVOLUTIONS) or (target.quantisation.qnn and not kinds & RECURRENT)
 
 
-def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) -> None:
-    """Write the float32 graph `source` to `path` as `plan` says, in the ONNX format. Raises UserError."""
+def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, unbounded: Sequence[str] = ()) -> None:
+    """Write the float32 graph `source` to `path` as `plan` says, in the ONNX format. Raises UserError.
+
+    `unbounded` are inputs of any size. What is quantised dynamically has one range for all that a call holds: one large
+    value would leave no levels to the others, so layers that read such inputs stay float.
+    """
     if plan.precision == "float32":
         path.write_bytes(source.read_bytes())
         return
@@ -118,6 +124,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds) 
                 prepared,
                 path,
                 op_types_to_quantize=DYNAMIC,
+                nodes_to_exclude=nodes_behind(onnx.load(prepared).graph, unbounded, BOUNDED),
                 per_channel=scheme.per_channel,
                 reduce_range=scheme.reduce_range,
                 weight_type=QuantType[scheme.weight],
@@ -231,11 +238,16 @@ def infinity_mask_nodes(graph: onnx.GraphProto) -> list[str]:
     """The nodes that a mask's infinities pass through, up to the softmax that ends them: no range holds one."""
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     infinite = {name for name, value in values.items() if value.dtype.kind == "f" and np.isinf(value).any()}
-    nodes = []
+    return nodes_behind(graph, infinite, FINITE)
+
+
+def nodes_behind(graph: onnx.GraphProto, tensors: Iterable[str], ends: Container[str]) -> list[str]:
+    """The nodes that tensors pass through, up to operators that end it, and these."""
+    reached, nodes = set(tensors), []
     for node in graph.node:
-        if infinite.intersection(node.input):
+        if reached.intersection(node.input):
             nodes.append(node.name)
-            infinite.update(() if node.op_type in FINITE else node.output)
+            reached.update(() if node.op_type in ends else node.output)
     return nodes
 
 

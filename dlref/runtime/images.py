@@ -30,7 +30,8 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
             image.load()  # which turns a TIFF, and finds what a PNG says of itself at its end
             side_up = orientation(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # the high byte
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # of a TIFF 12 too
+                image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
             if 0 in image.size:

@@ -32,6 +32,7 @@ class Graph:
             one axis is the number of rows.
         discrete: outputs that jump where a score changes in its last digit, such as the class of each pixel, or a
             count. All but a few elements have to be within the tolerance.
+        unbounded: inputs that may be of any size beside each other, such as the values of series over their scales.
         calls: how often an answer calls it, for the measurement.
     """
 
@@ -43,6 +44,7 @@ class Graph:
     tolerance: float = 1e-5
     selected: Sequence[str] = ()
     discrete: Sequence[str] = ()
+    unbounded: Sequence[str] = ()
     calls: int = 1
 
     @property

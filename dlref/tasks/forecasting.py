@@ -286,7 +286,7 @@ class Forecaster(Task):
         }
         axes = {name: {0: "batch", 1: "context"} for name in inputs} | {"categories": {0: "batch"}}
         sizes = {"batch": (1, 2, 7), "context": (context, context + 5, max(1, context // 2))}
-        return Graph(_Encode(self.network), inputs, ["scale", "state"], axes, sizes)
+        return Graph(_Encode(self.network), inputs, ["scale", "state"], axes, sizes, unbounded=("lagged", "features"))
 
     def step_graph(self, past: Past, encode: Graph) -> Graph:
         """What each path was before, and noise -> its next value, and the state after it."""
@@ -312,6 +312,7 @@ class Forecaster(Task):
             calls=self.horizon,
             tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
             discrete=() if self.distribution.smooth else ("value",),
+            unbounded=("lagged", "features"),
         )
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
