@@ -78,6 +78,7 @@ def check_parts(value: object) -> None:
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, dict):
+        spell_enums(value)
         check_part(value)
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -94,11 +95,13 @@ def for_configs(path: str) -> bool:
     return not path.startswith("dlref.") or getattr(package, named.__name__, None) is named
 
 
+def spell_enums(part: dict) -> None:
+    """Put their texts in the place of Lightning's enums, defaults that jsonargparse could not write down."""
+    part |= {key: value.value for key, value in part.items() if isinstance(value, LightningEnum)}
+
+
 def check_part(part: dict) -> None:
     """Raise UserError for what is no class for configs, and for places to write."""
-    for key, value in part.items():
-        if isinstance(value, LightningEnum):  # a default of Lightning's, which jsonargparse could not write down
-            part[key] = value.value
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")

@@ -945,3 +945,20 @@ def test_average_precision_counts_the_recall_that_is_reached(objects, found):
         [{"boxes": boxes, "labels": torch.zeros(objects).long()}],
     )
     assert metric.compute()["map"].item() == pytest.approx((100 * found // objects + 1) / 101)
+
+
+@pytest.mark.parametrize("size", [(427, 640), (333, 500), (1080, 1919)])
+def test_areas_of_exactly_a_limit_of_coco_stay_so(size):
+    """Boxes are shares of the picture: in float32 a square of 32 or 96 pixels becomes one of a little more or less."""
+    corners = torch.arange(0, 200, 7)
+    for side in (32, 96):
+        boxes = torch.stack([corners, corners, corners + side, corners + side], 1) / torch.tensor([*size[::-1]] * 2)
+        (found,) = truth(
+            {
+                "boxes": boxes[None],
+                "labels": torch.zeros(1, len(boxes)).long(),
+                "ignored": torch.zeros(1, len(boxes)).bool(),
+                "sizes": torch.tensor([size]),
+            }
+        )
+        assert found["area"].tolist() == [side**2] * len(boxes)

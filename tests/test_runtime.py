@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -345,6 +346,17 @@ def test_grey_of_16_bits_is_the_high_byte(tmp_path):
     values = np.array([[0, 255, 256, 65535]], dtype=">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.tobytes())
     assert read_image(tmp_path / "a.pgm", 1)[..., 0].tolist() == [[0, 0, 1, 255]]
+
+
+def test_grey_of_12_bits_is_the_high_eight(tmp_path):
+    values = [0, 15, 16, 0x7FF, 0x800, 0xFFF]  # two pixels in three bytes
+    pixels = bytes.fromhex("".join(f"{value:03x}" for value in values))
+    tags = {256: 6, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}  # the pixels' at byte 8
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(pixels) % 2)
+    padding = bytes(len(pixels) % 2)
+    (tmp_path / "a.tif").write_bytes(head + pixels + padding + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert read_image(tmp_path / "a.tif", 1)[..., 0].tolist() == [[value >> 4 for value in values]]
 
 
 def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
