@@ -29,7 +29,7 @@ from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.models import GPT
-from dlref.models.gpt import Past, attend, visible
+from dlref.models.gpt import Past, attend, causal_mask
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.runners.language import GROWTH
@@ -317,8 +317,8 @@ class Attend(nn.Module):
 
     def forward(self, query, key, value, past_key, past_value, length) -> torch.Tensor:
         """One token of one text, that sees a past of so many places."""
-        seen = visible(length[:, None], Past([past_key], [past_value], length))
-        return attend(query, key, value, past_key, past_value, seen)
+        mask = causal_mask(length[:, None], Past([past_key], [past_value], length))
+        return attend(query, key, value, past_key, past_value, mask)
 
 
 def two_products(place: int) -> Callable:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from dlref.models import GPT
-from dlref.models.gpt import Past, apply_rotary, sinusoids, softmax_of, visible
+from dlref.models.gpt import Past, apply_rotary, attention_weights, causal_mask, sinusoids
 from dlref.runtime import UserError
 from dlref.training.weights import load_weights
 
@@ -160,7 +160,7 @@ def test_no_token_sees_what_comes_after_it(positions):
 
 def test_the_plain_form_is_the_fused_one():
     query, key, value = torch.randn(3, 2, 4, 7, 8)
-    weights = softmax_of(query, visible(torch.zeros(2, 7, dtype=torch.long)), key)
+    weights = attention_weights(query, causal_mask(torch.zeros(2, 7, dtype=torch.long)), key)
     fused = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(weights @ value, fused)
     scores = torch.einsum("bhtd,bhsd->bhts", query, key) / math.sqrt(8)

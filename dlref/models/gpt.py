@@ -94,15 +94,15 @@ class GPT(nn.Module):
     ) -> tuple[Float[Tensor, "B T E"], list[Float[Tensor, "B H T D"]], list[Float[Tensor, "B H T D"]]]:
         """Read `tokens` after a `past` -> what `logits` takes, and the keys and values of these tokens in each layer.
 
-        They are what a past grows by: to read on from it is to read everything at once.
+        Appended to the past, they let the next call read on: the result is that of reading everything at once.
         """
         hidden, rotary = self.embed(tokens, past)
-        if in_bfloat16(hidden):  # what layers add to is read and written most: half the bytes
+        if in_bfloat16(hidden):  # the residual stream is what is read and written most: half the bytes
             hidden = hidden.to(torch.bfloat16)
-        seen = None if past is None else visible(tokens, past)
+        mask = None if past is None else causal_mask(tokens, past)
         keys, values = [], []
         for i, block in enumerate(self.h):
-            before = None if past is None else (past.keys[i], past.values[i], seen)
+            before = None if past is None else (past.keys[i], past.values[i], mask)
             hidden, key, value = block(hidden, rotary, before)
             keys.append(key)
             values.append(value)
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         weights = []
         for block in self.h:
             query, key, _ = block.attn.project(block.ln_1(hidden), rotary)
-            weights.append(softmax_of(query, visible(tokens), key))
+            weights.append(attention_weights(query, causal_mask(tokens), key))
             hidden, _, _ = block(hidden, rotary)
         return weights
 
@@ -172,7 +172,10 @@ class Block(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-        """Return the tokens after this layer, with their keys and values."""
+        """Return the tokens after this layer, with their keys and values.
+
+        `before` is the past of this layer, keys and values, and the mask over the past and the new tokens.
+        """
         attended, key, value = self.attn(self.ln_1(hidden), rotary, before)
         hidden = hidden + attended
         return hidden + self.mlp(self.ln_2(hidden)), key, value
@@ -195,13 +198,13 @@ class Attention(nn.Module):
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        # Heads go before tokens last, by a view: all that is computed lies token by token, attention's answer too.
+        # Heads move before tokens only now, as a view: in memory all stays token by token, attention's output too.
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(
         self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-        """Return what each token gathers from itself and those before it, with keys and values."""
+        """Return what each token gathers from itself and those before it, its key and value; `before`: see `Block`."""
         query, key, value = self.project(hidden, rotary)
         if before is None:
             dropped = self.dropout if self.training else 0.0
@@ -244,30 +247,31 @@ def attend(
     value: Float[Tensor, "B H T D"],
     past_key: Float[Tensor, "B H P D"],
     past_value: Float[Tensor, "B H P D"],
-    seen: Bool[Tensor, "B 1 T S"],
+    mask: Bool[Tensor, "B 1 T S"],
 ) -> Float[Tensor, "B H T D"]:
-    """What new tokens gather from a past and from themselves, of the places that each one has `seen`.
+    """Attention of new tokens to a past and to themselves, where the mask is True.
 
-    A past is read where it lies and never copied, which on a device is most of what a token costs.
+    The past is read where it lies: to put it together with the new keys and values would copy all of it for each token,
+    which on a device is most of what a token costs.
     """
-    weights = softmax_of(query, seen, past_key, key)
+    weights = attention_weights(query, mask, past_key, key)
     past = past_key.shape[2]
     return weights[..., :past] @ past_value + weights[..., past:] @ value
 
 
-def visible(tokens: Int[Tensor, "B T"], past: Past | None = None) -> Bool[Tensor, "B 1 T S"]:
-    """The places that each new token may see: those of its text's past, and the new ones up to its own."""
+def causal_mask(tokens: Int[Tensor, "B T"], past: Past | None = None) -> Bool[Tensor, "B 1 T S"]:
+    """Where each new token may look: its text's past, and the new tokens up to itself."""
     batch, new = tokens.shape
     place = torch.arange(new, device=tokens.device)
-    seen = (place <= place[:, None]).expand(batch, -1, -1)
+    mask = (place <= place[:, None]).expand(batch, -1, -1)
     if past is not None:
         there = torch.arange(past.keys[0].shape[2], device=tokens.device) < past.length[:, None, None]
-        seen = torch.cat([there.expand(-1, new, -1), seen], dim=2)
-    return seen[:, None]
+        mask = torch.cat([there.expand(-1, new, -1), mask], dim=2)
+    return mask[:, None]
 
 
-def softmax_of(
-    query: Float[Tensor, "B H T D"], seen: Bool[Tensor, "B 1 T S"], *keys: Float[Tensor, "B H _ D"]
+def attention_weights(
+    query: Float[Tensor, "B H T D"], mask: Bool[Tensor, "B 1 T S"], *keys: Float[Tensor, "B H _ D"]
 ) -> Float[Tensor, "B H T S"]:
     """softmax(Q K^T / sqrt(D)), equation 1 of Vaswani et al. written out: scores, mask, softmax.
 
@@ -275,11 +279,11 @@ def softmax_of(
     """
     scale = query.shape[3] ** -0.5
     scores = torch.cat([query @ key.transpose(2, 3) * scale for key in keys], dim=3)
-    return torch.where(seen, scores, -math.inf).softmax(dim=3)
+    return torch.where(mask, scores, -math.inf).softmax(dim=3)
 
 
 def in_bfloat16(hidden: Float[Tensor, "B T E"]) -> bool:
-    """Whether autocast computes in bfloat16 where this is. In float16 what layers add up to may overflow."""
+    """Whether autocast computes in bfloat16 on this device. In float16 the residual stream could overflow."""
     kind = hidden.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # the first knows no autocast
         return False
@@ -298,5 +302,5 @@ def apply_rotary(vectors: Float[Tensor, "*B D"], rotary: Float[Tensor, "... D"])
     sine, cosine = (part.unsqueeze(-2) for part in rotary.chunk(2, dim=-1))
     halves = vectors.unflatten(-1, (2, -1))
     sign = torch.arange(-1, 2, 2, device=vectors.device)[:, None]
-    # Not put together from two parts: a compiled kernel would look at each element for the part it is of.
+    # Not a torch.cat of two halves: a compiled kernel would test for each element which half it belongs to.
     return (halves * cosine + halves.flip(-2) * (sign * sine)).flatten(-2)
