@@ -1,13 +1,13 @@
 """Networks: plain torch, one file per architecture, each to be read next to its paper.
 
 `forward` takes tensors and returns tensors, the same in training and in evaluation mode (dropout and
-batch-norm statistics aside). State-dict keys are torchvision's where torchvision has the network, so its
-published weights load directly.
+batch-norm statistics aside). State-dict keys are torchvision's where torchvision has the network and Hugging Face's for
+GPT-2, so published weights load directly.
 
 Every network names in its class attribute `class_layers` the modules whose shape depends on `num_classes`. Transfer
-learning replaces these and nothing else. One that is built on another network's layers has `of_base(state)`: that
-network's published state dict under its own names, without what it does not have. All under the prefix `base` has to
-come from there.
+learning replaces these and nothing else. One that takes published weights of another form (a classifier's for its
+backbone, Hugging Face's for a GPT) has `of_base(state)`: that state dict under this network's names, without what it
+does not have. All under the prefix `base` has to come from there.
 """
 
 from dlref.models.activations import ActivationName, make_activation

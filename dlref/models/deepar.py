@@ -72,10 +72,9 @@ class DeepAR(nn.Module):
     ) -> tuple[Float[Tensor, "B T P"], Float[Tensor, "Y B D"]]:
         """Return the parameters of each time, not yet in their domains, and the state after the last one.
 
-        `lagged` are values divided by `scale`. The state has one row for each layer of a GRU, two for each of an LSTM;
-        None is all zeros.
+        `lagged` are values divided by `scale`. A state of None is all zeros.
         """
-        # Not unbind: of no columns, torch.export saves what it cannot load.
+        # Not unbind: without categories, torch.export would save a program that it cannot load.
         columns = range(categories.shape[1])
         embedded = [table(categories[:, i]) for table, i in zip(self.embeddings, columns, strict=True)]
         static = torch.cat([*embedded, scale.log()[:, None]], dim=1)

@@ -216,6 +216,6 @@ def _score(channels: int, num_classes: int) -> nn.Conv2d:
 def _cropped(x: Float[Tensor, "B K h w"], height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     """The first rows and columns: a cell stands for pixels beyond the border where the stride does not divide the size.
 
-    By `narrow`, which says how many there are; of a slice with a free end, torch 2.11's export cannot tell.
+    By `narrow`, which names their number; torch 2.11's export cannot infer the size of a slice with a free end.
     """
     return x.narrow(2, 0, height).narrow(3, 0, width)

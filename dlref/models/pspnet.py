@@ -40,7 +40,7 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H W"]:
         """Return the maps and, after them, what each grid says of its cells."""
         size = x.shape[-2:]
-        # In float32 under autocast, as pooling sums: bfloat16 has not even the digits of 1/n.
+        # Pooling accumulates in float32, so these products do too, also under autocast: bfloat16 rounds even the 1/n.
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -50,13 +50,16 @@ class PyramidPooling(nn.Module):
 
 
 def averages(x: Float[Tensor, "B C H W"], bins: int) -> Float[Tensor, "B C bins bins"]:
-    """Average over each cell of a grid: adaptive average pooling as two products, which free sizes can leave with."""
+    """Average over each cell of a grid: adaptive average pooling as two matrix products.
+
+    torch's own pooling, exported with a free height and width, fails at sizes that it was not traced at.
+    """
     height, width = x.shape[-2:]
     return _averaging(bins, height, x) @ x @ _averaging(bins, width, x).mT
 
 
 def _averaging(bins: int, size: int | torch.SymInt, like: Tensor) -> Float[Tensor, "bins size"]:
-    """Row i averages the places from floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
+    """Row i averages the places from floor(i * size / bins) to just before ceil((i + 1) * size / bins)."""
     row = torch.arange(bins, device=like.device)[:, None]
     place = torch.arange(size, device=like.device)
     inside = (place >= row * size // bins) & (place < ((row + 1) * size + bins - 1) // bins)

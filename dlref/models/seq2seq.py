@@ -16,7 +16,7 @@ backward direction alone.
 
 Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
 vocabulary, D hidden size, I size of a layer's inputs, Q queries of attention, P places of rows, Y rows of the
-decoder's state.
+decoder's state: those of its layers and, with input feeding, the last attentional vector after them.
 """
 
 import math
@@ -132,8 +132,8 @@ class Seq2Seq(nn.Module):
         state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
             state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1))
-            state = state.transpose(0, 1).contiguous()  # for cuDNN refuses a row that is not
-        if self.input_feeding:
+            state = state.transpose(0, 1).contiguous()  # cuDNN refuses rows that are not
+        if self.input_feeding:  # there is no attentional vector before the first token
             state = torch.cat([state, torch.zeros_like(state[:1])])
         keys = values if self.attention is None else self.attention.keys(values)
         return Memory(values, keys, mask, state)
@@ -143,8 +143,8 @@ class Seq2Seq(nn.Module):
         embedded = self.dropout(self.embed_target(target))
         if self.input_feeding:
             state, parts = memory.state[:, :, None], []
-            for token in embedded.split(1, dim=1):
-                part, state, _ = self._advance(token, state, memory)
+            for one in embedded.split(1, dim=1):
+                part, state, _ = self._advance(one, state, memory)
                 parts.append(part)
             attentional = torch.cat(parts, dim=1)
         else:

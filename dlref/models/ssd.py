@@ -156,7 +156,8 @@ class VGGFeatures(nn.Module):
         return own
 
 
-# Channels and stride of the extra layers on a ResNet, by size.
+# Channels and stride of the extra layers on a ResNet, by size. As in NVIDIA's, those of stride 1 are not padded: they
+# lower the resolution by what a 3x3 kernel cuts off.
 EXTRA = {
     96: [(256, 2)] * 3,
     300: [(512, 2)] * 2 + [(256, 2)] + [(256, 1)] * 2,
