@@ -37,7 +37,7 @@ from dlref.runtime.series import first_differences
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
 from dlref.tasks.forecasting import OWN, scale_of
-from dlref.training.devices import exact
+from dlref.training.devices import widest_float
 
 H = Frequency.parse("H")
 LONGEST = max(H.lags)
@@ -1063,8 +1063,8 @@ def test_one_time_ahead_is_tested_and_drawn(tmp_path):
 
 def test_nothing_on_a_device_without_float64_has_64_bits(monkeypatch):
     """Apple's GPUs refuse what has. The scores are then sums of float32."""
-    digits = exact(torch.device("mps"))
-    held = [SampleScores(4, digits), SeriesStore(data().read(H).train, H), forecaster()]
+    dtype = widest_float(torch.device("mps"))
+    held = [SampleScores(4, dtype), SeriesStore(data().read(H).train, H), forecaster()]
     for module in held:
         kinds = []
         module._apply(lambda tensor, kinds=kinds: kinds.append(tensor.dtype) or tensor)
@@ -1073,7 +1073,7 @@ def test_nothing_on_a_device_without_float64_has_64_bits(monkeypatch):
     scores = held[0]
     scores.update(torch.randn(3, 9, 4), torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool), torch.ones(3))
     assert {value.dtype for value in scores.compute().values()} == {torch.float32}
-    assert exact(torch.device("cpu")) == exact(torch.device("cuda")) == torch.float64
+    assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda")) == torch.float64
 
 
 def test_configs_of_the_family_are_there():

@@ -18,7 +18,7 @@ from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-from dlref.training.devices import exact
+from dlref.training.devices import widest_float
 
 SMALLEST = 1e-6  # of what has to be above 0
 TRIES = 4  # of a gamma variable, each accepted with 0.951 or more: at most 6 in a million draws refuse all of them
@@ -122,10 +122,10 @@ class NegativeBinomial(Distribution):
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`, whole numbers of 0 or more."""
         # Of nearly Poisson counts two large lgammas differ by little: float32 errs by nats.
-        digits = exact(values.device)
-        mean, shape = (parameter.to(digits) for parameter in parameters)
+        dtype = widest_float(values.device)
+        mean, shape = (parameter.to(dtype) for parameter in parameters)
         known = TorchNegativeBinomial(1 / shape, logits=(mean * shape).log(), validate_args=False)
-        return known.log_prob(values.to(digits)).to(parameters[0].dtype)
+        return known.log_prob(values.to(dtype)).to(parameters[0].dtype)
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """A Poisson variable whose mean is a gamma variable of shape 1/alpha and mean mu."""
@@ -154,9 +154,9 @@ class Beta(Distribution):
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`; 0 and 1 themselves are taken for what is next to them."""
         # Of large concentrations, which shares that hardly move have, lgammas differ by little: float32 errs by nats.
-        digits = exact(values.device)
-        known = TorchBeta(*(parameter.to(digits) for parameter in parameters), validate_args=False)
-        return known.log_prob(values.to(digits).clamp(SMALLEST, 1 - SMALLEST)).to(parameters[0].dtype)
+        dtype = widest_float(values.device)
+        known = TorchBeta(*(parameter.to(dtype) for parameter in parameters), validate_args=False)
+        return known.log_prob(values.to(dtype).clamp(SMALLEST, 1 - SMALLEST)).to(parameters[0].dtype)
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """The share of one gamma variable in the sum of two."""

@@ -18,18 +18,18 @@ class QuantileScores(Metric):
 
     Args:
         horizon: H.
-        digits: the floats to add up in.
+        dtype: of the sums.
     """
 
     full_state_update = False
 
-    def __init__(self, horizon: int, digits: torch.dtype = torch.float64):
+    def __init__(self, horizon: int, dtype: torch.dtype = torch.float64):
         super().__init__()
-        self.register_buffer("levels", torch.tensor(LEVELS, dtype=digits), persistent=False)
+        self.register_buffer("levels", torch.tensor(LEVELS, dtype=dtype), persistent=False)
         for name in ("pinball", "covered"):
-            self.add_state(name, torch.zeros(horizon, len(LEVELS), dtype=digits), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(horizon, len(LEVELS), dtype=dtype), dist_reduce_fx="sum")
         for name in ("size", "points"):
-            self.add_state(name, torch.zeros(horizon, dtype=digits), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(horizon, dtype=dtype), dist_reduce_fx="sum")
 
     def update(
         self, quantiles: Float[Tensor, "B H Q"], target: Float[Tensor, "B H"], observed: Bool[Tensor, "B H"]
@@ -59,10 +59,10 @@ class QuantileScores(Metric):
 class SampleScores(QuantileScores):
     """Of sample paths: beside their quantiles' the root mean squared error of the mean, MSIS and CRPS."""
 
-    def __init__(self, horizon: int, digits: torch.dtype = torch.float64):
-        super().__init__(horizon, digits)
+    def __init__(self, horizon: int, dtype: torch.dtype = torch.float64):
+        super().__init__(horizon, dtype)
         for name in ("squared", "crps", "msis", "windows"):
-            self.add_state(name, torch.zeros((), dtype=digits), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(
         self,

@@ -22,7 +22,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.task import Task
-from dlref.training.devices import exact
+from dlref.training.devices import widest_float
 
 SHOWN = 8  # series in the figure of forecasts
 OWN = "this_model"  # the name of its scores, beside those of the baselines
@@ -93,10 +93,10 @@ class Forecaster(Task):
             for name, split in self.trainer.datamodule.splits.items():
                 if name != "predict" and stores.setdefault(split.store, name) == name:
                     self.check_outcomes(name, split.store.outcomes(self.difference))
-        digits = exact(self.trainer.strategy.root_device)
-        self.scores = nn.ModuleDict({name: SampleScores(self.horizon, digits) for name in (OWN, *BASELINES)})
+        dtype = widest_float(self.trainer.strategy.root_device)
+        self.scores = nn.ModuleDict({name: SampleScores(self.horizon, dtype) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
-            self.scores["oracle"] = QuantileScores(self.horizon, digits)
+            self.scores["oracle"] = QuantileScores(self.horizon, dtype)
 
     def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError where there is nothing to learn from or to judge by, or what has no likelihood."""

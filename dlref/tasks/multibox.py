@@ -1,7 +1,8 @@
 """MultiBox: default boxes matched to true ones, the loss, and from the heads to detections.
 
-W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2. Matching and loss work on whole batches of
-padded boxes: no loop over images, no wait for the device, no shape that depends on the data.
+W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016; titles in quotes are of its section 2.2. Matching and
+loss work on whole batches of padded boxes: no loop over images, no wait for the device, no shape that depends on the
+data.
 
 Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, C
 candidates, D detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as
@@ -91,7 +92,7 @@ def multibox_loss(
 
 
 class Detections(nn.Module):
-    """The heads of a batch -> its detections ("Inference": a threshold, suppression in each class, the best ones).
+    """The heads of a batch -> its detections: a threshold, suppression in each class, the best ones (section 3.7).
 
     Args:
         score: probability above which something is a detection.

@@ -20,7 +20,7 @@ from dlref.tasks.preprocess import ImagePreprocess
 from dlref.training.devices import gather_objects
 
 PICTURES = 12  # in the figure of detections
-HALF = 0  # place of the intersection over union of 0.5 among those of COCO
+AT_HALF = 0  # index of the intersection over union of 0.5 among COCO's
 
 Batch = tuple[Tensor, dict[str, Tensor]] | list  # a loader with workers makes a list
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), labels (n,) of an image
@@ -152,8 +152,8 @@ class ObjectDetector(ImageTask):
         precision = values["precision"][..., 0, -1].cpu()  # (overlaps, recalls, classes), objects of any size
         for place, k in enumerate(values["classes"].flatten().tolist()):
             ap = precision[:, :, place].mean(dim=1)
-            if ap[HALF] >= 0:
-                log[f"ap_{self.facts['labels'][k]}"], log[f"ap50_{self.facts['labels'][k]}"] = ap.mean(), ap[HALF]
+            if ap[AT_HALF] >= 0:
+                log[f"ap_{self.facts['labels'][k]}"], log[f"ap50_{self.facts['labels'][k]}"] = ap.mean(), ap[AT_HALF]
         self.log_dict({f"test/{name}": value for name, value in log.items()})
         self.test_map.reset()
 
@@ -288,6 +288,6 @@ def pixels(boxes: Float[Tensor, "n 4"], size: Int[Tensor, "2"]) -> Float[Tensor,
 
 def curves_at_half(precision: Tensor, classes: Tensor, count: int) -> dict[int, np.ndarray]:
     """For each class that has objects its precision at 101 recalls from 0 to 1, at an overlap of one half."""
-    rows = precision[HALF, :, :, 0, -1]
+    rows = precision[AT_HALF, :, :, 0, -1]
     places = {k: place for place, k in enumerate(classes.flatten().tolist()) if k < count}
     return {k: rows[:, place].numpy() for k, place in places.items() if (rows[:, place] >= 0).all()}

@@ -13,7 +13,7 @@ from dlref.runtime import UserError
 from dlref.runtime.runners.semantic_segmentation import answer, picture
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
-from dlref.training.devices import exact
+from dlref.training.devices import widest_float
 
 VOID = 255  # what the masks have where a pixel counts for nothing
 PICTURES = 12  # in the figure of masks
@@ -240,6 +240,6 @@ def scores(matrix: Int[Tensor, "K K"]) -> tuple[Float[Tensor, "K"], dict[str, Te
 
     NaN where no pixel counts.
     """
-    correct = matrix.diagonal().to(exact(matrix.device))
+    correct = matrix.diagonal().to(widest_float(matrix.device))
     union = correct / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal())
     return union, {"miou": union.nanmean(), "pixel_accuracy": correct.sum() / matrix.sum()}

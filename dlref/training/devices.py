@@ -32,8 +32,8 @@ def fast_steps(device: torch.device) -> None:
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
-def exact(device: torch.device) -> torch.dtype:
-    """The floats of most digits that a device has: Apple's GPUs have none of 64 bits."""
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where a device has no wider one, as Apple's GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
