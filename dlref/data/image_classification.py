@@ -33,11 +33,6 @@ class ImageClassificationData(SplitData):
         self.batch_size = batch_size
         self.splits: dict[str, Dataset] = {}
 
-    def sources(self) -> list[str]:
-        """Return a name for each test image, in order: its path, or its number."""
-        test = self.splits["test"]
-        return list(getattr(test, "paths", map(str, range(len(test)))))
-
 
 def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
     """List class folders, and warn once of the files in them that are no images."""

@@ -9,7 +9,7 @@ A data set of batches answers a tensor of B numbers with a batch. Legend of shap
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,6 +206,10 @@ class SplitData(LightningDataModule):
     def samples(self, split: str) -> Tensor:
         """The samples of a split."""
         return torch.arange(len(self.splits[split]))
+
+    def sources(self) -> Sequence[str]:
+        """A name for each input of `predict_dataloader`, in order: here the number of each test sample."""
+        return [str(i) for i in range(len(self.splits["test"]))]
 
     def train_dataloader(self) -> DataLoader:
         """Batches in an order that is new in each epoch."""

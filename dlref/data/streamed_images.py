@@ -99,6 +99,10 @@ class StreamedImages(ImageClassificationData):
             "test": ImageFiles(test, self.eval_transform()),
         }
 
+    def sources(self) -> list[str]:
+        """Return the path of each test image, in order."""
+        return self.splits["test"].paths
+
     def train_transform(self) -> v2.Transform:
         """Return what training does to each image."""
         transforms = [v2.RandomResizedCrop(self.image_size, antialias=True), v2.RandomHorizontalFlip()]
