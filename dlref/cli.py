@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.config import Parser, check_parts, check_schedule, no_other_configs, readable
+from dlref.config import Parser, check_parts, check_schedule, enums_as_text, no_other_configs, readable
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
@@ -148,6 +148,7 @@ class TrainCLI(LightningCLI):
         command = self.config.subcommand
         self.options = options = self.config[command]
         check_parts(options)
+        enums_as_text(options)
         check_trainer(options.trainer)
         if not 0 <= options.seed_everything < 2**32:  # a bool is a number, too
             raise UserError(f"seed_everything: {options.seed_everything}; expected 0 to {2**32 - 1}")

@@ -67,23 +67,33 @@ def no_other_configs() -> Iterator[None]:
         _optionals._config_read_mode = mode
 
 
-def check_parts(value: object) -> None:
+def parts_of(value: object) -> Iterator[object]:
+    """A config and everything in it, namespaces as their dicts."""
+    value = vars(value) if isinstance(value, Namespace) else value
+    yield value
+    within = value.values() if isinstance(value, dict) else value
+    for part in within if isinstance(value, dict | list | tuple) else ():
+        yield from parts_of(part)
+
+
+def check_parts(config: Namespace) -> None:
     """Raise UserError for what a config may not name, though its module is allowed.
 
     A function would be called while things are built, with arguments of the config's choice, and some write files. What
     has a folder of its own would write outside of the run's.
     """
-    if inspect.isroutine(value):
-        raise UserError(f"{value.__module__}.{value.__qualname__}: a function; expected a class of {ALLOWED}")
-    if isinstance(value, Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        spell_enums(value)
-        check_part(value)
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            check_parts(part)
+    for part in parts_of(config):
+        if inspect.isroutine(part):
+            raise UserError(f"{part.__module__}.{part.__qualname__}: a function; expected a class of {ALLOWED}")
+        if isinstance(part, dict):
+            check_part(part)
+
+
+def enums_as_text(config: Namespace) -> None:
+    """Lightning's enums, which are defaults of its callbacks, as text: jsonargparse could not write them down."""
+    for part in list(parts_of(config)):
+        if isinstance(part, dict):
+            part |= {key: value.value for key, value in part.items() if isinstance(value, LightningEnum)}
 
 
 def for_configs(path: str) -> bool:
@@ -93,11 +103,6 @@ def for_configs(path: str) -> bool:
         return False
     package = locate(".".join(path.split(".")[:2]))
     return not path.startswith("dlref.") or getattr(package, named.__name__, None) is named
-
-
-def spell_enums(part: dict) -> None:
-    """Put their texts in the place of Lightning's enums, defaults that jsonargparse could not write down."""
-    part |= {key: value.value for key, value in part.items() if isinstance(value, LightningEnum)}
 
 
 def check_part(part: dict) -> None:
