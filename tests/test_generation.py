@@ -321,7 +321,7 @@ def test_a_runner_s_own_settings_are_checked_as_a_request_s(name, value, complai
         ({"inputs": "a", "parameters": {"stop": [""]}}, "stop: \\[''\\]; expected texts"),
         ({"inputs": "a", "parameters": {"seed": 10**5000}}, "seed: Exceeds the limit"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 1 << 30}}, "max_new_tokens: 1073741824; expected a whole"),
-        ("half of a pair: \ud83d", "input: not UTF-8, or half of a surrogate pair"),
+        ("half of a pair: \ud83d", "input: half of a surrogate pair, or not UTF-8"),
     ],
 )
 def test_what_is_no_request_is_refused(source, complaint):

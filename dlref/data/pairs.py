@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, opened, parse_object
-from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, is_unicode
+from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, check_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
 # Of SageMaker's record.proto what these files use; its values are int32, and read as what is larger still shows.
@@ -105,8 +105,7 @@ def _check_text(text: str, where: str) -> None:
     """Raise UserError for a text that is blank or that Unicode cannot encode."""
     if not text.strip():
         raise UserError(f"{where}: empty; expected a text")
-    if not is_unicode(text):
-        raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
+    check_unicode(text, where)
 
 
 # SageMaker's records

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dlref.data.vocabulary import Exact, make_exact, read_exact, tokenizers_of_run
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import decoded, numbered, opened, parse_object
-from dlref.runtime.text import UNKNOWN, is_unicode
+from dlref.runtime.text import UNKNOWN, check_unicode
 
 TRAINED = get_args(Exact)  # tokenisers that are made from the training text
 BLOCK = 1 << 24  # tokens that are looked at at once
@@ -49,8 +49,7 @@ def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
             found = parse_object(line, where).get("text")
             if not isinstance(found, str):
                 raise UserError(f"{where}: text: {type(found).__name__}; expected a text")
-            if not is_unicode(found):
-                raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
+            check_unicode(found, where)
             yield where, found
 
 

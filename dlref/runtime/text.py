@@ -177,6 +177,12 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Raise UserError at `where` for a text that is none."""
+    if not is_unicode(text):
+        raise UserError(f"{where}: half of a surrogate pair, or not UTF-8; expected Unicode text")
+
+
 def normal(text: str) -> str:
     """One form for letters with marks, however they were typed; white space around is none."""
     return unicodedata.normalize("NFC", text).strip()

@@ -19,7 +19,7 @@ from dlref.runtime.generation import Settings, Writing
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or
-from dlref.runtime.text import is_unicode, make_tokenizer
+from dlref.runtime.text import check_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all
 LOGITS = 1 << 25  # at once, where those after each token are asked for
@@ -150,8 +150,7 @@ class Runner(Base):
             source, asked = source["inputs"], source.get("parameters", {})
         if not isinstance(source, str):
             raise UserError(f"{where}: {type(source).__name__}; expected a text or a request, as an object")
-        if not is_unicode(source):
-            raise UserError(f"{where}: not UTF-8, or half of a surrogate pair; expected Unicode text")
+        check_unicode(source, where)
         return Request([self.tokenizer.end, *self.tokenizer.encode(source)], self.settings(asked, where))
 
     def settings(self, asked: object, where: str) -> Settings:

@@ -18,7 +18,7 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or, whole_number
-from dlref.runtime.text import END, PAD, is_unicode, make_tokenizer
+from dlref.runtime.text import END, PAD, check_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
 LONGEST = 100_000  # tokens
@@ -147,8 +147,7 @@ class Runner(Base):
 
     def sentence(self, text: str, where: str, matrix: bool = False) -> Sentence:
         """A text as tokens. Raises UserError for an empty one, and for one that is too long unless it is to be cut."""
-        if not is_unicode(text):
-            raise UserError(f"{where}: half of a surrogate pair; expected Unicode text")
+        check_unicode(text, where)
         tokens = self.source.encode(text)
         if not tokens:
             raise UserError(f"{where}: empty; expected a text")
