@@ -71,14 +71,14 @@ def make_scenes(digits: Tensor, labels: Tensor, count: int, size: int, seed: int
     return Scenes(*map(torch.from_numpy, (planes, boxes, found, masks)))
 
 
-def _below(rng: np.random.RandomState, stop: int) -> int:
+def below(rng: np.random.RandomState, stop: int) -> int:
     """Draw one of 0 to `stop` - 1."""
     return int(rng.randint(stop, dtype=np.int64))  # the default type is another on Windows, and so its numbers
 
 
 def _how_many(rng: np.random.RandomState, most: int) -> int:
     empty = rng.random_sample() < EMPTY
-    return 0 if empty or not most else 1 + _below(rng, most)
+    return 0 if empty or not most else 1 + below(rng, most)
 
 
 def _background(rng: np.random.RandomState, size: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def _strokes(rng: np.random.RandomState, size: int) -> np.ndarray:
     """Draw bent strokes as differences of colour, int16 (S, S, 3), so that ink alone does not tell a digit."""
     sheet = Image.new("RGB", (2 * size, 2 * size), (128, 128, 128))  # halved below, which smooths the edges
     pen = ImageDraw.Draw(sheet)
-    for _ in range(_below(rng, STROKES + 1)):
+    for _ in range(below(rng, STROKES + 1)):
         start, bends = rng.random_sample((1, 2)), rng.random_sample((3, 2)) - 0.5
         path = (start + np.cumsum(bends * 0.6, 0)) * 2 * size
         colour = tuple(int(level) for level in 128 - 60 + rng.randint(121, size=3, dtype=np.int64))
@@ -115,7 +115,7 @@ def _draw_digits(
     """Draw up to `wanted` digits into a scene (S, S, 3) and its mask (S, S); return their boxes and classes."""
     drawn: list[tuple[Box, int]] = []
     for _ in range(wanted):
-        chosen = _below(rng, len(pool))
+        chosen = below(rng, len(pool))
         opacity = _opacity(pool[chosen], rng.uniform(*SCALES) * len(scene))
         place = _place(rng, opacity, len(scene), [other for other, _ in drawn])
         if place is None:
@@ -152,7 +152,7 @@ def _place(
     height, width = opacity.shape
     x1, y1, x2, y2 = _extent(opacity >= OPAQUE)
     for _ in range(TRIES):
-        x, y = _below(rng, size - width + 1), _below(rng, size - height + 1)
+        x, y = below(rng, size - width + 1), below(rng, size - height + 1)
         box = x + x1, y + y1, x + x2, y + y2
         if all(_overlap(box, other) <= OVERLAP for other in taken):
             return (x, y), box
@@ -180,7 +180,7 @@ def _contrasting(rng: np.random.RandomState, luma: float) -> np.ndarray:
     """Draw a colour, int16 (3,), that is far from a luma of 0 to 255."""
     room = {1: 255 - luma, -1: luma}
     signs = [sign for sign in room if room[sign] >= CONTRAST[0] + 10]  # at the ends all colours are black or white
-    sign = signs[_below(rng, len(signs))]
+    sign = signs[below(rng, len(signs))]
     target = luma + sign * min(rng.uniform(*CONTRAST), room[sign] - 10)
     colour = rng.randint(256, size=3, dtype=np.int64)
     now = int(colour @ LUMA) / 256

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dlref.data.scenes import below
 from dlref.data.series import Series
 
 DEGREES = 5  # of freedom, of the noise
@@ -89,7 +90,7 @@ def make_series(count: int, length: int, seed: int) -> Synthetic:
     promoted = np.empty((count, length), np.float32)
     starts, kinds = np.empty((2, count), np.int64)
     for i in range(count):
-        starts[i], kinds[i] = _below(rng, STARTS), _below(rng, len(KINDS))
+        starts[i], kinds[i] = below(rng, STARTS), below(rng, len(KINDS))
         kind, hours = KINDS[kinds[i]], (starts[i] + np.arange(length)) % WEEK
         promoted[i] = _stretches(rng, length, BETWEEN_PROMOTIONS, PROMOTED)
         loc[i] = _mean(rng, shapes[kinds[i]][hours]) * np.where(promoted[i], kind.lift, 1)
@@ -115,11 +116,6 @@ def quantiles(synthetic: Synthetic, levels: Sequence[float] | np.ndarray) -> np.
     from scipy.special import stdtrit  # comes with scikit-learn
 
     return synthetic.loc[:, None] + synthetic.scale[:, None] * stdtrit(DEGREES, np.asarray(levels, np.float64))
-
-
-def _below(rng: np.random.RandomState, stop: int) -> int:
-    """Draw one of 0 to `stop` - 1."""
-    return int(rng.randint(stop, dtype=np.int64))  # the default type is another on Windows, and so its numbers
 
 
 def _shape(kind: Kind) -> np.ndarray:

@@ -235,10 +235,10 @@ def files(given: str) -> list[str]:
         return [given]
     found, seen = [], set()
     for folder, folders, names in os.walk(given, onerror=refuse_folder, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # by a link
+        if (place := real(folder)) in seen:  # by a link
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(place)
         linked = [(os.path.islink(os.path.join(folder, name)), name) for name in folders if name[0] != "."]
         folders[:] = [name for _, name in sorted(linked)]  # a folder before the links to it
         paths = [Path(folder, name) for name in names if name[0] != "."]
