@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Checkpoint,
@@ -88,15 +88,30 @@ def check_trainer(options) -> None:
 
 
 def check_fit(options) -> None:
-    """Refuse a trainer's options by which nothing would be trained, or something else. Raises UserError."""
+    """Refuse what would train nothing, or something else. Raises UserError."""
+    trainer = options.trainer
     for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
-        if options[name] == 0:
+        if trainer[name] == 0:
             raise UserError(f"trainer.{name}: 0; expected more")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning takes less than 0
-        if options[name] is not None and options[name] < 1:
-            raise UserError(f"trainer.{name}: {options[name]}; expected more")
-    if options.overfit_batches:
-        raise UserError(f"trainer.overfit_batches: {options.overfit_batches}; expected none, see --debug")
+        if trainer[name] is not None and trainer[name] < 1:
+            raise UserError(f"trainer.{name}: {trainer[name]}; expected more")
+    if trainer.overfit_batches:
+        raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
+    if schedule := options.model.init_args.get("lr_scheduler"):
+        check_schedule(schedule.class_path)
+
+
+def make_resumable(callbacks: list[Callback]) -> None:
+    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
+    for callback in callbacks:
+        if isinstance(callback, UNRESUMED):
+            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
+        if isinstance(callback, EarlyStopping):
+            if callback._check_on_train_epoch_end:
+                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
+                raise UserError(f"EarlyStopping: {words}")
+            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
 
 
 class TrainCLI(LightningCLI):
@@ -154,9 +169,7 @@ class TrainCLI(LightningCLI):
             raise UserError(f"seed_everything: {options.seed_everything}; expected 0 to {2**32 - 1}")
         fitting = command == "fit"
         if fitting:
-            check_fit(options.trainer)
-            if schedule := options.model.init_args.get("lr_scheduler"):
-                check_schedule(schedule.class_path)
+            check_fit(options)
         self.records = fitting and not (options.debug or options.trainer.fast_dev_run)
         self.profile = fitting and options.profile
         if self.profile:
@@ -267,14 +280,7 @@ class TrainCLI(LightningCLI):
             TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)
-        for callback in built.callbacks:
-            if isinstance(callback, UNRESUMED):
-                raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
-            if isinstance(callback, EarlyStopping):
-                if callback._check_on_train_epoch_end:
-                    words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
-                    raise UserError(f"EarlyStopping: {words}")
-                callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
+        make_resumable(built.callbacks)
         warn_of_slow_bfloat16(built)
         if self.profile:
             built.profiler.trainer = built
