@@ -105,13 +105,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
         if whole and any(node.op_type in RECURRENT for node in model.graph.node):
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if plan.precision == "float16":
-            kept = [*plan.kept.get(source.stem, ()), *postprocessing_nodes(model.graph)]
-            blocked = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": kept}
-            half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **blocked))
-            half.topological_sort()  # the casts of the inputs were appended
-            del half.model.graph.value_info[:]  # types from before, where nodes stay float
-            without_round_trips(half.model.graph)
-            save(half.model, path)
+            save(in_float16(model, plan.kept.get(source.stem, ())), path)
             return
         prepared = source.with_suffix(".prepared.onnx")
         if not prepared.is_file():
@@ -130,6 +124,17 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
                 weight_type=QuantType[scheme.weight],
             )
         save(tidy(onnx.load(path), target), path)
+
+
+def in_float16(model: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
+    """A float32 model in float16, but for inputs and outputs, what decodes, and the nodes `kept`."""
+    blocked = [*kept, *postprocessing_nodes(model.graph)]
+    lists = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": blocked}
+    half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **lists))
+    half.topological_sort()  # the casts of the inputs were appended
+    del half.model.graph.value_info[:]  # types from before, where nodes stay float
+    without_round_trips(half.model.graph)
+    return half.model
 
 
 def without_round_trips(graph: onnx.GraphProto) -> None:
