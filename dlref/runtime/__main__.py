@@ -117,16 +117,7 @@ def transform(arguments: list[str]) -> int:
     names, sources = [name for name, _ in inputs], [source for _, source in inputs]
     places = {"--output": options.output, "--overlay": options.overlay}
     written = {option: places_of(names, path, option) for option, path in places.items() if path}
-    bundle, taken = real(options.bundle), set()
-    for option, paths in written.items():
-        for path in map(real, paths):
-            if bundle in path.parents:
-                raise UserError(
-                    f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
-                )
-            if path in taken:
-                raise UserError(f"--output and --overlay are both {path}; expected two places")
-            taken.add(path)
+    check_places(written, options.bundle)
     bad: list[UserError] = []
     answers = progress(runner.stream(sources, options.batch_size), len(sources))
     for i, ((name, source), answer) in enumerate(zip(inputs, answers, strict=True)):
@@ -193,6 +184,20 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
         if identity(source) in taken:
             raise UserError(f"{option} {path}: {source} would be overwritten; expected another place")
     return paths
+
+
+def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
+    """Raise UserError for a picture that would go into the bundle, or where another goes."""
+    taken = set()
+    for option, paths in written.items():
+        for path in map(real, paths):
+            if real(bundle) in path.parents:
+                raise UserError(
+                    f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
+                )
+            if path in taken:
+                raise UserError(f"--output and --overlay are both {path}; expected two places")
+            taken.add(path)
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
