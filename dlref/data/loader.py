@@ -98,7 +98,7 @@ class Steps(Sampler[tuple[int, Tensor]]):
         self.epoch = 0 if self.repeat_first_epoch else epoch
 
     def seed(self, purpose: int, number: int = 0, rank: int = 0) -> int:
-        """A seed of 32 bits, of which each is as good as drawn."""
+        """A seed of 32 bits, as good as a random one: near numbers make seeds that have nothing in common."""
         parts = (purpose, self.run, self.epoch, number, rank)
         return int(np.random.SeedSequence(parts).generate_state(1)[0])
 

@@ -193,7 +193,7 @@ class ObjectDetectionData(StreamedPictures):
 
 
 def of_boxes(sample: dict) -> tuple[Tensor, Tensor]:
-    """What loses its rows with the boxes that augmentation leaves nothing of."""
+    """The targets that lose a row with each box that `SanitizeBoundingBoxes` removes."""
     return sample["labels"], sample["ignored"]
 
 

@@ -23,7 +23,8 @@ from dlref.runtime.lines import numbered, opened, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, check_unicode
 
 MAGIC = 0xCED7230A  # of a record of RecordIO
-# Of SageMaker's record.proto what these files use; its values are int32, and read as what is larger still shows.
+# The part of SageMaker's record.proto that these files use. Its values are int32; read as int64, one that does not fit
+# is seen instead of cut.
 RECORD = """
 name: "record.proto"  package: "aialgs.data"  syntax: "proto3"
 message_type {

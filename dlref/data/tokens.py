@@ -114,7 +114,7 @@ class Windows(Dataset):
         return self.tokens[places.clamp(max=last)].long().masked_fill(places > last, -1)
 
     def to(self, device: torch.device) -> None:
-        """Move the tokens to where they are used; in 32 bits, for few operators take 16 without a sign."""
+        """Move the tokens to where they are used, as int32: few operators take uint16."""
         self.tokens = self.tokens.to(device, torch.int32)
 
 

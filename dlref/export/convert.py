@@ -169,7 +169,7 @@ def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 
 @contextmanager
 def quietly(name: str) -> Iterator[None]:
-    """The tools print and log as they go; what stops them is one line."""
+    """Silence onnxruntime's tools, which print and log as they go, and make any exception of theirs a UserError."""
     try:
         with redirect_stdout(io.StringIO()), warnings_silenced():
             yield

@@ -21,7 +21,7 @@ class Refused(UserError):
 
 
 class Reference:
-    """A graph in PyTorch that gives every answer once: it is the slow side of each comparison."""
+    """A graph in PyTorch that remembers its answers: it is the slow side of each comparison."""
 
     def __init__(self, graph):
         self.graph, self.shape = graph, graph.shape

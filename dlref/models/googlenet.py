@@ -170,5 +170,6 @@ class GoogLeNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
+    """From a normal distribution cut at two standard deviations; the paper does not say."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)

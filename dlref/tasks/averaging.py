@@ -82,7 +82,7 @@ class EMA(EMAWeightAveraging):
         self.decay = decay
 
     def setup(self, trainer: Trainer, task: Task, stage: str) -> None:
-        """Make room: the bias is corrected, so where it begins counts for nothing."""
+        """Create the average. What it starts from has no weight, for the bias is corrected."""
         if stage == "fit":
             self._average_model = Average(task, self.decay, task.device)
 

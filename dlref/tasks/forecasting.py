@@ -64,7 +64,7 @@ class Forecaster(Task):
         self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
 
     def check(self) -> None:
-        """One window of zeros through the network: one of other sizes would not train, or on other series."""
+        """One window of zeros through the network, so that one made for other series is refused before it trains."""
         cardinality = self.facts["cardinality"]
         features = len(self.frequency.cycles) + 1 + self.facts["static_features"] + self.facts["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters

@@ -73,7 +73,7 @@ class Task(LightningModule):
         self.prepared = False
 
     def __setattr__(self, name: str, value) -> None:
-        """As of any module; Lightning notes some forty times a step in which hook it is, which is no parameter."""
+        """As nn.Module's, but for Lightning's note of the hook it is in: forty times a step, and never a parameter."""
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:

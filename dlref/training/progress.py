@@ -13,8 +13,8 @@ class Progress(RichProgressBar):
     """Lightning's bar, which a step neither waits nor works for.
 
     Lightning's own asks the device for the loss after every step, and so waits for all that the step has set off; a
-    thread of its own draws it a hundred times a second, and holds up all other Python meanwhile. This one asks as often
-    as losses are logged, for those that tasks do not log to the bar.
+    thread of its own draws it a hundred times a second, and holds up all other Python meanwhile. This one fetches the
+    loss, which tasks do not log to the bar, only as often as it is logged.
     """
 
     def __init__(self, **options: Any):
