@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from dlref.data.cifar import RECORD, read_cifar_batch, read_class_names
 from dlref.data.idx import read_idx, read_idx_pair
-from dlref.data.listings import MAX_CLASSES, read_folder, read_lst, read_manifest
+from dlref.data.listings import MAX_CLASSES, read_folder, read_image_manifest, read_lst
 from dlref.runtime.errors import UserError
 
 # tmp_path is one folder for all examples of a test: each example overwrites the same file.
@@ -244,11 +244,11 @@ def test_manifest_as_ground_truth_writes_it(tmp_path):
         {"source-ref": "sub/1.jpg", "sport": 0, "sport-metadata": {"class-name": "football"}},
         {"source-ref": "3.jpg", "sport": "3"},
     )
-    listing = read_manifest(path)
+    listing = read_image_manifest(path)
     assert listing.paths == [str(tmp_path / name) for name in ("2.jpg", "sub/1.jpg", "3.jpg")]
     assert listing.targets.tolist() == [1, 0, 3]
     assert listing.classes == ["football", "tennis", "2", "3"]
-    assert read_manifest(path, root="elsewhere").paths[0] == "elsewhere/2.jpg"
+    assert read_image_manifest(path, root="elsewhere").paths[0] == "elsewhere/2.jpg"
 
 
 def test_manifest_multi_hot_and_class_ids(tmp_path):
@@ -258,7 +258,7 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
         {"source-ref": "a.jpg", "c": [1, 0], "c-metadata": names},
         {"source-ref": "b.jpg", "c": [0, 1]},
     )
-    listing = read_manifest(hot)
+    listing = read_image_manifest(hot)
     assert listing.targets.tolist() == [[1, 0], [0, 1]]
     assert listing.targets.dtype == torch.float32
     assert listing.classes == ["person", "bicycle"]
@@ -269,7 +269,7 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
         {"source-ref": "b.jpg", "c": [3], "c-metadata": {"class-map": {"3": "hat"}} | kind},
         {"source-ref": "c.jpg", "c": [], "c-metadata": kind},
     )
-    listing = read_manifest(ids)
+    listing = read_image_manifest(ids)
     assert listing.targets.tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
     assert listing.classes == ["person", "bicycle", "2", "hat"]
     assert listing.multi_label
@@ -307,7 +307,7 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
 def test_manifest_messages(tmp_path, entry, message):
     first = {"source-ref": "a.jpg", "c": 0, "c-metadata": {"class-name": "cat"}}
     path = write_manifest(tmp_path / "a", first, entry)
-    assert error_of(read_manifest, path).removeprefix(f"{path}:2: ").replace("'c'", "c") == message
+    assert error_of(read_image_manifest, path).removeprefix(f"{path}:2: ").replace("'c'", "c") == message
 
 
 def test_a_folder_whose_name_is_no_text_is_no_class(tmp_path):
@@ -317,9 +317,9 @@ def test_a_folder_whose_name_is_no_text_is_no_class(tmp_path):
 
 def test_manifest_label_attribute(tmp_path):
     path = write_manifest(tmp_path / "a", {"source-ref": "a.jpg", "x": 0, "y": 2})
-    assert "attributes ['x', 'y']; expected one" in error_of(read_manifest, path)
-    assert read_manifest(path, label_attribute="y").targets.tolist() == [2]
-    assert "expected ids from 0 to 1" in error_of(read_manifest, path, None, "y", ["cat", "dog"])
+    assert "attributes ['x', 'y']; expected one" in error_of(read_image_manifest, path)
+    assert read_image_manifest(path, label_attribute="y").targets.tolist() == [2]
+    assert "expected ids from 0 to 1" in error_of(read_image_manifest, path, None, "y", ["cat", "dog"])
 
 
 json_values = st.recursive(
@@ -347,7 +347,7 @@ json_values = st.recursive(
     )
 )
 def test_manifest_arbitrary_values(tmp_path, entries):
-    listing = answer_or_user_error(read_manifest, write_manifest(tmp_path / "a", *entries))
+    listing = answer_or_user_error(read_image_manifest, write_manifest(tmp_path / "a", *entries))
     assert listing is None or len(listing.paths) == len(listing.targets)
 
 
@@ -355,12 +355,12 @@ def test_manifest_arbitrary_values(tmp_path, entries):
 @given(content=st.binary() | st.text(st.sampled_from('{}[]":,0aé\n\\')).map(str.encode))
 def test_manifest_arbitrary_bytes(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    answer_or_user_error(read_manifest, tmp_path / "a")
+    answer_or_user_error(read_image_manifest, tmp_path / "a")
 
 
 def test_manifest_nested_too_deeply(tmp_path):
     (tmp_path / "a").write_text("[" * 100_000)
-    assert "expected one JSON object" in error_of(read_manifest, tmp_path / "a")
+    assert "expected one JSON object" in error_of(read_image_manifest, tmp_path / "a")
 
 
 # Class folders

@@ -113,7 +113,7 @@ def _parse_lst(source: str | Path, number: int, line: str) -> Record:
 # SageMaker's augmented manifest
 
 
-def read_manifest(
+def read_image_manifest(
     path: str | Path,
     root: str | Path | None = None,
     label_attribute: str | None = None,

@@ -77,7 +77,7 @@ def processes() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
-class Steps(Sampler[tuple[int, Tensor]]):
+class StepSampler(Sampler[tuple[int, Tensor]]):
     """For each step of an epoch a seed and this process' samples, from the step `first` on.
 
     Args:
@@ -213,7 +213,7 @@ class SplitData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches in an order that is new in each epoch."""
-        steps = Steps(self.order(processes()[1]), self.repeat_first_epoch)
+        steps = StepSampler(self.order(processes()[1]), self.repeat_first_epoch)
         return TrainLoader(SeededBatches(self.as_batches("train")), sampler=steps, batch_size=None, **self.workers())
 
     def in_order(self, split: str) -> DataLoader:

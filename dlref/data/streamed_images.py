@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from dlref.data.files import warn_of_shared
 from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_image
-from dlref.data.listings import Listing, read_lst, read_manifest
+from dlref.data.listings import Listing, read_image_manifest, read_lst
 from dlref.data.loader import check_at_least
 from dlref.runtime.errors import UserError
 
@@ -166,7 +166,7 @@ class ImageList(StreamedImages):
 
 
 class ImageManifest(StreamedImages):
-    """Images listed in SageMaker's augmented manifests, with one label or several; see `read_manifest`.
+    """Images listed in SageMaker's augmented manifests, with one label or several; see `read_image_manifest`.
 
     Args:
         train: the manifest of the training images.
@@ -193,4 +193,4 @@ class ImageManifest(StreamedImages):
     def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
         """Read the manifest of a split."""
         file = self.files[split]
-        return None if file is None else read_manifest(file, self.root, self.label_attribute, classes)
+        return None if file is None else read_image_manifest(file, self.root, self.label_attribute, classes)

@@ -86,7 +86,7 @@ READERS = {
         Reader("read_cifar_batch", cifar_batch, "test_batch.bin", cifar.read_cifar_batch),
         Reader("read_class_names", cifar_batch, "batches.meta.txt", cifar.read_class_names),
         Reader("read_lst", corpus.image_lists, "train.lst", lambda file: listings.read_lst(file, ".")),
-        Reader("read_manifest", corpus.image_manifests, "train.manifest", listings.read_manifest),
+        Reader("read_image_manifest", corpus.image_manifests, "train.manifest", listings.read_image_manifest),
         Reader("read_image", corpus.masked, PICTURE, read_image),
         Reader("read_image of a device", corpus.masked, PICTURE, lambda file: images.read_image(file, 3)),
         Reader("read_checkpoint", checkpoint, "a.ckpt", lambda file: read_checkpoint(Path(file))),
