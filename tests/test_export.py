@@ -705,16 +705,28 @@ def one_row_else(array):
     return array
 
 
-def compared(actual):
+def compared(actual, tolerance=1e-4):
     def exported(**inputs):
         return actual
 
     exported.shape = {}
     expected = rows()
-    graph = Compared("detect", lambda **inputs: expected, exported, 1e-4, tuple(expected))
+    graph = Compared("detect", lambda **inputs: expected, exported, tolerance, tuple(expected))
     graph()
     graph.check_flips()
     return graph
+
+
+def test_in_lower_precision_rows_are_compared_with_those_that_are_meant():
+    """A box that moved one place would else differ by the way to its neighbour."""
+    nearly = changed(boxes=lambda boxes: np.where(boxes > 0, boxes + 0.5, 0))
+    found = compared({name: swapped(array) if array.ndim > 1 else array for name, array in nearly.items()}, np.inf)
+    assert found.max_abs_error == pytest.approx(0.5, abs=1e-4)
+    assert found.flipped == 0
+    fewer = changed(**{n: lambda a: np.where(np.arange(40) < 25, a, 0) for n in ("scores", "labels")})
+    fewer["boxes"] = np.where((np.arange(40) < 25)[:, None], fewer["boxes"], 0)
+    fewer["count"] -= 5
+    assert compared(fewer, np.inf).flipped == 50
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Choosing tokens beside `transformers`, texts as they come, and what a runner's past holds."""
 
 import gzip
+import json
 import math
 import re
 
@@ -123,9 +124,10 @@ class Counting:
     def __init__(self, new="new", past="past", batch="batch", heads=2):
         self.shape = {"tokens": [batch, new], "back": [batch, "asked" if new == "new" else new], "length": [batch]}
         self.shape |= {f"{side}_{i}": [batch, heads, past, 1] for i in range(2) for side in ("key", "value")}
-        self.calls = []
+        self.calls, self.unused = [], []
 
     def __call__(self, tokens, back, length, **past):
+        self.unused.append(past["key_0"].shape[2] - int(length.max()))
         for name, size in zip(("tokens", "key_0"), (tokens.shape[1], past["key_0"].shape[2]), strict=True):
             fixed = self.shape[name][1 if name == "tokens" else 2]
             assert not isinstance(fixed, int) or size == fixed
@@ -246,14 +248,14 @@ def test_every_token_of_a_window_surprises_as_it_should(batch):
     for row, nats in zip(tokens, found, strict=True):
         right = [follower(row[: t + 1]) == row[t + 1] for t in range(11)]
         np.testing.assert_allclose(nats, base - np.array(right), rtol=1e-6)
-    assert [shape[1] for shape in graph.calls[:2]] == [6, 5]
+    assert [shape[1] for shape in graph.calls[:2]] == [7, 4]
 
 
 def test_logits_of_many_windows_are_asked_for_in_turns(monkeypatch):
     made, graph = runner()
     tokens = np.random.default_rng(0).integers(4, 260, (5, 13))
     together = made.nll(tokens)
-    monkeypatch.setattr(language, "LOGITS", 2 * 6 * len(BYTES))
+    monkeypatch.setattr(language, "LOGITS", 2 * 7 * len(BYTES))
     graph.calls.clear()
     np.testing.assert_array_equal(made.nll(tokens), together)
     assert [rows for rows, _ in graph.calls] == [2, 2, 2, 2, 1, 1]
@@ -263,6 +265,15 @@ def test_every_token_surprises_a_graph_of_fixed_shapes_too():
     tokens = np.random.default_rng(0).integers(4, 260, (3, 7))
     fixed, free = runner(new=1, past=16, batch=1)[0], runner()[0]
     np.testing.assert_allclose(fixed.nll(tokens), free.nll(tokens))
+
+
+def test_surprises_are_judged_with_room_to_spare_as_text_is_written():
+    """A graph that attended to the room that no token has filled would else have the score of one that does not."""
+    for width in (2 * language.GROWTH, 2 * language.READ, 3 * language.READ):
+        made, graph = runner(context_length=width)
+        made.nll(np.full((1, width + 1), 97))
+        assert len(graph.unused) > 1
+        assert all(graph.unused[1:])
 
 
 GOOD = {"inputs": "a", "parameters": {"max_new_tokens": 2, "temperature": 0, "stop": ["zz"], "seed": 3}}
@@ -295,6 +306,18 @@ def test_a_runner_s_own_settings_are_checked_as_a_request_s(name, value, complai
     setattr(made, name, value)
     with pytest.raises(UserError, match=re.escape(complaint)):
         made("a")
+
+
+def test_a_path_is_the_file_s_text_or_its_request(tmp_path):
+    made, _ = runner()
+    made.max_new_tokens = 3
+    (tmp_path / "request.json").write_text(json.dumps(GOOD, indent=1))
+    assert made(tmp_path / "request.json") == made(GOOD)
+    (tmp_path / "text.txt").write_text("a\nb")
+    assert made(tmp_path / "text.txt") == made("a\nb")
+    (tmp_path / "requests.jsonl").write_text(2 * f"{json.dumps(GOOD)}\n")
+    with pytest.raises(UserError, match=r"requests\.jsonl: 2 inputs; expected one, or a list of their texts"):
+        made(tmp_path / "requests.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -501,6 +501,16 @@ def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):
     assert runner(source)["predictions"] == [plain]
 
 
+def test_a_path_is_a_file_with_one_text_or_request(runner, tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("abc", "abc\n", '{"source":\n "abc"}\n'):
+        path.write_text(text)
+        assert runner(path)["target"] == runner("abc")["target"]
+    path.write_text("abc\nbca\n")
+    with pytest.raises(UserError, match=r"a\.txt: 2 inputs; expected one, or a list of their texts"):
+        runner(path)
+
+
 def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text('abc\n\n{"source": "abc"}\nno {json}\n')

@@ -49,7 +49,7 @@ class Compared:
     """An exported graph that answers, and checks each answer against PyTorch's.
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
-    task's metric judges. In that case only rank, dtype and finiteness are checked: rounding can change how many boxes
+    task's metric judges: then only its form and what is not finite are refused, for rounding can change how many boxes
     or tokens come out. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, places of
     largest values and the like (`Graph.discrete`) by how many of them there are that differ.
     """
@@ -65,7 +65,7 @@ class Compared:
     ):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
         self.shape, self.declared = exported.shape, getattr(exported, "declared", {})
-        self.selected, self.discrete = () if tolerance == inf else selected, discrete
+        self.selected, self.discrete = selected, discrete
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
 

@@ -76,6 +76,14 @@ def text_in(path: str) -> str | Path | None:
         return Path(path)
 
 
+def only(path: str, inputs: Iterator[tuple[str, Any]]) -> Any:
+    """The one input that a file holds. Raises UserError where it holds several."""
+    (_, first), *others = inputs
+    if others:
+        raise UserError(f"{path}: {1 + len(others)} inputs; expected one, or a list of their texts")
+    return first
+
+
 def is_object(text: str) -> bool:
     """Whether a text is one JSON object."""
     try:

@@ -16,7 +16,7 @@ import numpy as np
 from dlref.runtime.arguments import non_empty, number
 from dlref.runtime.errors import UserError
 from dlref.runtime.generation import Settings, Writing
-from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
+from dlref.runtime.lines import Line, is_object, only, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or
 from dlref.runtime.text import check_unicode, make_tokenizer
@@ -127,9 +127,13 @@ class Runner(Base):
         A file is a prompt, or a request, or has one on each line.
         """
         text = text_in(path)
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            yield from self.within(path, text)
+        else:
             yield path, text or (Line("input", path) if is_object(path) else path)
-            return
+
+    def within(self, path: str, text: str) -> Iterator[tuple[str, str | Line]]:
+        """The prompts and requests in a file's text, and where they stand."""
         lines = {f"{path}:{n}": line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
         if not path.lower().removesuffix(".gz").endswith(".jsonl") and not is_object(next(iter(lines.values()), "")):
             yield path, Line(path, text) if is_object(text) else text
@@ -140,7 +144,7 @@ class Runner(Base):
         """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
         where, asked = "input", {}
         if isinstance(source, Path):
-            source = read_text(source, "text")
+            source = only(str(source), self.within(str(source), read_text(source, "text")))
         if isinstance(source, Line):
             where = source.where
             source = parse_object(source.text, where)
@@ -253,11 +257,12 @@ class Runner(Base):
     def nll(self, tokens: np.ndarray) -> np.ndarray:
         """Nats (B, T) of each token after the first of `tokens` (B, T + 1), given those before it.
 
-        The first half is read at once, and the second one after that past, so that both ways of reading are tried.
+        A little more than half is read at once, and the rest after that past, so that both ways of reading are tried:
+        a past of one token more than half rarely fills its room, as in generation.
         """
         rows, width = len(tokens), tokens.shape[1] - 1
         axes = self.decode.shape["tokens"]
-        step = fixed_or(axes[1], min(READ, math.ceil(width / 2)))
+        step = fixed_or(axes[1], min(READ, math.ceil(width / 2)) + 1)
         many = fixed_or(axes[0], max(1, LOGITS // (step * len(self.tokenizer))))
         if many < rows:
             return np.concatenate([self.nll(part) for part in np.split(tokens, range(many, rows, many))])

@@ -15,7 +15,7 @@ from dlref.runtime.arguments import positive
 from dlref.runtime.attention import heat_map
 from dlref.runtime.decoding import Hypothesis, Next, beam_search
 from dlref.runtime.errors import UserError
-from dlref.runtime.lines import Line, is_object, parse_object, read_text, text_in
+from dlref.runtime.lines import Line, is_object, only, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or, whole_number
 from dlref.runtime.text import END, PAD, check_unicode, make_tokenizer
@@ -100,9 +100,13 @@ class Runner(Base):
         A file has one on each line, or is one request.
         """
         text = text_in(path)
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            yield from self.within(path, text)
+        else:
             yield path, text or Line("input", path)
-            return
+
+    def within(self, path: str, text: str) -> Iterator[tuple[str, Line]]:
+        """The sentences, or the request, in a file's text, and where they stand."""
         lines = text.removesuffix("\n").split("\n")
         if len(lines) > 1 and is_object(text):
             yield path, Line(path, " ".join(lines))
@@ -115,7 +119,7 @@ class Runner(Base):
             raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
         if isinstance(source, Path):
-            source = Line(str(source), read_text(source, "text"))
+            source = only(str(source), self.within(str(source), read_text(source, "text")))
         if isinstance(source, Line):
             where, text = source
             source = parse_object(text, where) if text.lstrip().startswith("{") else text
