@@ -512,7 +512,7 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
     for arguments, complaint in (
         (["bundle"], "required: INPUT, or --prompt in its place"),
         (["bundle", "a", "--prompt", "b"], "required: INPUT, or --prompt in its place"),
-        (["bundle", "--prompt", os.fsdecode(b"a\xff")], "input: not UTF-8"),
+        (["bundle", "--prompt", os.fsdecode(b"a\xff")], "input: half of a surrogate pair, or not UTF-8"),
         (["bundle", "a", "--temperature", "-1"], "--temperature: -1; expected a number from 0 to 100"),
         (["bundle", "a", "--top-k", "1.5"], "--top-k: 1.5; expected a whole number"),
         (["bundle", "a", "--beam", "3"], "--beam: not of this bundle"),

@@ -145,6 +145,44 @@ def check_files(folder: Path, manifest: dict) -> None:
             raise UserError(f"{folder / MANIFEST}: a graph whose file has no hash; expected one in files")
 
 
+def open_session(path: Path, provider: str, threads: int | None):
+    """A session of onnxruntime that `provider` executes. Raises UserError where it does not."""
+    check_provider(path, provider)
+    import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
+
+    devices = plugin_devices(provider)
+    if not devices and provider not in onnxruntime.get_available_providers():
+        raise UserError(
+            f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it, or another provider"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
+    options.log_severity_level = 4  # errors come as exceptions
+    if saturates():
+        options.add_session_config_entry(*EXACT)
+    # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    try:
+        with returned_to_the_system():
+            if devices:
+                options.add_provider_for_devices(devices, PROVIDERS[provider])
+                options.add_session_config_entry(*ASSIGNED)
+            chain = (provider, *BEHIND.get(provider, ()))
+            asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
+            # A fallback would replace the session while other threads use it, and print.
+            model = path if is_unicode(str(path)) else path.read_bytes()  # pybind11 takes no other names
+            session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=False)
+        taken = {part.ep_name for part in session.get_provider_graph_assignment_info()} if devices else ()
+    except Exception as error:  # onnxruntime's own types have no public base
+        raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
+    if session.get_providers()[0] != provider or (devices and provider not in taken):
+        raise UserError(
+            f"{path}: {provider} does not start, onnxruntime would silently use the CPU; expected its driver and "
+            "libraries, or another provider"
+        )
+    return session
+
+
 class OnnxGraph:
     """A graph in onnxruntime: named arrays in, a dict of named arrays out.
 
@@ -152,40 +190,7 @@ class OnnxGraph:
     """
 
     def __init__(self, path: Path, provider: str, threads: int | None = None):
-        check_provider(path, provider)
-        import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
-
-        devices = plugin_devices(provider)
-        if not devices and provider not in onnxruntime.get_available_providers():
-            raise UserError(
-                f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it, or another provider"
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
-        options.log_severity_level = 4  # errors come as exceptions
-        if saturates():
-            options.add_session_config_entry(*EXACT)
-        # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        self.path = path
-        try:
-            with returned_to_the_system():
-                if devices:
-                    options.add_provider_for_devices(devices, PROVIDERS[provider])
-                    options.add_session_config_entry(*ASSIGNED)
-                chain = (provider, *BEHIND.get(provider, ()))
-                asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
-                # A fallback would replace the session while other threads use it, and print.
-                model = path if is_unicode(str(path)) else path.read_bytes()  # pybind11 takes no other names
-                self.session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=False)
-            taken = {part.ep_name for part in self.session.get_provider_graph_assignment_info()} if devices else ()
-        except Exception as error:  # onnxruntime's own types have no public base
-            raise UserError(f"{path}: onnxruntime refuses it ({one_line(error)})") from None
-        if self.session.get_providers()[0] != provider or (devices and provider not in taken):
-            raise UserError(
-                f"{path}: {provider} does not start, onnxruntime would silently use the CPU; expected its driver and "
-                "libraries, or another provider"
-            )
+        self.path, self.session = path, open_session(path, provider, threads)
         self.declared = {output.name: output.shape for output in self.session.get_outputs()}
         self.outputs = list(self.declared)
         self.shape = {value.name: value.shape for value in self.session.get_inputs()}

@@ -57,31 +57,31 @@ class Distribution:
 
 
 class StudentT(Distribution):
-    """Degrees of freedom above 2, so that there is a variance; place and width in scales of the series."""
+    """Degrees of freedom above 2, so that there is a variance; location and width in scales of the series."""
 
     parameters = 3
     uniforms = 2
 
     def domain(self, raw: Float[Tensor, "*shape P"], scale: Float[Tensor, "*shape"]) -> tuple[Tensor, ...]:
-        """Degrees of freedom, place, width."""
-        freedom, place, width = raw.unbind(-1)
-        return 2 + F.softplus(freedom), place * scale, positive(width) * scale
+        """Degrees of freedom, location, width."""
+        freedom, location, width = raw.unbind(-1)
+        return 2 + F.softplus(freedom), location * scale, positive(width) * scale
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """The logarithm of the likelihood of `values`."""
-        freedom, place, width = parameters  # torch's own class waits for the device, to check its arguments
+        freedom, location, width = parameters  # torch's own class waits for the device, to check its arguments
         half = freedom / 2
         constant = (half + 0.5).lgamma() - half.lgamma() - 0.5 * (math.pi * freedom).log() - width.log()
-        return constant - (half + 0.5) * (((values - place) / width).square() / freedom).log1p()
+        return constant - (half + 0.5) * (((values - location) / width).square() / freedom).log1p()
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """t = √(ν (u^(-2/ν) - 1)) cos 2πv (R. W. Bailey, "Polar Generation of Random Variates with the t-Distribution",
         1994); u^(-2/ν) - 1 is written as a product, for a difference of nearly equal numbers has few digits.
         """
-        freedom, place, width = parameters
+        freedom, location, width = parameters
         share = -uniform(noise[..., 0]).log() / freedom
         radius = (2 * freedom * share.exp() * share.sinh()).sqrt()
-        return place + width * radius * (2 * math.pi * noise[..., 1]).cos()
+        return location + width * radius * (2 * math.pi * noise[..., 1]).cos()
 
 
 class Gaussian(Distribution):
@@ -225,7 +225,7 @@ def gamma(shape: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape U"]) -> F
 
 
 def poisson(mean: Float[Tensor, "*shape"], normal: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The count whose place among all of a Poisson variable is that of `normal` among standard normal numbers.
+    """The quantile of a Poisson variable at the level that `normal` has among standard normal numbers.
 
     Small means by adding up probabilities, others by the expansion of E. A. Cornish and R. A. Fisher (1938), rounded.
     """
