@@ -336,12 +336,12 @@ class TrainCLI(LightningCLI):
         if len(answers) < len(names):
             raise UserError(f"answers for {len(answers)} of {len(names)} inputs; expected no limit on the batches")
         rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
-        path = self.run / "predictions.jsonl"
+        path, pictures = self.run / "predictions.jsonl", self.run / "predictions"
+        drawn = model.picture(answers[0]) is not None
+        if drawn:  # first, for they may be refused, or not find room
+            write_pictures(pictures, names, map(model.picture, answers))
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"predictions are in {path}")
-        if model.picture(answers[0]) is not None:
-            write_pictures(self.run / "predictions", names, map(model.picture, answers))
-            print(f"pictures are in {self.run / 'predictions'}")
+        print(f"predictions are in {path}" + f", pictures in {pictures}" * drawn)
 
 
 def train(arguments: list[str] | None = None) -> int:

@@ -353,7 +353,7 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
 
 
 def test_crops_and_mirror_images_are_options_of_their_own():
-    for flip, name in ((True, "RandomHorizontalFlip"), (False, "RandomIoUCrop")):
+    for flip, name in ((True, "RandomHorizontalFlip"), (False, "Cropped")):
         steps = DigitScenes(zoom_out=1, crop=not flip, flip=flip).train_transform().transforms
         assert [type(step).__name__ for step in steps] == [
             name,
@@ -361,6 +361,19 @@ def test_crops_and_mirror_images_are_options_of_their_own():
             "ClampBoundingBoxes",
             "SanitizeBoundingBoxes",
         ]
+
+
+@pytest.mark.parametrize("size", [(1, 9), (3, 200), (200, 3), (4, 4)])
+def test_a_picture_as_thin_as_a_line_can_be_cropped(size):
+    """torchvision takes parts from 0.3 of a side on, which of 3 pixels are none."""
+    crop = DigitScenes(zoom_out=1, flip=False).train_transform()
+    height, width = size
+    for seed in range(40):
+        torch.manual_seed(seed)
+        box = tv_tensors.BoundingBoxes([[0.0, 0, width, height]], format="XYXY", canvas_size=size)
+        image = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+        sample = {"image": image, "boxes": box, "labels": torch.tensor([1]), "ignored": torch.tensor([False])}
+        assert len(crop(sample)["boxes"]) == 1
 
 
 def test_boxes_up_to_the_border_stay_at_every_size():

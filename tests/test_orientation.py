@@ -105,3 +105,15 @@ def test_a_name_need_not_be_utf_8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9.jpg")
     Image.new("RGB", (24, 16)).save(path)
     assert read_image(path).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_a_line_of_pixels_is_turned_too(tmp_path, name, size):
+    """numpy takes a view with steps backwards for contiguous where there is one step; torch refuses it."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / name, exif=exif)
+        device = on_a_device(tmp_path / name, 3)
+        np.testing.assert_allclose(read_image(str(tmp_path / name)).permute(1, 2, 0), device, atol=3)

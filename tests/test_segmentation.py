@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from dlref.cli import TrainCLI
 from dlref.data import DigitSceneMasks, DigitScenes, MaskFolders, MaskLists, VOCMasks
 from dlref.data.scenes import make_scenes
 from dlref.export.graph import write_onnx
@@ -603,6 +605,17 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/1.png"], [picture])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "links", "predictions"]
+
+
+def test_pictures_that_are_refused_leave_the_rows_of_before_too(tmp_path):
+    """Else masks of one network would lie beside the rows of another."""
+    (tmp_path / "predictions.jsonl").write_text("of before")
+    trainer = SimpleNamespace(world_size=1, predict=lambda *_, **__: [[{"size": 1}, {"size": 2}]])
+    model = SimpleNamespace(picture=lambda answer: Image.new("L", (2, 2)))
+    data = SimpleNamespace(sources=lambda: ["a/0.jpg", "a/0.png"])
+    with pytest.raises(UserError, match="two inputs would become"):
+        TrainCLI.predict(SimpleNamespace(trainer=trainer, run=tmp_path), model, data)
+    assert (tmp_path / "predictions.jsonl").read_text() == "of before"
 
 
 def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):

@@ -59,7 +59,8 @@ def read_image(path: str) -> Tensor:
     except (OSError, RuntimeError, ValueError, UserError):  # ValueError: a path that no file can have
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UnreadableImage(f"{path}: {wrong}; expected a {FORMATS} image") from None
-    return torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)
+    # A copy, always: numpy takes a flipped axis of one pixel for contiguous, torch does not.
+    return torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
 
 
 def show_progress(items: list[Item], what: str) -> Iterable[Item]:

@@ -84,7 +84,7 @@ def make(asked: argparse.Namespace) -> None:
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)
     except OSError as error:
-        raise UserError(f"{asked.folder}: {error.strerror}; expected a folder to write to") from None
+        raise UserError(f"{asked.folder}: {error.strerror or error}; expected a folder to write to") from None
     finally:
         if not there:
             with suppress(OSError):  # where something lies in it

@@ -56,6 +56,14 @@ class Shrunk(nn.Module):
         return self.resize(sample) if min(sample["image"].shape[-2:]) > self.side else sample
 
 
+class Cropped(v2.RandomIoUCrop):
+    """A part of a picture; one that is so thin that the smallest part would have no pixel stays whole."""
+
+    def forward(self, sample: dict) -> dict:
+        """The picture and its boxes."""
+        return super().forward(sample) if min(sample["image"].shape[-2:]) * self.min_scale >= 1 else sample
+
+
 class Pictures(Dataset):
     """Pictures with their boxes, decoded and transformed when asked for.
 
@@ -176,7 +184,7 @@ class ObjectDetectionData(StreamedPictures):
             transforms.append(Shrunk(ENOUGH * self.image_size))
             transforms.append(v2.RandomZoomOut(fill, side_range=(1.0, self.zoom_out)))
         if self.crop:
-            transforms.append(v2.RandomIoUCrop())
+            transforms.append(Cropped())
         if self.flip:
             transforms.append(v2.RandomHorizontalFlip())
         transforms.append(v2.Resize((self.image_size, self.image_size), antialias=True))
