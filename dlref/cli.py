@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from dlref.training.preflight import Preflight
 from dlref.training.profile import PRESET as PROFILE
 from dlref.training.profile import StepProfile, Unprofiled
 from dlref.training.progress import Progress
-from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_pictures, write_text
+from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text, written_pictures
 from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read_checkpoint
 
@@ -338,9 +339,8 @@ class TrainCLI(LightningCLI):
         rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
         path, pictures = self.run / "predictions.jsonl", self.run / "predictions"
         drawn = model.picture(answers[0]) is not None
-        if drawn:  # first, for they may be refused, or not find room
-            write_pictures(pictures, names, map(model.picture, answers))
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with written_pictures(pictures, names, map(model.picture, answers)) if drawn else nullcontext():  # or neither
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"predictions are in {path}" + f", pictures in {pictures}" * drawn)
 
 

@@ -726,7 +726,9 @@ def test_in_lower_precision_rows_are_compared_with_those_that_are_meant():
     fewer = changed(**{n: lambda a: np.where(np.arange(40) < 25, a, 0) for n in ("scores", "labels")})
     fewer["boxes"] = np.where((np.arange(40) < 25)[:, None], fewer["boxes"], 0)
     fewer["count"] -= 5
-    assert compared(fewer, np.inf).flipped == 50
+    found = compared(fewer, np.inf)
+    assert found.flipped == 50
+    assert found.max_abs_error == 0
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_every_token_surprises_a_graph_of_fixed_shapes_too():
 
 def test_surprises_are_judged_with_room_to_spare_as_text_is_written():
     """A graph that attended to the room that no token has filled would else have the score of one that does not."""
-    for width in (2 * language.GROWTH, 2 * language.READ, 3 * language.READ):
+    for width in (2, 3, 2 * language.GROWTH - 1, 2 * language.GROWTH, 2 * language.READ, 3 * language.READ):
         made, graph = runner(context_length=width)
         made.nll(np.full((1, width + 1), 97))
         assert len(graph.unused) > 1
@@ -316,7 +316,7 @@ def test_a_path_is_the_file_s_text_or_its_request(tmp_path):
     (tmp_path / "text.txt").write_text("a\nb")
     assert made(tmp_path / "text.txt") == made("a\nb")
     (tmp_path / "requests.jsonl").write_text(2 * f"{json.dumps(GOOD)}\n")
-    with pytest.raises(UserError, match=r"requests\.jsonl: 2 inputs; expected one, or a list of their texts"):
+    with pytest.raises(UserError, match=r"requests\.jsonl: 2 inputs; expected one, several are given as a list"):
         made(tmp_path / "requests.jsonl")
 
 

@@ -34,7 +34,7 @@ from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.runners.semantic_segmentation import PALETTE, answer
 from dlref.tasks import Normalise, SemanticSegmenter
 from dlref.tasks.semantic_segmentation import VOID, Confusion, classes_of, enlarged, pixel_loss, scores
-from dlref.training.run_folder import write_pictures
+from dlref.training.run_folder import written_pictures
 
 PLAIN = {"mean": [0.5] * 3, "std": [0.25] * 3}
 COLOURS = np.array([[120, 120, 120], [200, 30, 30], [30, 30, 200]], dtype=np.uint8)
@@ -581,6 +581,11 @@ def test_probabilities_are_those_of_each_pixel(probability):
         runner.probability(np.zeros((4, 5, 3), np.uint8))
 
 
+def write_pictures(*given):
+    with written_pictures(*given):
+        pass
+
+
 def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     picture = Image.new("L", (2, 2))
     names = [str(tmp_path / f"data/{name}.jpg") for name in ("one/0", "two/0", "two/1")]
@@ -607,15 +612,22 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "links", "predictions"]
 
 
-def test_pictures_that_are_refused_leave_the_rows_of_before_too(tmp_path):
-    """Else masks of one network would lie beside the rows of another."""
+@pytest.mark.parametrize("refused", ["pictures", "rows"])
+def test_pictures_and_rows_are_of_one_network(tmp_path, monkeypatch, refused):
+    """A disk may have room for one of both."""
     (tmp_path / "predictions.jsonl").write_text("of before")
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/0.png").write_text("of before")
     trainer = SimpleNamespace(world_size=1, predict=lambda *_, **__: [[{"size": 1}, {"size": 2}]])
     model = SimpleNamespace(picture=lambda answer: Image.new("L", (2, 2)))
-    data = SimpleNamespace(sources=lambda: ["a/0.jpg", "a/0.png"])
-    with pytest.raises(UserError, match="two inputs would become"):
+    data = SimpleNamespace(sources=lambda: ["a/0.jpg", "a/0.png" if refused == "pictures" else "a/1.png"])
+    if refused == "rows":
+        monkeypatch.setattr("dlref.cli.write_text", lambda *_: (tmp_path / "none" / "none").write_text(""))
+    with pytest.raises((UserError, FileNotFoundError), match=r"two inputs would become|none"):
         TrainCLI.predict(SimpleNamespace(trainer=trainer, run=tmp_path), model, data)
-    assert (tmp_path / "predictions.jsonl").read_text() == "of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions", "predictions.jsonl"]
+    for name in ("predictions.jsonl", "predictions/0.png"):
+        assert (tmp_path / name).read_text() == "of before"
 
 
 def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):

@@ -503,11 +503,11 @@ def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):
 
 def test_a_path_is_a_file_with_one_text_or_request(runner, tmp_path):
     path = tmp_path / "a.txt"
-    for text in ("abc", "abc\n", '{"source":\n "abc"}\n'):
+    for text in ("abc", "abc\n", "abc\r\n\n", '{"source":\n "abc"}\n'):
         path.write_text(text)
         assert runner(path)["target"] == runner("abc")["target"]
     path.write_text("abc\nbca\n")
-    with pytest.raises(UserError, match=r"a\.txt: 2 inputs; expected one, or a list of their texts"):
+    with pytest.raises(UserError, match=r"a\.txt: 2 inputs; expected one, several are given as a list"):
         runner(path)
 
 

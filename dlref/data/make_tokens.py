@@ -84,7 +84,8 @@ def make(asked: argparse.Namespace) -> None:
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)
     except OSError as error:
-        raise UserError(f"{asked.folder}: {error.strerror or error}; expected a folder to write to") from None
+        reason = error.strerror or f"no room ({error})"  # numpy's has no number
+        raise UserError(f"{asked.folder}: {reason}; expected a folder to write to") from None
     finally:
         if not there:
             with suppress(OSError):  # where something lies in it

@@ -49,9 +49,9 @@ class Compared:
     """An exported graph that answers, and checks each answer against PyTorch's.
 
     `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
-    task's metric judges: then only its form and what is not finite are refused, for rounding can change how many boxes
-    or tokens come out. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, places of
-    largest values and the like (`Graph.discrete`) by how many of them there are that differ.
+    task's metric judges: then only a wrong shape, type or padding, or a value that is not finite, is refused, for
+    rounding can change how many boxes or tokens come out. Outputs that are a choice (`Graph.selected`) are compared as
+    a set of rows, places of largest values and the like (`Graph.discrete`) by how many of them there are that differ.
     """
 
     def __init__(
@@ -119,6 +119,8 @@ class Compared:
                     relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
                 nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
                 same = relative[nearest, places] <= self.tolerance
+                if self.tolerance == inf:  # rows are alike that are each other's nearest; others come or go
+                    same &= relative.argmin(axis=1)[nearest] == places
                 unlike = max(len(found), len(wanted)) - int(same.sum())
                 unlike += int((np.abs(nearest - places)[same] > FEW + unlike).sum())
                 worst = error[nearest, places].max(axis=1)[same].max(initial=0)

@@ -14,8 +14,8 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 class RecurrentLayers(nn.Module):
     """Recurrent layers, each over all its times in one call.
 
-    One module a layer: in a stack of its own, cuDNN's dropout between layers would rebuild the state of its generator
-    after every seed, and wait for it; each batch is seeded.
+    One module a layer: in one module of several layers, cuDNN's dropout between them would rebuild the state of its
+    generator after every seed, and wait for it; each batch is seeded.
 
     Args:
         cell: lstm or gru.

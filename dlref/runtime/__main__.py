@@ -188,10 +188,10 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
 
 def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
     """Raise UserError for a picture that would go into the bundle, or where another goes."""
-    taken = set()
+    bundle, taken = real(bundle), set()
     for option, paths in written.items():
         for path in map(real, paths):
-            if real(bundle) in path.parents:
+            if bundle in path.parents:
                 raise UserError(
                     f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
                 )

@@ -80,7 +80,7 @@ def only(path: str, inputs: Iterator[tuple[str, Any]]) -> Any:
     """The one input that a file holds. Raises UserError where it holds several."""
     (_, first), *others = inputs
     if others:
-        raise UserError(f"{path}: {1 + len(others)} inputs; expected one, or a list of their texts")
+        raise UserError(f"{path}: {1 + len(others)} inputs; expected one, several are given as a list")
     return first
 
 

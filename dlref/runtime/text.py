@@ -178,7 +178,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raise UserError at `where` for a text that is none."""
+    """Raise UserError at `where` for a text that UTF-8 cannot encode."""
     if not is_unicode(text):
         raise UserError(f"{where}: half of a surrogate pair, or not UTF-8; expected Unicode text")
 

@@ -18,7 +18,7 @@ class QuantileScores(Metric):
 
     Args:
         horizon: H.
-        dtype: of the sums.
+        dtype: that of the sums.
     """
 
     full_state_update = False

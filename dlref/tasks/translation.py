@@ -264,7 +264,7 @@ class Translator(Task):
                 **dict.fromkeys(("values", "keys", "source"), sentences),
             },
             {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": encode.sizes["source"]},
-            tolerance=1e-3,  # where two keys score nearly alike, PyTorch's own float32 is wrong by 2e-4
+            tolerance=1e-3,  # where two keys score alike, PyTorch's float32 itself is 2e-4 off float64
             discrete=("next_token",),
             calls=max(1, round((batch.target != PAD).sum().item() / len(batch.target))),
         )

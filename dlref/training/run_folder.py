@@ -6,8 +6,8 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -221,8 +221,9 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
-    """Write a PNG for each input into `folder`, all or none; what was there before goes.
+@contextmanager
+def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iterator[None]:
+    """Write a PNG for each input into `folder`, all or none; what was there before goes once all within is done.
 
     They lie in it as the inputs lie in the folder that is common to them. Raises UserError.
     """
@@ -238,6 +239,7 @@ def write_pictures(folder: Path, names: list[str], pictures: Iterable) -> None:
         for file, picture in zip(files, pictures, strict=True):
             (part / file).parent.mkdir(parents=True, exist_ok=True)
             picture.save(part / file)
+        yield
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:

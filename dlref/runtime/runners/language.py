@@ -257,12 +257,12 @@ class Runner(Base):
     def nll(self, tokens: np.ndarray) -> np.ndarray:
         """Nats (B, T) of each token after the first of `tokens` (B, T + 1), given those before it.
 
-        A little more than half is read at once, and the rest after that past, so that both ways of reading are tried:
-        a past of one token more than half rarely fills its room, as in generation.
+        Read in two parts at least, the first a little more than half (at most 513 tokens), so that reading after a past
+        is tried, too. A past of just half a window would often fill its room, which in generation is rare.
         """
         rows, width = len(tokens), tokens.shape[1] - 1
         axes = self.decode.shape["tokens"]
-        step = fixed_or(axes[1], min(READ, math.ceil(width / 2)) + 1)
+        step = fixed_or(axes[1], max(1, min(READ + 1, math.ceil(width / 2) + 1, width - 1)))
         many = fixed_or(axes[0], max(1, LOGITS // (step * len(self.tokenizer))))
         if many < rows:
             return np.concatenate([self.nll(part) for part in np.split(tokens, range(many, rows, many))])

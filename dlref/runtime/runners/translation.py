@@ -119,7 +119,7 @@ class Runner(Base):
             raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
         if isinstance(source, Path):
-            source = only(str(source), self.within(str(source), read_text(source, "text")))
+            source = only(str(source), self.within(str(source), read_text(source, "text").rstrip("\r\n")))
         if isinstance(source, Line):
             where, text = source
             source = parse_object(text, where) if text.lstrip().startswith("{") else text
