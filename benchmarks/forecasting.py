@@ -156,9 +156,9 @@ def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
         write_onnx(graph, folder / f"{name}.onnx", INT8)
     for precision in ("float32", "int8"):
         graphs = {}
-        for name in served.graphs:
+        for name, graph in served.graphs.items():
             path = folder / f"{name}.{precision}.onnx"
-            convert(folder / f"{name}.onnx", path, INT8, Plan(precision), [])
+            convert(folder / f"{name}.onnx", path, INT8, Plan(precision), [], graph.unbounded)
             graphs[name] = OnnxGraph(path, INT8.provider, 1)
         found[precision] = served.runner(graphs)
         found[precision].workers = cores()
