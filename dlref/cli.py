@@ -184,7 +184,7 @@ class TrainCLI(LightningCLI):
         self.step, self.resumed = 0, None
         if fitting and self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
-            self.step, self.resumed = checkpoint["global_step"], checkpoint.get("optimizer")
+            self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
         if options.debug:
             vars(options.trainer).update(PRESET)
         if not self.records:
@@ -226,7 +226,7 @@ class TrainCLI(LightningCLI):
         self.datamodule.repeat_first_epoch = self.options.debug
         if self.subcommand != "fit":
             self.model.restore(self.checkpoint)
-        elif isinstance(self.resumed, dict):  # older checkpoints do not say which optimiser they had
+        else:
             self.model.optimizer_resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:

@@ -46,6 +46,7 @@ SIGNATURE = {
     "inputs": [{"name": "image", "type": "uint8", "shape": ["batch", "height", "width", 1]}],
     "outputs": [{"name": "probability", "type": "float32", "shape": ["batch", 2]}],
     "dynamic_axes": {"image": {"0": "batch", "1": "height", "2": "width"}},
+    "calls": 1,
 }
 
 

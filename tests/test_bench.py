@@ -225,7 +225,7 @@ def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
     (tmp_path / "programs").mkdir()
     write_program(graph, tmp_path / "programs/detect.pt2", TARGETS["cpu"])
     np.savez(bundle / "example.npz", **{f"detect/{name}": tensor.numpy() for name, tensor in graph.inputs.items()})
-    write_manifest(bundle, graphs={"detect": {"dynamic_axes": {}}})
+    write_manifest(bundle, graphs={"detect": {"dynamic_axes": {}, "calls": 1}})
     module = [sys.executable, "-m", "dlref.export.contender"]
     figures = bench.in_process([*module, str(tmp_path / "programs"), str(bundle), "eager", "1", "cpu"])
     assert figures["installed_mb"] > bench.installed_mb("torch")
@@ -273,7 +273,7 @@ def test_speeds_are_of_the_median_call_and_of_all_its_rows(axes, rows, tmp_path,
 
 
 def test_slow_calls_and_waiting_are_shares_of_all(tmp_path, monkeypatch):
-    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": {}}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": {}, "calls": 1}}}))
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [i / 1000 for i in range(101)])
     monkeypatch.setattr(bench, "scheduled", iter([(1.0, 2.0), (4.0, 3.0)]).__next__)

@@ -85,7 +85,7 @@ def repeating(graphs: Graphs, described: dict) -> Graphs:
     def called(graph: Callable, times: int) -> Callable:
         return lambda **inputs: [graph(**inputs) for _ in range(times)]
 
-    return {name: called(graph, described[name].get("calls", 1)) for name, graph in graphs.items()}
+    return {name: called(graph, described[name]["calls"]) for name, graph in graphs.items()}
 
 
 def answer(graphs: Graphs, inputs: Arrays) -> None:

@@ -148,7 +148,6 @@ def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, o
 
 def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
     """Refuse to resume with an optimiser other than the checkpoint's: its old learning rate would silently win."""
-    known = {"lr_scheduler": asked["lr_scheduler"]} | known  # which earlier checkpoints do not say
     for what, value in asked.items():
         if value != known.get(what):
             raise UserError(

@@ -115,11 +115,6 @@ class Last(Checkpoint):
         known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
         return known | {"seed": self.seed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Those of the run that wrote the checkpoint."""
-        self.batches, self.validated = state["batches"], state.get("validated", True)
-        self.accumulated, self.seed = state.get("accumulated"), state.get("seed")
-
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where in its epoch the run was. Raises UserError."""
         if "averaging_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in trainer.callbacks):
@@ -128,10 +123,13 @@ class Last(Checkpoint):
                 "config.yaml, or model.init_args.weights for a run that begins with its weights"
             )
         try:
-            loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+            loaders = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
             self.taken = sum(int(loader["taken"]) for loader in loaders)
+            known = checkpoint["callbacks"][self.state_key]
+            self.batches, self.accumulated = known["batches"], known["accumulated"]
+            self.validated, self.seed = known["validated"], known["seed"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"loops: {error!r}; expected a checkpoint that train.py wrote") from None
+            raise UserError(f"loops and callbacks: {error!r}; expected a checkpoint that train.py wrote") from None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Go on in the epoch, and listen to SIGTERM, to end between two steps with what was learnt so far."""

@@ -19,10 +19,11 @@ log = logging.getLogger(__name__)
 
 SHOWN = 3  # tensors in an error
 
-# What a run goes on from; the keys are Lightning's.
+# What a run goes on from; the keys are Lightning's, but for those of `Task.on_save_checkpoint`.
 PARTS = {
     "state_dict": (dict, OrderedDict),
     "facts": (dict,),
+    "optimizer": (dict,),
     "global_step": (int,),
     "loops": (dict,),
     "callbacks": (dict,),

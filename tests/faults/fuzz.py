@@ -63,7 +63,7 @@ def packed(make: Callable[[], object], file: str) -> Callable[[], None]:
 def checkpoint() -> None:
     """A checkpoint of a tiny network, without a seal, which would hide from the reader what is behind it."""
     state = {"state_dict": {"network.weight": torch.zeros(2)}, "facts": {"labels": ["a"]}, "global_step": 1}
-    state |= {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+    state |= {"optimizer": {}, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
     state["pytorch-lightning_version"] = "2.6.5"
     torch.save(state, "a.ckpt")
 
