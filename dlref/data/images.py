@@ -64,17 +64,13 @@ def read_image(path: str) -> Tensor:
 
 
 def show_progress(items: list[Item], what: str) -> Iterable[Item]:
-    """The items, with a progress bar where they are many files."""
+    """The items, with a progress bar on a terminal where they are many files."""
     from rich.console import Console
     from rich.progress import track
 
-    return track(
-        items,
-        what,
-        transient=True,
-        console=Console(stderr=True),
-        disable=len(items) <= SHOW_PROGRESS_ABOVE,
-    )
+    console = Console(stderr=True)
+    hidden = len(items) <= SHOW_PROGRESS_ABOVE or not console.is_terminal  # elsewhere rich would leave an empty line
+    return track(items, what, transient=True, console=console, disable=hidden)
 
 
 def read_images(paths: Sequence[str]) -> Tensor:
