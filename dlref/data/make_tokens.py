@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
 from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
 from dlref.runtime.arguments import Parser, positive
 from dlref.runtime.errors import UserError
@@ -34,14 +37,12 @@ def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> Non
 
 def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
     """Pass texts on, showing on a terminal how many characters there were."""
-    done = 0
-    for name, text in texts:
-        yield name, text
-        done += len(text)
-        if sys.stderr.isatty():
-            print(f"\r{title}: {done / 1e6:.1f} million characters", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    console, shown = Console(stderr=True), "{task.description}: {task.completed:.1f} million characters"
+    with Progress(shown, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        for name, text in texts:
+            yield name, text
+            progress.advance(task, len(text) / 1e6)
 
 
 def main(arguments: list[str] | None = None) -> int:
