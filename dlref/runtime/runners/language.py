@@ -23,7 +23,7 @@ from dlref.runtime.text import check_unicode, make_tokenizer
 
 READ = 512  # tokens at once, for each of them is compared with all
 LOGITS = 1 << 25  # at once, where those after each token are asked for
-GROWTH = 64  # tokens by which the room for the past grows
+GROWTH = 64  # tokens by which the room of a cache grows
 LONGEST = 1 << 24  # tokens
 
 OPTIONS = {
@@ -44,8 +44,8 @@ class Request(NamedTuple):
     settings: Settings
 
 
-class Past:
-    """The keys and values of what was read, with room to grow: new ones are written behind, and no token copies them.
+class Cache:
+    """The past: keys and values of what was read, with room to grow. New ones are written behind; no token copies them.
 
     Args:
         shape: of the graph's inputs; those named key_0, value_0, ... say of how many layers, heads and so on.
@@ -213,13 +213,13 @@ class Runner(Base):
 
         Where a text fills the context, its older half is forgotten and the rest is read again.
         """
-        past = Past(self.decode.shape, len(texts))
+        cache = Cache(self.decode.shape, len(texts))
         unread = [text.tokens for text in texts]
         while not all(text.reason for text in texts):
             for row, text in enumerate(texts):
-                if past.length[row] + len(unread[row]) > self.context_length:
-                    past.length[row], unread[row] = 0, text.tokens[-(self.context_length // 2) :]
-            logits = self.last(past, unread)
+                if cache.length[row] + len(unread[row]) > self.context_length:
+                    cache.length[row], unread[row] = 0, text.tokens[-(self.context_length // 2) :]
+            logits = self.last(cache, unread)
             for text, row in zip(texts, logits, strict=False):
                 if not text.reason:
                     text.go_on(row)
@@ -228,30 +228,30 @@ class Runner(Base):
 
     # The graph
 
-    def last(self, past: Past, unread: list[list[int]]) -> np.ndarray:
-        """Read tokens of each text, several at a time -> logits (B, V) after the last of each; the past grows."""
+    def last(self, cache: Cache, unread: list[list[int]]) -> np.ndarray:
+        """Read tokens of each text, several at a time -> logits (B, V) after the last of each; the cache grows."""
         found, width = None, self.decode.shape["tokens"][1]
         step = fixed_or(width, READ)
         for start in range(0, max(map(len, unread)), step):
             parts = [tokens[start : start + step] for tokens in unread]
-            parts += [[]] * (len(past.length) - len(parts))
+            parts += [[]] * (len(cache.length) - len(parts))
             counts = np.array([len(part) for part in parts])
             tokens = np.full((len(parts), fixed_or(width, counts.max())), self.tokenizer.end)
             for row, part in zip(tokens, parts, strict=True):
                 row[: len(part)] = part
             back = tokens.shape[1] - np.maximum(counts, 1)[:, None]
-            logits = self.step(past, tokens, back, counts)[:, 0]
+            logits = self.step(cache, tokens, back, counts)[:, 0]
             found = logits if found is None else np.where(counts[:, None] > 0, logits, found)
         return found
 
-    def step(self, past: Past, tokens: np.ndarray, back: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Call the graph -> logits (B, W, V); the first `counts` of each row's tokens join the past."""
-        answer = self.decode(tokens=tokens, back=back, **past.inputs())
+    def step(self, cache: Cache, tokens: np.ndarray, back: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Call the graph -> logits (B, W, V); the first `counts` of each row's tokens join the cache."""
+        answer = self.decode(tokens=tokens, back=back, **cache.inputs())
         if not {"logits", "present"} <= set(answer) or answer["logits"].shape[-1] != len(self.tokenizer):
             raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
         if not np.isfinite(answer["logits"].max(axis=-1)).all():  # of NaN too; a token may be ruled out
             raise UserError("graph answers logits that are no numbers; expected finite ones")
-        past.add(answer["present"], counts)
+        cache.add(answer["present"], counts)
         return answer["logits"]
 
     def nll(self, tokens: np.ndarray) -> np.ndarray:
@@ -266,14 +266,14 @@ class Runner(Base):
         many = fixed_or(axes[0], max(1, LOGITS // (step * len(self.tokenizer))))
         if many < rows:
             return np.concatenate([self.nll(part) for part in np.split(tokens, range(many, rows, many))])
-        past, nats = Past(self.decode.shape, rows), []
+        cache, nats = Cache(self.decode.shape, rows), []
         for start in range(0, width, step):
             part = tokens[:, start : min(start + step, width)]
-            counts = np.full(len(past.length), part.shape[1])
+            counts = np.full(len(cache.length), part.shape[1])
             padded = np.full((len(counts), fixed_or(axes[1], part.shape[1])), self.tokenizer.end)
             padded[:rows, : part.shape[1]] = part
             back = np.tile(np.arange(padded.shape[1])[::-1], (len(counts), 1))
-            logits = self.step(past, padded, back, counts)[:rows, : part.shape[1]].astype(np.float64)
+            logits = self.step(cache, padded, back, counts)[:rows, : part.shape[1]].astype(np.float64)
             after = tokens[:, start + 1 : start + 1 + part.shape[1], None]
             most = logits.max(axis=2)
             whole = most + np.log(np.exp(logits - most[..., None]).sum(axis=2))
