@@ -352,7 +352,6 @@ def test_what_becomes_of_longer_texts_is_another_test_s_own_choice():
     task = translator(too_long="error")
     facts = task.facts | {"too_long": "truncate"}
     task.take_facts(SimpleNamespace(**facts))
-    task.remember(task.facts | {"too_long": "error"})  # of an older checkpoint, where a run goes on
     assert task.deployable(batch_of(("a", "b"))).metadata["too_long"] == "truncate"
     with pytest.raises(UserError, match="longest of the data and of the checkpoint differ"):
         task.take_facts(SimpleNamespace(**facts | {"longest": 7}))
