@@ -36,6 +36,7 @@ from dlref.runtime.text import END, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
 from dlref.tasks.cross_entropy import nll_and_gradient
 from dlref.tasks.language_modelling import IGNORE, TokenNLL
+from dlref.training.facts import check_rows
 
 BYTE = {"kind": "byte", "exact": True}
 KINDS = ("byte", "character", "bpe")
@@ -488,9 +489,9 @@ def test_weights_of_a_run_take_its_tokens_along(tmp_path):
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=BYTE, context_length=16))
     with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
         task.setup("fit")
-    task.check_facts_of(run, ["wte.weight"])  # of another number: their layer begins anew
+    check_rows(task.row_facts, task.facts, run, ["wte.weight"])  # of another number: their layer begins anew
     with pytest.raises(UserError, match="vocabulary of that run and of the data differ"):
-        task.check_facts_of(run, ["blocks.0.weight"])  # and not for another layer's sake
+        check_rows(task.row_facts, task.facts, run, ["blocks.0.weight"])  # and not for another layer's sake
     (tmp_path / "a.txt").write_text("dcba" * 200)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
     data.setup()

@@ -1,7 +1,7 @@
 """What every task shares: optimiser and schedule, transfer, what is remembered of the data, the contract."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line, shortened
-from dlref.runtime.text import make_tokenizer
+from dlref.runtime.errors import one_line
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.losses import MeanLoss, or_one
 from dlref.tasks.optimizers import check_resumed, described
 from dlref.training.devices import is_distributed, scaler_of, scales_itself
-from dlref.training.weights import freeze, load_weights, read_checkpoint, read_facts
+from dlref.training.facts import check_rows, merge_facts
+from dlref.training.weights import freeze, load_weights, read_checkpoint
 
 
 class Task(LightningModule):
@@ -148,12 +148,7 @@ class Task(LightningModule):
 
     def remember(self, facts: dict[str, object]) -> None:
         """Raises UserError where `facts` contradict what is known."""
-        for name, value in facts.items():
-            if self.facts.setdefault(name, value) != value:
-                raise UserError(
-                    f"{name} of the data and of the checkpoint differ: {shortened(value)} and "
-                    f"{shortened(self.facts[name])}; expected the same, in the same order"
-                )
+        merge_facts(self.facts, facts)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep the facts beside the weights, and what optimiser was asked for."""
@@ -192,33 +187,18 @@ class Task(LightningModule):
                     f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1, or "
                     "model.init_args.compile_network true"
                 )
-            if self.weights:
-                fresh = load_weights(self.network, Path(self.weights))
-                self.check_facts_of(Path(self.weights), fresh)
-            if self.freeze_pattern:
-                freeze(self.network, self.freeze_pattern)
+            self.transfer()
         if first and self.compile_network:
             # In place: rebinding would put `_orig_mod.` into every checkpoint key.
             self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
 
-    def check_facts_of(self, weights: Path, fresh: list[str]) -> None:
-        """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
-
-        Args:
-            weights: the run's.
-            fresh: the tensors that were not taken, such as those of layers for another number of tokens.
-        """
-        facts = read_facts(weights) if self.row_facts else {}
-        for name, layer in self.row_facts.items():
-            theirs, own = facts.get(name, self.facts[name]), self.facts[name]
-            others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
-            replaced = any(tensor.startswith(f"{layer}.") for tensor in fresh)
-            if theirs != own and not (replaced and others):
-                raise UserError(
-                    f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
-                    f"{shortened(own)}; expected the same (texts: data.init_args.tokenizer, the run's folder), or a "
-                    "different number"
-                )
+    def transfer(self) -> None:
+        """Begin with the weights that are asked for, some of which stay as they are. Raises UserError."""
+        if self.weights:
+            path = Path(self.weights)
+            check_rows(self.row_facts, self.facts, path, fresh=load_weights(self.network, path))
+        if self.freeze_pattern:
+            freeze(self.network, self.freeze_pattern)
 
     def on_train_start(self) -> None:
         """Log at least once an epoch, however few steps it has."""
@@ -319,8 +299,3 @@ class Task(LightningModule):
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def number_of(fact: dict | Sequence) -> int:
-    """How many tokens a tokeniser has, or names a list."""
-    return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)

@@ -63,15 +63,6 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-def read_facts(path: Path) -> dict:
-    """What the data of a run said of itself, from its folder or a checkpoint; nothing from other weights.
-
-    Raises UserError.
-    """
-    state = read(path)
-    return state["facts"] if isinstance(state, dict) and isinstance(state.get("facts"), dict) else {}
-
-
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict of a network, from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
 

@@ -1,0 +1,54 @@
+"""What the data of a run said of itself, kept beside the weights, and which other data and weights go with it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dlref.runtime import UserError
+from dlref.runtime.errors import shortened
+from dlref.runtime.text import make_tokenizer
+from dlref.training.weights import read
+
+Facts = dict[str, object]
+
+
+def read_facts(path: Path) -> Facts:
+    """The facts of a run, from its folder or a checkpoint; none of other weights. Raises UserError."""
+    state = read(path)
+    return state["facts"] if isinstance(state, dict) and isinstance(state.get("facts"), dict) else {}
+
+
+def merge_facts(known: Facts, facts: Facts) -> None:
+    """Add `facts` to those `known`. Raises UserError where they contradict them."""
+    for name, value in facts.items():
+        if known.setdefault(name, value) != value:
+            raise UserError(
+                f"{name} of the data and of the checkpoint differ: {shortened(value)} and {shortened(known[name])}; "
+                "expected the same, in the same order"
+            )
+
+
+def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: list[str]) -> None:
+    """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
+
+    Args:
+        layers: which layer's rows each of these facts names.
+        known: the facts of this data.
+        weights: the run's.
+        fresh: the tensors that were not taken, such as those of layers for another number of tokens.
+    """
+    facts = read_facts(weights) if layers else {}
+    for name, layer in layers.items():
+        theirs, own = facts.get(name, known[name]), known[name]
+        others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
+        replaced = any(tensor.startswith(f"{layer}.") for tensor in fresh)
+        if theirs != own and not (replaced and others):
+            raise UserError(
+                f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
+                f"{shortened(own)}; expected the same (texts: data.init_args.tokenizer, the run's folder), or a "
+                "different number"
+            )
+
+
+def number_of(fact: dict | Sequence) -> int:
+    """How many tokens a tokeniser has, or names a list."""
+    return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
