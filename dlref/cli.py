@@ -168,29 +168,38 @@ class TrainCLI(LightningCLI):
         check_trainer(options.trainer)
         if not 0 <= options.seed_everything < 2**32:  # a bool is a number, too
             raise UserError(f"seed_everything: {options.seed_everything}; expected 0 to {2**32 - 1}")
-        fitting = command == "fit"
-        if fitting:
-            check_fit(options)
-        self.records = fitting and not (options.debug or options.trainer.fast_dev_run)
-        self.profile = fitting and options.profile
-        if self.profile:
-            self.prepare_profile()
-        if self.records and options.final_test and options.trainer.limit_test_batches == 0:
-            raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
+        self.records = self.profile = False
+        if command == "fit":
+            self.settle_fit()
         self.run, self.overwrite = run_folder(options), options.overwrite
         if command in ("test", "predict") and os.path.isdir(self.run) and not os.access(self.run, os.W_OK):
             raise UserError(f"{self.run}: not writable; expected a run's folder that {command} can write to")
-        self.checkpoint = self.checkpoint_asked_for(command)
-        self.step, self.resumed = 0, None
-        if fitting and self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
-            self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
+        self.settle_checkpoint(command)
         if options.debug:
             vars(options.trainer).update(PRESET)
         if not self.records:
             self.save_config_callback = None
         options.run, options.ckpt_path, options.overwrite = None, None, False
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
+
+    def settle_fit(self) -> None:
+        """Whether a fit records what it does, or is a short one that shows where time goes. Raises UserError."""
+        options = self.options
+        check_fit(options)
+        self.records = not (options.debug or options.trainer.fast_dev_run)
+        self.profile = options.profile
+        if self.profile:
+            self.prepare_profile()
+        if self.records and options.final_test and options.trainer.limit_test_batches == 0:
+            raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
+
+    def settle_checkpoint(self, command: str) -> None:
+        """The checkpoint to resume from, with its step and its optimiser, or the one to evaluate. Raises UserError."""
+        self.checkpoint = self.checkpoint_asked_for(command)
+        self.step, self.resumed = 0, None
+        if command == "fit" and self.checkpoint:
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
 
     def checkpoint_asked_for(self, command: str) -> Path | None:
         """The checkpoint to resume from or to evaluate; None for a fit from scratch. Raises UserError."""
