@@ -156,43 +156,23 @@ class Runner(Base):
         `source` is such an object, a line or a file that holds one. Numbers, lists and times may be numpy's
         or Python's.
         """
-        where = "request"
-        if isinstance(source, (str, Path)):
-            where = str(source)
-            source = Line(where, read_text(where, "JSON"))
-        if isinstance(source, Line):
-            where = source.where
-            source = parse_object(source.text, where)
-        if not isinstance(source, Mapping):
-            raise UserError(f"{where}: {type(source).__name__}; expected a series or a request, as an object")
-        try:
-            source = as_json(source)
-        except RecursionError:
-            raise UserError(f"{where}: lists in lists without end; expected a series or a request") from None
+        where, source = _object_in(source)
         if "instances" not in source:
-            return Request(where, [self.past(source, where)], SAMPLES, 0, *_outputs({}, where), single=True)
+            settings = _settings({}, where, LARGEST_ANSWER // self.horizon)
+            return Request(where, [self.past(source, where)], *settings, single=True)
         if others := [key for key in source if key not in ("instances", "configuration")]:
             raise UserError(f"{where}: {shorten(others[0])}; expected instances and configuration alone in a request")
-        instances, configuration = source["instances"], source.get("configuration", {})
+        instances = source["instances"]
         if not isinstance(instances, list) or not instances:
             raise UserError(f"{where}: instances: expected a list of series")
-        if not isinstance(configuration, Mapping):
-            raise UserError(f"{where}: configuration: {shorten(configuration)}; expected an object")
-        unknown = next((key for key in configuration if key not in OPTIONS), None)
-        if unknown is not None:
-            raise UserError(f"{where}: configuration: {shorten(unknown)}; expected {', '.join(OPTIONS)}")
-        samples, seed = configuration.get("num_samples", SAMPLES), configuration.get("seed", 0)
         most = LARGEST_ANSWER // (len(instances) * self.horizon)
-        if type(samples) is not int or not 0 < samples <= most:
-            raise UserError(f"{where}: num_samples: {shorten(samples)}; expected 1 to {most}")
-        if type(seed) is not int or not 0 <= seed < 2**32:
-            raise UserError(f"{where}: seed: {shorten(seed)}; expected 0 to {2**32 - 1}")
+        settings = _settings(source.get("configuration", {}), where, most)
         pasts = []
         for i, instance in enumerate(instances):
             if not isinstance(instance, Mapping):
                 raise UserError(f"{where}: instances[{i}]: {type(instance).__name__}; expected a series as an object")
             pasts.append(self.past(instance, f"{where}: instances[{i}]"))
-        return Request(where, pasts, samples, seed, *_outputs(configuration, where), single=False)
+        return Request(where, pasts, *settings, single=False)
 
     def past(self, entry: Mapping[str, Any], where: str) -> Past:
         """What a series says, checked against what the model was trained with. Raises UserError."""
@@ -333,8 +313,35 @@ def prediction(paths: np.ndarray, types: tuple[str, ...] = OUTPUT_TYPES[:2], lev
     return answer
 
 
-def _outputs(configuration: Mapping, where: str) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Which outputs a request asks for, and the quantiles by their names."""
+def _object_in(source: Any) -> tuple[str, Mapping[str, Any]]:
+    """An object, or that which a line or a file holds, with its place for an error to name. Raises UserError."""
+    where = "request"
+    if isinstance(source, (str, Path)):
+        where = str(source)
+        source = Line(where, read_text(where, "JSON"))
+    if isinstance(source, Line):
+        where = source.where
+        source = parse_object(source.text, where)
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: {type(source).__name__}; expected a series or a request, as an object")
+    try:
+        return where, as_json(source)
+    except RecursionError:
+        raise UserError(f"{where}: lists in lists without end; expected a series or a request") from None
+
+
+def _settings(configuration: Any, where: str, most: int) -> tuple[int, int, tuple[str, ...], dict[str, float]]:
+    """How many sample paths a request asks for, at most `most`, its seed, its outputs, and quantiles by their names."""
+    if not isinstance(configuration, Mapping):
+        raise UserError(f"{where}: configuration: {shorten(configuration)}; expected an object")
+    unknown = next((key for key in configuration if key not in OPTIONS), None)
+    if unknown is not None:
+        raise UserError(f"{where}: configuration: {shorten(unknown)}; expected {', '.join(OPTIONS)}")
+    samples, seed = configuration.get("num_samples", SAMPLES), configuration.get("seed", 0)
+    if type(samples) is not int or not 0 < samples <= most:
+        raise UserError(f"{where}: num_samples: {shorten(samples)}; expected 1 to {most}")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UserError(f"{where}: seed: {shorten(seed)}; expected 0 to {2**32 - 1}")
     types = configuration.get("output_types", list(OUTPUT_TYPES[:2]))
     if not isinstance(types, list) or not types or not all(name in OUTPUT_TYPES for name in types):
         raise UserError(f"{where}: output_types: {shorten(types)}; expected a list of {', '.join(OUTPUT_TYPES)}")
@@ -345,7 +352,7 @@ def _outputs(configuration: Mapping, where: str) -> tuple[tuple[str, ...], dict[
         raise UserError(
             f'{where}: quantiles: {shorten(names)}; expected a list such as ["0.1", "0.5"], between 0 and 1'
         )
-    return tuple(types), levels
+    return samples, seed, tuple(types), levels
 
 
 def as_json(value: Any) -> Any:
