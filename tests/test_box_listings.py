@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from dlref.data import box_listings
-from dlref.data.box_listings import MAX_XML, read_box_manifest, read_coco, read_sagemaker, read_voc
+from dlref.data.coco_boxes import read_coco
 from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.listings import MAX_CLASSES
+from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
+from dlref.data.voc_boxes import MAX_XML, read_voc
 from dlref.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image (de|en)coding")

@@ -18,21 +18,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dlref.data.box_listings import (
-    BoxListing,
-    OnBadBox,
-    Picture,
-    read_box_manifest,
-    read_coco,
-    read_sagemaker,
-    read_voc,
-)
+from dlref.data.box_listings import BoxListing, OnBadBox, Picture
+from dlref.data.coco_boxes import read_coco
 from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
+from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
 from dlref.data.scenes import make_scenes
 from dlref.data.small_images import digit_pools
 from dlref.data.streamed_pictures import MEAN, StreamedPictures
+from dlref.data.voc_boxes import read_voc
 from dlref.runtime.errors import UserError
 
 # Sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it.

@@ -26,8 +26,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dlref.data import box_listings, cifar, idx, listings, mask_listings, pairs, series, tokens, vocabulary
+from dlref.data import cifar, idx, listings, mask_listings, pairs, series, tokens, vocabulary
+from dlref.data.coco_boxes import read_coco
 from dlref.data.images import read_image
+from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
+from dlref.data.voc_boxes import read_voc
 from dlref.runtime import UserError, bundle, images, lines
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.text import make_tokenizer
@@ -99,16 +102,16 @@ READERS = {
         ),
     ],
     "object detection": [
-        Reader("read_voc, the list", corpus.voc_boxes, VOC_LIST, lambda file: box_listings.read_voc(".", file)),
-        Reader("read_voc, an annotation", corpus.voc_boxes, BOXES, lambda _: box_listings.read_voc(".", VOC_LIST)),
-        Reader("read_coco", corpus.coco_boxes, COCO, lambda file: box_listings.read_coco(file, "train")),
+        Reader("read_voc, the list", corpus.voc_boxes, VOC_LIST, lambda file: read_voc(".", file)),
+        Reader("read_voc, an annotation", corpus.voc_boxes, BOXES, lambda _: read_voc(".", VOC_LIST)),
+        Reader("read_coco", corpus.coco_boxes, COCO, lambda file: read_coco(file, "train")),
         Reader(
             "read_sagemaker",
             corpus.sagemaker_boxes,
             "train_annotation/0.json",
-            lambda file: box_listings.read_sagemaker("train", Path(file).parent),
+            lambda file: read_sagemaker("train", Path(file).parent),
         ),
-        Reader("read_box_manifest", corpus.box_manifest, "JPEGImages/train.manifest", box_listings.read_box_manifest),
+        Reader("read_box_manifest", corpus.box_manifest, "JPEGImages/train.manifest", read_box_manifest),
     ],
     "semantic segmentation": [
         Reader(

@@ -1,0 +1,94 @@
+"""Boxes as COCO has them: one JSON file of images, annotations and categories."""
+
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any
+
+from dlref.data.box_listings import (
+    BoxListing,
+    Found,
+    OnBadBox,
+    Record,
+    corners,
+    declared_size,
+    is_number,
+    objects_in,
+    to_listing,
+    whole,
+)
+from dlref.data.files import check_name, image_path, read_json
+from dlref.runtime.errors import UserError
+
+
+def read_coco(
+    annotations: str | Path, root: str | Path, classes: list[str] | None = None, on_bad_box: OnBadBox = "error"
+) -> BoxListing:
+    """Read an instances file of COCO. Crowds are ignored objects.
+
+    Args:
+        annotations: the JSON file: images, annotations and categories.
+        root: the folder that `file_name` is relative to.
+        classes: the class names of the training pictures; None is the categories, in the order of their ids.
+        on_bad_box: what becomes of a box without area or not within its picture.
+    """
+    content = read_json(annotations, _without_outlines)
+    names = _parse_categories(content, str(annotations), classes)
+    if classes is None:
+        classes = [names[i] for i in sorted(names)]
+    objects: dict[int, list[Found]] = {}
+    records = []
+    for where, entry in objects_in(content, "images", str(annotations)):
+        key = whole(entry, "id", where)
+        if key in objects:
+            raise UserError(f"{where}: id {key} again; expected another for each image")
+        objects[key] = []
+        path = image_path(root, entry.get("file_name"), where)
+        records.append(Record(where, path, declared_size(entry, where), objects[key]))
+    if not records:
+        raise UserError(f"{annotations}: no images; expected at least one")
+    seen = set()
+    for where, entry in objects_in(content, "annotations", str(annotations)):
+        if "id" in entry:
+            key = whole(entry, "id", where)
+            if key in seen:
+                raise UserError(f"{where}: id {key} again; expected another for each annotation")
+            seen.add(key)
+        found = _parse_coco(entry, where)
+        image = whole(entry, "image_id", where)
+        if image not in objects:
+            raise UserError(f"{where}: image_id {image}; expected the id of one of the images")
+        objects[image].append(found)
+    index = {name: i for i, name in enumerate(classes)}
+    return to_listing(annotations, records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+
+
+def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)  # most of the file: dropped while it is read, it never fills the memory
+    return entry
+
+
+def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:
+    names, taken = {}, set()
+    for where, entry in objects_in(content, "categories", path):
+        key, name = whole(entry, "id", where), check_name(entry.get("name"), where)
+        if key in names:
+            raise UserError(f"{where}: id {key} again; expected another for each category")
+        if name in taken:
+            raise UserError(f"{where}: name {shorten(name)} again; expected another for each category")
+        if classes is not None and name not in classes:
+            raise UserError(f"{where}: name {shorten(name)}; expected one of {shorten(classes)}")
+        names[key] = name
+        taken.add(name)
+    if not names:
+        raise UserError(f"{path}: no categories; expected at least one")
+    return names
+
+
+def _parse_coco(entry: dict[str, Any], where: str) -> Found:
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise UserError(f"{where}: bbox {shorten(box)}; expected [x, y, width, height]")
+    crowd = entry.get("iscrowd", 0)
+    if type(crowd) is not int or crowd not in (0, 1):
+        raise UserError(f"{where}: iscrowd {shorten(crowd)}; expected 0 or 1")
+    return Found(where, whole(entry, "category_id", where), corners(*box), crowd == 1)
