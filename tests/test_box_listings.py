@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from refusals import answer_or_none, error_of
 
 from dlref.data import box_listings
 from dlref.data.coco_boxes import read_coco
@@ -22,7 +23,6 @@ from dlref.data.images import read_image
 from dlref.data.listings import MAX_CLASSES
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
 from dlref.data.voc_boxes import MAX_XML, read_voc
-from dlref.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image (de|en)coding")
 # tmp_path is one folder for all examples of a test: each example overwrites the same files.
@@ -140,24 +140,10 @@ def mutate(root: Path, file: str, old: str | None, new: str | bytes | None) -> N
         path.write_text(text.replace(old, new, 1))
 
 
-def error_of(function, *arguments, **options) -> str:
-    """Return the message of the UserError that the call must raise: one line, with what was expected."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert "; expected " in message
-    return message
-
-
-def answer_or_user_error(function, *arguments, **options):
-    """Return the call's answer, well formed, or None if it raises a proper UserError; other exceptions escape."""
-    try:
-        listing = function(*arguments, **options)
-    except UserError as error:
-        message = str(error)
-        assert len(message.splitlines()) == 1, message
-        assert "; expected " in message
+def well_formed_or_none(function, *arguments, **options):
+    """The call's answer, checked, or None where it refuses."""
+    listing = answer_or_none(function, *arguments, **options)
+    if listing is None:
         return None
     for picture in listing.pictures:
         count = len(picture.boxes)
@@ -699,7 +685,7 @@ json_values = st.recursive(
 def test_arbitrary_bytes(tmp_path, kind, file, content, mode):
     root = write(tmp_path, kind)
     mutate(root, file, None, content)
-    answer_or_user_error(READERS[kind], root, on_bad_box=mode)
+    well_formed_or_none(READERS[kind], root, on_bad_box=mode)
 
 
 @pytest.mark.filterwarnings("ignore:.* boxes that stick out of their picture")
@@ -713,7 +699,7 @@ def test_mutated_bytes(tmp_path, kind, at, new, cut, which, mode):
     content = path.read_bytes()
     at %= len(content)
     path.write_bytes(content[:at] + new + content[at + cut :])
-    answer_or_user_error(READERS[kind], root, on_bad_box=mode)
+    well_formed_or_none(READERS[kind], root, on_bad_box=mode)
 
 
 def nodes_of(value) -> list[tuple]:
@@ -736,7 +722,7 @@ def test_arbitrary_value_anywhere(tmp_path, kind, at, new, mode):
     holder, key = nodes[at % len(nodes)]
     holder[key] = new
     mutate(root, file, None, "\n".join([json.dumps(content), *rest]))
-    answer_or_user_error(READERS[kind], root, on_bad_box=mode)
+    well_formed_or_none(READERS[kind], root, on_bad_box=mode)
 
 
 numbers = st.integers(-5, 25) | st.integers() | st.floats() | st.floats(-1, 21, width=32)
@@ -748,7 +734,7 @@ numbers = st.integers(-5, 25) | st.integers() | st.floats() | st.floats(-1, 21, 
 def test_any_box_is_good_or_refused_or_mended(tmp_path, kind, corners):
     root = write(tmp_path, kind)
     put_box(root, kind, corners)
-    good = answer_or_user_error(READERS[kind], root)
+    good = well_formed_or_none(READERS[kind], root)
     clip, clipped = read_aloud(READERS[kind], root, on_bad_box="clip")
     skip, skipped = read_aloud(READERS[kind], root, on_bad_box="skip")
     assert (good is None) == bool(skipped) == bool(clipped)

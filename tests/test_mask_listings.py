@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from refusals import answer_or_none, error_of
 from torch._utils import ExceptionWrapper
 
 from dlref.data.images import UnreadableImage, read_image
 from dlref.data.mask_listings import MAX_PIXELS, VOID, read_mask, read_mask_folders, read_mask_list, read_voc_masks
-from dlref.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image (de|en)coding")
 # tmp_path is one folder for all examples of a test: each example overwrites the same files.
@@ -92,26 +92,10 @@ def with_map(root: Path, content, **options):
     return READERS["folders"](root, label_map=root / "map.json", **options)
 
 
-def one_line(error: UserError) -> str:
-    message = str(error)
-    assert len(message.splitlines()) == 1, message
-    assert "; expected " in message
-    return message
-
-
-def error_of(function, *arguments, **options) -> str:
-    """Return the message of the UserError that the call must raise: one line, with what was expected."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    return one_line(caught.value)
-
-
-def answer_or_user_error(function, *arguments, **options):
-    """Return the call's answer, well formed, or None if it raises a proper UserError; other exceptions escape."""
-    try:
-        listing = function(*arguments, **options)
-    except UserError as error:
-        one_line(error)
+def well_formed_or_none(function, *arguments, **options):
+    """The call's answer, checked, or None where it refuses."""
+    listing = answer_or_none(function, *arguments, **options)
+    if listing is None:
         return None
     count = len(listing.classes)
     read = [read_mask(mask, listing.table) for mask in listing.masks]
@@ -128,7 +112,7 @@ def answer_or_user_error(function, *arguments, **options):
 
 @pytest.mark.parametrize("kind", READERS)
 def test_good_set(tmp_path, kind):
-    listing = answer_or_user_error(READERS[kind], write(tmp_path))
+    listing = well_formed_or_none(READERS[kind], write(tmp_path))
     assert listing.images == [f"{tmp_path}/{IMAGES}{name}.jpg" for name in "ab"]
     assert listing.masks == [f"{tmp_path}/{MASKS}{name}.png" for name in "ab"]
     assert listing.sizes == [(6, 8), (6, 8)]
@@ -194,11 +178,11 @@ def test_bilevel_transparent_and_animated_masks(tmp_path):
     animated = raw_png(8, 6, 8, 0, b"".join(b"\0" + row.tobytes() for row in B), chunk(b"acTL", bytes(8)))  # or says so
     for other in (palette_png(B, transparency=0), animated):
         root = write(tmp_path, **{f"{MASKS}a.png": bilevel, f"{MASKS}b.png": other})
-        assert answer_or_user_error(READERS["list"], root).pixels.sum(axis=0).tolist() == [36 + 24, 12, 20]
+        assert well_formed_or_none(READERS["list"], root).pixels.sum(axis=0).tolist() == [36 + 24, 12, 20]
 
 
 def test_void(tmp_path):
-    listing = answer_or_user_error(READERS["list"], write(tmp_path), void=2)
+    listing = well_formed_or_none(READERS["list"], write(tmp_path), void=2)
     assert listing.classes == ["0", "1"]
     assert listing.pixels.sum(axis=0).tolist() == PIXELS[:2]
     assert listing.table[[0, 1, 2, 255]].tolist() == [0, 1, VOID, VOID]
@@ -225,7 +209,7 @@ def test_label_map_with_scale(tmp_path):
 
 def test_label_map_with_map(tmp_path):
     root = write(tmp_path)
-    listing = answer_or_user_error(with_map, root, {"map": {"1": 0, "0": "2", "2": 1}})
+    listing = well_formed_or_none(with_map, root, {"map": {"1": 0, "0": "2", "2": 1}})
     assert listing.pixels.sum(axis=0).tolist() == [PIXELS[2], PIXELS[0], PIXELS[1]]
     assert np.array_equal(read_mask(listing.masks[1], listing.table), np.array([1, 9, 0, *[9] * 252, 255])[B])
     listing = with_map(root, {"map": {"0": 255, "1": 0, "2": 1, "3": 2}})
@@ -429,7 +413,7 @@ arbitrary = st.binary() | st.text(st.sampled_from('{}[]":,0123é\n\\ab./ ')).map
 @quick
 @given(content=arbitrary)
 def test_arbitrary_bytes(tmp_path, kind, file, content):
-    answer_or_user_error(READERS[kind], write(tmp_path, **{file: content}))
+    well_formed_or_none(READERS[kind], write(tmp_path, **{file: content}))
 
 
 keys = st.sampled_from(["scale", "map", "0", "1", "2"])
@@ -444,7 +428,7 @@ values = st.none() | st.booleans() | st.integers(-1, 256) | st.integers(0, 2).ma
     classes=st.none() | st.integers(0, 4).map(lambda count: list("abcd")[:count]),
 )
 def test_arbitrary_label_map(tmp_path, content, void, classes):
-    answer_or_user_error(with_map, write(tmp_path), content, void=void, classes=classes)
+    well_formed_or_none(with_map, write(tmp_path), content, void=void, classes=classes)
 
 
 @pytest.mark.parametrize("file", [TRAIN, MASK, f"{MASKS}b.png"])
@@ -453,7 +437,7 @@ def test_arbitrary_label_map(tmp_path, content, void, classes):
 def test_mutated_bytes(tmp_path, file, at, new, cut):
     at %= len(SET[file])
     content = SET[file][:at] + new + SET[file][at + cut :]
-    answer_or_user_error(READERS["list"], write(tmp_path, **{file: content}))
+    well_formed_or_none(READERS["list"], write(tmp_path, **{file: content}))
 
 
 names = [b"acTL", b"fcTL", b"fdAT", b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"zTXt", b"iTXt", b"IHDR", b"IDAT", b"IEND"]
@@ -468,7 +452,7 @@ names = [b"acTL", b"fcTL", b"fdAT", b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"zTXt",
 )
 def test_arbitrary_png_with_the_right_checksums(tmp_path, header, rows, more, interlace):
     mask = raw_png(*header, rows, *more, interlace=interlace)
-    answer_or_user_error(READERS["list"], write(tmp_path, **{MASK: mask}))
+    well_formed_or_none(READERS["list"], write(tmp_path, **{MASK: mask}))
 
 
 # Real data

@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from refusals import answer_or_none, error_of
 
 from dlref.data.cifar import RECORD, read_cifar_batch, read_class_names
 from dlref.data.idx import read_idx, read_idx_pair
 from dlref.data.listings import MAX_CLASSES, read_folder, read_image_manifest, read_lst
-from dlref.runtime.errors import UserError
 
 # tmp_path is one folder for all examples of a test: each example overwrites the same file.
 quick = settings(
@@ -31,27 +31,6 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 A_CLASS = "expected that of a class"
-
-
-def error_of(function, *arguments, **options) -> str:
-    """Return the message of the UserError that the call must raise: one line, with what was expected."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert "; expected " in message
-    return message
-
-
-def answer_or_user_error(function, *arguments):
-    """Return the call's answer, or None if it raises a proper UserError; any other exception escapes."""
-    try:
-        return function(*arguments)
-    except UserError as error:
-        message = str(error)
-    assert len(message.splitlines()) == 1, message
-    assert "; expected " in message
-    return None
 
 
 # idx
@@ -70,7 +49,7 @@ def test_idx_round_trip(tmp_path, array, zipped):
 def test_idx_arbitrary_bytes(tmp_path, content, zipped, named):
     path = tmp_path / ("a.gz" if named else "a")
     path.write_bytes(gzip.compress(content, 1) if zipped else content)
-    answer_or_user_error(read_idx, path, 3)
+    answer_or_none(read_idx, path, 3)
 
 
 @quick
@@ -81,7 +60,7 @@ def test_idx_mutated(tmp_path, at, value, cut, zipped):
     content[at % len(content)] = value
     path = tmp_path / ("a.gz" if zipped else "a")
     path.write_bytes(content[: len(content) - cut % len(content)])
-    answer = answer_or_user_error(read_idx, path, 3)
+    answer = answer_or_none(read_idx, path, 3)
     assert answer is None or answer.ndim == 3
 
 
@@ -90,7 +69,7 @@ def test_idx_mutated(tmp_path, at, value, cut, zipped):
 def test_idx_header_claims_anything(tmp_path, sizes, content):
     path = tmp_path / "a"
     path.write_bytes(struct.pack(">4I", 0x0803, *sizes) + content)
-    answer_or_user_error(read_idx, path, 3)
+    answer_or_none(read_idx, path, 3)
 
 
 def test_idx_messages(tmp_path):
@@ -142,8 +121,8 @@ def test_cifar_batch_planes(tmp_path):
 def test_cifar_arbitrary_bytes(tmp_path, content, length):
     path = tmp_path / "b.bin"
     path.write_bytes((content + bytes(length))[: max(length, len(content))])
-    answer_or_user_error(read_cifar_batch, path)
-    answer_or_user_error(read_class_names, path)
+    answer_or_none(read_cifar_batch, path)
+    answer_or_none(read_class_names, path)
 
 
 def test_cifar_messages(tmp_path):
@@ -217,7 +196,7 @@ def test_lst_against_classes(tmp_path):
 def test_lst_arbitrary(tmp_path, text):
     path = tmp_path / "a.lst"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    answer_or_user_error(read_lst, path, ".")
+    answer_or_none(read_lst, path, ".")
 
 
 @quick
@@ -225,7 +204,7 @@ def test_lst_arbitrary(tmp_path, text):
 def test_lst_arbitrary_labels(tmp_path, labels):
     path = tmp_path / "a.lst"
     path.write_text("".join(f"{i}\t{label}\t{i}.jpg\n" for i, label in enumerate(labels)))
-    listing = answer_or_user_error(read_lst, path, ".")
+    listing = answer_or_none(read_lst, path, ".")
     assert listing is None or len(listing.paths) == len(listing.targets) == len(labels)
 
 
@@ -347,7 +326,7 @@ json_values = st.recursive(
     )
 )
 def test_manifest_arbitrary_values(tmp_path, entries):
-    listing = answer_or_user_error(read_image_manifest, write_manifest(tmp_path / "a", *entries))
+    listing = answer_or_none(read_image_manifest, write_manifest(tmp_path / "a", *entries))
     assert listing is None or len(listing.paths) == len(listing.targets)
 
 
@@ -355,7 +334,7 @@ def test_manifest_arbitrary_values(tmp_path, entries):
 @given(content=st.binary() | st.text(st.sampled_from('{}[]":,0aé\n\\')).map(str.encode))
 def test_manifest_arbitrary_bytes(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    answer_or_user_error(read_image_manifest, tmp_path / "a")
+    answer_or_none(read_image_manifest, tmp_path / "a")
 
 
 def test_manifest_nested_too_deeply(tmp_path):

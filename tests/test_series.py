@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_mask_listings import error_of, one_line
+from refusals import answer_or_none, error_of, one_line
 
 from dlref.data.series import (
     Series,
@@ -68,12 +68,10 @@ def of(*records: dict, where: Path) -> Series:
     return read(where, "json", "of.json", lines(*({"start": DAY} | record for record in records)))
 
 
-def answer_or_user_error(function, *arguments) -> Series | None:
-    """Return the call's answer, well formed, or None if it raises a proper UserError; other exceptions escape."""
-    try:
-        series = function(*arguments)
-    except UserError as error:
-        one_line(error)
+def well_formed_or_none(function, *arguments) -> Series | None:
+    """The call's answer, checked, or None where it refuses."""
+    series = answer_or_none(function, *arguments)
+    if series is None:
         return None
     count = len(series.names)
     assert count > 0
@@ -194,7 +192,7 @@ def check_records(series: Series, names: list[str]) -> None:
 def test_json_lines(tmp_path, name):
     first, second = map(json.dumps, RECORDS)
     content = b"\xef\xbb\xbf" + f"{first}\r\n \n{second}\n\n".encode()
-    series = answer_or_user_error(read, tmp_path, "json", name, content)
+    series = well_formed_or_none(read, tmp_path, "json", name, content)
     check_records(series, [f"{tmp_path / name}:1", f"{tmp_path / name}:3"])
 
 
@@ -215,7 +213,7 @@ def test_parquet(tmp_path, start, compression):
         "target": pa.array([[1, None, 2.5, NAN, NAN], [-7e3]], pa.list_(pa.float32())),
         "cat": pa.array([record["cat"] for record in RECORDS], pa.list_(pa.int8())),
     }
-    series = answer_or_user_error(read, tmp_path, "json", "a.parquet", parquet(compression, **columns))
+    series = well_formed_or_none(read, tmp_path, "json", "a.parquet", parquet(compression, **columns))
     check_records(series, [f"{tmp_path}/a.parquet:1", f"{tmp_path}/a.parquet:2"])
 
 
@@ -230,7 +228,7 @@ def test_a_fraction_of_a_second_in_parquet_is_refused_where_it_stands(tmp_path):
 def test_parquet_of_many_rows_with_dates_and_bare_cats(tmp_path):
     count = 50  # more than are read at once
     content = parquet(start=[date(1750, 1, 1)] * count, target=[[i] for i in range(count)], cat=list(range(count)))
-    series = answer_or_user_error(read, tmp_path, "json", "a.parquet", content)
+    series = well_formed_or_none(read, tmp_path, "json", "a.parquet", content)
     assert series.target.tolist() == series.cat[:, 0].tolist() == list(range(count))
     assert set(series.start.tolist()) == {datetime(1750, 1, 1)}
     assert series.names[-1].endswith("a.parquet:50")
@@ -260,7 +258,7 @@ def test_folder_of_folders(tmp_path):
     for name in ("_SUCCESS", "b/_SUCCESS", ".hidden", "b/.a.json.crc", ".folder/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"?")
-    series = answer_or_user_error(read_json_lines, tmp_path, H)
+    series = well_formed_or_none(read_json_lines, tmp_path, H)
     assert series.target.tolist() == [2, 1, 3, 0]
     files = ["b/a.json", "b/c/x.jsonl.gz", "b/d.parquet", "z.json"]
     assert series.names == [f"{tmp_path}/{name}:1" for name in files]
@@ -269,7 +267,7 @@ def test_folder_of_folders(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.csv.gz"])
 def test_wide(tmp_path, name):
     content = text("1,-2.5, 3e2\r", ' "4",nan,+.5', ",NA,7.", "", "")
-    series = answer_or_user_error(read, tmp_path, "wide", name, content)
+    series = well_formed_or_none(read, tmp_path, "wide", name, content)
     same(targets(series), [[1, 4, NAN], [-2.5, NAN, NAN], [300, 0.5, 7]])
     assert series.names == ["column 1", "column 2", "column 3"]
     assert series.start.tolist() == [datetime(2020, 1, 31)] * 3
@@ -279,7 +277,7 @@ def test_wide(tmp_path, name):
 def test_dated(tmp_path, name):
     rows = ["2020-01-31 23:00:00,1,2", "2020-02-01 00:00:00,,4", "2020-02-01 03:00:00,5,6"]
     with pytest.warns(UserWarning, match=rf"{name}: 4 points have no row and count as missing$"):
-        series = answer_or_user_error(read, tmp_path, "dated", name, text(',"OT, in °C",load', *rows, ""))
+        series = well_formed_or_none(read, tmp_path, "dated", name, text(',"OT, in °C",load', *rows, ""))
     same(targets(series), [[1, NAN, NAN, NAN, 5], [2, 4, NAN, NAN, 6]])
     assert series.names == ["OT, in °C", "load"]
     assert series.start.tolist() == [datetime(2020, 1, 31, 23)] * 2
@@ -304,7 +302,7 @@ def test_dated_by_calendar(tmp_path, frequency, dates, expected):
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_rows(tmp_path, name):
     content = text('"V1","V2","V3","V4"', '"H1","605","","586"', '"H2","1"', '"H3","2","NA",""', "H4,,,")
-    series = answer_or_user_error(read, tmp_path, "rows", name, content)
+    series = well_formed_or_none(read, tmp_path, "rows", name, content)
     same(targets(series), [[605, NAN, 586], [1], [2, NAN], []])
     assert series.names == ["H1", "H2", "H3", "H4"]
     assert series.start.tolist() == [datetime(2020, 1, 31)] * 4
@@ -314,7 +312,7 @@ def test_rows(tmp_path, name):
 def test_long(tmp_path, name):
     rows = ["1,a,2020-01-31 01:00:00", "2,b,2020-01-31", "3,a,2020-01-31 02:00:00", ",b,2020-01-31 03:00:00"]
     with pytest.warns(UserWarning, match=rf"{name}: 2 points have no row and count as missing$"):
-        series = answer_or_user_error(read, tmp_path, "long", name, text("target,item_id,timestamp", *rows))
+        series = well_formed_or_none(read, tmp_path, "long", name, text("target,item_id,timestamp", *rows))
     same(targets(series), [[1, 3], [2, NAN, NAN, NAN]])
     assert series.names == ["a", "b"]
     assert series.start.tolist() == [datetime(2020, 1, 31, 1), datetime(2020, 1, 31)]
@@ -695,9 +693,9 @@ def test_arbitrary_bytes(tmp_path, kind, data, frequency):
     content = data.draw(st.binary() | st.text(alphabet).map(str.encode))
     head = {"dated": b"date,x,y\n", "rows": b"id,1,2,3\n", "long": HEAD.encode() + b"\n"}.get(kind, b"")
     name = data.draw(st.sampled_from(["a.json", "b.json.gz"]))
-    answer_or_user_error(read, tmp_path, kind, name, data.draw(st.sampled_from([head, b""])) + content, frequency)
+    well_formed_or_none(read, tmp_path, kind, name, data.draw(st.sampled_from([head, b""])) + content, frequency)
     (tmp_path / "c.json.gz").write_bytes(content)
-    answer_or_user_error(READERS[kind], tmp_path / "c.json.gz", frequency)
+    well_formed_or_none(READERS[kind], tmp_path / "c.json.gz", frequency)
 
 
 numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["NaN", "1"])
@@ -711,7 +709,7 @@ fields = st.fixed_dictionaries(
 @quick
 @given(records=st.lists(fields, max_size=3), frequency=frequencies)
 def test_arbitrary_records(tmp_path, records, frequency):
-    answer_or_user_error(read, tmp_path, "json", "a.json", lines(*records), frequency)
+    well_formed_or_none(read, tmp_path, "json", "a.json", lines(*records), frequency)
 
 
 rows = st.lists(st.tuples(st.sampled_from("ab"), dates, st.sampled_from(["1", "", "-2e3", "x", "NaN"])), max_size=5)
@@ -721,9 +719,9 @@ rows = st.lists(st.tuples(st.sampled_from("ab"), dates, st.sampled_from(["1", ""
 @quick
 @given(rows=rows, frequency=frequencies)
 def test_arbitrary_rows(tmp_path, rows, frequency):
-    answer_or_user_error(read, tmp_path, "long", "a.csv", text(HEAD, *map(",".join, rows)), frequency)
+    well_formed_or_none(read, tmp_path, "long", "a.csv", text(HEAD, *map(",".join, rows)), frequency)
     dated = [f"{day},{value}" for _, day, value in rows]
-    answer_or_user_error(read, tmp_path, "dated", "a.csv", text("date,x", *dated), frequency)
+    well_formed_or_none(read, tmp_path, "dated", "a.csv", text("date,x", *dated), frequency)
 
 
 PLAIN = {
@@ -754,7 +752,7 @@ columns = st.dictionaries(st.sampled_from(["start", "target", "cat", "dynamic_fe
 def test_arbitrary_columns(tmp_path, columns, good, count):
     columns |= {name: {"start": (pa.string(), DAY), "target": (pa.list_(pa.int8()), [1])}[name] for name in good}
     table = {name: pa.array([value] * count, kind) for name, (kind, value) in columns.items()}
-    answer_or_user_error(read, tmp_path, "json", "a.parquet", parquet(**table))
+    well_formed_or_none(read, tmp_path, "json", "a.parquet", parquet(**table))
 
 
 @pytest.mark.parametrize(
@@ -764,7 +762,7 @@ def test_arbitrary_columns(tmp_path, columns, good, count):
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9))
 def test_mutated_parquet(tmp_path, content, at, new, cut):
     at %= len(content)
-    answer_or_user_error(read, tmp_path, "json", "a.parquet", content[:at] + new + content[at + cut :])
+    well_formed_or_none(read, tmp_path, "json", "a.parquet", content[:at] + new + content[at + cut :])
 
 
 # Real data
