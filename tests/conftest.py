@@ -67,6 +67,13 @@ def unchecked(monkeypatch):
 
 
 @pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Train in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # Lightning warns of arguments beside those of a test's own
+
+
+@pytest.fixture
 def bundle(tmp_path):
     """A bundle whose answer can be read off; see `handmade`."""
     return make_bundle(tmp_path / "bundle")

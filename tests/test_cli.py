@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -36,10 +35,7 @@ SHORT = [
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])  # Lightning warns of arguments beside those of a test's own
-
+def _undrawn(elsewhere, monkeypatch):
     def blank(figure, path):  # figures are drawn, and looked at, where their families are tested
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -328,17 +327,11 @@ def test_overfitting_is_a_validation_loss_that_rises_for_long_while_the_other_fa
 # The front door
 
 
-@pytest.fixture
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-
-
 COMMAND = shlex.split(monitor.Monitor.__doc__.partition("python train.py ")[2].partition("\n\n")[0])
 SHORT = ["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.callbacks.every", "10"]
 
 
-@pytest.mark.usefixtures("_elsewhere")
+@pytest.mark.usefixtures("elsewhere")
 def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys):
     arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in COMMAND]
     assert arguments[:2] == ["fit", "--config"]
@@ -355,7 +348,7 @@ def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys)
     assert train(["validate", "--config", str(run / "config.yaml")]) == 0  # with the monitor in its config
 
 
-@pytest.mark.usefixtures("_elsewhere")
+@pytest.mark.usefixtures("elsewhere")
 def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_misspelt(tmp_path, capsys):
     digits = ["fit", "--config", str(ROOT / "configs/lenet5_digits.yaml"), "--trainer.callbacks+"]
     digits += ["dlref.tasks.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]

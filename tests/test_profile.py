@@ -3,7 +3,6 @@
 import gzip
 import json
 import statistics
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -23,14 +22,9 @@ from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
 from dlref.training.profile_report import ADVICE, PARTS, bound
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 EMA = ("--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging")
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 @pytest.fixture

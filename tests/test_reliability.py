@@ -7,7 +7,6 @@ import csv
 import errno
 import os
 import signal
-import sys
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,15 +34,10 @@ from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
 from tests.faults.families import equal, state_of, write_text_file
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 SHORT = {"trainer.max_epochs": "2", "trainer.limit_train_batches": "6", "trainer.enable_progress_bar": "false"}
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 def fit(**options):
