@@ -69,8 +69,8 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def opened(arguments: list[str]):
-    """What was asked for, and the runner of the bundle, its own options set. Raises UserError."""
+def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+    """What was asked for, and of it what only runners of some kinds take. Raises UserError."""
     known = parser(__doc__)
     known.add_argument("inputs", nargs="*", metavar="INPUT", help="what the model reads (image files, ...), or folders")
     known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, as it comes")
@@ -79,11 +79,10 @@ def opened(arguments: list[str]):
     for option, what in (("--output", "save masks"), ("--overlay", "draw answers over inputs, or attention")):
         where = "NAME.png for one input, otherwise a folder"
         known.add_argument(option, type=Path, metavar="PLACE", help=f"{what}: {where}")
-    own = {}
-    for kind in map(runner_of, kinds()):
-        for name, (read, text) in kind.options.items():
-            own[name] = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
-            known.add_argument(f"--{name.replace('_', '-')}", type=read, action=own[name], help=text)
+    own = {name: (kind, *option) for kind in map(runner_of, kinds()) for name, option in kind.options.items()}
+    for name, (kind, read, text) in own.items():
+        action = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
+        known.add_argument(f"--{name.replace('_', '-')}", type=read, action=action, help=text)
     for argument in takewhile("--".__ne__, arguments):
         if argument.startswith("-h") and argument != "-h":  # Python takes -heute for -h since 3.13
             known.error(f"unrecognized arguments: {argument}")
@@ -92,19 +91,23 @@ def opened(arguments: list[str]):
         known.error("the following arguments are required: INPUT, or --prompt in its place")
     if options.prompt is not None and (options.form or options.output or options.overlay):
         known.error("--prompt writes a text as it comes, and nothing else: without --form, --output or a picture")
+    return options, {name: value for name in own if (value := getattr(options, name)) is not None}
+
+
+def opened(options: argparse.Namespace, own: dict[str, object]) -> Runner:
+    """The runner of the bundle that is asked for, with options of its own. Raises UserError."""
     runner = load(options.bundle, options.threads, options.provider)
-    for name in own:
-        if getattr(options, name) is not None:
-            if name not in runner.options:
-                raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
-            value = getattr(options, name)
-            setattr(runner, name, tuple(value) if own[name] == "append" else value)
-    return options, runner
+    for name, value in own.items():
+        if name not in runner.options:
+            raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
+        setattr(runner, name, tuple(value) if isinstance(value, list) else value)
+    return runner
 
 
 def transform(arguments: list[str]) -> int:
     """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
-    options, runner = opened(arguments)
+    options, own = command_line(arguments)
+    runner = opened(options, own)
     if options.prompt is not None:
         return print_stream(runner.written(options.prompt))
     if options.form and options.form not in runner.forms:
