@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Checkpoint,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.config import Parser, check_parts, check_schedule, enums_as_text, no_other_configs, readable
+from dlref.config import (
+    Parser,
+    check_fit,
+    check_parts,
+    check_trainer,
+    enums_as_text,
+    make_resumable,
+    no_other_configs,
+    readable,
+)
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
@@ -54,9 +56,6 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
-PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-# Callbacks that forget what they were at, or that train by what no config says.
-UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 # Errors of constructors that a user can mend.
 REFUSALS = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
 
@@ -72,47 +71,6 @@ class Best:
 
     metric: str
     mode: Literal["min", "max"]
-
-
-def check_trainer(options) -> None:
-    """Refuse what a run decides for itself, and precisions in which it would not run. Raises UserError."""
-    for name in ("logger", "default_root_dir"):
-        if options[name] is not None:
-            raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
-    method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
-    copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
-    if copies:  # of this process, each with the claim of its folder
-        raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
-    if str(options.precision) not in PRECISIONS:
-        words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
-        raise UserError(f"trainer.precision: {options.precision}; {words}")
-
-
-def check_fit(options) -> None:
-    """Refuse what would train nothing, or something else. Raises UserError."""
-    trainer = options.trainer
-    for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
-        if trainer[name] == 0:
-            raise UserError(f"trainer.{name}: 0; expected more")
-    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning takes less than 0
-        if trainer[name] is not None and trainer[name] < 1:
-            raise UserError(f"trainer.{name}: {trainer[name]}; expected more")
-    if trainer.overfit_batches:
-        raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
-    if schedule := options.model.init_args.get("lr_scheduler"):
-        check_schedule(schedule.class_path)
-
-
-def make_resumable(callbacks: list[Callback]) -> None:
-    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
-    for callback in callbacks:
-        if isinstance(callback, UNRESUMED):
-            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
-        if isinstance(callback, EarlyStopping):
-            if callback._check_on_train_epoch_end:
-                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
-                raise UserError(f"EarlyStopping: {words}")
-            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
 
 
 class TrainCLI(LightningCLI):

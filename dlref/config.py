@@ -13,8 +13,15 @@ from pathlib import Path
 from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.fabric.utilities.enums import LightningEnum
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -32,6 +39,9 @@ ALLOWED_CLASS_PATHS = [
 ]
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
+PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+# Callbacks that forget what they were at, or that train by what no config says.
+UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # of a run, as schedules call it
 # What a checkpoint's name may have filled in, beside its own name; {step:c} is a letter by its number, such as a slash.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
@@ -123,6 +133,47 @@ def check_schedule(path: str) -> None:
     if taken not in LENGTHS:
         words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
         raise UserError(f"{path}: takes {taken} where {words}")
+
+
+def check_trainer(options) -> None:
+    """Refuse what a run decides for itself, and precisions in which it would not run. Raises UserError."""
+    for name in ("logger", "default_root_dir"):
+        if options[name] is not None:
+            raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
+    method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
+    copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
+    if copies:  # of this process, each with the claim of its folder
+        raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
+    if str(options.precision) not in PRECISIONS:
+        words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
+        raise UserError(f"trainer.precision: {options.precision}; {words}")
+
+
+def check_fit(options) -> None:
+    """Refuse what would train nothing, or something else. Raises UserError."""
+    trainer = options.trainer
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
+        if trainer[name] == 0:
+            raise UserError(f"trainer.{name}: 0; expected more")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning takes less than 0
+        if trainer[name] is not None and trainer[name] < 1:
+            raise UserError(f"trainer.{name}: {trainer[name]}; expected more")
+    if trainer.overfit_batches:
+        raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
+    if schedule := options.model.init_args.get("lr_scheduler"):
+        check_schedule(schedule.class_path)
+
+
+def make_resumable(callbacks: list[Callback]) -> None:
+    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
+    for callback in callbacks:
+        if isinstance(callback, UNRESUMED):
+            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
+        if isinstance(callback, EarlyStopping):
+            if callback._check_on_train_epoch_end:
+                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
+                raise UserError(f"EarlyStopping: {words}")
+            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
 
 
 class Parser(LightningArgumentParser):
