@@ -133,15 +133,17 @@ class Last(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Go on in the epoch, and listen to SIGTERM, to end between two steps with what was learnt so far."""
-        batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
-        if every is None:
-            raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
-        through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may be of fewer batches
-        if (every % added and (through or every < batches)) or (through and batches % added):
-            raise UserError(
-                f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
-                f"{added}; expected a multiple: no checkpoint has accumulated gradients"
-            )
+        check_interval(trainer)
+        self.find_place(trainer)
+        self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        self.saved, self.step = time.monotonic(), trainer.global_step
+        self.kept = self.step
+        listen(self.on_sigterm)  # Lightning puts the earlier one back
+
+    def find_place(self, trainer: Trainer) -> None:
+        """Begin after the batches that the checkpoint's run took. Raises UserError where its steps were others."""
+        batches, added = trainer.num_training_batches, trainer.accumulate_grad_batches
+        seed = trainer.train_dataloader.sampler.run
         if self.batches not in (None, batches):  # also at an epoch's end: a schedule counts steps
             raise UserError(
                 f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
@@ -152,7 +154,6 @@ class Last(Checkpoint):
                 f"trainer.accumulate_grad_batches: {added}, the checkpoint has {self.accumulated}; expected the same, "
                 "for a schedule counts steps"
             )
-        seed = trainer.train_dataloader.sampler.run
         if self.seed not in (None, seed):
             raise UserError(
                 f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, for steps draw from it"
@@ -160,10 +161,6 @@ class Last(Checkpoint):
         self.batches, self.accumulated, self.seed = batches, added, seed
         # Lightning forgets where it was once the number of steps has been asked for, as schedules do.
         trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
-        self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        self.saved, self.step = time.monotonic(), trainer.global_step
-        self.kept = self.step
-        listen(self.on_sigterm)  # Lightning puts the earlier one back
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int) -> None:
         """End here rather than in the step before: its losses are logged by now."""
@@ -229,6 +226,19 @@ class Last(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         self.saved, self.kept = time.monotonic(), trainer.global_step
+
+
+def check_interval(trainer: Trainer) -> None:
+    """Raise UserError where a validation could come between gradients that add up."""
+    batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
+    if every is None:
+        raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
+    through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may be of fewer batches
+    if (every % added and (through or every < batches)) or (through and batches % added):
+        raise UserError(
+            f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
+            f"{added}; expected a multiple: no checkpoint has accumulated gradients"
+        )
 
 
 def stops_here(trainer: Trainer) -> bool:
