@@ -89,9 +89,10 @@ class Forecaster(Task):
         """Once the series are known, what counts over them."""
         super().setup(stage)
         if stage != "predict":
-            stores: dict[nn.Module, str] = {}  # validation and testing may be of training's series, or of their own
+            checked = set()  # validation and testing may be of training's series, or of their own
             for name, split in self.trainer.datamodule.splits.items():
-                if name != "predict" and stores.setdefault(split.store, name) == name:
+                if name != "predict" and split.store not in checked:
+                    checked.add(split.store)
                     self.check_outcomes(name, split.store.outcomes(self.difference))
         dtype = widest_float(self.trainer.strategy.root_device)
         self.scores = nn.ModuleDict({name: SampleScores(self.horizon, dtype) for name in (OWN, *BASELINES)})
