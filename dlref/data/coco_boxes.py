@@ -1,5 +1,6 @@
 """Boxes as COCO has them: one JSON file of images, annotations and categories."""
 
+from collections.abc import Container
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -35,31 +36,31 @@ def read_coco(
     names = _parse_categories(content, str(annotations), classes)
     if classes is None:
         classes = [names[i] for i in sorted(names)]
-    objects: dict[int, list[Found]] = {}
-    records = []
+    records: dict[int, Record] = {}
     for where, entry in objects_in(content, "images", str(annotations)):
-        key = whole(entry, "id", where)
-        if key in objects:
-            raise UserError(f"{where}: id {key} again; expected another for each image")
-        objects[key] = []
-        path = image_path(root, entry.get("file_name"), where)
-        records.append(Record(where, path, declared_size(entry, where), objects[key]))
+        key = _new_id(entry, records, where, "image")
+        records[key] = Record(where, image_path(root, entry.get("file_name"), where), declared_size(entry, where), [])
     if not records:
         raise UserError(f"{annotations}: no images; expected at least one")
-    seen = set()
+    seen: set[int] = set()
     for where, entry in objects_in(content, "annotations", str(annotations)):
         if "id" in entry:
-            key = whole(entry, "id", where)
-            if key in seen:
-                raise UserError(f"{where}: id {key} again; expected another for each annotation")
-            seen.add(key)
+            seen.add(_new_id(entry, seen, where, "annotation"))
         found = _parse_coco(entry, where)
         image = whole(entry, "image_id", where)
-        if image not in objects:
+        if image not in records:
             raise UserError(f"{where}: image_id {image}; expected the id of one of the images")
-        objects[image].append(found)
+        records[image].objects.append(found)
     index = {name: i for i, name in enumerate(classes)}
-    return to_listing(annotations, records, {key: index[name] for key, name in names.items()}, classes, on_bad_box)
+    ids = {key: index[name] for key, name in names.items()}
+    return to_listing(annotations, list(records.values()), ids, classes, on_bad_box)
+
+
+def _new_id(entry: dict[str, Any], taken: Container[int], where: str, kind: str) -> int:
+    key = whole(entry, "id", where)
+    if key in taken:
+        raise UserError(f"{where}: id {key} again; expected another for each {kind}")
+    return key
 
 
 def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
@@ -70,9 +71,7 @@ def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
 def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | None) -> dict[int, str]:
     names, taken = {}, set()
     for where, entry in objects_in(content, "categories", path):
-        key, name = whole(entry, "id", where), check_name(entry.get("name"), where)
-        if key in names:
-            raise UserError(f"{where}: id {key} again; expected another for each category")
+        key, name = _new_id(entry, names, where, "category"), check_name(entry.get("name"), where)
         if name in taken:
             raise UserError(f"{where}: name {shorten(name)} again; expected another for each category")
         if classes is not None and name not in classes:
