@@ -103,14 +103,11 @@ def changed(folder, place, change):
     [
         (lambda answers: {name: known + 0.1 for name, known in answers.items()}, 0.1),
         (lambda answers: answers | {"classify/probability": answers["classify/probability"] * np.nan}, 1),
-        (lambda answers: None, None),
-        (lambda answers: {}, None),
     ],
 )
 def test_a_device_that_answers_otherwise_is_told(change, share, exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", change)
-    found = bench.difference(folder, "CPUExecutionProvider")
-    assert found is None if share is None else found == pytest.approx(share, rel=0.15)
+    assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(share, rel=0.15)
 
 
 def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
@@ -133,9 +130,17 @@ def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
     assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(0.5 / 1.5, rel=1e-3)
 
 
-def test_answers_of_another_bundle_are_refused(exported, tmp_path):
-    folder = changed(exported[0], tmp_path / "bundle", lambda answers: {"classify/boxes": np.zeros(1)})
-    with pytest.raises(UserError, match=r"answers.npz: 'boxes' is not of this bundle"):
+@pytest.mark.parametrize(
+    ("answers", "wrong"),
+    [
+        ({"classify/boxes": np.zeros(1)}, "'boxes' is not of this bundle; expected"),
+        ({}, "empty; expected"),
+        (None, "unreadable .*; expected"),
+    ],
+)
+def test_answers_of_another_bundle_or_none_are_refused(answers, wrong, exported, tmp_path):
+    folder = changed(exported[0], tmp_path / "bundle", lambda _: answers)
+    with pytest.raises(UserError, match=rf"answers\.npz: {wrong}"):
         bench.difference(folder, "CPUExecutionProvider")
 
 

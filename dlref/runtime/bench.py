@@ -105,14 +105,9 @@ def clock(call: Callable[[], None]) -> list[float]:
     return times[WARMUP:]
 
 
-def difference(folder: Path, provider: str) -> float | None:
-    """The largest difference of an output from what the bundle answered where it was exported. Raises UserError.
-
-    None: the bundle does not hold what it answered.
-    """
+def difference(folder: Path, provider: str) -> float:
+    """The largest difference of an output from what the bundle answered where it was exported. Raises UserError."""
     path = folder / ANSWERS
-    if not path.is_file():
-        return None
     graphs = open_graphs(folder, read_manifest(folder), provider)
     inputs, answers = arrays(folder / EXAMPLE), arrays(path)
     try:
@@ -120,7 +115,9 @@ def difference(folder: Path, provider: str) -> float | None:
         shares = [differing(found[name][output], known) for name in answers for output, known in answers[name].items()]
     except KeyError as error:
         raise UserError(f"{path}: {error} is not of this bundle; expected its graphs and outputs") from None
-    return max(shares, default=None)
+    if not shares:
+        raise UserError(f"{path}: empty; expected what the bundle answered where it was exported")
+    return max(shares)
 
 
 def differing(found: np.ndarray, known: np.ndarray) -> float:
