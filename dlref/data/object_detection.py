@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.box_listings import BoxListing, OnBadBox, Picture
 from dlref.data.coco_boxes import read_coco
 from dlref.data.files import read_splits
@@ -26,7 +27,6 @@ from dlref.data.loader import check_at_least
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
 from dlref.data.scenes import make_scenes
 from dlref.data.small_images import digit_pools
-from dlref.data.streamed_pictures import MEAN, StreamedPictures
 from dlref.data.voc_boxes import read_voc
 from dlref.runtime.errors import UserError
 
@@ -109,7 +109,7 @@ def padded(rows: Tensor, places: int, value: float) -> Tensor:
     return torch.cat([rows, rows.new_full((places - len(rows), *rows.shape[1:]), value)])
 
 
-class ObjectDetectionData(StreamedPictures):
+class ObjectDetectionData(AnnotatedPictures):
     """Pictures with boxes; a subclass says how a split is listed.
 
     Training augments as SSD (Liu et al. 2016, section 2.2, "Data augmentation", and section 3.6): zoomed out up to

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.files import read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
@@ -30,7 +31,6 @@ from dlref.data.mask_listings import (
 )
 from dlref.data.scenes import Scenes, make_scenes
 from dlref.data.small_images import digit_pools
-from dlref.data.streamed_pictures import MEAN, StreamedPictures
 from dlref.runtime.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -90,7 +90,7 @@ class MaskedFiles(MaskedPictures):
         return read_image(self.names[index]), torch.from_numpy(read_mask(self.masks[index], self.table))
 
 
-class SegmentationData(StreamedPictures):
+class SegmentationData(AnnotatedPictures):
     """Pictures with masks; a subclass says what its splits are.
 
     Training resizes each picture by a random factor (so that its shorter side is 0.5 to 2 times `base_size`), takes a

@@ -10,8 +10,8 @@ from dlref.data.loader import SplitData
 MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out, or smaller than a crop
 
 
-class StreamedPictures(SplitData):
-    """Pictures, decoded one by one; a subclass fills `splits`.
+class AnnotatedPictures(SplitData):
+    """Pictures with boxes or masks, decoded one by one; a subclass fills `splits`.
 
     A subclass sets what its constructor takes: batch_size, num_workers, photometric.
     """
