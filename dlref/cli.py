@@ -320,26 +320,27 @@ def train(arguments: list[str] | None = None) -> int:
         # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
         # whatever it is at, once another has ended with anything but 0.
         return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
-    except (UserError, MisconfigurationException, ModuleNotFoundError) as error:  # a callback's package is missing
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        if (line := mendable(error)) is None:
             raise
-        where = error.filename or "the run's folder"
-        print(f"error: {where}: {error.strerror}; expected space; earlier checkpoints are intact", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if "`val_check_interval`" not in str(error):  # Lightning's word of a long one
-            raise
-        print(f"error: trainer: {one_line(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not lost_another(error):
-            raise
-        print("error: another process has ended; its own line says why", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def mendable(error: Exception) -> str | None:
+    """What a user can mend, on one line; None for an error of another kind."""
+    match error:
+        case UserError() | MisconfigurationException() | ModuleNotFoundError():  # a callback's package is missing
+            return one_line(error)
+        case OSError() if error.errno in FULL:
+            where = error.filename or "the run's folder"
+            return f"{where}: {error.strerror}; expected space; earlier checkpoints are intact"
+        case ValueError() if "`val_check_interval`" in str(error):  # Lightning's word of a long one
+            return f"trainer: {one_line(error)}"
+        case RuntimeError() if lost_another(error):
+            return "another process has ended; its own line says why"
+    return None
 
 
 def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
