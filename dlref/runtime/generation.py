@@ -85,7 +85,7 @@ class Writing:
         self.tokens, self.settings = list(prompt), settings
         self.spelling, self.end = tokenizer.spelling, tokenizer.end
         self.known = set(prompt) - {self.end}  # which stands before every prompt: no repetition when the text ends
-        self.prompt, self.generator = len(prompt), np.random.default_rng(settings.seed)
+        self.prompt_length, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.returned, self.reason = "", 0, ""
         if not settings.max_new_tokens:
@@ -94,7 +94,7 @@ class Writing:
     @property
     def new_tokens(self) -> int:
         """How many there are after the prompt."""
-        return len(self.tokens) - self.prompt
+        return len(self.tokens) - self.prompt_length
 
     def go_on(self, logits: np.ndarray) -> None:
         """Add the token after the last one, given logits (V); set `reason` where it ends the text."""

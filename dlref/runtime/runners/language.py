@@ -197,7 +197,7 @@ class Runner(Base):
                 pass
             for one in texts:
                 answer = {"text": one.text, "new_tokens": one.new_tokens, "reason": one.reason}
-                answers.append(answer | ({"truncated": True} if one.prompt > self.context_length else {}))
+                answers.append(answer | ({"truncated": True} if one.prompt_length > self.context_length else {}))
         return answers
 
     def written(self, prompt: str) -> Iterator[str]:
