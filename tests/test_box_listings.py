@@ -249,12 +249,17 @@ def test_boxes_are_judged_as_float32(tmp_path):
     assert "no area" in error_of(READERS["coco"], root)
 
 
+@pytest.mark.parametrize("terminal", ["1", "0"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_progress_is_shown_on_stderr_only(tmp_path, kind, monkeypatch, capsys):
+def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, kind, terminal, monkeypatch, capsys):
     root = write(tmp_path, kind)
     monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich goes by
+    monkeypatch.setenv("TERM", "xterm")
     assert len(READERS[kind](root).pictures) == 3
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Checking boxes" in shown.err if terminal == "1" else shown.err == ""
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "mpo", "png", "webp", "gif"])
@@ -309,8 +314,14 @@ def mended(kind: str, root: Path, on_bad_box: str, counted: str):
 
 def test_pictures_without_a_json_file_are_counted(tmp_path):
     root = write(tmp_path, "sagemaker")
-    (root / "JPEGImages/z.png").write_bytes(next(iter(PICTURES.values())))
-    message = f"{root}/JPEGImages: 1 pictures without a .json, left out: z.png"
+    first, *_ = sorted((root / "json").iterdir())
+    entry = json.loads(first.read_text())
+    (root / "JPEGImages/deep").mkdir()
+    (root / "JPEGImages" / entry["file"]).rename(root / "JPEGImages/deep" / entry["file"])
+    first.write_text(json.dumps(entry | {"file": f"deep/{entry['file']}"}))
+    for name in ("z.png", "deep/z.png"):
+        (root / "JPEGImages" / name).write_bytes(next(iter(PICTURES.values())))
+    message = f"{root}/JPEGImages: 2 pictures without a .json, left out: z.png, deep/z.png"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         listing = READERS["sagemaker"](root)
     assert len(listing.pictures) == len(BOXES)

@@ -207,6 +207,17 @@ def test_label_map_with_scale(tmp_path):
     assert f"{MASKS}b.png: value 90 in 48 pixels, class 30 by the label map; expected 0 to 1, or 255 for" in message
 
 
+def test_a_scale_makes_255_a_class_next_to_the_highest_that_is_there(tmp_path):
+    quarters = np.repeat(np.array([0, 85, 170, 255], np.uint8), 12).reshape(6, 8)
+    root = write(tmp_path, **{f"{MASKS}a.png": png(quarters), f"{MASKS}b.png": png(quarters)})
+    assert with_map(root, {"scale": 85}).pixels.sum(axis=0).tolist() == [24, 24, 24, 24]
+    write(tmp_path, **{f"{MASKS}{name}.png": png(np.where(quarters == 170, 85, quarters)) for name in "ab"})
+    listing = with_map(root, {"scale": 85})
+    assert (listing.classes, listing.table[255]) == (["0", "1"], VOID)
+    write(tmp_path, **{f"{MASKS}{name}.png": png(np.where(quarters > 90, np.uint8(255), 0)) for name in "ab"})
+    assert with_map(root, {"scale": 255}).pixels.sum(axis=0).tolist() == [48, 48]
+
+
 def test_label_map_with_map(tmp_path):
     root = write(tmp_path)
     listing = well_formed_or_none(with_map, root, {"map": {"1": 0, "0": "2", "2": 1}})
@@ -235,10 +246,15 @@ def test_mask_of_a_turned_picture_is_upright(tmp_path, orientation):
     assert message == (f"{root}/{MASKS}b.png: 6 x 8 pixels; expected 8 x 6, as {root}/{IMAGES}b.jpg has when shown")
 
 
-def test_progress_is_shown_on_stderr_only(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", ["1", "0"])
+def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, terminal, monkeypatch, capsys):
     monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich goes by
+    monkeypatch.setenv("TERM", "xterm")
     assert len(READERS["list"](write(tmp_path)).images) == 2
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Reading masks" in shown.err if terminal == "1" else shown.err == ""
 
 
 def test_first_broken_mask_is_named_and_warnings_are_left_alone(tmp_path):

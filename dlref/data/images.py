@@ -69,7 +69,7 @@ def show_progress(items: list[Item], what: str) -> Iterable[Item]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    hidden = len(items) <= SHOW_PROGRESS_ABOVE or not console.is_terminal  # elsewhere rich would leave an empty line
+    hidden = len(items) <= SHOW_PROGRESS_ABOVE or not (console.is_terminal or console.is_jupyter)
     return track(items, what, transient=True, console=console, disable=hidden)
 
 

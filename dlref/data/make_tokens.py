@@ -38,7 +38,8 @@ def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> Non
 def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
     """Pass texts on, showing on a terminal how many characters there were."""
     console, shown = Console(stderr=True), "{task.description}: {task.completed:.1f} million characters"
-    with Progress(shown, console=console, transient=True, disable=not console.is_terminal) as progress:
+    hidden = not (console.is_terminal or console.is_jupyter)  # elsewhere rich would leave an empty line
+    with Progress(shown, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(title, total=None)
         for name, text in texts:
             yield name, text

@@ -187,7 +187,7 @@ def _class_ids(label_map: str | Path | None, classes: list[str] | None, void: in
             ids = _from_map(content["map"], str(label_map), void)
         else:
             ids //= _whole(content["scale"], 1, VALUES - 1, f"{label_map}: scale")
-            if classes is None or ids[VOID] >= len(classes):
+            if ids[VOID] >= (MAX_CLASSES if classes is None else len(classes)):
                 ids[VOID] = VOID
     if void != VOID:
         ids[void] = VOID
@@ -241,6 +241,9 @@ def _to_listing(
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     if classes is None:
         found = counts.any(axis=0)
+        highest = ids[:VOID][found[:VOID] & (ids[:VOID] != VOID)].max(initial=-1)
+        if label_map is not None and "scale" in read_json(label_map) and ids[VOID] != highest + 1:
+            ids[VOID] = VOID  # by a scale it is a class only next to one that is there
         count = ids[found & (ids != VOID)].max(initial=-1) + 1
         _check_count(count, str(source), hint if found[VOID] else "")
         classes = [str(i) for i in range(count)]

@@ -54,8 +54,10 @@ def read_sagemaker(
         raise UserError(f"{annotations}: no .json files; expected one for each image")
     listing = _by_class_id(annotations, records, names, classes, on_bad_box)
     named = {os.path.normpath(record.path) for record in records}
-    pictures = [entry.path for entry in visible_entries(images) if entry.name.lower().endswith(SUFFIXES)]
-    if without := [os.path.basename(path) for path in pictures if os.path.normpath(path) not in named]:
+    folders = {Path(os.path.normpath(images)), *(Path(path).parent for path in named)}
+    entries = [entry for folder in sorted(folders) for entry in visible_entries(folder)]
+    pictures = [entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES)]
+    if without := [os.path.relpath(path, images) for path in pictures if os.path.normpath(path) not in named]:
         rank_zero_warn(f"{images}: {len(without)} pictures without a .json, left out: {first_of(without)}")
     return listing
 
