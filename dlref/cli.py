@@ -29,7 +29,6 @@ from dlref.config import (
     check_parts,
     check_trainer,
     enums_as_text,
-    make_resumable,
     no_other_configs,
     readable,
 )
@@ -37,7 +36,7 @@ from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
 from dlref.tasks.task import Task
-from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
+from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO, make_resumable
 from dlref.training.debug import PRESET, Overfit
 from dlref.training.devices import UnevenEvaluation, fast_steps, lost_another, warn_of_slow_bfloat16
 from dlref.training.finite import StopOnNonFiniteLoss
@@ -141,7 +140,7 @@ class TrainCLI(LightningCLI):
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
 
     def settle_fit(self) -> None:
-        """Whether a fit records what it does, or is a short one that shows where time goes. Raises UserError."""
+        """Refuse a fit that cannot be; does it record what it does, and is it a profile? Raises UserError."""
         options = self.options
         check_fit(options)
         self.records = not (options.debug or options.trainer.fast_dev_run)

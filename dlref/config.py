@@ -13,15 +13,8 @@ from pathlib import Path
 from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.fabric.utilities.enums import LightningEnum
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -40,8 +33,6 @@ ALLOWED_CLASS_PATHS = [
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-# Callbacks that forget what they were at, or that train by what no config says.
-UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # of a run, as schedules call it
 # What a checkpoint's name may have filled in, beside its own name; {step:c} is a letter by its number, such as a slash.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
@@ -162,18 +153,6 @@ def check_fit(options) -> None:
         raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
     if schedule := options.model.init_args.get("lr_scheduler"):
         check_schedule(schedule.class_path)
-
-
-def make_resumable(callbacks: list[Callback]) -> None:
-    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
-    for callback in callbacks:
-        if isinstance(callback, UNRESUMED):
-            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
-        if isinstance(callback, EarlyStopping):
-            if callback._check_on_train_epoch_end:
-                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
-                raise UserError(f"EarlyStopping: {words}")
-            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
 
 
 class Parser(LightningArgumentParser):

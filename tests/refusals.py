@@ -9,7 +9,7 @@ def one_line(error: UserError) -> str:
     """The message of a proper one."""
     message = str(error)
     assert len(message.splitlines()) == 1, message
-    assert "; expected " in message
+    assert "; expected " in message, message
     return message
 
 

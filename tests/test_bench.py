@@ -236,6 +236,11 @@ def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
     assert figures["installed_mb"] > bench.installed_mb("torch")
 
 
+def test_a_manifest_that_does_not_say_how_often_a_graph_is_called_is_refused():
+    with pytest.raises(UserError, match=r"^manifest.json: a graph without 'calls'; expected one that export.py wrote$"):
+        bench.repeating({"classify": dict}, {"classify": {"dynamic_axes": {}}})
+
+
 def test_weights_that_graphs_share_count_once():
     shared = nn.Linear(10, 10, bias=False)
     modules = {"encode": nn.Sequential(shared), "step": nn.Sequential(shared, nn.Linear(10, 5, bias=False))}

@@ -25,7 +25,7 @@ from handmade import METADATA, write_manifest
 from PIL import Image
 
 from dlref.data.images import read_image as to_train_with
-from dlref.runtime import UserError, kinds, load, sessions
+from dlref.runtime import UserError, kinds, load, runner_of, sessions
 from dlref.runtime import bundle as bundles
 from dlref.runtime.__main__ import line, main, places_of, progress, save
 from dlref.runtime.images import ask, centre, read_image, resize
@@ -541,6 +541,11 @@ def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundl
         assert len(printed.splitlines()) == 1
     assert main([str(bundle), "absent.png", "--beam", "2"]) == 2
     assert capsys.readouterr().err == "error: --beam: not of this bundle; expected a bundle of another kind\n"
+
+
+def test_no_option_is_of_two_kinds():
+    names = [name for kind in kinds() for name in runner_of(kind).options]
+    assert len(names) == len(set(names)) > 2
 
 
 def test_options_may_stand_anywhere(bundle, tmp_path, capsys):

@@ -177,8 +177,8 @@ class Attempts:
             return ""
         name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))
         return (
-            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.degradation:.2f} points lost, expected at most "
-            f"{self.target.gate}"
+            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.degradation:.2f} points lost"
+            f"{', of inputs of one fixed shape' * self.target.static}, expected at most {self.target.gate}"
         )
 
     def not_faster(self, attempt: Attempt) -> str:

@@ -15,5 +15,5 @@ def say(line: str) -> None:
 
 def watched(batches: Iterable, title: str) -> Iterator:
     """The same batches, with a bar that shows on a terminal how far they are."""
-    hidden = not console.is_terminal  # rich would leave an empty line
+    hidden = not (console.is_terminal or console.is_jupyter)  # elsewhere rich would leave an empty line
     return track(batches, title, console=console, transient=True, disable=hidden)

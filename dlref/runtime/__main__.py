@@ -286,9 +286,9 @@ def benchmark(arguments: list[str]) -> int:
     target = read_manifest(options.bundle)["target"]
     threads = min(options.threads or target.get("threads") or 0, cores())  # 0: as `load` has it, all
     provider = options.provider or target["provider"]
-    figures = bench(options.bundle, threads, provider) | {"difference": difference(options.bundle, provider)}
+    found = {"difference": difference(options.bundle, provider)}
     asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads or cores()}
-    print(json.dumps(asked | figures, indent=2))
+    print(json.dumps(asked | bench(options.bundle, threads, provider) | found, indent=2))
     return 0
 
 

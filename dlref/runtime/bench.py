@@ -80,12 +80,18 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
 
 
 def repeating(graphs: Graphs, described: dict) -> Graphs:
-    """The graphs, each called as often as an answer calls it; `described` is what the manifest says of them."""
+    """The graphs, each called as often as an answer calls it; `described` is what the manifest says of them.
+
+    Raises UserError.
+    """
 
     def called(graph: Callable, times: int) -> Callable:
         return lambda **inputs: [graph(**inputs) for _ in range(times)]
 
-    return {name: called(graph, described[name]["calls"]) for name, graph in graphs.items()}
+    try:
+        return {name: called(graph, described[name]["calls"]) for name, graph in graphs.items()}
+    except KeyError as error:
+        raise UserError(f"manifest.json: a graph without {error}; expected one that export.py wrote") from None
 
 
 def answer(graphs: Graphs, inputs: Arrays) -> None:

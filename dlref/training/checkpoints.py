@@ -7,15 +7,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dlref.runtime import UserError
+from dlref.runtime.errors import one_line
 from dlref.training.seal import write_sealed
 from dlref.training.sigterm import listen
+
+# Callbacks that forget what they were at, or that train by what no config says.
+UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 
 
 class Interrupted(Exception):
@@ -126,10 +139,12 @@ class Last(Checkpoint):
             loaders = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
             self.taken = sum(int(loader["taken"]) for loader in loaders)
             known = checkpoint["callbacks"][self.state_key]
-            self.batches, self.accumulated = known["batches"], known["accumulated"]
-            self.validated, self.seed = known["validated"], known["seed"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"loops and callbacks: {error!r}; expected a checkpoint that train.py wrote") from None
+            self.batches, self.accumulated = int(known["batches"]), int(known["accumulated"])
+            self.validated, self.seed = bool(known["validated"]), int(known["seed"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
+            ) from None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Go on in the epoch, and listen to SIGTERM, to end between two steps with what was learnt so far."""
@@ -239,6 +254,18 @@ def check_interval(trainer: Trainer) -> None:
             f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
             f"{added}; expected a multiple: no checkpoint has accumulated gradients"
         )
+
+
+def make_resumable(callbacks: list[Callback]) -> None:
+    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
+    for callback in callbacks:
+        if isinstance(callback, UNRESUMED):
+            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
+        if isinstance(callback, EarlyStopping):
+            if callback._check_on_train_epoch_end:
+                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
+                raise UserError(f"EarlyStopping: {words}")
+            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
 
 
 def stops_here(trainer: Trainer) -> bool:

@@ -528,6 +528,8 @@ def module_outside(place: Place) -> str:
     return f"{place.folder.resolve() / CHECKPOINTS}/../../../outside/{MODULE}.py"
 
 
+TWO = {"batches": torch.tensor([1, 2]), "accumulated": 1, "validated": True, "seed": 0}
+
 # What is no code, and not what a checkpoint holds either.
 MALFORMED: dict[str, tuple[dict[str, object], list[str]]] = {
     "facts that are a list": ({"facts": [1]}, TEST),
@@ -537,7 +539,10 @@ MALFORMED: dict[str, tuple[dict[str, object], list[str]]] = {
     "a step that is a text": ({"global_step": "os.system"}, RESUME),
     "loops that are a list": ({"loops": [1]}, RESUME),
     "an optimiser that is a text": ({"optimizer_states": "os.system"}, RESUME),
+    "what was asked of an optimiser as a list": ({"optimizer": [1]}, RESUME),
     "callbacks that are a list": ({"callbacks": [1]}, RESUME),
+    "a place in the epoch that is none": ({"callbacks": {"Last": {}}}, RESUME),
+    "a place in the epoch that is two": ({"callbacks": {"Last": TWO}}, RESUME),
     "a version that is a list": ({"pytorch-lightning_version": [1]}, RESUME),
 }
 
