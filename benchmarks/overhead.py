@@ -5,7 +5,8 @@ network, data, augmentation, optimiser, schedule and clipping, from the same see
 callbacks and loggers of `train.py fit` and draws its progress bar; the bare loop does only what the mathematics needs.
 They take turns every few steps, for what else a machine does changes within seconds by more than is to be found. Timed
 are the steps of an epoch but the first, without what comes between epochs. 0.952 times the steps of a bare loop are an
-overhead of 5%. Short steps show what the Trainer adds, 1 to 2 ms; in longer ones it is lost in the spread of the turns.
+overhead of 5%. Short steps show what the Trainer adds, 1 to 2 ms; in most longer ones the spread of the turns
+hides it.
 """
 
 import itertools

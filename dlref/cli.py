@@ -23,15 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.config import (
-    Parser,
-    check_fit,
-    check_parts,
-    check_trainer,
-    enums_as_text,
-    no_other_configs,
-    readable,
-)
+from dlref.config import Parser, check_fit, check_parts, check_trainer, enums_as_text, no_other_configs, readable
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain

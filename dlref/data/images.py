@@ -69,7 +69,8 @@ def show_progress(items: list[Item], what: str) -> Iterable[Item]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    hidden = len(items) <= SHOW_PROGRESS_ABOVE or not (console.is_terminal or console.is_jupyter)
+    shown = console.is_terminal or console.is_jupyter  # elsewhere rich would leave an empty line
+    hidden = len(items) <= SHOW_PROGRESS_ABOVE or not shown
     return track(items, what, transient=True, console=console, disable=hidden)
 
 
