@@ -38,6 +38,7 @@ from dlref.training.profile import StepProfile, Unprofiled
 from dlref.training.progress import Progress
 from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text, written_pictures
 from dlref.training.sigterm import EndAtSigterm
+from dlref.training.summary import NetworkSummary
 from dlref.training.weights import read_checkpoint
 
 # Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
@@ -189,9 +190,13 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """A trainer that writes into the run's folder, or nothing at all."""
-        shown = self.options.trainer.enable_progress_bar is not False
-        self.trainer_defaults["callbacks"] = [EndAtSigterm(), *([Progress()] if shown else [])]
-        kwargs |= {"default_root_dir": self.run, "plugins": []}
+        given = self.options.trainer
+        self.trainer_defaults["callbacks"] = [
+            EndAtSigterm(),
+            *([Progress()] if given.enable_progress_bar is not False else []),
+            *([NetworkSummary()] if given.enable_model_summary is not False else []),
+        ]
+        kwargs |= {"default_root_dir": self.run, "plugins": [], "enable_model_summary": False}  # Lightning's own
         # When SLURM requeues a job, Lightning would write a checkpoint that it later prefers to all others.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]

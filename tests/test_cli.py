@@ -486,3 +486,15 @@ def test_who_trains_in_bfloat16_on_a_processor_without_is_told(precision, capabi
     how += ["--final_test", "false", "--trainer.enable_model_summary", "false"]
     assert fit(*how, "--trainer.max_epochs", "1") == 0
     assert ("imitates it, many times slower than 32-true" in capsys.readouterr().err) is told
+
+
+def test_a_fit_prints_the_parts_of_its_network_and_how_many_parameters_are_frozen(capsys):
+    how = ["--model.init_args.freeze", "c1", "--final_test", "false", "--trainer.max_epochs", "1"]
+    assert fit(*how) == 0
+    printed = capsys.readouterr().out
+    for row in (r"c1 +│ Conv2d +│ +156 ", r"c3 +│ Conv2d +│ +2,416 ", r" +│ LeNet5 +│ +61,706 ", "156 of them frozen"):
+        assert re.search(row, printed), row
+    assert "metrics" not in printed
+    assert "FLOPs" not in printed
+    assert fit(*how, "--overwrite", "--trainer.enable_model_summary", "false") == 0
+    assert "LeNet5" not in capsys.readouterr().out
