@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,21 @@ def test_answers_stay_alone_where_standard_error_is_closed(bundle, tmp_path, cap
     assert main([str(bundle / "none"), "a.png"]) == 2
     sys.stderr.close()
     assert capsys.readouterr().out == ""
+
+
+def test_a_picture_whose_exif_is_cut_off_is_answered_without_a_warning(bundle, tmp_path):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x010E] = "a description" * 20
+    Image.fromarray(grey(255)).save(file, "JPEG", exif=exif)
+    content = file.getvalue()
+    begin = content.index(b"Exif")
+    size = int.from_bytes(content[begin - 2 : begin], "big")
+    cut = content[: begin - 2] + (42).to_bytes(2, "big") + content[begin : begin + 40] + content[begin - 2 + size :]
+    (tmp_path / "cut.jpg").write_bytes(cut)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main([str(bundle), str(tmp_path / "cut.jpg")]) == 0
+    assert not caught
 
 
 def test_sizes_are_asked_for_once_or_twice(bundle, monkeypatch):

@@ -18,8 +18,6 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from PIL import Image
-
 from dlref.runtime import UserError, kinds, load, runner_of
 from dlref.runtime.arguments import Parser, positive
 from dlref.runtime.runner import BATCH, Runner, plain
@@ -37,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the caller
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
-    warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped
+    # Pillow's warnings: an image that is too large is refused, transparency is dropped, damaged EXIF turns nothing.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status = command(arguments)
         sys.stdout.flush()
