@@ -1,4 +1,4 @@
-"""A trained task -> a verified bundle for one target: `bundle.export`. Devices are in `targets`.
+"""Turn a trained task into a verified bundle for one target: `bundle.export`. Devices are in `targets`.
 
-Importing this package imports nothing heavy, so that `export.py --list-targets` answers at once.
+Importing this package imports nothing heavy, so that `export.py --list-targets` returns at once.
 """

@@ -1,8 +1,9 @@
-"""From float32 graphs to the lowest precision of a target that loses nothing that counts.
+"""Convert a task's graphs to its target's precision, and fall back to float32 if that costs too much accuracy.
 
-Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused where the
-task's metric falls by more than the target's gate, or where it is not faster than float32; then other ranges are
-tried, then the worst nodes stay float, and in the end the bundle is float32 and says why.
+Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused if the task's
+metric falls by more than the target's gate, or if the bundle is not faster than float32. If the metric falls too far,
+other ways to find the ranges are tried, then the worst nodes stay float. The last resort is a float32 bundle, whose
+report lists the refused attempts and the reasons.
 """
 
 import os
@@ -44,7 +45,7 @@ FLOAT32 = Plan("float32")
 
 @dataclass
 class Attempt:
-    """A bundle that was judged; `refused` says why it is not the one, and is empty for the one that is."""
+    """A bundle and its verdict: `refused` holds the reason for a refusal, and is empty for an accepted bundle."""
 
     plan: Plan
     folder: Path
@@ -59,9 +60,9 @@ class Attempts:
     """All attempts of one export.
 
     Args:
-        task: trained, knowing its data.
+        task: the trained task, which has taken the facts of its data.
         data: its data module, set up.
-        deployable: what the task answered for a validation batch.
+        deployable: the task's `deployable()` for a validation batch.
         target: the device.
         place: an empty folder to work in.
     """
@@ -80,14 +81,14 @@ class Attempts:
         self.contenders = Contenders(target, deployable.graphs, place / "programs", self.bundle(FLOAT32))
 
     def source(self, name: str) -> Path:
-        """The ONNX file of a graph as PyTorch wrote it."""
+        """Return the path of the ONNX file that PyTorch wrote for a graph."""
         return self.place / "sources" / f"{name}.onnx"
 
     # The ladder
 
     def find_best(self) -> Attempt:
-        """Try plans, best first, until one is not refused. Raises Refused if not even float32 is good enough."""
-        self.exact = self.parity(FLOAT32)  # first: a lower precision is judged by a metric, which forgives
+        """Try plans, best first, until one is not refused. Raises Refused if even float32 is not good enough."""
+        self.exact = self.parity(FLOAT32)  # first: the metric that judges a lower precision hides small errors
         for split in ("validation", "test"):
             self.score_pytorch(split)
         for plan in self.plans():
@@ -99,7 +100,7 @@ class Attempts:
         raise AssertionError("float32 holds, or has raised Refused")
 
     def plans(self) -> Iterator[Plan]:
-        """What to try next, given what was refused so far."""
+        """Yield the next plan to try, given the attempts refused so far."""
         if any(map(self.calibrated, self.deployable.graphs)):
             yield from self.quantised_plans()
         elif self.target.precision != "float32":
@@ -107,9 +108,9 @@ class Attempts:
         yield FLOAT32
 
     def quantised_plans(self) -> Iterator[Plan]:
-        """Plans with each calibration method, then the best of these with ever more of the worst nodes kept in float.
+        """Yield a plan for each calibration method, then the best one with more and more of the worst nodes in float.
 
-        It stops once an attempt was not faster: none of the other plans would be.
+        Stop after an attempt that is not faster than float32: no other plan would be.
         """
         for method in SAMPLES:
             yield Plan(self.target.precision, method)
@@ -123,20 +124,20 @@ class Attempts:
                 name: worst_nodes(self.source(name), self.converted(name, best.plan), self.feeds[name])
                 for name in filter(self.calibrated, self.deployable.graphs)
             }
-        except UserError as error:  # it keeps all that flows between the nodes in memory
+        except UserError as error:  # it keeps all activations in memory
             say(f"the worst nodes are not known: {error}")
             return
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
             plan = Plan(self.target.precision, best.plan.calibration, kept)
-            if plan == self.made[-1].plan:  # of few nodes, two shares can be the same
+            if plan == self.made[-1].plan:  # with few nodes, two shares can round to the same number
                 continue
             yield plan
             if self.made[-1].slower:
                 return
 
     def too_large(self) -> dict[str, tuple[str, ...]]:
-        """The nodes of each graph that float16 has no numbers for."""
+        """Return the nodes of each graph whose values are too large for float16."""
         try:
             feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
             found = {name: tuple(nodes_beyond_float16(self.source(name), some)) for name, some in feeds.items()}
@@ -146,13 +147,13 @@ class Attempts:
         return {name: nodes for name, nodes in found.items() if nodes}
 
     def calibrated(self, name: str) -> bool:
-        """Whether a graph is quantised on data."""
+        """Return whether quantising a graph needs calibration data."""
         return is_calibrated(self.source(name), self.target)
 
     # One attempt
 
     def judged(self, plan: Plan) -> Attempt:
-        """Build a bundle and check it against PyTorch. Raises Refused where not even float32 holds."""
+        """Build a bundle and check it against PyTorch. Raises Refused if even float32 fails."""
         exact = plan == FLOAT32
         forgiven = any(graph.selected or graph.discrete for graph in self.deployable.graphs.values())
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
@@ -168,11 +169,11 @@ class Attempts:
         except UserError as error:
             if exact:
                 raise
-            attempt.refused = str(error).replace(f"{attempt.folder}{os.sep}", "")  # a path of this machine
+            attempt.refused = str(error).replace(f"{attempt.folder}{os.sep}", "")  # no paths of this machine
         return attempt
 
     def too_much_lost(self, attempt: Attempt) -> str:
-        """Why the metric refuses an attempt, or nothing."""
+        """Return why an attempt's metric is too low, or an empty string."""
         if attempt.degradation <= self.target.gate:
             return ""
         name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))
@@ -182,7 +183,7 @@ class Attempts:
         )
 
     def not_faster(self, attempt: Attempt) -> str:
-        """Why an attempt is too slow, or nothing; where this machine is unlike the device, speed does not count."""
+        """Return why an attempt is too slow, or an empty string. Speed counts only on a machine like the device."""
         if not can_time(self.target):
             return ""
         own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))
@@ -190,7 +191,7 @@ class Attempts:
         return f"{own:.3f} ms an answer, float32 takes {float32:.3f} ms; expected less" if attempt.slower else ""
 
     def bundle(self, plan: Plan) -> Path:
-        """The folder of a bundle by `plan`, with nothing verified yet."""
+        """Return the folder of `plan`'s bundle; if it does not exist yet, build it without verifying it."""
         folder = self.place / "bundles" / str(plan)
         if folder.is_dir():
             return folder
@@ -212,14 +213,14 @@ class Attempts:
         return folder
 
     def converted(self, name: str, plan: Plan) -> Path:
-        """The ONNX file of a graph by `plan`."""
+        """Return the path of a graph's ONNX file, converted by `plan`."""
         return self.place / "converted" / str(plan) / f"{name}.onnx"
 
     def example(self) -> dict[str, np.ndarray]:
-        """The inputs of a single answer, by graph and name: values of real ones in random order.
+        """Return inputs for a single prediction, by graph and name: real values, shuffled.
 
-        They lie in the right range, and tell nothing of whom they came from. Whole numbers along no free axis, such as
-        categories, may each have a range of their own: they all become the least of them.
+        Shuffled values keep a realistic range and do not reveal the original input. Integers with no dynamic axis
+        besides the batch, such as categories, may each have a range of their own: all become the smallest of them.
         """
         shuffled, arrays = np.random.default_rng(0).permutation, {}
         for name, graph in self.deployable.graphs.items():
@@ -232,9 +233,9 @@ class Attempts:
         return arrays
 
     def keep_answers(self, plan: Plan) -> None:
-        """Put beside a bundle's example what it answers here: a device sees whether it answers alike.
+        """Save the bundle's outputs on this machine next to its example input, for comparison on a device.
 
-        Its manifest has to be written again.
+        The bundle's manifest must be written again afterwards.
         """
         folder = self.bundle(plan)
         graphs, inputs = open_graphs(folder, read_manifest(folder), provider(self.target)), example(folder)
@@ -243,7 +244,7 @@ class Attempts:
         np.savez(folder / ANSWERS, **named)
 
     def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
-        """The graphs of a bundle as a device opens them; float32 on the CPU, for a GPU rounds otherwise."""
+        """Open the graphs of a bundle as a device does; float32 always on the CPU, since a GPU rounds differently."""
         folder = self.bundle(plan)
         if plan != FLOAT32:
             smoke_test(folder, provider(self.target))
@@ -252,7 +253,7 @@ class Attempts:
     # Checked against PyTorch
 
     def parity(self, plan: Plan) -> list[dict]:
-        """Every graph at every declared size. Raises Refused."""
+        """Compare every graph with PyTorch at every declared size. Raises Refused."""
         rows, graphs = [], self.opened(plan)
         for name, graph in self.deployable.graphs.items():
             tolerance = graph.tolerance if plan == FLOAT32 else inf
@@ -260,11 +261,11 @@ class Attempts:
         return [{"precision": plan.precision, **row} for row in rows]
 
     def loader(self, split: str) -> Iterable:
-        """The batches of a split."""
+        """Return the data loader of a split."""
         return {"validation": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
 
     def score_pytorch(self, split: str) -> None:
-        """The task's metric on a whole split, by PyTorch. Raises UserError where there is none."""
+        """Compute PyTorch's metric on a whole split. Raises UserError if the metric is not a finite number."""
         batches = watched(self.loader(split), f"PyTorch on {split}")
         self.pytorch[split] = self.task.evaluate(self.deployable.runner(self.references), batches)
         if not np.isfinite(self.pytorch[split]):
@@ -272,7 +273,7 @@ class Attempts:
             raise UserError(f"{found}; expected a number, of data that it can be computed of")
 
     def metric(self, plan: Plan, split: str) -> dict:
-        """The task's metric on a whole split, by PyTorch and by a bundle, whose answers float32 compares one by one."""
+        """Return PyTorch's and a bundle's metric on a whole split. In float32, also compare every single output."""
         graphs, exact = self.opened(plan), plan == FLOAT32
         loader, compared = self.loader(split), graphs
         if exact:
@@ -297,7 +298,7 @@ class Attempts:
         }
 
     def verification(self, chosen: Attempt) -> dict:
-        """What the manifest says of how the bundle compares, with the whole test split, and of what was refused."""
+        """Return the manifest's verification: parity, the metric on both splits, and every attempt."""
         attempts = [
             {
                 "precision": attempt.plan.precision,
@@ -316,11 +317,11 @@ class Attempts:
             "attempts": attempts,
         }
 
-    # What the quantiser sees
+    # Calibration data
 
     @cached_property
     def feeds(self) -> dict[str, Feeds]:
-        """What each graph met while the task's runner answered for training batches."""
+        """The inputs of each graph, recorded while the task's runner predicts training batches."""
         self.data.setup("fit")
         graphs = self.opened(FLOAT32)
         enough = DEBUGGED if self.target.quantisation is None else max(SAMPLES.values())
@@ -334,7 +335,7 @@ class Attempts:
 
 
 class Recorder:
-    """A graph that keeps what it is asked, one sample at a time, until it has `enough`."""
+    """A graph that records its inputs, one sample at a time, until it has `enough`."""
 
     def __init__(self, graph, exported: Callable, enough: int):
         self.exported, self.shape, self.axes, self.enough = exported, exported.shape, graph.dynamic_axes, enough
@@ -342,11 +343,11 @@ class Recorder:
 
     @property
     def full(self) -> bool:
-        """Whether more would not be looked at."""
+        """Whether enough samples are recorded."""
         return len(self.feeds) >= self.enough
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The graph's own answer."""
+        """Record the inputs and return the graph's outputs."""
         batch = {name: axis for name, axes in self.axes.items() for axis, symbol in axes.items() if symbol == "batch"}
         rows = {inputs[name].shape[axis] for name, axis in batch.items()} or {1}
         for row in range(max(rows)):

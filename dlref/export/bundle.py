@@ -1,4 +1,4 @@
-"""A trained task -> a verified bundle for one target: export, convert, verify, measure, write."""
+"""Turn a trained task into a verified bundle for one target: export, convert, verify, measure, write."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ from dlref.runtime.bundle import check_provider, read_manifest
 from dlref.runtime.errors import FULL
 
 BUNDLE = "bundle"
-BEFORE = "before"  # where a bundle is until another has taken its place
+BEFORE = "before"  # holds the earlier bundle until the new one has taken its place
 
 
 def export(task, data, target: Target, output: Path, contenders: tuple[str, ...] = CONTENDERS) -> dict:
     """Write the bundle of a trained `task` to the folder `output` and return its manifest.
 
-    `data` is the task's data module: it gives real inputs, the ranges of activations and the metric. `contenders`
-    are measured. The folder appears complete or not at all. Raises UserError, and Refused where the bundle does
-    not answer as PyTorch does.
+    `data` is the task's data module; it supplies real inputs, calibration data and the splits that the metric is
+    computed on. `contenders` names the contenders to measure. The folder appears complete or not at all. Raises
+    UserError, and its subclass Refused if the bundle's outputs differ from PyTorch's.
     """
     check_provider(f"target {target.name}", target.provider)
     data.prepare_data()
@@ -43,15 +43,15 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
         attempts.keep_answers(chosen.plan)
         signatures, precision = place / "converted" / str(chosen.plan), chosen.plan.precision
         manifest = write_manifest(chosen.folder, deployable, target, precision, signatures, verification, measurement)
-        load(chosen.folder, provider=provider(target))  # what was written is what a device will open
+        load(chosen.folder, provider=provider(target))  # opens the written files as a device will
         chosen.folder.rename(place / BUNDLE)
     return manifest
 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder to work in, beside `output`. What is then in its BUNDLE becomes `output`; the rest vanishes."""
-    output = Path(os.path.realpath(output))  # of what cannot be looked at, Path's methods raise before Python 3.14
+    """Yield a working folder beside `output`. In the end its subfolder BUNDLE becomes `output`; the rest is removed."""
+    output = Path(os.path.realpath(output))  # Path's methods raise for inaccessible paths before Python 3.14
     if os.path.islink(output):
         raise UserError(f"{output}: a link to itself; expected a folder for the bundle")
     if os.path.ismount(output):
@@ -80,7 +80,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def space_for(output: Path) -> Iterator[None]:
-    """Raise UserError where what is written beside `output` does not fit."""
+    """Raise UserError if the disk runs out of space while files are written beside `output`."""
     try:
         yield
     except OSError as error:
@@ -91,7 +91,7 @@ def space_for(output: Path) -> Iterator[None]:
 
 
 def replace(made: Path, output: Path, aside: Path) -> None:
-    """Put a folder in the place of another, which stays where that fails. Raises UserError."""
+    """Move `made` to `output`, and an existing `output` to `aside` first; undo that on failure. Raises UserError."""
     try:
         if output.exists():
             output.rename(aside)
@@ -108,7 +108,7 @@ def replace(made: Path, output: Path, aside: Path) -> None:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is a bundle and nothing else: only that may be replaced."""
+    """Return whether a folder is a bundle and holds nothing else: only such a folder may be replaced."""
     try:
         read_manifest(folder)
     except UserError:

@@ -1,4 +1,4 @@
-"""A float32 graph -> what a target's precision and file format ask for, by onnxruntime's own tools."""
+"""Convert a float32 graph to a target's precision and file format, with onnxruntime's own tools."""
 
 import io
 import shutil
@@ -33,7 +33,7 @@ from dlref.runtime.errors import one_line
 
 Feeds = list[dict[str, np.ndarray]]
 
-# A graph that holds one of these is quantised statically, on real data: what surrounds it stays in integers.
+# Graphs with these operators are quantised statically, on real data: the nodes around them then stay in integers.
 CONVOLUTIONS = {"Conv", "ConvTranspose"}
 # Softmax, sigmoids and resizing stay float: 256 levels are too few for a probability or a coordinate.
 STATIC = [
@@ -49,41 +49,42 @@ STATIC = [
     "Concat",
 ]
 WEIGHTED = {*CONVOLUTIONS, "Gemm", "MatMul"}
-FUSED = {"Relu", "Clip"}  # into the node before: what lies between is never quantised
-# Others dynamically. Named, for left alone quantize_dynamic rewrites Attention (opset 23) into an operator that
-# nothing runs; and onnxruntime has no integer GRU.
+FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is never quantised
+# Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
+# Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
 QUANTISED = {*WEIGHTED, *DYNAMIC}
-# Graphs with these stay float32: few kernels have them otherwise, and what is left around them gains nothing. For
-# an NPU, forecasts with 8-bit weights were off by a tenth of a series' mean a step, and the metric hardly saw it.
+# For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
+# and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
+# of a series' mean per step, and the metric hardly showed it.
 RECURRENT = {"LSTM", "GRU", "RNN"}
 # Operators that turn a mask's infinities into finite numbers; Clip's infinity is only its bound.
 FINITE = {"Softmax", "Exp", "Clip"}
-# Operators whose answers have a range of their own, whatever they are given.
+# Operators whose outputs have a range of their own, whatever their inputs.
 BOUNDED = {*RECURRENT, "Tanh", "Sigmoid", "Softmax", "LayerNormalization"}
-# Histograms keep every activation of every sample in memory, so they see fewer.
+# Calibration samples by method. Those with histograms keep every activation in memory, so they get fewer samples.
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
-DEBUGGED = 4  # samples to look for the worst nodes on
-KEPT_FLOAT = (0.05, 0.15, 0.4)  # shares of the nodes to try
-LARGE = 65504 / 8  # an eighth of float16's largest number: other data may have larger ones
+DEBUGGED = 4  # samples on which to look for the worst nodes, and for values too large for float16
+KEPT_FLOAT = (0.05, 0.15, 0.4)  # shares of the nodes to keep in float, tried in turn
+LARGE = 65504 / 8  # an eighth of float16's largest number: other data may have larger values
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to try: a precision, how its ranges are found, and which nodes of each graph stay float."""
+    """One way to convert the graphs: a precision, a calibration method, and the nodes of each graph that stay float."""
 
     precision: str
     calibration: str | None = None
     kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Also the name of its folder."""
+        """Return the plan's name, which is also the name of its folder."""
         kept = sum(map(len, self.kept.values()))
         return "-".join([self.precision, *filter(None, [self.calibration]), *[f"{kept}-kept"] * bool(kept)])
 
 
 def is_calibrated(path: Path, target: Target) -> bool:
-    """Whether quantising this graph for `target` needs data."""
+    """Return whether quantising a graph for `target` needs calibration data."""
     if target.quantisation is None:
         return False
     kinds = {node.op_type for node in onnx.load(path).graph.node}
@@ -91,17 +92,17 @@ def is_calibrated(path: Path, target: Target) -> bool:
 
 
 def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, unbounded: Sequence[str] = ()) -> None:
-    """Write the float32 graph `source` to `path` as `plan` says, in the ONNX format. Raises UserError.
+    """Convert the float32 graph `source` by `plan` and write it to `path` as ONNX. Raises UserError.
 
-    `unbounded` are inputs of any size. What is quantised dynamically has one range for all that a call holds: one large
-    value would leave no levels to the others, so layers that read such inputs stay float.
+    `unbounded` names inputs whose values may be arbitrarily large. Dynamic quantisation uses a single range per call,
+    so one large value would crush all others; layers that read these inputs stay float.
     """
     if plan.precision == "float32":
         path.write_bytes(source.read_bytes())
         return
     with quietly(path.name):
         model = onnx.load(source)
-        whole = plan.precision == "float16" or target.quantisation.qnn  # not layer by layer
+        whole = plan.precision == "float16" or target.quantisation.qnn  # the whole graph, not layer by layer
         if whole and any(node.op_type in RECURRENT for node in model.graph.node):
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if plan.precision == "float16":
@@ -127,37 +128,37 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
 
 
 def in_float16(model: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
-    """A float32 model in float16, but for inputs and outputs, what decodes, and the nodes `kept`."""
+    """Convert a float32 model to float16, except for its inputs and outputs, decoding nodes and the nodes `kept`."""
     blocked = [*kept, *postprocessing_nodes(model.graph)]
     lists = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": blocked}
     half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **lists))
-    half.topological_sort()  # the casts of the inputs were appended
-    del half.model.graph.value_info[:]  # types from before, where nodes stay float
+    half.topological_sort()  # the converter appends the casts of the inputs
+    del half.model.graph.value_info[:]  # outdated types around the nodes that stay float
     without_round_trips(half.model.graph)
     return half.model
 
 
 def without_round_trips(graph: onnx.GraphProto) -> None:
-    """Let nodes that stay float32 read each other's answers: the converter rounds them to float16 in between."""
+    """Connect nodes that stay float32 directly: the converter rounds the values between them to float16."""
     writers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         before = writers.get(node.input[0]) if casts(node, TensorProto.FLOAT) else None
         if before is not None and casts(before, TensorProto.FLOAT16):
-            node.input[0] = before.input[0]  # of float32: onnxruntime leaves such a cast out
+            node.input[0] = before.input[0]  # now float32 to float32: onnxruntime drops such casts
 
 
 def casts(node: onnx.NodeProto, kind: int) -> bool:
-    """Whether a node casts to a type of TensorProto."""
+    """Return whether a node is a cast to `kind`, a type of TensorProto."""
     return node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
 
 
 def is_quantised(path: Path) -> bool:
-    """Whether a graph computes with integers anywhere."""
+    """Return whether any node of a graph is quantised."""
     return any("Quantize" in node.op_type or "Integer" in node.op_type for node in onnx.load(path).graph.node)
 
 
 def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
-    """Without what the optimiser leaves: operator sets that no node uses, and notes; in the target's file version."""
+    """Remove leftovers of the optimiser (unused operator sets, metadata) and set the target's IR version."""
     model.ir_version = min(model.ir_version, target.ir_version)
     del model.metadata_props[:]
     used = {node.domain for node in model.graph.node} | {""}
@@ -169,21 +170,21 @@ def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 
 @contextmanager
 def quietly(name: str) -> Iterator[None]:
-    """Silence onnxruntime's tools, which print and log as they go, and make any exception of theirs a UserError."""
+    """Silence onnxruntime's tools, which print and log, and turn any exception of theirs into a UserError."""
     try:
         with redirect_stdout(io.StringIO()), warnings_silenced():
             yield
     except UserError:
         raise
-    except Exception as error:  # they raise whatever comes up
+    except Exception as error:  # the tools raise exceptions of any type
         raise UserError(f"{name}: onnxruntime cannot convert it ({one_line(error)})") from error
 
 
 def prepare(source: Path, path: Path, target: Target) -> None:
-    """Shapes inferred and constants folded, which the quantisers ask for."""
-    fused = path.with_suffix(".fused.onnx")  # before the other, whose notes in the file qnn's cannot read
+    """Infer shapes and fold constants, as the quantisers require."""
+    fused = path.with_suffix(".fused.onnx")  # QNN's step comes first: it cannot read metadata of the other one
     first = fused if target.quantisation.qnn and qnn_preprocess_model(source, fused) else source
-    # Symbolic inference takes ONNX's Attention for Microsoft's, and fails; ONNX's own inference is enough.
+    # Symbolic inference mistakes ONNX's Attention for Microsoft's and fails; ONNX's own inference is enough.
     quant_pre_process(first, path, skip_symbolic_shape=True)
     model = onnx.load(path)
     own_weights(model.graph)
@@ -191,7 +192,10 @@ def prepare(source: Path, path: Path, target: Target) -> None:
 
 
 def own_weights(graph: onnx.GraphProto) -> None:
-    """Copy the weights that several layers share: onnxruntime cannot make such layers exact where there is no VNNI."""
+    """Give each layer its own copy of shared weights.
+
+    Without VNNI, onnxruntime cannot make the integer sums of layers with shared weights exact.
+    """
     weights, taken = {tensor.name: tensor for tensor in graph.initializer}, set()
     for node in graph.node:
         for place, name in enumerate(node.input):
@@ -205,7 +209,7 @@ def own_weights(graph: onnx.GraphProto) -> None:
 
 
 def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds) -> StaticQuantConfig:
-    """QDQ with ranges from `feeds`."""
+    """Return the configuration of static quantisation (QDQ), with ranges from `feeds`."""
     scheme = target.quantisation
     reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
     activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
@@ -227,7 +231,7 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
 
 
 def postprocessing_nodes(graph: onnx.GraphProto) -> list[str]:
-    """The nodes after the last layers with weights: they decode, for which 256 levels or 11 bits are too few."""
+    """Return the nodes after the last layers with weights: for decoding, 256 levels or 11 bits are too few."""
     writers = {output: node for node in graph.node for output in node.output}
     before: set[str] = set()
     waiting = [node for node in graph.node if node.op_type in WEIGHTED]
@@ -240,14 +244,14 @@ def postprocessing_nodes(graph: onnx.GraphProto) -> list[str]:
 
 
 def infinity_mask_nodes(graph: onnx.GraphProto) -> list[str]:
-    """The nodes that a mask's infinities pass through, up to the softmax that ends them: no range holds one."""
+    """Return the nodes that a mask's infinities pass through, up to the softmax: no quantised range holds infinity."""
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     infinite = {name for name, value in values.items() if value.dtype.kind == "f" and np.isinf(value).any()}
     return nodes_behind(graph, infinite, FINITE)
 
 
 def nodes_behind(graph: onnx.GraphProto, tensors: Iterable[str], ends: Container[str]) -> list[str]:
-    """The nodes that tensors pass through, up to operators that end it, and these."""
+    """Return the nodes that depend on `tensors`, up to and including the first operators in `ends`."""
     reached, nodes = set(tensors), []
     for node in graph.node:
         if reached.intersection(node.input):
@@ -257,18 +261,18 @@ def nodes_behind(graph: onnx.GraphProto, tensors: Iterable[str], ends: Container
 
 
 class Reader(CalibrationDataReader):
-    """The inputs that a graph met on training data."""
+    """The calibration inputs of a graph, recorded on training data."""
 
     def __init__(self, feeds: Feeds):
         self.remaining = iter(feeds)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next input, or None."""
+        """Return the next input, or None at the end."""
         return next(self.remaining, None)
 
 
 def activations_of(model: Path, feeds: Feeds) -> dict[str, list[np.ndarray]]:
-    """The values of every tensor between the nodes of a graph, for the first DEBUGGED samples."""
+    """Return the values of every tensor between the nodes of a graph, for the first DEBUGGED samples."""
     augmented = model.with_suffix(".augmented.onnx")
     qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
     activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
@@ -277,9 +281,9 @@ def activations_of(model: Path, feeds: Feeds) -> dict[str, list[np.ndarray]]:
 
 
 def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
-    """Nodes of a float32 graph that read or write numbers too large for float16, or nearly so.
+    """Return the nodes of a float32 graph that read or write numbers too large for float16, or nearly so.
 
-    Running it in float16 on a CPU would not show them: it has few float16 kernels and computes in float32 instead.
+    Running the graph in float16 on a CPU would not show them: a CPU has few float16 kernels and computes in float32.
     """
     with quietly(source.name):
         activations = activations_of(source, feeds)
@@ -295,7 +299,7 @@ def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
 
 
 def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
-    """Quantised nodes, those first around the activation to which quantising adds most noise.
+    """Return the quantised nodes, starting around the activation to which quantisation adds the most noise.
 
     `source` is the float32 graph that `convert` made `quantised` from.
     """
@@ -305,14 +309,14 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
         errors = qdq_loss_debug.compute_activation_error(
             qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
         )
-    # Decibels of signal over noise, of this quantisation alone.
+    # The signal-to-noise ratio in decibels of each activation's own quantisation.
     worst_first = sorted(errors, key=lambda name: errors[name]["qdq_err"])
     graph = onnx.load(prepared).graph
     return list(dict.fromkeys(node for name in worst_first for node in nodes_around(graph, name)))
 
 
 def nodes_around(graph: onnx.GraphProto, activation: str) -> list[str]:
-    """The quantised nodes that write an activation, with the nodes fused into them, and those that read it."""
+    """Return the quantised nodes that write an activation, with the nodes fused into them, and those that read it."""
     writers = {output: node for node in graph.node for output in node.output}
     nodes, name = [], activation
     while name in writers:
@@ -323,9 +327,9 @@ def nodes_around(graph: onnx.GraphProto, activation: str) -> list[str]:
 
 
 def place_in(folder: Path, path: Path, target: Target) -> None:
-    """Put a converted graph into a bundle, in the file format of its target.
+    """Put a converted graph into a bundle, in the target's file format.
 
-    Beside an .ort file lies the list of the operators that a small build of onnxruntime needs for it.
+    An .ort file comes with a list of the operators that a small build of onnxruntime needs for it.
     """
     if target.file_format == "onnx":
         shutil.copy(path, folder)
@@ -334,5 +338,5 @@ def place_in(folder: Path, path: Path, target: Target) -> None:
         convert_onnx_models_to_ort(path, folder, optimization_styles=[OptimizationStyle.Fixed], target_platform="arm")
     for operators in folder.glob("*.config"):
         lines = operators.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if not line.startswith("#")]  # paths of this machine
+        kept = [line for line in lines if not line.startswith("#")]  # comments hold paths of this machine
         operators.write_text("\n".join(kept) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One graph of a task -> one ONNX file. `graph` is a `Graph` of what the task's `deployable()` answers."""
+"""Export one graph of a task to one ONNX file. `graph` is always a `Graph` from the task's `deployable()`."""
 
 import inspect
 import logging
@@ -21,9 +21,9 @@ from dlref.runtime.errors import one_line
 
 
 def write_onnx(graph, path: Path, target: Target) -> None:
-    """Export `graph` to `path`, one file, its declared axes dynamic unless the target's are static.
+    """Export `graph` to the single file `path`; its declared axes are dynamic unless the target's are static.
 
-    Raises UserError where the graph cannot be exported.
+    Raises UserError if the graph cannot be exported.
     """
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
@@ -50,9 +50,9 @@ def write_onnx(graph, path: Path, target: Target) -> None:
 
 
 def write_program(graph, path: Path, target: Target) -> None:
-    """Save `graph` for PyTorch alone, at the sizes of a single answer; the batch is dynamic where the target's is.
+    """Save `graph` for PyTorch alone, at the sizes of a single prediction; the batch is dynamic unless axes are static.
 
-    Raises UserError where it cannot be traced.
+    Raises UserError if the graph cannot be traced.
     """
     batch = {
         name: {axis: symbol for axis, symbol in graph.dynamic_axes.get(name, {}).items() if symbol == "batch"}
@@ -68,12 +68,12 @@ def write_program(graph, path: Path, target: Target) -> None:
         with warnings_silenced(), recurrent_layers_whole(module):
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch.export.save(program, path)
-    except Exception as error:  # torch.export has no base of its own
+    except Exception as error:  # torch.export's errors have no base class
         raise UserError(f"{path.name}: torch.export refuses the graph: {one_line(error)}") from error
 
 
 def dynamic_shapes(graph, axes: dict[str, dict[int, str]]) -> tuple:
-    """The dynamic axes of each input as torch.export takes them, those of *arguments as a tuple of their own."""
+    """Return the dynamic axes of each input in torch.export's format, which nests those of *arguments in a tuple."""
     shapes = [dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs]
     parameters = inspect.signature(graph.module.forward).parameters.values()
     named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
@@ -82,7 +82,7 @@ def dynamic_shapes(graph, axes: dict[str, dict[int, str]]) -> tuple:
 
 @contextmanager
 def warnings_silenced() -> Iterator[None]:
-    """Silence torch's exporter and onnxruntime's tools, which warn about their own code; what they write is checked."""
+    """Silence torch's exporter and onnxruntime's tools: they warn about their own code, and their output is checked."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -95,15 +95,15 @@ def warnings_silenced() -> Iterator[None]:
 
 @contextmanager
 def recurrent_layers_whole(module: nn.Module) -> Iterator[None]:
-    """Trace LSTMs and GRUs by their shapes alone, where torch would step through the times and so fix their number.
+    """Trace LSTMs and GRUs by their shapes alone: torch would unroll the time steps, which fixes their number.
 
-    The traced graph has the whole layer as one operator either way. Torch 2.11's steps also give the last state of an
-    LSTM an axis too many.
+    The traced graph holds each layer as one operator either way. In torch 2.11, unrolling also gives the last state of
+    an LSTM an extra axis.
     """
     recurrent = any(isinstance(layer, nn.LSTM | nn.GRU) for layer in module.modules())
     with ExitStack() as stack:
         for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input) if recurrent else ():
-            # Where torch looks for the steps: with free sizes, with fixed ones, and in what it remembers of exports.
+            # Where torch looks up the unrolling: for dynamic sizes, for fixed sizes, and in its cache of exports.
             stack.enter_context(patch.dict(decomposition_table, {operator: recurrent_shapes}))
             stack.enter_context(patch.dict(operator.py_kernels, dict.fromkeys(operator.py_kernels, recurrent_shapes)))
             stack.enter_context(patch.dict(operator._dispatch_cache, clear=True))
@@ -111,10 +111,10 @@ def recurrent_layers_whole(module: nn.Module) -> Iterator[None]:
 
 
 def recurrent_shapes(inputs, before, weights, biases, num_layers, dropout, train, bidirectional, batch_first) -> tuple:
-    """Outputs and last state of `torch.ops.aten.gru.input`, or states of `lstm.input`, unfilled."""
+    """Return uninitialised outputs and last states, like `torch.ops.aten.gru.input` (one) and `lstm.input` (two)."""
     states = before if isinstance(before, list | tuple) else [before]
     first, second, width = *inputs.shape[:2], states[0].shape[2] * (2 if bidirectional else 1)
-    # In memory time comes first either way; what is traced later depends on that.
+    # In memory, time comes first either way; operators traced later depend on that.
     outputs = (
         inputs.new_empty(second, first, width).transpose(0, 1)
         if batch_first
@@ -124,7 +124,7 @@ def recurrent_shapes(inputs, before, weights, biases, num_layers, dropout, train
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model and write it as one file. Raises UserError for one that is too large."""
+    """Check a model and write it as one file. Raises UserError if it is too large."""
     if model.ByteSize() > LARGEST_FILE:
         raise UserError(f"{path.name}: {model.ByteSize()} bytes; expected less than 2 GB in a single file")
     onnx.checker.check_model(model, full_check=True)
@@ -132,7 +132,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def forget_origin(model) -> None:
-    """Drop the exporter's notes from an onnx_ir model: they hold stack traces with the paths of this machine."""
+    """Clear the exporter's metadata in an onnx_ir model: it holds stack traces with paths of this machine."""
     graphs = [model.graph, *model.functions.values()]
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
     nodes = [node for graph in graphs for node in graph.all_nodes()]
@@ -141,9 +141,9 @@ def forget_origin(model) -> None:
 
 
 def trace_sizes(graph) -> dict[str, int]:
-    """For each symbol a size to trace at that no other has and that is verified nowhere.
+    """Choose a size to trace at for each symbol, unlike those of other symbols and all sizes to be verified.
 
-    Equal sizes could be taken for one axis, and sizes 0 and 1 for constants.
+    Equal sizes could be mistaken for one axis, and sizes 0 and 1 for constants.
     """
     taken = {size for sizes in graph.sizes.values() for size in sizes}
     chosen = {}
@@ -154,19 +154,19 @@ def trace_sizes(graph) -> dict[str, int]:
 
 
 def first_sizes(graph) -> dict[str, int]:
-    """The size of each symbol in a single answer."""
+    """Return the size of each symbol in a single prediction."""
     return {symbol: sizes[0] for symbol, sizes in graph.sizes.items()}
 
 
 def example_at(graph, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """The example inputs cut, or repeated from their start, to `sizes` along their dynamic axes.
+    """Return the example inputs, cut or repeated from their start to `sizes` along their dynamic axes.
 
     An axis that is empty in the example is filled with zeros.
     """
     inputs = {}
     for name, tensor in graph.inputs.items():
         for axis, symbol in graph.dynamic_axes.get(name, {}).items():
-            if not tensor.shape[axis]:  # such as a past that is empty yet
+            if not tensor.shape[axis]:  # such as a past that is still empty
                 tensor = tensor.new_zeros([*tensor.shape[:axis], 1, *tensor.shape[axis + 1 :]])
             tensor = tensor.index_select(axis, torch.arange(sizes[symbol]) % tensor.shape[axis])
         inputs[name] = tensor
@@ -174,7 +174,7 @@ def example_at(graph, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 
 def name_axes(model: onnx.ModelProto, axes: dict[str, dict[int, str]], name: str) -> None:
-    """Call the dynamic axes what the task calls them, and refuse one that the exporter froze."""
+    """Give the dynamic axes the task's names. Raises UserError for an axis that the exporter froze."""
     symbols = {}
     for value in model.graph.input:
         for axis, symbol in axes[value.name].items():

@@ -56,7 +56,7 @@ def write_manifest(
 
 
 def describe(path: Path, file: str) -> dict:
-    """The signature of the graph in an ONNX file: an axis is a size, or the name of one that is free."""
+    """Return the signature of the graph in an ONNX file; each axis is a size, or a name if it is dynamic."""
     graph = onnx.load(path, load_external_data=False).graph
 
     def side(values) -> list[dict]:

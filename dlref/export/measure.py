@@ -1,4 +1,4 @@
-"""The bundle beside what it replaces: each contender in a process of its own, on this machine."""
+"""Measure the bundle and the contenders that it replaces on this machine, each in a process of its own."""
 
 import os
 import platform
@@ -21,18 +21,18 @@ from dlref.runtime.bench import bench, in_process
 from dlref.runtime.bundle import CPU, OnnxGraph, plugin_devices
 from dlref.runtime.machine import cores, processor
 
-TURNS = 3  # where two are compared: a shared machine's clock wanders
+TURNS = 3  # measurements of a contender: the speed of a shared machine varies
 CONTENDERS = ("pytorch-eager", "pytorch-compiled", "onnx-float32", "bundle")
 
 
 def provider(target: Target) -> str:
-    """What executes the target's graphs here: its own provider, or the CPU in its stead."""
+    """Return the provider that runs the target's graphs here: the target's own, or the CPU if that does not work."""
     return target.provider if provider_works(target.provider, target.opset, target.ir_version) else CPU
 
 
 @cache
 def provider_works(provider: str, opset: int, ir_version: int) -> bool:
-    """Whether a provider runs a graph here: onnxruntime also lists one whose driver or libraries are missing."""
+    """Return whether a provider runs a graph here: onnxruntime also lists providers without driver or libraries."""
     if provider == CPU:
         return True
     try:
@@ -40,7 +40,7 @@ def provider_works(provider: str, opset: int, ir_version: int) -> bool:
     except UserError:
         return False
     if devices and all(one.device.type == onnxruntime.OrtHardwareDeviceType.CPU for one in devices):
-        return False  # the maker's simulation, seconds a call
+        return False  # the vendor's simulator, which takes seconds per call
     if not devices and provider not in onnxruntime.get_available_providers():
         return False
     sides = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in "xy"]
@@ -56,30 +56,30 @@ def provider_works(provider: str, opset: int, ir_version: int) -> bool:
 
 
 def can_time(target: Target) -> bool:
-    """Whether timings on this machine say anything about the target device."""
+    """Return whether timings on this machine say anything about the target device."""
     return provider(target) == target.provider and platform.machine() in (target.machines or (platform.machine(),))
 
 
 def threads(target: Target) -> int:
-    """As many as the device gives, where this machine has them."""
+    """Return the number of threads that the device gives to the model, at most this machine's cores."""
     return min(target.threads or cores(), cores())
 
 
 def weights_mb(graphs: Mapping) -> float:
-    """Megabytes of the graphs' parameters and buffers, once each, however many graphs share them."""
+    """Return the megabytes of the graphs' parameters and buffers; those shared by several graphs count once."""
     tensors = {t.data_ptr(): t.nbytes for graph in graphs.values() for t in graph.module.state_dict().values()}
     return sum(tensors.values()) / 1e6
 
 
 class Contenders:
-    """What can be measured of one export, each once.
+    """The contenders of one export and their figures.
 
     Args:
         target: the device.
-        graphs: those of the task by name, which PyTorch is measured by.
-        programs: folder for what torch.export saves of them, once they are asked for.
-        float32: folder of the bundle as it came from PyTorch.
-        python: the interpreter that PyTorch is measured by.
+        graphs: the task's graphs by name, for measuring PyTorch.
+        programs: folder for the programs that torch.export saves from the graphs, written on first use.
+        float32: folder of the float32 bundle.
+        python: the interpreter in which PyTorch is measured.
     """
 
     def __init__(self, target: Target, graphs: Mapping, programs: Path, float32: Path, python: str = sys.executable):
@@ -88,24 +88,24 @@ class Contenders:
         self.known: dict[Path, dict] = {}
 
     def of_bundle(self, folder: Path, again: bool = False) -> dict:
-        """A bundle's figures, measured once unless `again`. Raises UserError."""
+        """Return a bundle's figures, measured only once unless `again`. Raises UserError."""
         if again or folder not in self.known:
             self.known[folder] = self.measured(folder)
         return self.known[folder]
 
     def measured(self, folder: Path) -> dict:
-        """A bundle's figures, measured now."""
-        return bench(folder, min(self.target.threads, cores()), provider(self.target))  # 0: as `load` has it, all
+        """Measure a bundle and return its figures."""
+        return bench(folder, min(self.target.threads, cores()), provider(self.target))  # 0: all, as in `load`
 
     def latencies(self, one: Path, other: Path) -> list[float]:
-        """Milliseconds of two bundles measured in turns, the middle of TURNS. Raises UserError."""
+        """Measure two bundles in turns and return the median latency of each in milliseconds. Raises UserError."""
         turns = [(self.measured(one), self.measured(other)) for _ in range(TURNS)]
         for folder, runs in zip((one, other), zip(*turns, strict=True), strict=True):
             self.known[folder] = sorted(runs, key=lambda run: run["latency_ms"])[TURNS // 2]
         return [self.known[folder]["latency_ms"] for folder in (one, other)]
 
     def pytorch(self, mode: str) -> dict:
-        """PyTorch's figures, eager or compiled. Raises UserError."""
+        """Measure PyTorch, eager or compiled, and return its figures. Raises UserError."""
         device = "cuda" if provider(self.target) in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
         for name, graph in self.graphs.items():
             if not (program := self.programs / f"{name}.pt2").exists():
@@ -115,7 +115,7 @@ class Contenders:
         return figures | {"model_mb": weights_mb(self.graphs)}
 
     def measurement(self, bundle: Path, names: tuple[str, ...]) -> dict:
-        """The figures of the contenders called `names`; why one is missing is said under `not_run`."""
+        """Measure the contenders in `names`; `not_run` gives the reason for each one that is missing."""
         measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
         if not can_time(self.target):
             here = f"{platform.machine()} with {provider(self.target)} says nothing of this device"
@@ -131,7 +131,7 @@ class Contenders:
         return measured
 
     def undisturbed(self, name: str, bundle: Path) -> dict:
-        """A contender's figures, measured again while something else holds it up; the least disturbed ones."""
+        """Measure a contender, up to TURNS times if other programs hold it up; return the least disturbed figures."""
         runs = []
         while len(runs) < TURNS and (not runs or held_up(runs[-1])):
             if name.startswith("pytorch"):

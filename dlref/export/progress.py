@@ -1,4 +1,4 @@
-"""What whoever waits for an export sees."""
+"""Progress of an export, shown on stderr."""
 
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +14,6 @@ def say(line: str) -> None:
 
 
 def watched(batches: Iterable, title: str) -> Iterator:
-    """The same batches, with a bar that shows on a terminal how far they are."""
+    """Iterate over the same batches, with a progress bar on a terminal."""
     hidden = not (console.is_terminal or console.is_jupyter)  # elsewhere rich would leave an empty line
     return track(batches, title, console=console, transient=True, disable=hidden)

@@ -1,9 +1,9 @@
-"""report.md: the manifest for people."""
+"""Write report.md, the manifest in readable form."""
 
 from dlref.runtime import runner_of
 from dlref.runtime.bundle import CPU
 
-FIGURES = {  # of a contender: title, format
+FIGURES = {  # of a contender: column title, format
     "latency_ms": ("ms", "{:.2f}"),
     "latency_p95_ms": ("ms, 95%", "{:.2f}"),
     "throughput": ("a second", "{:.0f}"),
@@ -14,11 +14,11 @@ FIGURES = {  # of a contender: title, format
     "installed_mb": ("installed MB", "{:.0f}"),
 }
 
-BUSY = 0.1  # of the time without a core
+BUSY = 0.1  # share of the time spent waiting for a core
 
 
 def report(manifest: dict, sizes: dict[str, int]) -> str:
-    """Markdown from a manifest and the size of each file in bytes."""
+    """Return the report in Markdown, from a manifest and the size of each file in bytes."""
     target, versions = manifest["target"], manifest["versions"]
     parts = [
         f"# {manifest['kind']} for {target['name']}",
@@ -36,13 +36,13 @@ def report(manifest: dict, sizes: dict[str, int]) -> str:
 
 
 def table(titles: list[str], rows: list[list]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def graphs(described: dict, sizes: dict[str, int]) -> list[str]:
-    """The signature of each graph."""
+    """Return the section with the signature of each graph."""
     rows = []
     for graph in described.values():
         sides = [
@@ -54,7 +54,7 @@ def graphs(described: dict, sizes: dict[str, int]) -> list[str]:
 
 
 def metrics(verification: dict, target: dict) -> list[str]:
-    """The metric on both splits, and the attempts that it or the clock refused."""
+    """Return the section with the metric on both splits, the refused attempts and the nodes kept in float."""
     rows, both = [], (verification["metric"], verification["test"])
     for row in both:
         error = "–" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
@@ -85,17 +85,17 @@ def metrics(verification: dict, target: dict) -> list[str]:
 
 
 def kept_float(kept: dict) -> str:
-    """How many nodes an attempt left alone."""
+    """Describe how many nodes an attempt kept in float."""
     count = sum(map(len, kept.values()))
     return f" with {count} nodes in float" if count else ""
 
 
 def measurement(measured: dict, spread: bool) -> list[str]:
-    """Every contender in a row, and why others are missing.
+    """Return the section with a row for each contender, and the reasons why others are missing.
 
     Args:
-        measured: what the manifest says.
-        spread: batches are shared out over graphs of one thread each.
+        measured: the manifest's `measurement`.
+        spread: whether the runner shares batches out over graphs of one thread each.
     """
     parts = ["## Measured"]
     alone = " The graphs of a bundle have one thread each: a runner shares batches out."
@@ -118,12 +118,12 @@ def measurement(measured: dict, spread: bool) -> list[str]:
 
 
 def held_up(figures: dict) -> bool:
-    """Whether something else on the machine held a contender up."""
+    """Return whether other programs on the machine held a contender up."""
     return (figures["waited"] or 0) > BUSY
 
 
 def contenders(measured: dict) -> list[list[str]]:
-    """A row for each contender: its name, and the text of every figure."""
+    """Return a row for each contender: its name, and every figure as text."""
     return [
         [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
         for name, figures in measured.items()
@@ -131,7 +131,7 @@ def contenders(measured: dict) -> list[list[str]]:
 
 
 def parity(verification: dict) -> list[str]:
-    """The differences at every declared size."""
+    """Return the section with the differences from PyTorch at every declared size."""
     rows = [
         [
             row["graph"],

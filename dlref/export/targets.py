@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What `onnxruntime.quantization` is asked for.
+    """Options for `onnxruntime.quantization`.
 
     Args:
-        activation: a QuantType of onnxruntime, for what flows between nodes.
-        weight: a QuantType, for constants.
-        per_channel: a scale for each output channel of a weight.
-        reduce_range: 7 bits a weight, whose products fit the 16 bits that x86-64 without VNNI adds pairs of them in.
-        qnn: let onnxruntime's own configuration for Qualcomm's HTP add to this.
+        activation: onnxruntime's QuantType of activations, the values that flow between nodes.
+        weight: the QuantType of constants.
+        per_channel: use a separate scale for each output channel of a weight.
+        reduce_range: use 7-bit weights. x86-64 without VNNI adds products in pairs in 16 bits, which then suffice.
+        qnn: use onnxruntime's own configuration for Qualcomm's HTP, which extends these options.
     """
 
     activation: str
@@ -24,21 +24,21 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class Target:
-    """What an exported graph has to be to run well on a device.
+    """The requirements for an exported graph to run well on a device.
 
     Args:
         name: as given to `export.py --target`.
-        description: for people, one line.
+        description: one line for people.
         provider: onnxruntime's execution provider.
-        machines: what `platform.machine()` says on the device; none: any. Elsewhere nothing is timed.
-        precision: of the weights and the arithmetic; where it fails the gate, the bundle is float32.
-        quantisation: how int8 or int16 comes about.
-        static: every axis is fixed to its first declared size, for compilers that cannot do otherwise.
-        file_format: onnx, or ort: onnxruntime's own for its small builds.
-        threads: that the device gives to the model; 0 is all it has.
+        machines: values of `platform.machine()` on the device; empty for any. On other machines nothing is timed.
+        precision: of the weights and the arithmetic; if every attempt at it is refused, the bundle is float32.
+        quantisation: options of int8 or int16; None for float32 and float16.
+        static: fix every axis to its first declared size, for compilers that need fixed shapes.
+        file_format: onnx, or ort, the format of onnxruntime's small builds.
+        threads: number of threads that the device gives to the model; 0 for all its cores.
         gate: points of the task's metric that a lower precision may lose on the validation split.
         opset: version of ONNX's operator set.
-        ir_version: version of ONNX's file format; onnx writes newer ones than onnxruntime reads.
+        ir_version: version of ONNX's file format; the onnx package writes newer versions than onnxruntime reads.
     """
 
     name: str
@@ -89,7 +89,7 @@ TARGETS = {
             "Nvidia GPU by TensorRT, Jetson: fixed shapes, one input at a time",
             provider="TensorrtExecutionProvider",
             precision="float16",
-            static=True,  # it would compile anew for each size that it has not met
+            static=True,  # TensorRT would recompile for each new size
         ),
         Target(
             "qualcomm",
@@ -99,14 +99,14 @@ TARGETS = {
             precision="int16",
             quantisation=Quantisation("QUInt16", weight="QUInt8", per_channel=False, qnn=True),
             static=True,
-            opset=21,  # the first whose QuantizeLinear knows 16 bits
+            opset=21,  # the first whose QuantizeLinear supports 16 bits
         ),
         Target(
             "mobile",
             "phones: onnxruntime's own format, and the operators a small build needs",
             machines=ARM,
             precision="int8",
-            quantisation=Quantisation("QInt8", reduce_range=True),  # .ort is fixed before sums can be made exact
+            quantisation=Quantisation("QInt8", reduce_range=True),  # sums in an .ort file cannot be made exact
             file_format="ort",
             threads=2,  # the large cores
         ),

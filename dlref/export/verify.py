@@ -1,4 +1,4 @@
-"""A bundle answers as the task does, or it is not written."""
+"""Verify that a bundle's outputs match PyTorch's; a bundle that fails is not written."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,18 +10,18 @@ from dlref.export.graph import example_at
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line
 
-REMEMBERED = 1 << 29  # bytes of PyTorch's answers that are kept
+REMEMBERED = 1 << 29  # bytes of PyTorch's outputs to cache
 FLIPPED = 0.002  # share of the rows of `Graph.selected` outputs that rounding may change
-MISPLACED = 0.001  # share of the elements of `Graph.discrete` outputs, likewise
+MISPLACED = 0.001  # share of the elements of `Graph.discrete` outputs that rounding may change
 FEW = 2  # rows or elements that may always differ; also places by which a row may move
 
 
 class Refused(UserError):
-    """An exported graph that does not answer as PyTorch does."""
+    """The outputs of an exported graph, or its metric, differ too much from PyTorch's."""
 
 
 class Reference:
-    """A graph in PyTorch that remembers its answers: it is the slow side of each comparison."""
+    """A graph in PyTorch that caches its outputs, since it is the slow side of each comparison."""
 
     def __init__(self, graph):
         self.graph, self.shape = graph, graph.shape
@@ -29,7 +29,7 @@ class Reference:
         self.room = REMEMBERED
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The graph's own answer."""
+        """Return the graph's outputs, from the cache if they are known."""
         digest = hashlib.blake2b()
         for name, array in inputs.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -46,12 +46,12 @@ class Reference:
 
 
 class Compared:
-    """An exported graph that answers, and checks each answer against PyTorch's.
+    """An exported graph that compares each of its outputs with PyTorch's.
 
-    `tolerance` is relative to answers above 1 and absolute below; infinite for a graph of lower precision, which the
-    task's metric judges: then only a wrong shape, type or padding, or a value that is not finite, is refused, for
-    rounding can change how many boxes or tokens come out. Outputs that are a choice (`Graph.selected`) are compared as
-    a set of rows, places of largest values and the like (`Graph.discrete`) by how many of them there are that differ.
+    `tolerance` is relative to outputs above 1 and absolute below. It is infinite for a graph of lower precision, which
+    is judged by the task's metric: only a wrong rank, type or padding, or a value that is not finite, is then refused,
+    since rounding can change the number of boxes or tokens. Outputs that are a choice (`Graph.selected`) are compared
+    as a set of rows, discrete outputs such as argmax (`Graph.discrete`) by the number of elements that differ.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Compared:
         self.rows = self.flipped = 0
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """The exported graph's answer, once compared."""
+        """Return the exported graph's outputs, once compared. Raises Refused, or UserError if the network fails."""
         try:
             expected = self.reference(**inputs)
         except (RuntimeError, IndexError) as error:
@@ -79,7 +79,7 @@ class Compared:
         try:
             actual = self.exported(**inputs)
         except UserError as error:
-            reason = str(error).removeprefix(f"{getattr(self.exported, 'path', '')}: ")  # which will be gone by then
+            reason = str(error).removeprefix(f"{getattr(self.exported, 'path', '')}: ")  # a path in a temporary folder
             raise Refused(f"{self.name}: {reason}; expected it to compute what PyTorch does") from None
         self.check_declared(actual)
         for name, reference in expected.items():
@@ -94,12 +94,12 @@ class Compared:
         return actual
 
     def check_declared(self, actual: dict[str, np.ndarray]) -> None:
-        """Raise Refused for an output of another shape than the graph declares: it has an axis that export froze.
+        """Raise Refused for an output whose shape differs from the declared one: export froze one of its axes.
 
-        onnxruntime answers all the same; what plans memory by the graph, as other runtimes do, would not.
+        onnxruntime returns the output all the same; runtimes that plan memory by the declared shapes would fail.
         """
         for name, declared in self.declared.items():
-            sizes = zip(declared, actual[name].shape, strict=False)  # of an unknown rank nothing is declared
+            sizes = zip(declared, actual[name].shape, strict=False)  # empty for an unknown rank
             if any(isinstance(size, int) and size != own for size, own in sizes):
                 raise Refused(
                     f"{self.name}, output {name}: {actual[name].shape}, where the graph declares {declared}; expected "
@@ -107,19 +107,19 @@ class Compared:
                 )
 
     def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-        """Look for the rows of each sample of `expected` in that of `actual`, near their places."""
+        """Match the rows of each sample in `expected` to rows of `actual` near the same places; count mismatches."""
         self.check_padding(actual)
         for found, wanted in zip(rows_of(actual, self.selected), rows_of(expected, self.selected), strict=True):
             found, wanted = found[found.any(axis=1)], wanted[wanted.any(axis=1)]
             self.rows += len(wanted)
             unlike = abs(len(found) - len(wanted))
             if len(found) and len(wanted):
-                with np.errstate(invalid="ignore"):  # infinities that are equal differ by nothing
+                with np.errstate(invalid="ignore"):  # equal infinities have no difference
                     error = np.where(found[:, None] == wanted, 0, np.abs(found[:, None] - wanted))  # (found, wanted, F)
                     relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
                 nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
                 same = relative[nearest, places] <= self.tolerance
-                if self.tolerance == inf:  # rows are alike that are each other's nearest; others come or go
+                if self.tolerance == inf:  # rows match if each is the other's nearest; others come or go
                     same &= relative.argmin(axis=1)[nearest] == places
                 unlike = max(len(found), len(wanted)) - int(same.sum())
                 unlike += int((np.abs(nearest - places)[same] > FEW + unlike).sum())
@@ -128,7 +128,7 @@ class Compared:
             self.flipped += unlike
 
     def check_padding(self, actual: dict[str, np.ndarray]) -> None:
-        """Raise Refused where rows of zeros come before others, or an output of one axis is not the rows' number."""
+        """Raise Refused if rows of zeros come before others, or if an output of one axis is not the number of rows."""
         there = rows_of(actual, self.selected).any(axis=2)
         number = there.sum(axis=1)
         first = np.arange(there.shape[1]) < number[:, None]
@@ -139,7 +139,7 @@ class Compared:
             )
 
     def check_flips(self) -> None:
-        """Once all is asked: raise Refused where more of a choice, or more places, differ than roundings change."""
+        """After all comparisons: raise Refused if more rows or elements differ than rounding may change."""
         share = FLIPPED if self.selected else MISPLACED
         if self.tolerance < inf and self.flipped > max(FEW, share * self.rows):
             outputs = ", ".join([*self.selected, *self.discrete])
@@ -149,15 +149,15 @@ class Compared:
             )
 
     def count_unlike(self, actual: np.ndarray, expected: np.ndarray) -> int:
-        """How many elements differ by more than the tolerance; in lower precision, how many differ at all."""
+        """Count the elements that differ by more than the tolerance; in lower precision, those that differ at all."""
         allowed = self.tolerance if self.tolerance < inf else 0
-        with np.errstate(invalid="ignore"):  # of what is infinite; NaN is like nothing
+        with np.errstate(invalid="ignore"):  # from infinities; NaN equals nothing
             error = np.abs(actual.astype(np.float64) - expected)
             near = error <= allowed * np.maximum(np.abs(np.where(np.isfinite(expected), expected, 0)), 1)
         return int((~near & (actual != expected)).sum())
 
     def check_alike(self, output: str, actual: np.ndarray, expected: np.ndarray) -> None:
-        """Raise Refused for another shape or type, or for what is no number."""
+        """Raise Refused for another shape (in lower precision: rank) or type, or for values that are not finite."""
         where = f"{self.name}, output {output}"
         alike = actual.shape == expected.shape or (self.tolerance == inf and actual.ndim == expected.ndim)
         if not alike or actual.dtype != expected.dtype:
@@ -169,10 +169,10 @@ class Compared:
             raise Refused(f"{where}: not a finite number; expected finite ones as PyTorch")
 
     def difference(self, output: str, actual: np.ndarray, expected: np.ndarray) -> float:
-        """Largest absolute error; raises Refused beyond the tolerance."""
+        """Return the largest absolute error. Raises Refused beyond the tolerance."""
         if actual.shape != expected.shape or not expected.size:
             return 0.0
-        with np.errstate(invalid="ignore"):  # infinities that are equal, as masks have them, differ by nothing
+        with np.errstate(invalid="ignore"):  # equal infinities, as in masks, have no difference
             error = np.where(actual == expected, 0, np.abs(actual.astype(np.float64) - expected))
             worst = (error / np.maximum(np.abs(expected), 1)).max()
         if not worst <= self.tolerance:  # also for NaN
@@ -184,15 +184,15 @@ class Compared:
 
 
 def rows_of(answer: dict[str, np.ndarray], selected: Sequence[str]) -> np.ndarray:
-    """Outputs (B, D) and (B, D, ...) side by side: (B, D, F). One that has no second axis is no row's."""
+    """Join outputs (B, D) and (B, D, ...) side by side to (B, D, F). Outputs without a second axis are left out."""
     parts = [answer[name].astype(np.float64) for name in selected if answer[name].ndim > 1]
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
 def parity(name: str, graph, reference: Callable, exported: Callable, tolerance: float, static: bool) -> list[dict]:
-    """Compare at every declared size, on the example inputs cut or repeated to it. Raises Refused.
+    """Compare a graph at every declared size, on the example inputs cut or repeated to it. Raises Refused.
 
-    An exported graph with `static` axes is compared at the sizes it has.
+    An exported graph with `static` axes is compared only at its own sizes.
     """
     rows = []
     for turn in range(1 if static else max(map(len, graph.sizes.values()), default=1)):
