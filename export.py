@@ -13,7 +13,7 @@ TIMES = ("latency_ms", "first_answer_s")
 
 
 def main() -> int:
-    """0, or 2 with one line on stderr when something given is wrong, 130 when interrupted."""
+    """Return 0, 2 with one line on stderr if the input is wrong, or 130 if interrupted."""
     parser = Parser(
         description=__doc__,
         epilog="Further arguments change the run's config, such as --data.init_args.root DIR.",
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--target", help="the device; see --list-targets")
     parser.add_argument("--output", type=Path, help="folder of the bundle")
     parser.add_argument("--list-targets", action="store_true", help="print the targets and stop")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
     try:
         options, overrides = parser.parse_known_args()
         if options.list_targets:
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def print_targets() -> None:
-    """A table of the devices."""
+    """Print a table of the targets."""
     rows = [("target", "precision", "provider", "file", "shapes", "for")]
     for target in TARGETS.values():
         provider = target.provider.removesuffix("ExecutionProvider")
@@ -51,7 +51,7 @@ def print_targets() -> None:
 
 
 def export_run(run: Path | None, target: str | None, output: Path | None, overrides: list[str]) -> None:
-    """Write the bundle and print how it compares. Raises UserError."""
+    """Write the bundle and print a comparison with PyTorch. Raises UserError."""
     if not (run and target and output):
         raise UserError("expected RUN --target TARGET --output FOLDER; see --help")
     if target not in TARGETS:
@@ -71,7 +71,7 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
 
 
 def gains(bundle: dict, eager: dict) -> str:
-    """The bundle beside PyTorch, in a line; no times where other programs held one of them up."""
+    """Return a line that compares the bundle with PyTorch; without times if other programs held one of them up."""
     disturbed = held_up(bundle) or held_up(eager)
     words = {
         "latency_ms": "faster",
