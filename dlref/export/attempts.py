@@ -1,4 +1,4 @@
-"""Convert a task's graphs to its target's precision, and fall back to float32 if that costs too much accuracy.
+"""Find the precision of a bundle: the target's, or float32 if the target's loses too much or is not faster.
 
 Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused if the task's
 metric falls by more than the target's gate, or if the bundle is not faster than float32. If the metric falls too far,
@@ -84,7 +84,7 @@ class Attempts:
         """Return the path of the ONNX file that PyTorch wrote for a graph."""
         return self.place / "sources" / f"{name}.onnx"
 
-    # The ladder
+    # From plan to plan
 
     def find_best(self) -> Attempt:
         """Try plans, best first, until one is not refused. Raises Refused if even float32 is not good enough."""
@@ -250,7 +250,7 @@ class Attempts:
             smoke_test(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), CPU if plan == FLOAT32 else provider(self.target))
 
-    # Checked against PyTorch
+    # Comparison with PyTorch
 
     def parity(self, plan: Plan) -> list[dict]:
         """Compare every graph with PyTorch at every declared size. Raises Refused."""

@@ -114,7 +114,7 @@ class Compared:
             self.rows += len(wanted)
             unlike = abs(len(found) - len(wanted))
             if len(found) and len(wanted):
-                with np.errstate(invalid="ignore"):  # equal infinities have no difference
+                with np.errstate(invalid="ignore"):  # inf - inf; equal infinities count as 0
                     error = np.where(found[:, None] == wanted, 0, np.abs(found[:, None] - wanted))  # (found, wanted, F)
                     relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
                 nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
@@ -151,7 +151,7 @@ class Compared:
     def count_unlike(self, actual: np.ndarray, expected: np.ndarray) -> int:
         """Count the elements that differ by more than the tolerance; in lower precision, those that differ at all."""
         allowed = self.tolerance if self.tolerance < inf else 0
-        with np.errstate(invalid="ignore"):  # from infinities; NaN equals nothing
+        with np.errstate(invalid="ignore"):  # inf - inf; NaN always counts as unlike
             error = np.abs(actual.astype(np.float64) - expected)
             near = error <= allowed * np.maximum(np.abs(np.where(np.isfinite(expected), expected, 0)), 1)
         return int((~near & (actual != expected)).sum())
@@ -172,7 +172,7 @@ class Compared:
         """Return the largest absolute error. Raises Refused beyond the tolerance."""
         if actual.shape != expected.shape or not expected.size:
             return 0.0
-        with np.errstate(invalid="ignore"):  # equal infinities, as in masks, have no difference
+        with np.errstate(invalid="ignore"):  # inf - inf; equal infinities, as in masks, count as 0
             error = np.where(actual == expected, 0, np.abs(actual.astype(np.float64) - expected))
             worst = (error / np.maximum(np.abs(expected), 1)).max()
         if not worst <= self.tolerance:  # also for NaN
