@@ -1,4 +1,4 @@
-"""What surrounds the training of any task: a run's folder, checkpoints, devices, progress, profiles.
+"""Support for the training of any task: a run's folder, checkpoints, devices, progress, profiles.
 
-No config names anything in here; what a config can name is in `dlref.tasks`.
+Configs name nothing in this package; the classes that a config can name are in `dlref.tasks`.
 """

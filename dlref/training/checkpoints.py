@@ -1,4 +1,4 @@
-"""The checkpoints of a run, the best one and the one that it goes on from: when they are written, and how."""
+"""The checkpoints of a run: when and how best.ckpt and last.ckpt, from which a run resumes, are written."""
 
 import os
 import shutil
@@ -27,49 +27,49 @@ from dlref.runtime.errors import one_line
 from dlref.training.seal import write_sealed
 from dlref.training.sigterm import listen
 
-# Callbacks that forget what they were at, or that train by what no config says.
+# Callbacks that lose their state when a run resumes, or that train with settings found in no config.
 UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 
 
 class Interrupted(Exception):
-    """The process was told to end, and the run can go on from `path`."""
+    """The process was told to end, and the run can resume from `path`."""
 
     def __init__(self, path: Path, step: int):
         super().__init__(f": {path} is of step {step}; --ckpt_path last goes on from there")
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Lightning's way of writing checkpoints, sealed; of last.ckpt the one before it stays, as previous.ckpt.
+    """Write checkpoints as Lightning does, but sealed; keep the last.ckpt before the current one as previous.ckpt.
 
     Args:
         run: the folder of the run.
-        known: a checkpoint known to be whole, which is worth keeping when another takes its place.
+        known: a checkpoint known to be intact. Only an intact last.ckpt is kept when a new one replaces it.
     """
 
     def __init__(self, run: Path, known: Path | None):
         self.run, self.whole = run.resolve(), {known and known.resolve()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write one; called in the first process only."""
+        """Write a checkpoint; called in the first process only."""
         path = Path(path).resolve()
         worth_keeping = path.name == "last.ckpt" and path in self.whole and path.exists()
         write_sealed(checkpoint, path, path.with_name("previous.ckpt") if worth_keeping else None)
         self.whole.add(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Only inside of the run's folder: a checkpoint may name any file as its best one so far. Raises UserError."""
+        """Remove a checkpoint, only inside the run's folder: a resumed one may name any file. Raises UserError."""
         place = Path(path).resolve()
-        disk = (self.run / "checkpoints").resolve()  # which may be another
+        disk = (self.run / "checkpoints").resolve()  # may be a link to another disk
         if self.run not in place.parents and disk not in place.parents:
             raise UserError(f"the checkpoint would delete {path}; expected a file in the run's folder")
         super().remove_checkpoint(place)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep best.ckpt: after validation, where the metric is better than before; the newest while it was no number.
+    """Write best.ckpt after each validation that improves the metric; keep the newest until the metric is a number.
 
     Args:
-        folder: of the run's checkpoints.
+        folder: folder of the run's checkpoints.
         metric: a logged metric, such as val/accuracy.
         mode: min or max.
     """
@@ -78,13 +78,13 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(folder, "best", metric, mode=mode, save_on_train_epoch_end=False, enable_version_counter=False)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The best score so far, of the best.ckpt of this folder: a run may have moved."""
+        """Restore the best score for the best.ckpt in this folder: the run may have moved."""
         path, score = self.format_checkpoint_name({}), state["best_model_score"]
         here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         super().load_state_dict(state | here | {"best_k_models": {} if score is None else {path: score}})
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether to keep this one. A split without anything to count has no score, and none would ever be better."""
+        """Return whether to keep this checkpoint. Any score replaces NaN, that of a split with nothing to count."""
         better = super().check_monitor_top_k(trainer, current)
         if current is None:
             return better
@@ -95,7 +95,7 @@ class BestCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(bool(better or unscored))
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Forget the score where the best one is not there, or is of another run than the checkpoint."""
+        """Forget the best score if best.ckpt is missing, or if the run resumes from another run's checkpoint."""
         super().on_train_start(trainer, task)
         path = Path(self.format_checkpoint_name({}))
         own = trainer.ckpt_path is not None and path.parents[1] in Path(trainer.ckpt_path).resolve().parents
@@ -104,32 +104,32 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class Last(Checkpoint):
-    """Keep last.ckpt: after validation, at the end of an epoch without, every few minutes, and when a fit ends.
+    """Write last.ckpt: after validation, at the end of an epoch without one, every few minutes, and when a fit ends.
 
-    A step that validation follows is not saved before it: a run that went on from there would skip that validation.
-    Where a fit ends before its first validation, best.ckpt is a copy.
+    A step followed by validation is saved only after it: a run resumed from before would skip that validation. If a
+    fit ends before its first validation, best.ckpt is a copy of last.ckpt.
 
     Args:
-        minutes: between two of them.
+        minutes: time between two saves.
     """
 
     def __init__(self, minutes: float):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
-        self.taken, self.batches = 0, None  # of the epoch of the checkpoint that the run goes on from
-        self.accumulated = self.seed = None  # batches of a step and the run's seed, in that checkpoint
+        self.taken, self.batches = 0, None  # batches taken and batches per epoch, in the resumed checkpoint
+        self.accumulated = self.seed = None  # batches per step and the run's seed, likewise
 
     def on_sigterm(self, *_: Any) -> None:
-        """SIGTERM: what a spot instance gets two minutes before it ends."""
+        """Record a SIGTERM, which a spot instance receives two minutes before it ends."""
         self.sigterm_received = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches of an epoch and of an optimiser step, by which a run finds its place; whether it was validated."""
+        """Return batches per epoch and per step, for a resumed run to find its place; validated or not; the seed."""
         known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
         return known | {"seed": self.seed}
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Where in its epoch the run was. Raises UserError."""
+        """Read the run's position in its epoch. Raises UserError."""
         if "averaging_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in trainer.callbacks):
             raise UserError(
                 "trainer.callbacks: no average of the weights, the checkpoint is of one; expected those of the run's "
@@ -147,16 +147,16 @@ class Last(Checkpoint):
             ) from None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Go on in the epoch, and listen to SIGTERM, to end between two steps with what was learnt so far."""
+        """Find the position in the epoch, and handle SIGTERM: save and end between two steps."""
         check_interval(trainer)
         self.find_place(trainer)
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
-        listen(self.on_sigterm)  # Lightning puts the earlier one back
+        listen(self.on_sigterm)  # Lightning restores the earlier handler
 
     def find_place(self, trainer: Trainer) -> None:
-        """Begin after the batches that the checkpoint's run took. Raises UserError where its steps were others."""
+        """Begin after the batches that the checkpoint's run took. Raises UserError if its steps were different."""
         batches, added = trainer.num_training_batches, trainer.accumulate_grad_batches
         seed = trainer.train_dataloader.sampler.run
         if self.batches not in (None, batches):  # also at an epoch's end: a schedule counts steps
@@ -174,18 +174,18 @@ class Last(Checkpoint):
                 f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, for steps draw from it"
             )
         self.batches, self.accumulated, self.seed = batches, added, seed
-        # Lightning forgets where it was once the number of steps has been asked for, as schedules do.
+        # Lightning loses the position when a schedule asks for the number of steps.
         trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int) -> None:
-        """End here rather than in the step before: its losses are logged by now."""
+        """End here rather than after the previous step, so that its losses are logged."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps of the optimiser; gradients that add up are in no checkpoint."""
+        """Save if a save is due, only between two optimiser steps: accumulated gradients are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         stops = stops_here(trainer)
         if not stops and (not stepped or validates_next(trainer, batch_idx)):
@@ -195,7 +195,7 @@ class Last(Checkpoint):
             self.save(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Before best.ckpt is written, which records it, too."""
+        """Record the validation before best.ckpt is written, so that it records it too."""
         self.validated = self.validated or not trainer.sanity_checking
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
@@ -226,17 +226,17 @@ class Last(Checkpoint):
         trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
-        """Whether any of the processes was told to end."""
+        """Return whether any of the processes was told to end."""
         return trainer.strategy.reduce_boolean_decision(self.sigterm_received, all=False)
 
     def due(self, trainer: Trainer) -> bool:
-        """Whether a save is due by the first process' clock. Several processes ask seldom: all wait for the answer."""
+        """Return whether a save is due by the first process's clock. Several processes check rarely, for all wait."""
         if trainer.world_size > 1 and trainer.global_step % max(1, trainer.log_every_n_steps):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
 
     def save(self, trainer: Trainer) -> None:
-        """Write it, and what was logged so far."""
+        """Write last.ckpt and the logs so far."""
         trainer.save_checkpoint(self.path, weights_only=False)
         for logger in trainer.loggers:
             logger.save()
@@ -244,11 +244,11 @@ class Last(Checkpoint):
 
 
 def check_interval(trainer: Trainer) -> None:
-    """Raise UserError where a validation could come between gradients that add up."""
+    """Raise UserError if a validation could fall between accumulated gradients."""
     batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
     if every is None:
         raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
-    through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may be of fewer batches
+    through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may have fewer batches
     if (every % added and (through or every < batches)) or (through and batches % added):
         raise UserError(
             f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
@@ -257,7 +257,7 @@ def check_interval(trainer: Trainer) -> None:
 
 
 def make_resumable(callbacks: list[Callback]) -> None:
-    """Refuse callbacks by which a resumed run would be another, and have early stopping look where metrics are."""
+    """Refuse callbacks that would change a resumed run, and make early stopping check only after validation."""
     for callback in callbacks:
         if isinstance(callback, UNRESUMED):
             raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
@@ -265,17 +265,17 @@ def make_resumable(callbacks: list[Callback]) -> None:
             if callback._check_on_train_epoch_end:
                 words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
                 raise UserError(f"EarlyStopping: {words}")
-            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint: not twice
+            callback._check_on_train_epoch_end = False  # after validation, before its checkpoint, and not again
 
 
 def stops_here(trainer: Trainer) -> bool:
-    """Whether a fit ends with this batch, in the middle of an epoch that no validation ends."""
+    """Return whether a fit ends with this batch, in the middle of an epoch and without validation."""
     loop = trainer.fit_loop
     ends = trainer.global_step == trainer.max_steps or (trainer.should_stop and loop._can_stop_early)
     return ends and not trainer.is_last_batch and not loop.epoch_loop._should_check_val_epoch()
 
 
 def validates_next(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether validation may follow this batch."""
+    """Return whether validation may follow this batch."""
     every = trainer.val_check_batch
     return trainer.is_last_batch or any((i + 1) % every == 0 for i in (batch_idx, trainer.fit_loop.total_batch_idx))

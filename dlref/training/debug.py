@@ -1,4 +1,4 @@
-"""The first question to ask of a network that does not learn: does it learn three batches by heart?"""
+"""The --debug preset, the first check of a network that does not learn: can it overfit three batches?"""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ PRESET = {
     "max_time": None,
     "limit_val_batches": 0,
     "accumulate_grad_batches": 1,
-    "callbacks": None,  # which may wait for a validation
+    "callbacks": None,  # callbacks may need a validation
     "detect_anomaly": True,  # names the operation whose gradient is NaN
 }
 
 
 class Overfit(Callback):
-    """Say how far the loss of the same few batches falls."""
+    """Print how far the loss of the same few batches falls."""
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Clear the losses of the fit."""
@@ -33,7 +33,7 @@ class Overfit(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """The mean of the first pass and of the last one."""
+        """Print the mean loss of the first pass and of the last one."""
         batches = int(trainer.num_training_batches)
         first, last = (float(sum(part) / len(part)) for part in (self.losses[:batches], self.losses[-batches:]))
         print(f"debug: train/loss {first:.4g} -> {last:.4g}, {batches} batches {len(self.losses) // batches} times")

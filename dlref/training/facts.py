@@ -1,4 +1,4 @@
-"""What the data of a run said of itself, kept beside the weights, and which other data and weights go with it."""
+"""The facts of a run's data, saved with its weights, and checks that other data and weights agree with them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ Facts = dict[str, object]
 
 
 def read_facts(path: Path) -> Facts:
-    """The facts of a run, from its folder or a checkpoint; none of other weights. Raises UserError."""
+    """Read the facts of a run from its folder or a checkpoint; other weights have none. Raises UserError."""
     state = read(path)
     return state["facts"] if isinstance(state, dict) and isinstance(state.get("facts"), dict) else {}
 
 
 def merge_facts(known: Facts, facts: Facts) -> None:
-    """Add `facts` to those `known`. Raises UserError where they contradict them."""
+    """Add `facts` to those `known`. Raises UserError if they contradict each other."""
     for name, value in facts.items():
         if known.setdefault(name, value) != value:
             raise UserError(
@@ -31,10 +31,10 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
     """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
 
     Args:
-        layers: which layer's rows each of these facts names.
+        layers: for each of these facts, the layer whose rows it names.
         known: the facts of this data.
-        weights: the run's.
-        fresh: the tensors that were not taken, such as those of layers for another number of tokens.
+        weights: the run's folder or checkpoint.
+        fresh: names of the tensors that were not loaded, such as those of layers for another number of tokens.
     """
     facts = read_facts(weights) if layers else {}
     for name, layer in layers.items():
@@ -50,5 +50,5 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
 
 
 def number_of(fact: dict | Sequence) -> int:
-    """How many tokens a tokeniser has, or names a list."""
+    """Return the number of tokens of a tokeniser, or of names in a list."""
     return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)

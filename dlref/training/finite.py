@@ -1,4 +1,4 @@
-"""The stop at a loss that is no number, with what is needed to see why."""
+"""Stop a run whose loss is NaN or infinite, and save the batch for inspection."""
 
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,22 @@ from dlref.training.seal import write_sealed
 
 
 class StopOnNonFiniteLoss(Callback):
-    """End a run whose loss is NaN or infinite, and keep the first batch of which it was.
+    """End a run whose loss is NaN or infinite, and save the first offending batch.
 
-    A look at the loss waits for the device, so one is taken only now and then: as often as losses are logged, and
-    before anything is kept. The batch is made once more, the first device's share of it; it need not have stayed in
-    memory. It goes to not_finite.pt in the run's folder.
+    Reading the loss waits for the device, so it is checked only as often as losses are logged, and before anything is
+    saved. The batch (the first device's share) is not kept in memory but rebuilt, and saved as not_finite.pt in the
+    run's folder.
     """
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Clear the losses not looked at yet."""
+        """Clear the unchecked losses."""
         self.losses: list[torch.Tensor] = []
         self.seen: list[dict[str, Any]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss where it is, and of which batch it was."""
+        """Keep the loss on its device, with the number of its batch."""
         self.losses.append(task.train_loss)
         self.seen.append(
             {
@@ -41,11 +41,11 @@ class StopOnNonFiniteLoss(Callback):
             self.look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """No checkpoint is written after a step whose loss was no number."""
+        """Check the losses: no checkpoint may be written after a step whose loss is not finite."""
         self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
-        """Raise UserError where a loss since the last look was no number."""
+        """Raise UserError if a loss since the last check is not finite."""
         finite = torch.stack(self.losses).isfinite().tolist() if self.losses else []
         seen, self.losses, self.seen = self.seen, [], []
         if all(finite):
@@ -55,7 +55,7 @@ class StopOnNonFiniteLoss(Callback):
             if trainer.is_global_zero:
                 self.keep(trainer, where, path)
         finally:
-            trainer.strategy.barrier("not_finite.pt")  # the others' end would end the one that writes
+            trainer.strategy.barrier("not_finite.pt")  # if the others ended, so would the process that writes
         raise UserError(
             "train/loss is not finite in step {step} (epoch {epoch}, batch {batch}, learning rate {learning_rate:g}); "
             "expected a number; try a lower lr or trainer.gradient_clip_val; ".format(**where)
@@ -64,7 +64,7 @@ class StopOnNonFiniteLoss(Callback):
 
     def keep(self, trainer: Trainer, where: dict[str, Any], path: Path) -> None:
         """Rebuild the offending batch on the CPU and save it, so that it can be inspected without a GPU."""
-        stage, trainer.training = trainer.state.stage, True  # validation would not augment
+        stage, trainer.training = trainer.state.stage, True  # in validation it would not be augmented
         batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch(where["batch"]))
         trainer.state.stage = stage
         batch = move_data_to_device(batch, "cpu")

@@ -1,4 +1,4 @@
-"""What a fit has to have before its first step."""
+"""The last checks of a fit before its first step."""
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -8,13 +8,13 @@ from dlref.training.run_folder import Claim
 
 
 class Preflight(Callback):
-    """Where a fit stops being refusable: after the sanity check, before the first step."""
+    """Check the fit between the sanity check and the first step; from that step on it is no longer refused."""
 
     def __init__(self, metric: str, claim: Claim, tests: bool):
         self.metric, self.claim, self.tests = metric, claim, tests
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """What is watched has to be a metric that validation logs; found out now, not after an epoch."""
+        """Check that validation logs the monitored metrics, now rather than after an epoch. Raises UserError."""
         stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
         known = [one.monitor for one in stopping if not one.monitor.startswith("train/")]
         for what, metric in [("best.metric", self.metric), *(("EarlyStopping: monitor", name) for name in known)]:
@@ -23,8 +23,8 @@ class Preflight(Callback):
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Without validation no checkpoint would be the best; the test that ends a fit needs a batch."""
-        # A run that is resumed in an epoch without validation has not loaded it yet.
+        """Check that there is a split to choose best.ckpt by, and a batch for the final test. Raises UserError."""
+        # A run that is resumed in an epoch without validation has not loaded the split yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
             raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
@@ -36,5 +36,5 @@ class Preflight(Callback):
                 )
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch, batch_idx: int) -> None:
-        """There is a batch: from here on the run is real."""
+        """Commit to the run: its first batch is there."""
         self.claim.commit()

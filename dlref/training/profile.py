@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a short run that is timed part by part, with a trace of its last steps."""
+"""Profile where the time of a step goes: a short run, timed part by part, with a trace of its last steps."""
 
 import gc
 import math
@@ -25,17 +25,17 @@ from dlref.runtime import UserError
 from dlref.runtime.machine import processor
 from dlref.training.profile_report import PARTS, Findings
 
-WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill what is filled once
+WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill caches
 PRESET = {
-    "max_steps": WARM_UP + COUNTED + TRACED + 1,  # one more: the checkpoint after the last is not in the trace
-    "max_epochs": WARM_UP + COUNTED + TRACED + 1,  # each has a step
+    "max_steps": WARM_UP + COUNTED + TRACED + 1,  # one more: the final checkpoint is not in the trace
+    "max_epochs": WARM_UP + COUNTED + TRACED + 1,  # enough for epochs of one step
     "max_time": None,
-    "limit_val_batches": 2,  # after which checkpoints are written as in any run
+    "limit_val_batches": 2,  # checkpoints follow validation as in any run
 }
 
 ON_CPU, ON_CUDA = {ProfilerActivity.CPU}, {ProfilerActivity.CPU, ProfilerActivity.CUDA}  # what a trace shows
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-# How the names of what Lightning does end, and of which part that is. What is not here belongs to what it is called by.
+# Endings of Lightning's action names, and the part that each belongs to. Other actions belong to their caller's part.
 ENDINGS = {
     "train_dataloader_next": "data",
     "batch_to_device": "data",
@@ -54,11 +54,11 @@ ENDINGS = {
 
 @cache
 def part_of(action: str, bars: tuple[str, ...] = ()) -> str | None:
-    """The part that an action of Lightning's belongs to; None: to that of what calls it.
+    """Return the part that an action of Lightning's belongs to, or None for the part of its caller.
 
     Args:
-        action: as Lightning names it: `[Strategy]SingleDeviceStrategy.backward`.
-        bars: how the names of progress bars' actions begin.
+        action: Lightning's name for it, such as `[Strategy]SingleDeviceStrategy.backward`.
+        bars: the prefixes of the actions of progress bars.
     """
     if action.startswith(("[Logging]", *bars)):
         return "logging"
@@ -69,7 +69,7 @@ def part_of(action: str, bars: tuple[str, ...] = ()) -> str | None:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of what (start, end) spans cover together; kernels of several streams overlap."""
+    """Return the length that (start, end) spans cover together; kernels of several streams overlap."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -78,29 +78,29 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 class Unprofiled(PassThroughProfiler):
-    """No profiler. Lightning's own runs a generator around each of some sixty calls of a step, for nobody."""
+    """A profiler that does nothing. Lightning's own runs a generator around each of some sixty calls in a step."""
 
     nothing = nullcontext()
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:
-        """A call as it is."""
+        """Return a context manager that does nothing."""
         return self.nothing
 
 
 class StepProfile(Profiler):
-    """Times the parts of steps, each without what is inside of it: they add up to the steps' time.
+    """Time the parts of each step. A part's time excludes the parts nested in it, so they add up to the step's time.
 
-    A step ends where the next one asks for its data. Validation, and what happens between epochs, belongs to none.
+    A step ends when the next one asks for its data. Validation and the work between epochs belong to no step.
 
-    On a GPU work is only launched. In the first half of the counted steps nothing waits for it, so their time is that
-    of a run; in the second half each part does at its end, so that it takes what it costs.
+    On a GPU, calls only launch work. In the first half of the counted steps nothing waits for it, so they take as long
+    as in a normal run. In the second half each part waits at its end, so its time includes the work that it launched.
 
     Args:
         run: folder of the report and the trace.
-        minutes: between two checkpoints of an epoch.
+        minutes: time between two checkpoints within an epoch.
 
     Attributes:
-        trainer: to be set before it trains.
+        trainer: must be set before training starts.
     """
 
     trainer: Trainer
@@ -110,17 +110,17 @@ class StepProfile(Profiler):
         self.run, self.minutes = run, minutes
         self.steps: list[dict[str, float]] = []  # seconds by part
         self.saves: list[float] = []
-        self.step = defaultdict(float)  # the one under way
-        self.inside, self.stepped = False, False  # a step; its optimiser's step is done
-        self.stack: list[tuple[str, Any]] = []  # the parts that are open, with their labels in the trace
+        self.step = defaultdict(float)  # the current one
+        self.inside, self.stepped = False, False  # inside a step; its optimiser has stepped
+        self.stack: list[tuple[str, Any]] = []  # the open parts, with their labels in the trace
         self.last = self.save_began = 0.0
         self.tracer, self.traced, self.tracing = None, 0, False
         self.cuda, self.free, self.bars, self.replaced = False, 0, (), []
 
-    # What Lightning calls
+    # Called by Lightning
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        """Once devices and loggers are known. Lightning does not say when it logs."""
+        """Prepare once devices and loggers are known. Logging is wrapped: Lightning has no action for it."""
         super().setup(stage, local_rank, log_dir)
         self.cuda = self.on_cuda()
         self.free = COUNTED // 2 if self.cuda else 0
@@ -132,13 +132,13 @@ class StepProfile(Profiler):
         self._time_logging(self.trainer.lightning_module, "log")
 
     def start(self, action_name: str) -> None:
-        """An action begins, and with it perhaps another part."""
+        """Begin an action, and possibly another part with it."""
         if action_name == FETCH:
             self._next_batch()
         elif ".on_validation" in action_name:
             self._pause()
         if action_name == "save_checkpoint":
-            self._wait()  # what was launched is not its own
+            self._wait()  # work launched before is not the checkpoint's
         part = part_of(action_name, self.bars) or self._current()
         self._border(part != self._current())
         label = None
@@ -150,7 +150,7 @@ class StepProfile(Profiler):
             self.save_began = self.last
 
     def stop(self, action_name: str) -> None:
-        """The action that began last ends."""
+        """End the action that began last."""
         part, label = self.stack[-1]
         if action_name == "run_training_epoch":
             self._pause()
@@ -164,7 +164,7 @@ class StepProfile(Profiler):
         self.stepped |= action_name.startswith("[LightningModule]") and action_name.endswith(".optimizer_step")
 
     def describe(self) -> None:
-        """Write and print the report. Raises UserError where the run was too short for one."""
+        """Write and print the report. Raises UserError if the run was too short for one."""
         for owner, name in self.replaced:
             delattr(owner, name)
         self.replaced.clear()
@@ -185,7 +185,7 @@ class StepProfile(Profiler):
     # Steps
 
     def on_cuda(self) -> bool:
-        """Whether work is only launched, and has to be waited for."""
+        """Return whether the device is a CUDA GPU: calls only launch its work, which must be waited for."""
         return self.trainer.strategy.root_device.type == "cuda"
 
     def _current(self) -> str:
@@ -196,7 +196,7 @@ class StepProfile(Profiler):
             torch.cuda.synchronize()
 
     def _border(self, of_a_part: bool) -> None:
-        """Count the time since the last border as the current part's."""
+        """Add the time since the last border to the current part."""
         if of_a_part and WARM_UP + self.free <= len(self.steps) < WARM_UP + COUNTED:
             self._wait()
         now = time.perf_counter()
@@ -205,13 +205,13 @@ class StepProfile(Profiler):
         self.last = now
 
     def _next_batch(self) -> None:
-        """A step begins, unless this is another batch of the one under way: gradients of several may add up."""
+        """Begin a step, unless this is another batch of the current one, which accumulates gradients."""
         if self.inside and self.stepped and len(self.steps) + 1 in (WARM_UP, WARM_UP + self.free):
-            self._wait()  # what was launched is of the steps before
+            self._wait()  # work launched before belongs to earlier steps
         self._border(False)
         self._finish()
         if len(self.steps) == WARM_UP - 1:
-            gc.collect()  # a quarter of a second, which would fall to whatever part it came in
+            gc.collect()  # now: it takes a quarter of a second, which would count towards an arbitrary part
         if self.tracer is None and len(self.steps) == WARM_UP + COUNTED:
             self._start_trace()
         elif self.tracing and self.traced == TRACED:
@@ -219,7 +219,7 @@ class StepProfile(Profiler):
         self.inside, self.last = True, time.perf_counter()
 
     def _pause(self) -> None:
-        """End the step; what follows belongs to none."""
+        """End the step; the work that follows belongs to no step."""
         if not self.inside:
             return
         self._wait()
@@ -237,7 +237,7 @@ class StepProfile(Profiler):
         self.stepped = False
 
     def _time_logging(self, owner: Any, name: str) -> None:
-        """Have calls of one object's method count as logging, until the report is written."""
+        """Count calls of one object's method as logging until the report is written."""
         method = getattr(owner, name)
 
         @wraps(method)
@@ -253,7 +253,7 @@ class StepProfile(Profiler):
     def _start_trace(self) -> None:
         self._wait()
         if not self.cuda:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it complains that there is no GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # no warning that there is no GPU
         self.tracer = torch.profiler.profile(activities=ON_CUDA if self.cuda else ON_CPU, acc_events=True)
         self.tracer.start()
         self.tracing = True
@@ -264,7 +264,7 @@ class StepProfile(Profiler):
         self.tracer.stop()
 
     def _busy(self, step: float) -> float | None:
-        """The share of a step that the GPU computes: being traced makes a step longer, but no kernel."""
+        """Return the share of an untraced step for which the GPU computes: tracing slows steps, but not kernels."""
         if not (self.cuda and self.traced):
             return None
         kernels = [e for e in self.tracer.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
@@ -274,7 +274,7 @@ class StepProfile(Profiler):
     # The report
 
     def findings(self) -> Findings:
-        """What was measured."""
+        """Return the findings of the profile."""
         half = WARM_UP + self.free
         counted = self.steps[half : WARM_UP + COUNTED]
         parts = {name: statistics.fmean(step.get(name, 0.0) for step in counted) for name in PARTS}
@@ -295,7 +295,7 @@ class StepProfile(Profiler):
         )
 
     def _where(self) -> list[str]:
-        """What ran, and the files."""
+        """Describe the machine, the versions and the trace file."""
         cards = f"{torch.cuda.get_device_name()}; " if self.cuda else ""
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {version('lightning')}"
         precision, threads = self.trainer.precision, torch.get_num_threads()
@@ -306,5 +306,5 @@ class StepProfile(Profiler):
 
 
 def total(step: dict[str, float]) -> float:
-    """A step's seconds, without the checkpoint that was written in it."""
+    """Return the seconds of a step, without a checkpoint written in it."""
     return sum(seconds for part, seconds in step.items() if part != "checkpoint")

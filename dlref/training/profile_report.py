@@ -1,4 +1,4 @@
-"""What a profile found: the parts of a step, what bounds the run, and what to try."""
+"""The report of a profile: the parts of a step, the bottleneck of the run, and advice."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from rich.table import Table
 
 PARTS = ("data", "forward", "backward", "optimiser", "callbacks", "logging", "loop")
 
-# Shares of a step from which on a part is told to bound the run, rather than the device's arithmetic.
-DATA = 0.2  # workers that keep up leave next to nothing
+# Shares of a step above which a part, rather than the device's arithmetic, is reported to bound the run.
+DATA = 0.2  # waiting for data takes almost no time if the workers keep up
 AROUND = 0.3  # callbacks, logging and the loop together
 CHECKPOINT = 0.1  # on top of the steps of an epoch
-BUSY = 0.7  # below it a GPU waits for what launches its kernels
+BUSY = 0.7  # below this share the GPU waits for kernels to be launched
 
 ADVICE = {
     "data": "Waiting for data bounds the run. Try more data.init_args.num_workers, smaller files to decode, or data "
@@ -31,16 +31,16 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run was found to spend its time on. Times are seconds.
+    """The findings of a profile. Times are in seconds.
 
     Attributes:
-        parts: of a step, by name; they add up to it.
-        steps: those that were timed part by part.
-        free: those that nothing waited in; on a CPU the same.
-        checkpoint: writing one.
-        checkpoints: at most so many in an epoch.
-        epoch: steps of an epoch.
-        busy: the share of a step that a GPU computes, None where there is none.
+        parts: mean time of each part of a step, by name; the parts add up to the step.
+        steps: times of the steps that were timed part by part.
+        free: times of the steps in which nothing waited for the GPU; on a CPU the same as `steps`.
+        checkpoint: median time to write a checkpoint.
+        checkpoints: the largest number of checkpoints in an epoch.
+        epoch: the number of steps in an epoch.
+        busy: the share of a step for which the GPU computes, or None without a GPU.
     """
 
     parts: dict[str, float]
@@ -53,7 +53,7 @@ class Findings:
 
     @property
     def rows(self) -> dict[str, tuple[float, float]]:
-        """Seconds a step and the share of it, by part. Checkpoints are spread over an epoch and come on top."""
+        """Seconds per step and share of a step, by part. Checkpoints are spread over an epoch and come on top."""
         step = sum(self.parts.values())
         free = statistics.fmean(self.free)
         written = self.checkpoint * self.checkpoints / self.epoch
@@ -62,11 +62,11 @@ class Findings:
 
     @property
     def bound(self) -> str:
-        """What bounds the run, a key of ADVICE."""
+        """The bottleneck of the run, a key of ADVICE."""
         return bound({name: share for name, (_, share) in self.rows.items()}, self.busy)
 
     def lines(self) -> list[str]:
-        """What there is to say beside the table."""
+        """Return the text below the table."""
         mean, median = statistics.fmean(self.free), statistics.median(self.free)
         said = [f"A step takes {milli(mean)} in the mean and {milli(median)} in the median of {len(self.free)}."]
         if self.busy is not None:
@@ -82,13 +82,13 @@ class Findings:
         return [" ".join(said), ADVICE[self.bound]]
 
     def markdown(self, where: list[str]) -> str:
-        """The report as a page; `where` says what ran, and the files."""
+        """Return the report as a Markdown page; `where` describes the machine and the files."""
         rows = [f"| {name} | {1000 * one:.3f} | {share:.1%} |" for name, (one, share) in self.rows.items()]
         table = "\n".join(["| part | ms a step | share |", "|---|---:|---:|", *rows])
         return "\n\n".join(["# Where the time of a step goes", table, *self.lines(), *where]) + "\n"
 
     def print(self, where: list[str]) -> None:
-        """The report on the terminal, what bounds the run in bold."""
+        """Print the report on the terminal, with the bottleneck in bold."""
         table = Table("part", title="where the time of a step goes", title_justify="left")
         for title in ("ms a step", "share"):
             table.add_column(title, justify="right")
@@ -101,11 +101,11 @@ class Findings:
 
 
 def bound(shares: dict[str, float], busy: float | None) -> str:
-    """What bounds a run, a key of ADVICE.
+    """Return the bottleneck of a run, a key of ADVICE.
 
     Args:
-        shares: of a step's time, by part; that of checkpoints comes on top.
-        busy: the share of a step that a GPU computes, None where there is none.
+        shares: the share of a step's time by part; the share of checkpoints comes on top.
+        busy: the share of a step for which the GPU computes, or None without a GPU.
     """
     around = {name: shares[name] for name in ("callbacks", "logging", "loop")}
     found = {
@@ -120,5 +120,5 @@ def bound(shares: dict[str, float], busy: float | None) -> str:
 
 
 def milli(seconds: float) -> str:
-    """A time, for people."""
+    """Format a time for people."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

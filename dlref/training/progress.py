@@ -10,11 +10,11 @@ DRAWN = 4  # times a second
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar, which a step neither waits nor works for.
+    """Lightning's progress bar, at almost no cost to a step.
 
-    Lightning's own asks the device for the loss after every step, and so waits for all that the step has set off; a
-    thread of its own draws it a hundred times a second, and holds up all other Python meanwhile. This one fetches the
-    loss, which tasks do not log to the bar, only as often as it is logged.
+    Lightning's own bar reads the loss after every step, and so waits until the device has finished the step. A separate
+    thread draws that bar a hundred times a second and holds up all other Python code meanwhile. This bar is drawn less
+    often, and reads the loss, which tasks do not log to the bar, only as often as it is logged.
     """
 
     def __init__(self, **options: Any):
@@ -22,7 +22,7 @@ class Progress(RichProgressBar):
         self.due, self.shown, self.moved, self.stepped = True, {}, 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        """Move the bar, at most as often as it is drawn."""
+        """Move the bar, at most as often as it is drawn except when the loss is due."""
         self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and trainer.global_step > self.stepped
         self.stepped = trainer.global_step  # the same for several batches whose gradients add up
         now = time.monotonic()
@@ -32,7 +32,7 @@ class Progress(RichProgressBar):
         self.due = True
 
     def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
-        """The numbers beside the bar."""
+        """Return the numbers beside the bar."""
         if self.due:
             self.shown = super().get_metrics(trainer, task)
             if trainer.training and task.train_loss is not None:

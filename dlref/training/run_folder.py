@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what may be replaced, and what is left when a fit is refused."""
+"""A run's folder: its place, the files that a fit may replace, and their return if the fit is refused."""
 
 import csv
 import os
@@ -30,13 +30,13 @@ OWN = (
     "predictions.jsonl",
     "not_finite.pt",
 )
-LOCK = ".lock"  # by which a fit has a folder, and one knows that there was a fit
-# What a fit leaves that ended before its first checkpoint: this alone is no run, and the next one begins anew.
+LOCK = ".lock"  # reserves a folder for a fit, and shows later that there was a fit
+# Files left by a fit that ended before its first checkpoint: these alone are no run, and the next fit starts anew.
 BEGUN = ("config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt")
 
 
 def run_folder(options) -> Path:
-    """--run, or the folder that a run's own config.yaml lies in, or runs/NAME for configs/NAME.yaml."""
+    """Return --run, or the folder of a run's own config.yaml, or runs/NAME for configs/NAME.yaml."""
     if options.run:
         return Path(options.run)
     if not options.config:
@@ -46,12 +46,12 @@ def run_folder(options) -> Path:
 
 
 def checkpoint_of(run: Path, asked: str | None) -> Path:
-    """The checkpoint asked for: a file, "last", or by default the run's best. Raises UserError."""
+    """Return the path of the requested checkpoint: a file, "last", or by default the run's best. Raises UserError."""
     named = asked in (None, "best", "last")
     path = run / "checkpoints" / f"{asked or 'best'}.ckpt" if named else Path(asked)
     if asked == "last":
         path = intact(path, path.with_name("previous.ckpt"))
-    if not os.path.isfile(path):  # of what cannot be looked at, Path's methods raise before Python 3.14
+    if not os.path.isfile(path):  # Path's methods raise for inaccessible paths before Python 3.14
         if path.name == "best.ckpt" and os.path.isfile(path.with_name("last.ckpt")):
             raise UserError(
                 f"{path}: not there, only last.ckpt, as in a run killed before its first validation; "
@@ -62,7 +62,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
 
 
 def intact(last: Path, previous: Path) -> Path:
-    """The last checkpoint, or the one before it where the last is damaged or gone, which one line says."""
+    """Return the last checkpoint; if it is damaged or missing, print a line and return the one before it."""
     wrong = damage(last) if os.path.isfile(last) else "not there"
     if wrong is None or not os.path.isfile(previous) or damage(previous):
         return last
@@ -79,7 +79,7 @@ class Claim:
         resume: continue the run that is there.
         overwrite: replace the run that is there.
 
-    Of several processes only the first touches the disk.
+    Only the first of several processes touches the disk.
     """
 
     def __init__(self, run: Path, resume: bool, overwrite: bool):
@@ -101,7 +101,7 @@ class Claim:
                 "to resume it, or --overwrite to replace it"
             )
         self.there = self.own() if resume else []
-        rewritten = (run / "config.yaml", run / "metrics.csv")  # before a fit trains
+        rewritten = (run / "config.yaml", run / "metrics.csv")  # even before training starts
         self.before = {path: path.read_bytes() for path in rewritten if path in self.there}
         self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
@@ -110,7 +110,7 @@ class Claim:
         self.copy_config()
 
     def copy_config(self) -> None:
-        """A copy of what is set aside: a machine's other processes are yet to start, and may be told to read it."""
+        """Copy back the config set aside: the machine's other processes start later and may be told to read it."""
         config, part = self.aside / "config.yaml", self.run / "config.yaml.part"
         if not config.is_file():
             return
@@ -122,9 +122,9 @@ class Claim:
             raise
 
     def take(self) -> None:
-        """Take the folder for this process, until it ends in whatever way. Raises UserError.
+        """Reserve the folder for this process until it ends, however it ends. Raises UserError.
 
-        What a fit had set aside, and was killed before it trained, comes back.
+        Files set aside by a fit that was killed before it trained are put back.
         """
         try:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class Claim:
             shutil.rmtree(aside)
 
     def bring_back(self, aside: Path) -> None:
-        """Checkpoints come last: by them the next fit knows whether all is back."""
+        """Put back the files set aside, checkpoints last: their presence tells the next fit that all files are back."""
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "checkpoints"):
             remove([self.run / path.name])
             path.rename(self.run / path.name)
@@ -154,18 +154,18 @@ class Claim:
             self.lock.release()
 
     def own(self) -> list[Path]:
-        """The run's own files in the folder; others are left alone."""
+        """Return the run's own files in the folder; others are left alone."""
         paths = (*map(self.run.joinpath, OWN), *self.run.glob("events.out.tfevents.*"))
         return [path for path in paths if path.exists()]
 
     def commit(self) -> None:
-        """Training starts: the earlier run is replaced for good."""
+        """Replace the earlier run for good, as training starts."""
         if self.refusable:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.refusable = False
 
     def roll_back(self) -> None:
-        """Unless training has started: remove what the fit wrote, bring back what was set aside."""
+        """Unless training has started, remove the fit's files and put back those set aside."""
         if not self.refusable:
             return
         remove(set(self.own()) - set(self.there))
@@ -179,23 +179,23 @@ class Claim:
                 folder.rmdir()
 
     def leave(self) -> None:
-        """Release the folder, without a sign of a fit where there was none before."""
+        """Release the folder, and remove the lock file if there was none before."""
         if self.first:
-            with suppress(PermissionError):  # Windows keeps what is open; there the lock removes it as it is released
+            with suppress(PermissionError):  # Windows keeps open files; there the lock deletes its file on release
                 (self.run / LOCK).unlink(missing_ok=True)
         self.lock.release()
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Files, and folders with all that is in them."""
+    """Remove files, and folders with their contents."""
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def metrics_file(run: Path, before: int | None) -> CSVLogger:
-    """The logger of metrics.csv. A fresh CSVLogger deletes the file; a resumed run keeps the rows `before` a step.
+    """Return the logger of metrics.csv. A new CSVLogger deletes the file; a resumed run keeps rows `before` a step.
 
-    Those of later steps, which a process that was killed had taken, come again.
+    Rows of later steps, logged by a process that was killed, are logged again.
     """
     logger = CSVLogger(run, name="", version="")
     if rank_zero_only.rank == 0 and run.exists():
@@ -203,16 +203,16 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
         earlier = []
         if before is not None and path.is_file():
             with path.open(newline="") as file:
-                complete = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
+                complete = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be cut off
             earlier = [row for row in complete if row.get("step", "").isdigit() and int(row["step"]) < before]
-        with warnings.catch_warnings(action="ignore"):  # of the file being deleted: its rows are in `earlier`
+        with warnings.catch_warnings(action="ignore"):  # that the file is deleted: its rows are in `earlier`
             logger.experiment.metrics.extend(earlier)
         logger.save()
     return logger
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -223,18 +223,18 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iterator[None]:
-    """Write a PNG for each input into `folder`, all or none; what was there before goes once all within is done.
+    """Write a PNG for each input into `folder`, all or none; an earlier `folder` is replaced once the block succeeds.
 
-    They lie in it as the inputs lie in the folder that is common to them. Raises UserError.
+    PNGs keep the paths of the inputs relative to the inputs' common folder. Raises UserError.
     """
     common = os.path.commonpath([Path(name).parent.resolve() for name in names])
-    places = [Path(name).parent.resolve() / Path(name).name for name in names]  # a link lies where it is
+    places = [Path(name).parent.resolve() / Path(name).name for name in names]  # the place of a link itself
     files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice:
         raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
     try:
         for file, picture in zip(files, pictures, strict=True):
             (part / file).parent.mkdir(parents=True, exist_ok=True)

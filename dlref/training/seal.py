@@ -1,6 +1,6 @@
-"""Files of torch.save whose damage can be found: each ends with the hash of all before it.
+"""torch.save files whose damage can be detected: each ends with the hash of everything before it.
 
-torch.load ignores what follows the archive, so other programs read them as before.
+torch.load ignores data after the archive, so other programs can read these files as usual.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ BLOCK = 1 << 24  # bytes that are hashed at once
 
 
 class HashingWriter:
-    """A file that is written to, and the hash of all of it; `error` keeps the OSError that torch.save hides."""
+    """A writer that hashes all bytes written to a file; `error` keeps the OSError that torch.save hides."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256, self.error = file, hashlib.sha256(), None
 
     def write(self, data: bytes) -> int:
-        """Write all of it."""
+        """Hash and write `data`."""
         self.sha256.update(data)
         try:
             return self.file.write(data)
@@ -32,14 +32,14 @@ class HashingWriter:
             raise
 
     def flush(self) -> None:
-        """To the operating system."""
+        """Flush the file to the operating system."""
         self.file.flush()
 
 
 def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
-    """Write a checkpoint beside `path` and put it there when it is whole; nothing is left of one that is not.
+    """Write a checkpoint beside `path` and move it there once complete; nothing is left of an incomplete one.
 
-    What is there goes to `before`. Raises OSError.
+    An existing file is moved to `before`, if given. Raises OSError.
     """
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,13 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
             hashed = HashingWriter(file)
             try:
                 torch.save(state, hashed)
-            except RuntimeError:  # torch.save's own words for an OSError
+            except RuntimeError:  # torch.save raises this for an OSError
                 if hashed.error is None:
                     raise
                 raise hashed.error from None
             file.write(SEAL + hashed.sha256.hexdigest().encode())
             file.flush()
-            os.fsync(file.fileno())  # a rename that outlives a power cut must not name a file that does not
+            os.fsync(file.fileno())  # the rename must not survive a power cut if the data does not
         if before is not None:
             os.replace(path, before)
         os.replace(part, path)
@@ -64,7 +64,7 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
 
 
 def seal_of(path: Path) -> bytes:
-    """The end of a file where a seal is, if there is one; else nothing."""
+    """Return the seal at the end of a file, or no bytes if there is none."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - SIZE))
         end = file.read()
@@ -72,7 +72,7 @@ def seal_of(path: Path) -> bytes:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file that was written with a seal, in words; None: it is whole."""
+    """Describe the damage of a file that was written with a seal, or return None if it is intact."""
     left, seal, sha256 = path.stat().st_size - SIZE, seal_of(path), hashlib.sha256()
     if not seal:
         return f"cut off after {path.stat().st_size} bytes"

@@ -1,4 +1,4 @@
-"""SIGTERM where there is nothing to keep: the process ends at once."""
+"""Handle SIGTERM when there is nothing to save: the process ends at once."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 def listen(handler) -> None:
-    """Give SIGTERM to a handler until Lightning puts the earlier one back. Only the main thread can."""
+    """Handle SIGTERM with `handler` until Lightning restores the earlier one. Only the main thread can do that."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
@@ -16,11 +16,11 @@ def listen(handler) -> None:
 class EndAtSigterm(Callback):
     """Replace Lightning's handler of SIGTERM, except in training that `Last` saves.
 
-    Lightning's waits within the signal for the other processes, while they may wait for this one somewhere else.
+    Lightning's handler waits for the other processes, while these may be waiting for this one elsewhere.
     """
 
     def listen(self, trainer: Trainer, task: LightningModule) -> None:
-        """End at SIGTERM, with the processes that this one started. One may have come already: Lightning notes it."""
+        """End at SIGTERM, also one that Lightning has already received, with the processes that this one started."""
         if trainer.received_sigterm:
             raise SIGTERMException
 
@@ -31,10 +31,10 @@ class EndAtSigterm(Callback):
 
         listen(end)
 
-    # In training `Last` listens next, where something is kept; the test may be the one that ends a fit.
+    # In training that is saved, `Last` sets its handler next. The test may be the final test of a fit.
     on_sanity_check_start = on_train_start = on_test_start = on_predict_start = listen
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Of a validation that is no part of a fit."""
+        """Handle SIGTERM in a validation that is not part of a fit."""
         if trainer.state.fn == "validate":
             self.listen(trainer, task)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere into a network: published state dicts and runs of this project."""
+"""Load weights into a network, from published state dicts and from runs of this project."""
 
 import logging
 import pickle
@@ -17,9 +17,9 @@ from dlref.training.seal import damage, seal_of
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3  # tensors in an error
+SHOWN = 3  # tensors listed in an error
 
-# What a run goes on from; the keys are Lightning's, but for those of `Task.on_save_checkpoint`.
+# Parts of a checkpoint to resume from. The keys are Lightning's, except for those of `Task.on_save_checkpoint`.
 PARTS = {
     "state_dict": (dict, OrderedDict),
     "facts": (dict,),
@@ -34,7 +34,7 @@ PARTS = {
 
 
 def read(path: Path) -> object:
-    """What a PyTorch or safetensors file holds, or the best checkpoint of a run's folder; unpickles no code.
+    """Read a PyTorch or safetensors file, or the best checkpoint of a run's folder, without unpickling code.
 
     Raises UserError.
     """
@@ -48,14 +48,14 @@ def read(path: Path) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to load it all the same
+    except pickle.UnpicklingError:  # torch's own message advises loading it anyway
         raise UserError(f"{path}: unreadable, or holds code; expected tensors and plain values") from None
-    except Exception as error:  # safetensors and zipfile each raise their own
+    except Exception as error:  # safetensors and zipfile each raise their own errors
         raise UserError(f"{path}: unreadable ({one_line(error)}); expected tensors and plain values") from None
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project. Raises UserError."""
+    """Read a checkpoint of this project. Raises UserError."""
     state = read(path)
     parts = isinstance(state, dict) and all(type(state.get(key)) in kinds for key, kinds in PARTS.items())
     if not (parts and all(isinstance(name, str) for name in state["state_dict"])):
@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict of a network, from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
+    """Read the state dict of a network from a .safetensors or .pt/.pth file, a checkpoint or a run's folder.
 
     Raises UserError.
     """
@@ -80,7 +80,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """UserError where two tensors of `state` differ and are one in the network: the second would be lost."""
+    """Raise UserError if two tensors of `state` differ but are tied in the network: one of them would be lost."""
     first: dict[int, str] = {}
     for key in (key for key, value in own.items() if key in state and value.numel()):
         other = first.setdefault(own[key].data_ptr(), key)
@@ -92,8 +92,8 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     """Load `path` into `network` and return the names of the tensors left as initialised.
 
     Layers listed in `network.class_layers` keep their fresh weights if shapes differ or the file lacks them. Given a
-    published classifier, only the backbone (`network.base`) is loaded. Both are logged; any other mismatch is a
-    UserError.
+    published classifier, only the backbone (`network.base`) is loaded. Both are logged. Raises UserError
+    for any other mismatch.
     """
     own = network.state_dict()
     state, of_base = _state_for(network, read_state_dict(path), own)
@@ -117,7 +117,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
 
 
 def _state_for(network: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The tensors to load into `network`, and whether they are a published classifier's, renamed for the backbone."""
+    """Return the tensors to load, and whether they are a published classifier's, renamed for the backbone."""
     fits = all(key in own and value.shape == own[key].shape for key, value in state.items())
     if hasattr(network, "of_base") and not fits:
         renamed = network.of_base(state)
@@ -129,11 +129,11 @@ def _state_for(network: nn.Module, state: dict[str, Tensor], own: dict[str, Tens
 def _compare(
     network: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], of_base: bool
 ) -> tuple[list[str], list[str]]:
-    """Names of the network's tensors that keep their fresh weights, and of tensors that do not fit."""
+    """Return the names of the network's tensors that keep their fresh weights, and of tensors that do not fit."""
     of_classes = tuple(f"{layer}." for layer in getattr(network, "class_layers", ()))
     differing = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
     replaced = {key for key in differing if key.startswith(of_classes)}
-    # Older files, published ResNets among them, lack these counters.
+    # Older files, such as published ResNets, lack these counters.
     missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
     if of_base:
         needed = {key for key in missing if key.startswith(network.base)}
@@ -144,15 +144,15 @@ def _compare(
 
 
 def shape_of(state: Mapping[str, Tensor], key: str) -> str:
-    """The shape of a tensor, or that there is none."""
+    """Format the shape of a tensor, or return "missing"."""
     return f"({', '.join(map(str, state[key].shape))})" if key in state else "missing"
 
 
 def freeze(network: nn.Module, pattern: str) -> None:
-    """Stop the gradient of every parameter whose name matches `pattern` from its start.
+    """Freeze every parameter whose name matches `pattern` from its start.
 
-    A module whose own parameters are all frozen, but a recurrent one, goes to evaluation mode, so that frozen batch
-    norms keep their statistics. Raises UserError for a pattern that is no regular expression or matches nothing.
+    A module whose own parameters are all frozen is set to evaluation mode unless it is recurrent, so that frozen batch
+    norms keep their statistics. Raises UserError if `pattern` is not a regular expression or matches nothing.
     """
     try:
         matches = re.compile(pattern).match
@@ -167,6 +167,6 @@ def freeze(network: nn.Module, pattern: str) -> None:
         parameter.requires_grad_(False)
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        # cuDNN differentiates recurrent layers in training mode alone; they have no statistics.
+        # cuDNN differentiates recurrent layers only in training mode; they have no statistics.
         if own and not any(p.requires_grad for p in own) and not isinstance(module, nn.RNNBase):
-            module.training = False  # its children may train
+            module.training = False  # not eval(): the module's children may train
