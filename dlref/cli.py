@@ -1,7 +1,7 @@
 """Fit, validate, test or predict, from one YAML config and a run's folder.
 
-What train.py and export.py share. A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv,
-TensorBoard events, and after a test test.json and figures/.
+Shared by train.py and export.py. A run's folder holds config.yaml, checkpoints/{best,last}.ckpt, metrics.csv,
+TensorBoard events and, after a test, test.json and figures/.
 """
 
 import json
@@ -41,24 +41,24 @@ from dlref.training.sigterm import EndAtSigterm
 from dlref.training.summary import NetworkSummary
 from dlref.training.weights import read_checkpoint
 
-# Lightning calls a torch function that torch has renamed, once a batch of the progress bar.
+# Lightning's progress bar calls a deprecated torch function for each batch.
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-# Tasks log such epochs at their end.
+# Tasks log such short epochs at their end.
 warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
-# Errors of constructors that a user can mend.
+# Errors of constructors that a user can fix.
 REFUSALS = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
 
 
 @dataclass
 class Best:
-    """Which checkpoint is the best one.
+    """How the best checkpoint is chosen.
 
     Args:
         metric: a logged metric, such as val/accuracy.
-        mode: whether more of it is better or less.
+        mode: whether the largest (max) or the smallest (min) value is the best.
     """
 
     metric: str
@@ -66,7 +66,7 @@ class Best:
 
 
 class TrainCLI(LightningCLI):
-    """fit, validate, test and predict over one YAML file."""
+    """The commands fit, validate, test and predict, configured by one YAML file."""
 
     def __init__(self, arguments: list[str] | None):
         self.typed = sys.argv[1:] if arguments is None else arguments
@@ -85,12 +85,12 @@ class TrainCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The one that is typed first, or all of them: a parser with all that a Trainer takes is made for each."""
+        """Return only the subcommand that was typed, if any: each one needs a large parser for all Trainer options."""
         known = super().subcommands()
         return {name: known[name] for name in known if [name] == self.typed[:1]} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What a run needs beside a trainer, a task and data."""
+        """Add the options of a run besides its trainer, task and data."""
         switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
         parser.add_argument("--best", type=Best, required=True, help="metric and mode that choose best.ckpt")
         parser.add_argument("--run", type=str | None, help="folder of the run (default: runs/NAME for NAME.yaml)")
@@ -103,9 +103,9 @@ class TrainCLI(LightningCLI):
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        """Parse, and settle the run's folder and the checkpoint it begins with.
+        """Parse the arguments and determine the run's folder and the checkpoint that it begins with.
 
-        The saved config holds neither: a run's folder may be moved, and its config starts from scratch.
+        The saved config holds neither: a run's folder may be moved, and its config describes a run from scratch.
         """
         try:
             super().parse_arguments(parser, args)
@@ -133,7 +133,7 @@ class TrainCLI(LightningCLI):
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
 
     def settle_fit(self) -> None:
-        """Refuse a fit that cannot be; does it record what it does, and is it a profile? Raises UserError."""
+        """Check the options of a fit; find out if it writes files and if it is a profile. Raises UserError."""
         options = self.options
         check_fit(options)
         self.records = not (options.debug or options.trainer.fast_dev_run)
@@ -144,7 +144,7 @@ class TrainCLI(LightningCLI):
             raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
 
     def settle_checkpoint(self, command: str) -> None:
-        """The checkpoint to resume from, with its step and its optimiser, or the one to evaluate. Raises UserError."""
+        """Find the checkpoint to resume from, with its step and optimiser, or the one to evaluate. Raises UserError."""
         self.checkpoint = self.checkpoint_asked_for(command)
         self.step, self.resumed = 0, None
         if command == "fit" and self.checkpoint:
@@ -152,7 +152,7 @@ class TrainCLI(LightningCLI):
             self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
 
     def checkpoint_asked_for(self, command: str) -> Path | None:
-        """The checkpoint to resume from or to evaluate; None for a fit from scratch. Raises UserError."""
+        """Return the checkpoint to resume from or to evaluate, or None for a fit from scratch. Raises UserError."""
         asked = self.options.ckpt_path
         scratch = command == "fit" and asked is None
         taken = SLURMEnvironment.detect() and (scratch or command != "fit")
@@ -161,7 +161,7 @@ class TrainCLI(LightningCLI):
         return None if scratch else checkpoint_of(self.run, asked)
 
     def prepare_profile(self) -> None:
-        """A short run into a folder of its own. Raises UserError."""
+        """Set the options of a profile: a short run in a folder of its own. Raises UserError."""
         options = self.options
         others = {
             "--debug": options.debug,
@@ -177,7 +177,7 @@ class TrainCLI(LightningCLI):
         vars(options.trainer).update(PROFILE)
 
     def instantiate_classes(self) -> None:
-        """Build everything; what a constructor refuses is the user's to mend."""
+        """Build everything. Raises UserError for errors of constructors, which the user can fix."""
         try:
             super().instantiate_classes()
         except REFUSALS as error:
@@ -189,14 +189,14 @@ class TrainCLI(LightningCLI):
             self.model.optimizer_resumed = self.resumed
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
-        """A trainer that writes into the run's folder, or nothing at all."""
+        """Build a trainer that writes into the run's folder, or one that writes nothing at all."""
         given = self.options.trainer
         self.trainer_defaults["callbacks"] = [
             EndAtSigterm(),
             *([Progress()] if given.enable_progress_bar is not False else []),
             *([NetworkSummary()] if given.enable_model_summary is not False else []),
         ]
-        kwargs |= {"default_root_dir": self.run, "plugins": [], "enable_model_summary": False}  # Lightning's own
+        kwargs |= {"default_root_dir": self.run, "plugins": [], "enable_model_summary": False}  # Lightning's table
         # When SLURM requeues a job, Lightning would write a checkpoint that it later prefers to all others.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
@@ -205,17 +205,17 @@ class TrainCLI(LightningCLI):
         return trainer
 
     def plain_trainer(self, **kwargs) -> Trainer:
-        """One that writes nothing."""
+        """Build a trainer that writes nothing."""
         if self.options.debug:
             self.trainer_defaults["callbacks"] += [Overfit()]
         given = self.config_init[self.subcommand].trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
-        kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # those write files
+        kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # they write files
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
     def recording_trainer(self, **kwargs) -> Trainer:
-        """One that writes into the run's folder, which from here on is this process's."""
-        places = map(os.path.realpath, (self.run, self.run / "checkpoints"))  # which may lie on another disk
+        """Claim the run's folder for this process, and build a trainer that writes into it."""
+        places = map(os.path.realpath, (self.run, self.run / "checkpoints"))  # checkpoints may lie on another disk
         own = self.checkpoint is not None and os.path.dirname(os.path.realpath(self.checkpoint)) in places
         self.claim = Claim(self.run, resume=own, overwrite=self.overwrite)
         try:
@@ -225,14 +225,14 @@ class TrainCLI(LightningCLI):
             raise
 
     def claimed_trainer(self, **kwargs) -> Trainer:
-        """The same, once the folder is claimed."""
+        """Build a trainer that writes into the claimed folder."""
         best = self.options.best
         kwargs["plugins"] += [SealedCheckpointIO(self.run, self.checkpoint)]
         self.trainer_defaults["callbacks"] += [
             StopOnNonFiniteLoss(),
             UnevenEvaluation(),
             BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
-            Last(self.options.checkpoint_minutes),  # after the best: it knows of that
+            Last(self.options.checkpoint_minutes),  # after BestCheckpoint: last.ckpt records the best score
             Preflight(best.metric, self.claim, self.options.final_test),
         ]
         if self.profile:
@@ -251,18 +251,18 @@ class TrainCLI(LightningCLI):
         return built
 
     def fit(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
-        """Train, then test the best checkpoint unless told not to."""
+        """Train, then test the best checkpoint unless --final_test is false."""
         if self.checkpoint:
             arguments["ckpt_path"] = self.checkpoint
-            model.weights = None  # the checkpoint holds what became of them
+            model.weights = None  # the checkpoint's weights replace them
         if not self.records:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
         with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-            self.claim.commit()  # a complete run that is resumed has no first batch, which commits otherwise
+            self.claim.commit()  # a resumed run that is complete has no first batch to do so
             if self.options.final_test and self.trainer.state.finished:
-                # The weights alone: restoring callbacks too would put EMA's current weights over their average.
+                # Only the weights: restoring callbacks too would overwrite EMA's average with its current weights.
                 model.restore(checkpoint_of(self.run, None))
                 self.test(model, datamodule)
 
@@ -292,7 +292,7 @@ class TrainCLI(LightningCLI):
         print(f"figures are in {self.run / 'figures'}")
 
     def predict(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
-        """Write one JSON line for each input to predictions.jsonl, and answers that are pictures beside it."""
+        """Write one JSON line for each input to predictions.jsonl, and predictions that are pictures beside it."""
         if self.trainer.world_size > 1:
             raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
@@ -302,19 +302,19 @@ class TrainCLI(LightningCLI):
         rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
         path, pictures = self.run / "predictions.jsonl", self.run / "predictions"
         drawn = model.picture(answers[0]) is not None
-        with written_pictures(pictures, names, map(model.picture, answers)) if drawn else nullcontext():  # or neither
+        with written_pictures(pictures, names, map(model.picture, answers)) if drawn else nullcontext():  # both or none
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"predictions are in {path}" + f", pictures in {pictures}" * drawn)
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """`train.py`: 0; 2 with one line on stderr when something given is wrong; 75 when told to end early."""
+    """Run `train.py`; return 0, 2 with one line on stderr if the input is wrong, or 75 if told to end early."""
     try:
         TrainCLI(arguments)
     except (Interrupted, SIGTERMException) as reason:
-        print(f"told to end{reason}", file=sys.stderr)  # Lightning's own, outside of training, says no more
-        # 75 is os.EX_TEMPFAIL, which Windows lacks. A machine's first process tells it: Lightning kills that one,
-        # whatever it is at, once another has ended with anything but 0.
+        print(f"told to end{reason}", file=sys.stderr)  # outside of training, Lightning's exception has no message
+        # 75 is os.EX_TEMPFAIL, which Windows lacks. Only a machine's first process returns it: Lightning kills that
+        # process, whatever it is doing, once another one has ended with a status other than 0.
         return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
     except Exception as error:
         if (line := mendable(error)) is None:
@@ -325,14 +325,14 @@ def train(arguments: list[str] | None = None) -> int:
 
 
 def mendable(error: Exception) -> str | None:
-    """What a user can mend, on one line; None for an error of another kind."""
+    """Return one line for an error that a user can fix, or None for an error of another kind."""
     match error:
         case UserError() | MisconfigurationException() | ModuleNotFoundError():  # a callback's package is missing
             return one_line(error)
         case OSError() if error.errno in FULL:
             where = error.filename or "the run's folder"
             return f"{where}: {error.strerror}; expected space; earlier checkpoints are intact"
-        case ValueError() if "`val_check_interval`" in str(error):  # Lightning's word of a long one
+        case ValueError() if "`val_check_interval`" in str(error):  # Lightning's error for an interval that is too long
             return f"trainer: {one_line(error)}"
         case RuntimeError() if lost_another(error):
             return "another process has ended; its own line says why"
@@ -340,7 +340,7 @@ def mendable(error: Exception) -> str | None:
 
 
 def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
-    """The task with its best weights, and its data, from a run's folder; without a trainer.
+    """Return the task with its best weights, and its data, from a run's folder, without a trainer.
 
     `overrides` are command-line arguments such as --data.init_args.root DIR. Raises UserError.
     """
@@ -351,7 +351,7 @@ def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
 
 
 def build(config: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
-    """The task and the data of a config, nothing trained or read. Raises UserError."""
+    """Build the task and the data of a config, without training or reading anything. Raises UserError."""
     try:
         parts = yaml.safe_load(config.read_text(encoding="utf-8"))
         arguments = [word for key in ("model", "data") for word in (f"--{key}", json.dumps(parts[key]))]

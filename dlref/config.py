@@ -1,6 +1,6 @@
-"""From the text of a config to objects that are safe to build, or one line that says why not.
+"""Parse configs, and refuse in one line any config whose objects are not safe to build.
 
-A class that a config names is code that runs, so few can be named, and nothing but classes.
+A class named in a config is code that runs, so a config can name few classes, and nothing but classes.
 """
 
 import codecs
@@ -33,18 +33,18 @@ ALLOWED_CLASS_PATHS = [
 PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # of a run, as schedules call it
-# What a checkpoint's name may have filled in, beside its own name; {step:c} is a letter by its number, such as a slash.
+LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # schedules' names for the number of steps
+# Fields allowed in a checkpoint's filename. Other formats are unsafe: {step:c} is a character by its number, such as /.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
-set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning lets configs come from servers
+set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning allows configs from servers
 
 
 def whole_numbers_first(annotations: dict[str, object]) -> None:
-    """Let a 1 be a number of batches and 1.0 all of them, as Lightning means them.
+    """Read 1 as one batch and 1.0 as all batches, as Lightning intends.
 
-    Python's typing remembers the first of two equal unions: where another package has said "float or int" before,
-    Lightning's "int or float" is that too, and every 1 would be read as 1.0.
+    Python's typing caches the first of two equal unions: if another package has written "float or int" before,
+    Lightning's "int or float" becomes the same, and every 1 would be read as 1.0.
     """
     for name, kind in annotations.items():
         for whole_first in (int | float, int | float | None):
@@ -57,11 +57,11 @@ whole_numbers_first(Trainer.__init__.__annotations__)
 
 @contextmanager
 def no_other_configs() -> Iterator[None]:
-    """Keep jsonargparse from reading a file in the place of each class or group that is a text.
+    """Keep jsonargparse from reading a file wherever a config has text for a class or a group.
 
-    Only the command line may name files of config. There is no public switch for it.
+    Only the command line may name config files. jsonargparse has no public switch for this.
     """
-    mode, _optionals._config_read_mode = _optionals._config_read_mode, "fF"  # a file, and no file
+    mode, _optionals._config_read_mode = _optionals._config_read_mode, "fF"  # a file and not a file: no path matches
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def no_other_configs() -> Iterator[None]:
 
 
 def parts_of(value: object) -> Iterator[object]:
-    """A config and everything in it, namespaces as their dicts."""
+    """Yield a config and everything in it, with namespaces as dicts."""
     value = vars(value) if isinstance(value, Namespace) else value
     yield value
     within = value.values() if isinstance(value, dict) else value
@@ -78,10 +78,10 @@ def parts_of(value: object) -> Iterator[object]:
 
 
 def check_parts(config: Namespace) -> None:
-    """Raise UserError for what a config may not name, though its module is allowed.
+    """Raise UserError for parts that a config must not name although their module is allowed.
 
-    A function would be called while things are built, with arguments of the config's choice, and some write files. What
-    has a folder of its own would write outside of the run's.
+    A function would be called with the config's arguments while objects are built, and some functions write files.
+    An object with a folder of its own would write outside the run's folder.
     """
     for part in parts_of(config):
         if inspect.isroutine(part):
@@ -91,14 +91,17 @@ def check_parts(config: Namespace) -> None:
 
 
 def enums_as_text(config: Namespace) -> None:
-    """Lightning's enums, which are defaults of its callbacks, as text: jsonargparse could not write them down."""
+    """Replace Lightning's enums, defaults of its callbacks, with their text: jsonargparse cannot write enums."""
     for part in list(parts_of(config)):
         if isinstance(part, dict):
             part |= {key: value.value for key, value in part.items() if isinstance(value, LightningEnum)}
 
 
 def for_configs(path: str) -> bool:
-    """Whether it is a class, of this project one that is exported, and not SpikeDetection, which writes anywhere."""
+    """Return whether `path` is a class for configs.
+
+    Classes of this project must be exported. SpikeDetection is excluded, since it can write anywhere.
+    """
     named = locate(path) if path.startswith(PREFIXES) else None
     if not inspect.isclass(named) or named is SpikeDetection:
         return False
@@ -107,7 +110,7 @@ def for_configs(path: str) -> bool:
 
 
 def check_part(part: dict) -> None:
-    """Raise UserError for what is no class for configs, and for places to write."""
+    """Raise UserError for a class that is not for configs, and for a place to write."""
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
@@ -119,7 +122,7 @@ def check_part(part: dict) -> None:
 
 
 def check_schedule(path: str) -> None:
-    """Raise UserError for the class of a schedule that would take a run's number of steps for something else."""
+    """Raise UserError for a schedule whose second argument is not the number of steps, which is passed there."""
     _, taken, *_ = inspect.signature(locate(path)).parameters
     if taken not in LENGTHS:
         words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
@@ -127,13 +130,13 @@ def check_schedule(path: str) -> None:
 
 
 def check_trainer(options) -> None:
-    """Refuse what a run decides for itself, and precisions in which it would not run. Raises UserError."""
+    """Refuse options that a run sets itself, and strategies and precisions that do not work. Raises UserError."""
     for name in ("logger", "default_root_dir"):
         if options[name] is not None:
             raise UserError(f"trainer.{name}: a run logs into its own folder; expected none, see --run")
     method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
     copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
-    if copies:  # of this process, each with the claim of its folder
+    if copies:  # each copy of this process would hold the claim on its folder
         raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
@@ -141,12 +144,12 @@ def check_trainer(options) -> None:
 
 
 def check_fit(options) -> None:
-    """Refuse what would train nothing, or something else. Raises UserError."""
+    """Refuse options by which a fit would train nothing, or something else. Raises UserError."""
     trainer = options.trainer
     for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
         if trainer[name] == 0:
             raise UserError(f"trainer.{name}: 0; expected more")
-    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning takes less than 0
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning accepts values below 0
         if trainer[name] is not None and trainer[name] < 1:
             raise UserError(f"trainer.{name}: {trainer[name]}; expected more")
     if trainer.overfit_batches:
@@ -156,11 +159,11 @@ def check_fit(options) -> None:
 
 
 class Parser(LightningArgumentParser):
-    """Errors are one line, raised instead of printed with a page of usage; options have their whole names."""
+    """A parser that raises errors as one line instead of printing a page of usage, and allows no abbreviations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
-        encoding = locale.getpreferredencoding(False)  # by which configs are read, and Lightning's metrics.csv written
+        encoding = locale.getpreferredencoding(False)  # for reading configs and for Lightning's metrics.csv
         if codecs.lookup(encoding).name != "utf-8":
             raise UserError(f"this system's text is in {encoding}; expected UTF-8: set PYTHONUTF8=1")
 
@@ -169,7 +172,7 @@ class Parser(LightningArgumentParser):
         raise UserError(readable(message)) from ex
 
     def parse_path(self, path, *args, **kwargs):
-        """A file of config, which what is wrong with it names."""
+        """Parse a config file, which is named in any error."""
         try:
             return super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
@@ -179,13 +182,13 @@ class Parser(LightningArgumentParser):
             raise UserError(f"{path}: {error}{hint}") from None
 
     def parse_string(self, *args, **kwargs):
-        """A config's text; what it names is not read as config."""
+        """Parse the text of a config; files that it names are not read as configs."""
         with no_other_configs():
             return super().parse_string(*args, **kwargs)
 
 
 def readable(message: str) -> str:
-    """jsonargparse's multi-line errors as one line, in the user's terms."""
+    """Rewrite jsonargparse's multi-line errors as one line, in the user's terms."""
     message = " ".join(message.split())
     for pattern, replacement in (
         (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: (- )?", ""),
