@@ -85,7 +85,7 @@ class TrainCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:
-        """Return only the subcommand that was typed, if any: each one needs a large parser for all Trainer options."""
+        """Return only the subcommand typed first, if any: building a parser of all Trainer options for each is slow."""
         known = super().subcommands()
         return {name: known[name] for name in known if [name] == self.typed[:1]} or known
 
@@ -260,7 +260,7 @@ class TrainCLI(LightningCLI):
             return
         with self.claim:
             self.trainer.fit(model, datamodule=datamodule, **arguments)
-            self.claim.commit()  # a resumed run that is complete has no first batch to do so
+            self.claim.commit()  # a complete run that is resumed has no first batch to commit it
             if self.options.final_test and self.trainer.state.finished:
                 # Only the weights: restoring callbacks too would overwrite EMA's average with its current weights.
                 model.restore(checkpoint_of(self.run, None))
@@ -351,7 +351,7 @@ def load_run(run: Path, overrides: list[str]) -> tuple[Task, LightningDataModule
 
 
 def build(config: Path, overrides: list[str]) -> tuple[Task, LightningDataModule]:
-    """Build the task and the data of a config, without training or reading anything. Raises UserError."""
+    """Build the task and the data of a config, untrained and with no data read. Raises UserError."""
     try:
         parts = yaml.safe_load(config.read_text(encoding="utf-8"))
         arguments = [word for key in ("model", "data") for word in (f"--{key}", json.dumps(parts[key]))]

@@ -1,6 +1,6 @@
 """Parse configs, and refuse in one line any config whose objects are not safe to build.
 
-A class named in a config is code that runs, so a config can name few classes, and nothing but classes.
+A class named in a config is code that runs, so a config may name only a few classes, and nothing but classes.
 """
 
 import codecs
@@ -34,7 +34,7 @@ PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # schedules' names for the number of steps
-# Fields allowed in a checkpoint's filename. Other formats are unsafe: {step:c} is a character by its number, such as /.
+# Fields allowed in a checkpoint's filename. Others are unsafe: {step:c} inserts a character by its number, such as /.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
 set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning allows configs from servers
@@ -122,7 +122,7 @@ def check_part(part: dict) -> None:
 
 
 def check_schedule(path: str) -> None:
-    """Raise UserError for a schedule whose second argument is not the number of steps, which is passed there."""
+    """Raise UserError for a schedule whose second argument is not the run's number of steps, which is passed to it."""
     _, taken, *_ = inspect.signature(locate(path)).parameters
     if taken not in LENGTHS:
         words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
@@ -144,7 +144,7 @@ def check_trainer(options) -> None:
 
 
 def check_fit(options) -> None:
-    """Refuse options by which a fit would train nothing, or something else. Raises UserError."""
+    """Refuse options with which a fit would train nothing, or something else. Raises UserError."""
     trainer = options.trainer
     for name in ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval"):
         if trainer[name] == 0:

@@ -182,7 +182,7 @@ def quietly(name: str) -> Iterator[None]:
 
 def prepare(source: Path, path: Path, target: Target) -> None:
     """Infer shapes and fold constants, as the quantisers require."""
-    fused = path.with_suffix(".fused.onnx")  # QNN's step comes first: it cannot read metadata of the other one
+    fused = path.with_suffix(".fused.onnx")  # QNN's step comes first: it cannot read the other's metadata
     first = fused if target.quantisation.qnn and qnn_preprocess_model(source, fused) else source
     # Symbolic inference mistakes ONNX's Attention for Microsoft's and fails; ONNX's own inference is enough.
     quant_pre_process(first, path, skip_symbolic_shape=True)

@@ -57,7 +57,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         self.whole.add(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, only inside the run's folder: a resumed one may name any file. Raises UserError."""
+        """Remove a file in the run's folder. Raises UserError for others: a checkpoint can name any file as best."""
         place = Path(path).resolve()
         disk = (self.run / "checkpoints").resolve()  # may be a link to another disk
         if self.run not in place.parents and disk not in place.parents:
@@ -84,7 +84,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state | here | {"best_k_models": {} if score is None else {path: score}})
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Return whether to keep this checkpoint. Any score replaces NaN, that of a split with nothing to count."""
+        """Return whether to keep this checkpoint. Any score beats NaN, the score of a split with nothing to count."""
         better = super().check_monitor_top_k(trainer, current)
         if current is None:
             return better
@@ -124,7 +124,7 @@ class Last(Checkpoint):
         self.sigterm_received = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return batches per epoch and per step, for a resumed run to find its place; validated or not; the seed."""
+        """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
         known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
         return known | {"seed": self.seed}
 
@@ -195,7 +195,7 @@ class Last(Checkpoint):
             self.save(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Record the validation before best.ckpt is written, so that it records it too."""
+        """Record the validation before best.ckpt is written, which stores this state too."""
         self.validated = self.validated or not trainer.sanity_checking
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
@@ -230,7 +230,7 @@ class Last(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.sigterm_received, all=False)
 
     def due(self, trainer: Trainer) -> bool:
-        """Return whether a save is due by the first process's clock. Several processes check rarely, for all wait."""
+        """Return whether a save is due by the first process's clock. Several processes check rarely: all must wait."""
         if trainer.world_size > 1 and trainer.global_step % max(1, trainer.log_every_n_steps):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
@@ -244,11 +244,11 @@ class Last(Checkpoint):
 
 
 def check_interval(trainer: Trainer) -> None:
-    """Raise UserError if a validation could fall between accumulated gradients."""
+    """Raise UserError if a validation could fall between batches whose gradients are accumulated."""
     batches, every, added = trainer.num_training_batches, trainer.val_check_batch, trainer.accumulate_grad_batches
     if every is None:
         raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
-    through = trainer.check_val_every_n_epoch is None  # epochs, whose last step may have fewer batches
+    through = trainer.check_val_every_n_epoch is None  # across epochs, whose last step may have fewer batches
     if (every % added and (through or every < batches)) or (through and batches % added):
         raise UserError(
             f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "

@@ -23,8 +23,8 @@ class Preflight(Callback):
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Check that there is a split to choose best.ckpt by, and a batch for the final test. Raises UserError."""
-        # A run that is resumed in an epoch without validation has not loaded the split yet.
+        """Check that there is a validation split to choose best.ckpt on, and a batch to test. Raises UserError."""
+        # A run that is resumed in an epoch without validation has not loaded that split yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
             raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
@@ -36,5 +36,5 @@ class Preflight(Callback):
                 )
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch, batch_idx: int) -> None:
-        """Commit to the run: its first batch is there."""
+        """Commit the run, as its first batch exists."""
         self.claim.commit()

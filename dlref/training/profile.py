@@ -92,8 +92,8 @@ class StepProfile(Profiler):
 
     A step ends when the next one asks for its data. Validation and the work between epochs belong to no step.
 
-    On a GPU, calls only launch work. In the first half of the counted steps nothing waits for it, so they take as long
-    as in a normal run. In the second half each part waits at its end, so its time includes the work that it launched.
+    On a GPU, calls only launch work. In the first half of the counted steps nothing waits for this work, so the steps
+    take as long as in a normal run. In the second half each part waits at its end for the work that it launched.
 
     Args:
         run: folder of the report and the trace.
@@ -253,7 +253,7 @@ class StepProfile(Profiler):
     def _start_trace(self) -> None:
         self._wait()
         if not self.cuda:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # no warning that there is no GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silences the complaint that there is no GPU
         self.tracer = torch.profiler.profile(activities=ON_CUDA if self.cuda else ON_CPU, acc_events=True)
         self.tracer.start()
         self.tracing = True

@@ -22,9 +22,9 @@ class Progress(RichProgressBar):
         self.due, self.shown, self.moved, self.stepped = True, {}, 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        """Move the bar, at most as often as it is drawn except when the loss is due."""
+        """Move the bar when the loss is due or an epoch ends, otherwise at most as often as it is drawn."""
         self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and trainer.global_step > self.stepped
-        self.stepped = trainer.global_step  # the same for several batches whose gradients add up
+        self.stepped = trainer.global_step  # the same for several batches whose gradients are accumulated
         now = time.monotonic()
         if self.due or trainer.is_last_batch or now - self.moved >= 1 / DRAWN:
             super().on_train_batch_end(trainer, task, outputs, batch, index)

@@ -1,4 +1,4 @@
-"""A run's folder: its place, the files that a fit may replace, and their return if the fit is refused."""
+"""A run's folder: where it is, which files a fit may replace, and how a refused fit is undone."""
 
 import csv
 import os
@@ -228,7 +228,7 @@ def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iter
     PNGs keep the paths of the inputs relative to the inputs' common folder. Raises UserError.
     """
     common = os.path.commonpath([Path(name).parent.resolve() for name in names])
-    places = [Path(name).parent.resolve() / Path(name).name for name in names]  # the place of a link itself
+    places = [Path(name).parent.resolve() / Path(name).name for name in names]  # of a link, not its target
     files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice:

@@ -54,7 +54,7 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
                 raise hashed.error from None
             file.write(SEAL + hashed.sha256.hexdigest().encode())
             file.flush()
-            os.fsync(file.fileno())  # the rename must not survive a power cut if the data does not
+            os.fsync(file.fileno())  # after a power cut, the renamed file must be complete
         if before is not None:
             os.replace(path, before)
         os.replace(part, path)
