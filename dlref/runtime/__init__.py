@@ -1,4 +1,4 @@
-"""Bundle -> answers, with numpy, onnxruntime and pillow. No torch.
+"""Load a bundle and predict, with numpy, onnxruntime and pillow. No torch.
 
     runner = dlref.runtime.load("bundles/lenet5_digits")
     runner("seven.png")                       # {"label": "7", "probability": 0.998, "top": [...]}
@@ -22,11 +22,11 @@ __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
 
 
 def load(folder: str | Path, threads: int | None = None, provider: str | None = None):
-    """Open a bundle, every file checked against its hash, and return the runner of its kind.
+    """Open a bundle, check every file against its hash, and return the runner of its kind.
 
-    `threads` bounds the cores that are used (default: the target's, or all); `provider` is an execution
-    provider of onnxruntime (default: the target's). Raises UserError for a folder that is no bundle, a tampered or
-    missing file, or a kind that this version does not know.
+    `threads` limits the number of cores (default: the target's, or all); `provider` is an execution provider of
+    onnxruntime (default: the target's). Raises UserError if the folder is not a bundle, if a file is missing or was
+    changed, or if this version does not support the kind.
     """
     if threads is not None and (whole_number(threads) or 0) < 1:
         raise UserError(f"threads {threads!r}; expected a whole number from 1")
@@ -44,34 +44,34 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
 
 
 def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None, int]:
-    """Threads of each graph, None for all, and how many batches of a runner go side by side, for bundles of a kind.
+    """Return the threads of each graph (None: all) and how many batches run side by side, for a kind of bundle.
 
-    No more than there are cores: a number mistyped, or of another machine, would start so many.
+    Neither exceeds the number of cores: a mistyped number would start as many threads.
     """
     given = min(int(threads or cores()), cores())
     if runner_of(kind).spreads and provider == CPU:
         return 1, given
-    # onnxruntime's own choice is a thread bound to each core of the machine, whichever this process may use.
+    # By default onnxruntime pins a thread to every core of the machine, even to cores this process may not use.
     return (given if threads or cores() != os.cpu_count() else None), 1
 
 
 def make_runner(kind: str, graphs: dict, metadata: dict):
-    """The runner of `kind` over `graphs`: name -> callable from named arrays to a dict of named arrays.
+    """Return the runner of `kind` over `graphs`: name -> callable from named arrays to a dict of named arrays.
 
-    Nothing in a runner knows what executes its graphs, so the export step runs the same code over PyTorch.
+    A runner does not know what executes its graphs, so the export step runs the same code over PyTorch.
     """
     return runner_of(kind)(graphs, metadata)
 
 
 def kinds() -> list[str]:
-    """Every kind of bundle that this version knows."""
+    """Return every kind of bundle that this version supports."""
     from dlref.runtime import runners
 
     return sorted(module.name.replace("_", "-") for module in iter_modules(runners.__path__))
 
 
 def runner_of(kind: str) -> type:
-    """The class that serves bundles of a kind. Raises UserError for a kind that this version does not know."""
+    """Return the class that serves bundles of a kind. Raises UserError if this version does not support the kind."""
     if kind not in kinds():
         raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")
     return import_module(f"dlref.runtime.runners.{kind.replace('-', '_')}").Runner

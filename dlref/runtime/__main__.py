@@ -1,6 +1,6 @@
-"""`python -m dlref.runtime BUNDLE INPUT...`: one JSON line for each input; a folder stands for its files.
+"""`python -m dlref.runtime BUNDLE INPUT...` prints one JSON line for each input; a folder stands for its files.
 
-`python -m dlref.runtime BUNDLE --prompt TEXT`: a language model continues TEXT, printed as it is generated.
+`python -m dlref.runtime BUNDLE --prompt TEXT` lets a language model continue TEXT and prints it as it is generated.
 
 `python -m dlref.runtime bench BUNDLE` measures the bundle on this device instead.
 """
@@ -23,14 +23,14 @@ from dlref.runtime.arguments import Parser, positive
 from dlref.runtime.runner import BATCH, Runner, plain
 
 PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what moves a terminal's cursor and more; no tab, no line feed
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except tab and line feed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 with one line on stderr when something given is wrong."""
+    """Run a command. Return its exit code: 0, 2 with one line on stderr for bad input, or 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = benchmark if arguments[:1] == ["bench"] else transform
-    if sys.stderr is None:  # closed by the caller; messages must not end up among the answers
+    if sys.stderr is None:  # closed by the caller; messages must not end up in the output
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:  # closed by the caller
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
@@ -47,11 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk
-        if error.filename is not None:  # not of standard output
+        if error.filename is not None:  # not about standard output
             raise
         print(f"error: standard output: {error.strerror}; expected room for the answers", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser(description: str, name: str = "") -> argparse.ArgumentParser:
-    """What both commands take."""
+    """Return a parser with the arguments that both commands share."""
     parser = Parser(prog=f"python -m dlref.runtime{name}", description=description)
     parser.add_argument("bundle", type=Path, help="a folder that export.py wrote")
     parser.add_argument("--threads", type=positive, help="cores to use (default: the target's, or all)")
@@ -68,7 +68,7 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
 
 
 def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """What was asked for, and of it what only runners of some kinds take. Raises UserError."""
+    """Return the parsed arguments and, by name, the runner-specific options that were given. Raises UserError."""
     known = parser(__doc__)
     known.add_argument("inputs", nargs="*", metavar="INPUT", help="what the model reads (image files, ...), or folders")
     known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, as it comes")
@@ -82,7 +82,7 @@ def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, ob
         action = "append" if isinstance(getattr(kind, name, None), tuple) else "store"
         known.add_argument(f"--{name.replace('_', '-')}", type=read, action=action, help=text)
     for argument in takewhile("--".__ne__, arguments):
-        if argument.startswith("-h") and argument != "-h":  # Python takes -heute for -h since 3.13
+        if argument.startswith("-h") and argument != "-h":  # since 3.13 Python reads -heute as -h
             known.error(f"unrecognized arguments: {argument}")
     options = known.parse_intermixed_args(arguments)  # an option may stand between the bundle and its inputs
     if bool(options.inputs) == (options.prompt is not None):
@@ -93,7 +93,7 @@ def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, ob
 
 
 def opened(options: argparse.Namespace, own: dict[str, object]) -> Runner:
-    """The runner of the bundle that is asked for, with options of its own. Raises UserError."""
+    """Open the requested bundle and set its runner's options. Raises UserError."""
     runner = load(options.bundle, options.threads, options.provider)
     for name, value in own.items():
         if name not in runner.options:
@@ -103,7 +103,7 @@ def opened(options: argparse.Namespace, own: dict[str, object]) -> Runner:
 
 
 def transform(arguments: list[str]) -> int:
-    """Answer for every input in its order; bad ones get a record with their error, and the exit code is 2."""
+    """Predict for every input, in order. A bad input gets a record with its error, and the exit code is 2."""
     options, own = command_line(arguments)
     runner = opened(options, own)
     if options.prompt is not None:
@@ -111,7 +111,7 @@ def transform(arguments: list[str]) -> int:
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected {', '.join(runner.forms) or 'none'} with this bundle")
     if options.output and type(runner).picture is Runner.picture:
-        runner.picture({})  # says why not, before there are answers
+        runner.picture({})  # raises the error before anything is predicted
     if options.overlay and type(runner).draw is Runner.draw:
         runner.draw(None, {})
     inputs = [one for given in options.inputs for file in files(given) for one in runner.inputs(file)]
@@ -151,7 +151,7 @@ def print_stream(pieces: Iterable[str]) -> int:
 
 
 def line(record: dict) -> str:
-    """A record as JSON, letters as they are where the output can show them; a file of them is UTF-8 or ASCII."""
+    """Return a record as JSON, with non-ASCII letters if the output can show them; a redirected one must be UTF-8."""
     text, encoding = json.dumps(record, ensure_ascii=False), sys.stdout.encoding or "ascii"
     if CONTROLS.search(text) or not (sys.stdout.isatty() or codecs.lookup(encoding).name == "utf-8"):
         return json.dumps(record)
@@ -163,10 +163,10 @@ def line(record: dict) -> str:
 
 
 def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
-    """Where the picture of each source goes: of one source to `path` if it is named .png, else into the folder `path`.
+    """Return where to write each source's picture: a single one to `path` if it is named .png, else into folder `path`.
 
-    There it has the name of the source, or where that is no file, such as a line or a text, its number; after "input-"
-    where a file has that for a name.
+    In the folder a picture has the name of its source file. If the source is not a file but a line or a text, the name
+    is the input's number, with the prefix "input-" if a source file has this number as its name.
     """
     single = len(sources) == 1 and path.suffix.lower() == ".png" and not os.path.isdir(path)
     if not single and (path.suffix.lower() in PICTURES or (os.path.exists(path) and not os.path.isdir(path))):
@@ -188,7 +188,7 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
 
 
 def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
-    """Raise UserError for a picture that would go into the bundle, or where another goes."""
+    """Raise UserError for a picture that would be written into the bundle or over another picture."""
     bundle, taken = real(bundle), set()
     for option, paths in written.items():
         for path in map(real, paths):
@@ -202,7 +202,7 @@ def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """Which file a name leads to, by links or on a disk that takes a.PNG for a.png; None: to none."""
+    """Return the device and inode of a file: the same for links and other spellings of its name. None: no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -211,13 +211,13 @@ def identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def real(path: str | Path) -> Path:
-    """Without links. Path's own raises for one that leads to itself."""
+    """Return a path with links resolved. Path.resolve raises for a link that points to itself."""
     return Path(os.path.realpath(path))
 
 
 def save(picture, path: Path) -> None:
     """Write a picture whole or not at all. Raises UserError."""
-    # A name of its own: others may write beside it, from machines with the same process numbers; and a short one.
+    # Named after the picture: others may write next to it, from machines with the same process ids. Hashed: short.
     part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")
@@ -233,22 +233,22 @@ def save(picture, path: Path) -> None:
 
 
 def files(given: str) -> list[str]:
-    """Every file below a folder, sorted by path, hidden ones left out; anything else stands for itself.
+    """Return every file below a folder, sorted by path, without hidden files; anything else is returned as it is.
 
-    Folders that are links count once, too. Raises UserError.
+    Linked folders are followed, and no folder is listed twice. Raises UserError.
     """
-    if not given or not os.path.isdir(given):  # not Path's, which raises for a text longer than a name may be
+    if not given or not os.path.isdir(given):  # Path.is_dir raises for a text longer than a file name may be
         return [given]
     found, seen = [], set()
     for folder, folders, names in os.walk(given, onerror=refuse_folder, followlinks=True):
-        if (place := real(folder)) in seen:  # by a link
+        if (place := real(folder)) in seen:  # visited before, through a link
             folders.clear()
             continue
         seen.add(place)
         linked = [(os.path.islink(os.path.join(folder, name)), name) for name in folders if name[0] != "."]
-        folders[:] = [name for _, name in sorted(linked)]  # a folder before the links to it
+        folders[:] = [name for _, name in sorted(linked)]  # folders before links to them
         paths = [Path(folder, name) for name in names if name[0] != "."]
-        # A link to nothing, or what may be listed and not looked at, is an input too: reading says what is wrong.
+        # A broken link, or a file that cannot be accessed, is an input too: reading it reports the error.
         found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     if not found:
         raise UserError(f"{given}: no file in it; expected inputs")
@@ -261,7 +261,7 @@ def refuse_folder(error: OSError) -> None:
 
 
 def progress(answers: Iterable, total: int) -> Iterator:
-    """Pass answers on, showing on a terminal how far they are."""
+    """Yield the predictions, with a progress bar on stderr if stderr is a terminal and stdout is not."""
     shown = total > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
     start = last = time.monotonic()
     for done, answer in enumerate(answers, start=1):
@@ -275,14 +275,14 @@ def progress(answers: Iterable, total: int) -> Iterator:
 
 
 def benchmark(arguments: list[str]) -> int:
-    """Print speed, memory and sizes of a bundle, and how far its answers are from those at export, as JSON."""
+    """Print a bundle's speed, memory and sizes, and how far its outputs are from those at export, as JSON."""
     from dlref.runtime.bench import bench, difference
     from dlref.runtime.bundle import read_manifest
     from dlref.runtime.machine import cores
 
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]
-    threads = min(options.threads or target.get("threads") or 0, cores())  # 0: as `load` has it, all
+    threads = min(options.threads or target.get("threads") or 0, cores())  # 0: all, as in `load`
     provider = options.provider or target["provider"]
     found = {"difference": difference(options.bundle, provider)}
     asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads or cores()}

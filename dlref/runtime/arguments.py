@@ -1,4 +1,4 @@
-"""What a command line is read by."""
+"""Parsing of command lines."""
 
 import argparse
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dlref.runtime.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, raised instead of printed with the usage."""
+    """An argument parser that raises errors as one line instead of printing them with the usage."""
 
     def error(self, message: str):
         """Raise UserError."""
@@ -15,21 +15,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, from a command line."""
+    """Parse a command-line number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
     return int(text)
 
 
 def non_empty(text: str) -> str:
-    """A command-line text that must not be empty."""
+    """Return a command-line text, which must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("empty; expected a text")
     return text
 
 
 def number(lowest: float, highest: float, kind: type = float) -> Callable[[str], float]:
-    """What reads a number between two others, from a command line."""
+    """Return a function that parses a command-line number from `lowest` to `highest`."""
 
     def read(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""A heat map of attention: where each token of an answer looked. Needs matplotlib, which a device need not have."""
+"""Heat maps of attention: where each output token looked. Needs matplotlib, which is optional on a device."""
 
 import numpy as np
 from PIL import Image
@@ -9,9 +9,9 @@ CELL = 0.28  # inches
 
 
 def heat_map(weights: np.ndarray, source: list[str], target: list[str]) -> Image.Image:
-    """A picture of weights (T, S) from 0 to 1: a row for each token of the target, a column for each of the source.
+    """Return a picture of weights (T, S) from 0 to 1: a row for each target token, a column for each source token.
 
-    Raises UserError without matplotlib.
+    Raises UserError if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,13 +26,13 @@ def heat_map(weights: np.ndarray, source: list[str], target: list[str]) -> Image
 
 
 def draw_attention(axes, weights: np.ndarray, source: list[str], target: list[str]) -> None:
-    """The same, into axes of matplotlib."""
+    """Draw the same heat map into matplotlib axes."""
     axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(source)), list(map(literal, source)), rotation=90, fontsize=8)
     axes.set_yticks(range(len(target)), list(map(literal, target)), fontsize=8)
 
 
 def literal(token: str) -> str:
-    """A token as it is, with nothing that matplotlib takes for mathematics, or leaves out of a legend."""
+    """Escape a token so that matplotlib neither reads it as mathematics nor leaves it out of a legend."""
     text = token.strip().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

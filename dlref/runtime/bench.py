@@ -1,17 +1,17 @@
-"""How fast and how large a bundle is on this device: `python -m dlref.runtime bench FOLDER`.
+"""Measure how fast and how large a bundle is on this device: `python -m dlref.runtime bench FOLDER`.
 
-What is measured runs in a process of its own, `python -m dlref.runtime.bench FOLDER THREADS PROVIDER STARTED`, which is
-told when it was started. It answers the example input that the bundle carries and prints one line of JSON:
+The measured process is `python -m dlref.runtime.bench FOLDER THREADS PROVIDER STARTED`, where STARTED is the time at
+which it was started. It predicts for the example input in the bundle and prints one line of JSON:
 
-    latency_ms, latency_p95_ms   one example through every graph, as often as an answer calls it; median and 95th
+    latency_ms, latency_p95_ms   one example through every graph, as often as a prediction calls it; median and 95th
                                  percentile
-    throughput                   examples a second, eight at once where the graphs take as many
-    peak_rss_mb, anonymous_mb    resident memory at its highest, and the part after the last answer that cannot be
-                                 given back; Linux only, else null
-    waited                       share of the time that its threads could have run and had no core: high means that
-                                 something else was running, and that its speed says little; Linux only
-    first_answer_s               from the start of the process
-    model_mb, installed_mb       bytes of the graphs, and of the packages that run them
+    throughput                   examples per second, eight at once if the graphs have a batch axis
+    peak_rss_mb, anonymous_mb    peak resident memory, and the anonymous part after the latency was measured, which
+                                 the system cannot reclaim; Linux only, else null
+    waited                       share of the time that its threads were ready to run and had no core; if it is high,
+                                 something else was running, and the speed says little; Linux only
+    first_answer_s               from the start of the process to the first prediction
+    model_mb, installed_mb       size of the graphs, and of the packages that run them
 """
 
 import json
@@ -27,10 +27,10 @@ from dlref.runtime import sessions
 from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
 from dlref.runtime.errors import UserError, one_line
 
-EXAMPLE = "example.npz"  # of each graph's inputs, as GRAPH/INPUT, one row each
-ANSWERS = "answers.npz"  # to the example where the bundle was exported, as GRAPH/OUTPUT
+EXAMPLE = "example.npz"  # the inputs of each graph, one row each, as GRAPH/INPUT
+ANSWERS = "answers.npz"  # the outputs for the example at export, as GRAPH/OUTPUT
 SEVERAL = 8  # rows for the throughput
-SECONDS = 1.0  # of each clock, and at least CALLS
+SECONDS = 1.0  # minimum duration of a timing, which also makes at least CALLS calls
 CALLS = 15
 WARMUP = 5
 
@@ -39,18 +39,18 @@ Arrays = dict[str, dict[str, np.ndarray]]
 
 
 def bench(folder: Path, threads: int, provider: str) -> dict:
-    """Measure a bundle in a process of its own. Raises UserError where that fails."""
+    """Measure a bundle in a process of its own. Raises UserError if that fails."""
     return in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), str(threads), provider])
 
 
 def smoke_test(folder: Path, provider: str) -> None:
-    """Open a bundle and answer once in another process, as some graphs crash onnxruntime. Raises UserError."""
+    """Open a bundle and run it once in another process, as some graphs crash onnxruntime. Raises UserError."""
     in_process([sys.executable, "-m", "dlref.runtime.bench", str(folder), "1", provider, "once"])
 
 
 def in_process(command: list[str]) -> dict:
-    """Run a contender, which is told when it was started, and return what it printed. Raises UserError."""
-    import subprocess  # not in the process that is measured: it would count as memory
+    """Run a contender, pass it its start time, and return the JSON that it printed. Raises UserError."""
+    import subprocess  # imported here: it would add to the memory of the measured process
 
     result = subprocess.run([*command, repr(time.monotonic())], capture_output=True, text=True, check=False)
     if result.returncode:
@@ -60,7 +60,7 @@ def in_process(command: list[str]) -> dict:
 
 
 def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) -> dict:
-    """Speed and memory of this process answering the example of the bundle in `folder`."""
+    """Measure the speed and memory of this process on the example of the bundle in `folder`."""
     graphs = open_contender()
     described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
     graphs = repeating(graphs, described)
@@ -80,9 +80,9 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
 
 
 def repeating(graphs: Graphs, described: dict) -> Graphs:
-    """The graphs, each called as often as an answer calls it; `described` is what the manifest says of them.
+    """Wrap each graph so that it runs as often as a prediction calls it; `described` is the manifest's `graphs`.
 
-    Raises UserError.
+    Raises UserError if the manifest lacks a graph or its `calls`.
     """
 
     def called(graph: Callable, times: int) -> Callable:
@@ -95,13 +95,13 @@ def repeating(graphs: Graphs, described: dict) -> Graphs:
 
 
 def answer(graphs: Graphs, inputs: Arrays) -> None:
-    """Every graph once."""
+    """Call every graph once."""
     for name, graph in graphs.items():
         graph(**inputs[name])
 
 
 def clock(call: Callable[[], None]) -> list[float]:
-    """Seconds of each call, the first ones left out."""
+    """Return the seconds of each call after the warm-up."""
     times: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(times) < WARMUP + CALLS or time.perf_counter() < end:
@@ -112,7 +112,7 @@ def clock(call: Callable[[], None]) -> list[float]:
 
 
 def difference(folder: Path, provider: str) -> float:
-    """The largest difference of an output from what the bundle answered where it was exported. Raises UserError."""
+    """Return the largest difference between the bundle's outputs here and at export. Raises UserError."""
     path = folder / ANSWERS
     graphs = open_graphs(folder, read_manifest(folder), provider)
     inputs, answers = arrays(folder / EXAMPLE), arrays(path)
@@ -127,9 +127,10 @@ def difference(folder: Path, provider: str) -> float:
 
 
 def differing(found: np.ndarray, known: np.ndarray) -> float:
-    """How far apart two outputs are: 0 for equal ones, 1 where their shapes or what of them is no number differ.
+    """Return how far apart two outputs are: 0 if they are equal, 1 if their shapes or non-finite values differ.
 
-    Of numbers the largest difference, over the largest number where that is above 1; of others how many differ.
+    For floats it is the largest difference, divided by the largest magnitude if that is above 1; for other types it is
+    the share of elements that differ.
     """
     if found.shape != known.shape:
         return 1.0
@@ -143,12 +144,12 @@ def differing(found: np.ndarray, known: np.ndarray) -> float:
 
 
 def example(folder: Path) -> Arrays:
-    """The example inputs of each graph. Raises UserError."""
+    """Load the example inputs of each graph. Raises UserError."""
     return arrays(folder / EXAMPLE)
 
 
 def arrays(path: Path) -> Arrays:
-    """Arrays by graph and name, from a file where they are called GRAPH/NAME. Raises UserError."""
+    """Load arrays by graph and name from a file that calls them GRAPH/NAME. Raises UserError."""
     found: Arrays = {}
     try:
         with np.load(path, allow_pickle=False) as kept:
@@ -157,14 +158,14 @@ def arrays(path: Path) -> Arrays:
             for key, array in kept.items():
                 graph, _, name = key.partition("/")
                 found.setdefault(graph, {})[name] = array
-    except Exception as error:  # numpy and zipfile raise whatever comes up
+    except Exception as error:  # numpy and zipfile raise exceptions of many types
         reason = one_line(error) or type(error).__name__
         raise UserError(f"{path}: unreadable ({reason}); expected the arrays that export.py wrote") from None
     return found
 
 
 def batch_of(inputs: Arrays, graphs: dict) -> Arrays | None:
-    """The example SEVERAL times along every axis called batch; None where a graph has no such axis."""
+    """Repeat the example SEVERAL times along every axis called batch. Return None if a graph has no such axis."""
     batch = {}
     for graph, arrays in inputs.items():
         batch[graph] = {}
@@ -179,7 +180,7 @@ def batch_of(inputs: Arrays, graphs: dict) -> Arrays | None:
 
 
 def scheduled() -> tuple[float, float]:
-    """Seconds that the threads of this process have run, and been ready without a core; 0 where nothing says so."""
+    """Return the seconds that this process's threads ran, and waited for a core; 0 if the system reports none."""
     ran = waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -191,7 +192,7 @@ def scheduled() -> tuple[float, float]:
 
 
 def memory() -> dict[str, float | None]:
-    """Megabytes of this process: the highest resident so far, and the anonymous part now."""
+    """Return the peak resident and the current anonymous memory of this process in megabytes, or None if unknown."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -202,11 +203,12 @@ def memory() -> dict[str, float | None]:
 
 
 def installed_mb(package: str) -> float | None:
-    """Megabytes on disk of an installed package and of all that it requires, optional extras left out.
+    """Return the megabytes on disk of an installed package and its requirements, without optional extras.
 
-    Where another package stands in for one, such as onnxruntime-gpu for onnxruntime, it counts. None: not installed.
+    If another package provides a requirement, such as onnxruntime-gpu for onnxruntime, its size counts. None: not
+    installed.
     """
-    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions  # memory is measured
+    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions  # saves memory
 
     stand_ins = packages_distributions()
     sizes: dict[str, int] = {}
@@ -228,12 +230,12 @@ def installed_mb(package: str) -> float | None:
 
 
 def model_mb(folder: Path, files: list[str]) -> float:
-    """Megabytes of the graphs."""
+    """Return the megabytes of the graphs."""
     return sum((folder / file).stat().st_size for file in files) / 1e6
 
 
 def main(arguments: list[str]) -> int:
-    """The measured process: FOLDER THREADS PROVIDER [once] STARTED."""
+    """Run the measured process. Arguments: FOLDER THREADS PROVIDER [once] STARTED."""
     folder, threads, provider, *once, started = arguments
     folder, manifest = Path(folder), {}
 

@@ -18,7 +18,7 @@ from dlref.runtime.text import is_unicode
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 64 << 20  # bytes; a vocabulary of a million tokens fits
-LARGEST_FILE = (2 << 30) - 1  # bytes; what one protobuf can hold
+LARGEST_FILE = (2 << 30) - 1  # bytes; the limit of a protobuf
 LARGEST_INPUT = 1 << 28  # elements of one input: 9,000 × 9,000 pixels in colour
 KEYS = {
     "format": int,
@@ -29,34 +29,34 @@ KEYS = {
     "files": dict,
     "verification": dict,
 }
-# Only these, with these options: a manifest from elsewhere must not choose what library is loaded.
+# The allowed providers and their options: a manifest from elsewhere must not choose which library is loaded.
 PROVIDERS = {
     "CPUExecutionProvider": {},
-    "CUDAExecutionProvider": {"use_tf32": "0"},  # float32 is what was verified
+    "CUDAExecutionProvider": {"use_tf32": "0"},  # bundles are verified in float32
     "TensorrtExecutionProvider": {"trt_engine_cache_enable": "0"},
     "QNNExecutionProvider": {"backend_type": "htp"},
 }
-# What takes the nodes that one of them does not, before the processor has to.
+# Providers that run the nodes which another one does not support, before the CPU does.
 BEHIND = {"TensorrtExecutionProvider": ("CUDAExecutionProvider",)}
-# Those of them that are packages of their own, and which onnxruntime has to be told of.
+# Providers that are separate packages and must be registered with onnxruntime.
 PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
 REGISTERING = threading.Lock()
 
-# Where sums of 8-bit products would saturate silently.
+# For processors on which sums of 8-bit products would silently saturate.
 EXACT = "session.x64quantprecision", "1"
-# A provider that is a package may fail to start without a word, and leave all nodes to the processor.
+# A provider from a separate package may silently fail to start; this records whether it runs any node.
 ASSIGNED = "session.record_ep_graph_assignment_info", "1"
 CPU = "CPUExecutionProvider"
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a bundle, every file of the folder checked against it. Raises UserError."""
+    """Read the manifest of a bundle and check every file in the folder against it. Raises UserError."""
     path = folder / MANIFEST
     try:
         if path.is_symlink():
@@ -80,34 +80,34 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: threads {threads!r}; expected a number, 0 for all")
     try:
         check_files(folder, manifest)
-    except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read
+    except (OSError, ValueError) as error:  # an invalid file name, or a file without read permission
         raise UserError(f"{folder}: unreadable ({error}); expected the files of a bundle") from None
     return manifest
 
 
 def check_provider(where: str | Path, provider: object) -> None:
-    """Raise UserError at `where` for a provider that is not one of PROVIDERS."""
+    """Raise UserError, naming `where`, if a provider is not one of PROVIDERS."""
     if not (isinstance(provider, str) and provider in PROVIDERS):
         raise UserError(f"{where}: provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
 
 
 def plugin_devices(provider: str) -> list:
-    """What a provider that is a package of its own can use here; nothing where it is none, or is not installed."""
+    """Return the devices that a provider from a separate package can use; none for others, or if it is missing."""
     import onnxruntime
 
     if provider not in PLUGINS or find_spec(PLUGINS[provider]) is None:
         return []
     with REGISTERING:
-        if all(device.ep_name != provider for device in onnxruntime.get_ep_devices()):  # a program may have been first
+        if all(device.ep_name != provider for device in onnxruntime.get_ep_devices()):  # a program may have done so
             register(provider)
-    graphics = onnxruntime.OrtHardwareDeviceType.GPU  # which QNN takes too, and not for what it is asked here
+    graphics = onnxruntime.OrtHardwareDeviceType.GPU  # QNN lists GPUs too, but not for this backend
     found = (device for device in onnxruntime.get_ep_devices() if device.ep_name == provider)
     return [device for device in found if device.device.type != graphics]
 
 
 @cache
 def register(provider: str) -> None:
-    """Tell onnxruntime of a provider's package. Raises UserError where the two do not fit together."""
+    """Register a provider's package with onnxruntime. Raises UserError if they are incompatible."""
     import onnxruntime
 
     try:
@@ -118,7 +118,7 @@ def register(provider: str) -> None:
 
 
 def check_files(folder: Path, manifest: dict) -> None:
-    """Refuse a bundle whose files are not the ones that were written, or that points outside its folder.
+    """Raise UserError if a bundle's files are not as they were written, or if the bundle points outside its folder.
 
     Files that the manifest does not list are refused too: a graph could read its weights from one.
     """
@@ -126,7 +126,7 @@ def check_files(folder: Path, manifest: dict) -> None:
         if Path(name).name != name or "\\" in name:
             raise UserError(f"{folder / MANIFEST}: file {name!r}; expected a plain name inside the bundle")
         path = folder / name
-        shown = f"{folder}: file {name!r}"  # as it may hold anything
+        shown = f"{folder}: file {name!r}"  # quoted, as the name may contain anything
         if path.is_symlink():
             raise UserError(f"{shown} is a symbolic link; expected the file itself, inside the bundle")
         if not path.is_file():
@@ -146,9 +146,9 @@ def check_files(folder: Path, manifest: dict) -> None:
 
 
 def open_session(path: Path, provider: str, threads: int | None):
-    """A session of onnxruntime that `provider` executes. Raises UserError where it does not."""
+    """Open an onnxruntime session that `provider` executes. Raises UserError if that fails."""
     check_provider(path, provider)
-    import onnxruntime  # only where a graph is opened: PyTorch's share of a measurement must not hold it
+    import onnxruntime  # imported here: it must not add to PyTorch's measured memory
 
     devices = plugin_devices(provider)
     if not devices and provider not in onnxruntime.get_available_providers():
@@ -156,11 +156,11 @@ def open_session(path: Path, provider: str, threads: int | None):
             f"{path}: needs {provider}, which this onnxruntime lacks; expected a build with it, or another provider"
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: onnxruntime takes every core
-    options.log_severity_level = 4  # errors come as exceptions
+    options.intra_op_num_threads = threads or 0  # 0: onnxruntime uses every core
+    options.log_severity_level = 4  # errors are raised as exceptions
     if saturates():
         options.add_session_config_entry(*EXACT)
-    # An arena and a plan pay only where shapes never change, and keep alive the weights that were repacked.
+    # A memory arena and plan pay off only for fixed shapes, and keep the originals of repacked weights alive.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         with returned_to_the_system():
@@ -169,8 +169,8 @@ def open_session(path: Path, provider: str, threads: int | None):
                 options.add_session_config_entry(*ASSIGNED)
             chain = (provider, *BEHIND.get(provider, ()))
             asked = None if devices else [(name, PROVIDERS[name]) for name in chain]
-            # A fallback would replace the session while other threads use it, and print.
-            model = path if is_unicode(str(path)) else path.read_bytes()  # pybind11 takes no other names
+            # A fallback would print, and replace the session while other threads use it.
+            model = path if is_unicode(str(path)) else path.read_bytes()  # pybind11 accepts no other names
             session = onnxruntime.InferenceSession(model, options, providers=asked, enable_fallback=False)
         taken = {part.ep_name for part in session.get_provider_graph_assignment_info()} if devices else ()
     except Exception as error:  # onnxruntime's own types have no public base
@@ -186,7 +186,7 @@ def open_session(path: Path, provider: str, threads: int | None):
 class OnnxGraph:
     """A graph in onnxruntime: named arrays in, a dict of named arrays out.
 
-    `shape` gives for each input its axes: a size, or the name of one that is free; `declared` those of each output.
+    `shape` gives the axes of each input: a size, or the name of a free axis. `declared` gives those of each output.
     """
 
     def __init__(self, path: Path, provider: str, threads: int | None = None):
@@ -212,7 +212,7 @@ class OnnxGraph:
 
 
 def open_graphs(folder: Path, manifest: dict, provider: str, threads: int | None = None) -> dict[str, OnnxGraph]:
-    """Every graph of a bundle, by name. Raises UserError."""
+    """Open every graph of a bundle and return them by name. Raises UserError."""
     graphs = {}
     for name, described in manifest["graphs"].items():
         graph = graphs[name] = OnnxGraph(folder / str(described["file"]), provider, threads)
@@ -225,7 +225,7 @@ def open_graphs(folder: Path, manifest: dict, provider: str, threads: int | None
 
 
 def signature(described: dict) -> list[str]:
-    """The names of a graph's inputs and outputs as its manifest gives them; none where that is malformed."""
+    """Return the names of a graph's inputs and outputs in the manifest; none if the entry is malformed."""
     try:
         return [value["name"] for side in ("inputs", "outputs") for value in described[side]]
     except (KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""Dates, the time from one point of a series to the next, and what both say of a point: its places in the cycles.
+"""Dates and frequencies of time series, with the lags and calendar features that follow from them.
 
-The one source for training and for devices. Lags and features are GluonTS's for the same frequency.
+Training and devices share this module. Lags and features are GluonTS's for the same frequency.
 
 T times, F features.
 """
@@ -16,10 +16,10 @@ import numpy as np
 
 from dlref.runtime.errors import UserError
 
-LARGEST_LAG = 1200  # steps; longer histories are rarely at hand
+LARGEST_LAG = 1200  # steps; longer histories are rarely available
 MONTH, DAY = np.timedelta64(1, "M"), np.timedelta64(1, "D")
 SECONDS = {"min": 60, "H": 3600, "D": 86_400, "W": 604_800}
-# Without an hour 24, which Python takes for the next day's 0 since 3.14.
+# Excludes hour 24, which Python reads as hour 0 of the next day since 3.14.
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T](?!24)[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.0{1,9})?)?)?")
 ORIGIN, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
 
@@ -38,7 +38,7 @@ class Frequency:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read text such as "H", "15min" or "3M"; anything else is a `UserError`."""
+        """Parse text such as "H", "15min" or "3M". Raises UserError for anything else."""
         match = re.fullmatch("([1-9][0-9]{0,3})?(min|H|D|W|M|B)", str(text))
         if match is None:
             raise UserError(f"frequency: {shorten(text)}; expected a whole number and min, H, D, W, M or B, such as 1H")
@@ -51,8 +51,8 @@ class Frequency:
         """Count the steps from the first of the times, datetime64[s] (T,), to each.
 
         Returns:
-            The steps, int64 (T,), and whether each time lies on a whole one, bool (T,). No business day is whole on a
-            weekend, not even the first.
+            The steps, int64 (T,), and whether each time lies on a whole step, bool (T,). With business days, no time on
+            a weekend does, not even the first.
         """
         if self.unit == "M":
             units, whole = _months(times)
@@ -65,12 +65,12 @@ class Frequency:
         return steps, whole & (rest == 0)
 
     def expected(self, start: np.datetime64) -> str:
-        """Say which times `steps` takes for whole, for an error to end with."""
+        """Return the end of an error message: which times `steps` accepts as whole."""
         days = " over business days" if self.unit == "B" else ""
         return f"expected whole steps of {self}{days} from {show(start)}"
 
     def times(self, start: np.datetime64, steps: np.ndarray) -> np.ndarray:
-        """The times, datetime64[s] (T,), that lie `steps` after `start`; before it where they are negative."""
+        """Return the times, datetime64[s] (T,), that lie `steps` after `start`, or before it for negative steps."""
         units = np.asarray(steps, dtype=np.int64) * self.count
         if self.unit == "M":
             return _with_clock(_same_day(start, units), start)
@@ -82,15 +82,15 @@ class Frequency:
     def season(self) -> int:
         """Steps of the cycle that a seasonal naive forecast repeats: a day, a week or a year.
 
-        1, the last value, where that is no whole number of steps. As GluonTS has it, but for days and weeks, where it
-        has 1.
+        1, which repeats the last value, if the cycle is not a whole number of steps. The same as in GluonTS, except for
+        days and weeks, for which GluonTS has 1.
         """
         steps, rest = divmod({"min": 1440, "H": 24, "D": 7, "B": 5, "W": 52, "M": 12}[self.unit], self.count)
         return 1 if rest else steps
 
     @cached_property
     def lags(self) -> list[int]:
-        """Steps back that are fed to a network: the last seven, and those around the same place in earlier cycles."""
+        """Steps back at which a network reads values: the last seven, and around the same place in earlier cycles."""
         minutes = self.count * SECONDS.get(self.unit, 0) / 60
         around: list[int] = []
         if self.unit == "min":
@@ -121,22 +121,22 @@ class Frequency:
         }[self.unit]
 
     def features(self, times: np.ndarray) -> np.ndarray:
-        """Times (T,) -> their places in the cycles that matter, float32 (T, F), from -0.5 to 0.5."""
+        """Return the places of times (T,) in the cycles of this frequency, float32 (T, F), from -0.5 to 0.5."""
         return np.stack([PLACES[name](times) for name in self.cycles], axis=-1).astype(np.float32)
 
 
 def _around(length: float, step: float, count: int, reach: int = 1) -> list[int]:
-    """The steps around each of `count` cycles of `length`, where a step is `step` long."""
+    """Return the steps around each of `count` cycles of `length`, for a step of length `step`."""
     return [int(k * length // step) + near for k in range(1, count + 1) for near in range(-reach, reach + 1)]
 
 
 def _around_weeks(step: float) -> list[int]:
-    """Around the same week of three years, and 4, 8 and 12 weeks back."""
+    """Return the steps around the same week of three earlier years, and 4, 8 and 12 weeks back."""
     return [*_around(52, step, 3), *(int(weeks // step) for weeks in (4, 8, 12))]
 
 
 def _same_day(start: np.datetime64, months: np.ndarray) -> np.ndarray:
-    """The same day of other months, or the last one where a month is shorter, datetime64[D]."""
+    """Return the same day of other months, or the last day of a shorter month, datetime64[D]."""
     first = start.astype("datetime64[M]")
     day = start.astype("datetime64[D]") - first
     others = first + months.astype("timedelta64[M]")
@@ -145,12 +145,12 @@ def _same_day(start: np.datetime64, months: np.ndarray) -> np.ndarray:
 
 
 def _with_clock(days: np.ndarray, start: np.datetime64) -> np.ndarray:
-    """Days at the time of day of `start`, datetime64[s]."""
+    """Return days at the time of day of `start`, datetime64[s]."""
     return days.astype("datetime64[s]") + (start.astype("datetime64[s]") - start.astype("datetime64[D]"))
 
 
 def _since(times: np.ndarray, unit: str, inside: str) -> np.ndarray:
-    """How many of `inside` have gone by since the last `unit` began."""
+    """Return how many of `inside` have passed since the last `unit` began."""
     return (times.astype(f"datetime64[{inside}]") - times.astype(f"datetime64[{unit}]")).astype(np.int64)
 
 
@@ -160,7 +160,7 @@ def _day_of_week(times: np.ndarray) -> np.ndarray:
 
 def _week_of_year(times: np.ndarray) -> np.ndarray:
     to_thursday = (3 - _day_of_week(times)).astype("timedelta64[D]")
-    thursday = times.astype("datetime64[D]") + to_thursday  # says the year of a week (ISO)
+    thursday = times.astype("datetime64[D]") + to_thursday  # determines the year of a week (ISO)
     return _since(thursday, "Y", "D") // 7
 
 
@@ -178,7 +178,7 @@ PLACES = {
 def _months(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     months = times.astype("datetime64[M]")
     steps, left = (months - months[0]).astype(np.int64), months + MONTH - times
-    # The last days of months are as regular as the first, and what pandas writes.
+    # The last days of months are regular too, and pandas writes them.
     last = (left == left[0]) & (left[0] <= DAY)
     return steps, (times == _with_clock(_same_day(times[0], steps), times[0])) | last
 
@@ -190,23 +190,23 @@ def _business_days(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parse_date(text: Any, where: str) -> int:
-    """Return the seconds from 1970 to a date or a date and time; anything else is a `UserError` at `where`."""
+    """Return the seconds from 1970 to a date or a date and time. Raises UserError at `where` for anything else."""
     try:
         return _seconds(text)
-    except (TypeError, ValueError):  # no text, or no such day
+    except (TypeError, ValueError):  # not a text, or no such day
         expected = "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS, without a time zone"
         raise UserError(f"{where}: {shorten(text)}; expected {expected}") from None
 
 
-@lru_cache(maxsize=1 << 16)  # the series of a file have the same dates
+@lru_cache(maxsize=1 << 16)  # the series of a file share their dates
 def _seconds(text: str) -> int:
-    if not DATE.fullmatch(text):  # fromisoformat alone takes weeks and time zones
+    if not DATE.fullmatch(text):  # fromisoformat alone accepts weeks and time zones
         raise ValueError
     return (datetime.fromisoformat(text.partition(".")[0]) - ORIGIN) // SECOND
 
 
 def parse_start(text: Any, where: str, frequency: Frequency) -> np.datetime64:
-    """Read the first time of a series, to the second; one that is not on its own grid is a `UserError` too."""
+    """Parse the first time of a series, to the second. Raises UserError also for a weekend with business days."""
     start = np.datetime64(parse_date(text, where), "s")
     if not frequency.steps(np.array([start]))[1][0]:
         raise UserError(f"{where}: {show(start)} is a weekend; expected a business day")
@@ -214,5 +214,5 @@ def parse_start(text: Any, where: str, frequency: Frequency) -> np.datetime64:
 
 
 def show(time: np.datetime64) -> str:
-    """Write a time as `parse_date` reads it."""
+    """Format a time as `parse_date` reads it."""
     return str(time).replace("T", " ")

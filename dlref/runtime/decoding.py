@@ -1,4 +1,4 @@
-"""Beam search over a small interface: `step(token, state, sentences)` says what may come next.
+"""Beam search over a small interface: `step(token, state, sentences)` returns the candidates for the next token.
 
 B sentences, K hypotheses of each, W best next tokens of a hypothesis, S source tokens, Y rows of a state, D its size.
 """
@@ -12,13 +12,13 @@ from dlref.runtime.text import BEGIN, END, PAD
 
 
 class Next(NamedTuple):
-    """What a step answers.
+    """The output of a step.
 
     Attributes:
-        log_probability: float (B, K, W) of the W likeliest next tokens of each hypothesis.
-        token: int (B, K, W), which they are.
-        state: (Y, B, K, D) after the token that was given.
-        attention: (B, K, S) of that step.
+        log_probability: float (B, K, W), of the W likeliest next tokens of each hypothesis.
+        token: int (B, K, W), these tokens.
+        state: (Y, B, K, D), after the token that was given.
+        attention: (B, K, S), at this step.
     """
 
     log_probability: np.ndarray
@@ -28,12 +28,12 @@ class Next(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """An answer.
+    """A translation found by the search.
 
     Attributes:
-        tokens: without those that begin and end it.
+        tokens: without the tokens that begin and end it.
         log_probability: of the tokens and of the end.
-        ended: whether it came to its end, or is as long as allowed.
+        ended: whether it reached its end; if not, it was cut at the greatest length.
         attention: (tokens, S), to the source when each token was chosen; one more row for the end.
     """
 
@@ -50,17 +50,17 @@ def beam_search(
     length_penalty: float,
     longest: int,
 ) -> list[Hypothesis]:
-    """The best hypothesis of each sentence among those that a beam of K keeps; a beam of 1 is greedy.
+    """Return the best hypothesis of each sentence in a beam of K; a beam of 1 is greedy.
 
     Hypotheses are ranked by their log-probability over ((5 + length) / 6)^length_penalty (Wu et al. 2016, equation 14).
-    One that has ended stays as it is until nothing that is kept can outrank it.
+    Ended hypotheses stay in the beam. A sentence is finished when no open hypothesis can outrank the best of them.
 
     Args:
-        step: (token (b, K), state (Y, b, K, D), sentences (b,)) -> Next; of the sentences still open.
-        state: (Y, B, D), where decoding starts.
+        step: (token (b, K), state (Y, b, K, D), sentences (b,)) -> Next, for the b sentences that are still open.
+        state: (Y, B, D), at the start of decoding.
         beam: K.
-        length_penalty: 0: none.
-        longest: tokens of an answer, its end among them.
+        length_penalty: 0 for none.
+        longest: most tokens of a hypothesis, including its end.
     """
     count = state.shape[1]
     open_, state = np.arange(count), state[:, :, None]
@@ -87,10 +87,10 @@ def beam_search(
         length, ended = length[rows, parent] + ~before, before | (token == END)
         trail.append((open_, parent, token, found.attention))
         best = (total / norm(length)).max(axis=1, where=ended, initial=-np.inf)
-        hope = (total / norm(longest)).max(axis=1, where=~ended, initial=-np.inf)  # no total grows
+        hope = (total / norm(longest)).max(axis=1, where=~ended, initial=-np.inf)  # totals never grow
         over = ended.any(axis=1) & (best >= hope) if time + 1 < longest else np.ones(len(open_), bool)
         for row in np.flatnonzero(over):
-            # At the last step what has not ended counts only where nothing has.
+            # At the last step, open hypotheses count only if none has ended.
             value = np.where(ended[row] | ~ended[row].any(), total[row] / norm(length[row]), -np.inf)
             answers[open_[row]] = follow(trail, row, int(value.argmax()), total[row], ended[row])
         state = found.state[:, rows, parent][:, ~over]
@@ -101,7 +101,7 @@ def beam_search(
 
 
 def follow(trail: list, row: int, kept: int, total: np.ndarray, ended: np.ndarray) -> Hypothesis:
-    """The hypothesis that ends at place `kept` of the last step, from there back to its beginning."""
+    """Return the hypothesis at place `kept` of the last step, traced back to its beginning."""
     sentence, log_probability, complete = trail[-1][0][row], float(total[kept]), bool(ended[kept])
     tokens, attention = [], []
     for open_, parent, token, looked in reversed(trail):

@@ -1,4 +1,4 @@
-"""Choosing tokens, and the text that they become: what does not depend on a network.
+"""Choose tokens and turn them into text: the part of generation that does not depend on a network.
 
 V tokens of the vocabulary.
 """
@@ -11,18 +11,18 @@ import numpy as np
 
 
 class Settings(NamedTuple):
-    """How a text goes on.
+    """How to continue a text.
 
     Attributes:
-        max_new_tokens: after which it stops.
-        temperature: what logits are divided by; 0 takes the likeliest token.
-        top_k: draw from so many of the likeliest tokens; 0 is all.
-        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        repetition_penalty: by which logits of tokens that were there are divided, or multiplied where they are below
-            zero (Keskar et al. 2019, section 4.1, who always divide); the end of text that stands before a prompt is
-            none of them.
-        stop: texts of which none appears: before it the text ends.
-        seed: of what is drawn; texts beside this one change nothing, but to an int8 graph, whose ranges are of all.
+        max_new_tokens: stop after this many.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: sample from this many of the likeliest tokens; 0 for all.
+        top_p: sample from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        repetition_penalty: logits of earlier tokens are divided by it, or multiplied if they are negative (Keskar et
+            al. 2019, section 4.1, always divide). The end of text before a prompt does not count as an earlier token.
+        stop: texts that must not appear: the text ends before the first of them.
+        seed: of the sampling. Other texts in the batch do not affect a text, except in an int8 graph, whose ranges are
+            computed over all of them.
     """
 
     max_new_tokens: int = 64
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 
 
 def next_token(logits: np.ndarray, before: Collection[int], settings: Settings, generator: np.random.Generator) -> int:
-    """The next token given logits (V): penalty on those `before`, temperature, top-k, top-p, and a draw of the rest.
+    """Choose the next token given logits (V): penalise tokens in `before`, apply temperature, top-k and top-p, sample.
 
     `before` has each token once.
     """
@@ -54,7 +54,7 @@ def next_token(logits: np.ndarray, before: Collection[int], settings: Settings, 
 
 
 def distribution(logits: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may be drawn from logits (V), and how likely each is."""
+    """Return the tokens that may be sampled given logits (V), and their probabilities."""
     logits = logits / max(settings.temperature, 1e-6)
     tokens = np.arange(len(logits))
     if 0 < settings.top_k < len(logits):
@@ -62,7 +62,7 @@ def distribution(logits: np.ndarray, settings: Settings) -> tuple[np.ndarray, np
     probabilities = np.exp(logits[tokens] - logits[tokens].max(), dtype=np.float64)
     probabilities /= probabilities.sum()
     if settings.top_p < 1:
-        # No token of less than an even share of what is left out can be among the likeliest: few are left to sort.
+        # Tokens below an even share of 1 - top_p cannot be among those kept; without them, few are left to sort.
         chance = probabilities >= min((1 - settings.top_p) / len(tokens), probabilities.max())
         tokens, probabilities = tokens[chance], probabilities[chance]
         order = np.argsort(-probabilities, kind="stable")
@@ -73,18 +73,18 @@ def distribution(logits: np.ndarray, settings: Settings) -> tuple[np.ndarray, np
 
 
 class Writing:
-    """A text as its tokens come: their bytes put together, ended before a stop text.
+    """A text during generation: joins the bytes of its tokens, and ends before a stop text.
 
     Args:
-        prompt: the tokens before.
-        settings: how it goes on.
+        prompt: the tokens to continue.
+        settings: how to continue them.
         tokenizer: an exact one.
     """
 
     def __init__(self, prompt: Sequence[int], settings: Settings, tokenizer):
         self.tokens, self.settings = list(prompt), settings
         self.spelling, self.end = tokenizer.spelling, tokenizer.end
-        self.known = set(prompt) - {self.end}  # which stands before every prompt: no repetition when the text ends
+        self.known = set(prompt) - {self.end}  # precedes every prompt, so ending a text is no repetition
         self.prompt_length, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.returned, self.reason = "", 0, ""
@@ -93,15 +93,15 @@ class Writing:
 
     @property
     def new_tokens(self) -> int:
-        """How many there are after the prompt."""
+        """The number of tokens after the prompt."""
         return len(self.tokens) - self.prompt_length
 
     def go_on(self, logits: np.ndarray) -> None:
-        """Add the token after the last one, given logits (V); set `reason` where it ends the text."""
+        """Append the next token given logits (V). Set `reason` if this ends the text."""
         token = next_token(logits, self.known, self.settings, self.generator)
         self.tokens.append(token)
         self.known.add(token)
-        searched = max(0, len(self.text) - max(map(len, self.settings.stop), default=0))  # not all of it each time
+        searched = max(0, len(self.text) - max(map(len, self.settings.stop), default=0))  # not the whole text
         self.text += self.decoder.decode(self.spelling[token])
         places = [place for stop in self.settings.stop if (place := self.text.find(stop, searched)) >= 0]
         if token == self.end:
@@ -114,7 +114,7 @@ class Writing:
             self.text += self.decoder.decode(b"", final=True)
 
     def new_text(self) -> str:
-        """The text since the last call, without an end that may be the beginning of a stop text."""
+        """Return the text since the last call, except for an end that may be the beginning of a stop text."""
         end = len(self.text)
         if not self.reason:
             end -= max(map(self.partial_stop, self.settings.stop), default=0)
@@ -122,5 +122,5 @@ class Writing:
         return piece
 
     def partial_stop(self, stop: str) -> int:
-        """How many of the first letters of a stop text end the text so far."""
+        """Return how many of the first letters of a stop text are at the end of the text so far."""
         return next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)

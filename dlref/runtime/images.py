@@ -1,4 +1,4 @@
-"""Images as they are: files and arrays of any size -> uint8 (H, W, C)."""
+"""Read images: files and arrays of any size -> uint8 (H, W, C)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
@@ -12,25 +12,26 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
 BYTES = (bytes, bytearray, memoryview)
-SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
-# Not PostScript, for which pillow starts another program.
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+# Without PostScript, for which pillow starts another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: int) -> np.ndarray:
-    """One image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
+    """Return one image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
 
-    `source` is a file that pillow opens, the bytes of one or a picture of pillow's (turned upright by its EXIF
-    orientation; alpha is dropped), or a uint8 array (H, W), (H, W, C) or (C, H, W). Raises UserError for anything else.
+    `source` is a file that pillow can open, the bytes of such a file, a Pillow image, or a uint8 array (H, W),
+    (H, W, C) or (C, H, W). All except arrays are turned upright by their EXIF orientation, and alpha is dropped. Raises
+    UserError for anything else.
     """
     if isinstance(source, np.ndarray):
         return _as_hwc(source, channels)
     try:
         with _opened(source) as image:
-            image.load()  # which turns a TIFF, and finds what a PNG says of itself at its end
+            image.load()  # also turns a TIFF upright, and reads metadata at the end of a PNG
             side_up = orientation(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # the high byte
-                bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # of a TIFF 12 too
+                bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # 12 in some TIFFs
                 image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
             if image.mode[0] in "IF":
                 raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
@@ -42,22 +43,22 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
         raise UserError(f"{source}: not found; expected an image file") from None
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # of a damaged file, pillow's readers raise whatever comes up
+    except Exception as error:  # for a damaged file, pillow may raise any exception
         if isinstance(source, BYTES):
             raise UserError(f"{len(source)} bytes: cannot be decoded; expected those of an image file") from None
         raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8, or what XMP has in its place; 1, as it is, where it is broken."""
+    """Return the orientation of EXIF (or XMP), 1 to 8; 1, upright, if the metadata are broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of damaged EXIF, pillow raises whatever comes up
+    except Exception:  # for damaged EXIF, pillow may raise any exception
         return 1
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, ...) turned as an orientation of EXIF says: a view."""
+    """Turn (H, W, ...) upright by an EXIF orientation. Returns a view."""
     if orientation in SIDEWAYS:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
@@ -65,15 +66,15 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _opened(source) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
-        return nullcontext(source)  # the caller's, which stays open
+        return nullcontext(source)  # the caller's image, which stays open
     return Image.open(BytesIO(source) if isinstance(source, BYTES) else source, formats=FORMATS)
 
 
 def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C): a last axis of 1, 3 or 4 is one of channels."""
+    """Convert (H, W), (H, W, C) or (C, H, W) to (H, W, C). A last axis of 1, 3 or 4 is taken for channels."""
     if array.dtype != np.uint8 or array.size == 0:
         raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
-    array = np.array(array)  # a camera writes its next picture where this one is, while others are waited for
+    array = np.array(array)  # a camera may overwrite its buffer before the batch is complete
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
@@ -90,7 +91,7 @@ def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
-    """The central square of (H, W, C) whose side is `crop` of the shorter side; all of it for None."""
+    """Return the central square of (H, W, C) whose side is `crop` of the shorter side, or the whole image for None."""
     if crop is None:
         return image
     height, width = image.shape[:2]
@@ -100,9 +101,9 @@ def centre(image: np.ndarray, crop: float | None) -> np.ndarray:
 
 
 class ImageRunner(Runner):
-    """What runners of images share. `metadata` holds at least `labels` (K names) and `channels` (1 or 3).
+    """Base class of runners for images. `metadata` holds at least `labels` (K names) and `channels` (1 or 3).
 
-    Raises UserError for metadata that lack these, or a graph that takes anything but images.
+    Raises UserError if metadata lack these, or if the graph takes anything but images.
     """
 
     def __init__(self, graphs: dict, metadata: dict, graph: str, kind: str):
@@ -118,7 +119,7 @@ class ImageRunner(Runner):
 
     @staticmethod
     def takes(metadata: dict) -> str:
-        """Pictures."""
+        """Describe the input: pictures."""
         colours = "grey" if metadata["channels"] == 1 else "RGB"
         return (
             f"Pictures of any size, which become {colours}: files ({', '.join(FORMATS)}); from Python their bytes, "
@@ -127,27 +128,27 @@ class ImageRunner(Runner):
         )
 
     def read(self, source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
-        """What `read_image` takes -> uint8 (H, W, C)."""
+        """Read any source that `read_image` accepts -> uint8 (H, W, C)."""
         return read_image(source, self.metadata["channels"])
 
     def together(self, first: np.ndarray, second: np.ndarray) -> bool:
-        """Images of one size."""
+        """Return whether two images have the same size."""
         return first.shape == second.shape
 
     def size(self, item: np.ndarray) -> int:
-        """Pixels times channels."""
+        """Return the number of pixels times channels."""
         return item.size
 
 
 def as_picture(image: np.ndarray) -> Image.Image:
-    """uint8 (H, W, C) -> a picture in colour, to draw on."""
+    """Convert uint8 (H, W, C) to a picture in colour, to draw on."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
 def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:
-    """The `outputs` of `graph` for `image` uint8 (B, H, W, C), brought to the sizes that the graph has fixed.
+    """Return the `outputs` of `graph` for `image` uint8 (B, H, W, C), resized if the graph has a fixed size.
 
-    A graph with a fixed batch takes one image at a time. Raises UserError where it does not answer for each.
+    A graph with a fixed batch runs on one image at a time. Raises UserError unless there is an output for each image.
     """
     batch, height, width, _ = graph.shape["image"]
     if isinstance(height, int) and isinstance(width, int):
@@ -160,7 +161,7 @@ def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:
 
 
 def answered(answer: dict[str, np.ndarray], output: str, count: int) -> np.ndarray:
-    """An output that has a row for each of `count` images. Raises UserError where it has not."""
+    """Return an output that has a row for each of `count` images. Raises UserError if it does not."""
     array = answer.get(output)
     if not (isinstance(array, np.ndarray) and array.ndim and len(array) == count):
         raise UserError(f"graph has no answer {output} for each of {count} images")
@@ -168,7 +169,7 @@ def answered(answer: dict[str, np.ndarray], output: str, count: int) -> np.ndarr
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(B, H, W, C) -> (B, height, width, C), bilinear and antialiased, as the graphs do it where sizes are free."""
+    """Resize (B, H, W, C) -> (B, height, width, C), bilinear and antialiased, as graphs with free sizes do."""
     if image.shape[1:3] == (height, width):
         return image
     planes = image.transpose(0, 3, 1, 2).reshape(-1, *image.shape[1:3])

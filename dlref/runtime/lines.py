@@ -1,4 +1,4 @@
-"""Files of lines: text in UTF-8, gzipped or not, with a JSON object or something else on each line."""
+"""Read files of lines: text in UTF-8, gzipped or not, with a JSON object or something else on each line."""
 
 import gzip
 import json
@@ -18,14 +18,14 @@ FILE_NAME = re.compile(r"[^\s{}]{1,200}\.(txt|md|csv|tsv|jsonl?|gz)", re.IGNOREC
 
 
 class Line(NamedTuple):
-    """A line of a file, and where it stands."""
+    """A line and its place in a file."""
 
     where: str
     text: str
 
 
 def read_text(path: str | Path, expected: str, largest: int | None = LARGEST_TEXT) -> str:
-    """A whole file of at most so many bytes. Raises UserError."""
+    """Read a whole file of at most `largest` bytes. Raises UserError."""
     with opened(path, expected) as file:
         text = file.read(-1 if largest is None else largest + 1)
         if largest is not None and len(text) > largest:
@@ -34,7 +34,7 @@ def read_text(path: str | Path, expected: str, largest: int | None = LARGEST_TEX
 
 
 def numbered(path: str | Path, expected: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file, without their ends, numbered from 1. Raises UserError."""
+    """Yield the lines of a file, without line ends, numbered from 1. Raises UserError."""
     with opened(path, expected) as file:
         for number, line in enumerate(file, start=1):
             text = decoded(line.rstrip(b"\r\n"), f"{path}:{number}", expected)
@@ -42,7 +42,7 @@ def numbered(path: str | Path, expected: str) -> Iterator[tuple[int, str]]:
 
 
 def decoded(text: bytes, where: str, expected: str = "text") -> str:
-    """Bytes as text. Raises UserError, with the offset of what is none."""
+    """Decode UTF-8. Raises UserError with the offset of the first invalid byte."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -52,22 +52,22 @@ def decoded(text: bytes, where: str, expected: str = "text") -> str:
 
 @contextmanager
 def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
-    """A file, gzipped or not. What goes wrong in reading it is a UserError."""
+    """Open a file, gzipped or not. Errors while it is read become UserErrors."""
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
             yield file
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: no name that a file may have
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: an invalid file name
         reason = getattr(error, "strerror", None) or f"unreadable ({one_line(error)})"
         raise UserError(f"{path}: {reason}; expected {expected}") from None
 
 
 def text_in(path: str) -> str | Path | None:
-    """The text in a file; None where no file has this name, and the file where reading it will say what is wrong.
+    """Return the text in a file, None if there is no such file, or a Path whose reading will raise the error.
 
-    A single word that ends as a file's name does is one that is not there, and no text. Raises UserError for a pipe.
+    A single word that ends like a file name is taken for a missing file. Raises UserError for an unreadable pipe.
     """
-    if not os.path.isfile(path):  # not Path's, which raises for a text longer than a name may be
-        if os.path.exists(path) and not os.path.isdir(path):  # a pipe, which gives what it has once
+    if not os.path.isfile(path):  # Path.is_file raises for a text longer than a file name may be
+        if os.path.exists(path) and not os.path.isdir(path):  # a pipe, which can be read only once
             return read_text(path, "text")
         return Path(path) if os.path.islink(path) or FILE_NAME.fullmatch(path) else None
     try:
@@ -77,7 +77,7 @@ def text_in(path: str) -> str | Path | None:
 
 
 def only(path: str, inputs: Iterator[tuple[str, Any]]) -> Any:
-    """The one input that a file holds. Raises UserError where it holds several."""
+    """Return the single input in a file. Raises UserError if the file holds several."""
     (_, first), *others = inputs
     if others:
         raise UserError(f"{path}: {1 + len(others)} inputs; expected one, several are given as a list")
@@ -85,7 +85,7 @@ def only(path: str, inputs: Iterator[tuple[str, Any]]) -> Any:
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is one JSON object."""
+    """Return whether a text is one JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -93,7 +93,7 @@ def is_object(text: str) -> bool:
 
 
 def parse_object(line: str, where: str) -> dict[str, Any]:
-    """Read a line with one JSON object; anything else is a `UserError` at `where`."""
+    """Parse a line with one JSON object. Raises UserError at `where` for anything else."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What this machine is."""
+"""Properties of this machine."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# y = a b, uint8 by int8 into int32: a whole graph of one MatMulInteger. The tests make it of its parts.
+# A model of one MatMulInteger, y = a b: uint8 times int8 to int32. The tests build it from its parts.
 PRODUCT = (
     b'\x08\x05:b\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x01s'
     b"Z\x15\n\x01a\x12\x10\n\x0e\x08\x02\x12\n\n\x03\x12\x01m\n\x03\x12\x01k"
@@ -17,15 +17,15 @@ PRODUCT = (
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def saturates() -> bool:
-    """Whether onnxruntime gets sums of 8-bit products wrong here, as on x86-64 without VNNI: tried, in a millisecond.
+    """Test whether onnxruntime gets sums of 8-bit products wrong here, as on x86-64 without VNNI. Takes a millisecond.
 
-    What makes such sums exact would more than double the time of a convolution where they already are.
+    If the sums are exact, the option that makes them exact would only cost time: it more than doubles a convolution's.
     """
     import onnxruntime
 
@@ -35,13 +35,13 @@ def saturates() -> bool:
     try:
         session = onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {"a": a, "b": b})
-    except Exception:  # a build without the operator: exact sums are right everywhere
+    except Exception:  # a build without the operator: exact sums are correct on any processor
         return True
     return bool((y != 64 * 255 * 127).any())
 
 
 def processor() -> str:
-    """The name of this machine's processor, and how many cores of it there are."""
+    """Return the name of this machine's processor and its number of cores."""
     name = platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

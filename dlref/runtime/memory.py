@@ -1,21 +1,21 @@
-"""What keeps an opened graph small."""
+"""Keep the memory of an opened graph small."""
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# glibc's mallopt: parameters, and the values that its own adjustment grows to at most.
+# Parameters of glibc's mallopt, and the initial and largest values of its automatic adjustment.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 INITIAL, LARGEST = 128 << 10, 32 << 20
 
 
 @contextmanager
 def returned_to_the_system() -> Iterator[None]:
-    """Large blocks that are freed meanwhile leave the process, where its allocator is glibc's.
+    """Return large freed blocks to the system within this context, if the allocator is glibc's.
 
     onnxruntime copies each weight into the layout of its kernel and frees the original. By default glibc soon
-    stops giving such blocks back, and the process stays larger by up to the whole model, sometimes. Afterwards
-    freed blocks are kept, for activations of one size come and go with every answer.
+    stops returning such blocks, and the process may stay larger by up to the whole model. After the context, freed
+    blocks are kept, because every prediction allocates activations of the same size again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""What every runner shares: one input, a list of them, or a stream that no bad input stops."""
+"""The base class of all runners: predicts for one input, a list, or a stream that a bad input does not stop."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,68 +9,68 @@ import numpy as np
 from dlref.runtime.errors import UserError
 
 BATCH = 32  # inputs at once; larger batches gain nothing on a CPU
-ROOM = 1 << 24  # elements of a batch: 5 photographs of a megapixel, or one of any size; bounds the memory
+ROOM = 1 << 24  # elements of a batch, to limit memory: 5 photographs of a megapixel, or one of any size
 
 
 class Runner:
-    """Inputs -> answers. A subclass says how to read an input and how to answer for several at once."""
+    """Maps inputs to predictions. A subclass defines how to read an input and how to predict for several at once."""
 
-    # Other forms of an answer, by name: what other services answer, for programs that were written for these.
+    # Other formats of a prediction by name: those of other services, for programs that were written for them.
     forms: Mapping[str, Callable[[dict], dict]] = {}
-    # Attributes that the command sets by --name: how to read each, and its help. One whose value here is a tuple may be
-    # given several times.
+    # Attributes that the command sets by --name: a parser for each, and its help. An attribute whose value is a tuple
+    # may be given several times.
     options: Mapping[str, tuple[Callable[[str], object], str]] = {}
-    # Whether `answer` shares its work out by `spread`, over graphs that use one thread each: of many small steps this
-    # makes more than threads within each.
+    # Whether `answer` distributes its work with `spread`, over graphs that use one thread each. For many small steps
+    # this is faster than several threads within each step.
     spreads = False
     workers = 1
 
     @staticmethod
     def takes(metadata: dict) -> str:
-        """What a bundle with this metadata is given, in Markdown, for who has the bundle and nothing else."""
+        """Describe the input of a bundle with this metadata, in Markdown, for a reader who has only the bundle."""
         raise NotImplementedError
 
     def inputs(self, path: str) -> Iterable[tuple[str, object]]:
-        """The inputs in a file: a name and a source for each. Raises UserError."""
+        """Return a name and a source for each input in a file. Raises UserError."""
         return [(path, path)]
 
     def read(self, source):
-        """An input as the graph takes it. Raises UserError where it is none."""
+        """Convert a source to the input of the graph. Raises UserError if it is invalid."""
         raise NotImplementedError
 
     def answer(self, items: list) -> list[dict]:
-        """Plain values for each of the items that `read` gave. Raises UserError."""
+        """Predict for each of the items that `read` returned. Raises UserError."""
         raise NotImplementedError
 
     def size(self, item) -> int:
-        """The elements of an item, where they can be many."""
+        """Return the elements of an item, if there can be many."""
         return 0
 
     def together(self, first, second) -> bool:
-        """Whether two items may be answered in one batch."""
+        """Return whether two items may share a batch."""
         return True
 
     def draw(self, source, answer: dict):
-        """A picture (PIL) of an answer to `source`. Raises UserError where answers are none to look at."""
+        """Draw a prediction for `source` as a picture (PIL). Raises UserError if this kind has none."""
         raise UserError("these answers are not drawn; expected a bundle of detection, segmentation or translation")
 
     def written(self, source) -> Iterator[str]:
-        """An answer that is a text, piece by piece as it comes. Raises UserError where answers are none."""
+        """Yield a predicted text piece by piece, as it is generated. Raises UserError if this kind cannot."""
         raise UserError("these answers do not come piece by piece; expected a bundle of a language model")
 
     def picture(self, answer: dict):
-        """An answer that is itself a picture (PIL). Raises UserError where answers are none."""
+        """Return a prediction that is itself a picture (PIL). Raises UserError if this kind predicts none."""
         raise UserError("these answers are no pictures; expected a bundle of segmentation")
 
     def spread(self, function: Callable, parts: list) -> list:
-        """What `function` answers to each part, `workers` of them at a time."""
+        """Apply `function` to each part, `workers` of them at a time."""
         if self.workers == 1 or len(parts) < 2:
             return list(map(function, parts))
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(function, parts))
 
     def __call__(self, source) -> dict | list[dict]:
-        """The answer for one input, or a list of them for a list. Raises UserError for the first bad one."""
+        """Predict for one input, or for each in a list. Raises UserError for the first bad one."""
         sources = source if isinstance(source, list) else [source]
         answers = list(self.stream(sources))
         for answer in answers:
@@ -79,7 +79,7 @@ class Runner:
         return answers if isinstance(source, list) else answers[0]
 
     def stream(self, sources: Iterable, batch_size: int = BATCH) -> Iterator[dict | UserError]:
-        """Answers one by one, in the order of `sources`; a bad input's place is taken by its UserError."""
+        """Yield predictions one by one, in the order of `sources`. A bad input yields its UserError instead."""
         waiting, room = [], 0
         for source in sources:
             try:
@@ -100,7 +100,7 @@ class Runner:
         yield from self._answers(waiting)
 
     def _answers(self, items: list) -> list[dict | UserError]:
-        """A batch that is refused is asked again item by item, so that only the bad ones fail."""
+        """Predict for a batch. If it is refused, retry item by item, so that only the bad ones fail."""
         if not items:
             return []
         try:
@@ -112,19 +112,19 @@ class Runner:
 
 
 def refusal(error: UserError | MemoryError) -> UserError:
-    """Why an input has no answer."""
+    """Return the reason why an input has no prediction."""
     if isinstance(error, UserError):
         return error
     return UserError("not enough memory; expected a smaller input, or more memory")
 
 
 def fixed_or(size: int | str, free: int) -> int:
-    """The size of an axis, as a graph's `shape` gives it: a number where it is fixed, else `free`."""
+    """Return the size of an axis in a graph's `shape`: its number if it is fixed, else `free`."""
     return size if isinstance(size, int) else free
 
 
 def whole_number(value: object) -> int | None:
-    """A whole number of Python's or numpy's; None for anything else, True and False too."""
+    """Return a whole number of Python's or numpy's as an int; None for anything else, including True and False."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -132,5 +132,5 @@ def whole_number(value: object) -> int | None:
 
 
 def plain(answer: dict) -> dict:
-    """An answer without its arrays, which no line of text holds."""
+    """Return a prediction without its arrays, which do not fit on a line of text."""
     return {name: value for name, value in answer.items() if not isinstance(value, np.ndarray)}

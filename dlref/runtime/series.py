@@ -1,6 +1,7 @@
-"""One time series as it comes, in training and on a device: checked, its holes filled, what is known of each time.
+"""Process one time series, in training and on a device: check it, fill its gaps, compute its features.
 
-T times, L lags; D dynamic features, R static ones, F features of a time in all; G categories; P points of all series.
+T times, L lags; D dynamic features, R static features, F features of a time in total; G categories; P points of all
+series.
 """
 
 import math
@@ -13,16 +14,16 @@ import numpy as np
 from dlref.runtime.calendar import Frequency, parse_start
 from dlref.runtime.errors import UserError
 
-MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate an embedding for each below it
-OF_GLUONTS = {"feat_static_cat": "cat", "feat_dynamic_real": "dynamic_feat"}  # its names, and SageMaker's
+MAX_CATEGORIES = 1_000_000  # a mistyped category must not allocate a huge embedding
+OF_GLUONTS = {"feat_static_cat": "cat", "feat_dynamic_real": "dynamic_feat"}  # GluonTS's names -> SageMaker's
 LARGEST = float(np.finfo(np.float32).max)
 NONE = np.zeros((0, 0), np.float32)
 
 
 class Record(NamedTuple):
-    """One series: its name, the time of its first point, its values (T,), and what else is said of it.
+    """One series: its name, the time of its first point, its values (T,), categories and features.
 
-    `cat` are G whole numbers, `dynamic` is (T or more, D), `static` (R,).
+    `cat` has G whole numbers, `dynamic` is (T or more, D), `static` (R,).
     """
 
     name: str
@@ -34,9 +35,12 @@ class Record(NamedTuple):
 
 
 def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Differences between neighbouring values (T,) -> (T - 1,); 0 and not observed unless both values are."""
+    """Return the differences between neighbouring values (T,) -> (T - 1,) and which are observed.
+
+    A difference is observed if both values are; otherwise it is 0.
+    """
     both = observed[1:] & observed[:-1]
-    with np.errstate(over="ignore"):  # a forecast from there is found not to be finite
+    with np.errstate(over="ignore"):  # the forecast will be refused as not finite
         return np.where(both, np.diff(values), np.float32(0)), both
 
 
@@ -44,7 +48,7 @@ def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndar
 
 
 def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
-    """Read a series as SageMaker's DeepAR takes it, `feat_static_real` as GluonTS does; see `dlref.data.series`."""
+    """Parse a series in the format of SageMaker's DeepAR, `feat_static_real` as in GluonTS; see `dlref.data.series`."""
     for theirs, ours in OF_GLUONTS.items():
         if theirs in entry:
             raise UserError(f"{where}: {theirs}; expected it to be called {ours}, as SageMaker's DeepAR does")
@@ -60,7 +64,7 @@ def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Rec
 
 def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
     cat = entry.get("cat")
-    if cat is None:  # as Parquet has it for a record without
+    if cat is None:  # Parquet has None for a record without categories
         return ()
     cat = cat if isinstance(cat, list) else [cat]
     for i, value in enumerate(cat):
@@ -95,7 +99,10 @@ def _parse_static(entry: dict[str, Any], where: str) -> np.ndarray:
 
 
 def to_float32(values: list, where: str, field: Callable[[int], str], missing: bool = True) -> np.ndarray:
-    """Check that these are numbers, or NaN if values may be missing; `field` names each."""
+    """Convert numbers to float32. Raises UserError for other values, and NaN unless values may be missing.
+
+    `field` names each value in an error.
+    """
     if set(map(type, values)) <= {int, float}:  # type, not isinstance: True is an int too
         try:
             array = np.array(values, np.float64)
@@ -110,11 +117,11 @@ def to_float32(values: list, where: str, field: Callable[[int], str], missing: b
     raise AssertionError("one of the values was refused")
 
 
-# What a network is given
+# Inputs of a network
 
 
 def forward_filled(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Replace each NaN in values (P,) by the last value before it in the same series, 0 where there is none.
+    """Replace each NaN in values (P,) by the last value before it in the same series, or by 0 if there is none.
 
     Returns the filled values and which of them were observed, bool (P,). Series i is target[offsets[i]:offsets[i + 1]].
     """
@@ -126,20 +133,20 @@ def forward_filled(target: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
 
 
 def features_at(frequency: Frequency, record: Record, steps: np.ndarray) -> np.ndarray:
-    """What is known of the times `steps` (T,) after a series' start: float32 (T, F).
+    """Return the features of the times `steps` (T,) after a series' start: float32 (T, F).
 
-    The places in the cycles of the calendar, the age, the static and the dynamic features. Steps are 0 or more.
+    They are the places in the calendar's cycles, the age, the static and the dynamic features. Steps are 0 or more.
     """
     calendar = frequency.features(frequency.times(record.start, steps))
-    age = np.log10(2.0 + steps)[:, None]  # GluonTS's
+    age = np.log10(2.0 + steps)[:, None]  # as in GluonTS
     static = np.broadcast_to(record.static, (len(steps), len(record.static)))
     dynamic = record.dynamic[steps] if record.dynamic.shape[1] else np.zeros((len(steps), 0))
     return np.concatenate([calendar, age, static, dynamic], axis=1, dtype=np.float32)
 
 
 def lag_indices(lags: Sequence[int], times: int) -> np.ndarray:
-    """Indices into a window of the lagged values for its last `times` times, int64 (T, L).
+    """Return the indices of lagged values in a window, for its last `times` times, int64 (T, L).
 
-    The window has max(lags) more values before them.
+    The window has max(lags) more values before these times.
     """
     return max(lags) + np.arange(times)[:, None] - np.asarray(lags)

@@ -1,12 +1,12 @@
-"""Text <-> tokens, as the training and a bundle have it: by words, characters, byte pairs or bytes.
+"""Convert text to tokens and back, in training and in a bundle: words, characters, byte pairs or bytes.
 
 A tokeniser is data, plain JSON: `{"kind": "word" or "character", "tokens": [...]}` with a token for each number, or
 `{"kind": "bpe", "model": ...}` with the text that the `tokenizers` library reads, or `{"kind": "byte"}`. The first four
-tokens are SPECIAL, numbered as SageMaker's vocabularies are.
+tokens are SPECIAL, numbered as in SageMaker's vocabularies.
 
-With `"exact": true` a text is taken as it is, its white space and its forms of letters too: each token then has a
-`spelling` in bytes, and a text is the spellings of its tokens one after the other, as a language model has to have it.
-Byte pairs from elsewhere may be so, such as GPT-2's; their special tokens are where they are.
+With `"exact": true` a text is not normalised: white space and the forms of letters are kept. Each token then has a
+`spelling` in bytes, and the spellings of a text's tokens, joined, are the text. Language models require this. Byte-pair
+tokenisers from elsewhere, such as GPT-2's, can be exact too; their special tokens keep their numbers.
 """
 
 import unicodedata
@@ -21,7 +21,7 @@ PAD, UNKNOWN, BEGIN, END = range(4)
 
 
 class Words:
-    """Text split at white space; a token that is not known is UNKNOWN."""
+    """Splits text at white space; unknown tokens become UNKNOWN."""
 
     between = " "
     end = END
@@ -29,51 +29,51 @@ class Words:
     def __init__(self, tokens: list[str], exact: bool = False):
         self.names, self.normal = tokens, str if exact else normal
         names = tokens if exact else [unicodedata.normalize("NFC", name) for name in tokens]
-        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # the first of equal ones
+        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # of equal names, the first
 
     def __len__(self) -> int:
         return len(self.names)
 
     def parts(self, text: str) -> list[str]:
-        """The tokens of a text, known or not."""
+        """Split a text into tokens, known or not."""
         return text.split()
 
     def written(self, text: str) -> str:
-        """A text as its tokens are written, were all of them known."""
+        """Return a text as its tokens spell it if all are known."""
         return self.between.join(self.parts(self.normal(text)))
 
     def encode(self, text: str) -> list[int]:
-        """The number of each token."""
+        """Return the number of each token."""
         numbers, known = self.numbers, range(len(SPECIAL), len(self))
         found = (numbers.get(part, UNKNOWN) for part in self.parts(self.normal(text)))
         return [number if number in known else UNKNOWN for number in found]
 
     def pieces(self, numbers: list[int]) -> list[str]:
-        """Each token as people read it."""
+        """Return each token in readable form."""
         return [self.names[number] for number in numbers]
 
     def decode(self, numbers: list[int]) -> str:
-        """The text of tokens, without those that begin, end or fill up."""
+        """Return the text of tokens, without the special tokens for begin, end and padding."""
         return self.between.join(self.pieces([n for n in numbers if n not in (PAD, BEGIN, END)]))
 
 
 class Characters(Words):
-    """Every character a token."""
+    """Splits text into characters."""
 
     between = ""
 
     def parts(self, text: str) -> list[str]:
-        """The characters."""
+        """Return the characters."""
         return list(text)
 
     @cached_property
     def spelling(self) -> list[bytes]:
-        """The bytes of each token; none of a special one."""
+        """The bytes of each token; empty for special tokens."""
         return [b""] * len(SPECIAL) + [name.encode() for name in self.names[len(SPECIAL) :]]
 
 
 class Bytes:
-    """Every byte of UTF-8 a token."""
+    """Splits text into the bytes of its UTF-8."""
 
     end = END
     spelling = (*[b""] * len(SPECIAL), *[bytes([byte]) for byte in range(256)])
@@ -82,18 +82,18 @@ class Bytes:
         return len(self.spelling)
 
     def encode(self, text: str) -> list[int]:
-        """The number of each token."""
+        """Return the number of each token."""
         return [byte + len(SPECIAL) for byte in text.encode()]
 
     def pieces(self, numbers: list[int]) -> list[str]:
-        """Each token as people read it."""
+        """Return each token in readable form."""
         return [self.spelling[number].decode("ascii", "backslashreplace") or SPECIAL[number] for number in numbers]
 
 
 class BytePairs:
-    """Byte-pair encoding over bytes, so that no text is unknown (Sennrich et al. 2016; `tokenizers`)."""
+    """Byte-pair encoding over bytes, so that every text is known (Sennrich et al. 2016; `tokenizers`)."""
 
-    ends = (SPECIAL[END], "<|endoftext|>")  # GPT-2's is the other
+    ends = (SPECIAL[END], "<|endoftext|>")  # the second is GPT-2's
 
     def __init__(self, model: str, exact: bool = False):
         try:
@@ -110,17 +110,17 @@ class BytePairs:
         if not ends:
             raise UserError(f"tokeniser of byte pairs: no token that ends a text; expected {' or '.join(self.ends)}")
         self.end = ends[0]
-        self.tokenizer.encode_special_tokens = True  # what looks like one in a text is text
+        self.tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
 
     def written(self, text: str) -> str:
-        """A text as its tokens are written."""
+        """Return a text as its tokens spell it."""
         return text if self.exact else normal(text)
 
     def encode(self, text: str) -> list[int]:
-        """The number of each token. Raises UserError for an exact tokeniser that changes the text."""
+        """Return the number of each token. Raises UserError if an exact tokeniser changes the text."""
         try:
             found = self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises plain exceptions
@@ -130,16 +130,16 @@ class BytePairs:
         return found
 
     def pieces(self, numbers: list[int]) -> list[str]:
-        """Each token as people read it."""
+        """Return each token in readable form."""
         return [self.tokenizer.decode([n]) or self.tokenizer.id_to_token(n) for n in numbers]
 
     def decode(self, numbers: list[int]) -> str:
-        """The text of tokens, without those that begin, end or fill up."""
+        """Return the text of tokens, without special tokens."""
         return self.tokenizer.decode(numbers).strip()
 
     @cached_property
     def spelling(self) -> list[bytes]:
-        """The bytes of each token; none of a special one. Raises UserError where tokens are no bytes."""
+        """The bytes of each token; empty for special tokens. Raises UserError if a token is not made of bytes."""
         added = self.tokenizer.get_added_tokens_decoder()
         names = {number: name for name, number in self.tokenizer.get_vocab().items()}
         try:
@@ -153,7 +153,7 @@ class BytePairs:
             raise UserError(f"tokeniser of byte pairs: {error} in its vocabulary; expected GPT-2's bytes") from None
 
 
-# The letters that stand for bytes in the vocabulary of byte pairs: printable ones for themselves (GPT-2, encoder.py).
+# Letters for bytes in a vocabulary of byte pairs; printable bytes stand for themselves (GPT-2, encoder.py).
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTES = {chr(byte): byte for byte in PRINTABLE} | {
     chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)
@@ -161,7 +161,7 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {
 
 
 def check_same(text: bytes, spelt: bytes) -> None:
-    """Raise UserError where tokens spell another text than the one that they were made of."""
+    """Raise UserError if the tokens of a text spell a different text."""
     if spelt != text:
         place = next((i for i, (a, b) in enumerate(zip(text, spelt, strict=False)) if a != b), len(spelt))
         found, known = spelt[place : place + 20], text[place : place + 20]
@@ -169,7 +169,7 @@ def check_same(text: bytes, spelt: bytes) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON and command lines can hold and UTF-8 cannot."""
+    """Return whether UTF-8 can encode a text, unlike half of a surrogate pair from JSON or a command line."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -184,12 +184,12 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def normal(text: str) -> str:
-    """One form for letters with marks, however they were typed; white space around is none."""
+    """Normalise a text: one form for letters with marks, however they were typed, and no white space around it."""
     return unicodedata.normalize("NFC", text).strip()
 
 
 def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
-    """The tokeniser that `described` says. Raises UserError where it says none."""
+    """Return the tokeniser that `described` specifies. Raises UserError if it is invalid."""
     kind, exact = (described.get(key) if isinstance(described, Mapping) else None for key in ("kind", "exact"))
     if kind == "byte":
         return Bytes()
@@ -198,7 +198,7 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
             return BytePairs(described["model"], exact is True)
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # tokenizers raises plain exceptions, and panics that are not even these
+        except BaseException as error:  # tokenizers raises plain exceptions, and panics, which are BaseExceptions
             raise UserError(f"tokeniser: {one_line(error)}; expected one of tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) and is_unicode(token) for token in tokens):
