@@ -1,1 +1,1 @@
-"""One module a kind of bundle, each with its `Runner`."""
+"""One module per kind of bundle, each with its `Runner`."""

@@ -1,4 +1,4 @@
-"""The runner of forecasting: series as SageMaker's DeepAR takes them -> means, quantiles and sample paths.
+"""The runner of forecasting: series in the format of SageMaker's DeepAR -> means, quantiles and sample paths.
 
 T times of context, L lags, F features, G categories, H times to forecast, S sample paths, U uniform numbers of a draw.
 """
@@ -21,13 +21,13 @@ from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or
 from dlref.runtime.series import Record, features_at, first_differences, forward_filled, lag_indices, parse_record
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are judged
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # SageMaker's, at which forecasts are evaluated
 SAMPLES = 100  # SageMaker's
 LARGEST_ANSWER = 1 << 26  # values of a request's sample paths: 256 MB
 LONGEST = 100_000  # steps of a context or a prediction
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
-LEVEL = re.compile(r"0?\.[0-9]{1,20}")  # as a float is written in full
-ROWS = 3200  # of one call of a graph: 32 series of 100 paths; more do not fit the caches
+LEVEL = re.compile(r"0?\.[0-9]{1,20}")  # a decimal fraction without an exponent
+ROWS = 3200  # per call of a graph: 32 series of 100 paths; more do not fit into the processor's caches
 OUTPUT_TYPES = ("mean", "quantiles", "samples")
 OPTIONS = ("num_samples", "output_types", "quantiles", "seed")
 KEYS = {
@@ -46,14 +46,14 @@ KEYS = {
 
 
 class Past(NamedTuple):
-    """What is known of a series.
+    """The known part of a series.
 
     Attributes:
-        values: float32 (max(lags) + T,), or changes from one to the next.
-        observed: bool (T,), which of the last values are there.
+        values: float32 (max(lags) + T,), or their differences.
+        observed: bool (T,), which of the last T values are observed.
         features: float32 (T + H, F).
         categories: int64 (G,).
-        last: float32, the last value, to which changes are added.
+        last: float32, the last value, to which forecast differences are added.
     """
 
     values: np.ndarray
@@ -64,7 +64,7 @@ class Past(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Series to forecast and what is asked of them; `single` says that there is one and no list around it."""
+    """Series to forecast and the outputs requested; `single` means one series without a list around it."""
 
     where: str
     pasts: list[Past]
@@ -80,13 +80,13 @@ class Runner(Base):
 
     `encode`: target float32 (B, T), observed bool (B, T), lagged (B, T, L), features (B, T, F), categories int64 (B, G)
     -> scale (B), state (Y, B, D).
-    `step`, in which values are divided by the scale: lagged (B, S, L), features (B, F), categories (B, G), scale (B),
+    `step`, whose values are divided by the scale: lagged (B, S, L), features (B, F), categories (B, G), scale (B),
     state (Y, B, S, D), noise (B, S, U), uniform from 0 to 1 -> value (B, S), next_state (Y, B, S, D).
 
-    The noise of a series comes from its values and a request's seed: the same past has the same paths, in whatever
-    company; but of an int8 graph, whose ranges are of all series in a call.
+    The noise of a series depends only on its values and the request's seed: the same past gives the same paths,
+    whatever other series are in the batch. An int8 graph is an exception: its ranges are those of all series in a call.
 
-    Raises UserError for metadata or graphs that are others.
+    Raises UserError for other metadata or graphs.
     """
 
     spreads = True
@@ -114,7 +114,7 @@ class Runner(Base):
 
     @staticmethod
     def takes(metadata: dict) -> str:
-        """A series, shown by one of this bundle's form."""
+        """Describe the input: a series, with an example for this bundle."""
         horizon, values = metadata["prediction_length"], [10.0, 12.5, None, 11.0]
         series: dict[str, Any] = {"start": "2024-01-01 00:00:00", "target": values}
         if metadata["cardinality"]:
@@ -135,14 +135,14 @@ class Runner(Base):
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
-        """A request or series, or a file of JSON that is one or has one on each line: a name and a source for each."""
+        """Return a name and a source for each input in `path`: a request or series, or a file with one or many."""
         if is_object(path):
             yield path, Line("request", path)
             return
         try:
             text = read_text(path, "JSON")
         except UserError:
-            yield path, path  # reading says what is wrong, in its turn
+            yield path, path  # `read` raises the error later
             return
         lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         if len(lines) > 1 and not is_object(text) and any(is_object(line) for _, line in lines):
@@ -151,9 +151,9 @@ class Runner(Base):
             yield path, Line(path, text)
 
     def read(self, source: Any) -> Request:
-        """A request {"instances": [...], "configuration": {...}}, or one series {"start": ..., "target": [...], ...}.
+        """Read a request {"instances": [...], "configuration": {...}} or a series {"start": ..., "target": [...], ...}.
 
-        `source` is such an object, a line or a file that holds one. Numbers, lists and times may be numpy's
+        `source` is such an object, or a line or file that holds one. Numbers, lists and times may be numpy's
         or Python's.
         """
         where, source = _object_in(source)
@@ -175,7 +175,7 @@ class Runner(Base):
         return Request(where, pasts, *settings, single=False)
 
     def past(self, entry: Mapping[str, Any], where: str) -> Past:
-        """What a series says, checked against what the model was trained with. Raises UserError."""
+        """Parse a series and check it against the training's metadata. Raises UserError."""
         record = parse_record(entry, where, self.frequency)
         known = self.metadata
         for field, found, expected in (
@@ -201,7 +201,7 @@ class Runner(Base):
         return self.cut(record)
 
     def cut(self, record: Record) -> Past:
-        """The end of a series, with zeros before its start."""
+        """Return the end of a series, padded with zeros before its start."""
         points = len(record.target)
         values, observed = forward_filled(record.target, np.array([0, points]))
         last, first = values[-1], max(0, points - self.context)
@@ -219,15 +219,15 @@ class Runner(Base):
     # Answers
 
     def size(self, item: Request) -> int:
-        """The values of its paths and of their noise."""
+        """Return the number of values in the paths and their noise."""
         return len(item.pasts) * item.samples * self.horizon * (1 + self.metadata["uniforms"])
 
     def together(self, first: Request, second: Request) -> bool:
-        """Requests for as many paths from the same seed."""
+        """Return whether two requests have the same number of paths and the same seed."""
         return (first.samples, first.seed) == (second.samples, second.seed)
 
     def answer(self, items: list[Request]) -> list[dict]:
-        """`predictions`, for each series `mean`, `quantiles` and `samples` as asked; a single series has no list."""
+        """Return the requested `mean`, `quantiles` and `samples` of a series, or a list of them as `predictions`."""
         pasts = [past for item in items for past in item.pasts]
         paths = iter(self.paths(Past(*map(np.stack, zip(*pasts, strict=True))), items[0].samples, items[0].seed))
         answers = []
@@ -242,7 +242,7 @@ class Runner(Base):
         return answers
 
     def paths(self, past: Past, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-        """Sample paths float32 (B, S, H) of several series, whose arrays in `past` have a first axis B."""
+        """Return sample paths float32 (B, S, H) of B series, whose arrays in `past` are stacked."""
         rows, drawn = self.step.shape["noise"][:2]
         if fixed_or(drawn, samples) != samples:
             raise UserError(f"num_samples: {samples}; expected {drawn}, which this bundle is fixed to")
@@ -251,9 +251,9 @@ class Runner(Base):
         parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, count, many)]
         return np.concatenate(self.spread(lambda part: self._paths(part, samples, seed), parts))
 
-    @np.errstate(over="ignore", invalid="ignore")  # `answer` refuses what is not finite
+    @np.errstate(over="ignore", invalid="ignore")  # `answer` refuses paths that are not finite
     def _paths(self, past: Past, samples: int, seed: int) -> np.ndarray:
-        """Ancestral sampling (section 3 of the paper): each value is drawn given those drawn before it."""
+        """Draw paths by ancestral sampling (section 3 of the paper): each value given those drawn before it."""
         values, features, categories = past.values, past.features, past.categories
         known, longest = values.shape[1], max(self.lags)
         encoded = self.encode(
@@ -270,7 +270,7 @@ class Runner(Base):
         paths = np.empty((len(values), samples, self.horizon), np.float32)
         lagged = np.empty((len(values), samples, len(self.lags)), np.float32)
         for time in range(self.horizon):
-            drawn = np.searchsorted(self.lags, time, side="right")  # lags of this path; the others are the same for all
+            drawn = np.searchsorted(self.lags, time, side="right")  # lags within the path; others are the same for all
             lagged[:, :, drawn:] = scaled[:, None, known + time - self.lags[drawn:]]
             lagged[:, :, :drawn] = paths[:, :, time - self.lags[:drawn]]
             answer = self.step(
@@ -288,10 +288,11 @@ class Runner(Base):
         return np.rint(paths) if self.metadata["whole_numbers"] else paths
 
     def noise(self, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """Uniform numbers float32 (S, H, U) of a series that only its values and a seed decide.
+        """Return uniform numbers float32 (S, H, U) for a series, which depend only on its values and a seed.
 
-        A number of each path falls into each S-th of the way from 0 to 1 (M. D. McKay, R. J. Beckman and W. J. Conover,
-        1979): every path is as likely as before, and their mean and quantiles are nearer to those of very many.
+        The range from 0 to 1 is divided into S equal parts, and each path has its number in another part (M. D. McKay,
+        R. J. Beckman and W. J. Conover, 1979). Each path is as likely as before, but the mean and quantiles of the
+        paths are nearer to those of very many.
         """
         rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(values), seed))
         uniform = rng.random((samples, self.horizon, self.metadata["uniforms"]), np.float32)
@@ -300,13 +301,13 @@ class Runner(Base):
 
 
 def prediction(paths: np.ndarray, types: tuple[str, ...] = OUTPUT_TYPES[:2], levels: Mapping | None = None) -> dict:
-    """Plain values of one series from its paths (S, H): those of `types`, quantiles by their names."""
+    """Return plain values for one series from its paths (S, H): the outputs in `types`, with quantiles by name."""
     levels = {str(level): level for level in LEVELS} if levels is None else levels
     answer = {}
     if "mean" in types:
         answer["mean"] = paths.mean(axis=0, dtype=np.float64).tolist()
     if "quantiles" in types:
-        found = np.quantile(paths.astype(np.float64), list(levels.values()), axis=0)  # sums of two stay finite
+        found = np.quantile(paths.astype(np.float64), list(levels.values()), axis=0)  # float64: sums of two stay finite
         answer["quantiles"] = {name: row.tolist() for name, row in zip(levels, found, strict=True)}
     if "samples" in types:
         answer["samples"] = paths.tolist()
@@ -314,7 +315,7 @@ def prediction(paths: np.ndarray, types: tuple[str, ...] = OUTPUT_TYPES[:2], lev
 
 
 def _object_in(source: Any) -> tuple[str, Mapping[str, Any]]:
-    """An object, or that which a line or a file holds, with its place for an error to name. Raises UserError."""
+    """Return an object, or the object in a line or file, with its place for error messages. Raises UserError."""
     where = "request"
     if isinstance(source, (str, Path)):
         where = str(source)
@@ -331,7 +332,7 @@ def _object_in(source: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _settings(configuration: Any, where: str, most: int) -> tuple[int, int, tuple[str, ...], dict[str, float]]:
-    """How many sample paths a request asks for, at most `most`, its seed, its outputs, and quantiles by their names."""
+    """Return a request's number of sample paths (at most `most`), its seed, its outputs, and its quantiles by name."""
     if not isinstance(configuration, Mapping):
         raise UserError(f"{where}: configuration: {shorten(configuration)}; expected an object")
     unknown = next((key for key in configuration if key not in OPTIONS), None)
@@ -356,23 +357,23 @@ def _settings(configuration: Any, where: str, most: int) -> tuple[int, int, tupl
 
 
 def as_json(value: Any) -> Any:
-    """What Python has, as JSON has it: tuples, arrays and numpy's numbers as lists and numbers, times as text."""
+    """Convert Python and numpy values to those of JSON: lists, numbers, and times as text."""
     if isinstance(value, Mapping):
         return {key: as_json(one) for key, one in value.items()}
     if isinstance(value, np.datetime64):
         seconds = value.astype("datetime64[s]")
-        value = seconds.item() if seconds == value else str(value)  # a fraction is refused, as in a text
+        value = seconds.item() if seconds == value else str(value)  # a fraction is refused later, as in a text
     if isinstance(value, date):
         return value.isoformat(sep=" ") if isinstance(value, datetime) else value.isoformat()
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if not isinstance(value, list | tuple | range):
         return value
-    plain = set(map(type, value)) <= {int, float, str, bool, type(None)}  # which long series are
+    plain = set(map(type, value)) <= {int, float, str, bool, type(None)}  # as in long series
     return list(value) if plain else [as_json(one) for one in value]
 
 
 def _last(array: np.ndarray, count: int) -> np.ndarray:
-    """The last `count` rows, with zeros before them where there are fewer."""
+    """Return the last `count` rows, padded with zeros before them if there are fewer."""
     cut = array[max(0, len(array) - count) :]
     return np.concatenate([np.zeros((count - len(cut), *cut.shape[1:]), cut.dtype), cut])

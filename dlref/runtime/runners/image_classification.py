@@ -13,8 +13,8 @@ TOP = 5
 class Runner(ImageRunner):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `probability` float32 (B, K).
 
-    `metadata` also holds `multi_label` and `crop`: the share of the shorter side that a central square of each picture
-    keeps, or None. Raises UserError for metadata that lack these.
+    `metadata` also holds `multi_label` and `crop`: the side of the central square to which each picture is cropped, as
+    a share of its shorter side, or None. Raises UserError if metadata lack these.
     """
 
     def __init__(self, graphs: dict, metadata: dict):
@@ -25,22 +25,22 @@ class Runner(ImageRunner):
         self.classify = graphs["classify"]
 
     def read(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """An image file or a uint8 array -> uint8 (H, W, C), cropped as in evaluation."""
+        """Read an image file or a uint8 array -> uint8 (H, W, C), cropped as in evaluation."""
         return centre(super().read(source), self.metadata["crop"])
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:
-        """Labels with their probabilities."""
+        """Return labels with their probabilities."""
         return answers(self.probability(np.stack(items)), self.metadata)
 
     def probability(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, C) -> float32 (B, K)."""
+        """Return the probabilities of classes: uint8 (B, H, W, C) -> float32 (B, K)."""
         return ask(self.classify, image, "probability")[0]
 
 
 def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
-    """Plain values for each row of `probability` (B, K).
+    """Return plain values for each row of `probability` (B, K).
 
-    `top` lists the likeliest classes; with several labels an image, `labels` lists those of at least 1/2.
+    `top` lists the likeliest classes; if images can have several labels, `labels` lists those of at least 1/2.
     """
     labels = metadata["labels"]
     if probability.ndim != 2 or probability.shape[1] != len(labels):

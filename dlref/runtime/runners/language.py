@@ -1,6 +1,6 @@
-"""The runner of language models: a text -> how it goes on, token by token.
+"""The runner of language models: a text -> its continuation, token by token.
 
-B texts, T new tokens, P tokens of the past, W tokens whose logits are asked for, V tokens of the vocabulary, L layers,
+B texts, T new tokens, P tokens of the past, W tokens whose logits are requested, V tokens of the vocabulary, L layers,
 H heads, D width of a head.
 """
 
@@ -21,9 +21,9 @@ from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or
 from dlref.runtime.text import check_unicode, make_tokenizer
 
-READ = 512  # tokens at once, for each of them is compared with all
-LOGITS = 1 << 25  # at once, where those after each token are asked for
-GROWTH = 64  # tokens by which the room of a cache grows
+READ = 512  # tokens per call: attention compares each of them with all
+LOGITS = 1 << 25  # elements per call that requests logits after every token
+GROWTH = 64  # tokens by which the capacity of a cache grows
 LONGEST = 1 << 24  # tokens
 
 OPTIONS = {
@@ -38,18 +38,18 @@ OPTIONS = {
 
 
 class Request(NamedTuple):
-    """A prompt as tokens, and how it goes on."""
+    """A prompt as tokens, and how to continue it."""
 
     tokens: list[int]
     settings: Settings
 
 
 class Cache:
-    """The past: keys and values of what was read, with room to grow. New ones are written behind; no token copies them.
+    """Keys and values of the tokens read so far. New ones are written behind them, without copying them for each token.
 
     Args:
-        shape: of the graph's inputs; those named key_0, value_0, ... say of how many layers, heads and so on.
-        texts: that are read side by side; a graph of fixed rows has its own number.
+        shape: of the graph's inputs; key_0, value_0, ... determine the numbers of layers, heads and so on.
+        texts: number of texts that are read side by side; a graph with fixed rows determines it itself.
     """
 
     def __init__(self, shape: Mapping[str, list], texts: int):
@@ -61,14 +61,14 @@ class Cache:
         self.length = np.zeros(rows, np.int64)
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """What the graph takes: each layer's keys and values where they lie."""
+        """Return the past as inputs of the graph: each layer's keys and values, without a copy."""
         known = {"length": self.length}
         for i, (key, value) in enumerate(self.array):
             known |= {f"key_{i}": key, f"value_{i}": value}
         return known
 
     def add(self, present: np.ndarray, counts: np.ndarray) -> None:
-        """Append the first `counts` of new keys and values (L, 2, B, H, T, D) to each text's."""
+        """Append the first `counts` of new keys and values (L, 2, B, H, T, D) to those of each text."""
         needed, room = int((self.length + counts).max()), self.array.shape[4]
         if needed > room and not self.fixed:
             more = -(-(needed - room) // GROWTH) * GROWTH
@@ -81,11 +81,11 @@ class Cache:
 class Runner(Base):
     """Serves one graph.
 
-    `decode`: tokens int64 (B, T) to read after a past, back int64 (B, W): whose logits are asked for, counted back from
-    the last; length int64 (B) of the past, and of each layer i key_i and value_i (B, H, P, D) -> logits (B, W, V),
-    present (L, 2, B, H, T, D): the keys and values of the new tokens.
+    `decode`: tokens int64 (B, T) to read after a past, back int64 (B, W): the tokens whose logits are requested,
+    counted back from the last; length int64 (B) of the past, and for each layer i key_i and value_i (B, H, P, D) ->
+    logits (B, W, V), present (L, 2, B, H, T, D): the keys and values of the new tokens.
 
-    Raises UserError for metadata or graphs that are others.
+    Raises UserError for other metadata or graphs.
     """
 
     forms: Mapping = {"sagemaker": lambda answer: {"generated_text": answer["text"]}}
@@ -113,7 +113,7 @@ class Runner(Base):
 
     @staticmethod
     def takes(metadata: dict) -> str:
-        """Prompts."""
+        """Describe the input: prompts."""
         context = metadata["context_length"]
         return (
             "A text that is to go on, a file that holds one, or a request "
@@ -122,9 +122,10 @@ class Runner(Base):
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
-        """A text that is no file, and no word that ends as a file's name, is itself the prompt, or a JSON request.
+        """Return a name and a source for each input.
 
-        A file is a prompt, or a request, or has one on each line.
+        A `path` that is not a file, and not a single word that ends like a file name, is itself a prompt or JSON
+        request. A file is one prompt or one request, or has one on each line.
         """
         text = text_in(path)
         if isinstance(text, str):
@@ -133,7 +134,7 @@ class Runner(Base):
             yield path, text or (Line("input", path) if is_object(path) else path)
 
     def within(self, path: str, text: str) -> Iterator[tuple[str, str | Line]]:
-        """The prompts and requests in a file's text, and where they stand."""
+        """Return the prompts and requests in a file's text, with their places."""
         lines = {f"{path}:{n}": line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
         if not path.lower().removesuffix(".gz").endswith(".jsonl") and not is_object(next(iter(lines.values()), "")):
             yield path, Line(path, text) if is_object(text) else text
@@ -141,7 +142,7 @@ class Runner(Base):
         yield from ((where, Line(where, line)) for where, line in (lines or {f"{path}:1": ""}).items())
 
     def read(self, source: Any) -> Request:
-        """A text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line that holds one."""
+        """Read a text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line or file of one."""
         where, asked = "input", {}
         if isinstance(source, Path):
             source = only(str(source), self.within(str(source), read_text(source, "text")))
@@ -158,7 +159,7 @@ class Runner(Base):
         return Request([self.tokenizer.end, *self.tokenizer.encode(source)], self.settings(asked, where))
 
     def settings(self, asked: object, where: str) -> Settings:
-        """The runner's own settings, but for those that a request asks for. Raises UserError."""
+        """Return the runner's own settings, overridden by those of a request. Raises UserError."""
         if not isinstance(asked, Mapping) or set(asked) - set(OPTIONS):
             raise UserError(f"{where}: parameters: {shorten(asked)}; expected some of {', '.join(OPTIONS)}")
         known = {name: getattr(self, name) for name in OPTIONS} | dict(asked)
@@ -170,7 +171,7 @@ class Runner(Base):
                 raise UserError(f"{where}: {name}: {shorten(value)}; expected a number")
             try:
                 known[name] = OPTIONS[name][0](str(value))
-            except (argparse.ArgumentTypeError, ValueError) as error:  # Python writes no number of 5,000 digits
+            except (argparse.ArgumentTypeError, ValueError) as error:  # Python does not write numbers of 5,000 digits
                 raise UserError(f"{where}: {name}: {error}") from None
         stop = known["stop"] if isinstance(known["stop"], list | tuple) else [known["stop"]]
         if not all(isinstance(text, str) and text for text in stop):
@@ -180,15 +181,16 @@ class Runner(Base):
     # Answers
 
     def size(self, item: Request) -> int:
-        """The elements of its past."""
+        """Return the elements of its keys and values."""
         heads, width = self.decode.shape["key_0"][1::2]
         tokens = min(len(item.tokens) + item.settings.max_new_tokens, self.context_length)
         return tokens * 2 * heads * width * sum(name.startswith("key_") for name in self.decode.shape)
 
     def answer(self, items: list[Request]) -> list[dict]:
-        """`text`, what follows the prompt; `new_tokens` of it; and the `reason` why it ends: length, stop or end.
+        """Return `text`, the continuation of a prompt; `new_tokens`, their number; and the `reason` why the text ends.
 
-        `truncated` says that the prompt was longer than the context, and that only its end was read.
+        The reason is length, stop or end. `truncated` means that the prompt was longer than the context, and that only
+        its end was read.
         """
         many, answers = fixed_or(self.decode.shape["tokens"][0], len(items)), []
         for i in range(0, len(items), many):
@@ -201,7 +203,7 @@ class Runner(Base):
         return answers
 
     def written(self, prompt: str) -> Iterator[str]:
-        """The prompt and how it goes on, piece by piece as it comes."""
+        """Yield the prompt and its continuation, piece by piece as it is generated."""
         asked = self.read(prompt)
         text = Writing(asked.tokens, asked.settings, self.tokenizer)
         yield prompt
@@ -209,9 +211,9 @@ class Runner(Base):
             yield text.new_text()
 
     def write(self, texts: list[Writing]) -> Iterator[None]:
-        """Let texts go on until all have ended, a token of each at a time.
+        """Continue texts until all have ended, one token of each at a time.
 
-        Where a text fills the context, its older half is forgotten and the rest is read again.
+        When a text fills the context, its older half is dropped and the rest is read again.
         """
         cache = Cache(self.decode.shape, len(texts))
         unread = [text.tokens for text in texts]
@@ -229,7 +231,7 @@ class Runner(Base):
     # The graph
 
     def last(self, cache: Cache, unread: list[list[int]]) -> np.ndarray:
-        """Read tokens of each text, several at a time -> logits (B, V) after the last of each; the cache grows."""
+        """Read tokens of each text, several at a time -> logits (B, V) after the last one of each. The cache grows."""
         found, width = None, self.decode.shape["tokens"][1]
         step = fixed_or(width, READ)
         for start in range(0, max(map(len, unread)), step):
@@ -245,20 +247,21 @@ class Runner(Base):
         return found
 
     def step(self, cache: Cache, tokens: np.ndarray, back: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Call the graph -> logits (B, W, V); the first `counts` of each row's tokens join the cache."""
+        """Call the graph -> logits (B, W, V). The first `counts` of each row's tokens are added to the cache."""
         answer = self.decode(tokens=tokens, back=back, **cache.inputs())
         if not {"logits", "present"} <= set(answer) or answer["logits"].shape[-1] != len(self.tokenizer):
             raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
-        if not np.isfinite(answer["logits"].max(axis=-1)).all():  # of NaN too; a token may be ruled out
+        if not np.isfinite(answer["logits"].max(axis=-1)).all():  # finds NaN too; -inf rules out a token
             raise UserError("graph answers logits that are no numbers; expected finite ones")
         cache.add(answer["present"], counts)
         return answer["logits"]
 
     def nll(self, tokens: np.ndarray) -> np.ndarray:
-        """Nats (B, T) of each token after the first of `tokens` (B, T + 1), given those before it.
+        """Return nats (B, T) of each token after the first of `tokens` (B, T + 1), given the tokens before it.
 
-        Read in two parts at least, the first a little more than half (at most 513 tokens), so that reading after a past
-        is tried, too. A past of just half a window would often fill its room, which in generation is rare.
+        The tokens are read in at least two parts, the first a little more than half (at most 513 tokens), so that
+        reading after a past is tested too. A past of exactly half a window would often fill its capacity, which is rare
+        in generation.
         """
         rows, width = len(tokens), tokens.shape[1] - 1
         axes = self.decode.shape["tokens"]

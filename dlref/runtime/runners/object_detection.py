@@ -9,14 +9,15 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.images import ImageRunner, as_picture, ask
 
 OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int64}
-SHOWN = 0.3  # score of the least certain box that is drawn
+SHOWN = 0.3  # lowest score of a box that is drawn
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
 
 
 class Runner(ImageRunner):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `boxes` (B, D, 4), `scores` and `labels` (B, D), `count` (B,).
 
-    Of the D places of an image the first `count` are taken, best first. Boxes are x1 y1 x2 y2 in pixels of `image`.
+    An image has places for D boxes; the first `count` are used, best first. Boxes are x1 y1 x2 y2 in pixels of
+    `image`.
     """
 
     def __init__(self, graphs: dict, metadata: dict):
@@ -25,23 +26,23 @@ class Runner(ImageRunner):
         self.forms = {"sagemaker": self.sagemaker}
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:
-        """Labelled boxes with their scores, and the size of the image."""
+        """Return labelled boxes with their scores, and the size of the image."""
         height, width = items[0].shape[:2]
         found = self.detections(np.stack(items))
         return [answer(*image, width, height, self.metadata["labels"]) for image in found]
 
     def detections(self, image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """uint8 (B, H, W, C) -> for each image boxes (n, 4) in its pixels, scores (n,) and labels (n,)."""
+        """Return boxes (n, 4) in pixels, scores (n,) and labels (n,) for each image of uint8 (B, H, W, C)."""
         boxes, scores, labels, count = ask(self.detect, image, *OUTPUTS)
         check(boxes, scores, labels, count, len(self.metadata["labels"]))
         given = image.shape[2], image.shape[1]
         fixed = self.detect.shape["image"][2], self.detect.shape["image"][1]
-        if all(isinstance(side, int) for side in fixed):  # the graph has seen the image at its own size
+        if all(isinstance(side, int) for side in fixed):  # the image was resized to the size of the graph
             boxes = boxes * np.tile(np.divide(given, fixed, dtype=np.float32), 2)
         return [(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count)]
 
     def sagemaker(self, answer: dict) -> dict:
-        """SageMaker's response: rows of class, score, xmin, ymin, xmax, ymax, the last four in shares of the image."""
+        """Return SageMaker's response: rows of class, score, xmin, ymin, xmax, ymax; edges as shares of the image."""
         size = [answer["width"], answer["height"]] * 2
         index = self.metadata["labels"].index
         rows = [
@@ -55,7 +56,7 @@ class Runner(ImageRunner):
         return {"prediction": rows}
 
     def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
-        """The picture with the boxes of at least SHOWN, their labels and scores."""
+        """Draw the boxes with a score of at least SHOWN over the picture, with their labels and scores."""
         image = as_picture(self.read(source))
         pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))
         for found in reversed(answer["objects"]):  # the best on top
@@ -72,7 +73,7 @@ class Runner(ImageRunner):
 
 
 def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.ndarray, classes: int) -> None:
-    """Raise UserError for what no detector answers: other types or shapes, no numbers, classes without a name."""
+    """Raise UserError for invalid outputs: wrong types or shapes, non-finite numbers, classes without a name."""
     arrays = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
     images, places = len(boxes), boxes.shape[1] if boxes.ndim == 3 else -1
     shapes = {"boxes": (images, places, 4), "scores": (images, places), "labels": (images, places), "count": (images,)}
@@ -96,7 +97,7 @@ def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.n
 def answer(
     boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, width: int, height: int, names: list[str]
 ) -> dict:
-    """Plain values for one image."""
+    """Return plain values for one image."""
     rows = zip(labels, scores.tolist(), boxes.tolist(), strict=True)
     return {
         "width": width,

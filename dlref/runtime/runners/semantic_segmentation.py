@@ -10,13 +10,13 @@ from dlref.runtime.images import ImageRunner, as_picture, ask
 
 BACKGROUND = "background"  # a class of this name is not painted over pictures
 PAINT = 0.6  # share of a class's colour in a pixel that is painted over
-NAMED = 0.01  # share of a picture from which a class is named beside it
+NAMED = 0.01  # smallest share of a picture at which a class is named on it
 
 
 class Runner(ImageRunner):
     """Serves one graph: `image` uint8 (B, H, W, C) -> `mask` uint8 (B, H, W), of any size.
 
-    A graph that was exported with probabilities also answers `probability` float32 (B, K, H, W).
+    A graph that was exported with probabilities also outputs `probability` float32 (B, K, H, W).
     """
 
     def __init__(self, graphs: dict, metadata: dict):
@@ -24,15 +24,15 @@ class Runner(ImageRunner):
         self.segment = graphs["segment"]
 
     def size(self, item: np.ndarray) -> int:
-        """Pixels times channels and classes: a graph holds the logits of each class at the size of the image."""
+        """Return pixels times channels and logits: a graph holds the logits of each class at the size of the image."""
         return item.shape[0] * item.shape[1] * (item.shape[2] + 4 * len(self.metadata["labels"]))
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:
-        """For each image its size, the share of each label that is there, and the mask."""
+        """Return for each image its size, the share of each label that occurs, and the mask."""
         return [answer(mask, self.metadata["labels"]) for mask in self.masks(np.stack(items))]
 
     def masks(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, C) -> the class of each pixel, uint8 (B, H, W)."""
+        """Return the class of each pixel: uint8 (B, H, W, C) -> uint8 (B, H, W)."""
         (masks,) = ask(self.segment, image, "mask")
         classes = len(self.metadata["labels"])
         if masks.dtype != np.uint8 or masks.ndim != 3 or not masks.size:
@@ -41,14 +41,14 @@ class Runner(ImageRunner):
             raise UserError(f"graph answers class {masks.max()}; expected 0 to {classes - 1}, as there are labels")
         if masks.shape[1:] == image.shape[1:3]:
             return masks
-        fixed = self.segment.shape["image"][1:3]  # the graph has seen the image at its own size
+        fixed = self.segment.shape["image"][1:3]  # the image was resized to the size of the graph
         if list(masks.shape[1:]) != list(fixed):
             raise UserError(f"graph answers a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
         size = image.shape[2], image.shape[1]
         return np.stack([Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks])
 
     def probability(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """Probabilities float32 (K, H, W) for one image. Raises UserError where the graph has none of its size."""
+        """Return probabilities float32 (K, H, W) for one image. Raises UserError if the graph has none of that size."""
         image = self.read(source)
         probability = ask(self.segment, image[None], "probability")[0][0]
         expected = (len(self.metadata["labels"]), *image.shape[:2])
@@ -59,11 +59,11 @@ class Runner(ImageRunner):
         return probability
 
     def picture(self, answer: dict) -> Image.Image:
-        """The mask as an indexed PNG: class ids, which viewers show in colours."""
+        """Return the mask as an indexed picture of class ids, which viewers show in colours."""
         return picture(answer)
 
     def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
-        """The picture with each class in its colour over it, and the names of those that are seen."""
+        """Draw each class in its colour over the picture, with the names of the visible classes."""
         image, mask, labels = as_picture(self.read(source)), answer["mask"], self.metadata["labels"]
         covered = np.array([0 if label == BACKGROUND else 255 for label in labels], dtype=np.uint8)[mask]
         painted = Image.blend(image, picture(answer).convert("RGB"), PAINT)
@@ -82,21 +82,21 @@ class Runner(ImageRunner):
 
 
 def answer(mask: np.ndarray, labels: list[str]) -> dict:
-    """Plain values for one mask uint8 (H, W), and the mask itself."""
+    """Return plain values for one mask uint8 (H, W), and the mask itself."""
     counts = np.bincount(mask.ravel(), minlength=len(labels))
     shares = {labels[k]: float(counts[k] / mask.size) for k in np.flatnonzero(counts)}
     return {"width": mask.shape[1], "height": mask.shape[0], "classes": shares, "mask": mask}
 
 
 def picture(answer: dict) -> Image.Image:
-    """The mask of an answer as an indexed picture with a colour for each class."""
+    """Return the mask of a prediction as an indexed picture with a colour for each class."""
     image = Image.fromarray(answer["mask"])
     image.putpalette(PALETTE.ravel().tolist())
     return image
 
 
 def palette() -> np.ndarray:
-    """Pascal VOC's colours, uint8 (256, 3): bits 0, 3 and 6 of a class are the high ones of red, and so on."""
+    """Return Pascal VOC's colours, uint8 (256, 3): bits 0, 3 and 6 of a class are the highest of red, and so on."""
     k = np.arange(256)
     colours = np.zeros((256, 3), dtype=np.uint8)
     for place in range(8):

@@ -1,4 +1,4 @@
-"""The runner of translation: text, as it is or in SageMaker's requests -> the text that a beam search finds.
+"""The runner of translation: text, plain or in SageMaker's requests -> the text that a beam search finds.
 
 B sentences, S source tokens, T target tokens, K hypotheses, D hidden size, Y rows of the decoder's state, W best next
 tokens.
@@ -35,7 +35,7 @@ KEYS = {
 
 
 class Sentence(NamedTuple):
-    """A source as tokens, its end among them; `cut` says that it was longer. `matrix`: attention is asked for."""
+    """A source as tokens, including its end. `cut`: it was longer. `matrix`: its attention is requested."""
 
     tokens: list[int]
     cut: bool
@@ -43,7 +43,7 @@ class Sentence(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Sentences to translate; `single` says that there is one and no list around it."""
+    """Sentences to translate; `single` means one sentence without a list around it."""
 
     sentences: list[Sentence]
     single: bool
@@ -56,7 +56,7 @@ class Runner(Base):
     `step`: token int64 (B, K), state (Y, B, K, D), values, keys, source -> log_probability (B, K, W), next_token
     int64 (B, K, W), next_state (Y, B, K, D), attention (B, K, S).
 
-    Raises UserError for metadata or graphs that are others.
+    Raises UserError for other metadata or graphs.
     """
 
     spreads = True
@@ -91,13 +91,14 @@ class Runner(Base):
 
     @staticmethod
     def takes(metadata: dict) -> str:
-        """Sentences."""
+        """Describe the input: sentences."""
         return 'A text, a file with one on each line, or a request `{"instances": [{"data": text}, ...]}`.'
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
-        """A text that is no file, and no word that ends as a file's name, is itself the input, or a JSON request.
+        """Return a name and a source for each input.
 
-        A file has one on each line, or is one request.
+        A `path` that is not a file, and not a single word that ends like a file name, is itself a text or JSON request.
+        A file has a text on each line, or is one request.
         """
         text = text_in(path)
         if isinstance(text, str):
@@ -106,7 +107,7 @@ class Runner(Base):
             yield path, text or Line("input", path)
 
     def within(self, path: str, text: str) -> Iterator[tuple[str, Line]]:
-        """The sentences, or the request, in a file's text, and where they stand."""
+        """Return the sentences, or the request, in a file's text, with their places."""
         lines = text.removesuffix("\n").split("\n")
         if len(lines) > 1 and is_object(text):
             yield path, Line(path, " ".join(lines))
@@ -114,7 +115,7 @@ class Runner(Base):
         yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
 
     def read(self, source: Any) -> Request:
-        """A text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line that holds one."""
+        """Read a text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line or file of one."""
         if not 1 <= (whole_number(self.beam) or 0) <= self.widest:
             raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
@@ -137,7 +138,7 @@ class Runner(Base):
         return Request(asked, single=False)
 
     def asked(self, instance: object, key: str, where: str) -> Sentence:
-        """An instance of a request: its text, and whether it asks for the attention matrix. Raises UserError."""
+        """Return the sentence of one instance, and whether it requests the attention matrix. Raises UserError."""
         if not isinstance(instance, Mapping) or not isinstance(instance.get(key), str):
             raise UserError(f"{where}: {shorten(instance)}; expected an object with {key}, a text")
         unknown = set(instance) - {key, "configuration"}
@@ -150,7 +151,7 @@ class Runner(Base):
         return self.sentence(instance[key], f"{where}: {key}" if where == "input" else where, matrix == "true")
 
     def sentence(self, text: str, where: str, matrix: bool = False) -> Sentence:
-        """A text as tokens. Raises UserError for an empty one, and for one that is too long unless it is to be cut."""
+        """Tokenise a text. Raises UserError if it is empty, or too long and this bundle does not truncate."""
         check_unicode(text, where)
         tokens = self.source.encode(text)
         if not tokens:
@@ -163,13 +164,13 @@ class Runner(Base):
     # Answers
 
     def size(self, item: Request) -> int:
-        """Attention of its answers."""
+        """Return the elements of its translations' attention."""
         return sum(len(sentence.tokens) for sentence in item.sentences) * self.beam * self.longest_answer
 
     def answer(self, items: list[Request]) -> list[dict]:
-        """`target`, its log-probability, and what is only for programs: `tokens`, `source_tokens` and `attention`.
+        """Return `target`, its log-probability, and arrays for programs: `tokens`, `source_tokens` and `attention`.
 
-        A request with `instances` is answered by `predictions`, with `matrix` where asked.
+        A request with `instances` gets `predictions`, with `matrix` if requested.
         """
         found = iter(self.search([sentence.tokens for item in items for sentence in item.sentences]))
         answers = []
@@ -179,7 +180,7 @@ class Runner(Base):
         return answers
 
     def told(self, sentence: Sentence, found: Hypothesis) -> dict:
-        """A hypothesis as an answer."""
+        """Convert a hypothesis to a prediction."""
         attention = found.attention[: len(found.tokens), : len(sentence.tokens)]
         answer = {"target": self.target.decode(found.tokens), "log_probability": found.log_probability}
         if sentence.cut:
@@ -192,7 +193,7 @@ class Runner(Base):
         return answer | tokens | {"attention": attention}
 
     def search(self, sources: list[list[int]]) -> list[Hypothesis]:
-        """The best hypothesis of each source; those of about a length are searched together."""
+        """Return the best hypothesis of each source. Sources of similar length are searched together."""
         many = fixed_or(self.encode.shape["source"][0], max(1, min(SENTENCES, -(-len(sources) // self.workers))))
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         parts = [order[i : i + many] for i in range(0, len(order), many)]
@@ -203,10 +204,10 @@ class Runner(Base):
         return [answers[i] for i in range(len(sources))]
 
     def _search(self, sources: list[list[int]]) -> list[Hypothesis]:
-        """Hypotheses of sources that fit into one batch."""
+        """Return the hypotheses of sources that fit into one batch."""
         rows, length = self.encode.shape["source"]
         padded = np.full((fixed_or(rows, len(sources)), fixed_or(length, max(map(len, sources)))), PAD)
-        padded[:, 0] = END  # of rows that are only there to fill up
+        padded[:, 0] = END  # for rows that are only padding
         for row, tokens in zip(padded, sources, strict=False):
             row[: len(tokens)] = tokens
         memory = {"source": padded, **self.encode(source=padded)}
@@ -216,7 +217,7 @@ class Runner(Base):
 
         def step(token: np.ndarray, state: np.ndarray, sentences: np.ndarray) -> Next:
             kept = token.shape[1]
-            if kept < beam:  # a graph of fixed width: what is beside is not looked at
+            if kept < beam:  # a graph of fixed width: the padding is ignored
                 token = np.pad(token, [(0, 0), (0, beam - kept)])
                 state = np.pad(state, [(0, 0), (0, 0), (0, beam - kept), (0, 0)])
             memory = {name: array[sentences] for name, array in known.items()}
@@ -233,7 +234,7 @@ class Runner(Base):
         return beam_search(step, state, self.beam, self.length_penalty, self.longest_answer)[: len(sources)]
 
     def draw(self, source: Any, answer: dict):
-        """Where the answer's tokens looked, as a heat map (PIL). Raises UserError."""
+        """Draw the attention of the output tokens as a heat map (PIL). Raises UserError."""
         if "attention" not in answer:
             raise UserError("a request of several is not drawn; expected one text")
         source_tokens, tokens = (answer[key].tolist() for key in ("source_tokens", "tokens"))
@@ -241,5 +242,5 @@ class Runner(Base):
 
 
 def as_sagemaker(answer: dict) -> dict:
-    """What SageMaker's endpoint says of an instance, and nothing more."""
+    """Return only the fields that SageMaker's endpoint returns for an instance."""
     return {key: answer[key] for key in ("target", "matrix") if key in answer}
