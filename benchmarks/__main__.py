@@ -1,16 +1,16 @@
-"""Every benchmark that this machine can run: `python -m benchmarks`, with the extra [bench].
+"""Run every benchmark that this machine can run: `python -m benchmarks`, with the extra [bench].
 
-    python -m benchmarks                    all of them, and docs/benchmarks.md and its pictures are written anew
-    python -m benchmarks NAME...            these; the other rows stay as they are
-    python -m benchmarks.MODULE             those of a module of this folder
-    python -m benchmarks --list             what there is
-    python -m benchmarks reproduce NAME...  these once more: is each row within the spread that is written there?
+    python -m benchmarks                    run all, and write docs/benchmarks.md and its pictures
+    python -m benchmarks NAME...            run these; the other rows stay as they are
+    python -m benchmarks.MODULE             run those of a module of this folder
+    python -m benchmarks --list             list the names
+    python -m benchmarks reproduce NAME...  run these again, and check each row against its stated spread
 
-Each benchmark has a process of its own, and wants the machine for itself. Figures are kept after each of them.
-`reproduce` writes nothing, and ends with 1 where a row is not within its spread.
+Each benchmark has a process of its own, and needs the machine for itself. Figures are saved after each of them.
+`reproduce` writes nothing. It returns 1 if a row is outside its spread, and 2 if a row cannot be compared.
 
-DLREF_DATA names the folder of the data sets, JOEYNMT_PYTHON an interpreter that has JoeyNMT; what needs them is
-left out without.
+DLREF_DATA names the folder of the data sets, JOEYNMT_PYTHON an interpreter that has JoeyNMT. Without them, benchmarks
+that need them are skipped.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def measured(name: str) -> Record:
-    """One benchmark, in a process of its own."""
+    """Run one benchmark in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.measure", name]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:
@@ -39,19 +39,19 @@ def measured(name: str) -> Record:
 
 
 def shown(names: list[str]):
-    """The names, with a bar."""
+    """Return the names with a progress bar."""
     return track(names, "benchmarks", console=Console(stderr=True))
 
 
 def measure(names: list[str], folder: Path) -> int:
-    """Measure, and keep what was found beside what was there. 1 where one failed."""
+    """Run benchmarks and add their records to the saved ones. Return 1 if one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     records, order = read(folder), list(modules())
     failed = False
     for name in shown(names):
         found = measured(name)
         failed |= found.not_run.startswith("it failed")
-        if not (found.not_run and name in records and records[name].rows):  # of a machine that could run it
+        if not (found.not_run and name in records and records[name].rows):  # keep rows from a machine that could run it
             records[name] = found
         print(f"{name}: {found.not_run or ', '.join(spread(row.values, row.sign) for row in found.rows.values())}")
         write(folder, {name: records[name] for name in order if name in records})
@@ -60,7 +60,7 @@ def measure(names: list[str], folder: Path) -> int:
 
 
 def reproduce(names: list[str], stated: Records) -> int:
-    """Measure once more, and compare. 1 where a row is outside of its spread, 2 where one cannot be compared."""
+    """Run benchmarks again and compare. Return 1 if a row is outside its spread, 2 if one cannot be compared."""
     outside = missing = False
     for name in shown(names):
         known = name in stated and stated[name].rows
@@ -80,7 +80,7 @@ def reproduce(names: list[str], stated: Records) -> int:
 
 
 def main(arguments: list[str] | None = None, every: list[str] | None = None) -> int:
-    """The command; without a name it is about `every` one of these."""
+    """Run the command; without names, for `every` one of these."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; reproduce as the first: once more")
     parser.add_argument("--list", action="store_true", help="the names")

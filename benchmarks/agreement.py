@@ -1,8 +1,9 @@
-"""A run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
+"""Compare a run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
 
-Of a classifier: PyTorch answers as `train.py test` does, on the loader's batches, and the bundle answers image by image
-through the runner that a device uses. Printed are how many labels differ and how far probabilities are apart. Of any
-other task: its metric, of detections all that COCO reports, of PyTorch and of the bundle, both by that runner.
+For a classifier, PyTorch predicts for the loader's batches, as `train.py test` does, and the bundle predicts for
+separate images through the runner that a device uses. The output is how many labels differ, and how far apart
+probabilities are. For any other task it is the metric (for detection all that COCO reports) of PyTorch and of the
+bundle, both through that runner.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from dlref.tasks.task import Task
 
 
 def labels(task: Task, batches, bundle: Path) -> list[str]:
-    """Of a classifier, image by image."""
+    """Compare a classifier's labels and probabilities, image by image."""
     runner, names = load(bundle), task.facts["labels"]
     images_seen = differing = correct = 0
     error = 0.0
@@ -38,7 +39,7 @@ def labels(task: Task, batches, bundle: Path) -> list[str]:
 
 
 def metrics(task: Task, batches, bundle: Path) -> list[str]:
-    """Of any task, by its own scores where it has several."""
+    """Compare the metric of any task, or its scores if it has several."""
     served = task.deployable(next(iter(batches)))
     runners = {"PyTorch": served.runner(), "bundle": load(bundle)}
     scores = getattr(task, "scores", lambda *arguments: {task.metric: task.evaluate(*arguments)})

@@ -1,9 +1,9 @@
-"""ResNets beside torchvision's and timm's.
+"""ResNets compared with torchvision's and timm's.
 
-All hold the same weights and see the same pictures, in one process and in turns. Timed are the training step of a
-ResNet-18 (forward, cross entropy, backward, SGD; dlref in NHWC as its configs have it, the others as they come, and
-torchvision's in NHWC, too) and the answer of a ResNet-50 to one picture: dlref's graph in onnxruntime as a bundle opens
-it, the others in PyTorch.
+All networks hold the same weights and see the same pictures, in one process and in turns. One benchmark times a
+training step of ResNet-18: forward, cross entropy, backward, SGD. dlref runs in NHWC, as in its configs, the others in
+their default layout, and torchvision in NHWC as well. The other times the prediction of a ResNet-50 for one picture:
+dlref's graph in onnxruntime, as a bundle opens it, and the others in PyTorch.
 """
 
 import tempfile
@@ -27,13 +27,13 @@ from dlref.tasks import ImageClassifier, ImagePreprocess
 
 CLASSES = 1000
 BATCH, SIDE = 16, 160  # of a training step
-ANSWERED, CALLS = 224, 10  # side of the picture that is answered, and answers of a turn
+ANSWERED, CALLS = 224, 10  # side of the picture for inference, and predictions per turn
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CPU = TARGETS["cpu"]
 
 
 def networks(depth: int) -> dict[str, nn.Module]:
-    """Everyone's, with the same weights."""
+    """Return the networks of all three projects, with the same weights."""
     needs("timm")
     import timm
 
@@ -46,7 +46,7 @@ def networks(depth: int) -> dict[str, nn.Module]:
 
 
 def trainer(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """A training step, which answers its loss."""
+    """Return a function that makes a training step and returns its loss."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     layout = torch.contiguous_format if network.conv1.weight.is_contiguous() else torch.channels_last
 
@@ -61,7 +61,7 @@ def trainer(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
 
 
 def step() -> Rows:
-    """The first losses have to be equal."""
+    """Time a training step. The first losses must be equal."""
     found = {name: network.to(DEVICE).train() for name, network in networks(18).items()}
     found["torchvision, NHWC"] = deepcopy(found["torchvision"])
     for name in ("dlref", "torchvision, NHWC"):
@@ -81,13 +81,13 @@ def step() -> Rows:
 
 
 def several(answer: Callable) -> None:
-    """What a turn times."""
+    """Make the predictions that a turn times."""
     for _ in range(CALLS):
         answer()
 
 
 def inference() -> Rows:
-    """One picture of bytes -> probabilities, resizing aside. The answers have to be equal."""
+    """Time one picture of bytes -> probabilities, without resizing. The predictions must be equal."""
     found = {name: network.eval() for name, network in networks(50).items()}
     task = ImageClassifier(
         network=found.pop("dlref"), preprocess=ImagePreprocess(ANSWERED, MEAN, STD), optimizer=None
@@ -110,7 +110,7 @@ def inference() -> Rows:
     for answer in answers.values():
         torch.testing.assert_close(answer(), answers["torchvision"](), rtol=1e-3, atol=1e-6)
     calls = {name: partial(several, answer) for name, answer in answers.items()}
-    # Threads of both engines wait busily for a while, and would take the cores from what comes next.
+    # Idle threads of both engines spin for a while, and would take the cores from the next measurement.
     calls = {"rest": rest, "dlref": calls.pop("dlref"), "rest again": rest} | calls
     seconds = in_turns("answers", calls)
     title = f"one answer, ResNet-50 at {ANSWERED} px, float32 bundle"

@@ -1,7 +1,8 @@
-"""The configs as users run them: `train.py fit`, start-up, training, validation, test and figures, in a process each.
+"""The configs as users run them: `train.py fit` with start-up, training, validation, test and figures.
 
-Two seeds each. The score is that of the metric by which the config chooses its best checkpoint, on the test split.
-Configs with data find it in the folder that DLREF_DATA names, as each header says it lies there.
+Each config runs with two seeds, each run in a process of its own. The score is the metric by which the config chooses
+its best checkpoint, on the test split. Configs that need data read it from the folder that DLREF_DATA names, laid out
+as the header of the config describes.
 """
 
 import json
@@ -19,7 +20,7 @@ from benchmarks.rows import NotHere, Row, Rows, data_file, run, watched
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "benchmarks"
 SEEDS = (0, 1)
-ON_A_CPU = (  # an hour of two cores at most; the others want a GPU
+ON_A_CPU = (  # at most an hour on two cores; the others need a GPU
     "deepar_ett_hourly",
     "deepar_exchange_rate",
     "deepar_gru_m4_hourly",
@@ -40,12 +41,12 @@ ON_A_CPU = (  # an hour of two cores at most; the others want a GPU
 
 
 def read(config: str) -> dict:
-    """A config's text."""
+    """Load a config."""
     return yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8"))
 
 
 def roots(config: str) -> list[str]:
-    """Where its data lies, as arguments of `train.py`. Raises NotHere where it does not."""
+    """Return the arguments of `train.py` that say where a config's data is. Raises NotHere if the data is missing."""
     arguments, text = [], read(config)
     given = {
         (part, name): value for part in ("data", "model") for name, value in text[part].get("init_args", {}).items()
@@ -60,7 +61,7 @@ def roots(config: str) -> list[str]:
 
 
 def fit(config: str, seed: int) -> tuple[float, float]:
-    """Seconds of the command, and the score it ends with."""
+    """Return the seconds that the command takes, and its final score."""
     folder = RUNS / f"{config}-{seed}"
     command = [sys.executable, "train.py", "fit", "--config", f"configs/{config}.yaml", "--run", str(folder)]
     options = ["--overwrite", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
@@ -71,12 +72,12 @@ def fit(config: str, seed: int) -> tuple[float, float]:
 
 
 def metric(config: str) -> str:
-    """The key of test.json by which a config chooses."""
+    """Return the key in test.json of the metric by which a config chooses its best checkpoint."""
     return read(config)["best"]["metric"].removeprefix("val/")
 
 
 def trained(config: str) -> Path:
-    """A run of the first seed, made now where there is none."""
+    """Return the folder of a run of the first seed, which is trained now if there is none."""
     folder = RUNS / f"{config}-{SEEDS[0]}"
     if not (folder / "test.json").is_file():
         fit(config, SEEDS[0])
@@ -84,7 +85,7 @@ def trained(config: str) -> Path:
 
 
 def results(config: str) -> Rows:
-    """Scores and seconds over the seeds."""
+    """Measure scores and seconds over the seeds."""
     if config not in ON_A_CPU and not torch.cuda.is_available():
         raise NotHere("it wants a GPU")
     roots(config)

@@ -1,11 +1,12 @@
-"""SSD300 with a VGG-16 base beside torchvision's.
+"""SSD300 with a VGG-16 base compared with torchvision's.
 
-Both hold the same weights and see the same pictures and boxes, in one process and in turns. Timed are the way from the
-heads to detections, for a network that knows nothing (a third of all scores are above the threshold) and for heads as a
-trained one has them (three default boxes in a hundred are certain of a class), and the training step: forward,
-matching, loss and backward, without the optimiser, dlref in NHWC as its configs have it. torchvision keeps the 400
-likeliest boxes of each of 90 classes, dlref the 1,000 likeliest of all; torchvision is timed with 12 of each class,
-which are about as many and leave the same detections here, too. And its training step is timed in NHWC, too.
+Both networks hold the same weights and see the same pictures and boxes, in one process and in turns. One benchmark
+times decoding, from the outputs of the heads to detections. It does so for an untrained network (a third of all scores
+are above the threshold) and for outputs like those of a trained one (three default boxes in a hundred are certain of a
+class). torchvision keeps the 400 likeliest boxes of each of 90 classes, dlref the 1,000 likeliest of all classes. So
+torchvision is also timed with 12 boxes per class, which are about as many in total and leave the same detections here.
+The other benchmark times the training step: forward, matching, loss and backward, without the optimiser. dlref runs in
+NHWC, as in its configs, torchvision in its default layout and in NHWC.
 """
 
 from copy import deepcopy
@@ -21,12 +22,12 @@ from dlref.models import SSDVGG16
 from dlref.tasks.multibox import Detections, match, multibox_loss
 
 CLASSES = 90
-FEW = 12  # candidates of a class, 1,080 of all
-DECODED, TRAINED = 8, 4  # pictures whose heads are decoded, and of a training step
+FEW = 12  # candidates per class, 1,080 in total
+DECODED, TRAINED = 8, 4  # pictures that are decoded, and pictures of a training step
 
 
 def both() -> tuple[torch.nn.Module, SSDVGG16]:
-    """Theirs and ours with the same weights."""
+    """Return torchvision's network and dlref's, with the same weights."""
     torch.manual_seed(0)
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1, trainable_backbone_layers=5)
     own = SSDVGG16(CLASSES)
@@ -35,7 +36,7 @@ def both() -> tuple[torch.nn.Module, SSDVGG16]:
 
 
 def heads(batch: int, boxes: int, trained: bool) -> tuple[Tensor, Tensor]:
-    """Offsets and logits: noise, or noise far below the background with three default boxes in a hundred above it."""
+    """Return offsets and logits: noise, or noise far below the background except at three default boxes in 100."""
     offsets, logits = torch.randn(batch, boxes, 4) / 2, torch.randn(batch, boxes, CLASSES + 1)
     if trained:
         certain = torch.rand(batch, boxes) < 0.03
@@ -45,7 +46,10 @@ def heads(batch: int, boxes: int, trained: bool) -> tuple[Tensor, Tensor]:
 
 
 def detections(title: str, theirs: torch.nn.Module, own: SSDVGG16, trained: bool) -> Rows:
-    """From the heads to detections. All have to find as many, and of about as many candidates the same scores."""
+    """Time the way from the heads to detections.
+
+    All sides must find the same number of detections, and for about as many candidates the same scores.
+    """
     detect = Detections(0.01, 0.45, 200).to(DEVICE)
     offsets, logits = heads(DECODED, len(own.anchors), trained)
     corners = [box_convert(own.anchors, "cxcywh", "xyxy") * 300] * DECODED
@@ -72,13 +76,13 @@ def detections(title: str, theirs: torch.nn.Module, own: SSDVGG16, trained: bool
 
 
 def decoding() -> Rows:
-    """Heads of two kinds."""
+    """Time decoding for both kinds of heads."""
     networks, title = both(), f"from the heads to detections, SSD300, batch {DECODED}"
     return detections(f"{title}, untrained", *networks, False) | detections(f"{title}, as trained", *networks, True)
 
 
 def step() -> Rows:
-    """Forward, matching, loss and backward. Both losses have to be equal."""
+    """Time forward, matching, loss and backward. Both losses must be equal."""
     theirs, own = both()
     images = torch.rand(TRAINED, 3, 300, 300, device=DEVICE)
     corner = torch.rand(TRAINED, 8, 2, device=DEVICE) * 0.7
@@ -94,7 +98,7 @@ def step() -> Rows:
         return loss
 
     peers = {"torchvision": theirs, "torchvision, NHWC": deepcopy(theirs).to(memory_format=torch.channels_last)}
-    own.to(memory_format=torch.channels_last)  # as the configs have it
+    own.to(memory_format=torch.channels_last)  # as in the configs
 
     def ours() -> Tensor:
         own.zero_grad()

@@ -1,13 +1,14 @@
-"""A bundle beside what it replaces on this machine: PyTorch eager and compiled, and its own float32 graph.
+"""A bundle compared with what it replaces on this machine: PyTorch eager and compiled, and its own float32 graph.
 
-Each contender answers in a process of its own, one answer at a time. A turn is an export, whose last step measures them
-one after the other; where int8 was tried, both graphs were measured three times and the middle counts. PyTorch runs the
-programs that torch.export saved, without the checks of each call, and compiles with nothing cached. A config's is
-exported from the run that the config's own benchmark has made; ResNet and LeNet-5 at published sizes have random
-weights, whose speed and memory are those of trained ones. A model is the bundle's graphs or PyTorch's weights.
-"Installed" are the packages that answer. PyTorch is the wheel that `pip install torch` brings, whose CUDA libraries
-cost memory and disk on a machine without a GPU, too. TORCH_CPU_PYTHON names an interpreter that has the wheel without
-them, numpy, onnxruntime and pillow: a contender of its own, whose speed is left out, for its version may be another.
+Each contender runs in a process of its own and makes one prediction at a time. A turn is an export, whose last step
+measures the contenders one after the other. If int8 was tried, both graphs were measured three times, and the median
+counts. PyTorch runs the programs that torch.export saved, without the checks of each call, and compiles with an empty
+cache. A config is exported from the run of its own benchmark. ResNet and LeNet-5 at published sizes have random
+weights; their speed and memory are those of trained networks. "Model" is the size of the bundle's graphs or of
+PyTorch's weights, "installed" that of the packages needed for predictions. PyTorch is the wheel that `pip install
+torch` installs; its CUDA libraries cost memory and disk on a machine without a GPU, too. TORCH_CPU_PYTHON names an
+interpreter that has the wheel without these libraries, numpy, onnxruntime and pillow. It is a contender of its own,
+whose speed is left out because its version may differ.
 """
 
 import os
@@ -40,26 +41,26 @@ UNTRAINED = {  # network, classes, side, channels
     "edge-resnet18": (lambda: ResNet(18, 1000), 1000, 224, 3),
     "edge-resnet50": (lambda: ResNet(50, 1000), 1000, 224, 3),
 }
-FIGURES = {  # of a contender: key, what, unit, factor
+FIGURES = {  # of a contender: key -> what, unit, factor
     "latency_ms": ("an answer", "s", 1e-3),
     "first_answer_s": ("start to first answer", "s", 1),
     "peak_rss_mb": ("peak memory", "MB", 1),
     "model_mb": ("model", "MB", 1),
     "installed_mb": ("installed", "MB", 1),
 }
-PEERS = {  # and which of its figures are not another contender's, too
+PEERS = {  # and its figures that are not also those of another contender
     "pytorch-eager": ("PyTorch eager", set(FIGURES)),
     "cpu-wheel": ("PyTorch eager, CPU wheel", {"first_answer_s", "peak_rss_mb", "installed_mb"}),
     "pytorch-compiled": ("PyTorch compiled", {"latency_ms", "first_answer_s", "peak_rss_mb"}),
     "onnx-float32": ("its float32 graph", {"latency_ms", "first_answer_s", "peak_rss_mb", "model_mb"}),
 }
-# Beside PyTorch eager, from either wheel.
+# Goals of the comparison with PyTorch eager, from either wheel.
 GOALS = {"latency_ms": ">= 2", "first_answer_s": ">= 10", "peak_rss_mb": ">= 8", "installed_mb": ">= 10"}
-SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # where another latency is asked for
+SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # exceptions from the goal of the latency
 
 
 class Noise:
-    """A data module of random images, enough to export."""
+    """A data module of random images, sufficient for an export."""
 
     multi_label, crop = False, None
 
@@ -70,20 +71,20 @@ class Noise:
         self.set = TensorDataset(images, torch.randint(0, classes, (n,), generator=generator))
 
     def prepare_data(self) -> None:
-        """There is nothing to fetch."""
+        """Do nothing: there is nothing to download."""
 
     def setup(self, stage: str) -> None:
-        """Nor to read."""
+        """Do nothing: there is nothing to read."""
 
     def train_dataloader(self) -> DataLoader:
-        """One set for every split."""
+        """Return the same data for every split."""
         return DataLoader(self.set, batch_size=8)
 
     val_dataloader = test_dataloader = train_dataloader
 
 
 def untrained(network, classes: int, side: int, channels: int) -> tuple[ImageClassifier, Noise]:
-    """A task as `load_run` gives one, without a run."""
+    """Return a task and data like `load_run`, but without a run."""
     torch.manual_seed(0)
     preprocess = ImagePreprocess(side, mean=[0.45] * channels, std=[0.25] * channels)
     return ImageClassifier(network=network(), preprocess=preprocess, optimizer=None).eval(), Noise(
@@ -92,7 +93,7 @@ def untrained(network, classes: int, side: int, channels: int) -> tuple[ImageCla
 
 
 def fitting() -> Target:
-    """The one of the targets that is for this processor."""
+    """Return the target for this processor."""
     if platform.machine() in ARM:
         return TARGETS["arm64"]
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else "avx_vnni"
@@ -100,7 +101,7 @@ def fitting() -> Target:
 
 
 def measured(built: Callable[[], tuple[Task, LightningDataModule]], target: Target, folder: Path) -> tuple[str, dict]:
-    """A turn: the precision of the bundle, and every contender's figures."""
+    """Measure one turn. Return the precision of the bundle, and every contender's figures."""
     python = os.environ.get("TORCH_CPU_PYTHON")
     if python and not shutil.which(python):
         raise NotHere(f"TORCH_CPU_PYTHON is {python}, which cannot be run")
@@ -113,13 +114,13 @@ def measured(built: Callable[[], tuple[Task, LightningDataModule]], target: Targ
         contenders = Contenders(target, graphs, folder / "programs", folder / "bundle", python)
         try:
             figures["cpu-wheel"] = contenders.undisturbed("pytorch-eager", folder / "bundle")
-        except UserError as error:  # it may lack torchvision, whose operators SSD's has
+        except UserError as error:  # it may lack torchvision, whose operators SSD uses
             print(f"the CPU wheel: {error}", file=sys.stderr)
     return manifest["precision"], figures
 
 
 def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> Rows:
-    """Every figure of a bundle beside those of the others."""
+    """Compare every figure of a bundle with those of the other contenders."""
     target, goals = fitting(), GOALS | {"latency_ms": SOONER.get(name, GOALS["latency_ms"])}
     with tempfile.TemporaryDirectory() as folder:
         turns = [measured(built, target, Path(folder, str(turn))) for turn in range(TURNS)]
@@ -129,7 +130,7 @@ def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> 
     for peer, (beside, keys) in PEERS.items():
         if peer == "onnx-float32" and precision == "float32":
             continue  # it is the bundle
-        # Not every contender runs everywhere, nor is memory known: a compiled one wants a compiler, and Linux tells it.
+        # Some figures may be missing: compiling needs a compiler, and memory is known only on Linux.
         known = [key for key in FIGURES if key in keys and all(turn.get(peer, {}).get(key) for turn in contenders)]
         for key, (what, unit, factor) in ((key, FIGURES[key]) for key in known):
             own, theirs = ([factor * turn[name][key] for turn in contenders] for name in ("bundle", peer))
@@ -139,7 +140,7 @@ def bundle(name: str, built: Callable[[], tuple[Task, LightningDataModule]]) -> 
 
 
 def of_run(config: str) -> tuple[Task, LightningDataModule]:
-    """A trained task and its data."""
+    """Return a trained task and its data."""
     return load_run(trained(config), roots(config))
 
 

@@ -1,12 +1,12 @@
-"""DeepAR beside GluonTS's.
+"""DeepAR compared with GluonTS's.
 
-Both train two LSTM layers of 40 cells on the same series with the same context, prediction, batch and numbers of
-windows, by Lightning's Trainer, in one process and in turns: GluonTS as it comes, GluonTS with its data cached, and
-dlref. Then each forecasts the same windows with 100 sample paths, in turns: GluonTS, dlref in PyTorch, and its graphs
-in onnxruntime as a bundle has them, float32 and int8. Timed are epochs without start-up and validation, and whole
-forecasts from series as they are, features and quantiles included. The series are synthetic, and where DLREF_DATA has
-them the exchange rates and the hourly series of M4; GluonTS reads whole series again and again, and is slower on longer
-ones.
+Both train two LSTM layers of 40 cells with Lightning's Trainer on the same series, with the same context length,
+prediction length, batch size and numbers of windows. GluonTS with its defaults, GluonTS with cached data and dlref take
+turns in one process. Then GluonTS, dlref in PyTorch, and dlref's float32 and int8 graphs, in onnxruntime as in a
+bundle, take turns to forecast the same windows with 100 sample paths. Training times are those of epochs without
+start-up and validation. Forecast times begin with the raw series, and include features and quantiles. The series are
+synthetic; if DLREF_DATA has them, the exchange rates and the hourly series of M4 are used as well. GluonTS reads whole
+series repeatedly, and is slower on longer ones.
 """
 
 import tempfile
@@ -32,9 +32,9 @@ from dlref.runtime.machine import cores
 from dlref.tasks import Forecaster, StudentT
 from dlref.tasks.deployable import Deployable
 
-BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as GluonTS has it; the first is not timed
+BATCH, BATCHES, EPOCHS = 32, 50, 3  # an epoch as in GluonTS; the first is not timed
 SIZES = {"batch_size": BATCH, "batches": BATCHES}
-MOST = 100  # windows that are forecast, from all over the test split
+MOST = 100  # most windows to forecast, spread over the test split
 TURNS, SINGLE = 5, 20  # fits, and forecasts of all series; forecasts of one series
 PATHS, LEVELS = 100, np.arange(1, 10) / 10
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -42,31 +42,31 @@ INT8 = TARGETS["x86-64"]
 
 
 class Clock(Callback):
-    """Windows a second of the epochs but the first."""
+    """Measures windows per second over all epochs except the first."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, task) -> None:
-        """Start."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, task) -> None:
-        """Stop."""
+        """Stop the clock."""
         if trainer.current_epoch:
             self.seconds += time.perf_counter() - self.start
 
     @property
     def rate(self) -> float:
-        """Of all of them together."""
+        """Windows per second over all timed epochs."""
         return BATCH * BATCHES * (EPOCHS - 1) / self.seconds
 
 
 class Plain(SyntheticSeries):
-    """Without categories and promotions, which GluonTS's defaults do not see."""
+    """Synthetic series without categories and promotions, which GluonTS ignores by default."""
 
     def read(self, frequency: Frequency) -> Channels:
-        """The targets alone."""
+        """Return the targets alone."""
         series = super().read(frequency).train
         nothing = np.zeros((0, 0), np.float32)
         series = series._replace(cat=series.cat[:, :0], dynamic=nothing, dynamic_offsets=np.zeros_like(series.offsets))
@@ -74,25 +74,25 @@ class Plain(SyntheticSeries):
 
 
 def synthetic() -> Plain:
-    """A hundred hourly series of 1,000 hours."""
+    """Return a hundred hourly series of 1,000 hours."""
     return Plain(count=100, frequency="1H", prediction_length=24, context_length=24, **SIZES)
 
 
 def exchange_rate() -> WideSeries:
-    """Eight daily series of 6,221 days, GluonTS's split, and its context."""
+    """Return eight daily series of 6,221 days, with GluonTS's split and context length."""
     path = str(data_file("exchange_rate/exchange_rate.txt.gz"))
     lengths = {"prediction_length": 30, "context_length": 30, "points": 6221, "test_windows": 5}
     return WideSeries(path=path, start="1990-01-01", frequency="1B", **lengths, **SIZES)
 
 
 def m4_hourly() -> RowSeries:
-    """The 414 series of up to 1,008 hours, GluonTS's split, and its context."""
+    """Return the 414 series of up to 1,008 hours, with GluonTS's split and context length."""
     paths = {name: str(data_file(f"m4/Hourly-{name}.csv.gz")) for name in ("train", "test")}
     return RowSeries(**paths, frequency="1H", prediction_length=48, context_length=48, **SIZES)
 
 
 def made(make: Callable[[], ForecastingData]) -> ForecastingData:
-    """Data, read."""
+    """Make a data module and read its data."""
     needs("gluonts")
     torch.manual_seed(0)
     data = make()
@@ -101,7 +101,7 @@ def made(make: Callable[[], ForecastingData]) -> ForecastingData:
 
 
 def train_gluonts(data: ForecastingData, cached: bool):
-    """Windows a second, and a predictor. GluonTS's defaults but for the number of epochs."""
+    """Return windows per second and a predictor. Uses GluonTS's defaults except for the number of epochs."""
     from gluonts.torch.model.deepar import DeepAREstimator
 
     clock, series = Clock(), before_test(data, pasts(data))
@@ -118,12 +118,12 @@ def train_gluonts(data: ForecastingData, cached: bool):
 
 
 def fused(groups) -> torch.optim.Optimizer:
-    """As dlref's configs have it, with GluonTS's rate."""
+    """Return the optimiser of dlref's configs, with GluonTS's learning rate."""
     return torch.optim.AdamW(groups, lr=1e-3, fused=True)
 
 
 def train_dlref(data: ForecastingData) -> tuple[float, Forecaster]:
-    """Windows a second, and the task."""
+    """Return windows per second and the task."""
     frequency = Frequency.parse(data.frequency)
     clock, network = Clock(), DeepAR(lags=len(frequency.lags), features=len(frequency.cycles) + 1)
     task = Forecaster(StudentT(), network=network, optimizer=fused)
@@ -134,7 +134,7 @@ def train_dlref(data: ForecastingData) -> tuple[float, Forecaster]:
 
 
 def training(make: Callable[[], ForecastingData]) -> Rows:
-    """Windows a second, in turns."""
+    """Compare windows per second, in turns."""
     data = made(make)
     calls = {
         "GluonTS, data cached": lambda: train_gluonts(data, cached=True)[0],
@@ -150,7 +150,7 @@ def training(make: Callable[[], ForecastingData]) -> Rows:
 
 
 def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
-    """The same runner over PyTorch and over the graphs of a bundle as `load` opens it, in two precisions."""
+    """Return the same runner over PyTorch and, in two precisions, over the graphs of a bundle as `load` opens it."""
     found = {"PyTorch": served.runner()}
     for name, graph in served.graphs.items():
         write_onnx(graph, folder / f"{name}.onnx", INT8)
@@ -166,7 +166,7 @@ def runners(served: Deployable, folder: Path) -> dict[str, Callable]:
 
 
 def sampling(make: Callable[[], ForecastingData]) -> Rows:
-    """Series a second of all windows, and seconds of a single one, in turns."""
+    """Compare series per second for all windows, and seconds for a single series, in turns."""
     data = made(make)
     _, predictor = train_gluonts(data, cached=True)
     _, task = train_dlref(data)

@@ -1,8 +1,9 @@
-"""GluonTS's DeepAR on the data of a run, scored alike: `python -m benchmarks.gluonts_deepar RUN --seed 0`.
+"""Score GluonTS's DeepAR on a run's data, like the run: `python -m benchmarks.gluonts_deepar RUN --seed 0`.
 
-It sees the same series (all that lies before the test windows: it validates on nothing), the same context, and as many
-windows in as many steps as the run's config has; the rest are its defaults, two LSTM layers of 40 cells and a rate of
-0.001. Its 100 sample paths are scored by what scores the run. Needs the extra `bench`.
+GluonTS trains on the same series (everything before the test windows, as it does not validate), with the same context
+length and with as many windows in as many steps as the run's config. Everything else is its default: two LSTM layers of
+40 cells and a learning rate of 0.001. Its 100 sample paths are scored by the same code as the run's. Needs the extra
+`bench`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dlref.tasks.forecast_scores import SampleScores
 
 
 def pasts(data: ForecastingData) -> list[dict]:
-    """Each test window's past as GluonTS takes it."""
+    """Return the past of each test window in GluonTS's format."""
     import pandas as pd
 
     windows, horizon, frequency = data.splits["test"], data.prediction_length, Frequency.parse(data.frequency)
@@ -44,7 +45,7 @@ def pasts(data: ForecastingData) -> list[dict]:
 
 
 def before_test(data: ForecastingData, listed: list[dict]) -> list[dict]:
-    """Of each series what lies before its first test window, among the pasts of all of them."""
+    """Return the part of each series before its first test window, chosen from the pasts of all windows."""
     windows = data.splits["test"]
     items = windows.ends(torch.arange(len(windows)))[0].tolist()
     return list(dict(zip(items[::-1], listed[::-1], strict=True)).values())

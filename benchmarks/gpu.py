@@ -1,10 +1,11 @@
 """What a GPU does: the configs' steps through Lightning's Trainer, on batches of noise that lie on the device.
 
-Networks, batch sizes, precision and optimisers are the configs'; of LeNet-5, DeepAR, Seq2Seq and CIFAR-10 the loaders
-too. The share of the arithmetic is what torch counts of a step, forward and backward, over the rate of a product of two
-matrices of 8192×8192 in bfloat16 in the same run. Seconds without a batch are the host's, from the end of a step to the
-beginning of the next. The output layer's row of torch 2.11 is of 8,192 tokens at a time, gpt2_124m's of twice as many.
-Whole trainings on CIFAR-10 stand beside those of Jordan's airbench96, which reaches 96% on the images as published.
+Networks, batch sizes, precision and optimisers are those of the configs. LeNet-5, DeepAR, Seq2Seq and CIFAR-10 use the
+configs' loaders as well. The share of the arithmetic is the rate of a step's operations, forward and backward as torch
+counts them, divided by the rate of a product of two 8192×8192 matrices in bfloat16 in the same run. The time without a
+batch is the host's time from the end of a step to the beginning of the next. With torch 2.11, the output layer's row
+computes 8,192 tokens at a time, gpt2_124m's row twice as many. Complete trainings on CIFAR-10 are compared with
+Jordan's airbench96, which reaches 96% on the images as published.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ TURNS, WARMUP, SIDE = 3, 20, 8192
 
 
 class Always(Dataset):
-    """The same batch, whatever is asked for."""
+    """Returns the same batch for every index."""
 
     def __init__(self, batch: Any, samples: int):
         self.batch, self.samples = batch, samples
@@ -51,13 +52,13 @@ class Always(Dataset):
 
 
 class Noise(SplitData):
-    """One batch on the device, again and again.
+    """Repeats one batch on the device.
 
     Args:
-        make: the batch of so many samples.
-        batch_size: samples of it.
-        steps: of an epoch.
-        facts: what the task wants to know of its data.
+        make: returns a batch of a given number of samples.
+        batch_size: its number of samples.
+        steps: per epoch.
+        facts: attributes of the data that the task needs.
     """
 
     def __init__(self, make: Callable[[int], Any], batch_size: int, steps: int, **facts: Any):
@@ -67,27 +68,27 @@ class Noise(SplitData):
             setattr(self, name, value)
 
     def setup(self, stage: str) -> None:
-        """Make it."""
+        """Make the batch."""
         device = self.trainer.strategy.root_device
         batch = tree_map(lambda part: part.to(device), self.make(self.batch_size))
         self.splits = dict.fromkeys(("train", "val", "test"), Always(batch, self.batch_size * self.steps))
 
 
 class Speed(Callback):
-    """Seconds of a step in each of several turns; the device is waited for before and after a turn, not in it.
+    """Measures the seconds of a step in each of several turns. Waits for the device before and after a turn, not in it.
 
     Args:
-        steps: of a turn.
-        turns: how many.
+        steps: per turn.
+        turns: number of turns.
     """
 
     def __init__(self, steps: int, turns: int = TURNS):
         self.steps, self.turns, self.count = steps, turns, -WARMUP
-        self.seconds: list[float] = []  # of a step, in each turn
-        self.without: list[float] = []  # of a step without a batch, in each turn
+        self.seconds: list[float] = []  # per step, in each turn
+        self.without: list[float] = []  # per step without a batch, in each turn
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, index: int) -> None:
-        """A batch is there."""
+        """Read the clock when a batch has arrived."""
         now = time.perf_counter()
         if self.count < 0 or len(self.seconds) == self.turns:
             return
@@ -100,7 +101,7 @@ class Speed(Callback):
         self.start, self.between = time.perf_counter(), 0.0
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int) -> None:
-        """A step is set off. What comes after the last one, such as a checkpoint, is not timed."""
+        """Read the clock when a step is launched. Work after the last step, such as a checkpoint, is not timed."""
         self.count += 1
         if self.count > 0 and self.count % self.steps == 0 and len(self.seconds) < self.turns:
             finish()
@@ -110,7 +111,7 @@ class Speed(Callback):
         self.end = time.perf_counter()
 
     def mean(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         return statistics.mean(self.seconds)
 
 
@@ -127,7 +128,7 @@ def wanted() -> None:
 
 
 def on_noise(config: str, make: Callable, facts: dict, unit: str, each: int, goal: str, steps: int = 50) -> Rows:
-    """A config's step on noise: so many things of `unit` a second, `each` of them in a sample."""
+    """Time a config's step on noise, in things of `unit` per second; a sample has `each` of them."""
     wanted()
     size = read(config)["data"]["init_args"]["batch_size"]
     task, _ = made(config, ("--model.init_args.weights", "null"))
@@ -146,12 +147,12 @@ def on_noise(config: str, make: Callable, facts: dict, unit: str, each: int, goa
 
 
 def operations(config: str, make: Callable, facts: dict, size: int) -> float:
-    """Of a step, counted on two samples."""
+    """Return the operations of a step, counted on two samples."""
     task, _ = made(config, ("--model.init_args.weights", "null", "--model.init_args.compile_network", "false"))
     task.remember(facts)
     task.log = lambda *arguments, **named: None
     task.to(DEVICE).train()
-    task.mix = None  # which ImageClassifier.setup makes: blends cost no product
+    task.mix = None  # made by ImageClassifier.setup; blending needs no matrix product
     batch = tree_map(lambda part: part.to(DEVICE), make(2))
     with FlopCounterMode(display=False) as counter, torch.autocast(DEVICE, torch.bfloat16):
         task.training_step(batch, 0).backward()
@@ -159,19 +160,19 @@ def operations(config: str, make: Callable, facts: dict, size: int) -> float:
 
 
 def product() -> float:
-    """Operations a second of a product of two matrices."""
+    """Return the operations per second of a product of two matrices."""
     left, right = torch.randn(2, SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
     seconds = in_turns("product", {"product": lambda: left @ right}, turns=20)["product"]
     return 2 * SIDE**3 / statistics.median(seconds)
 
 
 def images(side: int, classes: int, count: int) -> tuple[Tensor, Tensor]:
-    """Pictures and their classes."""
+    """Return pictures and their classes."""
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8), torch.randint(classes, (count,))
 
 
 def boxes(side: int, classes: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pictures with eight boxes each."""
+    """Return pictures with eight boxes each."""
     pictures, _ = images(side, classes, count)
     corner = 0.7 * torch.rand(count, 8, 2)
     return pictures, {
@@ -183,21 +184,21 @@ def boxes(side: int, classes: int, count: int) -> tuple[Tensor, dict[str, Tensor
 
 
 def tokens(vocabulary: int, length: int, count: int) -> Tensor:
-    """Windows of tokens."""
+    """Return windows of tokens."""
     return torch.randint(vocabulary, (count, length + 1))
 
 
 class Clothes(InMemoryImages):
-    """Noise as much as Fashion-MNIST."""
+    """Noise of the size of Fashion-MNIST."""
 
     def read(self) -> tuple[list[str], dict[str, ImageTensors]]:
-        """60,000 pictures of 28×28."""
+        """Return 60,000 pictures of 28×28."""
         pictures = ImageTensors(torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), torch.arange(60_000) % 10)
         return list("0123456789"), dict.fromkeys(("train", "val", "test"), pictures)
 
 
 def output_layer() -> Rows:
-    """The loss of GPT-2's 65,536 tokens out of 50,304 with its gradients, its memory traffic compiled."""
+    """Time the loss of 65,536 tokens, with GPT-2's 50,304 classes, and its gradients, with and without compilation."""
     wanted()
     hidden, weight = (torch.randn(rows, 768, device=DEVICE, requires_grad=True) for rows in (65_536, 50_304))
     targets = torch.randint(len(weight), (len(hidden),), device=DEVICE)
@@ -217,7 +218,7 @@ def output_layer() -> Rows:
 
 
 def lenet5() -> Rows:
-    """An epoch of LeNet-5, batches of its config, from data on the device."""
+    """Time an epoch of LeNet-5 in its config's batches, from data on the device."""
     wanted()
     config, rows = "lenet5_fashion_mnist", {}
     arguments = {name: value for name, value in read(config)["data"]["init_args"].items() if name != "root"}
@@ -232,7 +233,7 @@ def lenet5() -> Rows:
 
 
 def beside_a_cpu(config: str, sizes: tuple[int, ...], unit: str = "", steps: int = 10) -> Rows:
-    """Steps a second of both, in turns, in batches of so many samples, or of what `unit` says."""
+    """Compare the steps per second of GPU and CPU, in turns, for batches of these sizes, in samples or `unit`."""
     wanted()
     rows = {
         f"training in batches of {size:,}{unit}, `{config}`": Row(
@@ -251,20 +252,20 @@ def beside_a_cpu(config: str, sizes: tuple[int, ...], unit: str = "", steps: int
 
 
 class Duration(Callback):
-    """Seconds of a fit whose data is read and whose network is on its device; compilation and validation count."""
+    """Measures the seconds of a fit with compilation and validation, after data is read and the network is moved."""
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
-        """Begin."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, task: Task) -> None:
-        """End."""
+        """Stop the clock."""
         finish()
         self.seconds = time.perf_counter() - self.start
 
 
 def cifar10() -> Rows:
-    """ResNet-18 beside airbench96, both on all 50,000 images."""
+    """Compare ResNet-18 with airbench96, both trained on all 50,000 images."""
     wanted()
     needs("airbench")
     config = "resnet18_cifar10"
@@ -279,7 +280,7 @@ def cifar10() -> Rows:
 
 
 def ours(config: str) -> tuple[float, float]:
-    """Per cent of the test split that a config's network gets wrong, and seconds of its training on all else."""
+    """Train a config's network on all but the test split. Return its error there in per cent, and the seconds."""
     task, data = made(config, (*roots(config), "--data.init_args.validation", "0"))
     trainer = read(config)["trainer"]
     fast_steps(torch.device(DEVICE))
@@ -299,19 +300,19 @@ def ours(config: str) -> tuple[float, float]:
 
 
 def airbench96(config: str) -> tuple[float, float, float]:
-    """The same of Jordan's airbench96, with mirrored and moved copies of each image and without."""
+    """Return the same for Jordan's airbench96: errors with and without mirrored and moved copies, and the seconds."""
     import airbench
 
     _, data = made(config, (*roots(config), "--data.init_args.validation", "0"))
     data.setup()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        Path("cifar10").mkdir()  # where it looks for its data
+        Path("cifar10").mkdir()  # where airbench looks for its data
         for split in ("train", "test"):
             images, labels = data.splits[split].images, data.splits[split].targets
             kept = {"images": images.permute(0, 2, 3, 1), "labels": labels, "classes": data.labels}
             torch.save(kept, f"cifar10/{split}.pt")
         with contextlib.redirect_stdout(sys.stderr):
-            airbench.warmup96()  # one step; without its table it would be a whole training
+            airbench.warmup96()  # one step; with verbose=False it would be a whole training
         seed_everything(0, verbose=False)
         finish()
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""JoeyNMT's RNN over batches from a file: `PYTHON benchmarks/joeynmt_rnn.py BATCHES.npz '{"vocabulary": ...}'`.
+"""Train JoeyNMT's RNN on batches from a file: `PYTHON benchmarks/joeynmt_rnn.py BATCHES.npz '{"vocabulary": ...}'`.
 
-Run by `benchmarks.translation` with the interpreter of an environment that has joeynmt, for its requirements clash with
-onnx's. Prints the seconds of each pass over the batches as JSON; the first pass does not count.
+`benchmarks.translation` runs this with the interpreter of an environment that has joeynmt, because joeynmt's
+requirements clash with onnx's. Prints the seconds of each pass over the batches as JSON. The first pass does not count.
 """
 
 import json
@@ -19,13 +19,13 @@ from joeynmt.vocabulary import Vocabulary
 
 
 def build(vocabulary: int, size: int, dropout: float, smoothing: float, input_feeding: bool) -> Model:
-    """A bidirectional LSTM and an LSTM decoder with Luong's general attention."""
+    """Return a bidirectional LSTM encoder and an LSTM decoder with Luong's general attention."""
     symbols = {"unk": ("<unk>", 1), "pad": ("<pad>", 0), "bos": ("<s>", 2), "eos": ("</s>", 3)}
     config = SimpleNamespace(sep_token=None, sep_id=None, lang_tags=["<pad>", "<unk>", "<s>", "</s>"])
     for name, (token, number) in symbols.items():
         setattr(config, f"{name}_token", token)
         setattr(config, f"{name}_id", number)
-    # Its vocabulary begins with <unk>; the numbers of the batches are ours.
+    # JoeyNMT's vocabulary begins with <unk>; the batches have dlref's numbers.
     config.unk_id, config.pad_id = 0, 1
     words = Vocabulary([str(i) for i in range(vocabulary - 4)], config)
     embeddings = [Embeddings(size, vocab_size=vocabulary, padding_idx=1) for _ in range(2)]
@@ -58,11 +58,11 @@ def main() -> None:
         count = len(arrays.files) // 2
         batches = [[torch.from_numpy(arrays[f"{side}{i}"]) for side in ("source", "target")] for i in range(count)]
     prepared = []
-    swap = torch.tensor([1, 0])  # its padding is 1, ours 0
+    swap = torch.tensor([1, 0])  # JoeyNMT's padding is 1, dlref's 0
     for source, target in batches:
         source, target = (torch.where(part < 2, swap[part.clamp(max=1)], part) for part in (source, target))
         lengths = (source != 1).sum(1)
-        order = lengths.argsort(descending=True)  # as its packing wants them
+        order = lengths.argsort(descending=True)  # as JoeyNMT's packing requires
         source, target, lengths = source[order], target[order], lengths[order]
         after = target[:, 1:]
         masks = {"src_mask": (source != 1)[:, None], "trg_mask": (after != 1)[:, None]}

@@ -1,13 +1,14 @@
-"""GPT beside `transformers`' GPT-2.
+"""GPT compared with `transformers`' GPT-2.
 
-Both networks have the same sizes and the same weights. Training: forward, cross entropy, backward, clipping, AdamW, on
-random tokens, in float32 and by bfloat16 autocast. Generation: one prompt, token by token, the likeliest each
-time: `transformers`' own generate with its cache, and dlref's runner over PyTorch, over the graph as a bundle opens it,
-and over its int8 form. `transformers` is measured as it comes, whose GELU is made of several operations, and with the
-fused GELU that it has, too, in training without the cache that it else fills. Then what a token costs where little and
-where much has been read, and how it is that a past is not copied: the attention of one token, by ONNX's Attention with
-a past that it puts together (opset 23), with one written in place (opset 24), and as dlref's graph has it, whose runner
-writes into the past. They all take turns.
+Both networks have the same sizes and the same weights. Training: forward, cross entropy, backward, clipping and AdamW
+on random tokens, in float32 and with bfloat16 autocast. Generation: one prompt is continued token by token, always with
+the likeliest token, by `transformers`' own generate with its cache, and by dlref's runner over PyTorch, over the graph
+as a bundle opens it, and over its int8 form. `transformers` is measured with its default GELU, which is made of several
+operations, and with its fused GELU. Training with the fused GELU also does without the cache that `transformers` fills
+by default. Further rows give the time of a token after few and after many others. The last rows show the gain from not
+copying the past. They compare the attention of one token in three graphs: dlref's, whose runner writes into the past;
+ONNX's Attention, which concatenates past and new token (opset 23); and Attention over a past that is written in place
+(opset 24). All sides take turns.
 """
 
 import tempfile
@@ -50,15 +51,15 @@ GENERATING = {
     "10.7 million parameters": {"vocabulary": 128, "n_layer": 6, "n_head": 6, "n_embd": 384},
     "GPT-2's 124 million parameters": {"vocabulary": 50257},
 }  # configs/gpt_python.yaml, configs/gpt_shakespeare_char.yaml
-TOKENS, AFTER = 100, 64  # tokens written; those timed where much has been read
-GENERATED, LATE = 5, 15  # turns of both: a turn of the second may be as short as a fiftieth of a second
+TOKENS, AFTER = 100, 64  # tokens to generate; tokens timed after few or many others
+GENERATED, LATE = 5, 15  # turns of these two benchmarks; a turn of the second can take as little as 20 ms
 PLACES = (32, 900)
 FLOAT32, INT8 = TARGETS["cpu"], TARGETS["x86-64"]
 AS_IT_COMES, FUSED = "transformers, as it comes", "transformers, fused GELU"
 
 
 def all_of(**sizes) -> tuple[GPT, dict[str, nn.Module]]:
-    """Our network, and theirs as it comes and with its fused GELU, with the same weights."""
+    """Return our network, and transformers' with its default and with its fused GELU, with the same weights."""
     needs("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,7 +71,7 @@ def all_of(**sizes) -> tuple[GPT, dict[str, nn.Module]]:
         "n_layer": len(ours.h),
         "n_head": ours.n_head,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), None),  # as many tokens as are asked for
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), None),  # always as many tokens as requested
     }
     theirs = {
         AS_IT_COMES: GPT2LMHeadModel(GPT2Config(**options)),
@@ -88,18 +89,18 @@ def all_of(**sizes) -> tuple[GPT, dict[str, nn.Module]]:
 
 
 def our_loss(network: GPT, batch: torch.Tensor) -> torch.Tensor:
-    """As `LanguageModel` has it."""
+    """Return the loss as `LanguageModel` computes it."""
     hidden, _, _ = network(batch[:, :-1])
     return linear_cross_entropy(hidden.flatten(0, 1), network.output, batch[:, 1:].flatten())
 
 
 def their_loss(network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Of their logits."""
+    """Return the loss of transformers' logits."""
     return F.cross_entropy(network(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def trainer(network: nn.Module, half: bool, loss_of: Callable) -> Callable[[], None]:
-    """A few steps of training on random tokens."""
+    """Return a function that makes a few training steps on random tokens."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     batch = torch.randint(TRAINED["vocabulary"], (BATCH, TRAINED["context_length"] + 1))
@@ -117,7 +118,7 @@ def trainer(network: nn.Module, half: bool, loss_of: Callable) -> Callable[[], N
 
 
 def training() -> Rows:
-    """Tokens a second."""
+    """Compare tokens per second in training."""
     torch.manual_seed(0)
     tokens = STEPS * BATCH * TRAINED["context_length"]
     rows = {}
@@ -132,13 +133,13 @@ def training() -> Rows:
 
 
 def beside_transformers(title: str, rates: dict[str, list[float]], own: str, goal: str) -> Rows:
-    """Tokens a second, beside both of theirs."""
+    """Return rows of tokens per second, compared with both of transformers' networks."""
     peers = {title: AS_IT_COMES, f"{title}, beside fused GELU": FUSED}
     return {title: Row(rates[own], rates[peer], "tokens/s", peer, goal) for title, peer in peers.items()}
 
 
 def served(network: GPT, folder: Path, precision: str | None = None):
-    """The runner over a network in PyTorch, or over its graph in a precision."""
+    """Return the runner over a network in PyTorch, or over its graph in a precision."""
     size = network.wte.num_embeddings
     task = LanguageModel(network=network, optimizer=None).eval()
     letters = ["<pad>", "<unk>", "<s>", "</s>", *(chr(256 + i) for i in range(size - 4))]
@@ -156,12 +157,12 @@ def served(network: GPT, folder: Path, precision: str | None = None):
             convert(paths["float32"], paths["int8"], INT8, Plan("int8"), [])
         graphs = {"decode": OnnxGraph(paths[precision], "CPUExecutionProvider")}
     runner = deployable.runner(graphs)
-    runner.tokenizer.end = -1  # no end: as many tokens as are asked for
+    runner.tokenizer.end = -1  # no end: always as many tokens as requested
     return runner
 
 
 def written(runner, prompt: list[int]) -> list[int]:
-    """The likeliest tokens after a prompt, as the runner goes on."""
+    """Return the likeliest tokens after a prompt, generated by the runner."""
     text = Writing(prompt, Settings(max_new_tokens=TOKENS, temperature=0), runner.tokenizer)
     for _ in runner.write([text]):
         pass
@@ -169,7 +170,7 @@ def written(runner, prompt: list[int]) -> list[int]:
 
 
 def generated(theirs: nn.Module, prompt: list[int]) -> list[int]:
-    """The same by `transformers`."""
+    """Return the same, generated by `transformers`."""
     options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 3}
     tokens = torch.tensor([prompt])
     with torch.inference_mode():
@@ -178,7 +179,7 @@ def generated(theirs: nn.Module, prompt: list[int]) -> list[int]:
 
 
 def generation() -> Rows:
-    """Tokens a second for each size. All texts but those of the int8 graphs have to be equal."""
+    """Compare tokens per second for each size. All texts except those of the int8 graphs must be equal."""
     torch.manual_seed(0)
     rows = {}
     for title, sizes in GENERATING.items():
@@ -205,7 +206,7 @@ def generation() -> Rows:
 
 
 def late_tokens() -> Rows:
-    """Seconds of a token after so many, of the int8 graph beside the float32 graph."""
+    """Compare the seconds of a token after `place` others between the int8 and the float32 graph."""
     torch.manual_seed(0)
     rows = {}
     for title, sizes in GENERATING.items():
@@ -223,15 +224,15 @@ def late_tokens() -> Rows:
 
 
 def cost(runner, place: int) -> float:
-    """Seconds of a token after so many, the cache's growth and the choice of the token included."""
+    """Return the seconds of a token after `place` others, including the cache's growth and the choice of the token."""
     known = list(np.arange(place) % 50 + 4)
     text = Writing(known, Settings(max_new_tokens=AFTER, temperature=0), runner.tokenizer)
     stamps = [time.perf_counter() for _ in runner.write([text])]
-    return float(np.mean(np.diff(stamps)))  # the mean, for the cache does not grow at each of them
+    return float(np.mean(np.diff(stamps)))  # the mean, as the cache grows only at some tokens
 
 
 def attention() -> Rows:
-    """Seconds of one token's attention: 12 heads of 64, by three graphs."""
+    """Compare the seconds of one token's attention, 12 heads of 64, in three graphs."""
     rows = {}
     for place in PLACES:
         calls = {name: make(place) for name, make in GRAPHS.items()}
@@ -247,17 +248,17 @@ NEW = {name: [1, HEADS, 1, WIDTH] for name in ("query", "key", "value")}
 
 
 def past_with(place: int) -> dict[str, list[int]]:
-    """The shapes of a past of so many places."""
+    """Return the shapes of a past of `place` tokens."""
     return {name: [1, HEADS, place, WIDTH] for name in ("past_key", "past_value")}
 
 
 def room_for(place: int) -> int:
-    """Places of a past that dlref's runner has where it writes the token after so many."""
+    """Return the capacity of the past when dlref's runner writes the token after `place` others."""
     return -(-(place + 1) // GROWTH) * GROWTH
 
 
 def made_of(nodes: list, shapes: dict, outputs: list[str], opset: int) -> onnx.ModelProto:
-    """A graph of ONNX's own operators."""
+    """Return a graph of ONNX's own operators."""
     kinds = {name: TensorProto.INT64 if name in ("at", "there") else TensorProto.FLOAT for name in shapes}
     inputs = [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in shapes.items()]
     found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
@@ -268,7 +269,7 @@ def made_of(nodes: list, shapes: dict, outputs: list[str], opset: int) -> onnx.M
 def repeated(
     model: onnx.ModelProto, shapes: dict, feeds: dict, kept: dict, after: Callable[[dict], None] = lambda values: None
 ) -> Callable:
-    """CALLS calls of a graph, each followed by `after`; outputs in `kept` are written into the inputs they name."""
+    """Return CALLS calls of a graph, each followed by `after`. `kept` maps outputs to inputs they are written into."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -293,14 +294,14 @@ def repeated(
 
 
 def put_together(place: int) -> Callable:
-    """ONNX's Attention that answers the past with the new token behind."""
+    """Return calls of ONNX's Attention that outputs the past concatenated with the new token."""
     shapes, outputs = NEW | past_with(place), ["y", "keys", "values"]
     node = helper.make_node("Attention", ["query", "key", "value", "", "past_key", "past_value"], outputs)
     return repeated(made_of([node], shapes, outputs, 23), shapes, {}, {})
 
 
 def in_place(place: int) -> Callable:
-    """ONNX's Attention over a past with room, into which TensorScatter writes."""
+    """Return calls of ONNX's Attention over a past with spare capacity, into which TensorScatter writes."""
     nodes = [
         helper.make_node("TensorScatter", [f"past_{name}", name, "at"], [f"{name}s"], axis=2)
         for name in ("key", "value")
@@ -316,13 +317,13 @@ class Attend(nn.Module):
     """The attention of dlref's graph."""
 
     def forward(self, query, key, value, past_key, past_value, length) -> torch.Tensor:
-        """One token of one text, that sees a past of so many places."""
+        """Attend from one token of one text to a past of `length` tokens."""
         mask = causal_mask(length[:, None], Past([past_key], [past_value], length))
         return attend(query, key, value, past_key, past_value, mask)
 
 
 def two_products(place: int) -> Callable:
-    """dlref's graph over a past with room, of any length, into which its runner writes."""
+    """Return calls of dlref's graph over a past of any capacity, into which its runner writes."""
     shapes = NEW | past_with(room := room_for(place))
     inputs = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"length": torch.tensor([place])}
     free = {name: {2: "past"} for name in past_with(room)}

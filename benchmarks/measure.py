@@ -1,4 +1,4 @@
-"""One benchmark in this process: `python -m benchmarks.measure NAME` ends with what it found as a line of JSON."""
+"""Run one benchmark in this process: `python -m benchmarks.measure NAME` prints its record as a last line of JSON."""
 
 import json
 import logging
@@ -26,14 +26,14 @@ MODULES = (
 
 
 def modules() -> dict[str, str]:
-    """Of each benchmark, by name, the module."""
+    """Return the module of each benchmark, by name."""
     return {name: module for module in MODULES for name in import_module(f"benchmarks.{module}").BENCHMARKS}
 
 
 def measure(name: str) -> Record:
-    """Run it."""
-    logging.disable(logging.WARNING)  # Lightning's, at every start
-    warnings.simplefilter("ignore")  # advice on workers and intervals; nothing is learnt here
+    """Run a benchmark and return its record."""
+    logging.disable(logging.WARNING)  # Lightning logs at every start
+    warnings.simplefilter("ignore")  # advice on workers and intervals, which does not apply here
     module = modules()[name]
     try:
         rows = import_module(f"benchmarks.{module}").BENCHMARKS[name]()

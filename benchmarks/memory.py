@@ -1,7 +1,8 @@
-"""What keeps a bundle small, each lever in processes of its own: `python -m benchmarks.memory BUNDLE`.
+"""Measure what keeps a bundle's memory small, each option in its own processes: `python -m benchmarks.memory BUNDLE`.
 
-BUNDLE is one of image classification. Prints the peak of resident memory after 100 answers to its example, after 40
-images of other sizes, and the median time of an answer; of several processes, for the allocator's mood varies.
+BUNDLE is one of image classification. The table has the peak of resident memory after 100 predictions for its example
+and after 40 images of other sizes, and the median time of a prediction. Each option runs in several processes, because
+the allocator's behaviour varies.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dlref.runtime.bundle import read_manifest
 from dlref.runtime.memory import returned_to_the_system
 
 IN_PLACE = {"session.use_memory_mapped_ort_model": "1", "session.use_ort_model_bytes_for_initializers": "1"}
-LEVERS = {  # file, arena and memory plan, freed blocks leave, session entries
+LEVERS = {  # file, arena and memory plan, freed blocks are returned, session entries
     "onnxruntime's defaults": ("onnx", True, False, {}),
     "no arena, no plan": ("onnx", False, False, {}),
     "the same, and freed blocks leave the process (`dlref.runtime`)": ("onnx", False, True, {}),
@@ -30,7 +31,7 @@ LEVERS = {  # file, arena and memory plan, freed blocks leave, session entries
 
 
 def measured(folder: Path, path: Path, lever: str, threads: int) -> dict:
-    """One process: open the graph at `path` by a lever, answer, and read memory and clock."""
+    """Measure one process: open the graph at `path` by a lever, predict, and read memory and clock."""
     import onnxruntime
 
     _, reserve, leave, entries = LEVERS[lever]
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """The measuring process, whose imports the measured ones must not hold."""
+    """Start the measured processes, which must not contain the imports of this one."""
     import subprocess
     import tempfile
     from io import StringIO

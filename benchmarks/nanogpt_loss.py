@@ -1,8 +1,8 @@
-"""A run's loss as nanoGPT estimates it, beside the loss of the whole split: `python -m benchmarks.nanogpt_loss RUN`.
+"""Compare a run's loss by nanoGPT's estimate with that of the whole split: `python -m benchmarks.nanogpt_loss RUN`.
 
 nanoGPT's `estimate_loss` is the mean over batches of random windows (200 of them; 20 in its recipe for a CPU), so it
-changes from one call to the next; printed are its mean over several calls, the least and the greatest. A window begins
-anywhere in the validation split, where `train.py validate` puts one after the other.
+changes from one call to the next. The output has its mean, least and greatest value over several calls. A window begins
+anywhere in the validation split, whereas `train.py validate` puts one after the other.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CALLS = 10
 
 @torch.inference_mode()
 def loss(task: LanguageModel, batches: Iterable[Tensor]) -> float:
-    """Nats a token of all batches together."""
+    """Return the nats per token of all batches together."""
     nats = count = 0
     for batch in batches:
         after = batch[:, 1:].flatten()
@@ -39,7 +39,7 @@ def loss(task: LanguageModel, batches: Iterable[Tensor]) -> float:
 
 
 def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generator: torch.Generator) -> list[float]:
-    """What each of several calls of `estimate_loss` answers on the validation split."""
+    """Return the results of several calls of `estimate_loss` on the validation split."""
     windows = data.splits["val"]
     places = len(windows.tokens) - data.context_length
     if places < 1:
@@ -49,7 +49,7 @@ def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generato
 
 
 def main() -> int:
-    """Evaluate both ways and print a line each; 2 with one line on stderr when something given is wrong."""
+    """Evaluate both ways and print a line each. Return 2, with one line on stderr, for bad input."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--eval-iters", type=positive, default=200, help="batches of one estimate")

@@ -1,12 +1,12 @@
-"""Training under Lightning's Trainer, as `train.py fit` has it, beside a bare PyTorch loop.
+"""Training under Lightning's Trainer, as in `train.py fit`, compared with a bare PyTorch loop.
 
-For each family its embedded config, and of image classification and forecasting two each on real data: the same
-network, data, augmentation, optimiser, schedule and clipping, from the same seeds, in one process. The Trainer has the
-callbacks and loggers of `train.py fit` and draws its progress bar; the bare loop does only what the mathematics needs.
-They take turns every few steps, for what else a machine does changes within seconds by more than is to be found. Timed
-are the steps of an epoch but the first, without what comes between epochs. 0.952 times the steps of a bare loop are an
-overhead of 5%. Short steps show what the Trainer adds, 1 to 2 ms; in most longer ones the spread of the turns
-hides it.
+Each family is measured with its embedded config, image classification and forecasting also with two configs each on
+real data. Both loops have the same network, data, augmentation, optimiser, schedule and clipping, from the same seeds,
+in one process. The Trainer has the callbacks and loggers of `train.py fit` and draws its progress bar; the bare loop
+does only what the mathematics needs. The two alternate every few steps, because the speed of a machine changes within
+seconds by more than the difference to be found. The times are those of all steps of an epoch except its first, without
+the time between epochs. 0.952 times the steps of a bare loop are an overhead of 5%. Short steps show what the Trainer
+adds, 1 to 2 ms; in most longer steps the spread of the turns hides it.
 """
 
 import itertools
@@ -40,8 +40,8 @@ from dlref.training.sigterm import EndAtSigterm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WARMUP = 3  # steps before the clock starts
-PIECES = 6  # of a turn, after each of which the other loop goes on
-STEPS = {  # so many that a turn takes a few seconds
+PIECES = 6  # of a turn; after each of them the other loop continues
+STEPS = {  # steps of a turn, which then takes a few seconds
     "lenet5_digits": 600,
     "lenet5_fashion_mnist": 80,
     "resnet20_cifar10": 20,
@@ -54,18 +54,18 @@ STEPS = {  # so many that a turn takes a few seconds
     "gpt_python": 12,
 }
 FEWER = dict.fromkeys(("ssd_digit_scenes", "fcn_digit_scenes"), ("--data.init_args.train", "400"))  # enough to time
-# Of a config's trainer:
+# Options taken from a config's trainer:
 KEPT = ("precision", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps", "benchmark")
 
 
 class Clock(Callback):
-    """Seconds from the end of one step to the end of the next of the same epoch."""
+    """Measures the seconds from the end of one step to the end of the next of the same epoch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
-        """Read the clock, once the device is done."""
+        """Read the clock once the device has finished."""
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         if batch_index:
@@ -73,28 +73,28 @@ class Clock(Callback):
         self.start()
 
     def start(self) -> None:
-        """The next step begins now."""
+        """Mark the beginning of the next step."""
         self.before = time.perf_counter()
 
     def mean(self) -> float:
-        """Seconds of a step, without the first ones."""
+        """Return the seconds of a step after the warm-up."""
         return statistics.mean(self.seconds[WARMUP:])
 
     def rates(self, turns: int) -> list[float]:
-        """Steps a second in each of so many parts."""
+        """Return the steps per second in each of `turns` parts."""
         size = len(self.seconds) // turns
         return [size / sum(self.seconds[i * size : (i + 1) * size]) for i in range(turns)]
 
 
 class InTurns(Clock):
-    """A clock that lets another loop make as many steps after each piece of the Trainer's."""
+    """A clock that lets another loop make the same number of steps after each piece of the Trainer's."""
 
     def __init__(self, other: Iterator[None], piece: int) -> None:
         super().__init__()
         self.other, self.piece, self.steps = other, piece, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
-        """Read the clock; the bar, which a thread of its own draws, is drawn in the Trainer's time."""
+        """Read the clock. The bar is locked while the other loop runs, so it is drawn only in the Trainer's time."""
         super().on_train_batch_end(trainer, task, outputs, batch, batch_index)
         self.steps += 1
         if self.steps % self.piece == 0:
@@ -105,7 +105,7 @@ class InTurns(Clock):
 
 
 def options(config: str) -> dict:
-    """What a config says to its Trainer of a step."""
+    """Return the options of a config's Trainer that affect a step."""
     trainer = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))["trainer"]
     return {name: trainer[name] for name in KEPT if name in trainer}
 
@@ -119,7 +119,7 @@ def under_trainer(
     profiler: type = Unprofiled,
     clock: Callback | None = None,
 ) -> float:
-    """Seconds of a training step under the Trainer, as `train.py fit` has it, by a clock."""
+    """Return the seconds of a training step under the Trainer, set up as in `train.py fit`, according to a clock."""
     clock = clock or Clock()
     fast_steps(torch.device(DEVICE))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
@@ -144,12 +144,12 @@ def under_trainer(
             **options,
         )
         trainer.fit(task, datamodule=data)
-        reconfigure()  # the bar has made its console everybody's
+        reconfigure()  # the bar replaced the global console by its own
     return clock.mean()
 
 
 def batches(data: LightningDataModule) -> Iterator[tuple[int, Any]]:
-    """The number and the batch, augmented, of one epoch after the other."""
+    """Yield the number and the augmented batch, one epoch after the other."""
     loader = data.train_dataloader()
     for epoch in itertools.count():
         loader.sampler.set_epoch(epoch)
@@ -159,7 +159,7 @@ def batches(data: LightningDataModule) -> Iterator[tuple[int, Any]]:
 
 
 def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict, clock: Clock) -> Iterator[None]:
-    """Training without Lightning, step by step, without end; `steps` is what the schedule is told."""
+    """Train without Lightning, step by step, without end; the schedule is made for `steps` steps."""
     if options.get("accumulate_grad_batches", 1) != 1:
         raise ValueError("accumulate_grad_batches: the bare loop steps after each batch")
     fast_steps(torch.device(DEVICE))
@@ -191,20 +191,23 @@ def bare_steps(task: Task, data: LightningDataModule, steps: int, options: dict,
 
 
 def made(config: str, overrides: tuple[str, ...] = ()) -> tuple[Task, LightningDataModule]:
-    """A config's task and data, from the same seed each time."""
+    """Return a config's task and data, with the same seed each time."""
     seed_everything(0, verbose=False)
     return build(CONFIGS / f"{config}.yaml", [*FEWER.get(config, ()), *overrides])
 
 
 def piece(config: str) -> int:
-    """Steps after which another loop goes on."""
+    """Return the number of steps after which another loop continues."""
     return max(1, STEPS[config] // PIECES)
 
 
 def beside_a_bare_loop(
     config: str, turns: int, parts: int, trainer: Callable = under_trainer, changed: dict | None = None, **named
 ) -> tuple[list[float], list[float]]:
-    """Steps a second under the Trainer, told otherwise by `changed`, and of a bare loop in each of so many parts."""
+    """Return the steps per second of the Trainer and of a bare loop, in each of `parts` parts.
+
+    `changed` overrides options of the Trainer.
+    """
     steps, said, clock = piece(config) * PIECES * turns, options(config), Clock()
     bare = bare_steps(*made(config, roots(config)), steps, said, clock)
     in_turns = InTurns(bare, piece(config))
@@ -213,7 +216,7 @@ def beside_a_bare_loop(
 
 
 def overhead(config: str) -> Rows:
-    """One family."""
+    """Compare the Trainer with a bare loop for one config."""
     own, peer = (rates[1:] for rates in beside_a_bare_loop(config, TURNS + 1, TURNS + 1))  # the first does not count
     row = Row(own, peer, "steps/s", "a bare loop", ">= 0.952")
     return {f"training under the Trainer, `{config}`": row}

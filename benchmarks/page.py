@@ -1,4 +1,4 @@
-"""What has been measured, kept in docs/benchmarks.json and shown in docs/benchmarks.md."""
+"""Measured figures, kept in docs/benchmarks.json and shown in docs/benchmarks.md."""
 
 import json
 import math
@@ -22,15 +22,15 @@ MARGIN, SCORE_MARGIN = 0.05, 0.01
 HEADER = """\
 # Benchmarks
 
-Written by `python -m benchmarks`, not by hand; benchmarks.json holds every single figure. A ratio says how many times
-better dlref is than what stands beside it: faster, smaller, sooner. Both sides of a row are measured in turns in one
-run; the ratio is the median of the ratios of all turns, with the least and the greatest in brackets, and the figures of
-either side are medians, whose own quotient is another number. A row without a peer is a figure of dlref's.
+`python -m benchmarks` writes this page; do not edit it. benchmarks.json holds every single figure. A ratio says how
+many times better dlref is than its peer: faster, smaller, sooner. Both sides of a row are measured in turns in one run.
+The ratio is the median of the ratios of all turns, with the least and the greatest in brackets. The figures of the two
+sides are medians as well, so their quotient may differ from the ratio. A row without a peer has only dlref's figure.
 
-`python -m benchmarks reproduce NAME` measures a name's rows once more and says of each whether its median lies between
-the least and the greatest here, or beyond by 5% at most, and what has no unit, such as a score, by 0.01 at most; times
-and speeds without a peer are those of the machine that the row names. [results.md](results.md) tells what stands behind
-the figures.
+`python -m benchmarks reproduce NAME` measures the rows of a name again. It reports for each row whether the new median
+lies between the least and the greatest value here, or at most 5% beyond them. For figures without a unit, such as
+scores, it must also be within 0.01. Times and speeds without a peer are those of the machine that the row names.
+[results.md](results.md) explains the figures.
 
 ![ratios that have a goal: median, spread and goal](images/benchmarks.png)
 """
@@ -46,7 +46,7 @@ class Where:
 
     @classmethod
     def here(cls) -> "Where":
-        """This machine, today."""
+        """Describe this machine, today."""
         machine = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if torch.cuda.is_available():
             machine = f"{torch.cuda.get_device_name()}; {machine}"
@@ -55,7 +55,7 @@ class Where:
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -64,7 +64,7 @@ def installed(package: str) -> str | None:
 
 @dataclass
 class Record:
-    """One benchmark as it was last measured: its rows by title, or why it was not run."""
+    """A benchmark's last measurement: its rows by title, or the reason why it was not run."""
 
     module: str
     rows: dict[str, Row] = field(default_factory=dict)
@@ -76,26 +76,26 @@ Records = dict[str, Record]
 
 
 def read(folder: Path) -> Records:
-    """What was measured so far, by name."""
+    """Read all records by name."""
     path = folder / "benchmarks.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: record(**parts) for name, parts in known.items()}
 
 
 def record(module: str, rows: dict[str, dict], not_run: str, where: dict | None) -> Record:
-    """A record from the parts that JSON keeps of it."""
+    """Return a record from its form in JSON."""
     return Record(module, {title: Row(**row) for title, row in rows.items()}, not_run, where and Where(**where))
 
 
 def write(folder: Path, records: Records) -> None:
-    """Keep it, and write the page."""
+    """Save the records and write the page."""
     figures = {name: asdict(record) for name, record in records.items()}
     write_text(folder / "benchmarks.json", json.dumps(figures, indent=1) + "\n")
     write_text(folder / "benchmarks.md", page(records))
 
 
 def page(records: Records) -> str:
-    """The page in Markdown: a section for each module, and the machines at its end."""
+    """Return the page in Markdown: a section for each module, then the machines."""
     places: list[Where] = []
     for record in records.values():
         if record.where and record.where not in places:
@@ -109,7 +109,7 @@ def page(records: Records) -> str:
 
 
 def section(module: str, records: Records, places: list[Where]) -> str:
-    """A module's own words, and a table of its rows."""
+    """Return a section: the module's docstring and a table of its rows."""
     first, _, rest = import_module(f"benchmarks.{module}").__doc__.partition("\n")
     titles = ["name", "what", "beside", "peer", "dlref", "ratio", "goal", "run"]
     lines, missing = [], []
@@ -124,7 +124,7 @@ def section(module: str, records: Records, places: list[Where]) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """Peer, both sides' figures, the ratio with its spread, and the goal."""
+    """Return the cells of a row: peer, both sides' figures, the ratio with its spread, and the goal."""
     own = spread(row.own, row.unit) if not row.peer else figure(statistics.median(row.own), row.unit)
     goal = f"{row.goal.replace('>=', '≥').replace('<=', '≤')}: {'met' if row.met else 'not met'}" if row.goal else ""
     if not row.peer:
@@ -133,7 +133,7 @@ def cells(row: Row) -> list[str]:
 
 
 def spread(values: list[float], unit: str) -> str:
-    """The median, and the least and the greatest where there are several."""
+    """Format the median of the values, with the least and the greatest if there are several."""
     middle = statistics.median(values)
     if unit == "s" and middle < 1:
         middle, values, unit = 1e3 * middle, [1e3 * value for value in values], "ms"
@@ -142,26 +142,27 @@ def spread(values: list[float], unit: str) -> str:
 
 
 def figure(value: float, unit: str) -> str:
-    """A number with its unit, in milliseconds where seconds are few."""
+    """Format a number with its unit; seconds below 1 in milliseconds."""
     if unit == "s" and value < 1:
         value, unit = 1e3 * value, "ms"
     return f"{number(value)}{unit}" if unit == "×" else f"{number(value)} {unit}".rstrip()
 
 
 def number(value: float) -> str:
-    """Three digits, or all those before the point."""
+    """Format a number with three digits, or with all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def within(stated: Record, found: Record) -> dict[str, bool]:
-    """By the title of a row, whether what was found lies within the spread that is stated, or next to it."""
+    """Return, by the title of a row, whether the new figure lies within the stated spread or next to it."""
     return {title: title in found.rows and near(row, found.rows[title].median) for title, row in stated.rows.items()}
 
 
 def near(row: Row, value: float) -> bool:
-    """Between the least and the greatest, or beyond by no more than a margin: few turns do not see all of a spread.
+    """Return whether a value lies between the least and the greatest, or beyond by at most a margin.
 
-    The margin is MARGIN of the value, and for what has no unit, such as a score, SCORE_MARGIN at most.
+    The margin is MARGIN of the value, and at most SCORE_MARGIN if there is no unit, as for a score. It is needed
+    because a few turns do not show the whole spread.
     """
     least, greatest = min(row.values), max(row.values)
     most = math.inf if row.sign else SCORE_MARGIN

@@ -1,4 +1,4 @@
-"""The pictures of what has been measured: docs/images/benchmarks.png and docs/images/edge.png."""
+"""Draw the measured figures: docs/images/benchmarks.png and docs/images/edge.png."""
 
 import math
 import re
@@ -17,7 +17,7 @@ CONTENDERS = {
     "its float32 graph": "#93c5fd",
     "bundle": "#1d4ed8",
 }
-PANELS = {  # what a row of `edge` begins with: title, factor, format
+PANELS = {  # beginning of a row of `edge` -> title, factor, format
     "an answer": ("one answer, ms", 1e3, "{:.3g}"),
     "peak memory": ("peak memory, MB", 1, "{:.0f}"),
     "start to first answer": ("start to first answer, s", 1, "{:.2g}"),
@@ -25,14 +25,14 @@ PANELS = {  # what a row of `edge` begins with: title, factor, format
 
 
 def draw(folder: Path, records: Records) -> None:
-    """Both, in the folder `images`."""
+    """Draw both pictures into the folder `images`."""
     (folder / "images").mkdir(exist_ok=True)
     draw_goals(folder / "images/benchmarks.png", records)
     draw_edge(folder / "images/edge.png", {n: one for n, one in records.items() if one.module == "edge" and one.rows})
 
 
 def draw_goals(path: Path, records: Records) -> None:
-    """Every ratio that has a goal, but for those of bundles, which the other picture is of."""
+    """Draw every ratio that has a goal, except for those of bundles, which are in the other picture."""
     rows = {
         f"{re.sub(',? beside .*', '', title).replace('`', '')}, beside {row.beside}": row
         for record in records.values()
@@ -61,7 +61,7 @@ def draw_goals(path: Path, records: Records) -> None:
 
 
 def draw_edge(path: Path, exports: Records) -> None:
-    """Time, memory and start of a bundle beside what it replaces."""
+    """Draw the time, memory and start of each bundle and of what it replaces."""
     if not exports:
         return
     figure = Figure(figsize=(12, 1 + len(exports)), layout="constrained")
@@ -87,7 +87,7 @@ def draw_edge(path: Path, exports: Records) -> None:
 
 
 def middle(record: Record, what: str, contender: str) -> float:
-    """The median of a contender's figures; NaN where it has none. A bundle in float32 is its own float32 graph."""
+    """Return the median of a contender's figures, NaN if there are none. A float32 bundle is its own float32 graph."""
     if row := record.rows.get(f"{what}, beside {contender}"):
         return statistics.median(row.peer)
     row = record.rows.get(f"{what}, beside PyTorch eager")

@@ -1,6 +1,6 @@
-"""What a benchmark finds: figures of dlref and of a peer, side by side, in one run.
+"""The rows that benchmarks return: figures of dlref and of a peer, side by side, from one run.
 
-A module of this folder has BENCHMARKS, from names to functions without arguments that measure and answer rows by title.
+A module of this folder has BENCHMARKS: names -> functions without arguments that measure and return rows by title.
 `python -m benchmarks` runs each in a process of its own.
 """
 
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class NotHere(Exception):
-    """A benchmark that cannot be run on this machine, and why."""
+    """The reason why a benchmark cannot be run on this machine."""
 
 
 def needs(package: str) -> None:
@@ -34,7 +34,7 @@ def needs(package: str) -> None:
 
 
 def data_file(name: str) -> Path:
-    """A file of the folder that DLREF_DATA names. Raises NotHere without it."""
+    """Return the path of a file in the folder that DLREF_DATA names. Raises NotHere if it is missing."""
     path = Path(os.environ.get("DLREF_DATA", "data")) / name
     if not path.exists():
         raise NotHere(f"the folder that DLREF_DATA names has no {name}")
@@ -46,11 +46,11 @@ class Row:
     """One comparison.
 
     Attributes:
-        own: dlref's figures, one a turn.
-        peer: those of what it is compared with in the same turns; none for a figure that stands alone.
-        unit: of both. With a peer, more is better of what ends with "/s", and less of all else, such as "s" and "MB".
-        beside: what the peer is.
-        goal: what the ratio is to be, or the figure where there is no peer; as `met` reads it: ">= 2", "<= 0.05".
+        own: dlref's figures, one per turn.
+        peer: the peer's figures in the same turns; none for a figure without a peer.
+        unit: of both. With a peer, more is better for units that end with "/s", less for all others, such as "s", "MB".
+        beside: name of the peer.
+        goal: for the ratio, or for the figure if there is no peer, in the format that `met` reads: ">= 2", "<= 0.05".
     """
 
     own: list[float]
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def values(self) -> list[float]:
-        """How many times better dlref is, pair by pair; its own figures where it has no peer."""
+        """How many times better dlref is, pair by pair; its own figures if there is no peer."""
         if not self.peer:
             return self.own
         pairs = zip(self.own, self.peer, strict=True)
@@ -78,12 +78,12 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Of the values."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
     def met(self) -> bool | None:
-        """Whether the median is what the goal says; None without one."""
+        """Whether the median meets the goal; None without a goal."""
         if not self.goal:
             return None
         sign, number = self.goal.split()
@@ -94,21 +94,21 @@ Rows = dict[str, Row]
 
 
 def run(benchmarks: dict[str, Callable[[], Rows]]) -> NoReturn:
-    """`python -m benchmarks.MODULE`: as `python -m benchmarks` with the names of the module."""
-    from benchmarks.__main__ import main  # which imports every module
+    """Run `python -m benchmarks.MODULE`: the same as `python -m benchmarks` with the names of the module."""
+    from benchmarks.__main__ import main  # imports every module
 
     sys.exit(main(sys.argv[1:], list(benchmarks)))
 
 
 def watched(items: Iterable, title: str) -> Iterator:
-    """The items, with a bar that shows how far they are."""
+    """Yield the items and show a progress bar."""
     return track(items, title, console=Console(stderr=True), transient=True)
 
 
 def in_turns(
     title: str, calls: dict[str, Callable], device: str = DEVICE, turns: int = TURNS
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in turns."""
+    """Return the seconds of each call, made in turns."""
 
     def seconds(call: Callable) -> float:
         start = time.perf_counter()
@@ -121,9 +121,9 @@ def in_turns(
 
 
 def figures_in_turns(title: str, calls: dict[str, Callable[[], float]], turns: int = TURNS) -> dict[str, list[float]]:
-    """What each call answers, one after the other, `turns` times after one that does not count.
+    """Return the results of each call, made one after the other, `turns` times after one round that does not count.
 
-    What else a machine does meets all of them alike.
+    So disturbances of the machine affect all calls equally.
     """
     figures: dict[str, list[float]] = {name: [] for name in calls}
     for turn in watched(range(turns + 1), title):
@@ -135,5 +135,5 @@ def figures_in_turns(title: str, calls: dict[str, Callable[[], float]], turns: i
 
 
 def rest() -> None:
-    """PyTorch's threads wait busily for a while, and would take a core from what comes next."""
+    """Sleep until PyTorch's threads have stopped spinning: they would take a core from the next measurement."""
     time.sleep(0.5)

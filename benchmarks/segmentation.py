@@ -1,10 +1,10 @@
-"""FCN with a ResNet-50 beside torchvision's.
+"""FCN with a ResNet-50 compared with torchvision's.
 
-Both hold the same weights and see the same pictures and masks, in one process and in turns. Timed are the training step
-(forward, enlarging, loss of both heads and backward, without the optimiser; dlref in NHWC as its configs have it,
-torchvision's as it comes and in NHWC, too) and the update of the metric, beside torchmetrics' own on the same pixels.
-Of both metrics it is made sure that theirs waits for the device and ours does not: on a GPU by
-torch.cuda.set_sync_debug_mode, elsewhere by tensors that have no values.
+Both networks hold the same weights and see the same pictures and masks, in one process and in turns. One benchmark
+times the training step: forward, upsampling, loss of both heads and backward, without the optimiser. dlref runs in
+NHWC, as in its configs, torchvision in its default layout and in NHWC. The other times the update of the metric,
+compared with torchmetrics' on the same pixels. It also verifies that torchmetrics' update waits for the device and
+dlref's does not: on a GPU with torch.cuda.set_sync_debug_mode, elsewhere with tensors that have no values.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from dlref.tasks.semantic_segmentation import VOID, Confusion, pixel_loss
 
 CLASSES = 21
 AUXILIARY = 0.5  # torchvision's weight of the auxiliary head
-BATCH, SIZE = 2, 224  # pictures of a training step, and their sides
-MASKS = (8, 360, 480)  # of a metric's update
+BATCH, SIZE = 2, 224  # pictures of a training step, and their side
+MASKS = (8, 360, 480)  # of an update of the metric
 
 
 def both() -> tuple[torch.nn.Module, FCNResNet]:
-    """Theirs and ours with the same weights, without dropout so that losses can be compared."""
+    """Return torchvision's network and dlref's: the same weights, and no dropout so that losses are comparable."""
     theirs = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
     own = FCNResNet(50, CLASSES)
     own.load_state_dict(theirs.state_dict())
@@ -39,7 +39,7 @@ def both() -> tuple[torch.nn.Module, FCNResNet]:
 
 
 def step() -> Rows:
-    """Forward, loss of both heads and backward. Both losses have to be equal."""
+    """Time forward, loss of both heads and backward. Both losses must be equal."""
     torch.manual_seed(0)
     theirs, own = both()
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
@@ -75,7 +75,7 @@ def step() -> Rows:
 
 
 def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:
-    """Whether an update of a metric asks the device for a value."""
+    """Return whether an update of a metric waits for a value from the device."""
     if found.is_cuda:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -94,7 +94,7 @@ def waits(update: Callable, found: Tensor, masks: Tensor) -> bool:
 
 
 def metric() -> Rows:
-    """The confusion matrix of a batch, by torchmetrics and by this project. Both have to be equal."""
+    """Time the confusion matrix of a batch by torchmetrics and by this project. Both must be equal."""
     torch.manual_seed(0)
     masks = torch.randint(0, CLASSES, MASKS, dtype=torch.uint8, device=DEVICE)
     found = torch.randint(0, CLASSES, MASKS, device=DEVICE)

@@ -1,10 +1,10 @@
 """What each technique of a training step gives, with beside without, on this machine.
 
-The embedded configs by two bare loops that take turns every few steps; an update of averaged weights and steps of AdamW
-and Muon alone. Of the progress bar, the intervals of logging, the notes of hooks and no profiler it is told what the
-Trainer adds to a step of a bare loop, with which it takes turns every few steps, too. Steps are those of an epoch but
-the first. Data on the device, static shapes and steps that wait for nothing are how every config is, and have no row.
-What CUDA graphs and a compiled output layer give is among the figures of a GPU.
+Most rows compare two bare loops on embedded configs that alternate every few steps. An update of averaged weights and
+steps of AdamW and Muon are measured alone. For the progress bar, logging interval, hook bookkeeping and profiler, the
+rows give the time that the Trainer adds to a step of a bare loop; these two alternate every few steps as well. The
+steps are those of an epoch except its first. Data on the device, static shapes and steps that wait for nothing are part
+of every config, and have no row. The gains from CUDA graphs and a compiled output layer are among the figures of a GPU.
 """
 
 import os
@@ -27,14 +27,14 @@ from dlref.tasks.optimizers import Muon
 from dlref.tasks.task import Task
 from dlref.training.devices import fast_steps
 
-Loop = tuple[tuple[str, ...], dict]  # arguments of train.py, and what its Trainer is told otherwise
+Loop = tuple[tuple[str, ...], dict]  # arguments of train.py, and changed options of its Trainer
 FUSED = "--model.init_args.optimizer.init_args.fused"
 PICTURES = ("lenet5_digits", "ssd_digit_scenes", "fcn_digit_scenes")
 COMPILED, CHANNELS_LAST = "--model.init_args.compile_network", "--model.init_args.channels_last"
 
 
 def pair(title: str, config: str, beside: str, own: Loop, peer: Loop) -> Rows:
-    """Steps a second of two bare loops that take turns every few steps."""
+    """Compare the steps per second of two bare loops that alternate every few steps."""
     steps, clocks = piece(config) * PIECES * (TURNS + 1), (Clock(), Clock())
     loops = [
         bare_steps(*made(config, (*roots(config), *arguments)), steps, options(config) | changed, clock)
@@ -44,12 +44,12 @@ def pair(title: str, config: str, beside: str, own: Loop, peer: Loop) -> Rows:
         for loop in loops:
             for _ in range(piece(config)):
                 next(loop)
-    rates = (clock.rates(TURNS + 1)[1:] for clock in clocks)  # the first turn does not count: one may be compiled in it
+    rates = (clock.rates(TURNS + 1)[1:] for clock in clocks)  # the first turn, which may compile, does not count
     return {f"{title}, `{config}`": Row(*rates, "steps/s", beside)}
 
 
 def switch(title: str, argument: str, *configs: str) -> Rows:
-    """An argument of the config, true beside false."""
+    """Compare true with false for an argument of each config."""
     rows = {}
     for config in configs:
         rows |= pair(title, config, "without", ((argument, "true"), {}), ((argument, "false"), {}))
@@ -57,7 +57,7 @@ def switch(title: str, argument: str, *configs: str) -> Rows:
 
 
 def bfloat16() -> Rows:
-    """Autocast."""
+    """Compare autocast in bfloat16 with float32."""
     rows = {}
     for config in ("gpt_python", "fcn_digit_scenes"):
         own, peer = (((), {"precision": precision}) for precision in ("bf16-mixed", "32-true"))
@@ -66,32 +66,32 @@ def bfloat16() -> Rows:
 
 
 def added(config: str, **named) -> float:
-    """Seconds that the Trainer, told otherwise by the arguments, adds to a step of a bare loop."""
+    """Return the seconds that the Trainer, changed by the arguments, adds to a step of a bare loop."""
     rates = zip(*beside_a_bare_loop(config, 1, PIECES, **named), strict=True)
     return statistics.median([1 / trainer - 1 / bare for trainer, bare in rates][1:])  # the first does not count
 
 
 def around_a_step(title: str, beside: str, **other) -> Rows:
-    """What the Trainer adds to a step of the smallest network, beside what it adds when it is told otherwise."""
+    """Compare what the Trainer adds to a step of the smallest network with what it adds when changed by `other`."""
     config = "lenet5_digits"
     seconds = figures_in_turns(title, {"own": partial(added, config), "peer": partial(added, config, **other)})
     return {f"{title}: added to a step of `{config}`": Row(seconds["own"], seconds["peer"], "s", beside)}
 
 
 def as_a_module(*arguments, **named) -> float:
-    """Under the Trainer, where the name of each hook is an attribute that torch searches for."""
+    """Train under the Trainer with torch's own setattr, which searches parameters and modules for each hook's name."""
     with mock.patch.object(Task, "__setattr__", torch.nn.Module.__setattr__):
         return under_trainer(*arguments, **named)
 
 
 def averaging() -> Rows:
-    """One update of the average of ResNet-18's weights."""
+    """Time one update of the average of ResNet-18's weights."""
     network = ResNet(18, 1000).to(DEVICE)
     averages = {
         "peer": AveragedModel(network, use_buffers=True, avg_fn=get_ema_avg_fn(0.999)),
         "own": Average(network, 0.999, torch.device(DEVICE)),
     }
-    averages["own"].updates = 10**6  # the bias is long corrected: both weigh what comes by as much
+    averages["own"].updates = 10**6  # the bias is long corrected: both weigh new values equally
     calls = {name: partial(average.update_parameters, network) for name, average in averages.items()}
     seconds = in_turns("averaging", calls)
     for parameter in network.parameters():
@@ -105,7 +105,7 @@ def averaging() -> Rows:
 
 
 def searching() -> Rows:
-    """Steps of AdamW over LeNet-5's weights on a processor, beside those that look for a GPU as Lightning has it."""
+    """Compare steps of AdamW on a CPU, for LeNet-5, with steps that look for a GPU, as under Lightning."""
     parameters = list(LeNet5().parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -123,7 +123,7 @@ def searching() -> Rows:
 
 
 def muon() -> Rows:
-    """One step of the matrices of twelve layers, as GPT-2 small has them, a fourth as wide."""
+    """Time a step for the matrices of twelve layers, shaped as in GPT-2 small but a quarter as wide."""
     shapes = [(192, 576), (192, 192), (192, 768), (768, 192)] * 12
     sides = {
         "own": Muon,

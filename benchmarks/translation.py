@@ -1,13 +1,14 @@
-"""Seq2Seq beside JoeyNMT's RNN.
+"""Seq2Seq compared with JoeyNMT's RNN.
 
 JOEYNMT_PYTHON is the interpreter of an environment with joeynmt (its requirements clash with onnx's) and with
-importlib_metadata, which joeynmt 2.3.0 imports without requiring it. Both train a bidirectional LSTM encoder and an
-LSTM decoder with Luong's general attention, of the same sizes, on random sentences as long as Multi30k's. First as a
-user does, `joeynmt train` beside Lightning's Trainer, on the same files with batches of the same tokens; JoeyNMT's
-batches are not of sentences of about a length. Then both networks on dlref's batches by a bare loop: forward, smoothed
-cross entropy, backward, clipping, Adam. JoeyNMT as it comes feeds the attentional vector back; it is timed without, as
-dlref's is, too. They take turns, each of JoeyNMT's in a process of its own. Last, dlref decodes sentences by beam
-search in PyTorch and over its graphs as a bundle opens them, float32 and int8.
+importlib_metadata, which joeynmt 2.3.0 imports without requiring it. Both projects train a bidirectional LSTM encoder
+and an LSTM decoder with Luong's general attention, of the same sizes, on random sentences as long as Multi30k's. First
+they train as users start them, with `joeynmt train` and with Lightning's Trainer, on the same files and with the same
+number of tokens per batch; JoeyNMT does not batch sentences of similar length together. Then a bare loop trains both
+networks on dlref's batches: forward, smoothed cross entropy, backward, clipping, Adam. By default JoeyNMT feeds the
+attentional vector back to the decoder; it is also timed without, like dlref. All sides take turns, and JoeyNMT's turns
+each have a process of their own. Last, dlref decodes sentences by beam search in PyTorch and over its float32 and int8
+graphs, as a bundle opens them.
 """
 
 import json
@@ -35,22 +36,22 @@ from dlref.tasks import Translator
 
 VOCABULARY, SIZE, DROPOUT, SMOOTHING = 4096, 384, 0.4, 0.1  # those of configs/seq2seq_multi30k_de_en.yaml
 BATCH, BATCHES, SENTENCES, BEAM = 1536, 12, 128, 5
-PASSES, TURNS = 2, 5  # of the training loops, and of both trainings
-FILES = 2000  # sentences of the programs
+PASSES, TURNS = 2, 5  # of the bare loop, and of both comparisons of training
+FILES = 2000  # sentences for training as users start it
 AS_IT_COMES, WITHOUT = "JoeyNMT, as it comes", "JoeyNMT, without input feeding"
 TOKENS = "target tokens/s"
 SIDES = ("source", "target")
 
 
 def joeynmt_python() -> str:
-    """The interpreter that has joeynmt."""
+    """Return the interpreter that has joeynmt."""
     if python := os.environ.get("JOEYNMT_PYTHON"):
         return python
     raise NotHere("JOEYNMT_PYTHON is not set to an interpreter that has joeynmt")
 
 
 def make_batches() -> tuple[Corpus, list[torch.Tensor]]:
-    """Random sentences whose lengths are those of Multi30k on average, 15 tokens, and some batches of them."""
+    """Return random sentences of 15 tokens on average, as in Multi30k, and some batches of them."""
     source, target = sentences(4000)
     corpus = Corpus([[*row, END] for row in source], [[BEGIN, *row, END] for row in target])
     batches = TokenBatches(corpus.source.lengths, corpus.target.lengths - 1, BATCH)
@@ -58,7 +59,7 @@ def make_batches() -> tuple[Corpus, list[torch.Tensor]]:
 
 
 def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Sources and targets of random tokens; a target is about as long as its source."""
+    """Return sources and targets of random tokens; a target is about as long as its source."""
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.gamma(9, 15 / 9, count), 4, 40)
     sides = (lengths, np.clip(lengths + generator.normal(0, 2, count), 3, 45))
@@ -66,19 +67,19 @@ def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 class Clock(Callback):
-    """Seconds of the last epoch."""
+    """Measures the seconds of the last epoch."""
 
     def on_train_epoch_start(self, trainer: Trainer, task) -> None:
-        """Start."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, task) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds = time.perf_counter() - self.start
 
 
 def write_files(folder: Path) -> int:
-    """The files that both programs train on; how many target tokens they have, ends among them."""
+    """Write the files on which both programs train. Return their number of target tokens, including ends."""
     for split, count in (("train", FILES), ("val", 16), ("test", 16)):
         sides = sentences(count)
         for ending, rows in zip(("de", "en"), sides, strict=True):
@@ -90,7 +91,7 @@ def write_files(folder: Path) -> int:
 
 
 def run_dlref(folder: Path) -> float:
-    """Seconds of the second epoch by Lightning's Trainer."""
+    """Return the seconds of the second epoch with Lightning's Trainer."""
     clock = Clock()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     options = {"max_epochs": 2, "callbacks": [clock], "gradient_clip_val": 1.0, "limit_val_batches": 0}
@@ -101,7 +102,7 @@ def run_dlref(folder: Path) -> float:
 
 
 def run_joeynmt(python: str, folder: Path, input_feeding: bool) -> float:
-    """Target tokens a second of an epoch as `joeynmt train` reports them, the first report left out."""
+    """Return the target tokens per second of an epoch that `joeynmt train` reports, without its first report."""
     side = {"max_length": 100, "level": "word", "voc_limit": VOCABULARY - 4, "voc_min_freq": 1}
     layers = {"type": "recurrent", "rnn_type": "lstm", "num_layers": 1, "dropout": DROPOUT}
     table = {"embedding_dim": SIZE, "scale": False, "dropout": DROPOUT}
@@ -138,11 +139,11 @@ def run_joeynmt(python: str, folder: Path, input_feeding: bool) -> float:
     command = [python, "-m", "joeynmt", "train", str(path), "--skip-test"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     rates = re.findall(r"Tokens per Sec:\s+([0-9]+)", result.stdout + result.stderr)
-    return statistics.harmonic_mean([float(rate) for rate in rates[1:]])  # each report is of as many steps
+    return statistics.harmonic_mean([float(rate) for rate in rates[1:]])  # each report covers the same number of steps
 
 
 def programs() -> Rows:
-    """Target tokens a second of the programs as users start them, in turns."""
+    """Compare target tokens per second of both programs as users start them, in turns."""
     python = joeynmt_python()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -161,7 +162,7 @@ def programs() -> Rows:
 
 
 def translator(alone: bool = True) -> Translator:
-    """The config's, over words without meaning; `alone`: without data and a trainer."""
+    """Return the config's task over words without meaning; `alone`: without data and a trainer."""
     network = Seq2Seq(VOCABULARY, VOCABULARY, "lstm", 1, SIZE, SIZE, attention="general", dropout=DROPOUT)
     task = Translator(network=network, optimizer=torch.optim.Adam, label_smoothing=SMOOTHING, beam=BEAM)
     words = {"kind": "word", "tokens": [*SPECIAL, *map(str, range(VOCABULARY - len(SPECIAL)))]}
@@ -174,7 +175,7 @@ def translator(alone: bool = True) -> Translator:
 
 
 def train(task: Translator, batches: list[Batch]) -> float:
-    """Seconds of a pass over the batches, on average; the first does not count."""
+    """Return the mean seconds of a pass over the batches. The first pass does not count."""
     optimizer = torch.optim.Adam(task.parameters(), lr=1e-3)
     task.train()
 
@@ -193,7 +194,7 @@ def train(task: Translator, batches: list[Batch]) -> float:
 
 
 def joeynmt(python: str, path: Path, input_feeding: bool) -> float:
-    """The same of JoeyNMT, in a process of its own."""
+    """Return the same for JoeyNMT, in a process of its own."""
     options = {"vocabulary": VOCABULARY, "size": SIZE, "dropout": DROPOUT, "smoothing": SMOOTHING}
     options |= {"input_feeding": input_feeding, "passes": PASSES, "threads": torch.get_num_threads()}
     program = Path(__file__).with_name("joeynmt_rnn.py")
@@ -203,7 +204,7 @@ def joeynmt(python: str, path: Path, input_feeding: bool) -> float:
 
 
 def training() -> Rows:
-    """Target tokens a second of both networks on the same batches, in turns."""
+    """Compare target tokens per second of both networks on the same batches, in turns."""
     python = joeynmt_python()
     corpus, numbers = make_batches()
     batches = [corpus[number] for number in numbers]
@@ -226,7 +227,7 @@ def training() -> Rows:
 
 
 def decoding() -> Rows:
-    """Sentences a second, in turns."""
+    """Compare sentences per second, in turns."""
     torch.manual_seed(0)
     corpus, _ = make_batches()
     sources = [row[row != PAD].tolist() for row in corpus[torch.arange(SENTENCES)].source]

@@ -1,1 +1,1 @@
-"""What grows how, on paper and measured: docs/scaling.md is written by `python -m benchmarks.scaling`."""
+"""How cost grows, on paper and measured: `python -m benchmarks.scaling` writes docs/scaling.md."""

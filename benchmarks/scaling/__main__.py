@@ -1,10 +1,10 @@
-"""What grows how: `python -m benchmarks.scaling` (with the extra [train]).
+"""Measure how cost grows with size: `python -m benchmarks.scaling` (with the extra [train]).
 
 Each sweep makes one thing larger (the batch, a side of the pictures, the context, the number of series, the width of a
-network, ...) and keeps everything else as it is. Measured are the seconds of a training step, the middle of several
-turns in which every size has its own, and memory. Both are set beside what follows on paper. docs/scaling.json has all
-that was measured, docs/images/scaling.png and scaling-memory.png are drawn from it, and the tables of docs/scaling.md
-stand between two comments; `--draw` makes pictures and tables anew without measuring.
+network, ...) and keeps everything else as it is. It measures memory and the seconds of a training step, as the median
+of several turns that each include every size. Both are compared with what follows on paper. docs/scaling.json holds all
+measurements, docs/images/scaling.png and scaling-memory.png are drawn from it, and the tables of docs/scaling.md stand
+between two comments. `--draw` writes pictures and tables again without measuring.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def measure(device: str) -> dict:
-    """Everything."""
+    """Measure everything."""
     torch.manual_seed(0)
     found = {}
     known = sweeps(device)
@@ -51,7 +51,7 @@ def measure(device: str) -> dict:
 
 
 def main() -> None:
-    """Measure, keep, draw."""
+    """Measure, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--draw", action="store_true", help="pictures and tables of what was measured before")

@@ -1,4 +1,4 @@
-"""What is trained in the sweeps, each with its law on paper beside it."""
+"""The training steps of the sweeps, each next to its law on paper."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -24,12 +24,12 @@ HORIZON = 24  # hours that DeepAR forecasts
 
 
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of several tensors, one after the other."""
+    """Return the bytes of several tensors in total."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def halved(case: Case, device: str) -> Case:
-    """The same by bfloat16 autocast, as `--trainer.precision bf16-mixed` has it."""
+    """Return the same case with bfloat16 autocast, as in `--trainer.precision bf16-mixed`."""
 
     def loss() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
@@ -42,7 +42,7 @@ def halved(case: Case, device: str) -> Case:
 
 
 def images(network: nn.Module, batch: int, side: int, device: str, channels_last: bool = False) -> Case:
-    """A classifier on random pictures."""
+    """Return a classifier on random pictures."""
     order = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(device, memory_format=order)
     pixels = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=order)
@@ -51,7 +51,7 @@ def images(network: nn.Module, batch: int, side: int, device: str, channels_last
 
 
 def masks(batch: int, side: int, device: str) -> Case:
-    """The network of configs/fcn_digit_scenes.yaml on random pictures."""
+    """Return the network of configs/fcn_digit_scenes.yaml on random pictures."""
     network = FCNCifarResNet(20, 11, output_stride=2).to(device, memory_format=torch.channels_last)
     pixels = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(batch, side, side, dtype=torch.uint8, device=device)
@@ -59,7 +59,7 @@ def masks(batch: int, side: int, device: str) -> Case:
 
 
 def forward_flops(depth: int, side: int) -> float:
-    """Operations of a ResNet's forward pass on one picture, in thousand millions; nothing is computed."""
+    """Return the operations of a ResNet's forward pass on one picture, in thousand millions, without computing it."""
     with torch.device("meta"):
         network, pixels = ResNet(depth), torch.randn(1, 3, side, side)
     with FlopCounterMode(display=False) as counter:
@@ -68,7 +68,7 @@ def forward_flops(depth: int, side: int) -> float:
 
 
 def map_bytes(depth: int, side: int) -> float:
-    """What a ResNet keeps of one picture: two maps a convolution, its output and that after norm and activation."""
+    """Return the bytes a ResNet keeps of a picture: per convolution its output, and that after norm and activation."""
     with torch.device("meta"):
         network, pixels = ResNet(depth), torch.randn(1, 3, side, side)
     sizes: list[int] = []
@@ -83,10 +83,10 @@ def map_bytes(depth: int, side: int) -> float:
 
 
 def gpt_flops(tokens: int, context: int, layers: int, width: int, vocabulary: int) -> int:
-    """Operations of a training step: 6 a parameter and token, and 12 L E T a token for the attention.
+    """Return the operations of a training step: 6 per parameter and token, and 12 L E T per token for the attention.
 
-    Chowdhery et al., "PaLM", 2022, appendix B. The output layer is a matrix of the N parameters; reading a token's
-    embedding is not a product, but is the same matrix here.
+    Chowdhery et al., "PaLM", 2022, appendix B. The output layer is one of the matrices in the N parameters. Reading a
+    token's embedding is not a product, but uses the same matrix here.
     """
     parameters = 12 * layers * width**2 + vocabulary * width
     return tokens * (6 * parameters + 12 * layers * width * context)
@@ -95,11 +95,11 @@ def gpt_flops(tokens: int, context: int, layers: int, width: int, vocabulary: in
 def gpt_bytes(
     tokens: int, context: int, layers: int, width: int, vocabulary: int, whole: bool = False, written_out: bool = False
 ) -> int:
-    """What a GPT keeps of a batch: about 20 numbers of the width a token and layer; the rest depends on how.
+    """Return the bytes a GPT keeps of a batch: about 20 numbers of the width per token and layer, and more by method.
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, have 17 with
-    dropout, without rotary positions and norms of queries and keys. Beside these `whole` logits, or else the gradient
-    of the output layer; the attention's weights in each head of 64 where it is `written_out`.
+    dropout, without rotary positions and norms of queries and keys. To these come the logits if `whole`, or else the
+    gradient of the output layer, and the attention's weights in each head of 64 if it is `written_out`.
     """
     weights = layers * (width // 64) * context * tokens * written_out
     return 4 * (20 * layers * width * tokens + vocabulary * (tokens if whole else width) + weights)
@@ -115,17 +115,17 @@ def gpt(
     whole: bool = False,
     written_out: bool = False,
 ) -> Case:
-    """A GPT as configs/gpt_python.yaml has it, on random tokens.
+    """Return a GPT as in configs/gpt_python.yaml, on random tokens.
 
     Args:
-        batch: texts.
-        context: tokens of each.
+        batch: number of texts.
+        context: tokens of each text.
         device: where it runs.
-        layers: of the network.
+        layers: number of layers.
         width: of the network; heads are 64 wide.
-        vocabulary: its tokens.
-        whole: all logits at once, instead of the task's loss in parts.
-        written_out: attention by its products, all weights at once, instead of one kernel.
+        vocabulary: number of tokens in the vocabulary.
+        whole: compute all logits at once, instead of the task's loss in parts.
+        written_out: compute attention by its products, all weights at once, instead of by one kernel.
     """
     network = GPT(vocabulary, context, layers, width // 64, width, "rotary", bias=False, qk_norm=True).to(device)
     tokens = torch.randint(vocabulary, (batch, context + 1), device=device)
@@ -142,7 +142,7 @@ def gpt(
 
 
 def with_adam(case: Case) -> Case:
-    """The same with AdamW, and the bytes of weights, gradients and moments."""
+    """Return the same case with AdamW, and count the bytes of weights, gradients and moments."""
     optimizer = torch.optim.AdamW(case.network.parameters(), fused=True)
 
     def stands() -> int:
@@ -157,7 +157,7 @@ def with_adam(case: Case) -> Case:
 
 
 def seq2seq(batch: int, length: int, device: str, attention: str, width: int = 128) -> Case:
-    """Sentences that are all of one length, on both sides."""
+    """Return a translator on sentences that all have one length, on both sides."""
     network = Seq2Seq(4096, 4096, hidden_size=width, embedding_size=width, attention=attention, dropout=0.0).to(device)
     source, target = torch.randint(4, 4096, (2, batch, length), device=device)
     lengths = torch.full((batch,), length, device=device)
@@ -169,17 +169,18 @@ def seq2seq(batch: int, length: int, device: str, attention: str, width: int = 1
 
 
 def seq2seq_flops(length: float, width: int = 128, vocabulary: int = 4096) -> float:
-    """Operations of a step on one pair: 6 a parameter and token, and two products of S T D, with their gradients.
+    """Return the operations of a step on one pair: 6 per parameter and token, and two products of S T D with gradients.
 
-    An LSTM layer of D cells that reads D numbers has 8 D² parameters. There are the decoder's, the encoder's two
-    directions of half of it each (6 D²), the keys (D²), what combines context and state (2 D²), the output (D V).
+    An LSTM layer of D cells that reads D numbers has 8 D² parameters. The layers are the decoder's, the encoder's two
+    directions of half the size each (6 D²), the keys (D²), the combination of context and state (2 D²), and the output
+    (D V).
     """
     parameters = (8 + 6 + 1 + 2) * width**2 + vocabulary * width
     return 6 * parameters * length + 12 * width * length**2
 
 
 def seq2seq_bytes(length: int, attention: str, width: int = 128, vocabulary: int = 4096) -> int:
-    """What a pair keeps: about 40 numbers of the width a place and its logits; the attention, S T numbers or S T D."""
+    """Return the bytes a pair keeps: per place ~40 numbers of the width and logits; of attention: S T or S T D."""
     return 4 * (length * (40 * width + vocabulary) + length**2 * (width if attention == "mlp" else 2))
 
 
@@ -187,7 +188,7 @@ def seq2seq_bytes(length: int, attention: str, width: int = 128, vocabulary: int
 
 
 def forecaster(context: int, cells: int, device: str, longest_lag: int | None = None) -> Forecaster:
-    """A DeepAR as configs/deepar_synthetic.yaml has it, that knows hourly series of four kinds."""
+    """Return a DeepAR as in configs/deepar_synthetic.yaml, for hourly series of four kinds."""
     lags = [lag for lag in Frequency.parse("1H").lags if longest_lag is None or lag <= longest_lag]
     network = DeepAR(len(lags), features=6, cardinality=[4], num_cells=cells, dropout=0.0)
     task = Forecaster(StudentT(), longest_lag, network=network, optimizer=None)
@@ -196,7 +197,7 @@ def forecaster(context: int, cells: int, device: str, longest_lag: int | None = 
 
 
 def windows(context: int, cells: int, batch: int, device: str) -> Case:
-    """A step on windows that are there already."""
+    """Return a step on windows that already exist."""
     task = forecaster(context, cells, device)
     steps = context + HORIZON + max(task.lags)
     values = torch.rand(batch, steps, device=device) + 1
@@ -206,13 +207,16 @@ def windows(context: int, cells: int, batch: int, device: str) -> Case:
 
 
 def deepar_flops(times: float, cells: float, lags: int = 40, features: int = 6) -> float:
-    """Operations of a step on one window: 6 a weight and time; 4 D (I + D) weights a layer (Hochreiter et al. 1997)."""
+    """Return the operations of a step on one window: 6 per weight and time.
+
+    A layer has 4 D (I + D) weights (Hochreiter et al. 1997).
+    """
     inputs = lags + features + 3  # the embedding of one of four kinds, and the scale
     return 6 * times * (4 * cells * (inputs + cells) + 8 * cells**2 + 3 * cells)
 
 
 def many_series(number: int, device: str, batch: int = 64, length: int = 100) -> Case:
-    """A step on windows drawn from so many series on the device; the bytes are those of the series."""
+    """Return a step on windows drawn from `number` series on the device; its bytes are those of the series."""
     task = forecaster(24, 40, device, longest_lag=24)
     steps = 24 + HORIZON + max(task.lags)
     store = copies(SeriesStore(make_series(100, length, 0).series, Frequency.parse("1H")), number // 100, length)
@@ -226,7 +230,7 @@ def many_series(number: int, device: str, batch: int = 64, length: int = 100) ->
 
 
 def copies(store: SeriesStore, times: int, length: int) -> SeriesStore:
-    """The same series many times over: a hundred thousand would take half a minute to draw."""
+    """Repeat the same series many times: drawing a hundred thousand would take half a minute."""
     for name in ("values", "observed", "features", "categories", "length"):
         tensor = getattr(store, name)
         setattr(store, name, tensor.repeat(times, *[1] * (tensor.ndim - 1)))

@@ -1,11 +1,11 @@
-"""Time and memory of a training step, of every size of a sweep.
+"""Time and memory of a training step, for every size of a sweep.
 
-Memory on a CPU is what autograd keeps from the forward pass until the backward pass: the bytes of all storages that
-come by `torch.autograd.graph.saved_tensors_hooks`, each counted once however many operations keep it or a view of it,
-without the network's own parameters and buffers, which do not grow with a batch. The count is exact: the same in each
-run. The peak of resident memory is not: it has the libraries in it, what the allocator does not give back, and buffers
-of single operations. On a GPU memory is the peak that a step takes beyond what stood there before it
-(`torch.cuda.max_memory_allocated`), gradients and workspaces included, for that is what runs out.
+On a CPU, memory is what autograd keeps from the forward pass until the backward pass: the bytes of all storages that
+pass through `torch.autograd.graph.saved_tensors_hooks`. Each storage counts once, however many operations keep it or a
+view of it. The network's own parameters and buffers do not count, as they do not grow with a batch. This count is exact
+and the same in each run. The peak of resident memory is neither: it includes the libraries, memory that the allocator
+does not return, and buffers of single operations. On a GPU, memory is the peak that a step adds to the memory in use
+before it (`torch.cuda.max_memory_allocated`), including gradients and workspaces, because that is what runs out.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.rows import in_turns
 
 TURNS = 7
-Law = Callable[[int], float]  # a size -> how much it costs on paper, up to a factor
+Law = Callable[[int], float]  # a size -> its cost on paper, up to a factor
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Case:
     """A training step of one size.
 
     Attributes:
-        network: what learns.
+        network: the network to train.
         loss: forward pass and loss.
-        optimizer: takes a step too, where there is one.
-        stands: counts bytes that stand between the steps, where these are in question instead of what a step keeps.
+        optimizer: takes a step too, if there is one.
+        stands: counts bytes that remain between steps, if these are to be measured instead of what a step keeps.
     """
 
     network: nn.Module
@@ -39,7 +39,7 @@ class Case:
     stands: Callable[[], int] | None = None
 
     def step(self) -> None:
-        """Forward, loss, backward."""
+        """Compute forward pass, loss and backward pass."""
         self.network.zero_grad()
         self.loss().backward()
         if self.optimizer is not None:
@@ -51,11 +51,11 @@ class Line:
     """One way to do what a sweep makes larger.
 
     Attributes:
-        name: in the legend; empty where a sweep has one line.
+        name: in the legend; empty if a sweep has one line.
         case: size -> its step.
-        exponents: of time and of memory for large sizes, on paper; None: not looked at.
-        time: the law of time on paper, where these sizes are not large enough for a power.
-        memory: that of memory.
+        exponents: of time and of memory for large sizes, on paper; None: not measured.
+        time: the law of time on paper, if these sizes are not large enough for a power.
+        memory: the law of memory.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Line:
     memory: Law | None = None
 
     def on_paper(self, sizes: list[int], places: list[float]) -> list[list[float] | None]:
-        """What time and memory cost; a power of the place on the axis where nothing else was given."""
+        """Return the cost in time and memory; a power of the place on the axis if there is no other law."""
         found: list[list[float] | None] = []
         for law, power in zip((self.time, self.memory), self.exponents, strict=True):
             if law:
@@ -80,12 +80,12 @@ class Sweep:
     """One thing that grows.
 
     Attributes:
-        title: what is trained.
-        axis: what grows.
-        sizes: of it, from small to large.
-        paper: what grows how, in words.
+        title: the network that is trained.
+        axis: the thing that grows.
+        sizes: its sizes, from small to large.
+        paper: the laws on paper, in words.
         lines: ways to do it.
-        place: size -> where it stands on the axis, where that is something else.
+        place: size -> its place on the axis, if that is another number.
     """
 
     title: str
@@ -97,7 +97,7 @@ class Sweep:
 
 
 def kept(case: Case) -> int:
-    """Bytes that autograd keeps for the backward pass, but for parameters and buffers."""
+    """Return the bytes that autograd keeps for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in chain(case.network.parameters(), case.network.buffers())}
     found: dict[int, int] = {}
 
@@ -105,7 +105,7 @@ def kept(case: Case) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the same storage, which so lives as long as the loss; no cycle through the graph
+        return tensor.detach()  # keeps the storage as long as the loss lives, without a cycle through the graph
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = case.loss()
@@ -114,7 +114,7 @@ def kept(case: Case) -> int:
 
 
 def peak(case: Case) -> int:
-    """Bytes that a step takes on a GPU at its height, beyond what stood there before."""
+    """Return the peak of bytes that a step on a GPU adds to those in use before it."""
     case.network.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -125,15 +125,15 @@ def peak(case: Case) -> int:
 
 
 def memory(case: Case, device: str) -> int:
-    """Bytes that a case is about."""
+    """Return the bytes that a case measures."""
     if case.stands is not None:
-        case.step()  # gradients and an optimiser's moments are there after the first
+        case.step()  # gradients and an optimiser's moments exist after the first step
         return case.stands()
     return peak(case) if device == "cuda" else kept(case)
 
 
 def measured(sweep: Sweep, title: str, device: str, turns: int = TURNS) -> dict:
-    """All figures of a sweep, as they are kept."""
+    """Measure all figures of a sweep, in the format of docs/scaling.json."""
     cases = {line.name: [line.case(size) for size in sweep.sizes] for line in sweep.lines}
     calls = {
         (line.name, size): case.step
@@ -157,5 +157,5 @@ def measured(sweep: Sweep, title: str, device: str, turns: int = TURNS) -> dict:
 
 
 def rounded(seconds: list[float]) -> list[float]:
-    """To the microsecond."""
+    """Round to the microsecond."""
     return [round(second, 6) for second in seconds]

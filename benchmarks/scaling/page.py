@@ -1,4 +1,4 @@
-"""What is written: docs/scaling.json, docs/scaling.md's tables between two comments, and its pictures."""
+"""Write docs/scaling.json, the tables of docs/scaling.md between two comments, and the pictures."""
 
 import json
 import math
@@ -11,14 +11,14 @@ MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
 
 def slope(sizes: list[float], values: list[float]) -> float:
-    """The exponent of the power through the upper half of the sizes: least squares over the logarithms."""
+    """Return the exponent of a power law through the upper half of the sizes: least squares over the logarithms."""
     half = len(sizes) // 2
     xs, ys = ([math.log(max(v, 1e-12)) for v in part[half:]] for part in (sizes, values))
     return statistics.linear_regression(xs, ys).slope
 
 
 def exponent(sizes: list[float], values: list[float] | None, large: float | None = None) -> str:
-    """For a table, with that of large sizes where it is another; a dash where nothing was measured or follows."""
+    """Format an exponent for a table, followed by that of large sizes if it differs; a dash if there are no values."""
     if values is None:
         return "–"
     here = f"{slope(sizes, values):.2f}".replace("-0.00", "0.00")
@@ -26,17 +26,17 @@ def exponent(sizes: list[float], values: list[float] | None, large: float | None
 
 
 def middles(line: dict) -> list[float] | None:
-    """Seconds of each size."""
+    """Return the median seconds of each size."""
     return line["seconds"] and [statistics.median(turns) for turns in line["seconds"]]
 
 
 def number(size: float) -> str:
-    """A size, as short as it can be read."""
+    """Format a size as briefly as it can be read."""
     return f"{size:,.0f}" if size >= 20 else f"{size:.3g}"
 
 
 def tables(found: dict) -> str:
-    """The page's tables, in Markdown."""
+    """Return the tables of the page in Markdown."""
     rows = [
         "| trained | what grows | on paper | time on paper | measured | memory on paper | measured |",
         "|---|---|---|---|---|---|---|",
@@ -66,13 +66,13 @@ def tables(found: dict) -> str:
 
 
 def machine(found: dict) -> str:
-    """Where it was measured."""
+    """Describe where it was measured."""
     threads = f", {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     return found["machine"] + (threads if found["device"] == "cpu" else "")
 
 
 def put_between(page: str, text: str) -> str:
-    """A page with `text` between its two marks, and all else as it was."""
+    """Return a page with `text` between its two marks, and everything else unchanged."""
     begin, end = MARKS
     found, times = re.subn(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
     if times != 1:
@@ -81,7 +81,7 @@ def put_between(page: str, text: str) -> str:
 
 
 def draw(found: dict, path: Path, of: str) -> None:
-    """Small multiples of `time` or `memory`: what was measured, and dashed what follows on paper from the last size."""
+    """Draw small multiples of `time` or `memory`: measured values, and dashed the law on paper from the last size."""
     from matplotlib.figure import Figure
 
     columns = 4
@@ -102,7 +102,7 @@ def draw(found: dict, path: Path, of: str) -> None:
 
 
 def draw_sweep(axes, sweep: dict, of: str) -> None:
-    """The lines of one sweep, each in its colour, those without `time` or `memory` left out."""
+    """Draw the lines of one sweep, each in its colour, without those that lack `time` or `memory`."""
     factor, unit = (1e3, "ms") if of == "time" else (1e-6, "MB")
     sizes, drawn = sweep["sizes"], []
     lines = {name: line for name, line in sweep["lines"].items() if of == "memory" or line["seconds"]}
@@ -124,7 +124,7 @@ def draw_sweep(axes, sweep: dict, of: str) -> None:
 
 
 def plain_ticks(axes, sizes: list[float], values: list[float]) -> None:
-    """Sizes as they are where they are few, and room above for the legend; a flat line is to look flat."""
+    """Label few sizes with plain numbers, leave room above for the legend, and make a flat line look flat."""
     middle = math.sqrt(min(values) * max(values))
     low, high = min(min(values) / 1.5, middle / 4), max(2.5 * max(values), 5 * middle)
     axes.set_ylim(low, high)
@@ -139,7 +139,7 @@ def plain_ticks(axes, sizes: list[float], values: list[float]) -> None:
 
 
 def write(found: dict, folder: Path) -> None:
-    """Pictures, and the tables of the page."""
+    """Write the pictures, and the tables of the page."""
     (folder / "images").mkdir(exist_ok=True)
     draw(found, folder / "images/scaling.png", "time")
     draw(found, folder / "images/scaling-memory.png", "memory")
@@ -148,6 +148,6 @@ def write(found: dict, folder: Path) -> None:
 
 
 def lines_of(found: dict) -> str:
-    """As JSON, a list of numbers on one line."""
+    """Format as JSON, with each list of numbers on one line."""
     text = json.dumps(found, indent=1, ensure_ascii=False)
     return re.sub(r"\[[^\[\]{}]*\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text) + "\n"

@@ -1,4 +1,4 @@
-"""The sweeps by name, and the levers: what is made larger, and what one can do where memory or time is short."""
+"""The sweeps by name, and the levers: what grows, and how to save memory or time if they are short."""
 
 from benchmarks.scaling.cases import (
     HORIZON,
@@ -24,13 +24,13 @@ from dlref.tasks.task import freeze
 
 
 def sweeps(device: str) -> dict[str, Sweep]:
-    """All of them by name. A GPU is given sixteen times the batch, or its cores would wait for most of a step."""
+    """Return all sweeps by name. A GPU gets sixteen times the batch, or its cores would wait for most of a step."""
     many = 16 if device == "cuda" else 1
     return of_pictures(many, device) | of_texts(many, device) | of_sequences(many, device)
 
 
 def of_pictures(many: int, device: str) -> dict[str, Sweep]:
-    """Batch, side and depth."""
+    """Return the sweeps of batch, side and depth."""
     depths = {round(forward_flops(depth, 128), 3): depth for depth in (18, 34, 50, 101, 152)}
     return {
         "batch": Sweep(
@@ -73,7 +73,7 @@ def of_pictures(many: int, device: str) -> dict[str, Sweep]:
 
 
 def of_texts(many: int, device: str) -> dict[str, Sweep]:
-    """Context, width and vocabulary of a language model."""
+    """Return the sweeps of context, width and vocabulary of a language model."""
     context, width, vocabulary = 128, 128, 1024
     return {
         "context": Sweep(
@@ -132,7 +132,7 @@ def of_texts(many: int, device: str) -> dict[str, Sweep]:
 
 
 def of_sequences(many: int, device: str) -> dict[str, Sweep]:
-    """Sentences of a translator; context, cells and series of a forecaster."""
+    """Return the sweeps of a translator's sentences, and of a forecaster's context, cells and series."""
     return {
         "sentences": Sweep(
             f"Seq2Seq, {16 * many} pairs",
@@ -190,7 +190,7 @@ def of_sequences(many: int, device: str) -> dict[str, Sweep]:
 
 
 def levers(device: str) -> dict[str, dict[str, Case]]:
-    """What one can do where memory or time is short: the same step in several ways."""
+    """Return ways to save memory or time: the same step in several variants."""
     many = 16 if device == "cuda" else 1
     picture, text = 16 * many, 8 * many
     frozen = ResNet(18)
