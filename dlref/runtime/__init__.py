@@ -46,7 +46,7 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
 def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None, int]:
     """Return the threads of each graph (None: all) and how many batches run side by side, for a kind of bundle.
 
-    Neither exceeds the number of cores: a mistyped number would start as many threads.
+    Neither exceeds the number of cores, so that a mistyped number, or one from another machine, does no harm.
     """
     given = min(int(threads or cores()), cores())
     if runner_of(kind).spreads and provider == CPU:

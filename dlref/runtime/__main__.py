@@ -151,7 +151,7 @@ def print_stream(pieces: Iterable[str]) -> int:
 
 
 def line(record: dict) -> str:
-    """Return a record as JSON, with non-ASCII letters if the output can show them; a redirected one must be UTF-8."""
+    """Return a record as JSON, with non-ASCII letters if the terminal can show them or redirected output is UTF-8."""
     text, encoding = json.dumps(record, ensure_ascii=False), sys.stdout.encoding or "ascii"
     if CONTROLS.search(text) or not (sys.stdout.isatty() or codecs.lookup(encoding).name == "utf-8"):
         return json.dumps(record)
@@ -217,7 +217,7 @@ def real(path: str | Path) -> Path:
 
 def save(picture, path: Path) -> None:
     """Write a picture whole or not at all. Raises UserError."""
-    # Named after the picture: others may write next to it, from machines with the same process ids. Hashed: short.
+    # Not named by process id: other machines may write here too. Derived from the picture's name, hashed to be short.
     part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")

@@ -2,7 +2,7 @@
 
 import errno
 
-LONGEST = 2000  # letters of a message; its start says where, its end what was expected
+LONGEST = 2000  # characters of a message; its start says where, its end what was expected
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError when a disk or quota is full
 
 

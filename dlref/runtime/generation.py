@@ -19,7 +19,7 @@ class Settings(NamedTuple):
         top_k: sample from this many of the likeliest tokens; 0 for all.
         top_p: sample from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         repetition_penalty: logits of earlier tokens are divided by it, or multiplied if they are negative (Keskar et
-            al. 2019, section 4.1, always divide). The end of text before a prompt does not count as an earlier token.
+            al. 2019, section 4.1, always divide). The end-of-text token before a prompt does not count as earlier.
         stop: texts that must not appear: the text ends before the first of them.
         seed: of the sampling. Other texts in the batch do not affect a text, except in an int8 graph, whose ranges are
             computed over all of them.
@@ -73,7 +73,7 @@ def distribution(logits: np.ndarray, settings: Settings) -> tuple[np.ndarray, np
 
 
 class Writing:
-    """A text during generation: joins the bytes of its tokens, and ends before a stop text.
+    """A text being generated: joins the bytes of its tokens, and ends before a stop text.
 
     Args:
         prompt: the tokens to continue.

@@ -71,7 +71,7 @@ def _opened(source) -> AbstractContextManager[Image.Image]:
 
 
 def _as_hwc(array: np.ndarray, channels: int) -> np.ndarray:
-    """Convert (H, W), (H, W, C) or (C, H, W) to (H, W, C). A last axis of 1, 3 or 4 is taken for channels."""
+    """Convert (H, W), (H, W, C) or (C, H, W) to (H, W, C). A last axis of size 1, 3 or 4 holds the channels."""
     if array.dtype != np.uint8 or array.size == 0:
         raise UserError(f"array {array.dtype} {array.shape}: expected a non-empty uint8 image")
     array = np.array(array)  # a camera may overwrite its buffer before the batch is complete

@@ -55,7 +55,7 @@ class Runner:
         raise UserError("these answers are not drawn; expected a bundle of detection, segmentation or translation")
 
     def written(self, source) -> Iterator[str]:
-        """Yield a predicted text piece by piece, as it is generated. Raises UserError if this kind cannot."""
+        """Yield a predicted text piece by piece, as it is generated. Raises UserError if this kind generates none."""
         raise UserError("these answers do not come piece by piece; expected a bundle of a language model")
 
     def picture(self, answer: dict):

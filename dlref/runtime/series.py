@@ -44,7 +44,7 @@ def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndar
         return np.where(both, np.diff(values), np.float32(0)), both
 
 
-# SageMaker's form
+# SageMaker's format
 
 
 def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:

@@ -29,7 +29,7 @@ class Words:
     def __init__(self, tokens: list[str], exact: bool = False):
         self.names, self.normal = tokens, str if exact else normal
         names = tokens if exact else [unicodedata.normalize("NFC", name) for name in tokens]
-        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # of equal names, the first
+        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # the first equal name wins
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,7 +73,7 @@ class Characters(Words):
 
 
 class Bytes:
-    """Splits text into the bytes of its UTF-8."""
+    """Splits text into UTF-8 bytes."""
 
     end = END
     spelling = (*[b""] * len(SPECIAL), *[bytes([byte]) for byte in range(256)])
@@ -110,7 +110,7 @@ class BytePairs:
         if not ends:
             raise UserError(f"tokeniser of byte pairs: no token that ends a text; expected {' or '.join(self.ends)}")
         self.end = ends[0]
-        self.tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
+        self.tokenizer.encode_special_tokens = True  # a special token's name in a text is plain text
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()

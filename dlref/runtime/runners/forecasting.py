@@ -135,7 +135,10 @@ class Runner(Base):
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
-        """Return a name and a source for each input in `path`: a request or series, or a file with one or many."""
+        """Return a name and a source for each input.
+
+        `path` is a request or series in JSON, or a file that holds one, or one on each line.
+        """
         if is_object(path):
             yield path, Line("request", path)
             return
@@ -290,9 +293,9 @@ class Runner(Base):
     def noise(self, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """Return uniform numbers float32 (S, H, U) for a series, which depend only on its values and a seed.
 
-        The range from 0 to 1 is divided into S equal parts, and each path has its number in another part (M. D. McKay,
-        R. J. Beckman and W. J. Conover, 1979). Each path is as likely as before, but the mean and quantiles of the
-        paths are nearer to those of very many.
+        The range from 0 to 1 is divided into S equal parts, and each path draws from a different part (M. D. McKay,
+        R. J. Beckman and W. J. Conover, 1979). This does not change the distribution of a path, but the mean and
+        quantiles of the paths are nearer to those of very many.
         """
         rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(values), seed))
         uniform = rng.random((samples, self.horizon, self.metadata["uniforms"]), np.float32)

@@ -45,7 +45,7 @@ class Request(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the tokens read so far. New ones are written behind them, without copying them for each token.
+    """Keys and values of the tokens read so far, with room to grow: appending a token does not copy the earlier ones.
 
     Args:
         shape: of the graph's inputs; key_0, value_0, ... determine the numbers of layers, heads and so on.
@@ -142,7 +142,10 @@ class Runner(Base):
         yield from ((where, Line(where, line)) for where, line in (lines or {f"{path}:1": ""}).items())
 
     def read(self, source: Any) -> Request:
-        """Read a text, a request {"inputs": text, "parameters": {"max_new_tokens": ...}}, or a line or file of one."""
+        """Read a text, or a request {"inputs": text, "parameters": {"max_new_tokens": ...}}.
+
+        `source` can also be a line or a file that holds one of these.
+        """
         where, asked = "input", {}
         if isinstance(source, Path):
             source = only(str(source), self.within(str(source), read_text(source, "text")))
@@ -181,13 +184,13 @@ class Runner(Base):
     # Answers
 
     def size(self, item: Request) -> int:
-        """Return the elements of its keys and values."""
+        """Return the number of elements in a request's keys and values."""
         heads, width = self.decode.shape["key_0"][1::2]
         tokens = min(len(item.tokens) + item.settings.max_new_tokens, self.context_length)
         return tokens * 2 * heads * width * sum(name.startswith("key_") for name in self.decode.shape)
 
     def answer(self, items: list[Request]) -> list[dict]:
-        """Return `text`, the continuation of a prompt; `new_tokens`, their number; and the `reason` why the text ends.
+        """Return `text`, the continuation of a prompt, its number of `new_tokens`, and the `reason` why it ends.
 
         The reason is length, stop or end. `truncated` means that the prompt was longer than the context, and that only
         its end was read.

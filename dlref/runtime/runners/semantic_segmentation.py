@@ -24,7 +24,7 @@ class Runner(ImageRunner):
         self.segment = graphs["segment"]
 
     def size(self, item: np.ndarray) -> int:
-        """Return pixels times channels and logits: a graph holds the logits of each class at the size of the image."""
+        """Return pixels times (channels + 4 × classes): a graph holds the logits of each class at the image's size."""
         return item.shape[0] * item.shape[1] * (item.shape[2] + 4 * len(self.metadata["labels"]))
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:

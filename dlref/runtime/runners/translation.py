@@ -115,7 +115,10 @@ class Runner(Base):
         yield from ((f"{path}:{number}", Line(f"{path}:{number}", line)) for number, line in enumerate(lines, start=1))
 
     def read(self, source: Any) -> Request:
-        """Read a text, SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}, or a line or file of one."""
+        """Read a text, or SageMaker's {"source": ...} or {"instances": [{"data": ...}, ...]}.
+
+        `source` can also be a line or a file that holds one of these.
+        """
         if not 1 <= (whole_number(self.beam) or 0) <= self.widest:
             raise UserError(f"beam: {self.beam}; expected a whole number from 1 to {self.widest}")
         where = "input"
@@ -138,7 +141,7 @@ class Runner(Base):
         return Request(asked, single=False)
 
     def asked(self, instance: object, key: str, where: str) -> Sentence:
-        """Return the sentence of one instance, and whether it requests the attention matrix. Raises UserError."""
+        """Return the sentence of one instance, marked if it requests the attention matrix. Raises UserError."""
         if not isinstance(instance, Mapping) or not isinstance(instance.get(key), str):
             raise UserError(f"{where}: {shorten(instance)}; expected an object with {key}, a text")
         unknown = set(instance) - {key, "configuration"}
@@ -164,7 +167,7 @@ class Runner(Base):
     # Answers
 
     def size(self, item: Request) -> int:
-        """Return the elements of its translations' attention."""
+        """Return the number of elements in the attention of a request's translations."""
         return sum(len(sentence.tokens) for sentence in item.sentences) * self.beam * self.longest_answer
 
     def answer(self, items: list[Request]) -> list[dict]:
