@@ -1,1 +1,1 @@
-"""What dlref is measured by, beside its peers: `python -m benchmarks`."""
+"""Benchmarks of dlref beside its peers: `python -m benchmarks`."""

@@ -3,12 +3,12 @@
 Each contender runs in a process of its own and makes one prediction at a time. A turn is an export, whose last step
 measures the contenders one after the other. If int8 was tried, both graphs were measured three times, and the median
 counts. PyTorch runs the programs that torch.export saved, without the checks of each call, and compiles with an empty
-cache. A config is exported from the run of its own benchmark. ResNet and LeNet-5 at published sizes have random
-weights; their speed and memory are those of trained networks. "Model" is the size of the bundle's graphs or of
-PyTorch's weights, "installed" that of the packages needed for predictions. PyTorch is the wheel that `pip install
-torch` installs; its CUDA libraries cost memory and disk on a machine without a GPU, too. TORCH_CPU_PYTHON names an
-interpreter that has the wheel without these libraries, numpy, onnxruntime and pillow. It is a contender of its own,
-whose speed is left out because its version may differ.
+cache. A config's bundle is exported from the run that the config's own benchmark trained. ResNet and LeNet-5 at
+published sizes have random weights; their speed and memory are those of trained networks. "Model" is the size of the
+bundle's graphs or of PyTorch's weights, "installed" that of the packages needed for predictions. PyTorch is the default
+wheel, from `pip install torch`, whose CUDA libraries cost memory and disk on a machine without a GPU, too.
+TORCH_CPU_PYTHON names an interpreter that has the wheel without these libraries, numpy, onnxruntime and pillow. It is a
+contender of its own, whose speed is left out because its version may differ.
 """
 
 import os

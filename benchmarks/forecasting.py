@@ -3,10 +3,10 @@
 Both train two LSTM layers of 40 cells with Lightning's Trainer on the same series, with the same context length,
 prediction length, batch size and numbers of windows. GluonTS with its defaults, GluonTS with cached data and dlref take
 turns in one process. Then GluonTS, dlref in PyTorch, and dlref's float32 and int8 graphs, in onnxruntime as in a
-bundle, take turns to forecast the same windows with 100 sample paths. Training times are those of epochs without
-start-up and validation. Forecast times begin with the raw series, and include features and quantiles. The series are
-synthetic; if DLREF_DATA has them, the exchange rates and the hourly series of M4 are used as well. GluonTS reads whole
-series repeatedly, and is slower on longer ones.
+bundle, take turns to forecast the same windows with 100 sample paths. Training is timed over epochs, without start-up
+and validation. Forecasts are timed from the raw series, with features and quantiles included. The series are synthetic;
+if DLREF_DATA has them, the exchange rates and the hourly series of M4 are used as well. GluonTS reads whole series
+repeatedly, and is slower on longer ones.
 """
 
 import tempfile

@@ -3,10 +3,10 @@
 Each family is measured with its embedded config, image classification and forecasting also with two configs each on
 real data. Both loops have the same network, data, augmentation, optimiser, schedule and clipping, from the same seeds,
 in one process. The Trainer has the callbacks and loggers of `train.py fit` and draws its progress bar; the bare loop
-does only what the mathematics needs. The two alternate every few steps, because the speed of a machine changes within
-seconds by more than the difference to be found. The times are those of all steps of an epoch except its first, without
-the time between epochs. 0.952 times the steps of a bare loop are an overhead of 5%. Short steps show what the Trainer
-adds, 1 to 2 ms; in most longer steps the spread of the turns hides it.
+does only what the mathematics requires. The two alternate every few steps, because the speed of a machine changes
+within seconds by more than the difference to be measured. All steps of an epoch except its first are timed, without the
+time between epochs. 0.952 times the steps of a bare loop are an overhead of 5%. Short steps show what the Trainer adds,
+1 to 2 ms; in most longer steps the spread of the turns hides it.
 """
 
 import itertools

@@ -28,8 +28,8 @@ The ratio is the median of the ratios of all turns, with the least and the great
 sides are medians as well, so their quotient may differ from the ratio. A row without a peer has only dlref's figure.
 
 `python -m benchmarks reproduce NAME` measures the rows of a name again. It reports for each row whether the new median
-lies between the least and the greatest value here, or at most 5% beyond them. For figures without a unit, such as
-scores, it must also be within 0.01. Times and speeds without a peer are those of the machine that the row names.
+lies between the least and the greatest value here, or at most 5% beyond them (and at most 0.01 for figures without a
+unit, such as scores). Times and speeds without a peer are those of the machine that the row names.
 [results.md](results.md) explains the figures.
 
 ![ratios that have a goal: median, spread and goal](images/benchmarks.png)

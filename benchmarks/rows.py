@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class NotHere(Exception):
-    """The reason why a benchmark cannot be run on this machine."""
+    """Raised if a benchmark cannot be run on this machine; the message says why."""
 
 
 def needs(package: str) -> None:

@@ -2,8 +2,8 @@
 
 Most rows compare two bare loops on embedded configs that alternate every few steps. An update of averaged weights and
 steps of AdamW and Muon are measured alone. For the progress bar, logging interval, hook bookkeeping and profiler, the
-rows give the time that the Trainer adds to a step of a bare loop; these two alternate every few steps as well. The
-steps are those of an epoch except its first. Data on the device, static shapes and steps that wait for nothing are part
+rows give the time that the Trainer adds to a step of a bare loop; these two alternate every few steps as well. All
+steps of an epoch except its first are timed. Data on the device, static shapes and steps that wait for nothing are part
 of every config, and have no row. The gains from CUDA graphs and a compiled output layer are among the figures of a GPU.
 """
 

@@ -68,7 +68,10 @@ def forward_flops(depth: int, side: int) -> float:
 
 
 def map_bytes(depth: int, side: int) -> float:
-    """Return the bytes a ResNet keeps of a picture: per convolution its output, and that after norm and activation."""
+    """Return the bytes a ResNet keeps of one picture.
+
+    Each convolution counts two maps: its output, and the map after norm and activation.
+    """
     with torch.device("meta"):
         network, pixels = ResNet(depth), torch.randn(1, 3, side, side)
     sizes: list[int] = []
@@ -95,11 +98,11 @@ def gpt_flops(tokens: int, context: int, layers: int, width: int, vocabulary: in
 def gpt_bytes(
     tokens: int, context: int, layers: int, width: int, vocabulary: int, whole: bool = False, written_out: bool = False
 ) -> int:
-    """Return the bytes a GPT keeps of a batch: about 20 numbers of the width per token and layer, and more by method.
+    """Return the bytes a GPT keeps of a batch: about 20 numbers of the width per token and layer, and some by method.
 
     Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, have 17 with
-    dropout, without rotary positions and norms of queries and keys. To these come the logits if `whole`, or else the
-    gradient of the output layer, and the attention's weights in each head of 64 if it is `written_out`.
+    dropout, without rotary positions and norms of queries and keys. The logits are added if `whole`, otherwise the
+    gradient of the output layer. The attention's weights in each head of 64 are added if `written_out`.
     """
     weights = layers * (width // 64) * context * tokens * written_out
     return 4 * (20 * layers * width * tokens + vocabulary * (tokens if whole else width) + weights)
@@ -180,7 +183,7 @@ def seq2seq_flops(length: float, width: int = 128, vocabulary: int = 4096) -> fl
 
 
 def seq2seq_bytes(length: int, attention: str, width: int = 128, vocabulary: int = 4096) -> int:
-    """Return the bytes a pair keeps: per place ~40 numbers of the width and logits; of attention: S T or S T D."""
+    """Return the bytes a pair keeps: 40 × width and V numbers per place, and S T or S T D for the attention."""
     return 4 * (length * (40 * width + vocabulary) + length**2 * (width if attention == "mlp" else 2))
 
 
