@@ -56,7 +56,7 @@ PEERS = {  # and its figures that are not also those of another contender
 }
 # Goals of the comparison with PyTorch eager, from either wheel.
 GOALS = {"latency_ms": ">= 2", "first_answer_s": ">= 10", "peak_rss_mb": ">= 8", "installed_mb": ">= 10"}
-SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # exceptions from the goal of the latency
+SOONER = {"edge-lenet5": ">= 1", "edge-resnet50": ">= 3"}  # other goals for the latency
 
 
 class Noise:

@@ -8,7 +8,7 @@ which it was started. It predicts for the example input in the bundle and prints
     throughput                   examples per second, eight at once if the graphs have a batch axis
     peak_rss_mb, anonymous_mb    peak resident memory, and the anonymous part after the latency was measured, which
                                  the system cannot reclaim; Linux only, else null
-    waited                       share of the time that its threads were ready to run and had no core; if it is high,
+    waited                       share of its threads' runnable time in which they had no core; if it is high,
                                  something else was running, and the speed says little; Linux only
     first_answer_s               from the start of the process to the first prediction
     model_mb, installed_mb       size of the graphs, and of the packages that run them
@@ -50,7 +50,7 @@ def smoke_test(folder: Path, provider: str) -> None:
 
 def in_process(command: list[str]) -> dict:
     """Run a contender, pass it its start time, and return the JSON that it printed. Raises UserError."""
-    import subprocess  # imported here: it would add to the memory of the measured process
+    import subprocess  # imported only here: it would add to the memory of the measured process
 
     result = subprocess.run([*command, repr(time.monotonic())], capture_output=True, text=True, check=False)
     if result.returncode:
@@ -208,7 +208,7 @@ def installed_mb(package: str) -> float | None:
     If another package provides a requirement, such as onnxruntime-gpu for onnxruntime, its size counts. None: not
     installed.
     """
-    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions  # saves memory
+    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions  # lazy: saves memory
 
     stand_ins = packages_distributions()
     sizes: dict[str, int] = {}

@@ -200,7 +200,7 @@ def parse_date(text: Any, where: str) -> int:
 
 @lru_cache(maxsize=1 << 16)  # the series of a file share their dates
 def _seconds(text: str) -> int:
-    if not DATE.fullmatch(text):  # fromisoformat alone accepts weeks and time zones
+    if not DATE.fullmatch(text):  # fromisoformat would also accept weeks and time zones
         raise ValueError
     return (datetime.fromisoformat(text.partition(".")[0]) - ORIGIN) // SECOND
 

@@ -25,7 +25,8 @@ def cores() -> int:
 def saturates() -> bool:
     """Test whether onnxruntime gets sums of 8-bit products wrong here, as on x86-64 without VNNI. Takes a millisecond.
 
-    If the sums are exact, the option that makes them exact would only cost time: it more than doubles a convolution's.
+    The option that makes them exact is not used everywhere: where sums are exact without it, it more than doubles the
+    time of a convolution.
     """
     import onnxruntime
 
