@@ -183,7 +183,7 @@ def seq2seq_flops(length: float, width: int = 128, vocabulary: int = 4096) -> fl
 
 
 def seq2seq_bytes(length: int, attention: str, width: int = 128, vocabulary: int = 4096) -> int:
-    """Return the bytes a pair keeps: 40 × width and V numbers per place, and S T or S T D for the attention."""
+    """Return the bytes a pair keeps: about 40 × width + V numbers a place, and S T or S T D for the attention."""
     return 4 * (length * (40 * width + vocabulary) + length**2 * (width if attention == "mlp" else 2))
 
 
