@@ -1,7 +1,7 @@
 """Training augmentation of a whole batch at once, on the device that holds it.
 
-uint8 in, uint8 out. Every image draws its own numbers, and the draws, the indexing and the masking stay on
-the device: nothing here waits for it.
+Images are uint8 before and after. Each image gets its own random numbers. Drawing, indexing and masking stay on
+the device, so nothing here waits for it.
 
 B batch, C channels, H W height and width.
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601)
-TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # the axis of greys, crossed
+TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # cross with the grey axis
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Pad each image (B, C, H, W) by `padding` black pixels on every side, and crop H × W of it at random.
+    """Pad each image (B, C, H, W) by `padding` black pixels on every side, and crop a random H × W part of it.
 
     The augmentation of He et al., "Deep Residual Learning", 2016, section 4.2, where `padding` is 4.
     """
     batch, channels, height, width = images.shape
     top, left = torch.randint(2 * padding + 1, (2, batch, 1), device=images.device)
-    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all that there are
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
     # Indexing the channels too keeps the result contiguous: a layout that differed between training and
     # evaluation would make torch.compile specialise twice.
     image, channel = torch.arange(batch, device=images.device), torch.arange(channels, device=images.device)
@@ -40,8 +40,9 @@ def random_erase(images: Tensor, size: int) -> Tensor:
     """Blacken a square of side `size` in each image (B, C, H, W): cutout.
 
     DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, section
-    3.2: the centre is uniform over the pixels, so that a square near the border is partly outside. They erase
-    normalised images with zeros, the mean colour; these are not normalised yet, and black is what pads them.
+    3.2: the centre is uniform over the pixels, so a square near the border is partly outside. The authors fill
+    normalised images with zeros, the mean colour; images here are not normalised yet, and the fill is black, like
+    the padding of `random_crop`.
     """
     batch, _, height, width = images.shape
     top = torch.randint(height, (batch, 1), device=images.device) - size // 2
@@ -56,10 +57,10 @@ def random_erase(images: Tensor, size: int) -> Tensor:
 def photometric(images: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of each image (B, 3, H, W), each with probability one half.
 
-    The distortions of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image Classification",
-    2013, in the ranges of SSD's authors: ±32 levels, factors of 0.5 to 1.5 twice; hue, of which theirs count 18 in
-    halves of a degree, as torchvision has it: ±18 degrees. All are linear in the colours (saturation mixes with the
-    luma, hue turns around the axis of greys), so one product a pixel does them.
+    The distortions are those of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image
+    Classification", 2013, in the ranges of SSD's authors: ±32 levels, then factors of 0.5 to 1.5 twice. Hue is ±18
+    degrees, as in torchvision (the authors' 18 counts OpenCV's units of two degrees). All are linear in the colours
+    (saturation mixes with the luma, hue rotates around the grey axis), so one matrix product per pixel applies them.
     """
     batch, device = len(images), images.device
 

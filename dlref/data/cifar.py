@@ -1,6 +1,6 @@
 """The binary batches of CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 
-A batch is a row of records, each one byte of label and then 32 × 32 bytes of red, of green and of blue.
+A batch is a sequence of records: one byte for the label, then 32 × 32 bytes each of red, green and blue.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_cifar_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Read batches.meta.txt: the ten class names, one a line."""
+    """Read batches.meta.txt: the ten class names, one per line."""
     names = read_text(path, f"{CLASSES} class names, one a line,").split()
     if len(names) != CLASSES:
         raise UserError(f"{path}: {len(names)} class names; expected {CLASSES}, one a line")

@@ -1,7 +1,7 @@
 """The idx format of MNIST: LeCun, Cortes and Burges, "The MNIST database of handwritten digits", 1998.
 
-Big-endian: two zero bytes, a type code (8: unsigned byte), the number of dimensions, the size of each as 32
-bits, then the values, last dimension fastest. Published gzipped; both forms are read.
+A file is big-endian: two zero bytes, a type code (8: unsigned byte), the number of dimensions, the size of each
+in 32 bits, then the values, last dimension fastest. The published files are gzipped; unpacked files are read, too.
 """
 
 import math
@@ -20,7 +20,7 @@ CONTENTS = {1: "labels, idx1", 3: "images, idx3"}
 
 
 def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes, gzipped if its name ends in .gz, with that many dimensions."""
+    """Read an idx file of unsigned bytes with `dimensions` dimensions, gzipped if its name ends in .gz."""
     with opened(path, "a readable idx file") as file:
         return _read(file, path, dimensions)
 
@@ -38,7 +38,7 @@ def _read(file: BinaryIO, path: str | Path, dimensions: int) -> np.ndarray:
     sizes = " x ".join(map(str, shape))
     if size == 0:
         raise UserError(f"{path}: sizes {sizes} in the header; expected at least one value")
-    # By chunks: memory follows what the file holds, not what its header claims.
+    # Read in chunks, so that memory use depends on the size of the file, not on the size its header claims.
     values = bytearray()
     while len(values) <= size and (chunk := file.read(CHUNK)):
         values += chunk
@@ -52,7 +52,7 @@ def read_idx_pair(images_path: str | Path, labels_path: str | Path, classes: int
     """Read images (N, H, W) and their labels (N,), and check each against the other.
 
     Raises:
-        UserError: the files are not idx, their counts differ or a label is not a class.
+        UserError: if the files are not idx, their counts differ or a label is not a class id.
     """
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):

@@ -1,12 +1,12 @@
-"""What all data modules for image classification share.
+"""Common parts of the data modules for image classification.
 
-What passes to a task: batches `(images, targets)`, images uint8 (B, C, H, W) and not normalised, for resizing
-and normalising are part of the deployed model and what trains is what ships; targets int64 (B,), or multi-hot
-float32 (B, K) where an image may have several labels. After `setup`, `labels` holds the K class names and
-`multi_label` says which form the targets have, and `crop` how evaluation cuts a picture before it is resized to
-the size of a batch: the share of its shorter side that a central square keeps, or None for a picture left whole.
+Tasks receive batches `(images, targets)`. Images are uint8 (B, C, H, W) and not normalised: resizing and
+normalising are part of the deployed model, so that training and deployment see the same pixels. Targets are int64
+(B,), or multi-hot float32 (B, K) if an image may have several labels. After `setup`, `labels` holds the K class
+names, `multi_label` tells which form the targets have, and `crop` is the share of a picture's shorter side that the
+central square used in evaluation keeps, or None if pictures are left whole.
 
-Small sets live on the training device (`small_images`), large ones stream from disk (`streamed_images`).
+Small data sets are kept on the training device (`small_images`), large ones stream from disk (`streamed_images`).
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ class ImageClassificationData(SplitData):
 
 
 def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
-    """List class folders, and warn once of the files in them that are no images."""
+    """List class folders, and issue one warning about the files in them that are not images."""
     listing, others = read_folder(folder, classes)
     if others:
         kinds = Counter(Path(other).suffix.lower() or "without an ending" for other in others).most_common()

@@ -1,4 +1,4 @@
-"""Data sets for image classification that are small enough to live, as uint8, on the device that trains."""
+"""Image classification data sets small enough to be kept, as uint8, on the training device."""
 
 import tempfile
 import warnings
@@ -24,7 +24,7 @@ from dlref.runtime.errors import UserError
 
 
 class ImageTensors(Dataset):
-    """Images and targets in memory. A batch of them is one selection of each tensor."""
+    """Images and targets in memory. A batch is a single selection from each tensor."""
 
     def __init__(self, images: Tensor, targets: Tensor):
         self.images, self.targets = images, targets
@@ -33,9 +33,9 @@ class ImageTensors(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
+        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
         index = index.to(self.images.device, non_blocking=True)
-        # On a processor images[index] takes twenty times as long.
+        # On a CPU, images[index] takes twenty times as long.
         return self.images.index_select(0, index), self.targets[index]
 
     def to(self, device: torch.device) -> "ImageTensors":
@@ -47,7 +47,7 @@ Splits = dict[str, ImageTensors]
 
 
 class InMemoryImages(ImageClassificationData):
-    """Images few and small enough to live, as uint8, on the device that trains on them.
+    """Images few and small enough to be kept, as uint8, on the training device.
 
     Args:
         batch_size: images in a batch.
@@ -67,15 +67,15 @@ class InMemoryImages(ImageClassificationData):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read everything, once, and move it to the trainer's device."""
+        """Read all data once and move it to the trainer's device."""
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, pad_crop=self.pad_crop, cutout=self.cutout)
-        # Lightning recommends workers; here they could only copy from the device what is already on it.
+        # Lightning recommends workers, but here the data is already on the device.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         if not self.splits:
             self.labels, self.splits = self.read()
             for name, split in self.splits.items():
-                if split.targets.ndim == 1:  # rows of several labels have no ids
+                if split.targets.ndim == 1:  # multi-hot targets contain no class ids
                     check_class_ids(name, split.targets.cpu().numpy(), len(self.labels))
         self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
 
@@ -94,20 +94,20 @@ class InMemoryImages(ImageClassificationData):
 
 
 class Digits(InMemoryImages):
-    """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; they come with it and need no file.
+    """The 1,797 handwritten digits of 8 × 8 pixels that scikit-learn includes; no file is needed.
 
-    Split by class into 1,077 for training, 360 for validation and 360 for testing, always the same.
+    The split is stratified by class and always the same: 1,077 for training, 360 for validation and 360 for testing.
 
     Args:
         batch_size: images in a batch.
-        kwargs: what else `InMemoryImages` takes.
+        kwargs: further arguments of `InMemoryImages`.
     """
 
     def __init__(self, batch_size: int = 64, **kwargs):
         super().__init__(batch_size=batch_size, **kwargs)
 
     def read(self) -> tuple[list[str], Splits]:
-        """All three splits."""
+        """Return the class names and all three splits."""
         splits = {name: ImageTensors(digits[:, None], labels) for name, (digits, labels) in digit_pools().items()}
         return [str(digit) for digit in range(10)], splits
 
@@ -115,7 +115,8 @@ class Digits(InMemoryImages):
 def digit_pools() -> dict[str, tuple[Tensor, Tensor]]:
     """Load the pools "train", "val" and "test": digits, uint8 (D, 8, 8), and labels, int64 (D,).
 
-    scikit-learn's, their 17 levels spread over 0 to 255; split by class into 1,077, 360 and 360, always the same.
+    They are scikit-learn's digits, with their 17 levels spread over 0 to 255. The split is stratified by class and
+    always the same: 1,077, 360 and 360.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -133,12 +134,12 @@ Arrays = tuple[np.ndarray | Tensor, np.ndarray | Tensor]
 
 
 class PublishedImages(InMemoryImages):
-    """A data set published as files, in a training and a test part.
+    """A data set published as files of a training part and a test part.
 
     Args:
         root: the folder of the files.
-        validation: how many of the training images validate instead, always the same ones.
-        download: fetch what is missing.
+        validation: number of training images held out for validation, always the same ones.
+        download: download missing files.
     """
 
     def __init__(self, root: str | Path, validation: int = 5000, download: bool = False, **kwargs):
@@ -152,7 +153,7 @@ class PublishedImages(InMemoryImages):
         count, held_out = len(train[0]), self.validation
         if not 0 <= held_out < count:
             raise UserError(f"--data.init_args.validation: {held_out}; expected 0 to {count - 1}, of {count} images")
-        # RandomState, for NumPy never changes its numbers: later versions must hold out the same images.
+        # NumPy never changes the numbers of RandomState: later versions must hold out the same images.
         order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
         images, targets = torch.as_tensor(train[0]), torch.as_tensor(train[1]).long()
         return {
@@ -163,13 +164,13 @@ class PublishedImages(InMemoryImages):
 
 
 class MNIST(PublishedImages):
-    """LeCun's handwritten digits, 28 × 28: 60,000 and 10,000, in the four idx files, gzipped or not."""
+    """LeCun's handwritten digits, 28 × 28: 60,000 training and 10,000 test images in four idx files, gzipped or not."""
 
     published = datasets.MNIST  # for its mirrors, file names and checksums
     classes: Sequence[str] = "0123456789"
 
     def prepare_data(self) -> None:
-        """Download the files that are missing, if asked to."""
+        """Download missing files if `download` is set."""
         for name, md5 in self.published.resources:
             if self.download and not self._find(name).is_file():
                 fetch([f"{mirror}{name}" for mirror in self.published.mirrors], self.root / name, md5)
@@ -187,22 +188,22 @@ class MNIST(PublishedImages):
         return list(self.classes), self.split((train[:, None], train_targets), (test[:, None], test_targets))
 
     def _find(self, name: str) -> Path:
-        """Return the file without .gz if there is one."""
+        """Return the path of the unpacked file if it exists, otherwise that of the .gz file."""
         plain = self.root / name.removesuffix(".gz")
         return plain if plain.is_file() else self.root / name
 
 
 class FashionMNIST(MNIST):
-    """Zalando's articles of clothing, in MNIST's form: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017."""
+    """Zalando's articles of clothing, in MNIST's format: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017."""
 
     published = datasets.FashionMNIST
     classes = datasets.FashionMNIST.classes
 
 
 class CIFAR10(PublishedImages):
-    """Krizhevsky's small photographs, 32 × 32: 50,000 and 10,000 in ten classes.
+    """Krizhevsky's small photographs, 32 × 32: 50,000 training and 10,000 test images in ten classes.
 
-    Either the published binary version (`data_batch_1.bin` to `data_batch_5.bin`, `test_batch.bin` and
+    The files are either the published binary version (`data_batch_1.bin` to `data_batch_5.bin`, `test_batch.bin` and
     `batches.meta.txt`, in `root` or in `root/cifar-10-batches-bin`) or image files of one size in folders
     (`train/<class>/*` and `test/<class>/*`, in `root` or in `root/CIFAR-10-images`).
     """
@@ -213,19 +214,19 @@ class CIFAR10(PublishedImages):
     binary = (*train_batches, "test_batch.bin", "batches.meta.txt")
 
     def prepare_data(self) -> None:
-        """Download the binary version if there is no data, if asked to."""
+        """Download the binary version if `download` is set and there is no data."""
         if self.download and not self._binary_folder() and not self._image_folder():
             archive = self.root / "cifar-10-binary.tar.gz"
             fetch([self.url], archive, self.md5)
             with tempfile.TemporaryDirectory(dir=self.root, prefix=".part-") as part:
                 extract_archive(str(archive), part)
-                for path in (path for path in Path(part).rglob("*") if path.is_file()):  # each is whole where it comes
+                for path in (path for path in Path(part).rglob("*") if path.is_file()):  # each file arrives complete
                     place = self.root / path.relative_to(part)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(place)
 
     def read(self) -> tuple[list[str], Splits]:
-        """Read whichever form is there, the binary one first."""
+        """Read whichever form exists; the binary one takes precedence."""
         if folder := self._binary_folder():
             batches = [read_cifar_batch(folder / name) for name in self.train_batches]
             images, targets = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))

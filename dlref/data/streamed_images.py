@@ -1,4 +1,4 @@
-"""Data sets for image classification that are decoded by worker processes, batch by batch."""
+"""Image classification data sets whose images are decoded by worker processes, batch by batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from dlref.runtime.errors import UserError
 
 
 class ImageFiles(Dataset):
-    """Image files, decoded and transformed when asked for."""
+    """Image files, decoded and transformed on access."""
 
     def __init__(self, listing: Listing, transform: Callable[[Tensor], Tensor]):
         self.paths, self.targets = listing.paths, listing.targets
@@ -33,16 +33,16 @@ class ImageFiles(Dataset):
 class StreamedImages(ImageClassificationData):
     """Images decoded and transformed in worker processes, batch by batch.
 
-    Training takes a random part of each image (Szegedy et al., "Going Deeper with Convolutions", 2015,
-    section 6) and mirrors half of them; evaluation resizes the short side and takes the centre.
+    Training crops a random part of each image (Szegedy et al., "Going Deeper with Convolutions", 2015,
+    section 6) and mirrors half of the images; evaluation resizes the shorter side and crops the centre.
 
     Args:
         batch_size: images in a batch.
         image_size: height and width of an image in a batch, in pixels.
-        resize: length of the short side before evaluation takes the centre, in pixels.
+        resize: length of the shorter side, in pixels, before evaluation crops the centre.
         trivial_augment: also apply one random operation of random strength to each training image (Müller and
             Hutter, "TrivialAugment", 2021).
-        num_workers: processes that decode; 0 decodes in the training process.
+        num_workers: worker processes that decode; 0 decodes in the training process.
     """
 
     decoded_singly = True
@@ -67,7 +67,7 @@ class StreamedImages(ImageClassificationData):
         return self.image_size / self.resize
 
     def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
-        """List "train", "val" or "test" (None where there is no test split), with the classes of "train"."""
+        """List "train", "val" or "test", with the classes of "train"; return None if there is no test split."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
@@ -104,12 +104,12 @@ class StreamedImages(ImageClassificationData):
         return self.splits["test"].paths
 
     def train_transform(self) -> v2.Transform:
-        """Return what training does to each image."""
+        """Return the transform of training images."""
         transforms = [v2.RandomResizedCrop(self.image_size, antialias=True), v2.RandomHorizontalFlip()]
         return v2.Compose(transforms + [v2.TrivialAugmentWide()] * self.trivial_augment)
 
     def eval_transform(self) -> v2.Transform:
-        """Return what validation and testing do to each image."""
+        """Return the transform of validation and test images."""
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)])
 
 
@@ -119,7 +119,7 @@ class ImageFolder(StreamedImages):
     The classes are the folders of `train`, sorted by name.
 
     Args:
-        root: the folder of the splits.
+        root: the folder that contains the splits.
     """
 
     def __init__(self, root: str | Path, **kwargs):
@@ -133,7 +133,7 @@ class ImageFolder(StreamedImages):
 
 
 class ImageList(StreamedImages):
-    """Images listed in MXNet's .lst files: index, label(s) and path, with tabs between.
+    """Images listed in MXNet's .lst files: index, label(s) and path, separated by tabs.
 
     Several label columns are multi-hot: 0 or 1 for each class.
 
@@ -141,8 +141,8 @@ class ImageList(StreamedImages):
         root: the folder that the paths are relative to.
         train: the list of the training images.
         val: the list of the validation images.
-        test: the list of the test images; by default those of validation.
-        class_names: names of the classes, in order; by default their numbers.
+        test: the list of the test images; by default, the validation images are used.
+        class_names: names of the classes, in order; by default, their ids.
     """
 
     def __init__(
@@ -171,9 +171,9 @@ class ImageManifest(StreamedImages):
     Args:
         train: the manifest of the training images.
         val: the manifest of the validation images.
-        test: the manifest of the test images; by default those of validation.
-        root: the folder that `source-ref` is relative to; by default the manifest's own.
-        label_attribute: the key of the label; by default the only one that it can be.
+        test: the manifest of the test images; by default, the validation images are used.
+        root: the folder that `source-ref` is relative to; by default, the manifest's own folder.
+        label_attribute: the key of the label; by default, the only key besides `source-ref` and `*-metadata`.
     """
 
     def __init__(
