@@ -1,4 +1,4 @@
-"""The loaders of pictures with boxes or masks, decoded by worker processes, their colours changed on the device."""
+"""Data of pictures with boxes or masks: worker processes decode the pictures, and the device changes their colours."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from dlref.data.augment import photometric
 from dlref.data.loader import SplitData
 
-MEAN = (123, 117, 104)  # of ImageNet, in levels: what surrounds a picture that is zoomed out, or smaller than a crop
+MEAN = (123, 117, 104)  # of ImageNet, in levels: fills the area around a zoomed-out picture or one smaller than a crop
 
 
 class AnnotatedPictures(SplitData):
     """Pictures with boxes or masks, decoded one by one; a subclass fills `splits`.
 
-    A subclass sets what its constructor takes: batch_size, num_workers, photometric.
+    The constructor of a subclass takes and sets `batch_size`, `num_workers` and `photometric`.
     """
 
     labels: list[str]
@@ -21,7 +21,7 @@ class AnnotatedPictures(SplitData):
     decoded_singly = True
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Any]:
-        """Change the light of training batches, on the device."""
+        """Change brightness and colours of training batches, on the device."""
         images, targets = batch
         if self.photometric and self.trainer is not None and self.trainer.training:
             images = photometric(images)

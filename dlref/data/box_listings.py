@@ -1,18 +1,18 @@
-"""Which picture has which objects where: what the reader of a format hands on, and what is checked of it.
+"""Listings of pictures and the boxes of their objects, and the checks that all formats share.
 
-The readers are in `voc_boxes`, `coco_boxes` and `sagemaker_boxes`. Each returns a `BoxListing` and opens no picture
-except to read its size. Boxes are x1 y1 x2 y2 in pixels of the picture as `read_image` returns it, turned as its EXIF
-orientation says. Given `classes`, a reader checks the labels against them: the class names of the training pictures are
-what validation and test pictures are read with.
+The readers are in `voc_boxes`, `coco_boxes` and `sagemaker_boxes`. Each returns a `BoxListing` and opens a picture only
+to read its size. Boxes are x1 y1 x2 y2 in pixels of the picture as `read_image` returns it, with its EXIF orientation
+applied. If `classes` is given, a reader checks the labels against them: validation and test pictures are read with the
+class names of the training pictures.
 
-A box has to have an area and lie within its picture; up to the border is within. One that has not or does not is an
-error, unless `on_bad_box` says otherwise:
+A box must have an area and lie within its picture; it may touch the border. Any other box is an error, unless
+`on_bad_box` specifies otherwise:
 
     "error"  refuse it
-    "clip"   cut it to the picture, and leave it out if it then has no area
+    "clip"   clip it to the picture, and leave it out if no area remains
     "skip"   leave it out
 
-Every other mistake is an error whatever `on_bad_box` is.
+Every other mistake is an error, whatever the value of `on_bad_box`.
 
 N boxes in a picture, K classes.
 """
@@ -41,7 +41,8 @@ class Picture(NamedTuple):
         path: the image file.
         boxes: x1 y1 x2 y2 in pixels, float32 (N, 4); N may be 0.
         labels: class ids, int64 (N,).
-        ignored: neither right nor wrong in evaluation, bool (N,): COCO's crowds and VOC's difficult objects.
+        ignored: bool (N,), objects that are neither right nor wrong in evaluation: COCO's crowds and VOC's difficult
+            objects.
     """
 
     path: str
@@ -54,7 +55,7 @@ class BoxListing(NamedTuple):
     """Pictures in the order of their source.
 
     Attributes:
-        pictures: pictures, those without objects too.
+        pictures: the pictures, including those without objects.
         classes: K class names.
     """
 
@@ -67,7 +68,7 @@ class BoxListing(NamedTuple):
         return [picture.path for picture in self.pictures]
 
     def take(self, places: list[int]) -> "BoxListing":
-        """The pictures at these places."""
+        """Return a listing of the pictures at these places."""
         return self._replace(pictures=[self.pictures[i] for i in places])
 
 
@@ -76,7 +77,7 @@ Box = tuple[float, float, float, float]
 
 
 class Found(NamedTuple):
-    """An object as its source has it: where that is, its class by name or id, its box, whether it is ignored."""
+    """An object as read from its source: its place there, its class by name or id, its box, whether it is ignored."""
 
     where: str
     label: Hashable
@@ -85,7 +86,7 @@ class Found(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A picture as its source has it: where that is, the path, width and height if declared, and its objects."""
+    """A picture as read from its source: its place there, the path, width and height if declared, and its objects."""
 
     where: str
     path: str
@@ -96,9 +97,9 @@ class Record(NamedTuple):
 def to_listing(
     source: str | Path, records: list[Record], ids: dict[Hashable, int], classes: list[str], on_bad_box: OnBadBox
 ) -> BoxListing:
-    """Check each record against its picture and the classes, and warn of boxes that were clipped or skipped.
+    """Check each record against its picture and the classes, and warn about boxes that were clipped or skipped.
 
-    `ids` has the class id of each label.
+    `ids` maps each label to its class id.
     """
     if on_bad_box not in get_args(OnBadBox):
         raise UserError(f"on_bad_box: {shorten(on_bad_box)}; expected one of {', '.join(get_args(OnBadBox))}")
@@ -123,10 +124,11 @@ def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBo
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from None
     if any(told is not None and told != true for told, true in zip(record.size, size, strict=True)):
-        told = " x ".join(shorten(told).removesuffix(".0") for told in record.size)  # VOC's are read as decimals
+        told = " x ".join(shorten(told).removesuffix(".0") for told in record.size)  # VOC's sizes are read as floats
         true = f"{size[0]} x {size[1]}, as {record.path} has when shown"
         raise UserError(f"{record.where}: size {told}; expected {true}")
-    # Checked as they are handed on: in float32 a sliver has no area, and nothing sticks out by float64's rounding.
+    # Check boxes in float32, as they are returned: a sliver may then have no area, and float64 rounding cannot push a
+    # box out of its picture.
     rounded = torch.tensor([found.box for found in record.objects], dtype=torch.float32).tolist()
     boxes, labels, ignored = [], [], []
     for found, box in zip(record.objects, rounded, strict=True):
@@ -146,7 +148,7 @@ def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBo
 
 
 def _fit(box: Box, size: tuple[int, int], found: Found, on_bad_box: OnBadBox, mended: Counter) -> Box | None:
-    """Return a good box as it is; a bad one cut to the picture, or None to leave it out."""
+    """Return a valid box unchanged; return a bad box clipped to the picture, or None to leave it out."""
     x1, y1, x2, y2 = box
     width, height = size
     if 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:
@@ -168,11 +170,11 @@ def _fit(box: Box, size: tuple[int, int], found: Found, on_bad_box: OnBadBox, me
     return None
 
 
-# What formats of JSON share
+# Common to the JSON formats
 
 
 def objects_in(holder: dict[str, Any], name: str, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a list, each with its place for an error to name. Raises UserError."""
+    """Return the objects of a list, each with its place for error messages. Raises UserError."""
     values = holder.get(name)
     if not isinstance(values, list):
         raise UserError(f"{where}: {name} {shorten(values)}; expected a list")
@@ -183,7 +185,7 @@ def objects_in(holder: dict[str, Any], name: str, where: str) -> list[tuple[str,
 
 
 def whole(entry: dict[str, Any], name: str, where: str) -> int:
-    """A whole number of an object. Raises UserError."""
+    """Return an integer field of an object. Raises UserError."""
     value = entry.get(name)
     if type(value) is not int:  # not isinstance: True is an int too
         raise UserError(f"{where}: {name} {shorten(value)}; expected a whole number")
@@ -191,12 +193,12 @@ def whole(entry: dict[str, Any], name: str, where: str) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number; True is none."""
+    """Return whether a value is a number; a bool is not."""
     return type(value) in (int, float)
 
 
 def declared_size(entry: dict[str, Any], where: str) -> tuple[float | None, float | None]:
-    """The width and height that an object gives, None where it does not. Raises UserError."""
+    """Return the width and height declared by an object, None for each that is missing. Raises UserError."""
     for name in ("width", "height"):
         if name in entry and not is_number(entry[name]):
             raise UserError(f"{where}: {name} {shorten(entry[name])}; expected a number of pixels")
@@ -204,9 +206,9 @@ def declared_size(entry: dict[str, Any], where: str) -> tuple[float | None, floa
 
 
 def corners(x: float, y: float, width: float, height: float) -> Box:
-    """x1 y1 x2 y2 of a box given by its upper left corner and its size."""
+    """Return x1 y1 x2 y2 of a box given by its upper left corner and its size."""
     try:
         x, y, width, height = float(x), float(y), float(width), float(height)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer too large for a float
         x = y = width = height = math.inf
     return x, y, x + width, y + height

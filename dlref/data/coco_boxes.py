@@ -1,4 +1,4 @@
-"""Boxes as COCO has them: one JSON file of images, annotations and categories."""
+"""Boxes in COCO's format: one JSON file of images, annotations and categories."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -24,13 +24,13 @@ from dlref.runtime.errors import UserError
 def read_coco(
     annotations: str | Path, root: str | Path, classes: list[str] | None = None, on_bad_box: OnBadBox = "error"
 ) -> BoxListing:
-    """Read an instances file of COCO. Crowds are ignored objects.
+    """Read a COCO instances file. Crowds become ignored objects.
 
     Args:
         annotations: the JSON file: images, annotations and categories.
         root: the folder that `file_name` is relative to.
-        classes: the class names of the training pictures; None is the categories, in the order of their ids.
-        on_bad_box: what becomes of a box without area or not within its picture.
+        classes: the class names of the training pictures; None: the categories, in the order of their ids.
+        on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     content = read_json(annotations, _without_outlines)
     names = _parse_categories(content, str(annotations), classes)
@@ -64,7 +64,7 @@ def _new_id(entry: dict[str, Any], taken: Container[int], where: str, kind: str)
 
 
 def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)  # most of the file: dropped while it is read, it never fills the memory
+    entry.pop("segmentation", None)  # most of the file; dropped during parsing, so that it never fills the memory
     return entry
 
 

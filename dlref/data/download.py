@@ -1,4 +1,4 @@
-"""Published files, fetched once and checked."""
+"""Download published files once and check them."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from dlref.runtime.errors import UserError, one_line
 
 
 def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
-    """Download `path` from the first of its mirrors that delivers a file with that MD5 sum.
+    """Download `path` from the first of `urls` that delivers a file with the given MD5 sum.
 
-    It arrives in a folder of its own, so that `path` is never a part of a file nor a broken one, whoever else is at it.
+    The file is downloaded to a temporary folder and then moved, so `path` is never partial or damaged, even if several
+    processes download it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -22,7 +23,7 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
         for url in urls:
             try:
                 download_url(url, part, path.name, md5)
-            except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or delivered something else
+            except (OSError, HTTPException, RuntimeError) as error:  # unreachable, or the wrong content
                 if isinstance(error, HTTPError):
                     error.close()
                 failures.append(f"{url} ({one_line(error)})")

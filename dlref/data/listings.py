@@ -1,7 +1,7 @@
-"""Which image has which label: class folders, MXNet's .lst and SageMaker's augmented manifest.
+"""Read which image has which label: class folders, MXNet's .lst and SageMaker's augmented manifest.
 
-Each reader returns a `Listing` and opens no image. Given `classes`, it checks the labels against them: the
-class names of the training images are what validation and test images are read with.
+Each reader returns a `Listing` and opens no image. If `classes` is given, it checks the labels against them:
+validation and test images are read with the class names of the training images.
 
 N images, K classes.
 """
@@ -28,7 +28,7 @@ class Listing(NamedTuple):
 
     Attributes:
         paths: N paths.
-        targets: class ids, int64 (N,); or where an image may have several labels, multi-hot float32 (N, K).
+        targets: class ids, int64 (N,); or, if an image may have several labels, multi-hot float32 (N, K).
         classes: K class names.
     """
 
@@ -60,7 +60,7 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
     """List `folder/<class>/<image>`, classes and images sorted by name.
 
     Returns:
-        The listing, and the paths of what is there but is no image. Hidden files are in neither.
+        The listing, and the paths of entries that are not images. Hidden files are in neither.
     """
     entries = visible_entries(folder)
     others = [entry.path for entry in entries if not entry.is_dir()]
@@ -119,16 +119,16 @@ def read_image_manifest(
     label_attribute: str | None = None,
     classes: list[str] | None = None,
 ) -> Listing:
-    """Read an augmented manifest: a JSON object a line, `source-ref` and one attribute with the label.
+    """Read an augmented manifest: one JSON object per line, with `source-ref` and an attribute for the label.
 
-    The label is a class id, or for several labels a multi-hot list; a list of class ids where the metadata's
-    type says that Ground Truth wrote it. The metadata (`class-name`, `class-map`) names the classes; one that
-    it does not name is called by its id.
+    The label is a class id or, for several labels, a multi-hot list; if the metadata's type shows that Ground Truth
+    wrote it, the list contains class ids instead. The metadata (`class-name`, `class-map`) names the classes; a
+    class without a name is named after its id.
 
     Args:
         path: the manifest.
-        root: the folder that `source-ref` is relative to; None is the manifest's own.
-        label_attribute: the key of the label; None is the only one besides `source-ref` and `*-metadata`.
+        root: the folder that `source-ref` is relative to; None: the manifest's own folder.
+        label_attribute: the key of the label; None: the only key besides `source-ref` and `*-metadata`.
         classes: the class names of the training images.
     """
     names = dict(enumerate(classes or []))
@@ -147,7 +147,7 @@ def read_image_manifest(
 
 
 def only_attribute(entry: dict[str, Any], where: str) -> str:
-    """The key of a manifest's line that holds its label. Raises UserError where there are several, or none."""
+    """Return the key that holds the label in a line of a manifest. Raises UserError unless there is exactly one."""
     names = [name for name in entry if name != "source-ref" and not name.endswith("-metadata")]
     if len(names) != 1:
         raise UserError(f"{where}: attributes {shorten(names)}; expected one, or label_attribute to choose")
@@ -155,7 +155,7 @@ def only_attribute(entry: dict[str, Any], where: str) -> str:
 
 
 def parse_source(entry: dict[str, Any], where: str) -> str:
-    """The image of a manifest's line. Raises UserError."""
+    """Return the image path in a line of a manifest. Raises UserError."""
     source = entry.get("source-ref")
     if not isinstance(source, str):
         raise UserError(f"{where}: source-ref {shorten(source)}; expected the path of an image")
@@ -166,12 +166,12 @@ def parse_source(entry: dict[str, Any], where: str) -> str:
 
 def _parse_label(entry: dict[str, Any], name: str, metadata: dict[str, Any], where: str) -> Label:
     label = entry.get(name)
-    if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):  # as SageMaker's own examples have it
+    if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):  # as in SageMaker's own examples
         return int(label)
     if type(label) is int and label >= 0:  # not isinstance: True is an int too
         return label
     if isinstance(label, list) and all(type(value) is int and value >= 0 for value in label):
-        # Ground Truth's [1, 0] means the classes 1 and 0; written by hand it means class 0 and not class 1.
+        # Ground Truth's [1, 0] means the classes 1 and 0; written by hand, it means class 0 but not class 1.
         if str(metadata.get("type")).endswith("-multilabel"):
             return set(label)
         if label:
@@ -180,7 +180,7 @@ def _parse_label(entry: dict[str, Any], name: str, metadata: dict[str, Any], whe
 
 
 def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], where: str) -> None:
-    """Enter the names that this line gives its classes, and check them against those of earlier lines."""
+    """Add the class names given by this line, and check them against those of earlier lines."""
     given = {label: metadata["class-name"]} if isinstance(label, int) and "class-name" in metadata else {}
     if not isinstance(label, int) and "class-map" in metadata:
         given = metadata["class-map"]
@@ -193,7 +193,7 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
 
 
 def add_name(names: dict[int, str], class_id: int, name: Any, where: str) -> None:
-    """Enter the name of a class. Raises UserError at `where` for what is none, or not what it was called before."""
+    """Add the name of a class. Raises UserError at `where` if it is not valid or differs from an earlier name."""
     if names.setdefault(class_id, check_name(name, where)) != name:
         raise UserError(f"{where}: {shorten(name)}; expected {shorten(names[class_id])} again")
 
@@ -208,7 +208,7 @@ def _to_listing(
     classes: list[str] | None,
     names: dict[int, str],
 ) -> Listing:
-    """Check the labels against the classes, or name the classes that the labels need."""
+    """Check the labels against `classes`; if it is None, name the classes that the labels need."""
     if not records:
         raise UserError(f"{source}: no lines; expected an image on each")
     given = classes or list(names.values())
@@ -234,7 +234,7 @@ def _to_listing(
 
 
 def _number(class_id: int, given: list[str]) -> str:
-    """The name of a class that has none, and that no other has."""
+    """Return a name, used by no other class, for a class without one."""
     return f"class {class_id}" if str(class_id) in given else str(class_id)
 
 

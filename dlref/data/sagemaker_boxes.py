@@ -1,4 +1,4 @@
-"""Boxes as SageMaker has them: a JSON file for each image, or an augmented manifest with a line for each."""
+"""Boxes in SageMaker's formats: a JSON file for each image, or an augmented manifest with a line for each."""
 
 import os
 from collections import Counter
@@ -30,14 +30,14 @@ from dlref.runtime.lines import parse_object
 def read_sagemaker(
     images: str | Path, annotations: str | Path, classes: list[str] | None = None, on_bad_box: OnBadBox = "error"
 ) -> BoxListing:
-    """Read what SageMaker's built-in object detection is trained with: a JSON file for each image.
+    """Read the training data of SageMaker's built-in object detection: a JSON file for each image.
 
     Args:
         images: the folder that `file` is relative to.
-        annotations: the folder with the JSON files; they are read in the order of their names.
-        classes: the class names of the training pictures, by class id; None is what `categories` call them, and
-            where no file names one it is called by its id.
-        on_bad_box: what becomes of a box without area or not within its picture.
+        annotations: the folder of the JSON files, which are read in the order of their names.
+        classes: the class names of the training pictures, by class id; None: the names in `categories`, or the id
+            of a class that no file names.
+        on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     names = dict(enumerate(classes or []))
     limit = MAX_CLASSES if classes is None else len(classes)
@@ -69,15 +69,15 @@ def read_box_manifest(
     classes: list[str] | None = None,
     on_bad_box: OnBadBox = "error",
 ) -> BoxListing:
-    """Read an augmented manifest of Ground Truth: a JSON object a line, `source-ref` and an attribute with the boxes.
+    """Read an augmented manifest of Ground Truth: one JSON object per line, with `source-ref` and the boxes.
 
     Args:
         path: the manifest.
-        root: the folder that `source-ref` is relative to; None is the manifest's own.
-        label_attribute: the key of the boxes; None is the only one besides `source-ref` and `*-metadata`.
-        classes: the class names of the training pictures, by class id; None is what the metadata's `class-map` calls
-            them, and where no line names one it is called by its id.
-        on_bad_box: what becomes of a box without area or not within its picture.
+        root: the folder that `source-ref` is relative to; None: the manifest's own folder.
+        label_attribute: the key of the boxes; None: the only key besides `source-ref` and `*-metadata`.
+        classes: the class names of the training pictures, by class id; None: the names in the metadata's `class-map`,
+            or the id of a class that no line names.
+        on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     root = Path(path).parent if root is None else root
     names = dict(enumerate(classes or []))
@@ -105,7 +105,7 @@ def _add_class_map(names: dict[int, str], metadata: Any, where: str, limit: int)
     if not isinstance(class_map, dict):
         raise UserError(f"{where}: metadata {shorten(metadata)}; expected an object with a class-map")
     for key, name in class_map.items():
-        # isascii: isdecimal alone takes the digits of every script.
+        # isascii: isdecimal alone accepts the digits of every script.
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < limit):
             raise UserError(f"{where}: class {shorten(key)}; expected a class id from 0 to {limit - 1}")
         add_name(names, int(key), name, f"{where}: class {key}")

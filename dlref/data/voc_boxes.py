@@ -1,4 +1,4 @@
-"""Boxes as Pascal VOC has them: an XML file for each picture, and lists of their names."""
+"""Boxes in Pascal VOC's format: an XML file for each picture, and lists of picture names."""
 
 from pathlib import Path
 from reprlib import repr as shorten
@@ -19,14 +19,14 @@ def read_voc(
 ) -> BoxListing:
     """Read `root/Annotations/STEM.xml` and `root/JPEGImages/<its filename, or STEM.jpg>` for each stem in a list.
 
-    Coordinates are taken as they are. VOC's own count pixels from 1, those of other tools from 0, and no file says
-    which: nothing is subtracted.
+    Coordinates are used unchanged. VOC's own files count pixels from 1, other tools from 0, and no file specifies
+    which, so nothing is subtracted.
 
     Args:
         root: the folder that has `Annotations` and `JPEGImages`.
-        names: the list, such as `root/ImageSets/Main/train.txt`: one stem a line.
-        classes: the class names of the training pictures; None is those found, sorted.
-        on_bad_box: what becomes of a box without area or not within its picture.
+        names: the list, such as `root/ImageSets/Main/train.txt`: one stem per line.
+        classes: the class names of the training pictures; None: those found, sorted.
+        on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     records, seen = [], {}
     for where, (stem,) in show_progress(list(read_fields(names, 1, "the name of a picture")), "Reading annotations"):
@@ -64,11 +64,11 @@ def _parse_voc(root: Path, stem: str, listed: str) -> Record:
 
 def _read_xml(path: Path, listed: str) -> ElementTree.Element:
     try:
-        # Text, not bytes: bytes may declare another encoding, in which the next check would find nothing.
+        # Parse text, not bytes: bytes may declare another encoding, which would hide entities from the check below.
         text = read_text(path, "an annotation", MAX_XML)
     except UserError as error:
         raise UserError(f"{listed}: {error}") from None
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities of entities fill the memory from a few lines
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # a few lines of nested entities can fill the memory
         raise UserError(f"{path}: a document type or entity; expected an annotation without")
     try:
         return ElementTree.fromstring(text)
@@ -84,6 +84,6 @@ def _text(entry: ElementTree.Element, name: str) -> str:
 def _xml_number(entry: ElementTree.Element, name: str, where: str) -> float:
     text = _text(entry, name)
     try:
-        return float("" if "_" in text else text)  # 1_0 is Python's 10
+        return float("" if "_" in text else text)  # Python would read 1_0 as 10
     except ValueError:
         raise UserError(f"{where}: {name} {shorten(text)}; expected a number") from None
