@@ -1,11 +1,11 @@
-"""Which picture has which mask: two folders, CamVid's lists and Pascal VOC.
+"""Read which picture has which mask: two folders, CamVid's lists and Pascal VOC.
 
-A mask is a PNG with the class of each pixel in one channel. What counts is the value that the file stores: in a
-palette the index, not the colour; with fewer than 8 bits the number itself, not the grey it stands for. A mask lies
-as it is stored, on its picture as `read_image` returns it, turned as its EXIF orientation says.
+A mask is a PNG with the class of each pixel in one channel. The value stored in the file counts: with a palette the
+index, not the colour; with fewer than 8 bits the number itself, not the grey it represents. A mask is used as stored
+and must fit its picture as `read_image` returns it, with the picture's EXIF orientation applied.
 
-The readers read every mask once, and each other mistake in them is an error. Given `classes`, they check the pixels
-against them: the class names of the training masks are what validation and test masks are read with.
+The readers decode every mask once, and any mistake in a mask is an error. If `classes` is given, they check the pixels
+against them: validation and test masks are read with the class names of the training masks.
 
 N pictures, H high and W wide; K classes.
 """
@@ -36,13 +36,13 @@ from dlref.data.files import (
 from dlref.data.images import FORMATS, SUFFIXES, UnreadableImage, show_progress
 from dlref.runtime.errors import UserError
 
-VOID = 255  # class id of pixels that count for nothing
-NO_CLASS = -1  # of values that the map of a label map leaves out
+VOID = 255  # class id of pixels to ignore
+NO_CLASS = -1  # for values missing from the map of a label map
 VALUES = 256
 MIN_CLASSES, MAX_CLASSES = 2, 254  # ids up to 253
-# What an error says where masks may be black and white.
+# Ends an error if the masks may be black and white.
 OF_255 = '; 255 counts for nothing, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
-MAX_PIXELS = 89_478_485  # in a mask: where Pillow begins to warn of a bomb
+MAX_PIXELS = 89_478_485  # in a mask; above this, Pillow warns of a decompression bomb
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads values of 2 and 4 bits over 0 to 255
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -59,7 +59,7 @@ class MaskListing(NamedTuple):
         sizes: N heights and widths in pixels, of the picture as `read_image` returns it.
         table: uint8 (256,), the class id of each value that a mask's pixels can have; VOID for void.
         classes: K class names.
-        pixels: int64 (N, K), the pixels of each class in each mask.
+        pixels: int64 (N, K), the number of pixels of each class in each mask.
     """
 
     images: list[str]
@@ -70,13 +70,13 @@ class MaskListing(NamedTuple):
     pixels: np.ndarray
 
     def take(self, places: list[int]) -> "MaskListing":
-        """The pictures at these places."""
+        """Return a listing of the pictures at these places."""
         chosen = {name: [getattr(self, name)[i] for i in places] for name in ("images", "masks", "sizes")}
         return self._replace(**chosen, pixels=self.pixels[places])
 
 
 class Pair(NamedTuple):
-    """A picture, its mask and the line of the list that names them, "" where a folder does."""
+    """A picture, its mask and the line of the list that names them ("" if they come from folders)."""
 
     where: str
     image: str
@@ -84,9 +84,9 @@ class Pair(NamedTuple):
 
 
 def read_mask(path: str, table: np.ndarray) -> np.ndarray:
-    """Read the class ids of a mask, uint8 (H, W); `table` has that of each value, uint8 (256,).
+    """Read the class ids of a mask, uint8 (H, W); `table`, uint8 (256,), maps values to class ids.
 
-    A file that is missing, damaged or no mask is an `UnreadableImage`.
+    Raises UnreadableImage if the file is missing, damaged or not a mask.
     """
     return table[_decode(path)]
 
@@ -103,10 +103,10 @@ def read_mask_folders(
     Args:
         images: the folder of the pictures, and of nothing else.
         masks: the folder of the masks, and of nothing else.
-        classes: the class names of the training masks; None is "0", "1" and so on up to the highest id found.
-        label_map: SageMaker's JSON file: {"scale": 3}, a pixel's class id is its value divided by 3, rounded down;
-            or {"map": {"0": 5, "1": 0}}, class 0 has the value 5 and class 1 the value 0. None: values are ids.
-        void: one more value that is void besides 255, which is unless the label map gives it a class.
+        classes: the class names of the training masks; None: "0", "1" and so on up to the highest id found.
+        label_map: SageMaker's JSON file: {"scale": 3}: a pixel's class id is its value divided by 3, rounded down;
+            or {"map": {"0": 5, "1": 0}}: class 0 has the value 5 and class 1 the value 0. None: values are ids.
+        void: another void value besides 255; 255 is void unless the label map makes it a class.
     """
     pictures, found = _by_stem(images, SUFFIXES, FORMATS), _by_stem(masks, (".png",), "PNG")
     _refuse_orphans(pictures, found, f"mask of its name in {masks}")
@@ -116,12 +116,12 @@ def read_mask_folders(
 
 
 def read_mask_list(path: str | Path, classes: list[str] | None = None, void: int = VOID) -> MaskListing:
-    """Read a list as CamVid's: on each line a picture and its mask, relative to the list's folder.
+    """Read a list like CamVid's: each line names a picture and its mask, relative to the list's folder.
 
     Args:
         path: the list.
-        classes: the class names of the training masks; None is "0", "1" and so on up to the highest id found.
-        void: one more value that is void besides 255.
+        classes: the class names of the training masks; None: "0", "1" and so on up to the highest id found.
+        void: another void value besides 255.
     """
     root = Path(path).parent
     pairs = []
@@ -131,11 +131,11 @@ def read_mask_list(path: str | Path, classes: list[str] | None = None, void: int
 
 
 def read_voc_masks(path: str | Path, classes: list[str] | None = None) -> MaskListing:
-    """Read a list of VOC: `F/JPEGImages/STEM.jpg` and `F/SegmentationClass/STEM.png` for each stem in it.
+    """Read a VOC list: `F/JPEGImages/STEM.jpg` and `F/SegmentationClass/STEM.png` for each stem in it.
 
     Args:
         path: the list, such as `F/ImageSets/Segmentation/train.txt`.
-        classes: the class names; None is VOC's own 21.
+        classes: the class names; None: VOC's own 21.
     """
     root = Path(os.path.normpath(Path(path).parent / ".." / ".."))
     pairs = []
@@ -171,7 +171,7 @@ def _refuse_orphans(files: dict[str, str], others: dict[str, str], what: str) ->
         raise UserError(f"{orphans[0]}: no {what}{more}; expected one for each file")
 
 
-# What the values mean
+# Meaning of the values
 
 
 def _class_ids(label_map: str | Path | None, classes: list[str] | None, void: int) -> np.ndarray:
@@ -214,7 +214,7 @@ def _from_map(content: Any, where: str, void: int) -> np.ndarray:
 
 
 def _whole(value: Any, low: int, high: int, where: str) -> int:
-    # SageMaker's own examples have "3" and 3. Nothing else in JSON is written in digits alone.
+    # SageMaker's own examples use both "3" and 3. No other JSON value is written in digits alone.
     if re.fullmatch("0|[1-9][0-9]{0,2}", str(value)) and low <= int(value) <= high:
         return int(value)
     raise UserError(f"{where} {shorten(value)}; expected a whole number from {low} to {high}")
@@ -243,7 +243,7 @@ def _to_listing(
         found = counts.any(axis=0)
         highest = ids[:VOID][found[:VOID] & (ids[:VOID] != VOID)].max(initial=-1)
         if label_map is not None and "scale" in read_json(label_map) and ids[VOID] != highest + 1:
-            ids[VOID] = VOID  # by a scale it is a class only next to one that is there
+            ids[VOID] = VOID  # with a scale, 255 is a class only if its id follows the highest id found
         count = ids[found & (ids != VOID)].max(initial=-1) + 1
         _check_count(count, str(source), hint if found[VOID] else "")
         classes = [str(i) for i in range(count)]
@@ -266,10 +266,10 @@ def _check_count(count: int, where: str, hint: str = "") -> None:
 
 
 def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Return the heights and widths, and the pixels of each value in each mask, int64 (N, 256)."""
+    """Return the heights and widths, and the number of pixels of each value in each mask, int64 (N, 256)."""
     sizes, counts = [], np.zeros((len(pairs), VALUES), np.int64)
-    # Filters of warnings belong to all threads: those that _inspect sets in one may stay when another has put its own
-    # back. These are the first to be set and the last to be put back.
+    # All threads share the warning filters: filters that _inspect sets in one thread may remain after another thread
+    # has restored its own. The filters set here are the first to be set and the last to be restored.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         results = pool.map(partial(_inspect, ids=ids, limit=limit), pairs)
         for _, row, (size, found) in zip(show_progress(pairs, "Reading masks"), counts, results, strict=True):
@@ -279,7 +279,7 @@ def _inspect_all(pairs: list[Pair], ids: np.ndarray, limit: int) -> tuple[list[t
 
 
 def _inspect(pair: Pair, ids: np.ndarray, limit: int) -> tuple[tuple[int, int], np.ndarray]:
-    """Check a mask; return height and width, and the pixels of each value."""
+    """Check a mask; return height and width, and the number of pixels of each value."""
     try:
         width, height = picture_size(pair.image)
         values = _decode(pair.mask)
@@ -312,13 +312,13 @@ def _decode(path: str) -> np.ndarray:
     try:
         content = Path(path).read_bytes()
         with warnings.catch_warnings(action="ignore"):
-            PngImageFile(BytesIO(content)).verify()  # its checksums: a damaged file may decode, to other values
-            image = PngImageFile(BytesIO(content))  # not Image.open: it only warns of too many pixels
+            PngImageFile(BytesIO(content)).verify()  # checks checksums: a damaged file may decode to other values
+            image = PngImageFile(BytesIO(content))  # not Image.open, which only warns of too many pixels
             wrong = _wrong_kind(image)
             if wrong is None:
                 step = GREY_STEPS.get(image.tile[0][3], 1)  # reading the pixels empties `tile`
                 return np.asarray(image, np.uint8) // step
-    except Exception:  # what Pillow raises at a damaged file is open-ended
+    except Exception:  # Pillow raises many kinds of exceptions for a damaged file
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         wrong += "; expected a mask as PNG"
     raise UnreadableImage(f"{path}: {wrong}")

@@ -1,9 +1,9 @@
 """Data modules for object detection.
 
-What passes to a task: batches `(images, targets)`, images uint8 (B, 3, S, S) and not normalised. In `targets` lie
-`boxes` float32 (B, M, 4), corners in shares of the image; `labels` int64 (B, M) from 0, and -1 where there is no box;
-`ignored` bool (B, M) for objects that evaluation passes over; and `sizes` int64 (B, 2), height and width of the
-original picture in pixels. M is the most boxes of a picture in the split, so that all batches of a split have one
+Tasks receive batches `(images, targets)`. Images are uint8 (B, 3, S, S) and not normalised. `targets` contains
+`boxes`, float32 (B, M, 4), corners as fractions of the image; `labels`, int64 (B, M), from 0, or -1 if there is no box;
+`ignored`, bool (B, M), objects that evaluation ignores; and `sizes`, int64 (B, 2), height and width of the original
+picture in pixels. M is the largest number of boxes in a picture of the split, so that all batches of a split have one
 shape. After `setup`, `labels` holds the K class names.
 """
 
@@ -30,16 +30,16 @@ from dlref.data.small_images import digit_pools
 from dlref.data.voc_boxes import read_voc
 from dlref.runtime.errors import UserError
 
-# Sides of the network's image: a crop of 0.3 of a picture's sides, the smallest, still has more pixels than it.
+# In sides of the network's image: the smallest crop, 0.3 of a picture's sides, still has more pixels than that image.
 ENOUGH = 4
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Shrunk(nn.Module):
-    """Make large pictures smaller: a canvas four times as wide and high as 12 megapixels has would be 576 MB.
+    """Shrink large pictures: a canvas four times as wide and high as 12 megapixels would take 576 MB.
 
     Args:
-        side: the longest that the shorter side may be, in pixels.
+        side: maximum length of the shorter side, in pixels.
     """
 
     def __init__(self, side: int):
@@ -47,31 +47,31 @@ class Shrunk(nn.Module):
         self.side, self.resize = side, v2.Resize(side, antialias=True)
 
     def forward(self, sample: dict) -> dict:
-        """The picture and its boxes."""
+        """Resize the picture and its boxes if the picture is too large."""
         return self.resize(sample) if min(sample["image"].shape[-2:]) > self.side else sample
 
 
 class Cropped(v2.RandomIoUCrop):
-    """A part of a picture; one that is so thin that the smallest part would have no pixel stays whole."""
+    """A random crop; a picture so thin that the smallest crop would have no pixel stays whole."""
 
     def forward(self, sample: dict) -> dict:
-        """The picture and its boxes."""
+        """Crop the picture and its boxes."""
         return super().forward(sample) if min(sample["image"].shape[-2:]) * self.min_scale >= 1 else sample
 
 
 class Pictures(Dataset):
-    """Pictures with their boxes, decoded and transformed when asked for.
+    """Pictures with their boxes, decoded and transformed on access.
 
     Args:
         pictures: paths, boxes in pixels, labels.
-        transform: of a dict with `image`, `boxes`, `labels` and `ignored`, to a square image.
-        keep_ignored: whether boxes that evaluation passes over are there at all.
+        transform: maps a dict with `image`, `boxes`, `labels` and `ignored` to one with a square image.
+        keep_ignored: whether to keep boxes that evaluation ignores.
     """
 
-    images: Tensor | None = None  # uint8 (N, 3, H, W), where they are in memory and no paths are read
+    images: Tensor | None = None  # uint8 (N, 3, H, W) if the pictures are in memory; then no paths are read
 
     def __init__(self, pictures: list[Picture], transform: Callable[[dict], dict], keep_ignored: bool = True):
-        # Arrays: a worker process that does not fork gets a file for each tensor, and there are only so many.
+        # Arrays: a worker that is not forked receives one open file per tensor, and open files are limited.
         self.objects = [tuple(part.numpy() for part in picture[1:]) for picture in pictures]
         self.paths = [picture.path for picture in pictures]
         self.transform, self.keep_ignored = transform, keep_ignored
@@ -105,28 +105,28 @@ class Pictures(Dataset):
 
 
 def padded(rows: Tensor, places: int, value: float) -> Tensor:
-    """`rows` (n, ...) with more of `value` to (places, ...)."""
+    """Pad `rows` (n, ...) with `value` to (places, ...)."""
     return torch.cat([rows, rows.new_full((places - len(rows), *rows.shape[1:]), value)])
 
 
 class ObjectDetectionData(AnnotatedPictures):
-    """Pictures with boxes; a subclass says how a split is listed.
+    """Pictures with boxes; a subclass lists the splits.
 
-    Training augments as SSD (Liu et al. 2016, section 2.2, "Data augmentation", and section 3.6): zoomed out up to
-    `zoom_out` times with probability one half, a part that overlaps an object enough, mirrored, in other light.
-    Evaluation resizes whole pictures. Neither keeps the ratio of the sides.
+    Training augments as SSD does (Liu et al. 2016, section 2.2, "Data augmentation", and section 3.6): a picture is
+    zoomed out up to `zoom_out` times with probability one half, cropped to a part that overlaps an object enough,
+    mirrored, and changed in brightness and colours. Evaluation resizes whole pictures. Neither keeps the aspect ratio.
 
     Args:
         batch_size: pictures in a batch.
-        image_size: height and width of an image in a batch, in pixels: the network's.
-        zoom_out: largest side of the canvas that a training picture is placed on, in sides of the picture; 1 is off.
-        crop: take a random part of each training picture.
+        image_size: height and width of the network's input image, in pixels.
+        zoom_out: maximum side of the canvas that a training picture is placed on, in sides of the picture; 1: off.
+        crop: crop a random part of each training picture.
         flip: mirror half of the training pictures left to right.
         photometric: change brightness, contrast, saturation and hue of training pictures, on the device.
-        num_workers: processes that decode; 0 decodes in the training process.
+        num_workers: worker processes that decode; 0 decodes in the training process.
     """
 
-    keep_ignored = True  # in training
+    keep_ignored = True  # whether training uses the ignored objects
 
     def __init__(
         self,
@@ -166,13 +166,13 @@ class ObjectDetectionData(AnnotatedPictures):
         self.splits = {name: self.dataset(name, listing) for name, listing in listings.items()}
 
     def dataset(self, name: str, listing: BoxListing) -> Pictures:
-        """The pictures of a split."""
+        """Return the data set of a split."""
         if name == "train":
             return Pictures(listing.pictures, self.train_transform(), self.keep_ignored)
         return Pictures(listing.pictures, self.eval_transform())
 
     def train_transform(self) -> v2.Transform:
-        """Return what training does to each picture, light aside."""
+        """Return the transform of training pictures, except for changes of brightness and colours."""
         transforms: list[v2.Transform] = []
         if self.zoom_out > 1:
             fill = {tv_tensors.Image: MEAN, "others": 0}
@@ -183,11 +183,12 @@ class ObjectDetectionData(AnnotatedPictures):
         if self.flip:
             transforms.append(v2.RandomHorizontalFlip())
         transforms.append(v2.Resize((self.image_size, self.image_size), antialias=True))
-        # In float32 the border of some sizes comes to lie beyond it (598 px: at 300.00003), and its boxes would go.
+        # Resizing in float32 can move a box at the border just outside (of 598 px: to 300.00003), and sanitising would
+        # then remove it: clamp first.
         return v2.Compose([*transforms, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=of_boxes)])
 
     def eval_transform(self) -> v2.Transform:
-        """Return what validation and testing do to each picture."""
+        """Return the transform of validation and test pictures."""
         return v2.Resize((self.image_size, self.image_size), antialias=True)
 
     def sources(self) -> list[str]:
@@ -196,23 +197,23 @@ class ObjectDetectionData(AnnotatedPictures):
 
 
 def of_boxes(sample: dict) -> tuple[Tensor, Tensor]:
-    """The targets that lose a row with each box that `SanitizeBoundingBoxes` removes."""
+    """Return the targets that `SanitizeBoundingBoxes` must filter together with the boxes."""
     return sample["labels"], sample["ignored"]
 
 
 class DigitScenes(ObjectDetectionData):
-    """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. They need no file.
+    """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. No file is needed.
 
-    The digits of a split are in no other.
+    No digit appears in more than one split.
 
     Args:
         train: number of training scenes.
         held_out: number of validation scenes, and of test scenes.
-        most: digits in a scene.
+        most: maximum number of digits in a scene.
         image_size: height and width of a scene and of the network's image, in pixels.
-        flip: as of all `ObjectDetectionData`, with another default; so is num_workers.
-        num_workers: see there.
-        kwargs: what else it takes.
+        flip: see `ObjectDetectionData`; the default differs.
+        num_workers: see `ObjectDetectionData`; the default differs.
+        kwargs: further arguments of `ObjectDetectionData`.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class DigitScenes(ObjectDetectionData):
         self.most = most
 
     def list_splits(self) -> dict[str, BoxListing]:
-        """Draw the scenes; each split has a seed of its own."""
+        """Draw the scenes; each split has its own seed."""
         check_at_least(1, train=self.counts["train"], held_out=self.counts["val"], most=self.most)
         self.images, listings = {}, {}
         for seed, (name, pool) in enumerate(digit_pools().items()):
@@ -247,23 +248,23 @@ class DigitScenes(ObjectDetectionData):
         return listings
 
     def dataset(self, name: str, listing: BoxListing) -> Pictures:
-        """The scenes of a split, from memory."""
+        """Return the data set of a split, with its scenes in memory."""
         dataset = super().dataset(name, listing)
         dataset.images = self.images[name]
         return dataset
 
 
 class ListedBoxes(ObjectDetectionData):
-    """Pictures that are listed in files, one list for each split, or several that are put together.
+    """Pictures listed in files: each split has one list, or several that are concatenated.
 
     Args:
         root: the folder that the lists are relative to.
         train: the training list; see the subclass.
-        val: the validation list. None: a share of the training pictures, always the same, is held out.
-        test: the test list; by default validation serves for testing too.
-        class_names: the classes in order; by default those that the first training list names.
-        on_bad_box: what to do with a box that has no area or sticks out of its picture: "error", "clip" or "skip".
-        held_out: the share of the training pictures where there is no validation list.
+        val: the validation list. None: a share of the training pictures, always the same ones, is held out.
+        test: the test list; by default, the validation pictures are used for testing, too.
+        class_names: the classes in order; by default, those of the first training list.
+        on_bad_box: how to treat a box that has no area or is not within its picture: "error", "clip" or "skip".
+        held_out: the share of the training pictures to hold out if there is no validation list.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class ListedBoxes(ObjectDetectionData):
         raise NotImplementedError
 
     def read_all(self, lists: str | list[str], classes: list[str] | None) -> BoxListing:
-        """Read the lists of a split and put them together."""
+        """Read the lists of a split and concatenate them."""
         pictures: list[Picture] = []
         for name in [lists] if isinstance(lists, str) else lists:
             listing = self.read(self.root / name, classes)
@@ -301,7 +302,7 @@ class ListedBoxes(ObjectDetectionData):
         return BoxListing(pictures, classes)
 
     def list_splits(self) -> dict[str, BoxListing]:
-        """Read the lists of each split, with the classes of training."""
+        """Read the lists of each split, with the classes of the training lists."""
         if self.class_names and len(set(self.class_names)) < len(self.class_names):
             raise UserError(f"--data.init_args.class_names: {self.class_names}; expected names that differ")
         return read_splits(self.lists, self.read_all, self.class_names, self.held_out)
@@ -310,18 +311,18 @@ class ListedBoxes(ObjectDetectionData):
 class VOCBoxes(ListedBoxes):
     """Pascal VOC: lists `F/ImageSets/Main/*.txt` of stems, and `F/Annotations/*.xml` and `F/JPEGImages/*` beside them.
 
-    Objects marked difficult are trained on, and evaluation passes over them.
+    Objects marked difficult are used in training and ignored in evaluation.
     """
 
     def read(self, path: Path, classes: list[str] | None) -> BoxListing:
-        """Read the stems of a list, and their annotations."""
+        """Read a list of stems and their annotations."""
         return read_voc(path.parent.parent.parent, path, classes, self.on_bad_box)
 
 
 class COCOBoxes(ListedBoxes):
     """COCO: lists such as `annotations/instances_NAME.json`, and the pictures of each in the folder `NAME` of `root`.
 
-    Crowds are not trained on, and evaluation passes over them.
+    Crowds are left out of training and ignored in evaluation.
 
     Args:
         pictures: the folder of a list's pictures; {} stands for NAME.
@@ -349,10 +350,10 @@ class SageMakerBoxes(ListedBoxes):
 
 
 class ManifestBoxes(ListedBoxes):
-    """Augmented manifests, as SageMaker Ground Truth writes them for boxes; paths are relative to their own folder.
+    """Augmented manifests of boxes, as written by SageMaker Ground Truth; paths are relative to a manifest's folder.
 
     Args:
-        label_attribute: the key of the boxes; by default the only one that it can be.
+        label_attribute: the key of the boxes; by default, the only key besides `source-ref` and `*-metadata`.
     """
 
     def __init__(self, label_attribute: str | None = None, **kwargs):

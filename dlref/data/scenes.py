@@ -1,10 +1,10 @@
 """Scenes of real handwritten digits whose boxes and masks are exact, for detection and for segmentation.
 
-Scanned digits on textured backgrounds: no file is needed, and nothing is annotated by hand. Pixels are
-whole numbers throughout, so that a seed gives the same bytes on every machine (with one version of Pillow).
+Scanned digits are drawn on textured backgrounds: no file is needed, and nothing is annotated by hand. Pixels are
+integers throughout, so that a seed gives the same bytes on every machine (with the same version of Pillow).
 
-N scenes of M digits at most, S their side, all in pixels; a pool of D digits. Inside, a scene is (S, S, 3), as
-Pillow has it.
+N scenes with at most M digits, S the side of a scene; a pool of D digits. All lengths are in pixels. Internally, a
+scene is (S, S, 3), as in Pillow.
 """
 
 from typing import NamedTuple
@@ -16,25 +16,25 @@ from torch import Tensor
 
 EMPTY = 0.05  # share of the scenes without a digit
 SCALES = 0.15, 0.45  # of the side of a digit's 8 × 8 frame, as shares of the scene's side
-OVERLAP = 0.3  # of two boxes, at most, as a share of the smaller one's area
+OVERLAP = 0.3  # maximum overlap of two boxes, as a share of the smaller one's area
 TRIES = 20  # places tried for a digit before it is left out
-CONTRAST = 75, 115  # in luma, out of 255, between a digit and what is behind it
+CONTRAST = 75, 115  # difference in luma, out of 255, between a digit and its background
 OPAQUE = 128  # the opacity, out of 255, from which a pixel belongs to a digit
 INKS = 6  # colours tried for a digit
 ALIKE = 120  # sum of the three channels' differences below which two colours are hard to tell apart
 TEXTURE = ((3, 44), (7, 22), (24, 14))  # cells of noise along a side, amplitude
-GRAIN = 8  # amplitude of the noise of single pixels, over digits and all
-STROKES = 6  # of clutter in a scene, at most
-LUMA = np.array([77, 150, 29])  # of red, green and blue, out of 256: ITU-R BT.601
+GRAIN = 8  # amplitude of the noise of single pixels, which covers digits, too
+STROKES = 6  # maximum number of strokes of clutter in a scene
+LUMA = np.array([77, 150, 29])  # weights of red, green and blue, out of 256: ITU-R BT.601
 
 Box = tuple[int, int, int, int]
 
 
 class Scenes(NamedTuple):
-    """Scenes with what is in them, in the order of drawing: a later digit covers an earlier one.
+    """Scenes with their digits in the order of drawing: a later digit covers an earlier one.
 
-    A box is tight around all pixels of its digit, also those that a later digit covers; x2 and y2 are
-    exclusive, so that columns 10 to 19 are x1 = 10, x2 = 20.
+    A box is tight around all pixels of its digit, including those that a later digit covers; x2 and y2 are
+    exclusive, so columns 10 to 19 are x1 = 10, x2 = 20.
     """
 
     images: Tensor  # uint8 (N, 3, S, S)
@@ -44,17 +44,17 @@ class Scenes(NamedTuple):
 
 
 def make_scenes(digits: Tensor, labels: Tensor, count: int, size: int, seed: int, most: int = 8) -> Scenes:
-    """Draw scenes with the digits of a pool; more scenes of a seed begin with the same ones.
+    """Draw scenes with digits from a pool. For one seed, a larger `count` only adds scenes at the end.
 
     Args:
-        digits: the pool, uint8 (D, 8, 8), ink high.
-        labels: the classes in it, int64 (D,).
+        digits: the pool, uint8 (D, 8, 8), with high values for ink.
+        labels: the classes of the digits in the pool, int64 (D,).
         count: scenes to draw.
-        size: their side in pixels, at least 16; digits are easily read from 64 on.
-        seed: of all that is drawn at random.
-        most: digits in a scene, at most.
+        size: side of a scene in pixels, at least 16; digits are easy to read from 64 on.
+        seed: seed of everything drawn at random.
+        most: maximum number of digits in a scene.
     """
-    # RandomState, for NumPy never changes its numbers; a global one, or torch's, would be the caller's.
+    # RandomState, as NumPy never changes its numbers; the global generators of NumPy and torch belong to the caller.
     rng = np.random.RandomState(seed)
     pool, classes = digits.numpy(force=True), labels.numpy(force=True)
     images = np.empty((count, size, size, 3), np.uint8)
@@ -72,8 +72,8 @@ def make_scenes(digits: Tensor, labels: Tensor, count: int, size: int, seed: int
 
 
 def below(rng: np.random.RandomState, stop: int) -> int:
-    """Draw one of 0 to `stop` - 1."""
-    return int(rng.randint(stop, dtype=np.int64))  # the default type is another on Windows, and so its numbers
+    """Draw an integer from 0 to `stop` - 1."""
+    return int(rng.randint(stop, dtype=np.int64))  # the default type, and with it the numbers, differ on Windows
 
 
 def _how_many(rng: np.random.RandomState, most: int) -> int:
@@ -90,14 +90,14 @@ def _background(rng: np.random.RandomState, size: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.RandomState, size: int, cells: int, amplitude: int) -> np.ndarray:
-    """Draw colours on a grid of `cells` × `cells` and smooth between them, int16 (S, S, 3)."""
+    """Draw colours on a grid of `cells` × `cells` and interpolate between them, int16 (S, S, 3)."""
     grid = Image.fromarray(rng.randint(256, size=(cells, cells, 3), dtype=np.uint8))
     smooth = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)).astype(np.int16)
     return (smooth - 128) * np.int16(amplitude) >> 7
 
 
 def _strokes(rng: np.random.RandomState, size: int) -> np.ndarray:
-    """Draw bent strokes as differences of colour, int16 (S, S, 3), so that ink alone does not tell a digit."""
+    """Draw bent strokes as differences of colour, int16 (S, S, 3), so that ink alone does not reveal a digit."""
     sheet = Image.new("RGB", (2 * size, 2 * size), (128, 128, 128))  # halved below, which smooths the edges
     pen = ImageDraw.Draw(sheet)
     for _ in range(below(rng, STROKES + 1)):
@@ -129,18 +129,18 @@ def _draw_digits(
 
 
 def _opacity(digit: np.ndarray, side: float) -> np.ndarray:
-    """Enlarge a digit, uint8 (8, 8), to about `side` pixels; return the opacities of what is to be seen of it."""
-    framed = np.pad(digit, 1)  # most digits touch the frame, and would end there as if cut off
+    """Enlarge a digit, uint8 (8, 8), to about `side` pixels; return the opacities of its visible part."""
+    framed = np.pad(digit, 1)  # most digits touch the frame and would look cut off there
     enlarged = max(len(framed), round(side * len(framed) / len(digit)))
     smooth = np.asarray(Image.fromarray(framed).resize((enlarged, enlarged), Image.Resampling.BICUBIC))
-    # Steeper than the enlarged scan: half of a digit would be a blur that belongs to nothing.
+    # Make edges steeper than in the enlarged scan, in which half of a digit would be a blur that belongs to nothing.
     opacity = ((smooth.astype(np.int16) - OPAQUE) * 2 + OPAQUE).clip(0, 255)
     x1, y1, x2, y2 = _extent(opacity > 0)
     return opacity[y1:y2, x1:x2]
 
 
 def _extent(inside: np.ndarray) -> Box:
-    """Return the tight box around what is true in (H, W)."""
+    """Return the tight box around the true values of (H, W)."""
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -148,7 +148,7 @@ def _extent(inside: np.ndarray) -> Box:
 def _place(
     rng: np.random.RandomState, opacity: np.ndarray, size: int, taken: list[Box]
 ) -> tuple[tuple[int, int], Box] | None:
-    """Find a place for a digit inside the scene and off the others: x, y of the opacities, and the digit's box."""
+    """Find a place inside the scene with little overlap: return x, y of the opacities and the digit's box, or None."""
     height, width = opacity.shape
     x1, y1, x2, y2 = _extent(opacity >= OPAQUE)
     for _ in range(TRIES):
@@ -160,30 +160,30 @@ def _place(
 
 
 def _overlap(a: Box, b: Box) -> float:
-    """Return the area in both boxes as a share of the smaller one's."""
+    """Return the area common to two boxes as a share of the smaller one's area."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     smaller = min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
     return max(0, width) * max(0, height) / smaller
 
 
 def _blend(rng: np.random.RandomState, behind: np.ndarray, opacity: np.ndarray) -> None:
-    """Paint opacities (H, W) in one contrasting colour over a part of the scene, int16 (H, W, 3), in place."""
+    """Paint opacities (H, W) in one contrasting colour over `behind`, part of a scene, int16 (H, W, 3), in place."""
     luma = int((behind[opacity >= OPAQUE] @ LUMA).sum()) / (256 * int((opacity >= OPAQUE).sum()))
     inks = [_contrasting(rng, luma) for _ in range(INKS)]
-    # Also apart from what is next to it: two digits of one colour would run together where they overlap.
+    # The ink must also differ from its surroundings: overlapping digits of one colour would merge.
     nearby = behind[::2, ::2]
     ink = min(inks, key=lambda ink: int((np.abs(nearby - ink).sum(-1) < ALIKE).sum()))
     behind += ((ink - behind) * opacity[..., None].astype(np.int32) // 255).astype(np.int16)
 
 
 def _contrasting(rng: np.random.RandomState, luma: float) -> np.ndarray:
-    """Draw a colour, int16 (3,), that is far from a luma of 0 to 255."""
+    """Draw a colour, int16 (3,), whose luma is far from `luma`, 0 to 255."""
     room = {1: 255 - luma, -1: luma}
-    signs = [sign for sign in room if room[sign] >= CONTRAST[0] + 10]  # at the ends all colours are black or white
+    signs = [sign for sign in room if room[sign] >= CONTRAST[0] + 10]  # near 0 and 255 all colours are black or white
     sign = signs[below(rng, len(signs))]
     target = luma + sign * min(rng.uniform(*CONTRAST), room[sign] - 10)
     colour = rng.randint(256, size=3, dtype=np.int64)
     now = int(colour @ LUMA) / 256
-    # Towards white or black, by just as much as the luma asks for: the hue stays.
+    # Mix with white or black until the luma is right: this keeps the hue.
     mixed = colour + (255 - colour) * ((target - now) / (255 - now)) if now < target else colour * (target / now)
     return np.rint(mixed).astype(np.int16)

@@ -1,9 +1,8 @@
 """Data modules for semantic segmentation.
 
-What passes to a task: batches `(images, masks)`, images uint8 (B, 3, H, W) and not normalised, masks uint8 (B, H, W)
-with the class of each pixel, and 255 where a pixel counts for nothing. Training batches are squares of one size.
-Evaluation sees pictures as they are; where their sizes differ, one at a time. After `setup`, `labels` holds the K
-class names.
+Tasks receive batches `(images, masks)`. Images are uint8 (B, 3, H, W) and not normalised. Masks are uint8 (B, H, W)
+with the class of each pixel, or 255 for pixels to ignore (void). Training batches are squares of one size. Evaluation
+uses pictures at their own size, one at a time if the sizes differ. After `setup`, `labels` holds the K class names.
 """
 
 from collections.abc import Callable
@@ -38,19 +37,19 @@ Pair = tuple[tv_tensors.Image, tv_tensors.Mask]
 
 
 class MaskedPictures(Dataset):
-    """Pictures and their masks, transformed together when asked for; a subclass says how they are read.
+    """Pictures and their masks, transformed together on access; a subclass reads them.
 
     Args:
-        names: of each picture: its path, or its number.
-        sizes: heights and widths, in pixels.
-        transform: of an image and its mask.
+        names: the path or the number of each picture.
+        sizes: height and width of each picture, in pixels.
+        transform: transforms an image and its mask.
     """
 
     def __init__(self, names: list[str], sizes: list[tuple[int, int]], transform: Callable[[Pair], Pair] | None = None):
         self.names, self.sizes, self.transform = names, sizes, transform
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image uint8 (3, H, W) and mask uint8 (H, W)."""
+        """Return an image, uint8 (3, H, W), and its mask, uint8 (H, W)."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -65,46 +64,46 @@ class MaskedPictures(Dataset):
 
 
 class MaskedScenes(MaskedPictures):
-    """Scenes, from memory."""
+    """Scenes in memory."""
 
     def __init__(self, scenes: Scenes):
         size = tuple(scenes.masks.shape[1:])
         super().__init__([str(i) for i in range(len(scenes.masks))], [size] * len(scenes.masks))
-        # Arrays: a worker process that does not fork gets a file for each tensor, and there are only so many.
+        # Arrays: a worker that is not forked receives one open file per tensor, and open files are limited.
         self.images, self.masks = scenes.images.numpy(), scenes.masks.numpy()
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image and mask of a scene."""
+        """Return the image and the mask of a scene."""
         return torch.from_numpy(self.images[index]), torch.from_numpy(self.masks[index])
 
 
 class MaskedFiles(MaskedPictures):
-    """Files, decoded when asked for."""
+    """Pictures and masks in files, decoded on access."""
 
     def __init__(self, listing: MaskListing, transform: Callable[[Pair], Pair] | None = None):
         super().__init__(listing.images, listing.sizes, transform)
         self.masks, self.table = listing.masks, listing.table
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image and mask of two files."""
+        """Decode the image and the mask from their two files."""
         return read_image(self.names[index]), torch.from_numpy(read_mask(self.masks[index], self.table))
 
 
 class SegmentationData(AnnotatedPictures):
-    """Pictures with masks; a subclass says what its splits are.
+    """Pictures with masks; a subclass makes the splits.
 
-    Training resizes each picture by a random factor (so that its shorter side is 0.5 to 2 times `base_size`), takes a
-    random square of it, mirrors half of them, and changes brightness and colours; what is beyond a picture counts for
-    nothing.
+    Training resizes each picture by a random factor (by default, its shorter side becomes 0.5 to 2 times `base_size`),
+    crops a random square, mirrors half of the pictures, and changes brightness and colours. Pixels outside a picture
+    are void.
 
     Args:
         batch_size: pictures in a batch.
         crop_size: side of a training image, in pixels.
-        base_size: shorter side of a training picture that is resized by a factor of 1, in pixels.
+        base_size: shorter side, in pixels, of a training picture resized by a factor of 1.
         scales: the smallest and the largest factor.
         flip: mirror half of the training pictures left to right.
         photometric: change brightness, contrast, saturation and hue of training pictures, on the device.
-        num_workers: processes that decode; 0 decodes in the training process.
+        num_workers: worker processes that decode; 0 decodes in the training process.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class SegmentationData(AnnotatedPictures):
         self.splits = self.make_splits()
 
     def train_transform(self) -> v2.Transform:
-        """Return what training does to each picture and its mask, light aside."""
+        """Return the transform of training pictures and masks, except for changes of brightness and colours."""
         smallest, largest = (max(1, round(self.base_size * scale)) for scale in self.scales)
         resize = v2.RandomResize(smallest, largest + 1, antialias=True)
         fill = {tv_tensors.Image: MEAN, tv_tensors.Mask: VOID}
@@ -149,7 +148,7 @@ class SegmentationData(AnnotatedPictures):
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
 
     def eval_batch_size(self, split: str) -> int:
-        """Pictures stay as they are; alone where others have other sizes, for the network would see what pads one."""
+        """Return `batch_size` if all pictures have one size, else 1: the network would see any padding."""
         return self.batch_size if len(set(self.splits[split].sizes)) == 1 else 1
 
     def sources(self) -> list[str]:
@@ -158,18 +157,18 @@ class SegmentationData(AnnotatedPictures):
 
 
 class DigitSceneMasks(SegmentationData):
-    """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. They need no file.
+    """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. No file is needed.
 
-    The digits of a split are in no other. What is no digit is background.
+    No digit appears in more than one split. Pixels outside the digits are background.
 
     Args:
         train: number of training scenes.
         held_out: number of validation scenes, and of test scenes.
-        most: digits in a scene.
+        most: maximum number of digits in a scene.
         image_size: side of a scene, in pixels.
         photometric: see `SegmentationData`.
-        num_workers: see there.
-        batch_size: see there.
+        num_workers: see `SegmentationData`.
+        batch_size: see `SegmentationData`.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class DigitSceneMasks(SegmentationData):
         self.most, self.image_size = most, image_size
 
     def make_splits(self) -> dict[str, MaskedPictures]:
-        """Draw the scenes; each split has a seed of its own."""
+        """Draw the scenes; each split has its own seed."""
         check_at_least(1, train=self.counts["train"], held_out=self.counts["val"], most=self.most)
         check_at_least(16, image_size=self.image_size)
         self.labels = ["background", *map(str, range(10))]
@@ -198,18 +197,18 @@ class DigitSceneMasks(SegmentationData):
 
 
 class ListedMasks(SegmentationData):
-    """Pictures and masks in files; a subclass says how a split is listed.
+    """Pictures and masks in files; a subclass reads the listing of a split.
 
     Args:
         root: the folder that the splits are relative to.
         train: the training split; see the subclass.
-        val: the validation split. None: a share of the training pictures, always the same, is held out.
-        test: the test split; by default validation serves for testing too.
-        class_names: the classes in order; by default those that the first split has.
-        held_out: the share of the training pictures where there is no validation split.
+        val: the validation split. None: a share of the training pictures, always the same ones, is held out.
+        test: the test split; by default, the validation pictures are used for testing, too.
+        class_names: the classes in order; by default, those of the training split.
+        held_out: the share of the training pictures to hold out if there is no validation split.
     """
 
-    hint = ""  # what an error says of masks that have one class
+    hint = ""  # ends the error that is raised if fewer than two classes have pixels
 
     def __init__(
         self,
@@ -231,12 +230,12 @@ class ListedMasks(SegmentationData):
         raise NotImplementedError
 
     def make_splits(self) -> dict[str, MaskedPictures]:
-        """Read the splits, with the classes of training, and say which classes have no pixel there."""
+        """Read the splits with the classes of the training split, and warn about classes without pixels."""
         listings = read_splits(self.lists, self.read, self.class_names, self.held_out)
         self.labels = listings["train"].classes
         for name, listing in listings.items():
             if name == "test" and listing is listings["val"]:
-                continue  # warned of as val
+                continue  # warned about as val
             counts = listing.pixels.sum(axis=0)
             if empty := [label for label, count in zip(listing.classes, counts, strict=True) if not count]:
                 rank_zero_warn(f"{name}: no pixel of {', '.join(empty)}")
@@ -250,14 +249,14 @@ class ListedMasks(SegmentationData):
 
 
 class MaskFolders(ListedMasks):
-    """A folder of pictures and one with a PNG for each of them: SageMaker's channels, and any other pairs.
+    """A folder of pictures and a folder with a PNG mask for each: SageMaker's channels, or any other pairs.
 
     Args:
-        pictures: where the pictures of a split are; {} stands for the name that `train`, `val` or `test` gives it.
-        masks: where its masks are, likewise.
-        label_map: SageMaker's label map, or the folder of those of each split (F_label_map.json for the split F);
+        pictures: the folder of a split's pictures; {} stands for the value of `train`, `val` or `test`.
+        masks: the folder of a split's masks, likewise.
+        label_map: SageMaker's label map, or a folder with one for each split (F_label_map.json for the split F);
             relative to `root`. By default, a pixel's value is its class.
-        void: value of pixels that count for nothing, besides 255.
+        void: value of pixels to ignore, besides 255.
     """
 
     hint = OF_255
@@ -275,7 +274,7 @@ class MaskFolders(ListedMasks):
 
     def read(self, name: str, classes: list[str] | None) -> MaskListing:
         """Read two folders."""
-        name = str(Path(name))  # without a slash at the end
+        name = str(Path(name))  # without a trailing slash
         label_map = self.label_map and self.root / self.label_map
         if label_map and label_map.is_dir():
             label_map /= f"{name}_label_map.json"
@@ -284,10 +283,10 @@ class MaskFolders(ListedMasks):
 
 
 class MaskLists(ListedMasks):
-    """Lists with a picture and its mask on each line, as CamVid has them; paths are relative to their own list.
+    """Lists with a picture and its mask on each line, as in CamVid; paths are relative to the list's folder.
 
     Args:
-        void: value of pixels that count for nothing, besides 255.
+        void: value of pixels to ignore, besides 255.
     """
 
     def __init__(self, void: int = VOID, **kwargs):
@@ -303,5 +302,5 @@ class VOCMasks(ListedMasks):
     """Pascal VOC: lists `ImageSets/Segmentation/*.txt` of stems, `JPEGImages/*` and `SegmentationClass/*.png`."""
 
     def read(self, name: str, classes: list[str] | None) -> MaskListing:
-        """Read the stems of a list."""
+        """Read a list of stems and their masks."""
         return read_voc_masks(self.root / name, classes)
