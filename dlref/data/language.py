@@ -1,7 +1,7 @@
-"""Data modules for language modelling: texts as one row of tokens, random windows to train from, all of it to test on.
+"""Data modules for language modelling: one row of tokens per split; training draws random windows, tests use all of it.
 
-What passes to a task: batches (B, T + 1) of tokens, the first T to read and the last T to predict, -1 beyond the end of
-a split. After `setup`, `vocabulary` is the tokeniser as `dlref.runtime.text` describes it, an exact one, and
+Tasks receive batches of tokens (B, T + 1): the first T are the input, the last T the targets, -1 beyond the end of a
+split. After `setup`, `vocabulary` is the tokeniser as `dlref.runtime.text` describes it, an exact one, and
 `context_length` is T.
 """
 
@@ -37,23 +37,23 @@ from dlref.data.vocabulary import read_exact
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import make_tokenizer
 
-EVALUATED = 8192  # tokens at once
-PROMPTS = 8  # beginnings of the test split that `predict` goes on from
-HELD_OUT = 0.1  # of a text that has to serve as everything
-SHARES = 20  # of Python's files one is for validation, one for the test
+EVALUATED = 8192  # tokens in an evaluation batch
+PROMPTS = 8  # windows of the test split whose beginnings are the default prompts
+HELD_OUT = 0.1  # share of the training text that is held out if there are no validation files
+SHARES = 20  # one in so many of Python's files is for validation, one for testing
 
 
 class LanguageData(SplitData):
-    """Rows of tokens; a subclass makes them.
+    """Rows of tokens; a subclass reads them.
 
     Args:
-        context_length: T, tokens of a window.
-        batch_size: windows of a training batch.
+        context_length: T, the number of tokens that a window predicts.
+        batch_size: windows in a training batch.
         batches: training batches until the next validation.
-        prompts: texts that `predict` goes on from; left out: the beginnings of the test split.
+        prompts: texts for `predict` to continue; by default, the beginnings of windows of the test split.
     """
 
-    resident = True  # whether a split fits into the memory of the device
+    resident = True  # whether the splits are kept in the memory of the device
 
     def __init__(
         self, context_length: int = 256, batch_size: int = 32, batches: int = 250, prompts: list[str] | None = None
@@ -64,11 +64,11 @@ class LanguageData(SplitData):
         self.splits: dict[str, Windows] = {}
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """The tokeniser, and the tokens of the splits `train`, `val` and `test`."""
+        """Return the tokeniser and the tokens of the splits `train`, `val` and `test`."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check everything, once, and move it to the trainer's device."""
+        """Read and check all data once, and move it to the trainer's device if it is `resident`."""
         if not self.splits:
             check_at_least(1, batch_size=self.batch_size, batches=self.batches)
             check_at_least(8, context_length=self.context_length)
@@ -84,28 +84,28 @@ class LanguageData(SplitData):
                 windows.to(self.device)
 
     def where(self, split: str) -> str:
-        """What an error of a split names."""
+        """Return the name of a split for error messages."""
         return split
 
     def order(self, devices: int) -> RandomStarts:
-        """Windows from anywhere in the training text."""
+        """Return batches of windows from anywhere in the training text."""
         places = len(self.splits["train"].tokens) - self.context_length
         return RandomStarts(places, self.batch_size * devices, self.batches)
 
     def samples(self, split: str) -> torch.Tensor:
-        """The beginnings of windows one after the other, so that every token but the first is predicted once."""
+        """Return the places of consecutive windows, which predict every token except for the first once."""
         return torch.arange(len(self.splits[split])) * self.context_length
 
     def eval_batch_size(self, split: str) -> int:
-        """As many windows as have so many tokens; two at least, with which devices have as many batches each."""
+        """Return the number of windows with `EVALUATED` tokens, at least two: devices then get equally many batches."""
         return max(2, EVALUATED // self.context_length)
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts, one by one."""
+        """Return the prompts, one at a time."""
         return DataLoader(list(self.sources()), batch_size=None)
 
     def sources(self) -> Sequence[str]:
-        """The prompts."""
+        """Return the prompts."""
         if self.prompts:
             return self.prompts
         windows = self.splits["test"]
@@ -115,7 +115,7 @@ class LanguageData(SplitData):
         return [b"".join(spelling[token] for token in row).decode(errors="ignore") for row in rows]
 
     def compressed(self, split: str) -> dict[str, float]:
-        """Bits per byte that gzip and xz take at their best for a split, all of it at once."""
+        """Return the bits per byte of a whole split compressed by gzip and by xz at their highest settings."""
         tokens, spelling = self.splits[split].tokens, self.tokenizer.spelling
         packers = {"gzip": zlib.compressobj(9, wbits=31), "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)}
         size, packed = 0, dict.fromkeys(packers, 0)
@@ -130,14 +130,14 @@ class LanguageData(SplitData):
 
 
 class Texts(LanguageData):
-    """Splits that are texts, and fit into memory.
+    """Splits made of texts that fit into memory.
 
     Args:
-        tokenizer: what a token is: a `byte`, a `character`, or pairs of bytes merged from the training text (`bpe`); or
-            the name of a file of `tokenizers`, such as GPT-2's tokenizer.json, or the folder of a run, for its own.
-        vocabulary_size: tokens, four special ones among them: the most frequent characters, or as many as byte pairs
-            are merged to.
-        windows: what every `LanguageData` takes.
+        tokenizer: the kind of token: `byte`, `character`, or byte pairs merged from the training text (`bpe`); or a
+            file of the `tokenizers` library, such as GPT-2's tokenizer.json, or the folder of a run, to use its own.
+        vocabulary_size: number of tokens, including four special ones: the most frequent characters, or byte pairs
+            merged until there are so many.
+        windows: further arguments of `LanguageData`.
     """
 
     def __init__(self, tokenizer: str = "bpe", vocabulary_size: int = 4096, **windows: Any):
@@ -145,11 +145,11 @@ class Texts(LanguageData):
         self.asked, self.vocabulary_size = tokenizer, vocabulary_size
 
     def texts(self) -> dict[str, list[str]]:
-        """The texts of each split."""
+        """Return the texts of each split."""
         raise NotImplementedError
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Make the tokeniser, and apply it."""
+        """Make the tokeniser and apply it."""
         check_at_least(1, vocabulary_size=self.vocabulary_size)
         texts = self.texts()
         described = tokenizer_of(self.asked, texts["train"], self.vocabulary_size)
@@ -167,14 +167,14 @@ class Texts(LanguageData):
 
 
 class TextFiles(Texts):
-    """Text files: each is a text; of .jsonl files each line is one, under `text`. Gzipped or not.
+    """Text files, gzipped or not: each file is one text; in a .jsonl file each line is one, under `text`.
 
     Args:
-        train: name of a file to train from, or a pattern such as 'books/**/*.txt'.
-        val: to validate on; left out: the last tenth of `train`, which is not trained from.
-        test: to test on; left out: what validates.
-        root: folder in which they are.
-        texts: what every `Texts` takes.
+        train: name of a file to train on, or a pattern such as 'books/**/*.txt'.
+        val: likewise, to validate on; by default, the last tenth of `train`, which is then not trained on.
+        test: likewise, to test on; by default, the validation texts.
+        root: folder that contains the files.
+        texts: further arguments of `Texts`.
     """
 
     def __init__(self, train: str, val: str | None = None, test: str | None = None, root: str = ".", **texts: Any):
@@ -182,12 +182,12 @@ class TextFiles(Texts):
         self.patterns, self.root = {"train": train, "val": val, "test": test}, Path(root)
 
     def place(self, pattern: str) -> str:
-        """A name or a pattern below the root, whose own name is no pattern."""
+        """Return a name or a pattern below the root; the root's own name is not read as a pattern."""
         path = self.root / pattern
         return str(path) if path.is_file() else os.path.join(glob.escape(str(self.root)), pattern)
 
     def where(self, split: str) -> str:
-        """The files; those that train also make the splits that are left out."""
+        """Return the split and its files; a split without files of its own gets those of `train`."""
         return f"{split}: {self.place(self.patterns[split] or self.patterns['train'])}"
 
     def texts(self) -> dict[str, list[str]]:
@@ -204,12 +204,12 @@ class TextFiles(Texts):
 class PythonSources(Texts):
     """The sources of Python's standard library, which every Python has; whole files are held out.
 
-    A file's place is drawn by its name: one of 20 is for validation, one for the test. Tests and installed packages are
-    left out, so that it is the same library everywhere; which version it is decides the rest.
+    A file's name decides its split: one file in 20 is for validation and one for testing. Tests and installed packages
+    are left out, so that the texts depend only on the version of Python.
 
     Args:
         root: another folder of sources.
-        texts: what every `Texts` takes.
+        texts: further arguments of `Texts`.
     """
 
     left_out = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
@@ -219,7 +219,7 @@ class PythonSources(Texts):
         self.root = Path(root or sysconfig.get_paths()["stdlib"])
 
     def texts(self) -> dict[str, list[str]]:
-        """Read the files. Those that are not in UTF-8, as Python's own tests of this are, are counted and left out."""
+        """Read the files. Those not in UTF-8, such as Python's own tests of encodings, are counted and left out."""
         found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         refused = 0
         for path in sorted(self.root.rglob("*.py")):
@@ -237,15 +237,15 @@ class PythonSources(Texts):
 
 
 class TokenFiles(LanguageData):
-    """Files of tokens, which stay on the disk: for texts that no memory holds; see `dlref.data.make_tokens`.
+    """Files of tokens, which stay on disk, for texts too large for memory; see `dlref.data.make_tokens`.
 
     Args:
         root: folder of the files.
-        train: to train from.
-        val: to validate on.
-        test: to test on; left out: `val`.
-        tokenizer: the tokeniser that they were made with: a file of `tokenizers`, or what `make_tokens` writes.
-        windows: what every `LanguageData` takes.
+        train: file to train on.
+        val: file to validate on.
+        test: file to test on; by default, `val`.
+        tokenizer: the tokeniser used to make the files: a file of the `tokenizers` library, or that of `make_tokens`.
+        windows: further arguments of `LanguageData`.
     """
 
     resident = False
@@ -263,11 +263,11 @@ class TokenFiles(LanguageData):
         self.root, self.names, self.asked = Path(root), {"train": train, "val": val, "test": test or val}, tokenizer
 
     def where(self, split: str) -> str:
-        """The file."""
+        """Return the split and its file."""
         return f"{split}: {self.root / self.names[split]}"
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Open the files."""
+        """Read the tokeniser and open the files of tokens."""
         path = self.root / self.asked
         if not path.is_file():
             raise UserError(f"{path}: not found; expected the tokeniser of these tokens")
@@ -277,13 +277,13 @@ class TokenFiles(LanguageData):
 
 
 def split_of(name: str) -> str:
-    """Where the file of a name belongs, whatever other files there are."""
+    """Return the split of a file, which depends only on the file's name."""
     share = int(hashlib.sha256(name.encode()).hexdigest(), 16) % SHARES
     return {0: "val", 1: "test"}.get(share, "train")
 
 
 def cut(texts: list[str], share: float) -> tuple[list[str], list[str]]:
-    """The first texts and the last ones, which have this share of all characters; one may be cut in two."""
+    """Split texts into the first and the last ones, which have `share` of all characters; one may be cut in two."""
     left = int((1 - share) * sum(map(len, texts)))
     first, last = [], []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Text files to token files, for texts that do not fit in memory; see `dlref.data.TokenFiles`.
+"""Convert text files to token files, for texts that do not fit in memory; see `dlref.data.TokenFiles`.
 
     python -m dlref.data.make_tokens FOLDER --train 'books/*.txt' --val 'held/*.txt' --vocabulary-size 32768
 
@@ -25,7 +25,7 @@ from dlref.runtime.text import make_tokenizer
 
 
 def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
-    """Write texts as tokens, and say how many there are."""
+    """Write texts as tokens and print the number of tokens."""
     count = unknown = 0
     with path.open("wb") as file:
         for row in rows_of((text for _, text in texts), tokenizer):
@@ -36,7 +36,7 @@ def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> Non
 
 
 def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
-    """Pass texts on, showing on a terminal how many characters there were."""
+    """Yield the texts, showing on a terminal how many characters have been read."""
     console, shown = Console(stderr=True), "{task.description}: {task.completed:.1f} million characters"
     hidden = not (console.is_terminal or console.is_jupyter)  # elsewhere rich would leave an empty line
     with Progress(shown, console=console, transient=True, disable=hidden) as progress:
@@ -47,7 +47,7 @@ def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 with one line on stderr when something given is wrong."""
+    """Run the command. Return 0, or 2 for wrong input or 130 if interrupted, with one line on stderr."""
     parser = Parser(prog="python -m dlref.data.make_tokens", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files of tokens go")
     parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make(asked: argparse.Namespace) -> None:
-    """Write all that is asked for, or nothing. Raises UserError."""
-    there = os.path.exists(asked.folder)  # of what cannot be looked at, Path's raises
+    """Write all files or none. Raises UserError."""
+    there = os.path.exists(asked.folder)  # Path.exists raises if the path is not accessible
     for path in (asked.folder / name for name in ("train.bin", "val.bin", "tokenizer.json")):
         if os.path.isdir(path):
             raise UserError(f"{path}: a folder; expected a place for a file")
@@ -86,14 +86,14 @@ def make(asked: argparse.Namespace) -> None:
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)
     except OSError as error:
-        reason = error.strerror or f"no room ({error})"  # numpy's has no number
+        reason = error.strerror or f"no room ({error})"  # numpy's error has no errno
         raise UserError(f"{asked.folder}: {reason}; expected a folder to write to") from None
     finally:
         if not there:
-            with suppress(OSError):  # where something lies in it
+            with suppress(OSError):  # if it is not empty
                 asked.folder.rmdir()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no partial files remain
     sys.exit(main())

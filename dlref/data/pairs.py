@@ -1,4 +1,4 @@
-"""Sources and targets from files, and the batches that they become.
+"""Read sources and targets from files and make batches of them.
 
 B sentences, S source tokens, T target tokens, P tokens of all sentences.
 """
@@ -22,9 +22,9 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, opened, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, check_unicode
 
-MAGIC = 0xCED7230A  # of a record of RecordIO
-# The part of SageMaker's record.proto that these files use. Its values are int32; read as int64, one that does not fit
-# is seen instead of cut.
+MAGIC = 0xCED7230A  # begins each record of RecordIO
+# The part of SageMaker's record.proto that these files use. Its values are int32, but are read as int64 so that a value
+# that does not fit is detected instead of truncated.
 RECORD = """
 name: "record.proto"  package: "aialgs.data"  syntax: "proto3"
 message_type {
@@ -51,9 +51,9 @@ Record = message_factory.GetMessages([DESCRIBED], DescriptorPool())["aialgs.data
 
 
 class Pairs(NamedTuple):
-    """Sources and targets, as many of both, and the name of each for messages.
+    """Equally many sources and targets, and the name of each pair for messages.
 
-    They are texts, or lists of tokens where the files have these.
+    Sources and targets are texts, or lists of tokens if the files contain tokens.
     """
 
     source: Sequence
@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
 
 
 def read_parallel(source: Path, target: Path) -> Pairs:
-    """Two files, line by line the same sentences. Raises UserError for empty lines, and for counts that differ."""
+    """Read two files whose lines are the same sentences. Raises UserError for empty lines or different counts."""
     sides = [[line for _, line in numbered(path, "lines of text")] for path in (source, target)]
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{target}: {len(sides[1])} lines; expected {len(sides[0])}, as {source} has")
@@ -78,7 +78,7 @@ def read_parallel(source: Path, target: Path) -> Pairs:
 
 
 def read_table(path: Path) -> Pairs:
-    """A source and a target on each line, between them a tab; or JSON Lines of objects with `source` and `target`."""
+    """Read lines of a source, a tab and a target; or JSON Lines of objects with `source` and `target`."""
     objects = path.name.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
     pairs, names = [], []
     for number, line in numbered(path, "lines of text"):
@@ -113,9 +113,10 @@ def _check_text(text: str, where: str) -> None:
 
 
 def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
-    """A RecordIO file of protobuf records, as SageMaker's create_vocab_proto.py writes them.
+    """Read a RecordIO file of protobuf records, as written by SageMaker's create_vocab_proto.py.
 
-    Each has the features `source` and `target`, lists of int32 tokens below `sizes`; without those that begin and end.
+    Each record has the features `source` and `target`, lists of int32 tokens below `sizes`, without the tokens that
+    begin and end a sentence.
     """
     with opened(path, "RecordIO") as file:
         data = file.read()
@@ -144,7 +145,7 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
 
 
 def _records(data: bytes, path: Path) -> Iterator[bytes]:
-    """The content of each record: a magic number, a length, and so many bytes filled up to a multiple of four."""
+    """Yield the content of each record: a magic number, a length, and that many bytes padded to a multiple of four."""
     place, number = 0, 0
     while place < len(data):
         number += 1
@@ -160,14 +161,14 @@ def _records(data: bytes, path: Path) -> Iterator[bytes]:
 
 
 class Batch(NamedTuple):
-    """Sentences side by side, filled up with PAD.
+    """A batch of sentences, padded with PAD.
 
     Attributes:
-        source: (B, S), an END after the last token of each.
+        source: (B, S), with an END after the last token of each source.
         target: (B, T), from BEGIN to END.
-        number: (B,) which sentences of the split they are.
-        sources: the source of each as text, of an evaluated split.
-        references: the target of each as text, of an evaluated split.
+        number: (B,), the numbers of the sentences in the split.
+        sources: the sources as text, for evaluated splits only.
+        references: the targets as text, for evaluated splits only.
     """
 
     source: Int[Tensor, "B S"]
@@ -178,7 +179,7 @@ class Batch(NamedTuple):
 
 
 class Ragged:
-    """Lists of tokens as one tensor with offsets, on a device; a batch is one indexing."""
+    """Lists of tokens as one tensor with offsets, on a device; a batch is one indexing operation."""
 
     def __init__(self, rows: Iterable[Sequence[int]]):
         rows = [np.asarray(row, np.int32) for row in rows]
@@ -187,11 +188,11 @@ class Ragged:
         self.tokens = torch.from_numpy(np.concatenate([*rows, np.zeros(1, np.int32)]))
 
     def to(self, device: torch.device) -> None:
-        """Move what is indexed."""
+        """Move the tokens to a device."""
         self.tokens = self.tokens.to(device)
 
     def __call__(self, number: Int[Tensor, "B"]) -> Int[Tensor, "B N"]:
-        """The rows of these numbers, PAD after each."""
+        """Return the rows with these numbers, padded with PAD."""
         device, length = self.tokens.device, self.lengths[number]
         place = torch.arange(int(length.max()), device=device)
         begin, length = (part.to(device, non_blocking=True)[:, None] for part in (self.begin[number], length))
@@ -203,9 +204,9 @@ class Corpus(Dataset):
     """A split as tokens. Items are whole batches: index with the numbers of their sentences.
 
     Args:
-        source: tokens of each source, END among them.
-        target: tokens of each target, BEGIN and END among them.
-        texts: of an evaluated split, its sources and targets as text.
+        source: tokens of each source, including END.
+        target: tokens of each target, including BEGIN and END.
+        texts: the sources and targets of an evaluated split as text.
     """
 
     def __init__(
@@ -228,10 +229,10 @@ class Corpus(Dataset):
 
 
 class TokenBatches:
-    """Batches of sentences that are about as long, each of at most so many tokens, padding included.
+    """Batches of sentences of similar length, each of at most `tokens` tokens, including padding.
 
-    Sentences of one length are shuffled, and so are the batches: what a batch holds is new in every epoch, how many
-    there are is not. Sentences longer than a batch are one alone, or of several `devices` one for each.
+    Sentences of one length are shuffled, and so are the batches: the content of the batches changes in every epoch,
+    their number does not. A batch has at least one sentence for each of the `devices`, even if this exceeds `tokens`.
     """
 
     def __init__(self, source: Int[Tensor, "N"], target: Int[Tensor, "N"], tokens: int, devices: int = 1):
@@ -245,19 +246,19 @@ class TokenBatches:
         self.cuts.append(len(widths))
 
     def order(self, drawn: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-        """Sentences in the order of their lengths; those that are as long stay in the order given."""
+        """Sort sentences by width, then by source length; sentences equal in both keep the given order."""
         keys = self.width(drawn) * (int(self.source.max()) + 1) + self.source[drawn]
         return drawn[keys.argsort(stable=True)]
 
     def width(self, number: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-        """Tokens that a sentence takes in a batch: the longer of its two sides."""
+        """Return the tokens that each sentence takes in a batch: the length of its longer side."""
         return torch.maximum(self.source[number], self.target[number])
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
 
     def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """The numbers of the sentences of each batch."""
+        """Yield the numbers of the sentences in each batch."""
         order = self.order(torch.randperm(len(self.source), generator=generator))
         for i in torch.randperm(len(self), generator=generator).tolist():
             yield order[self.cuts[i] : self.cuts[i + 1]]

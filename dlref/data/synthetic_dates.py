@@ -1,7 +1,7 @@
-"""Dates as people write them, and as ISO 8601 has them: a task whose right answer is known. No file is needed.
+"""Dates as people write them and in ISO 8601: a task with a known correct translation. No file is needed.
 
-How languages write dates is CLDR's, by Babel. Orders that a reader could not tell apart without knowing the language,
-such as the American 3/4/26, are left out; years of two digits are those from 1970 to 2069.
+Babel writes the dates as CLDR specifies for each language. Forms that are ambiguous to a reader who does not know the
+language, such as the American 3/4/26, are left out; years of two digits are those from 1970 to 2069.
 """
 
 import random
@@ -15,14 +15,14 @@ from dlref.data.pairs import Pairs
 STYLES = ("full", "long", "medium", "short")
 LANGUAGES = ("en_GB", "en_US", "cs", "da", "de", "es", "fi", "fr", "it", "ja", "nl", "pl", "pt", "tr")
 AMBIGUOUS = ("en_US", "short")
-WITHHELD = ("it", "long")  # neither trained nor validated on: a style of a language whose others are known
+WITHHELD = ("it", "long")  # not in training or validation, which have the other styles of this language
 FIRST, DAYS = date(1970, 1, 1), 36525
-EVALUATED = 0.05  # share of the days that only validation sees, and of those that only the test does
-LONG = 6  # letters; a slip of the keyboard in a shorter word could make it another month
+EVALUATED = 0.05  # share of the days that only validation uses, and of those that only testing uses
+LONG = 6  # letters; a typing error in a shorter word could make it another month
 
 
 def make_dates(train: int, val: int, test: int, withheld: bool, seed: int) -> dict[str, Pairs]:
-    """Draw so many pairs of each split, on days that no other split has. `withheld`: test on WITHHELD alone."""
+    """Draw the pairs of each split, on days that no other split has. `withheld`: test on WITHHELD alone."""
     rng = random.Random(seed)
     days = list(range(DAYS))
     rng.shuffle(days)
@@ -46,7 +46,7 @@ def _draw(rng: random.Random, days: list[int], forms: list[tuple[str, str]], cou
 
 
 def typed(rng: random.Random, text: str) -> str:
-    """A text as somebody types it: some without capitals, marks or punctuation, some with a slip."""
+    """Return a text as somebody types it: at times without capitals, marks or punctuation, or with a typing error."""
     if rng.random() < 0.3:
         text = text.lower()
     if rng.random() < 0.15:
@@ -62,7 +62,7 @@ def typed(rng: random.Random, text: str) -> str:
 
 
 def slip(rng: random.Random, word: str) -> str:
-    """A word with a letter left out, doubled or changed with the next one; its first two stay."""
+    """Return a word with one letter left out, doubled or swapped with the next; the first two letters stay."""
     at = rng.randrange(2, len(word) - 1)
     return rng.choice(
         [

@@ -1,8 +1,9 @@
-"""Texts -> one row of tokens with a token between texts; windows of it; and files of tokens, for what no memory holds.
+"""Turn texts into one row of tokens, cut windows from it, and read files of tokens for texts too large for memory.
 
-A file of tokens is nothing but tokens, as nanoGPT's are: 16 bits each where the vocabulary is small enough, else 32.
+Each text in a row is preceded by the token that ends texts. A file of tokens contains only tokens, as in nanoGPT: 16
+bits each if the vocabulary is small enough, otherwise 32.
 
-Legend of shapes: N tokens in a row, B windows, U tokens of one.
+Shapes: N tokens in a row, B windows, U tokens in a window.
 """
 
 import glob
@@ -22,21 +23,21 @@ from dlref.runtime.lines import decoded, numbered, opened, parse_object
 from dlref.runtime.text import UNKNOWN, check_unicode
 
 TRAINED = get_args(Exact)  # tokenisers that are made from the training text
-BLOCK = 1 << 24  # tokens that are looked at at once
-PIECE = 1 << 20  # characters that are encoded at once
+BLOCK = 1 << 24  # tokens processed at once
+PIECE = 1 << 20  # characters encoded at once
 
 
 # Texts
 
 
 def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
-    """The texts of all files that a pattern such as 'books/**/*.txt' matches, with their names, in order.
+    """Yield the names and texts of all files that match a pattern such as 'books/**/*.txt', in order.
 
-    A file is one text; of .jsonl, gzipped or not, each line is one, under `text`. Raises UserError, for an undecodable
-    byte with its offset in the file, or in the line.
+    A file is one text; in a .jsonl file, gzipped or not, each line is one, under `text`. Raises UserError; for an
+    undecodable byte, the message gives its offset in the file or in the line.
     """
     paths = [Path(pattern)]
-    if not paths[0].is_file():  # a name may have brackets, too
+    if not paths[0].is_file():  # a file name may contain brackets, too
         paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"{pattern}: no such file; expected the name of a text, or a pattern such as 'texts/**/*.txt'")
@@ -54,13 +55,13 @@ def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
 
 
 def read_whole(path: Path) -> str:
-    """A file as it is, its line ends too. Raises UserError."""
+    """Return the text of a file unchanged, including its line ends. Raises UserError."""
     with opened(path, "text") as file:
         return decoded(file.read(), str(path))
 
 
 def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
-    """The tokeniser of a run's folder or a file, or of the kind `asked` for, made from `texts`. Raises UserError."""
+    """Return the tokeniser of a run's folder or a file, or make one of kind `asked` from `texts`. Raises UserError."""
     if asked in TRAINED:
         return make_exact(texts, asked, size)
     path = Path(asked)
@@ -72,9 +73,9 @@ def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
 
 
 def rows_of(texts: Iterable[str], tokenizer) -> Iterator[Integer[np.ndarray, "N"]]:
-    """The tokens of each text, before them the one that ends a text: there the next begins.
+    """Yield the tokens of each text, preceded by the token that ends a text: the next text begins there.
 
-    A long text comes in pieces, each encoded by itself: a row takes a hundred times the memory while it is made.
+    A long text is encoded piece by piece, because encoding takes a hundred times the memory of the resulting tokens.
     """
     kind = width(tokenizer)
     for text in texts:
@@ -84,12 +85,12 @@ def rows_of(texts: Iterable[str], tokenizer) -> Iterator[Integer[np.ndarray, "N"
 
 
 def width(tokenizer) -> type:
-    """The type of a token in a file."""
+    """Return the data type of the tokens in a file."""
     return np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
 
 
 def unknown_in(tokens: Integer[np.ndarray, "N"], tokenizer) -> int:
-    """How many tokens stand for characters that the tokeniser does not know: of characters, for others have none."""
+    """Count the tokens of unknown characters; only a character tokeniser has any."""
     return int((tokens == UNKNOWN).sum()) if hasattr(tokenizer, "numbers") else 0
 
 
@@ -97,29 +98,29 @@ def unknown_in(tokens: Integer[np.ndarray, "N"], tokenizer) -> int:
 
 
 class Windows(Dataset):
-    """Windows of a row of tokens: (B, U) of those that begin at B places, -1 beyond the end."""
+    """Windows of a row of tokens. Indexing with B start places returns the B windows, (B, U), -1 beyond the end."""
 
     def __init__(self, tokens: Integer[Tensor, "N"], context_length: int):
         self.tokens, self.context_length = tokens, context_length
 
     def __len__(self) -> int:
-        """Windows that cover every token after the first once."""
+        """Return the number of windows that cover every token after the first once."""
         return -(-(len(self.tokens) - 1) // self.context_length)
 
     def __getitem__(self, starts: Int[Tensor, "B"]) -> Int[Tensor, "B U"]:
         device = self.tokens.device
-        # Non-blocking: starts in the host's memory would make every batch wait for the GPU to catch up.
+        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
         places = starts.to(device, non_blocking=True)[:, None] + torch.arange(self.context_length + 1, device=device)
         last = len(self.tokens) - 1
         return self.tokens[places.clamp(max=last)].long().masked_fill(places > last, -1)
 
     def to(self, device: torch.device) -> None:
-        """Move the tokens to where they are used, as int32: few operators take uint16."""
+        """Move the tokens to a device as int32: few operators support uint16."""
         self.tokens = self.tokens.to(device, torch.int32)
 
 
 class RandomStarts:
-    """Batches of places at which a window can begin, drawn anew at each turn."""
+    """Batches of random places where a window can begin, drawn anew in each epoch."""
 
     def __init__(self, places: int, batch_size: int, batches: int):
         self.places, self.batch_size, self.batches = places, batch_size, batches
@@ -128,7 +129,7 @@ class RandomStarts:
         return self.batches
 
     def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """The places of each batch."""
+        """Yield the places of each batch."""
         for _ in range(self.batches):
             yield torch.randint(self.places, (self.batch_size,), generator=generator)
 
@@ -137,13 +138,13 @@ class RandomStarts:
 
 
 def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
-    """The tokens of a .bin file, which stay on the disk until they are looked at. Raises UserError."""
+    """Return the tokens of a .bin file, memory-mapped, after checking their range. Raises UserError."""
     kind = np.dtype(width(tokenizer))
     try:
         size = path.stat().st_size
         if size % kind.itemsize or not size:
             raise UserError(f"{path}: {size} bytes; expected tokens of {kind.itemsize} bytes each")
-        # Copied where it is written to, which nothing does: torch warns of arrays that cannot be.
+        # Copy-on-write, although nothing writes to it: torch warns about read-only arrays.
         tokens = np.memmap(path, kind, mode="c")
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror}); expected a file of tokens") from None

@@ -1,8 +1,9 @@
 """Data modules for translation: sources and targets from files, their tokenisers, batches by the number of tokens.
 
-What passes to a task: batches `Batch` of `dlref.data.pairs`, gathered on the device that trains. After `setup`,
+Tasks receive batches of type `dlref.data.pairs.Batch`, gathered on the training device. After `setup`,
 `source_vocabulary` and `target_vocabulary` are the tokenisers as `dlref.runtime.text` describes them, `longest` and
-`longest_answer` how many tokens a source and an answer may have, and `too_long` what becomes of longer sources.
+`longest_answer` the maximum numbers of tokens in a source and in a predicted translation, and `too_long` specifies how
+longer sources are treated.
 """
 
 from collections.abc import Sequence
@@ -19,21 +20,21 @@ from dlref.data.vocabulary import KINDS, make_vocabulary, read_vocabulary, token
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import BEGIN, END, SPECIAL, UNKNOWN, make_tokenizer
 
-EVALUATED = 64  # sentences at once
+EVALUATED = 64  # sentences in an evaluation batch
 
 
 class TranslationData(SplitData):
     """Sources and targets; a subclass reads them.
 
     Args:
-        tokenizer: what a token is: a `word`, a `character`, or pairs of bytes merged from the training text (`bpe`); or
-            the folder of a run, for its own two.
-        vocabulary_size: tokens on each side, four special ones among them: the most frequent words or characters, or
-            as many as byte pairs are merged to.
-        shared: one vocabulary for both sides, of their texts together.
-        batch_size: tokens of a training batch on its longer side, padding included.
-        longest: tokens of a source, its end included, and of a training target.
-        too_long: what becomes of longer ones: an `error`, or they are cut (`truncate`), counted, and the targets too.
+        tokenizer: the kind of token: `word`, `character`, or byte pairs merged from the training text (`bpe`); or the
+            folder of a run, to use its two tokenisers.
+        vocabulary_size: number of tokens on each side, including four special ones: the most frequent words or
+            characters, or byte pairs merged until there are so many.
+        shared: make one vocabulary for both sides from all of their texts.
+        batch_size: maximum number of tokens on the longer side of a training batch, including padding.
+        longest: maximum number of tokens in a source or a training target, including the one that ends it.
+        too_long: how to treat longer sources and training targets: `error`, or `truncate` to cut and count them.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TranslationData(SplitData):
         raise NotImplementedError
 
     def vocabularies(self, train: Pairs) -> tuple[dict, dict]:
-        """The tokenisers of sources and targets."""
+        """Return the tokenisers of sources and targets."""
         if self.tokenizer not in KINDS:
             if not Path(self.tokenizer).is_dir():
                 raise UserError(f"tokenizer: {self.tokenizer}; expected {', '.join(KINDS)} or a run's folder")
@@ -67,14 +68,14 @@ class TranslationData(SplitData):
         return tuple(make_vocabulary(side, self.tokenizer, self.vocabulary_size) for side in sides)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and encode everything, once, and move it to the trainer's device."""
+        """Read, check and encode all data once, and move it to the trainer's device."""
         if not self.splits:
             check_at_least(1, vocabulary_size=self.vocabulary_size, batch_size=self.batch_size)
             check_at_least(2, longest=self.longest)
             pairs = self.read()
             self.source_vocabulary, self.target_vocabulary = self.vocabularies(pairs["train"])
             self.splits = {split: self.encoded(split, pairs[split]) for split in ("train", "val", "test")}
-            # What an answer may have beyond the longest of training: a quarter, and a few.
+            # A translation may be longer than the longest training target by a quarter and 5 tokens.
             longest = int(self.splits["train"].target.lengths.max())
             self.longest_answer = longest + longest // 4 + 5
             self.names = pairs["test"].names
@@ -83,13 +84,13 @@ class TranslationData(SplitData):
             corpus.target.to(self.device)
 
     def encoded(self, split: str, pairs: Pairs) -> Corpus:
-        """A split as tokens, those that end it added; and its texts, unless it trains."""
+        """Encode a split, adding the tokens that begin and end sentences; keep its texts unless it is for training."""
         sides, texts, cut = [], [], 0
         for name, described in (("source", self.source_vocabulary), ("target", self.target_vocabulary)):
             tokenizer, rows = make_tokenizer(described), []
             for where, given in zip(pairs.names, getattr(pairs, name), strict=True):
                 tokens = tokenizer.encode(given) if isinstance(given, str) else list(given)
-                # A target that is not trained on is compared as text, and is not cut.
+                # A target of an evaluated split is compared as text and never cut.
                 if len(tokens) >= self.longest and (name == "source" or split == "train"):
                     if self.too_long == "error":
                         raise UserError(
@@ -106,23 +107,23 @@ class TranslationData(SplitData):
         return Corpus(*sides, tuple(texts) or None)
 
     def order(self, devices: int) -> TokenBatches:
-        """Batches of about equal lengths, new ones in each epoch."""
+        """Return batches of sentences of similar length, drawn anew in each epoch."""
         source, target = (side.lengths for side in (self.splits["train"].source, self.splits["train"].target))
         return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
     def eval_batch_size(self, split: str) -> int:
-        """As many sentences, however long they are."""
+        """Return the number of sentences, however long they are."""
         return EVALUATED
 
     def sources(self) -> Sequence[str]:
-        """The name of each sentence to predict."""
+        """Return the name of each sentence to predict."""
         return self.names
 
 
 def as_text(tokenizer, given: str | Sequence[int], is_reference: bool) -> str:
-    """A sentence as text; a reference is written as answers are, with U+FFFD for each unknown token.
+    """Return a sentence as text; a reference is written like a prediction, with U+FFFD for each unknown token.
 
-    No answer has that character, so an unknown token in a reference matches nothing.
+    No prediction contains that character, so an unknown token in a reference matches nothing.
     """
     if isinstance(given, str):
         return tokenizer.written(given) if is_reference else given
@@ -131,15 +132,15 @@ def as_text(tokenizer, given: str | Sequence[int], is_reference: bool) -> str:
 
 
 class SyntheticDates(TranslationData):
-    """Dates as 13 languages write them, to ISO 8601; see `synthetic_dates`. They need no file.
+    """Dates as written in 13 languages, to be translated to ISO 8601; see `synthetic_dates`. No file is needed.
 
     Args:
-        train: pairs to train from.
-        val: pairs to validate on.
-        test: pairs to test on.
-        withheld: test on the style of a language that training does not have.
-        seed: of all of them.
-        text: what every `TranslationData` takes.
+        train: number of pairs to train on.
+        val: number of pairs to validate on.
+        test: number of pairs to test on.
+        withheld: test on a style of one language that is not in the training pairs.
+        seed: seed of all pairs.
+        text: further arguments of `TranslationData`.
     """
 
     def __init__(
@@ -155,16 +156,16 @@ class SyntheticDates(TranslationData):
 
 
 class ParallelText(TranslationData):
-    """Files of which line by line one is the translation of the other: ROOT/train.de and ROOT/train.en, or .gz.
+    """Pairs of files that are line-by-line translations of each other: ROOT/train.de and ROOT/train.en, or .gz.
 
     Args:
         root: folder of the files.
-        source: ending of the sources' names, such as de.
-        target: ending of the targets' names, such as en.
-        train: beginning of the names to train from.
-        val: beginning of the names to validate on.
-        test: beginning of the names to test on; null: `val`.
-        text: what every `TranslationData` takes.
+        source: ending of the sources' file names, such as de.
+        target: ending of the targets' file names, such as en.
+        train: beginning of the names of the training files.
+        val: beginning of the names of the validation files.
+        test: beginning of the names of the test files; null: `val`.
+        text: further arguments of `TranslationData`.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class ParallelText(TranslationData):
         return {split: read_parallel(*self.files(name)) for split, name in self.names_of.items()}
 
     def files(self, name: str) -> list[Path]:
-        """The two files of a split, gzipped where they are only there so."""
+        """Return the two files of a split; one that exists only gzipped gets .gz."""
         plain = [self.root / f"{name}.{side}" for side in self.sides]
         packed = [path.with_name(f"{path.name}.gz") for path in plain]
         return [gz if gz.is_file() and not path.is_file() else path for path, gz in zip(plain, packed, strict=True)]
@@ -196,10 +197,10 @@ class PairFiles(TranslationData):
     """Files with a source and a target on each line: .tsv with a tab between, or .jsonl; gzipped or not.
 
     Args:
-        train: to train from.
-        val: to validate on.
-        test: to test on; left out: `val`.
-        text: what every `TranslationData` takes.
+        train: file to train on.
+        val: file to validate on.
+        test: file to test on; by default, `val`.
+        text: further arguments of `TranslationData`.
     """
 
     def __init__(self, train: str, val: str, test: str | None = None, **text):
@@ -219,10 +220,10 @@ class SageMakerTokens(TranslationData):
         train: train.rec.
         validation: val.rec.
         vocab: folder of vocab.src.json and vocab.trg.json.
-        test: records to test on; left out: `validation`.
-        batch_size: see `TranslationData`, as the two below.
-        longest: tokens of a source, its end included.
-        too_long: error or truncate.
+        test: records to test on; by default, `validation`.
+        batch_size: see `TranslationData`.
+        longest: see `TranslationData`.
+        too_long: see `TranslationData`.
     """
 
     def __init__(
@@ -239,11 +240,11 @@ class SageMakerTokens(TranslationData):
         self.paths, self.vocab = {"train": train, "val": validation, "test": test or validation}, Path(vocab)
 
     def read(self) -> dict[str, Pairs]:
-        """Read the vocabularies, then the records, whose tokens have to be in them."""
+        """Read the vocabularies, then the records, whose tokens must be in them."""
         self.read_vocabularies = tuple(read_vocabulary(self.vocab / f"vocab.{side}.json") for side in ("src", "trg"))
         sizes = tuple(len(described["tokens"]) for described in self.read_vocabularies)
         return {split: read_records(Path(path), sizes) for split, path in self.paths.items()}
 
     def vocabularies(self, train: Pairs) -> tuple[dict, dict]:
-        """The vocabularies that were read."""
+        """Return the vocabularies that `read` has read."""
         return self.read_vocabularies

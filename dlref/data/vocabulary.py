@@ -1,4 +1,4 @@
-"""Tokenisers made from training text; `dlref.runtime.text` applies them, here and on a device."""
+"""Make tokenisers from training text; `dlref.runtime.text` applies them, here and on a device."""
 
 import json
 from collections import Counter
@@ -16,11 +16,11 @@ from dlref.runtime.text import SPECIAL, make_tokenizer, normal
 Kind = Literal["word", "character", "bpe"]
 KINDS = get_args(Kind)
 Exact = Literal["byte", "character", "bpe"]
-PROBE = " Straße\n\t 多言語  e\u0301 = 1e-3  ½ <s>\r\n"  # a text that many tokenisers that change texts would change
+PROBE = " Straße\n\t 多言語  e\u0301 = 1e-3  ½ <s>\r\n"  # many tokenisers that change texts would change this one
 
 
 def make_exact(texts: Iterable[str], kind: Exact, size: int) -> dict:
-    """A tokeniser whose tokens spell a text as it is; otherwise as `make_vocabulary`."""
+    """Make a tokeniser whose tokens spell a text exactly; otherwise like `make_vocabulary`."""
     if kind == "byte":
         return {"kind": kind, "exact": True}
     if kind == "bpe":
@@ -29,9 +29,9 @@ def make_exact(texts: Iterable[str], kind: Exact, size: int) -> dict:
 
 
 def read_exact(path: Path) -> dict:
-    """A tokeniser from a file: of byte pairs as `tokenizers` writes it, such as GPT-2's, or as described here.
+    """Read a tokeniser from a file: byte pairs as `tokenizers` writes them, such as GPT-2's, or a dict as made here.
 
-    Raises UserError where it is none, or changes texts.
+    Raises UserError if the file contains no tokeniser, or one that changes texts.
     """
     text = read_text(path, "a tokeniser")
     known = json.loads(text) if is_object(text) else {}
@@ -48,7 +48,7 @@ def read_exact(path: Path) -> dict:
 
 
 def tokenizers_of_run(run: Path, *names: str) -> list[dict]:
-    """The tokenisers that the best checkpoint of a run keeps under `names`. Raises UserError."""
+    """Return the tokenisers that the best checkpoint of a run stores under `names`. Raises UserError."""
     path = run / "checkpoints" / "best.ckpt"
     try:
         facts = torch.load(path, map_location="cpu", weights_only=True)["facts"]
@@ -62,10 +62,10 @@ def tokenizers_of_run(run: Path, *names: str) -> list[dict]:
 
 
 def make_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> dict:
-    """The tokeniser of `kind` with at most `size` tokens, as `dlref.runtime.text` describes one.
+    """Make a tokeniser of `kind` with at most `size` tokens, as described in `dlref.runtime.text`.
 
-    Words and characters are the most frequent ones, in the order of how many there are, then of the alphabet; byte
-    pairs are merged until there are `size` tokens or no pair is left that comes twice.
+    Words and characters are the most frequent ones, sorted by frequency, then alphabetically; byte pairs are merged
+    until there are `size` tokens or no pair occurs twice.
     """
     if kind == "bpe":
         return {"kind": kind, "model": _byte_pairs(map(normal, texts), size)}
@@ -106,7 +106,7 @@ def _byte_pairs(texts: Iterable[str], size: int, exact: bool = False) -> str:
 
 
 def read_vocabulary(path: Path) -> dict:
-    """SageMaker's vocab.src.json or vocab.trg.json: token -> number, from 0 on, the first four SPECIAL."""
+    """Read SageMaker's vocab.src.json or vocab.trg.json: tokens to numbers from 0 on, the first four SPECIAL."""
     numbers = read_json(path)
     if not all(type(number) is int for number in numbers.values()):
         raise UserError(f"{path}: not a vocabulary; expected an object of tokens and their numbers")
