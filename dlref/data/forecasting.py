@@ -1,11 +1,11 @@
-"""Data modules for forecasting: series from files, the windows that train, and those that a forecast is judged on.
+"""Data modules for forecasting: series from files, and windows of them for training and evaluation.
 
-What passes to a task: batches `Window` of `dlref.data.windows`, gathered on the device that trains. After `setup`,
-`frequency`, `cardinality` (for each of the G categories the number of its values), `dynamic_features` and
-`static_features` (how many there are) say what the series are like.
+Tasks receive batches of type `dlref.data.windows.Window`, gathered on the training device. After `setup`, the series
+are described by `frequency`, `cardinality` (the number of values of each of the G categories), `dynamic_features` and
+`static_features` (the numbers of these features).
 
-The last `test_windows` stretches of `prediction_length` of each series test, those before them validate, and what
-comes before these trains. A forecast sees all that lies before it.
+The last `test_windows` stretches of `prediction_length` points of each series are for testing, the `val_windows`
+stretches before them for validation, and the points before these for training. A forecast sees all earlier points.
 """
 
 import os
@@ -37,14 +37,14 @@ from dlref.runtime.calendar import Frequency
 from dlref.runtime.errors import UserError
 from dlref.runtime.runners.forecasting import LEVELS
 
-EVALUATED = 32  # windows at once, each with its sample paths
+EVALUATED = 32  # windows in an evaluation batch, each with its sample paths
 
 
 class Channels(NamedTuple):
-    """What a subclass reads. `test` may be `train` itself; `truth` (P, Q) are true quantiles of its points.
+    """The series read by a subclass. `test` may be `train` itself; `truth` (P, Q) are the true quantiles of its points.
 
-    `predict` has the series to forecast beyond their ends, with dynamic features that reach so far; None: `test`,
-    where there are no dynamic features.
+    `predict` contains the series to forecast beyond their ends, with dynamic features that reach that far; None: those
+    of `test`, if there are no dynamic features.
     """
 
     train: Series
@@ -57,19 +57,19 @@ class ForecastingData(SplitData):
     """Series, cut into windows; a subclass reads them.
 
     Args:
-        frequency: from one point to the next: a whole number (left out: 1) and min, H, D, B, W or M.
-        prediction_length: H, points to forecast.
-        context_length: T, points before them that a forecast starts from; lags look further back.
+        frequency: time from one point to the next: an integer (1 if left out) and min, H, D, B, W or M.
+        prediction_length: H, number of points to forecast.
+        context_length: T, number of points before them that a forecast starts from; lags look further back.
         batch_size: windows in a training batch.
-        batches: of an epoch, drawn with replacement: a series, then one of its windows.
-        by_scale: draw a series the more often the larger its values are (section 3.3 of the paper), not each as often.
-        val_windows: forecasts of each series that validate.
-        test_windows: forecasts of each series that test.
-        points: use only so many of each series.
-        cardinality: for each category how many values it has; auto: as many as are found.
+        batches: batches in an epoch, drawn with replacement: first a series, then one of its windows.
+        by_scale: draw series with larger values more often (section 3.3 of the paper) instead of all equally often.
+        val_windows: number of forecasts of each series for validation.
+        test_windows: number of forecasts of each series for testing.
+        points: use only this many points from the beginning of each series.
+        cardinality: number of values of each category; auto: one more than the highest value found.
     """
 
-    category_names: Sequence[str] = ()  # where each series is a category of its own
+    category_names: Sequence[str] = ()  # set if each series is a category of its own
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class ForecastingData(SplitData):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check everything, once, and move it to the trainer's device."""
+        """Read and check all data once, and move it to the trainer's device."""
         if not self.splits:
             sizes = ("prediction_length", "context_length", "batch_size", "batches", "val_windows", "test_windows")
             check_at_least(1, **{name: getattr(self, name) for name in sizes}, points=self.points or 1)
@@ -106,7 +106,7 @@ class ForecastingData(SplitData):
         self.splits = {name: windows.to(self.device) for name, windows in self.splits.items()}
 
     def checked(self, channels: Channels) -> Channels:
-        """The channels, checked against SageMaker's rules and each other; what a model has to know of them is kept."""
+        """Check the channels against SageMaker's rules and each other, and set the attributes that a model needs."""
         horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
             raise UserError("--data.init_args.points: expected none where test or predict are series of their own")
@@ -116,7 +116,7 @@ class ForecastingData(SplitData):
         values = zip(self.cardinality, train.cat.T.tolist(), strict=True)
         self.unseen = [sorted(set(range(size)) - set(column)) for size, column in values]
         self.dynamic_features, self.static_features = train.dynamic.shape[1], train.static.shape[1]
-        # What follows the test series can be forecast where nothing has to be known of it.
+        # Without dynamic features, whose future must be known, the points after the test series can be forecast.
         predict = test if channels.predict is None and not self.dynamic_features else channels.predict
         for series, ahead in ((test, 0), (predict, horizon if self.dynamic_features else 0)):
             if series is not None and series is not train:
@@ -125,13 +125,13 @@ class ForecastingData(SplitData):
         return Channels(train, test, predict, channels.truth)
 
     def cut(self, channels: Channels) -> None:
-        """Checked series -> the windows of each split."""
+        """Cut checked series into the windows of each split."""
         train, test, predict, truth = channels
         frequency, horizon, together = Frequency.parse(self.frequency), self.prediction_length, test is train
         store = SeriesStore(train, frequency, truth=truth if together else None)
         tested = store if together else SeriesStore(test, frequency, truth=truth)
         held = horizon * (self.val_windows + self.test_windows * together)
-        # One more than lags look back, for a task that forecasts changes.
+        # One step more than the lags need, for a task that forecasts changes.
         steps = max(max(frequency.lags) + self.context_length + 1, frequency.season) + horizon
         times = steps, self.context_length + horizon
         self.splits = {
@@ -152,13 +152,13 @@ class ForecastingData(SplitData):
             self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, *times)
 
     def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int, featured: int) -> Windows:
-        """Consecutive, non-overlapping evaluation windows ending at `last`; series too short for one get none."""
+        """Return consecutive, non-overlapping evaluation windows up to `last`; series too short for one get none."""
         horizon = self.prediction_length
-        whole = ((last - 1) // horizon).clamp(0, count)  # those with a point before them
+        whole = ((last - 1) // horizon).clamp(0, count)  # windows with a point before their forecast
         return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, featured, horizon)
 
     def report_short(self, split: str, windows: Windows, asked: int) -> None:
-        """Say how many series are left out, or have fewer windows than asked; raise UserError where all are out."""
+        """Log how many series are left out or have fewer windows than asked; raise UserError if all are left out."""
         short, fewer = int((windows.count <= 0).sum()), int(((windows.count > 0) & (windows.count < asked)).sum())
         if short == len(windows.count):
             raise UserError(
@@ -171,7 +171,7 @@ class ForecastingData(SplitData):
             rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
 
     def report_idle(self, cat: np.ndarray, drawn: np.ndarray) -> None:
-        """Say of which categories (N, G) no series is `drawn` (N,), so that nothing is learnt of them."""
+        """Warn about values of the categories (N, G) of which no series is `drawn` (N,): they are not learnt."""
         for i, (there, learnt) in enumerate(zip(cat.T.tolist(), cat[drawn].T.tolist(), strict=True)):
             if idle := sorted(set(there) - set(learnt)):
                 rank_zero_warn(
@@ -179,27 +179,27 @@ class ForecastingData(SplitData):
                 )
 
     def order(self, devices: int) -> Draws:
-        """Windows drawn at random, batches all of one size."""
+        """Return random windows, in batches all of one size."""
         windows = self.splits["train"]
         return Draws(windows.count, self.weight, self.batch_size * devices, self.batches)
 
     def eval_batch_size(self, split: str) -> int:
-        """Few: each window has all of its sample paths."""
+        """Return a small number: each window has all of its sample paths."""
         return EVALUATED
 
     def predict_dataloader(self) -> DataLoader:
-        """What comes after the end of each series to predict."""
+        """Return the windows that follow the end of each series to predict."""
         if "predict" not in self.splits:
             raise UserError("dynamic_feat ends with the series; expected --data.init_args.predict with future values")
         return self.in_order("predict")
 
     def sources(self) -> list[str]:
-        """The name of each series to predict, in order."""
+        """Return the name of each series to predict, in order."""
         return self.names
 
 
 def first_points(series: Series, points: int | None) -> Series:
-    """The first `points` of each series, or all of them."""
+    """Return the first `points` of each series, or all of them if it is None."""
     if points is None:
         return series
 
@@ -214,13 +214,13 @@ def first_points(series: Series, points: int | None) -> Series:
 
 
 def each_end(last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """The first end of a window with at least one point before its forecast, and how many there are up to `last`."""
+    """Return the first end of a window with a point before its forecast, and the number of ends up to `last`."""
     first = torch.full_like(last, horizon + 1)
     return first, (last - first + 1).clamp(min=0)
 
 
 def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
-    """Mean absolute value of what is observed of the first `length` points of each series, (N,)."""
+    """Return the mean absolute value of the observed ones of the first `length` points of each series, (N,)."""
     both = torch.stack([store.values.abs().where(store.observed, 0).double(), store.observed.double()])
     total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
     begin, end = store.begin, store.begin + length.clamp(min=0)
@@ -228,13 +228,13 @@ def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
 
 
 class SyntheticSeries(ForecastingData):
-    """Hourly series drawn from a seed, whose true distribution is known; see `synthetic_series`. They need no file.
+    """Hourly series drawn from a seed, whose true distribution is known; see `synthetic_series`. No file is needed.
 
     Args:
-        count: series.
-        length: points of each.
-        seed: of all of them.
-        windows: what every `ForecastingData` takes; the frequency is 1H.
+        count: number of series.
+        length: points in each series.
+        seed: seed of all series.
+        windows: further arguments of `ForecastingData`; the frequency must be 1H.
     """
 
     def __init__(self, count: int = 300, length: int = 1000, seed: int = 0, **windows):
@@ -242,7 +242,7 @@ class SyntheticSeries(ForecastingData):
         self.series_count, self.length, self.seed = count, length, seed
 
     def read(self, frequency: Frequency) -> Channels:
-        """Draw the series, and what is known of the hours to come."""
+        """Draw the series, and their dynamic features for the hours to forecast."""
         check_at_least(1, count=self.series_count)
         check_at_least(336, length=self.length)  # two weeks, which show both seasons
         if str(frequency) != "1H":
@@ -258,10 +258,10 @@ class SageMakerSeries(ForecastingData):
     """SageMaker's channels: JSON Lines or Parquet, as files or folders of them.
 
     Args:
-        train: to train from; all that a record's `dynamic_feat` has is as long as its target.
-        test: the same series with the points to forecast at their ends, or others; left out: the ends of `train`.
-        predict: what to forecast, with `dynamic_feat` of `prediction_length` more; left out: what follows `test`.
-        windows: what every `ForecastingData` takes.
+        train: series to train on; each list in a record's `dynamic_feat` is as long as its target.
+        test: the same series with the points to forecast at their ends, or others; by default, the ends of `train`.
+        predict: series to forecast, with `prediction_length` more values in `dynamic_feat`; by default, `test`.
+        windows: further arguments of `ForecastingData`.
     """
 
     def __init__(self, train: str, test: str | None = None, predict: str | None = None, **windows):
@@ -276,12 +276,12 @@ class SageMakerSeries(ForecastingData):
 
 
 class TableSeries(ForecastingData):
-    """Series from a table, which says nothing of them but their values.
+    """Series from a table that contains only their values.
 
     Args:
-        own_category: the number of each series is its category, so that the network learns what is particular to it.
-            It then forecasts no others.
-        windows: what every `ForecastingData` takes.
+        own_category: make each series a category of its own, so that the network learns what is particular to it.
+            The network can then forecast no other series.
+        windows: further arguments of `ForecastingData`.
     """
 
     def __init__(self, own_category: bool = False, **windows):
@@ -293,7 +293,7 @@ class TableSeries(ForecastingData):
         raise NotImplementedError
 
     def read(self, frequency: Frequency) -> Channels:
-        """Read one file, or several that become one, for everything."""
+        """Read the table, and use it for training, validation and testing."""
         series = self.table(frequency)
         if self.own_category:
             series = series._replace(cat=np.arange(len(series.names))[:, None])
@@ -307,7 +307,7 @@ class WideSeries(TableSeries):
     Args:
         path: the file.
         start: the time of its first row, YYYY-MM-DD or YYYY-MM-DD HH:MM:SS.
-        windows: what every `TableSeries` takes.
+        windows: further arguments of `TableSeries`.
     """
 
     def __init__(self, path: str, start: str, **windows):
@@ -324,7 +324,7 @@ class DatedSeries(TableSeries):
 
     Args:
         paths: the files; columns of the same name in two files are two series.
-        windows: what every `TableSeries` takes.
+        windows: further arguments of `TableSeries`.
     """
 
     def __init__(self, paths: list[str], **windows):
@@ -332,7 +332,7 @@ class DatedSeries(TableSeries):
         self.paths = paths
 
     def table(self, frequency: Frequency) -> Series:
-        """Read the tables, one after the other."""
+        """Read and concatenate the tables."""
         if not self.paths:
             raise UserError("--data.init_args.paths: none; expected at least one file")
         tables = [read_dated(path, frequency) for path in self.paths]
@@ -343,7 +343,7 @@ class DatedSeries(TableSeries):
 
 
 def names_of(paths: list[str]) -> list[str]:
-    """Names of files that differ: without their folders, or without what these share. Raises UserError."""
+    """Return distinct names for files: without their folders, or without the path these share. Raises UserError."""
     files = [os.path.abspath(path) for path in paths]
     if len(set(files)) < len(files):
         raise UserError(f"--data.init_args.paths: {paths}; expected each file once")
@@ -355,13 +355,13 @@ def names_of(paths: list[str]) -> list[str]:
 
 
 class RowSeries(TableSeries):
-    """M4's tables: a row for each series, its id first and then its values; the test file has what follows.
+    """M4's tables: a row for each series, its id first and then its values; the test file continues each series.
 
     Args:
         train: the file with the beginning of each series.
-        test: the file with as many rows, whose values come after those of `train`.
-        start: the time that all series start at.
-        windows: what every `TableSeries` takes.
+        test: the file with the same series, whose values come after those of `train`.
+        start: the time at which all series start.
+        windows: further arguments of `TableSeries`.
     """
 
     def __init__(self, train: str, test: str, start: str = "1750-01-01", **windows):
@@ -369,7 +369,7 @@ class RowSeries(TableSeries):
         self.train, self.test, self.start = train, test, start
 
     def table(self, frequency: Frequency) -> Series:
-        """Read both tables, and put each series together."""
+        """Read both tables and join the two parts of each series."""
         train, test = (read_rows(path, self.start, frequency) for path in (self.train, self.test))
         place = {name: i for i, name in enumerate(test.names)}
         unlike = sorted(place.keys() ^ set(train.names))
@@ -392,7 +392,7 @@ class LongSeries(TableSeries):
         item_id: the column with the id.
         timestamp: the column with the time.
         target: the column with the value.
-        windows: what every `TableSeries` takes.
+        windows: further arguments of `TableSeries`.
     """
 
     def __init__(
@@ -412,7 +412,7 @@ class LongSeries(TableSeries):
 
 
 def joined(tables: list[Series]) -> Series:
-    """The series of several tables without dynamic features."""
+    """Return the series of several tables, which have no dynamic features, as one."""
     target = np.concatenate([table.target for table in tables])
     lengths = np.concatenate([np.diff(table.offsets) for table in tables])
     rest = {field: np.concatenate([getattr(table, field) for table in tables]) for field in ("start", "cat", "static")}

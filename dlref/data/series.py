@@ -1,8 +1,8 @@
-"""Time series from files: SageMaker's JSON Lines and Parquet, and the CSV tables that people have.
+"""Read time series from files: SageMaker's JSON Lines and Parquet, and common CSV tables.
 
 Each reader returns a `Series`: the values of all series in one flat array. Steps that a table leaves out are filled
-with missing values, with a warning; any other mistake is a `UserError`. `check` compares what was read with SageMaker's
-rules for DeepAR, and `check_seen_in_training` the series to forecast with those of training.
+with missing values, and a warning is issued; any other mistake raises UserError. `check` checks series against
+SageMaker's rules for DeepAR, and `check_seen_in_training` compares series to forecast with the training series.
 
 N series, P points in all; D dynamic features of Q points in all; R static features; G categories. T times.
 """
@@ -27,27 +27,27 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, parse_object
 from dlref.runtime.series import MAX_CATEGORIES, OF_GLUONTS, Record, parse_record, to_float32
 
-MIN_OBSERVATIONS = 300  # SageMaker's, in all series of training together
+MIN_OBSERVATIONS = 300  # SageMaker's minimum for all training series together
 MAX_GAP = 100_000  # steps in a row: a mistyped year must not allocate a missing value for each step before it
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write it
+MISSING = {"", "NaN", "nan", "NA"}  # as spreadsheets, pandas, numpy and R write them
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 FIELDS = ["start", "target", "cat", "dynamic_feat", "feat_static_real"]
 ROWS_AT_ONCE = 16  # of Parquet: a row is a whole series
 
 
 class Series(NamedTuple):
-    """Time series and what is known about them, one after the other.
+    """Time series and their features, concatenated.
 
     Attributes:
         target: float32 (P,), NaN where missing.
         offsets: int64 (N + 1,): series i is target[offsets[i]:offsets[i + 1]].
         start: datetime64[s] (N,), the time of each series' first point.
-        cat: int64 (N, G), its categories from 0; G is 0 where there are none.
-        dynamic: float32 (Q, D), features whose future is known; D is 0 where there are none.
+        cat: int64 (N, G), the categories of each series, from 0; G is 0 if there are none.
+        dynamic: float32 (Q, D), features whose future is known; D is 0 if there are none.
         dynamic_offsets: int64 (N + 1,): series i has dynamic[dynamic_offsets[i]:dynamic_offsets[i + 1]].
-        static: float32 (N, R), features that are the same at all times; R is 0 where there are none.
-        names: N names: the series' id where the file has one, or file:line.
+        static: float32 (N, R), features that are the same at all times; R is 0 if there are none.
+        names: N names: the id or the column of a series in its file, or file:line.
     """
 
     target: np.ndarray
@@ -61,7 +61,7 @@ class Series(NamedTuple):
 
 
 class Points(NamedTuple):
-    """What rows of a table say: the line of each, its time in seconds since 1970, its value or values."""
+    """Rows of a table: the line number of each, its time in seconds since 1970, its value or values."""
 
     lines: array
     times: array
@@ -72,17 +72,17 @@ class Points(NamedTuple):
 
 
 def read_json_lines(path: str | Path, frequency: Frequency) -> Series:
-    """Read series as SageMaker's DeepAR takes them: an object a line, or a row of Parquet, for each.
+    """Read series in the format of SageMaker's DeepAR: a JSON object on a line, or a row of Parquet, for each series.
 
-    Its fields are `start`, "YYYY-MM-DD HH:MM:SS" or a date; `target`, numbers, where null and "NaN" are missing; and
-    where every record has them `cat`, a whole number or several, and `dynamic_feat`, a list of numbers for each
-    feature. GluonTS's `feat_static_real`, numbers that stay the same, is read too; its names for the others
-    are refused. Other fields are ignored.
+    The fields are `start`, "YYYY-MM-DD HH:MM:SS" or a date; `target`, numbers, with null and "NaN" for missing values;
+    and, if every record has them, `cat`, one integer or several, and `dynamic_feat`, a list of numbers for each
+    feature. GluonTS's `feat_static_real`, numbers that do not change over time, is read, too; GluonTS's names for the
+    other fields are refused. Other fields are ignored.
 
     Args:
-        path: a .json, .jsonl, .json.gz, .jsonl.gz or .parquet file, or a folder of them and of folders. Hidden files
-            and _SUCCESS are left out.
-        frequency: of all series.
+        path: a .json, .jsonl, .json.gz, .jsonl.gz or .parquet file, or a folder of such files and of folders. Hidden
+            files and _SUCCESS are left out.
+        frequency: the frequency of all series.
     """
     records = []
     for file in _files(str(path)):
@@ -128,13 +128,13 @@ def _read_parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}:{number}", entry
     except UserError as error:
         raise UserError(f"{path}:{number + 1}: {error}") from None
-    except Exception as error:  # what pyarrow raises at a damaged file is open-ended
+    except Exception as error:  # pyarrow raises many kinds of exceptions for a damaged file
         wrong = textwrap.shorten(str(error), 120) if os.path.isfile(path) else "no such file"
         raise UserError(f"{path}: {wrong}; expected a Parquet file") from None
 
 
-def _as_text(times):  # pyarrow's Array, to an Array
-    """Write dates and timestamps as JSON has them; what is neither is left for `parse_date` to refuse."""
+def _as_text(times):  # from and to a pyarrow Array
+    """Convert dates and timestamps to text as in JSON; other types stay unchanged, and `parse_date` checks them."""
     import pyarrow as pa
 
     if pa.types.is_timestamp(times.type) and times.type.tz is not None:
@@ -165,7 +165,7 @@ def read_wide(path: str | Path, start: str, frequency: Frequency) -> Series:
 def read_dated(path: str | Path, frequency: Frequency) -> Series:
     """Read a CSV file with a header: a row for each time, its date first, and a column for each series.
 
-    Rows have to be in order. The values of times without a row are missing.
+    Rows must be in order. Times without a row have missing values.
 
     Args:
         path: a text file, gzipped if its name ends in .gz.
@@ -188,9 +188,9 @@ def read_dated(path: str | Path, frequency: Frequency) -> Series:
 
 
 def read_rows(path: str | Path, start: str, frequency: Frequency) -> Series:
-    """Read a CSV file with a header, as M4's: a row for each series, its id first and then its values.
+    """Read a CSV file with a header, like M4's: a row for each series, its id first and then its values.
 
-    Empty cells at the end of a row are no values.
+    Empty cells at the end of a row are dropped.
 
     Args:
         path: a text file, gzipped if its name ends in .gz.
@@ -221,8 +221,8 @@ def read_long(
 ) -> Series:
     """Read a CSV file with a header: a row for each value. Columns that no argument names are ignored.
 
-    The rows of a series have to be in order; those of others may lie between. The values of times without a row are
-    missing.
+    The rows of a series must be in order; rows of other series may lie between them. Times without a row have missing
+    values.
 
     Args:
         path: a text file, gzipped if its name ends in .gz.
@@ -274,13 +274,13 @@ def _read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[s
 
 
 def _read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Number the rows of a CSV file by their last lines."""
-    lines = (f"{line}\n" for _, line in numbered(path, "a table"))  # a cell in quotes may have several
+    """Yield the rows of a CSV file, each with the number of its last line."""
+    lines = (f"{line}\n" for _, line in numbered(path, "a table"))  # a quoted cell may span several
     reader = csv.reader(lines, strict=True, skipinitialspace=True)
     blank = None
     try:
         for cells in reader:
-            if cells and blank is not None:  # at the end it does no harm; here it may be a time without a value
+            if cells and blank is not None:  # harmless at the end, but here it may be a time without a value
                 raise UserError(f"{path}:{blank}: blank line; expected cells separated by commas")
             if cells:
                 yield reader.line_num, [cell.strip() for cell in cells]
@@ -308,12 +308,12 @@ def _parse_cells(cells: list[str], where: str, field: Callable[[int], str]) -> n
 def _parse_cell(cell: str) -> float | str:
     if cell in MISSING:
         return math.nan
-    # float alone takes "1_000", "inf" and the digits of every script.
+    # float alone accepts "1_000", "inf" and the digits of every script.
     return float(cell) if NUMBER.fullmatch(cell) else cell
 
 
 def _fill(points: Points, frequency: Frequency, path: str | Path, field: str) -> tuple[np.datetime64, np.ndarray, int]:
-    """Put missing values (T, ...) where a time has no row; return them with the first time and how many times."""
+    """Fill times without a row with missing values; return first time, values (T, ...) and number of times filled."""
     times = np.array(points.times, "datetime64[s]")
     steps, whole = frequency.steps(times)
     gaps = np.diff(steps, prepend=-1)
@@ -372,13 +372,13 @@ def _offsets(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahead: int | None = None) -> list[int]:
-    """Check series against SageMaker's rules for DeepAR; series that are too short for a window are no mistake.
+    """Check series against SageMaker's rules for DeepAR; series that are too short for a window are allowed.
 
     Args:
-        series: what a reader returned.
-        cardinality: how many values each category has, G numbers; "auto" is one more than the highest found.
+        series: the series returned by a reader.
+        cardinality: the number of values of each category, G numbers; "auto": one more than the highest found.
         ahead: points after the target for which the dynamic features are known. None: these series are for training,
-            which needs 300 observations in all that are not only zeros.
+            which needs 300 observations in all, not all of them zero.
 
     Returns:
         The cardinality, G numbers.
@@ -422,7 +422,7 @@ def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list
 
 
 def check_seen_in_training(train: Series, other: Series) -> None:
-    """Raise UserError if `other` has other fields than the training series, or category values new to them."""
+    """Raise UserError if `other` has other fields than the training series, or category values that they lack."""
     fields = [("cat", other.cat, train.cat), ("dynamic_feat", other.dynamic, train.dynamic)]
     for field, found, known in [*fields, ("feat_static_real", other.static, train.static)]:
         if found.shape[1] != known.shape[1]:

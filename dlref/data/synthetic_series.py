@@ -1,12 +1,12 @@
 """Related hourly series whose true predictive distribution is known, so that a forecast's loss has a known floor.
 
-A point is its true mean, `loc`, and noise: `scale` times a draw from Student's t with 5 degrees of freedom, each
-independent of all others. Nothing before a point says more about it than its loc and scale do, so that no forecast
-has a lower expected quantile loss than `quantiles`.
+A point is its true mean, `loc`, plus noise: `scale` times a draw from Student's t with 5 degrees of freedom, each
+independent of all others. Earlier points contain no information about a point beyond its loc and scale, so no
+forecast has a lower expected quantile loss than `quantiles`.
 
-The mean is the product of the series' level and growth, its kind's shape of the day and of the week, to the power of
-the series' amplitude, and during promotions its kind's lift. The scale is a share of the mean that is the kind's and
-grows with the hour of the day. No file is needed.
+The mean is a product of the series' level and growth, its kind's shape of the day and of the week raised to the power
+of the series' amplitude, and, during promotions, its kind's lift. The scale is a share of the mean that depends on
+the kind and grows with the hour of the day. No file is needed.
 
 N series of T points, P points in all; L levels.
 """
@@ -19,14 +19,14 @@ import numpy as np
 from dlref.data.scenes import below
 from dlref.data.series import Series
 
-DEGREES = 5  # of freedom, of the noise
+DEGREES = 5  # degrees of freedom of the noise
 FIRST = np.datetime64("2024-01-01T00:00:00", "s")  # a Monday; series start up to STARTS hours later
 WEEK = 168
 STARTS = 4 * WEEK
-LEVELS = 10, 1000  # the geometric mean of a series over a week, before it grows; each magnitude as likely
+LEVELS = 10, 1000  # a series' geometric mean over a week without growth; its logarithm is uniform
 AMPLITUDES = 0.6, 1.4
-GROWTHS = -0.3, 0.5  # of the logarithm, over 1000 hours
-SPREADS = 0.6, 1.4  # what multiplies a kind's noise, from the day's first hour to its last
+GROWTHS = -0.3, 0.5  # growth of the logarithm over 1000 hours
+SPREADS = 0.6, 1.4  # factors of a kind's noise in the first and the last hour of the day
 PROMOTED = 6, 24  # hours
 BETWEEN_PROMOTIONS = 200  # hours on average
 MISSED = 1, 48  # hours
@@ -34,14 +34,14 @@ BETWEEN_MISSED = 790  # hours on average, so that about 3% of the points are mis
 
 
 class Kind(NamedTuple):
-    """What series of a kind share.
+    """The properties that series of a kind share.
 
     Attributes:
-        name: of one of them.
-        peaks: of the day: hour, width in hours and height of each.
-        days: from Monday to Sunday; these and the heights are in units of the mean's logarithm.
+        name: the name of the kind, with which the names of its series begin.
+        peaks: the peaks of a day: hour, width in hours and height of each.
+        days: the heights of the days from Monday to Sunday, like those of the peaks in units of the mean's logarithm.
         noise: the scale as a share of the mean, on average over the hours of the day.
-        lift: what multiplies the mean during a promotion.
+        lift: the factor of the mean during a promotion.
     """
 
     name: str
@@ -60,13 +60,13 @@ KINDS = (
 
 
 class Synthetic(NamedTuple):
-    """Series and the truth about each of their points.
+    """Series and the true distribution of each of their points.
 
     Attributes:
-        series: with one category, the place in `KINDS`, and one dynamic feature as long as the target, 1 during
-            promotions and otherwise 0. The first point of each is observed.
-        loc: float64 (P,), the true mean, always positive and known where the target is missing, as is the scale.
-        scale: float64 (P,), of the noise; its standard deviation is √(5/3) times as large.
+        series: series with one category, the index in `KINDS`, and one dynamic feature as long as the target, 1 during
+            promotions and otherwise 0. The first point of each series is observed.
+        loc: float64 (P,), the true mean; like the scale, it is positive and known even where the target is missing.
+        scale: float64 (P,), the scale of the noise, whose standard deviation is √(5/3) times as large.
     """
 
     series: Series
@@ -75,14 +75,14 @@ class Synthetic(NamedTuple):
 
 
 def make_series(count: int, length: int, seed: int) -> Synthetic:
-    """Draw hourly series; more series of a seed begin with the same ones.
+    """Draw hourly series. For one seed and length, a larger `count` only adds series at the end.
 
     Args:
         count: series to draw.
-        length: points in each; two weeks show both seasons.
-        seed: of all that is drawn at random.
+        length: points in each series; two weeks show both seasons.
+        seed: seed of everything drawn at random.
     """
-    # RandomState, for NumPy never changes its numbers; a global one, or torch's, would be the caller's.
+    # RandomState, as NumPy never changes its numbers; the global generators of NumPy and torch belong to the caller.
     rng = np.random.RandomState(seed)
     shapes = [_shape(kind) for kind in KINDS]
     spreads = np.tile(np.linspace(*SPREADS, 24), 7)
@@ -122,7 +122,7 @@ def _shape(kind: Kind) -> np.ndarray:
     """The logarithm of a kind's mean over a week from Monday's first hour, (168,); 0 on average."""
     day = np.zeros(24)
     for hour, width, height in kind.peaks:
-        away = (np.arange(24) - hour + 12) % 24 - 12  # past midnight too
+        away = (np.arange(24) - hour + 12) % 24 - 12  # across midnight, too
         day += height * np.exp(-0.5 * (away / width) ** 2)
     week = np.add.outer(kind.days, day).ravel()
     return week - week.mean()
@@ -136,9 +136,9 @@ def _mean(rng: np.random.RandomState, shape: np.ndarray) -> np.ndarray:
 
 
 def _stretches(rng: np.random.RandomState, length: int, between: float, hours: tuple[int, int]) -> np.ndarray:
-    """Draw which points lie in stretches of `hours`, the shortest and the longest, bool (T,).
+    """Draw which points lie in stretches of `hours`, the shortest and the longest length, bool (T,).
 
-    Never the first point, and no two stretches touch; from one to the next it is `between` points on average.
+    The first point never does, and no two stretches touch; the gaps between them are `between` points on average.
     """
     shortest, longest = hours
     most = length // (1 + shortest) + 1

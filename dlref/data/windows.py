@@ -1,6 +1,6 @@
 """Windows of many series at once, gathered by index on the device that holds them.
 
-All series lie one after the other in one tensor. A batch of windows is one indexing of it: no Python for a window.
+All series are concatenated in one tensor. A batch of windows is one indexing of it: no Python code runs per window.
 
 N series, P points in all, B windows, T times of a window (history, context and prediction), K the last of them, which
 have features (context and prediction), F features of a time, G categories, H times to forecast, Q quantile levels.
@@ -21,11 +21,11 @@ from dlref.runtime.series import Record, features_at, forward_filled
 
 
 class Window(NamedTuple):
-    """A batch. What lies before a series begins or after it ends is not observed, and its value is 0.
+    """A batch of windows. Times before a series begins or after it ends are not observed, and their values are 0.
 
-    Windows to evaluate on also have `seasonal_error`, the mean absolute difference of values a season apart in all that
-    lies before the forecast (0: none is known), and `truth`, the true quantiles of the times to forecast, where these
-    are known.
+    Windows for evaluation also have `seasonal_error`, the mean absolute difference of values a season apart over all
+    times before the forecast (0: none is known), and `truth`, the true quantiles of the times to forecast, if they are
+    known.
     """
 
     values: Float[Tensor, "B T"]
@@ -39,15 +39,15 @@ class Window(NamedTuple):
 class SeriesStore(nn.Module):
     """Series as tensors, to be moved to a device.
 
-    The features of a time are those of `runtime.series.features_at`; they are there for `future` steps after the end of
-    each series too. Missing values take the last one before them that is not missing, so that lags see no holes; they
-    stay not observed.
+    The features of a time are those of `runtime.series.features_at`; `future` steps after the end of each series have
+    features, too. A missing value is replaced by the last observed one before it, so that lags see no gaps, but it
+    still counts as not observed.
 
     Args:
-        series: checked; dynamic features have to reach `future` steps beyond the values.
-        frequency: of all of them.
-        future: steps after the last value for which there are features.
-        truth: (P, Q) true quantiles of each point, where they are known.
+        series: checked series; dynamic features must reach `future` steps beyond the values.
+        frequency: the frequency of all series.
+        future: number of steps after the last value that have features.
+        truth: (P, Q), the true quantiles of each point, if they are known.
     """
 
     def __init__(self, series: Series, frequency: Frequency, future: int = 0, truth: np.ndarray | None = None):
@@ -69,8 +69,9 @@ class SeriesStore(nn.Module):
         self.register_buffer("truth", truth, persistent=False)
 
     def forward(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int, featured: int) -> Window:
-        """The `steps` times before the time `end` of each series `item`, counted from its first value, 0; the last
-        `featured` of them with features.
+        """Return the `steps` times before the time `end` of each series `item`, the last `featured` with features.
+
+        Times are counted from a series' first value, which is 0.
         """
         begin, length = self.begin[item][:, None], self.length[item][:, None]
         place = end[:, None] + torch.arange(-steps, 0, device=end.device)  # (B, T)
@@ -87,30 +88,30 @@ class SeriesStore(nn.Module):
         )
 
     def outcomes(self, difference: bool) -> Float[Tensor, "P"]:
-        """All observed values; or all changes from one of a series to its next, where both are observed."""
+        """Return all observed values, or all changes between neighbouring points of a series that are both observed."""
         if not difference:
             return self.values[self.observed]
         both = self.observed[1:] & self.observed[:-1]
-        both[self.begin[1:] - 1] = False  # from one series to the next
+        both[self.begin[1:] - 1] = False  # changes from one series to the next
         return self.values.diff()[both]
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Mean absolute difference of the values a season apart before the time `end` of each series; 0: none."""
+        """Return the mean absolute difference of values a season apart before time `end` of each series; 0: none."""
         return self.seasonal_errors[self.begin[item] + item + end]
 
     def truth_of(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"], steps: int) -> Float[Tensor, "B H Q"] | None:
-        """The true quantiles of the `steps` times before `end`, which lie in the series; None where none are known."""
+        """Return the true quantiles of the `steps` times before `end`, all within the series; None if unknown."""
         place = (self.begin[item] + end)[:, None] + torch.arange(-steps, 0, device=end.device)
         return None if self.truth is None else self.truth[place]
 
 
 def rows_at(tensor: Tensor, index: Int[Tensor, "B T"]) -> Tensor:
-    """`tensor[index]`; on a processor torch's indexing takes six times as long as its selecting."""
+    """Return `tensor[index]`; on a CPU, torch's indexing takes six times as long as `index_select`."""
     return tensor.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
-    """What is known of each time of each series and of `future` more, float32 (P + N * future, F)."""
+    """Return the features of each time of each series and of `future` more, float32 (P + N * future, F)."""
     parts = []
     for i, start in enumerate(series.start):
         target = series.target[series.offsets[i] : series.offsets[i + 1]]
@@ -124,10 +125,11 @@ def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
 
 
 def seasonal_errors(series: Series, season: int) -> np.ndarray:
-    """Mean absolute difference of the values a season apart, of those before each point of a series and of all: float32
-    (P + N,), 0 where there are none. A missing value has no difference.
+    """Return the mean absolute difference of values a season apart, before each point of a series and over all of it.
+
+    The result is float32 (P + N,), 0 if there is no difference. Differences with a missing value are left out.
     """
-    parts = []  # each summed by itself: in a sum over all, what is small would be lost behind what is large
+    parts = []  # one sum per series: in a sum over all series, small values would be lost beside large ones
     for target in np.split(series.target.astype(np.float64), series.offsets[1:-1]):
         apart = np.abs(target[season:] - target[:-season])
         there = ~np.isnan(apart)
@@ -136,16 +138,16 @@ def seasonal_errors(series: Series, season: int) -> np.ndarray:
 
 
 class Windows(Dataset):
-    """Some windows of each series, numbered through: item by item, in the order of their ends. A batch is one indexing.
+    """Some windows of each series, numbered series by series in the order of their ends. A batch is one indexing.
 
     Args:
         store: the series.
-        first: (N,) where the first window of each series ends.
-        count: (N,) how many windows it has.
-        stride: from the end of a window to the end of the next.
+        first: (N,), the end of the first window of each series.
+        count: (N,), the number of windows of each series.
+        stride: distance from the end of a window to the end of the next.
         steps: T.
         featured: K.
-        horizon: H; evaluated windows are given their seasonal error, and the truth where it is known. 0: for training.
+        horizon: H; windows for evaluation get their seasonal error, and the truth if it is known. 0: for training.
     """
 
     def __init__(
@@ -159,12 +161,12 @@ class Windows(Dataset):
         return int(self.stop[-1])
 
     def ends(self, number: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-        """The series of each window and where in it the window ends."""
+        """Return the series of each window and the time in it at which the window ends."""
         item = torch.searchsorted(self.stop, number, right=True)
         return item, self.first[item] + self.stride * (number - self.stop[item] + self.count[item])
 
     def __getitem__(self, number: Int[Tensor, "B"]) -> Window:
-        # Non-blocking: an index in the host's memory would make every batch wait for the GPU to catch up.
+        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
         item, end = self.ends(number.to(self.stop.device, non_blocking=True))
         window = self.store(item, end, self.steps, self.featured)
         if not self.horizon:
@@ -173,19 +175,19 @@ class Windows(Dataset):
         return window._replace(seasonal_error=error, truth=self.store.truth_of(item, end, self.horizon))
 
     def to(self, device: torch.device) -> "Windows":
-        """Return the same windows on a device. The store, which several share, is moved."""
+        """Return the same windows on a device. The store, which several instances share, is moved in place."""
         parts = self.first.to(device), self.count.to(device)
         return Windows(self.store.to(device), *parts, self.stride, self.steps, self.featured, self.horizon)
 
 
 class Draws:
-    """Batches of windows drawn with replacement: a series first, then one of its windows, each as likely.
+    """Batches of windows drawn with replacement: first a series, then one of its windows with equal probability.
 
     Args:
-        count: (N,) the windows of each series.
-        weight: (N,) how likely a series is; one without windows is never drawn.
+        count: (N,), the number of windows of each series.
+        weight: (N,), the relative probability of each series; a series without windows is never drawn.
         batch_size: B.
-        batches: how many an epoch has.
+        batches: number of batches in an epoch.
     """
 
     def __init__(self, count: Int[Tensor, "N"], weight: Float[Tensor, "N"], batch_size: int, batches: int):
@@ -196,7 +198,7 @@ class Draws:
         return self.batches
 
     def draw(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """The numbers of the windows of each batch."""
+        """Return the numbers of the windows in each batch."""
         total = self.batch_size * self.batches
         item = torch.multinomial(self.weight, total, replacement=True, generator=generator)
         place = (torch.rand(total, dtype=torch.float64, generator=generator) * self.count[item]).long()
