@@ -1,4 +1,4 @@
-"""Data of pictures with boxes or masks: worker processes decode the pictures, and the device changes their colours."""
+"""Base class for pictures with boxes or masks: worker processes decode them, and the device changes their colours."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601)
-TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # cross with the grey axis
+TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # cross product, grey axis
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -58,9 +58,10 @@ def photometric(images: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of each image (B, 3, H, W), each with probability one half.
 
     The distortions are those of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image
-    Classification", 2013, in the ranges of SSD's authors: ±32 levels, then factors of 0.5 to 1.5 twice. Hue is ±18
-    degrees, as in torchvision (the authors' 18 counts OpenCV's units of two degrees). All are linear in the colours
-    (saturation mixes with the luma, hue rotates around the grey axis), so one matrix product per pixel applies them.
+    Classification", 2013, in the ranges of SSD's authors: brightness changes by ±32 levels, contrast and saturation
+    by a factor of 0.5 to 1.5. Hue changes by ±18 degrees, as in torchvision (the authors' ±18 is in OpenCV's units of two
+    degrees). All are linear in the colours (saturation mixes with the luma, hue rotates around the grey axis), so one
+    matrix product per pixel applies them.
     """
     batch, device = len(images), images.device
 

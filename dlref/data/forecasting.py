@@ -59,7 +59,7 @@ class ForecastingData(SplitData):
     Args:
         frequency: time from one point to the next: an integer (1 if left out) and min, H, D, B, W or M.
         prediction_length: H, number of points to forecast.
-        context_length: T, number of points before them that a forecast starts from; lags look further back.
+        context_length: T, number of points before a forecast that it starts from; lags look further back.
         batch_size: windows in a training batch.
         batches: batches in an epoch, drawn with replacement: first a series, then one of its windows.
         by_scale: draw series with larger values more often (section 3.3 of the paper) instead of all equally often.
@@ -171,7 +171,7 @@ class ForecastingData(SplitData):
             rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
 
     def report_idle(self, cat: np.ndarray, drawn: np.ndarray) -> None:
-        """Warn about values of the categories (N, G) of which no series is `drawn` (N,): they are not learnt."""
+        """Warn about category values (N, G) that no `drawn` (N,) series has: nothing is learnt about them."""
         for i, (there, learnt) in enumerate(zip(cat.T.tolist(), cat[drawn].T.tolist(), strict=True)):
             if idle := sorted(set(there) - set(learnt)):
                 rank_zero_warn(
@@ -220,7 +220,7 @@ def each_end(last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
-    """Return the mean absolute value of the observed ones of the first `length` points of each series, (N,)."""
+    """Return the mean absolute value of the observed points among the first `length` of each series, (N,)."""
     both = torch.stack([store.values.abs().where(store.observed, 0).double(), store.observed.double()])
     total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
     begin, end = store.begin, store.begin + length.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Data modules for language modelling: one row of tokens per split; training draws random windows, tests use all of it.
+"""Data modules for language modelling: one row of tokens per split, for training in random windows, else as a whole.
 
 Tasks receive batches of tokens (B, T + 1): the first T are the input, the last T the targets, -1 beyond the end of a
 split. After `setup`, `vocabulary` is the tokeniser as `dlref.runtime.text` describes it, an exact one, and
@@ -40,7 +40,7 @@ from dlref.runtime.text import make_tokenizer
 EVALUATED = 8192  # tokens in an evaluation batch
 PROMPTS = 8  # windows of the test split whose beginnings are the default prompts
 HELD_OUT = 0.1  # share of the training text that is held out if there are no validation files
-SHARES = 20  # one in so many of Python's files is for validation, one for testing
+SHARES = 20  # one of this many of Python's files is for validation, one for testing
 
 
 class LanguageData(SplitData):
@@ -170,9 +170,9 @@ class TextFiles(Texts):
     """Text files, gzipped or not: each file is one text; in a .jsonl file each line is one, under `text`.
 
     Args:
-        train: name of a file to train on, or a pattern such as 'books/**/*.txt'.
-        val: likewise, to validate on; by default, the last tenth of `train`, which is then not trained on.
-        test: likewise, to test on; by default, the validation texts.
+        train: file to train on, or a pattern such as 'books/**/*.txt'.
+        val: file or pattern to validate on; by default, the last tenth of `train`, which is then not trained on.
+        test: file or pattern to test on; by default, the validation texts.
         root: folder that contains the files.
         texts: further arguments of `Texts`.
     """
@@ -244,7 +244,7 @@ class TokenFiles(LanguageData):
         train: file to train on.
         val: file to validate on.
         test: file to test on; by default, `val`.
-        tokenizer: the tokeniser used to make the files: a file of the `tokenizers` library, or that of `make_tokens`.
+        tokenizer: file of the tokeniser that made the tokens, written by the `tokenizers` library or `make_tokens`.
         windows: further arguments of `LanguageData`.
     """
 

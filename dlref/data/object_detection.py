@@ -30,7 +30,8 @@ from dlref.data.small_images import digit_pools
 from dlref.data.voc_boxes import read_voc
 from dlref.runtime.errors import UserError
 
-# In sides of the network's image: the smallest crop, 0.3 of a picture's sides, still has more pixels than that image.
+# Shorter side of a shrunk picture, in sides of the network's image: even the smallest crop, 0.3 of a picture's sides,
+# has more pixels than that image.
 ENOUGH = 4
 Batch = tuple[Tensor, dict[str, Tensor]]
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 EMPTY = 0.05  # share of the scenes without a digit
-SCALES = 0.15, 0.45  # of the side of a digit's 8 × 8 frame, as shares of the scene's side
+SCALES = 0.15, 0.45  # smallest and largest side of a digit's 8 × 8 frame, as shares of the scene's side
 OVERLAP = 0.3  # maximum overlap of two boxes, as a share of the smaller one's area
 TRIES = 20  # places tried for a digit before it is left out
 CONTRAST = 75, 115  # difference in luma, out of 255, between a digit and its background

@@ -51,7 +51,7 @@ class InMemoryImages(ImageClassificationData):
 
     Args:
         batch_size: images in a batch.
-        pad_crop: pad each training image by this many black pixels on each side and crop it back at random.
+        pad_crop: pad each training image by this many black pixels on each side, then crop its size at a random place.
         flip: mirror half of the training images left to right.
         cutout: blacken a square with this side in each training image.
     """

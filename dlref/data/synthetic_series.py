@@ -119,7 +119,7 @@ def quantiles(synthetic: Synthetic, levels: Sequence[float] | np.ndarray) -> np.
 
 
 def _shape(kind: Kind) -> np.ndarray:
-    """The logarithm of a kind's mean over a week from Monday's first hour, (168,); 0 on average."""
+    """Return the logarithm of a kind's mean over a week from Monday's first hour, (168,); 0 on average."""
     day = np.zeros(24)
     for hour, width, height in kind.peaks:
         away = (np.arange(24) - hour + 12) % 24 - 12  # across midnight, too

@@ -73,7 +73,7 @@ def tokenizer_of(asked: str, texts: Iterable[str], size: int) -> dict:
 
 
 def rows_of(texts: Iterable[str], tokenizer) -> Iterator[Integer[np.ndarray, "N"]]:
-    """Yield the tokens of each text, preceded by the token that ends a text: the next text begins there.
+    """Yield the tokens of each text, preceded by the token that ends texts: a text begins after it.
 
     A long text is encoded piece by piece, because encoding takes a hundred times the memory of the resulting tokens.
     """

@@ -112,7 +112,7 @@ class TranslationData(SplitData):
         return TokenBatches(source, target - 1, self.batch_size * devices, devices)
 
     def eval_batch_size(self, split: str) -> int:
-        """Return the number of sentences, however long they are."""
+        """Return the number of sentences in a batch, however long they are."""
         return EVALUATED
 
     def sources(self) -> Sequence[str]:
