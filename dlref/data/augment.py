@@ -58,8 +58,8 @@ def photometric(images: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of each image (B, 3, H, W), each with probability one half.
 
     The distortions are those of Howard, "Some Improvements on Deep Convolutional Neural Network Based Image
-    Classification", 2013, in the ranges of SSD's authors: brightness changes by ±32 levels, contrast and saturation
-    by a factor of 0.5 to 1.5. Hue changes by ±18 degrees, as in torchvision (the authors' ±18 is in OpenCV's units of two
+    Classification", 2013, in the ranges of SSD's authors: brightness changes by ±32 levels, contrast and saturation by
+    a factor of 0.5 to 1.5. Hue changes by ±18 degrees, as in torchvision (the authors' ±18 is in OpenCV's units of two
     degrees). All are linear in the colours (saturation mixes with the luma, hue rotates around the grey axis), so one
     matrix product per pixel applies them.
     """
