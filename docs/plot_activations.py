@@ -32,7 +32,7 @@ NOTES = {
 
 
 class Softmax(nn.Module):
-    """The first of the two probabilities that softmax gives the logits (x, 0)."""
+    """Softmax of the logits (x, 0): the first of its two probabilities."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return exp(x) / (exp(x) + 1) for each x."""
@@ -40,14 +40,14 @@ class Softmax(nn.Module):
 
 
 def trained_maxout() -> Maxout:
-    """Three lines such as training may find; a fresh maxout looks like leaky ReLU."""
+    """Return a maxout of three lines as training may find them; an untrained maxout looks like leaky ReLU."""
     maxout = Maxout(pieces=3)
     maxout.load_state_dict({"weight": torch.tensor([-0.6, 0.3, 1.1]), "bias": torch.tensor([-1.0, 0.2, -0.9])})
     return maxout
 
 
 def draw(ax: Axes, name: str, activation: nn.Module) -> None:
-    """One panel: the activation and, through autograd, its derivative."""
+    """Draw one panel: the activation and its derivative, computed by autograd."""
     x = torch.linspace(-4, 4, 1600, requires_grad=True)
     y = activation(x)
     (slope,) = torch.autograd.grad(y.sum(), x)

@@ -35,7 +35,7 @@ FLOWS = [("config", "train"), ("train", "run"), ("run", "export.py"), ("export.p
 
 
 def side(name: str, where: str) -> tuple[float, float]:
-    """A point on the edge of a box."""
+    """Return the middle of one side of a box."""
     x, y, width, *_ = BOXES[name]
     middle = (x + width / 2, y + HEIGHT / 2)
     return {
@@ -47,7 +47,7 @@ def side(name: str, where: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Draw and save."""
+    """Draw and save the figure."""
     figure = Figure(figsize=(13, 6))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 14.8), ylim=(-0.9, 6.9))

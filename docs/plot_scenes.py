@@ -12,7 +12,7 @@ ROWS, COLUMNS, SIDE = 2, 8, 96
 
 
 def main() -> None:
-    """One picture, a scene in each cell."""
+    """Draw and save the figure, with one scene per cell."""
     scenes = make_scenes(*digit_pools()["train"], ROWS * COLUMNS, SIDE, seed=0)
     figure = Figure(figsize=(1.5 * COLUMNS, 1.5 * ROWS), layout="constrained")
     for axes, image, boxes, labels in zip(
