@@ -4,10 +4,10 @@
 batch-norm statistics aside). State-dict keys are torchvision's where torchvision has the network and Hugging Face's for
 GPT-2, so published weights load directly.
 
-Every network names in its class attribute `class_layers` the modules whose shape depends on `num_classes`. Transfer
-learning replaces these and nothing else. One that takes published weights of another form (a classifier's for its
-backbone, Hugging Face's for a GPT) has `of_base(state)`: that state dict under this network's names, without what it
-does not have. All under the prefix `base` has to come from there.
+Every network lists in its class attribute `class_layers` the modules whose shape depends on the classes, categories or
+vocabulary. Transfer learning replaces these modules and no others. A network that can start from weights published in
+another form (a classifier's for its backbone, Hugging Face's for a GPT) has a method `of_base(state)`, which renames
+that state dict to this network's keys and drops the rest. It must provide every weight under the prefix `base`.
 """
 
 from dlref.models.activations import ActivationName, make_activation

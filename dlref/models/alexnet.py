@@ -1,21 +1,21 @@
 """AlexNet: A. Krizhevsky, I. Sutskever and G. Hinton, "ImageNet Classification with Deep Convolutional
-Neural Networks", NeurIPS 2012; section 3.5 and figure 2. In the single-column form of A. Krizhevsky, "One
-weird trick for parallelizing convolutional neural networks", 2014, as torchvision has it, with its keys
-(conv4 has 256 kernels there, 384 in that paper).
+Neural Networks", NeurIPS 2012; section 3.5 and figure 2. This is the single-column form of A. Krizhevsky, "One
+weird trick for parallelizing convolutional neural networks", 2014, as implemented in torchvision and with its keys
+(conv4 has 256 kernels in torchvision, 384 in that paper).
 
-Where it departs from 2012:
+Differences from the 2012 paper:
 
 - One column of 64, 192, 384, 256 and 256 kernels. The paper's 96, 256, 384, 384 and 256 are split over two
   GPUs, and conv2, conv4 and conv5 see only the maps on their own GPU (section 3.2).
 - No local response normalisation (section 3.3).
 - Dropout acts on the inputs of the first two linear layers; in the paper on their outputs (section 4.2).
-- Weights are drawn as PyTorch does. The paper draws them from N(0, 0.01) and starts the biases of conv2, conv4,
-  conv5 and the hidden linear layers at 1 (section 5).
+- Weights have PyTorch's default initialisation. The paper draws them from N(0, 0.01) and starts the biases of conv2,
+  conv4, conv5 and the hidden linear layers at 1 (section 5).
 - The maps are averaged to 6x6 before the classifier. At 224x224 they are 6x6 already; other sizes work too.
 
 61,100,840 parameters for 1000 classes.
 
-Legend of shapes: B batch, C channels, H W height and width (63 at least), K classes.
+Legend of shapes: B batch, C channels, H W height and width (at least 63), K classes.
 """
 
 import torch
@@ -31,8 +31,8 @@ class AlexNet(nn.Module):
     Args:
         num_classes: K.
         in_channels: C.
-        activation: after every layer but the last.
-        dropout: probability of dropping an input of the first two linear layers.
+        activation: applied after every layer except the last.
+        dropout: dropout probability of the inputs of the first two linear layers.
     """
 
     class_layers = ("classifier.6",)

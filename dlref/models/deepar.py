@@ -1,13 +1,13 @@
 """DeepAR: D. Salinas, V. Flunkert and J. Gasthaus, "DeepAR: Probabilistic Forecasting with Autoregressive Recurrent
 Networks", 2017.
 
-One recurrent network for all series (section 3, figure 2): at each time it sees earlier values of its series, divided
-by the series' scale, and what is known of that time, and answers the parameters of the distribution of the next value.
-The inputs are GluonTS's: values at several lags where the paper has the last one, calendar features and age, the
-logarithm of the scale, and an embedding of each category.
+One recurrent network serves all series (section 3, figure 2). At each time step it reads earlier values of the series,
+divided by the series' scale, and the covariates of the step, and outputs the parameters of the distribution of the
+value at that step. The inputs are those of GluonTS: values at several lags (the paper uses only the last value),
+calendar features and age, the logarithm of the scale, and an embedding of each category.
 
-Legend of shapes: B series, T times, L lags, F features of a time, G categories, Y rows of the state (one a layer of a
-GRU, two of an LSTM), D cells, P parameters of the distribution.
+Legend of shapes: B series, T time steps, L lags, F features per time step, G categories, Y rows of the state (one per
+layer of a GRU, two per layer of an LSTM), D cells, P parameters of the distribution.
 """
 
 from typing import Literal
@@ -24,17 +24,17 @@ class DeepAR(nn.Module):
 
     Args:
         lags: L.
-        features: F: calendar, age and dynamic features together.
-        cardinality: for each of the G categories the number of its values.
-        parameters: P, before they are brought to their domains.
-        cell: what a layer is made of.
-        num_layers: recurrent layers.
+        features: F: calendar, age, static and dynamic features together.
+        cardinality: number of values of each of the G categories.
+        parameters: P, number of parameters of the distribution.
+        cell: type of the recurrent layers.
+        num_layers: number of recurrent layers.
         num_cells: D.
-        dropout: probability of dropping an output of a layer, between layers.
-        embedding_dimension: length of a category's embedding; by default half of its values, 50 at most.
+        dropout: dropout probability of the outputs of each layer except the last.
+        embedding_dimension: size of each category's embedding; by default half the number of its values, at most 50.
 
     Raises:
-        ValueError: `cell` is none of those listed.
+        ValueError: `cell` is not one of those listed.
     """
 
     class_layers = ("embeddings", "head")
@@ -70,11 +70,11 @@ class DeepAR(nn.Module):
         scale: Float[Tensor, "B"],
         state: Float[Tensor, "Y B D"] | None = None,
     ) -> tuple[Float[Tensor, "B T P"], Float[Tensor, "Y B D"]]:
-        """Return the parameters of each time, not yet in their domains, and the state after the last one.
+        """Return the raw parameters at each time step, not yet mapped to their domains, and the state after the last.
 
-        `lagged` are values divided by `scale`. A state of None is all zeros.
+        `lagged` holds values divided by `scale`. `state=None` stands for all zeros.
         """
-        # Not unbind: without categories, torch.export would save a program that it cannot load.
+        # Not unbind: if there are no categories, torch.export would save a program that it cannot load.
         columns = range(categories.shape[1])
         embedded = [table(categories[:, i]) for table, i in zip(self.embeddings, columns, strict=True)]
         static = torch.cat([*embedded, scale.log()[:, None]], dim=1)

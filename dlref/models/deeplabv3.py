@@ -1,6 +1,6 @@
 """DeepLabV3: L.-C. Chen, G. Papandreou, F. Schroff and H. Adam, "Rethinking Atrous Convolution for Semantic Image
-Segmentation", 2017; figure 5, with torchvision's keys, parameters and outputs. Torchvision's and not the paper's:
-no multi-grid in the last stage, a 3x3 convolution after the pyramid, dropout, and an auxiliary head.
+Segmentation", 2017; figure 5, with torchvision's keys, parameters and outputs. As in torchvision, and unlike the
+paper, there is no multi-grid in the last stage, but a 3x3 convolution after the pyramid, dropout and an auxiliary head.
 
 Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
 """
@@ -18,7 +18,7 @@ WIDTH = 256
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling with the image's average (section 3.3): a 1x1 and three dilated convolutions."""
+    """Atrous spatial pyramid pooling (section 3.3): a 1x1 and three dilated convolutions, and the image's average."""
 
     def __init__(self, channels: int, rates: list[int]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ASPP(nn.Module):
         self.project.append(nn.Dropout(0.5))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 256 H W"]:
-        """Return maps that have seen each place at every rate, and the whole image."""
+        """Return maps that combine, at each position, the context at every rate and the average of the image."""
         *convs, pool = self.convs
         whole = pool(x).expand(-1, -1, *x.shape[-2:])
         return self.project(torch.cat([*(conv(x) for conv in convs), whole], dim=1))
@@ -43,13 +43,13 @@ class DeepLabV3(FCN):
     """A dilated ResNet with ASPP; 42,004,074 parameters at depth 50 and 60,996,202 at 101, for 21 classes, both heads.
 
     Args:
-        depth: of the ResNet.
-        num_classes: K, with the background where there is one.
-        auxiliary: whether there is a head over the third stage too, as in torchvision.
-        output_stride: pixels of the image between two of the logits; torchvision's is 8, the paper trains at 16.
+        depth: depth of the ResNet.
+        num_classes: K, including the background if it is a class.
+        auxiliary: whether to add an auxiliary head on the third stage, as torchvision does.
+        output_stride: ratio of the image's resolution to the logits'; torchvision uses 8, the paper trains at 16.
 
     Raises:
-        ValueError: no ResNet has this depth, or `output_stride` is none of those listed.
+        ValueError: no ResNet has this depth, or `output_stride` is not one of those listed.
     """
 
     def __init__(

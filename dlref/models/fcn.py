@@ -1,17 +1,18 @@
 """FCN: J. Long, E. Shelhamer and T. Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
 
-`FCNVGG16` is the paper's: FCN-32s, FCN-16s and FCN-8s (figure 3) on VGG-16, whose layers have torchvision's keys. Its
-fc6 is padded by 3 pixels where the authors' code pads the image by 100, so that nothing has to be cropped back into
-place: a cell of the coarsest maps stands for 32x32 pixels.
+`FCNVGG16` is the paper's network: FCN-32s, FCN-16s and FCN-8s (figure 3) on VGG-16, whose layers have torchvision's
+keys. It pads the input of fc6 by 3, whereas the authors' code pads the image by 100 pixels. Each cell of the coarsest
+maps thus corresponds to 32x32 pixels of the image, and the crops need no offset.
 
-`FCN` is what torchvision and GluonCV call FCN: a ResNet whose last stages are dilated, and a head of two convolutions
-over its last maps; keys, parameters and outputs are torchvision's. PSPNet and DeepLabV3 are FCNs with another head.
+`FCN` is what torchvision and GluonCV call FCN: a ResNet with dilated last stages and a head of two convolutions on its
+last maps. Keys, parameters and outputs are torchvision's. PSPNet and DeepLabV3 are FCNs with other heads.
 
-A network answers logits at its own resolution, in training and in evaluation, and with an auxiliary head a tuple of
-both heads' logits. Enlarging them to the image is the task's, except in `FCNVGG16`, where the paper makes it a layer.
+A network returns logits at its own resolution, in training and in evaluation; with an auxiliary head, it returns a
+tuple of both heads' logits. The task upsamples them to the image, except for `FCNVGG16`, where upsampling is a layer of
+the network, as in the paper.
 
 Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits, h2 w2
-of the auxiliary head's.
+height and width of the auxiliary logits.
 """
 
 from typing import Literal
@@ -27,12 +28,12 @@ Logits = Float[Tensor, "B K h w"]
 
 
 class FCN(nn.Module):
-    """A head over the last maps of a backbone, and an auxiliary one over those of the stage before.
+    """A head on the last stage of a backbone, and optionally an auxiliary head on the stage before.
 
     Args:
-        backbone: a ResNet; its classifier is taken off.
-        classifier: maps of `backbone.channels[-1]` -> logits.
-        auxiliary: maps of `backbone.channels[-2]` -> logits, or None.
+        backbone: a ResNet; its classifier is removed.
+        classifier: the head, which maps `backbone.channels[-1]` channels to logits.
+        auxiliary: the auxiliary head, which maps `backbone.channels[-2]` channels to logits, or None.
     """
 
     class_layers = ("classifier.4", "aux_classifier.4")
@@ -44,13 +45,13 @@ class FCN(nn.Module):
         self.backbone, self.classifier, self.aux_classifier = backbone, classifier, auxiliary
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Logits | tuple[Logits, Float[Tensor, "B K h2 w2"]]:
-        """Return the logits, or those of both heads."""
+        """Return the logits, or a tuple of both heads' logits."""
         *_, before, last = self.backbone.stages(x)
         logits = self.classifier(last)
         return logits if self.aux_classifier is None else (logits, self.aux_classifier(before))
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A classifier's weights, as torchvision publishes them for ResNet, under the names of this network's base."""
+        """Rename the state dict of a classifier, in torchvision's format for ResNet, to the keys of the backbone."""
         return {f"{self.base}{key}": value for key, value in state.items() if not key.startswith("fc.")}
 
 
@@ -58,13 +59,13 @@ class FCNResNet(FCN):
     """FCN on a ResNet; 35,322,218 parameters at depth 50 and 54,314,346 at 101, for 21 classes and both heads.
 
     Args:
-        depth: of the ResNet.
-        num_classes: K, with the background where there is one.
-        auxiliary: whether there is a head over the third stage too.
-        output_stride: pixels of the image between two of the logits; torchvision's is 8.
+        depth: depth of the ResNet.
+        num_classes: K, including the background if it is a class.
+        auxiliary: whether to add an auxiliary head on the third stage.
+        output_stride: ratio of the image's resolution to the logits'; torchvision uses 8.
 
     Raises:
-        ValueError: no ResNet has this depth, or `output_stride` is none of those listed.
+        ValueError: no ResNet has this depth, or `output_stride` is not one of those listed.
     """
 
     def __init__(
@@ -80,15 +81,15 @@ class FCNResNet(FCN):
 
 
 class FCNCifarResNet(FCN):
-    """FCN on one of the CIFAR-10 ResNets, whose maps are thin but fine: for small pictures.
+    """FCN on a CIFAR-10 ResNet, whose maps have few channels but a high resolution: for small images.
 
     Args:
-        depth: of the ResNet.
-        num_classes: K, with the background where there is one.
-        output_stride: pixels of the image between two of the logits.
+        depth: depth of the ResNet.
+        num_classes: K, including the background if it is a class.
+        output_stride: ratio of the image's resolution to the logits'.
 
     Raises:
-        ValueError: no CifarResNet has this depth, or `output_stride` is none of those listed.
+        ValueError: no CifarResNet has this depth, or `output_stride` is not one of those listed.
     """
 
     def __init__(
@@ -101,14 +102,14 @@ class FCNCifarResNet(FCN):
 
 
 def dilated_resnet(depth: int, output_stride: int) -> ResNet:
-    """A ResNet whose last stages are dilated instead of halving the resolution below 1 / `output_stride`."""
+    """Return a ResNet whose last stages are dilated instead of reducing the resolution below 1 / `output_stride`."""
     if output_stride not in (8, 16, 32):
         raise ValueError(f"no output_stride of {output_stride}: expected 8, 16 or 32")
     return ResNet(depth, replace_stride_with_dilation=(False, output_stride < 16, output_stride < 32))
 
 
 def head(channels: int, num_classes: int) -> nn.Sequential:
-    """A 3x3 convolution to a quarter of the channels, and a 1x1 convolution to the classes (torchvision's FCNHead)."""
+    """Return torchvision's FCNHead: a 3x3 convolution to a quarter of the channels, then a 1x1 to the classes."""
     middle = channels // 4
     return nn.Sequential(
         nn.Conv2d(channels, middle, kernel_size=3, padding=1, bias=False),
@@ -120,19 +121,20 @@ def head(channels: int, num_classes: int) -> nn.Sequential:
 
 
 class FCNVGG16(nn.Module):
-    """FCN-32s, FCN-16s or FCN-8s: logits of the size of the image.
+    """FCN-32s, FCN-16s or FCN-8s, with logits at the resolution of the image.
 
-    The scores of the last maps and of the skip connections begin at zero (sections 4.2 and 4.3). What enlarges by two
-    begins as bilinear interpolation and learns; the last enlargement stays bilinear (section 4.3, "Dense Prediction").
+    The scoring layers of the last maps and of the skip connections are initialised to zero (sections 4.2 and 4.3). The
+    layers that upsample by two are initialised to bilinear interpolation and learn; the last upsampling stays bilinear
+    (section 4.3, "Dense Prediction").
     134,489,759 parameters as FCN-8s with 21 classes (table 1: 134 million).
 
     Args:
-        num_classes: K, with the background where there is one.
-        stride: pixels between the scores that the last layer enlarges.
-        dropout: probability of dropping an output of fc6 and fc7.
+        num_classes: K, including the background if it is a class.
+        stride: factor by which the last layer upsamples the scores.
+        dropout: dropout probability of the outputs of fc6 and fc7.
 
     Raises:
-        ValueError: `stride` is none of those listed.
+        ValueError: `stride` is not one of those listed.
     """
 
     class_layers = ("score_fr", "score_pool4", "score_pool3", "upscore2", "upscore_pool4", "upscore")
@@ -150,7 +152,7 @@ class FCNVGG16(nn.Module):
         self.apply(initialise)
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode = True  # every pixel belongs to a cell, whatever the size of the image
+                layer.ceil_mode = True  # every pixel belongs to a cell, for any image size
         self.score_fr = _score(4096, num_classes)
         if stride <= 16:
             self.score_pool4 = _score(512, num_classes)
@@ -178,13 +180,13 @@ class FCNVGG16(nn.Module):
         return _cropped(self.upscore(score), height, width)
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """torchvision's VGG-16 under the names used here, its linear layers as convolutions (section 3.1)."""
+        """Rename torchvision's VGG-16 to this network's keys, its linear layers as convolutions (section 3.1)."""
         if any(not key.startswith((self.base, "classifier.")) for key in state):
             return {}
         own = {key: value for key, value in state.items() if key.startswith(self.base)}
         for name, linear in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
             weight, bias = state.get(f"{linear}.weight"), state.get(f"{linear}.bias")
-            # torchvision's weights converted from SSD's authors hold no numbers in the classifier.
+            # The weights that torchvision converted from SSD's authors have NaN in the classifier.
             if weight is None or bias is None or not weight.isfinite().all():
                 continue
             shape = getattr(self, name).weight.shape
@@ -195,7 +197,7 @@ class FCNVGG16(nn.Module):
 
 
 def bilinear(channels: int, stride: int) -> nn.ConvTranspose2d:
-    """A transposed convolution that enlarges by `stride`, at first by interpolation between the centres of cells."""
+    """Return a transposed convolution that upsamples by `stride`, initialised to bilinear interpolation."""
     layer = nn.ConvTranspose2d(channels, channels, 2 * stride, stride, padding=stride // 2, bias=False)
     places = torch.arange(2 * stride)
     tent = 1 - (places - (stride - 0.5)).abs() / stride
@@ -206,7 +208,7 @@ def bilinear(channels: int, stride: int) -> nn.ConvTranspose2d:
 
 
 def _score(channels: int, num_classes: int) -> nn.Conv2d:
-    """The scores of each class (section 4.1), zero at first."""
+    """Return a 1x1 convolution to the score of each class (section 4.1), initialised to zero."""
     layer = nn.Conv2d(channels, num_classes, kernel_size=1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -214,8 +216,8 @@ def _score(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 def _cropped(x: Float[Tensor, "B K h w"], height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """The first rows and columns: a cell stands for pixels beyond the border where the stride does not divide the size.
+    """Crop to the first rows and columns: if the stride does not divide the size, cells extend beyond the border.
 
-    By `narrow`, which names their number; torch 2.11's export cannot infer the size of a slice with a free end.
+    `narrow` gives the length explicitly: torch 2.11's export cannot infer the size of a slice with a dynamic end.
     """
     return x.narrow(2, 0, height).narrow(3, 0, width)

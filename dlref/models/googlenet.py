@@ -1,21 +1,21 @@
 """GoogLeNet: C. Szegedy et al., "Going Deeper with Convolutions", CVPR 2015; table 1 and figures 2b and 3.
-With torchvision's keys, so that its published weights load.
+Keys are torchvision's, so that its published weights load.
 
-Where torchvision's form, and so this one, departs from the paper:
+Like torchvision's network, this one differs from the paper:
 
 - Every convolution is followed by batch normalisation (Ioffe & Szegedy, 2015), which replaces its bias and
   the local response normalisation.
-- The 5x5 branch of a module is a 3x3 convolution: a slip that torchvision's weights were trained with
+- The 5x5 branch of a module is a 3x3 convolution, by a mistake that torchvision's weights were trained with
   (https://github.com/pytorch/vision/issues/906).
 - The last max-pool has a 2x2 window, not 3x3.
-- The auxiliary classifiers average their maps to 4x4 whatever the image size, where the paper pools 5x5
-  windows with stride 3.
-- Dropout before the main classifier is 0.2, not 0.4; that of the auxiliary ones is the paper's 0.7.
+- The auxiliary classifiers average their maps to 4x4 at every image size; the paper pools 5x5 windows with
+  stride 3.
+- Dropout before the main classifier is 0.2, not 0.4. In the auxiliary classifiers it is 0.7, as in the paper.
 
-13,004,888 parameters for 1000 classes, of which the auxiliary classifiers hold 6,379,984.
+13,004,888 parameters for 1000 classes, including 6,379,984 in the auxiliary classifiers.
 
-Legend of shapes: B batch, C channels, H W height and width (15 at least), K classes, D and h w the channels,
-height and width of the maps that come out.
+Legend of shapes: B batch, C channels, H W height and width (at least 15), K classes, D and h w channels, height and
+width of the output maps.
 """
 
 import torch
@@ -43,12 +43,12 @@ class BasicConv2d(nn.Module):
         self.act = make_activation(activation)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Return the maps, h and w being H and W over the stride, rounded up."""
+        """Return the output maps, whose h and w are H and W divided by the stride, rounded up."""
         return self.act(self.bn(self.conv(x)))
 
 
 class Inception(nn.Module):
-    """Four branches side by side (figure 2b); the arguments are the columns of table 1, in its order."""
+    """Four parallel branches (figure 2b); the arguments are the columns of table 1, in order."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Inception(nn.Module):
         )
         self.branch3 = nn.Sequential(
             BasicConv2d(in_channels, ch5x5red, 1, activation),
-            BasicConv2d(ch5x5red, ch5x5, 3, activation),  # 3 where the name says 5: see the top of this file
+            BasicConv2d(ch5x5red, ch5x5, 3, activation),  # 3, not 5: see the top of this file
         )
         self.branch4 = nn.Sequential(
             nn.MaxPool2d(kernel_size=3, stride=1, padding=1),
@@ -77,12 +77,12 @@ class Inception(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
-        """Return the branches' maps, one after the other along the channels."""
+        """Return the branches' maps, concatenated along the channels."""
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], dim=1)
 
 
 class InceptionAux(nn.Module):
-    """A classifier on the maps half-way, to bring gradient to the lower layers (section 5)."""
+    """An auxiliary classifier on intermediate maps, which adds gradient to the lower layers (section 5)."""
 
     def __init__(self, in_channels: int, num_classes: int, activation: ActivationName, dropout: float) -> None:
         super().__init__()
@@ -101,14 +101,14 @@ class InceptionAux(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Three convolutions, nine inception modules, one classifier and two auxiliary ones.
+    """Three convolutions, nine inception modules, a classifier and two auxiliary classifiers.
 
     Args:
         num_classes: K.
         in_channels: C.
-        activation: after every convolution and the auxiliary classifiers' first linear layer.
-        dropout: probability of dropping an input of the main classifier.
-        aux_dropout: the same for the last layer of the auxiliary classifiers.
+        activation: applied after every convolution and the auxiliary classifiers' first linear layer.
+        dropout: dropout probability of the inputs of the main classifier.
+        aux_dropout: dropout probability of the inputs of the auxiliary classifiers' last layer.
     """
 
     class_layers = ("fc", "aux1.fc2", "aux2.fc2")
@@ -152,10 +152,10 @@ class GoogLeNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"], Float[Tensor, "B K"]]:
-        """Return the logits of each image, then those of the auxiliary classifiers after 4a and 4d.
+        """Return the logits of each image and those of the auxiliary classifiers after 4a and 4d.
 
-        The auxiliary logits matter to the training loss only, which adds 0.3 of each (section 5); an exported
-        graph that names the first output alone carries no trace of them.
+        Only the training loss uses the auxiliary logits, with a weight of 0.3 each (section 5). An exported graph
+        that has only the first output does not contain the auxiliary classifiers.
         """
         x = self.maxpool1(self.conv1(x))  # 64 maps of 56x56, from 224x224
         x = self.maxpool2(self.conv3(self.conv2(x)))  # 192 of 28x28
@@ -170,6 +170,6 @@ class GoogLeNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """From a normal distribution cut at two standard deviations; the paper does not say."""
+    """Draw weights from a normal distribution truncated at two standard deviations; the paper specifies none."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)

@@ -1,14 +1,14 @@
 """GPT: a decoder of masked multi-head self-attention.
 
 A. Vaswani et al., "Attention Is All You Need", 2017: attention (section 3.2), sinusoidal positions (section 3.5).
-A. Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018: the decoder alone, learned
-positions. "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2): norms before each part and after the
-last, and the initialisation (section 2.3). The parameters have the names and shapes of Hugging Face's `gpt2`.
+A. Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018: decoder only, learned positions.
+"Language Models are Unsupervised Multitask Learners", 2019 (GPT-2): layer norms before each sub-layer and after the
+last block, and the initialisation (section 2.3). Parameters have the names and shapes of Hugging Face's `gpt2`.
 J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021: rotary positions (section 3.4.2).
 A. Henry et al., "Query-Key Normalization for Transformers", 2020.
 
-Legend of shapes: B texts, T tokens, P tokens of the past, S tokens that are seen (P + T), V tokens of the vocabulary,
-L layers, H heads, E width of the network, D width of a head (E / H), I and O width of what enters and leaves a layer.
+Legend of shapes: B texts, T new tokens, P past tokens, S past and new tokens (P + T), V size of the vocabulary,
+L layers, H heads, E width of the network, D width of a head (E / H), I and O input and output width of a layer.
 """
 
 import math
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 
 class Past(NamedTuple):
-    """The keys and values of the tokens that a network has read.
+    """The keys and values of the tokens read so far.
 
     Attributes:
-        keys: of each layer, (B, H, P, D).
-        values: of each layer, (B, H, P, D).
-        length: (B), how many of the P there are in each text; what is beyond is not looked at.
+        keys: (B, H, P, D) for each layer.
+        values: (B, H, P, D) for each layer.
+        length: (B), number of past tokens of each text, at most P; later entries are masked.
     """
 
     keys: Sequence[Float[Tensor, "B H P D"]]
@@ -39,22 +39,23 @@ class GPT(nn.Module):
     """p(x_t | x_<t) = softmax(W_e norm(h_L)), h_l = block(h_l-1), h_0 = W_e x + W_p (Radford et al. 2018, equation 2).
 
     Args:
-        vocabulary: V, tokens that it has room for.
-        context_length: tokens that it reads at most, the past among them.
+        vocabulary: V, at least the size of the tokeniser's vocabulary.
+        context_length: maximum number of tokens, past and new.
         n_layer: L.
         n_head: H.
-        n_embd: E, a multiple of H; of 2 H with rotary positions.
-        positions: `learned`, or fixed: `sinusoidal` ones that are added, `rotary` ones that rotate queries and keys.
-        bias: whether linear layers and norms have one.
-        qk_norm: bring queries and keys to a root mean square of 1 (Henry et al., without the learned scale).
-        dropout: probability of dropping a unit of the embeddings, of the attention weights and of each part's output.
+        n_embd: E, a multiple of H, or of 2 H with rotary positions.
+        positions: `learned` or fixed `sinusoidal` embeddings, added to those of the tokens, or `rotary`, which rotates
+            queries and keys.
+        bias: whether linear layers and layer norms have a bias.
+        qk_norm: scale queries and keys to a root mean square of 1 (Henry et al., without the learned scale).
+        dropout: dropout probability of the embeddings, the attention weights and the output of each sub-layer.
 
     Raises:
-        ValueError: a choice is none of those listed, or sizes do not fit together.
+        ValueError: `positions` is not one of those listed, or `n_embd` is not such a multiple.
     """
 
     class_layers = ()
-    base = ""  # all of it: published weights leave nothing as initialised
+    base = ""  # the whole network: published weights must provide every parameter
 
     def __init__(
         self,
@@ -85,19 +86,20 @@ class GPT(nn.Module):
             width = n_embd if positions == "sinusoidal" else n_embd // n_head
             self.register_buffer("sinusoids", sinusoids(context_length, width), persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:  # GPT-2, section 2.3: what is added to the residual path grows with its depth
+            if parameter.ndim > 1:  # GPT-2, section 2.3: residual layers are scaled down by depth
                 added = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer) if added else 0.02)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None
     ) -> tuple[Float[Tensor, "B T E"], list[Float[Tensor, "B H T D"]], list[Float[Tensor, "B H T D"]]]:
-        """Read `tokens` after a `past` -> what `logits` takes, and the keys and values of these tokens in each layer.
+        """Return the hidden states that `logits` takes, and the keys and values of `tokens` in each layer.
 
-        Appended to the past, they let the next call read on: the result is that of reading everything at once.
+        The next call continues from a past with these keys and values appended. The result equals that of reading all
+        tokens at once.
         """
         hidden, rotary = self.embed(tokens, past)
-        if in_bfloat16(hidden):  # the residual stream is what is read and written most: half the bytes
+        if in_bfloat16(hidden):  # halve the memory traffic of the residual stream, which causes most of it
             hidden = hidden.to(torch.bfloat16)
         mask = None if past is None else causal_mask(tokens, past)
         keys, values = [], []
@@ -110,20 +112,20 @@ class GPT(nn.Module):
 
     @property
     def output(self) -> Float[Tensor, "V E"]:
-        """The weight of the output layer: the embedding."""
+        """The weight of the output layer, which is that of the token embedding."""
         return self.wte.weight
 
     def logits(self, hidden: Float[Tensor, "B T E"]) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each one that was read."""
+        """Return the logits of the next token at each position."""
         return F.linear(hidden, self.output)
 
     def embed(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "..."] | None]:
-        """Token embeddings with their positions; of rotary ones, the sines and cosines that rotate queries and keys."""
+        """Return embeddings of `tokens` and positions, and for rotary positions their sines and cosines (else None)."""
         place = torch.arange(tokens.shape[1], device=tokens.device)
         if past is not None:
-            # Padding of a row with fewer new tokens may lie beyond the context; its output is never read.
+            # Rows with fewer new tokens are padded, possibly beyond the context; the padding's output is never read.
             place = (past.length[:, None] + place).clamp(max=self.context_length - 1)
         hidden = self.wte(tokens)
         if self.positions == "rotary":
@@ -133,7 +135,7 @@ class GPT(nn.Module):
         return self.drop(hidden + self.wpe(place)), None
 
     def attention(self, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B H T T"]]:
-        """The weights of each head in each layer: rows sum to one, over the tokens up to their own."""
+        """Return each layer's attention weights; each row sums to one over the tokens up to its own."""
         hidden, rotary = self.embed(tokens)
         weights = []
         for block in self.h:
@@ -143,7 +145,7 @@ class GPT(nn.Module):
         return weights
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Hugging Face's weights under these names; a smaller vocabulary is filled up, a longer context cut."""
+        """Rename Hugging Face's weights to these keys; pad a smaller vocabulary and truncate a longer context."""
         state = {key.removeprefix("transformer."): value for key, value in state.items()}
         head, tied = state.get("lm_head.weight"), state.get("wte.weight")
         if head is not None and tied is not None and torch.equal(head, tied):
@@ -153,14 +155,14 @@ class GPT(nn.Module):
             state["wpe.weight"] = state["wpe.weight"][: self.context_length]
         own, given = self.wte.weight.detach(), state.get("wte.weight")
         if given is not None and given.shape[1:] == own.shape[1:]:
-            # Padding is as likely as the middle of all tokens: at zero it would be far likelier than any of GPT-2's.
+            # Padding gets the mean embedding, and so the mean logit. Zero would be far likelier than any GPT-2 token.
             padding = given.mean(0, keepdim=True).expand(max(len(own) - len(given), 0), -1)
             state["wte.weight"] = torch.cat([given, padding])
         return state
 
 
 class Block(nn.Module):
-    """Self-attention, then a feed-forward network for each token, both added to what they read (GPT-2, section 2.3)."""
+    """Self-attention and a feed-forward network, each with a layer norm before and a residual (GPT-2, section 2.3)."""
 
     def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, dropout: float) -> None:
         super().__init__()
@@ -172,9 +174,9 @@ class Block(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-        """Return the tokens after this layer, with their keys and values.
+        """Return the hidden states after this block, and the keys and values of the tokens.
 
-        `before` is the past of this layer, keys and values, and the mask over the past and the new tokens.
+        `before` holds this layer's past keys, its past values, and the mask over past and new tokens.
         """
         attended, key, value = self.attn(self.ln_1(hidden), rotary, before)
         hidden = hidden + attended
@@ -182,7 +184,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W_O (Vaswani et al., section 3.2.2); no token looks ahead."""
+    """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W_O (Vaswani et al., section 3.2.2), causally masked."""
 
     def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, dropout: float) -> None:
         super().__init__()
@@ -192,19 +194,19 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
 
     def project(self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None) -> tuple[Float[Tensor, "B H T D"], ...]:
-        """Queries, keys and values of each head."""
+        """Return the queries, keys and values of each head."""
         query, key, value = (part.unflatten(2, (self.heads, -1)) for part in self.c_attn(hidden).chunk(3, dim=2))
         if self.qk_norm:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        # Heads move before tokens only now, as a view: in memory all stays token by token, attention's output too.
+        # Heads move before tokens only here, as a view. The memory layout stays token by token, also after attention.
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(
         self, hidden: Float[Tensor, "B T E"], rotary: Tensor | None, before: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
-        """Return what each token gathers from itself and those before it, its key and value; `before`: see `Block`."""
+        """Return the attention output, the keys and the values of the tokens; for `before`, see `Block`."""
         query, key, value = self.project(hidden, rotary)
         if before is None:
             dropped = self.dropout if self.training else 0.0
@@ -215,7 +217,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = W_2 GELU(W_1 x), four times as wide in between (Vaswani et al., section 3.3; Radford et al. 2018)."""
+    """FFN(x) = W_2 GELU(W_1 x), with a hidden width of 4 E (Vaswani et al., section 3.3; Radford et al. 2018)."""
 
     def __init__(self, width: int, bias: bool, dropout: float) -> None:
         super().__init__()
@@ -224,12 +226,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
-        """Each token by itself."""
+        """Apply the network to each token separately."""
         return self.dropout(self.c_proj(F.gelu(self.c_fc(hidden), approximate="tanh")))
 
 
 class Linear(nn.Module):
-    """x W + b, with W (I, O) as GPT-2's published weights lie; PyTorch's own layer has its transpose."""
+    """x W + b, with W stored as (I, O) like GPT-2's published weights; `nn.Linear` stores the transpose."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -237,7 +239,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, inputs: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
-        """Each token by itself."""
+        """Apply the layer to each token separately."""
         return F.linear(inputs, self.weight.T, self.bias)
 
 
@@ -249,10 +251,10 @@ def attend(
     past_value: Float[Tensor, "B H P D"],
     mask: Bool[Tensor, "B 1 T S"],
 ) -> Float[Tensor, "B H T D"]:
-    """Attention of new tokens to a past and to themselves, where the mask is True.
+    """Attend from new tokens to the past and to the new tokens, where the mask is True.
 
-    The past is read where it lies: to put it together with the new keys and values would copy all of it for each token,
-    which on a device is most of what a token costs.
+    The past is read in place. Concatenating it with the new keys and values would copy all of it for each token, which
+    would be most of a token's cost on a device.
     """
     weights = attention_weights(query, mask, past_key, key)
     past = past_key.shape[2]
@@ -260,7 +262,7 @@ def attend(
 
 
 def causal_mask(tokens: Int[Tensor, "B T"], past: Past | None = None) -> Bool[Tensor, "B 1 T S"]:
-    """Where each new token may look: its text's past, and the new tokens up to itself."""
+    """Return the mask of what each new token attends to: its text's past, and the new tokens up to itself."""
     batch, new = tokens.shape
     place = torch.arange(new, device=tokens.device)
     mask = (place <= place[:, None]).expand(batch, -1, -1)
@@ -273,9 +275,9 @@ def causal_mask(tokens: Int[Tensor, "B T"], past: Past | None = None) -> Bool[Te
 def attention_weights(
     query: Float[Tensor, "B H T D"], mask: Bool[Tensor, "B 1 T S"], *keys: Float[Tensor, "B H _ D"]
 ) -> Float[Tensor, "B H T S"]:
-    """softmax(Q K^T / sqrt(D)), equation 1 of Vaswani et al. written out: scores, mask, softmax.
+    """Return the masked softmax(Q K^T / sqrt(D)), equation 1 of Vaswani et al. without the weighted sum of values.
 
-    The weighted sum of the values completes it. Of several keys the scores are put side by side, not the keys.
+    Given several `keys`, their scores are concatenated, not the keys themselves.
     """
     scale = query.shape[3] ** -0.5
     scores = torch.cat([query @ key.transpose(2, 3) * scale for key in keys], dim=3)
@@ -283,22 +285,22 @@ def attention_weights(
 
 
 def in_bfloat16(hidden: Float[Tensor, "B T E"]) -> bool:
-    """Whether autocast computes in bfloat16 on this device. In float16 the residual stream could overflow."""
+    """Return whether autocast uses bfloat16 on this device. In float16 the residual stream could overflow."""
     kind = hidden.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the first knows no autocast
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast
         return False
     return torch.get_autocast_dtype(kind) is torch.bfloat16
 
 
 def sinusoids(places: int, width: int) -> Float[Tensor, "places width"]:
-    """Sines, then cosines, of each place over 10000^(2i / width) (Vaswani et al., section 3.5, their order aside)."""
+    """Return sin, then cos, of position / 10000^(2i / width) (Vaswani et al., section 3.5, which interleaves them)."""
     rates = 10_000 ** (-torch.arange(0, width, 2) / width)
     angles = torch.arange(places)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
 def apply_rotary(vectors: Float[Tensor, "*B D"], rotary: Float[Tensor, "... D"]) -> Float[Tensor, "*B D"]:
-    """Turn each pair (x_i, x_i+D/2) by the angle of its place (Su et al., equation 34, their order aside)."""
+    """Rotate each pair (x_i, x_i+D/2) by its position's angle (Su et al., equation 34, which pairs neighbours)."""
     sine, cosine = (part.unsqueeze(-2) for part in rotary.chunk(2, dim=-1))
     halves = vectors.unflatten(-1, (2, -1))
     sign = torch.arange(-1, 2, 2, device=vectors.device)[:, None]

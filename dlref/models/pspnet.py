@@ -1,7 +1,7 @@
 """PSPNet: H. Zhao, J. Shi, X. Qi, X. Wang and J. Jia, "Pyramid Scene Parsing Network", CVPR 2017.
 
-Figure 3 on a dilated ResNet with torchvision's stem and keys (`backbone.*`), where the paper's ResNet begins with three
-3x3 convolutions. The auxiliary head is that of figure 4, over the third stage.
+Figure 3 on a dilated ResNet with torchvision's stem and keys (`backbone.*`); the paper's ResNet begins with three 3x3
+convolutions. The auxiliary head on the third stage is that of figure 4.
 
 Legend of shapes: B batch, C channels (C2 = 2 C), H W height and width, K classes, h w height and width
 of the logits.
@@ -21,9 +21,9 @@ BINS = (1, 2, 3, 6)
 
 
 class PyramidPooling(nn.Module):
-    """Averages over the cells of four grids, enlarged and set beside the maps (section 3.2).
+    """Averages over the cells of four grids, upsampled and concatenated with the maps (section 3.2).
 
-    Each grid's averages are brought to a quarter of the channels, so that the maps have twice as many in the end.
+    A 1x1 convolution reduces the averages of each grid to a quarter of the channels, so the number of channels doubles.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,9 +38,10 @@ class PyramidPooling(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H W"]:
-        """Return the maps and, after them, what each grid says of its cells."""
+        """Return the maps, followed by the upsampled levels of the pyramid."""
         size = x.shape[-2:]
-        # Pooling accumulates in float32, so these products do too, also under autocast: bfloat16 rounds even the 1/n.
+        # PyTorch's pooling accumulates in float32, so these products do too, even under autocast. bfloat16 would round
+        # even the factors 1/n.
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -52,14 +53,14 @@ class PyramidPooling(nn.Module):
 def averages(x: Float[Tensor, "B C H W"], bins: int) -> Float[Tensor, "B C bins bins"]:
     """Average over each cell of a grid: adaptive average pooling as two matrix products.
 
-    torch's own pooling, exported with a free height and width, fails at sizes that it was not traced at.
+    PyTorch's own pooling, exported with dynamic height and width, fails at sizes other than those traced.
     """
     height, width = x.shape[-2:]
     return _averaging(bins, height, x) @ x @ _averaging(bins, width, x).mT
 
 
 def _averaging(bins: int, size: int | torch.SymInt, like: Tensor) -> Float[Tensor, "bins size"]:
-    """Row i averages the places from floor(i * size / bins) to just before ceil((i + 1) * size / bins)."""
+    """Return the matrix whose row i averages positions floor(i * size / bins) to ceil((i + 1) * size / bins) - 1."""
     row = torch.arange(bins, device=like.device)[:, None]
     place = torch.arange(size, device=like.device)
     inside = (place >= row * size // bins) & (place < ((row + 1) * size + bins - 1) // bins)
@@ -70,13 +71,13 @@ class PSPNet(FCN):
     """A dilated ResNet, pyramid pooling and one more convolution.
 
     Args:
-        depth: of the ResNet.
-        num_classes: K, with the background where there is one.
-        auxiliary: whether there is a head over the third stage too (section 4).
-        output_stride: pixels of the image between two of the logits; the paper's is 8.
+        depth: depth of the ResNet.
+        num_classes: K, including the background if it is a class.
+        auxiliary: whether to add an auxiliary head on the third stage (section 4).
+        output_stride: ratio of the image's resolution to the logits'; the paper uses 8.
 
     Raises:
-        ValueError: no ResNet has this depth, or `output_stride` is none of those listed.
+        ValueError: no ResNet has this depth, or `output_stride` is not one of those listed.
     """
 
     class_layers = ("classifier.5", "aux_classifier.4")

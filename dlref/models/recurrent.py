@@ -1,7 +1,7 @@
-"""Recurrent layers, as DeepAR and Seq2Seq stack them.
+"""Stacked recurrent layers for DeepAR and Seq2Seq.
 
-Legend of shapes: B sequences, T times, I inputs, D hidden units, Y rows of the state: one for each layer of a GRU, two
-for each of an LSTM, its output and the content of its cells.
+Legend of shapes: B sequences, T time steps, I inputs, D hidden units, Y rows of the state: one per layer of a GRU, two
+per layer of an LSTM (hidden state and cell state).
 """
 
 import torch
@@ -12,19 +12,19 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class RecurrentLayers(nn.Module):
-    """Recurrent layers, each over all its times in one call.
+    """Stacked recurrent layers, each of which processes all time steps in one call.
 
-    One module a layer: in one module of several layers, cuDNN's dropout between them would rebuild the state of its
-    generator after every seed, and wait for it; each batch is seeded.
+    Each layer is a module of its own. In a single module with several layers, cuDNN's dropout between layers would
+    rebuild the state of its generator after every seed, and wait for it. Every batch is seeded.
 
     Args:
         cell: lstm or gru.
         inputs: I.
         size: D.
-        num_layers: how many.
+        num_layers: number of layers.
         residual: add a layer's input, before dropout, to its output, from the second layer on (Wu et al. 2016, section
             3.1).
-        dropout: probability of dropping an output of a layer, between layers.
+        dropout: dropout probability of the outputs of each layer except the last.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RecurrentLayers(nn.Module):
     def forward(
         self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "Y B D"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "Y B D"]]:
-        """Return the last layer's outputs, and the state after the last time; None before the first is all zeros."""
+        """Return the last layer's outputs and the state after the last step. `state=None` stands for all zeros."""
         outputs, after = inputs, []
         before = [None] * len(self.layers) if state is None else state.chunk(len(self.layers))
         for i, (layer, rows) in enumerate(zip(self.layers, before, strict=True)):
@@ -51,10 +51,10 @@ class RecurrentLayers(nn.Module):
 
 
 def run_layer(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A layer from a state of one row, or of an LSTM's two; None is zeros.
+    """Run a layer from a state of one row, or two for an LSTM; None stands for zeros.
 
-    It runs in the precision of its weights under autocast too, which would cast it to float16 on a GPU even where
-    bfloat16 was asked for; and on a processor without AVX-512 oneDNN has no LSTM in bfloat16.
+    The layer runs in the precision of its weights even under autocast. On a GPU, autocast would cast it to float16 even
+    if bfloat16 was requested, and on a CPU without AVX-512, oneDNN has no LSTM in bfloat16.
     """
     kind, precision = inputs.device.type, layer.weight_ih_l0.dtype
     if torch.is_autocast_enabled(kind):

@@ -1,20 +1,20 @@
 """ResNet: K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
 
-`ResNet` is table 1 (ImageNet) with torchvision's keys; `CifarResNet` is section 4.2 (CIFAR-10). Two things
-are not the paper's:
+`ResNet` is table 1 (ImageNet) with torchvision's keys; `CifarResNet` is section 4.2 (CIFAR-10). Differences from the
+paper:
 
-- A bottleneck's stride sits on its 3x3 convolution, as in torchvision ("v1.5"), not on the first 1x1, which
+- The stride of a bottleneck is in its 3x3 convolution, as in torchvision ("v1.5"), not in the first 1x1, which
   would skip three quarters of its input.
 - Depth 200 has the stages [3, 24, 36, 3] of K. He et al., "Identity Mappings in Deep Residual Networks", ECCV
   2016 (16 more blocks than depth 152, on the 28x28 maps), but the blocks of the other depths: that paper's
   200 layers put normalisation and activation before each convolution.
 
-A stage can keep the resolution of the one before and dilate its convolutions instead ("à trous", L.-C. Chen et al.,
+A stage can keep the resolution of the previous one and dilate its convolutions instead ("à trous", L.-C. Chen et al.,
 "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017, section 3.1). With the same weights, every second
-pixel along each side of its maps is then what it would have been; every fourth, where two stages do so.
+pixel of its maps in each direction equals that of the undilated network; if two stages are dilated, every fourth.
 
-Legend of shapes: B batch, C channels, H W height and width, K classes, D and h w the channels, height and
-width of the maps that come out.
+Legend of shapes: B batch, C channels, H W height and width, K classes, D and h w channels, height and width of the
+output maps.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from dlref.models.activations import ActivationName, make_activation
 
 Shortcut = Callable[[int, int, int], nn.Module]  # (in_channels, out_channels, stride) -> module
-Dilations = tuple[int, int]  # of a block's convolutions up to the one with its stride, and after it
+Dilations = tuple[int, int]  # of a block's convolutions up to and including the strided one, and after it
 Step = tuple[int, Dilations]  # stride and dilations of a stage's first block
 
 
@@ -40,7 +40,7 @@ class PaddedShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Return the input's channels first, then the zeros."""
+        """Return the subsampled input, followed by the channels of zeros."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
@@ -52,7 +52,7 @@ def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input passes (figure 5, left)."""
+    """Two 3x3 convolutions with a shortcut around them (figure 5, left)."""
 
     expansion = 1
 
@@ -83,7 +83,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around which the input passes (figure 5, right)."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut around them (figure 5, right)."""
 
     expansion = 4
 
@@ -131,21 +131,21 @@ _CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 
 class ResNet(nn.Module):
-    """The ImageNet networks (table 1), with projections where a shortcut changes shape (option B).
+    """The ImageNet networks (table 1), with projection shortcuts where the shape changes (option B).
 
     Args:
-        depth: number of layers with weights, shortcuts aside.
+        depth: number of layers with weights, excluding shortcuts.
         num_classes: K.
         in_channels: C.
-        activation: after every convolution.
-        stem: "imagenet" quarters the resolution first, by a 7x7 convolution and a max-pool of stride 2 each;
+        activation: applied after every convolution.
+        stem: "imagenet" divides the resolution by four with a 7x7 convolution and a max-pool, each of stride 2;
             "cifar" is a 3x3 convolution of stride 1, for images of about 32x32.
         replace_stride_with_dilation: whether the second, third and fourth stage keep the resolution.
 
-    `channels` are those of the maps of each stage.
+    `channels` lists the number of channels of each stage's maps.
 
     Raises:
-        ValueError: `depth`, `activation` or `stem` is none of those listed.
+        ValueError: `depth`, `activation` or `stem` is not one of those listed.
     """
 
     class_layers = ("fc",)
@@ -177,7 +177,7 @@ class ResNet(nn.Module):
         self.apply(_initialise)
 
     def stages(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        """Return the maps of each stage; the last are 1/32 the image's size ("cifar" stem: 1/8)."""
+        """Return the maps of each stage; undilated, the last are 1/32 of the image's size ("cifar" stem: 1/8)."""
         first = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
         second = self.layer2(first)
         third = self.layer3(second)
@@ -198,13 +198,13 @@ class CifarResNet(nn.Module):
         depth: number of layers with weights.
         num_classes: K.
         in_channels: C.
-        activation: after every convolution.
+        activation: applied after every convolution.
         replace_stride_with_dilation: whether the second and the third stage keep the resolution.
 
-    `channels` are those of the maps of each stage.
+    `channels` lists the number of channels of each stage's maps.
 
     Raises:
-        ValueError: `depth` or `activation` is none of those listed.
+        ValueError: `depth` or `activation` is not one of those listed.
     """
 
     class_layers = ("fc",)
@@ -233,7 +233,7 @@ class CifarResNet(nn.Module):
         self.apply(_initialise)
 
     def stages(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        """Return the maps of each stage; the last are 1/4 the image's size."""
+        """Return the maps of each stage; undilated, the last are 1/4 of the image's size."""
         first = self.layer1(self.act1(self.bn1(self.conv1(x))))
         second = self.layer2(first)
         return [first, second, self.layer3(second)]
@@ -253,7 +253,7 @@ def _stem(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _steps(replace_stride_with_dilation: Sequence[bool]) -> list[Step]:
-    """From one stage to the next: a stride of 2, or dilations that double."""
+    """Return the step into each stage: a stride of 2, or a dilation that doubles."""
     steps, dilation = [], 1
     for replaced in replace_stride_with_dilation:
         before, dilation = dilation, 2 * dilation if replaced else dilation
@@ -270,7 +270,7 @@ def _stage(
     shortcut: Shortcut,
     activation: ActivationName,
 ) -> nn.Sequential:
-    """`depth` blocks at one resolution; the first brings the maps to their new shape, if it is another."""
+    """Return `depth` blocks at one resolution; the first block changes the shape of the maps if necessary."""
     stride, (before, after) = step
     out_channels = channels * block.expansion
     same = stride == 1 and in_channels == out_channels
@@ -281,6 +281,6 @@ def _stage(
 
 
 def _initialise(module: nn.Module) -> None:
-    """As He et al., 2015; a batch normalisation starts at weight 1 and bias 0 by itself."""
+    """Initialise as He et al., 2015; batch normalisation already starts at weight 1 and bias 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
 """Sequence to sequence: a recurrent encoder and decoder with attention.
 
-I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to Sequence Learning with Neural Networks", 2014: without attention;
-the source is not reversed here (section 3.3).
+I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to Sequence Learning with Neural Networks", 2014: the network without
+attention; unlike theirs (section 3.3), the source is not reversed.
 D. Bahdanau, K. Cho and Y. Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015: the
 bidirectional encoder, attention `mlp`.
 M.-T. Luong, H. Pham and C. D. Manning, "Effective Approaches to Attention-based Neural Machine Translation", 2015:
@@ -9,14 +9,14 @@ attention `dot` and `general`, the attentional vector, input feeding.
 J. Gehring, M. Auli, D. Grangier, D. Yarats and Y. N. Dauphin, "Convolutional Sequence to Sequence Learning", 2017: the
 convolutional encoder.
 
-As in Luong's paper the decoder attends with its state after reading a token, whatever the score: so, without input
-feeding, the whole target is one call of each layer. By default all layers of the decoder start from the last
-annotations through one linear layer and tanh; Sutskever's takes over the encoder's states, Bahdanau's starts from the
-backward direction alone.
+As in Luong's paper, the decoder attends with its state after reading a token, for every score function. Without input
+feeding, each layer therefore processes the whole target in one call. By default, a linear layer and tanh map the last
+annotations to the initial state of all decoder layers; Sutskever et al. copy the encoder's states, and Bahdanau et al.
+use only the backward direction.
 
-Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
-vocabulary, D hidden size, I size of a layer's inputs, Q queries of attention, P places of rows, Y rows of the
-decoder's state: those of its layers and, with input feeding, the last attentional vector after them.
+Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses per sentence, V size of the target
+vocabulary, D hidden size, I input size of a layer, Q attention queries, P positions to gather, Y rows of the decoder's
+state: those of its layers and, with input feeding, the last attentional vector after them.
 """
 
 import math
@@ -31,13 +31,13 @@ from dlref.models.recurrent import CELLS, RecurrentLayers, run_layer
 
 
 class Memory(NamedTuple):
-    """What the decoder knows of a source.
+    """An encoded source, as the decoder reads it.
 
     Attributes:
         values: (B, S, D), an annotation of each source token (Bahdanau et al., section 3.2).
-        keys: (B, S, D), what a query is compared with.
+        keys: (B, S, D), which queries are compared with.
         mask: (B, S), False for padding.
-        state: (Y, B, D), where the decoder starts.
+        state: (Y, B, D), initial state of the decoder.
     """
 
     values: Float[Tensor, "B S D"]
@@ -50,24 +50,24 @@ class Seq2Seq(nn.Module):
     """p(y_t | y_<t, x) = softmax(W_s tanh(W_c [c_t; h_t])) (Luong et al., equations 5 and 6).
 
     Args:
-        source_vocabulary: tokens of the source that it has room for.
-        target_vocabulary: V, of the target.
-        cell: what a layer is made of.
-        num_layers: of the encoder and of the decoder.
+        source_vocabulary: at least the size of the source vocabulary.
+        target_vocabulary: V, at least the size of the target vocabulary.
+        cell: type of the recurrent layers.
+        num_layers: number of layers of the encoder, and of the decoder.
         hidden_size: D; each direction of a bidirectional encoder has half of it.
-        embedding_size: of a token, on both sides.
-        encoder: `bidirectional` or `unidirectional` layers of the cell, or `convolutional` ones.
-        attention: `mlp` (Bahdanau), `dot` or `general` (Luong), or `none`: all the decoder sees is its first state.
-        input_feeding: give the decoder its last attentional vector beside each token (Luong et al., section 3.3); it
-            then goes through the target step by step.
-        initial: the decoder's first state comes from the `last` annotation of each direction, their average (`avg`), or
-            is `zero`.
-        tied: the output layer's weight is the target's embedding (Press and Wolf 2017).
+        embedding_size: size of the source and target embeddings.
+        encoder: `bidirectional` or `unidirectional` recurrent layers, or `convolutional` layers.
+        attention: `mlp` (Bahdanau), `dot` or `general` (Luong), or `none`: the decoder has only its initial state.
+        input_feeding: concatenate the last attentional vector to each input of the decoder (Luong et al., section 3.3);
+            the decoder then processes the target step by step.
+        initial: compute the decoder's initial state from the `last` annotation of each direction or the average of all
+            annotations (`avg`), or start from `zero`.
+        tied: use the target embedding as the weight of the output layer (Press and Wolf 2017).
         residual: add a layer's input to its output, from the second layer on (Wu et al. 2016, section 3.1).
-        dropout: probability of dropping a unit of the embeddings, between layers, and of the attentional vector.
+        dropout: dropout probability of the embeddings, between layers, and of the attentional vector.
 
     Raises:
-        ValueError: a choice is none of those listed, or sizes do not fit together.
+        ValueError: an option is not one of those listed, or sizes do not fit together.
     """
 
     class_layers = ("embed_source", "embed_target", "output")
@@ -120,11 +120,11 @@ class Seq2Seq(nn.Module):
     def forward(
         self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], target: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each of `target`, given those up to it."""
+        """Return the logits of the next token at each position of `target`, given the tokens up to it."""
         return self.decode(target, self.encode(source, lengths))
 
     def encode(self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"]) -> Memory:
-        """Read the source; tokens from a sentence's length on are padding, and change nothing."""
+        """Encode the source. Tokens beyond a sentence's length are padding and do not affect the result."""
         mask = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
         values, last = self.encoder(self.dropout(self.embed_source(source)), lengths, mask)
         if self.initial == "avg":
@@ -132,14 +132,14 @@ class Seq2Seq(nn.Module):
         state = values.new_zeros(self.decoder.rows, source.shape[0], values.shape[2])
         if self.bridge is not None:
             state = torch.tanh(self.bridge(last)).unflatten(1, (self.decoder.rows, -1))
-            state = state.transpose(0, 1).contiguous()  # cuDNN refuses rows that are not
+            state = state.transpose(0, 1).contiguous()  # cuDNN requires it
         if self.input_feeding:  # there is no attentional vector before the first token
             state = torch.cat([state, torch.zeros_like(state[:1])])
         keys = values if self.attention is None else self.attention.keys(values)
         return Memory(values, keys, mask, state)
 
     def decode(self, target: Int[Tensor, "B T"], memory: Memory) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each of `target`."""
+        """Return the logits of the next token at each position of `target`."""
         embedded = self.dropout(self.embed_target(target))
         if self.input_feeding:
             state, parts = memory.state[:, :, None], []
@@ -155,12 +155,12 @@ class Seq2Seq(nn.Module):
     def step(
         self, token: Int[Tensor, "B K"], state: Float[Tensor, "Y B K D"], memory: Memory
     ) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
-        """One token of each of K hypotheses -> logits of the next, the state after it, attention to the source."""
+        """Read one token of each hypothesis; return the next token's logits, the new state and the attention."""
         attentional, after, weights = self._advance(self.dropout(self.embed_target(token)), state, memory)
         return self.output(attentional), after, weights
 
     def _advance(self, embedded: Tensor, state: Tensor, memory: Memory) -> tuple[Tensor, ...]:
-        """One token of each hypothesis (B, K, I) -> attentional vectors (B, K, D), the state after it, attention."""
+        """Read one embedded token per hypothesis (B, K, I); return attentional vectors (B, K, D), state, attention."""
         shape, rows = embedded.shape[:2], self.decoder.rows
         inputs = torch.cat([embedded, state[-1]], dim=2) if self.input_feeding else embedded
         hidden, after = self.decoder(inputs.flatten(0, 1)[:, None], state[:rows].flatten(1, 2))
@@ -171,7 +171,7 @@ class Seq2Seq(nn.Module):
         return attentional, after, weights
 
     def _attend(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """States of the decoder (B, Q, D) -> attentional vectors (Luong et al., equation 5), attention (B, Q, S)."""
+        """Return attentional vectors (Luong et al., equation 5) and attention (B, Q, S) of decoder states (B, Q, D)."""
         if self.attention is None:
             return self.dropout(hidden), hidden.new_zeros(*hidden.shape[:2], memory.mask.shape[1])
         context, weights = self.attention(hidden, memory)
@@ -179,7 +179,7 @@ class Seq2Seq(nn.Module):
 
 
 class Attention(nn.Module):
-    """A weight for each source token by its score against the decoder's state, and the weighted mean of the values.
+    """Attention: weights of the source tokens from their scores against a query, and the weighted mean of the values.
 
     Args:
         score: `mlp`: v^T tanh(W q + U k) (Bahdanau et al., appendix A.1.2); `dot`: q^T k; `general`: q^T W k (Luong et
@@ -194,13 +194,13 @@ class Attention(nn.Module):
         self.score = nn.Linear(size, 1, bias=False) if score == "mlp" else None
 
     def keys(self, values: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """What queries are compared with: once for a source, not for each query."""
+        """Return the keys that queries are compared with; computed once per source, not per query."""
         return self.key(values)
 
     def forward(
         self, query: Float[Tensor, "B Q D"], memory: Memory
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q S"]]:
-        """Return the context of each query, and its weights: they sum to one over what is there."""
+        """Return the context of each query and its weights, which sum to one over the tokens that are not padding."""
         if self.score is None:
             scores = query @ memory.keys.transpose(1, 2)
         else:
@@ -210,10 +210,10 @@ class Attention(nn.Module):
 
 
 class Bidirectional(nn.Module):
-    """Each layer reads the sentence from its start, and another from its end (Bahdanau et al., section 3.2).
+    """Pairs of layers that read the sentence forward and backward (Bahdanau et al., section 3.2).
 
-    The backward layer is given the sentence reversed within its length, so that neither sees padding before a token. It
-    is the same in training and in a graph, and nothing waits for lengths to come to the host, as packing would.
+    The backward layer reads each sentence reversed within its length, so neither layer sees padding before a token.
+    Unlike packed sequences, this is the same in training and in a graph, and does not wait to copy lengths to the host.
     """
 
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
@@ -227,7 +227,7 @@ class Bidirectional(nn.Module):
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
-        """Return annotations, and the last of each direction."""
+        """Return the annotations, and the last annotation of each direction."""
         place = torch.arange(inputs.shape[1], device=inputs.device)
         mirrored = torch.where(mask, lengths[:, None] - 1 - place, place)
         outputs = inputs
@@ -251,7 +251,7 @@ class Unidirectional(nn.Module):
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
-        """Return annotations, and the last of each sentence."""
+        """Return the annotations, and the last annotation of each sentence."""
         outputs, _ = self.rnn(inputs)
         return outputs, gather_rows(outputs, lengths[:, None] - 1)[:, 0]
 
@@ -259,9 +259,9 @@ class Unidirectional(nn.Module):
 class Convolutional(nn.Module):
     """Convolutions with gated linear units and residuals (Gehring et al., section 3.2, scaled as in 3.4).
 
-    Each layer sees one token more on either side; padding is zero to it, as the outside of the sentence is. Without the
-    paper's position embeddings: only the zeros at either end tell where a token stands. And attention sees the outputs
-    alone, not their sum with the embeddings (section 3.3).
+    Each layer extends the context by one token on either side. Padding is set to zero, as is the outside of the
+    sentence. Unlike in the paper, there are no position embeddings, so only the zeros at either end indicate positions,
+    and attention reads the outputs alone, not their sum with the embeddings (section 3.3).
     """
 
     def __init__(self, cell: str, inputs: int, size: int, num_layers: int, residual: bool, dropout: float) -> None:
@@ -273,7 +273,7 @@ class Convolutional(nn.Module):
     def forward(
         self, inputs: Float[Tensor, "B S I"], lengths: Int[Tensor, "B"], mask: Bool[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D"]]:
-        """Return annotations, and the last of each sentence."""
+        """Return the annotations, and the last annotation of each sentence."""
         outputs = self.project(inputs)
         for layer in self.layers:
             below = self.dropout(outputs.where(mask[..., None], 0))
@@ -282,7 +282,7 @@ class Convolutional(nn.Module):
 
 
 def gather_rows(rows: Float[Tensor, "B S D"], places: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
-    """The rows at some places of each sentence."""
+    """Return the rows at `places` of each sentence."""
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
 
 

@@ -1,14 +1,14 @@
 """SSD: W. Liu, D. Anguelov, D. Erhan, C. Szegedy, S. Reed, C.-Y. Fu and A. C. Berg, "SSD: Single Shot MultiBox
 Detector", ECCV 2016.
 
-`SSDVGG16` is figure 2 with torchvision's keys (35,641,826 parameters at 300 pixels and 90 classes; 512 pixels is the
-arXiv version's footnote 3). `SSDResNet` has the base of NVIDIA's DeepLearningExamples: a ResNet to its third stage,
-which keeps the resolution of the second, and batch norm in the extra layers.
+`SSDVGG16` is figure 2 with torchvision's keys (35,641,826 parameters at 300 pixels and 90 classes; the network for 512
+pixels is in footnote 3 of the arXiv version). `SSDResNet` follows NVIDIA's DeepLearningExamples: the base is a ResNet
+up to its third stage, which keeps the resolution of the second, and the extra layers have batch norm.
 
-A network returns the raw heads, in training and in evaluation: for each default box the offsets of a box and the
-logits of its class. Matching, loss and detections are the task's. The background is class 0, as in the paper.
+A network returns the raw heads, in training and in evaluation: the box offsets and the class logits of each default
+box. The task does the matching, the loss and the detections. The background is class 0, as in the paper.
 
-Legend of shapes: B batch, C channels, H W height and width, N default boxes, K classes, background aside.
+Legend of shapes: B batch, C channels, H W height and width, N default boxes, K classes, excluding the background.
 """
 
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ class Layout:
     """The default boxes of a network (section 2.2, "Choosing scales and aspect ratios for default boxes").
 
     Args:
-        steps: pixels of the image from one cell to the next, for each feature map: the authors' code's. The paper
-            divides the image by the number of cells.
-        maps: cells on a side of each map.
-        scales: side of the square boxes, as a share of the image's; one more than there are maps, for the second
-            square of a map has the mean (geometric) of its scale and the next map's.
-        ratios: aspect ratios beside 1; each stands for itself and for its inverse.
+        steps: image pixels from one cell to the next, for each feature map, as in the authors' code. The paper divides
+            the size of the image by the number of cells.
+        maps: number of cells along a side of each feature map.
+        scales: side of the square boxes of each map, as a fraction of the image's, and one more: the second square of a
+            map has the geometric mean of its scale and the next.
+        ratios: aspect ratios of each map besides 1; the inverse of each is included, too.
     """
 
     steps: tuple[int, ...]
@@ -45,13 +45,13 @@ class Layout:
 
     @property
     def boxes_per_cell(self) -> list[int]:
-        """Two squares, and two boxes for each ratio."""
+        """Number of boxes in a cell of each map: two squares, and two boxes for each ratio."""
         return [2 + 2 * len(ratios) for ratios in self.ratios]
 
     def boxes(self, size: int) -> Float[Tensor, "N 4"]:
-        """Every default box as centre, width and height, in shares of an image of `size` pixels a side.
+        """Return all default boxes as centre, width and height, as fractions of an image of `size`x`size` pixels.
 
-        Maps from fine to coarse, rows, columns, then the boxes of a cell. No side is longer than the image.
+        The order is: maps from fine to coarse, rows, columns, boxes of a cell. No side is longer than the image.
         """
         found = []
         for step, cells, (scale, following), ratios in zip(
@@ -68,10 +68,10 @@ class Layout:
         return torch.cat(found)
 
 
-# At 300 pixels the scales are the paper's for COCO (section 3.4), as torchvision and NVIDIA have them; at 512 those for
-# VOC (section 3.1). configs/ssd300_vgg16_voc.yaml has VOC's for 300.
+# At 300 pixels the scales are the paper's for COCO (section 3.4), as in torchvision and NVIDIA's code; at 512 those for
+# VOC (section 3.1). configs/ssd300_vgg16_voc.yaml has the scales for VOC at 300.
 LAYOUTS = {
-    # Neither paper's nor published: for pictures that a CPU learns from in minutes.
+    # Not from any publication: for small images that a CPU learns from in minutes.
     96: Layout(
         steps=(8, 16, 32, 48, 96),
         maps=(12, 6, 3, 2, 1),
@@ -94,7 +94,7 @@ LAYOUTS = {
 
 
 class VGGFeatures(nn.Module):
-    """VGG-16 to conv5_3, fc6 and fc7 as convolutions, and the extra layers (figure 2, section 3).
+    """VGG-16 up to conv5_3, fc6 and fc7 as convolutions, and the extra layers (figure 2, section 3).
 
     Raises:
         ValueError: `size` is neither 300 nor 512.
@@ -128,7 +128,7 @@ class VGGFeatures(nn.Module):
             part.apply(_initialise)
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
-        """Return the maps of conv4_3, their norm over the channels scaled (section 3.1), fc7 and the extra layers."""
+        """Return the maps of conv4_3 (L2-normalised and scaled, section 3.1), of fc7 and of the extra layers."""
         x = self.features(x)
         maps = [self.scale_weight[:, None, None] * F.normalize(x)]
         for layer in self.extra:
@@ -137,7 +137,10 @@ class VGGFeatures(nn.Module):
         return maps
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """torchvision's VGG-16 under the names used here; fc6 and fc7 by every third and fourth value (section 3)."""
+        """Rename torchvision's VGG-16 to these keys and subsample fc6 and fc7 (section 3).
+
+        Every fourth channel is kept, and every third row and column of the kernel of fc6.
+        """
         own = {}
         for key, value in state.items():
             part, _, rest = key.partition(".")
@@ -145,7 +148,7 @@ class VGGFeatures(nn.Module):
             if part == "features" and index.isdecimal():
                 own[f"features.{index}.{kind}" if int(index) < 23 else f"extra.0.{int(index) - 23}.{kind}"] = value
         fc6, fc7 = (state.get(f"classifier.{i}.weight") for i in (0, 3))
-        if fc6 is None or fc7 is None or not fc6.isfinite().all():  # none in the authors' weights, by torchvision
+        if fc6 is None or fc7 is None or not fc6.isfinite().all():  # NaN in torchvision's copy of the authors' weights
             return own
         if (fc6.shape, fc7.shape) != ((4096, 512 * 7 * 7), (4096, 4096)):
             return {}
@@ -156,8 +159,8 @@ class VGGFeatures(nn.Module):
         return own
 
 
-# Channels and stride of the extra layers on a ResNet, by size. As in NVIDIA's, those of stride 1 are not padded: they
-# lower the resolution by what a 3x3 kernel cuts off.
+# Channels and stride of the extra layers on a ResNet, by image size. As in NVIDIA's code, layers of stride 1 are not
+# padded, so that the 3x3 kernel reduces the resolution by two.
 EXTRA = {
     96: [(256, 2)] * 3,
     300: [(512, 2)] * 2 + [(256, 2)] + [(256, 1)] * 2,
@@ -166,13 +169,14 @@ EXTRA = {
 
 
 class ResNetFeatures(nn.Module):
-    """A ResNet to its third stage, and extra layers with batch norm that lower the resolution.
+    """A ResNet up to its third stage, and extra layers with batch norm that reduce the resolution.
 
-    At 300 pixels as NVIDIA's SSD300 v1.1: the third stage keeps the second's resolution, and its maps are the finest.
-    At 96 they are too costly; the second stage's maps are the finest there, and the third halves them as usual.
+    As in NVIDIA's SSD300 v1.1, the third stage keeps the resolution of the second, and its maps are the finest. At 96
+    pixels this would be too costly: there, the maps of the second stage are the finest, and the third halves them as
+    usual.
 
     Raises:
-        ValueError: `size` has no layout, or no ResNet this depth.
+        ValueError: `size` has no layout, or no ResNet has this depth.
     """
 
     def __init__(self, depth: int, size: int) -> None:
@@ -206,7 +210,7 @@ class ResNetFeatures(nn.Module):
         return maps
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """torchvision's ResNet under the names used here, without what comes after the third stage."""
+        """Rename torchvision's ResNet to these keys and drop the layers after the third stage."""
         return {f"features.{key}": value for key, value in state.items() if not key.startswith(("layer4.", "fc."))}
 
 
@@ -223,16 +227,16 @@ class Predictions(nn.Module):
         self.apply(_initialise)
 
     def forward(self, maps: list[Tensor]) -> Float[Tensor, "B N width"]:
-        """Return `width` numbers for each default box, in the order of `Layout.boxes`."""
+        """Return `width` values for each default box, in the order of `Layout.boxes`."""
         answers = [conv(x) for conv, x in zip(self.module_list, maps, strict=True)]
         # (B, boxes * width, H, W) -> (B, H * W * boxes, width)
         return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.width) for x in answers], dim=1)
 
 
 class SSD(nn.Module):
-    """Default boxes, a base that answers maps of falling resolution, and the two heads over them.
+    """Default boxes, a base that returns maps of decreasing resolution, and two heads on these maps.
 
-    `anchors` (N, 4) holds the default boxes: centre, width and height in shares of the image.
+    `anchors` (N, 4) holds the default boxes: centre, width and height as fractions of the image.
     """
 
     class_layers = ("head.classification_head",)
@@ -261,7 +265,7 @@ class SSD(nn.Module):
         return self.head["regression_head"](maps), self.head["classification_head"](maps)
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A classifier's weights, as torchvision publishes them, under the names of this network's base."""
+        """Rename the state dict of a classifier, in torchvision's format, to the keys of this network's base."""
         return {f"backbone.{key}": value for key, value in self.backbone.of_base(state).items()}
 
 
@@ -271,11 +275,11 @@ class SSDVGG16(SSD):
     Args:
         num_classes: K.
         size: side of the images, in pixels.
-        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted: at 300 pixels they are
-            the paper's for COCO, at 512 for VOC.
+        scales: scales of the default boxes, as in `Layout`; by default those in `LAYOUTS`, which are the paper's for
+            COCO at 300 pixels and for VOC at 512.
 
     Raises:
-        ValueError: `size` is neither 300 nor 512, or `scales` are not one more than there are maps.
+        ValueError: `size` is neither 300 nor 512, or `scales` are not one more than there are maps, all above 0.
     """
 
     def __init__(self, num_classes: int = 20, size: Literal[300, 512] = 300, scales: list[float] | None = None) -> None:
@@ -286,14 +290,14 @@ class SSDResNet(SSD):
     """SSD on a ResNet; depth 50 at 300 pixels is NVIDIA's, 22,894,902 parameters at 80 classes.
 
     Args:
-        depth: of the ResNet.
+        depth: depth of the ResNet.
         num_classes: K.
         size: side of the images, in pixels; 96 has 866 default boxes.
-        scales: of the default boxes, as in `Layout`, where those in `LAYOUTS` are not wanted.
+        scales: scales of the default boxes, as in `Layout`; by default those in `LAYOUTS`.
 
     Raises:
-        ValueError: no ResNet has this depth, `size` is none of those listed, or `scales` are not one more than there
-            are maps.
+        ValueError: no ResNet has this depth, `size` is not one of those listed, or `scales` are not one more than there
+            are maps, all above 0.
     """
 
     def __init__(
@@ -309,7 +313,7 @@ class SSDResNet(SSD):
 def _extra(
     before: int, middle: int, after: int, stride: int = 1, padding: int = 1, kernel: int = 3, norm: bool = False
 ) -> nn.Sequential:
-    """A 1x1 convolution and one that lowers the resolution (conv8 to conv12 of figure 2)."""
+    """Return a 1x1 convolution and one that reduces the resolution (conv8 to conv11 of figure 2, conv12 at 512)."""
     layers: list[nn.Module] = []
     for conv in (
         nn.Conv2d(before, middle, kernel_size=1, bias=not norm),
@@ -320,7 +324,7 @@ def _extra(
 
 
 def _initialise(module: nn.Module) -> None:
-    """Layers that no classifier has (section 3: "xavier")."""
+    """Initialise layers that a classifier does not have (section 3: "xavier")."""
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -6,7 +6,7 @@ The maps are averaged to 7x7 before the classifier. At 224x224 they are 7x7 alre
 132,863,336 parameters at depth 11, 133,047,848 at 13, 138,357,544 at 16 and 143,667,240 at 19, for 1000 classes
 (table 2: 133, 133, 138 and 144 million).
 
-Legend of shapes: B batch, C channels, H W height and width (32 at least), K classes.
+Legend of shapes: B batch, C channels, H W height and width (at least 32), K classes.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 def convolutions(depth: int, in_channels: int = 3) -> list[nn.Module]:
-    """The layers before the classifier: convolutions with their activations, and a max-pool after each stage."""
+    """Return the layers before the classifier: convolutions with activations, and a max-pool after each stage."""
     layers: list[nn.Module] = []
     for count, channels in zip(STAGES[depth], CHANNELS, strict=True):
         for _ in range(count):
@@ -42,10 +42,10 @@ class VGG(nn.Module):
         depth: number of layers with weights.
         num_classes: K.
         in_channels: C.
-        dropout: probability of dropping an output of the first two linear layers.
+        dropout: dropout probability of the outputs of the first two linear layers.
 
     Raises:
-        ValueError: `depth` is none of those listed.
+        ValueError: `depth` is not one of those listed.
     """
 
     class_layers = ("classifier.6",)
@@ -75,7 +75,7 @@ class VGG(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """As torchvision: the paper's own (section 3.1) begins with a shallower network already trained."""
+    """Initialise as torchvision does. The paper (section 3.1) starts from a shallower network already trained."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(module.bias)
