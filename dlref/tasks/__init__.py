@@ -1,4 +1,4 @@
-"""LightningModules: one a task, around any network of `dlref.models`."""
+"""LightningModules, one per task, each for any suitable network of `dlref.models`."""
 
 from dlref.tasks.averaging import EMA
 from dlref.tasks.distributions import Beta, Deterministic, Gaussian, NegativeBinomial, StudentT

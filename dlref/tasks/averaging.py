@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, on the device that trains."""
+"""The exponential moving average of the weights, on the training device."""
 
 from itertools import chain
 
@@ -12,15 +12,15 @@ from dlref.tasks.task import Task
 
 
 class Average(AveragedModel):
-    """torch's, but all weights at once and without a look at how often there was an update, which waits for the device.
+    """PyTorch's average, but updated in one call and without reading the number of updates from the device.
 
     Args:
-        model: what is averaged, buffers too.
-        decay: share of the average that stays in an update, after many of them.
-        device: of the average.
+        model: the model to average, including its buffers.
+        decay: weight of the previous average in an update, in the limit of many updates.
+        device: device of the average.
     """
 
-    updates = 0  # so far, on the host
+    updates = 0  # number of updates so far, on the host
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device):
         super().__init__(model, device=device, use_buffers=True)
@@ -28,7 +28,7 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights of now. What is no fraction, such as a count of batches, is taken as it is."""
+        """Update the average with the current weights. Integers, such as a count of batches, are copied."""
         pairs = self.beside(model)
         fractions = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*fractions, strict=True)), 1 - self.kept())
@@ -39,38 +39,38 @@ class Average(AveragedModel):
         self.updates += 1
 
     def kept(self) -> float:
-        """Decay with bias correction: 0 at the first update, `decay` in the limit.
+        """Return the decay with bias correction: 0 at the first update, `decay` in the limit.
 
-        So each of n updates weighs `decay` to the power of its age, over the sum of these: Adam's correction of the
-        bias (Kingma and Ba 2015, section 3). Without it the first weights would be 61% of the average after 500
-        updates with a decay of 0.999.
+        Each of n updates is thus weighted by `decay` to the power of its age, divided by the sum of these weights, as
+        in Adam's bias correction (Kingma and Ba 2015, section 3). Without it, the initial weights would make up 61% of
+        the average after 500 updates with a decay of 0.999.
         """
         return self.decay * (1 - self.decay**self.updates) / (1 - self.decay ** (self.updates + 1))
 
     def beside(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """What is averaged, and what it is now. A task has more buffers once it knows its data."""
+        """Return pairs of averaged and current tensors. A task has more buffers once it knows its data."""
         now = named(model)
         return [(average, now[name]) for name, average in named(self.module).items()]
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers."""
+    """Return parameters and buffers by name."""
     return {name: tensor.detach() for name, tensor in chain(model.named_parameters(), model.named_buffers())}
 
 
 class EMA(EMAWeightAveraging):
-    """An average of the weights, which validation, test and export see.
+    """An exponential moving average of the weights, used in validation, test and export.
 
-    Lightning's callback but for three things. In its own, each update asks the device how many there were before, and
-    takes a call for every weight; the first weights weigh as much as all that would have come before them; and it ends
-    before a task's own end of a validation, which may still ask the network, as for a sample of text.
+    It differs from Lightning's callback in three ways. Lightning reads the number of updates from the device and makes
+    one call per weight in each update. It does not correct the bias towards the initial weights. And it restores the
+    current weights before the task's own `on_validation_epoch_end`, which may still use the network to sample a text.
 
     Args:
-        decay: share of the average that stays in an update, after many of them (`Average.kept`).
-        update_every_n_steps: steps from one update to the next.
+        decay: weight of the previous average in an update, in the limit of many updates (`Average.kept`).
+        update_every_n_steps: number of steps from one update to the next.
 
     Raises:
-        ValueError: `decay` is not from 0 to below 1, or `update_every_n_steps` below 1.
+        ValueError: `decay` is not from 0 to below 1, or `update_every_n_steps` is below 1.
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1):
@@ -82,19 +82,19 @@ class EMA(EMAWeightAveraging):
         self.decay = decay
 
     def setup(self, trainer: Trainer, task: Task, stage: str) -> None:
-        """Create the average. What it starts from has no weight, for the bias is corrected."""
+        """Create the average. Its initial values have no influence, because the bias is corrected."""
         if stage == "fit":
             self._average_model = Average(task, self.decay, task.device)
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
-        """A checkpoint's average has been read by now."""
+        """Restore the number of updates; the average of a checkpoint has been loaded by now."""
         self._average_model.updates = int(self._average_model.n_averaged)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Task) -> None:
-        """The average stays: the task may still use the network."""
+        """Keep the average in place, as the task may still use the network."""
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
-        """Put the weights that train back."""
+        """Restore the weights that are being trained."""
         super().on_validation_epoch_end(trainer, task)
 
     @torch.no_grad()

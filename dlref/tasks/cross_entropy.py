@@ -1,6 +1,6 @@
-"""Cross entropy of an output layer, a few rows at a time: all logits of a large vocabulary would fill the memory.
+"""Cross entropy of an output layer, a few rows at a time, as all logits of a large vocabulary would fill the memory.
 
-Legend of shapes: N tokens, E width of the network, V tokens of the vocabulary.
+Legend of shapes: N tokens, E width of the network, V size of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Logits at once: what stays in a processor's cache, or is enough to keep a GPU busy.
+# Number of logits computed at once: few enough for a CPU's cache, enough to keep a GPU busy.
 AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 30}
 
 
 def nll_and_gradient(
     scores: Float[Tensor, "N V"], targets: Int[Tensor, "N"], exact: torch.dtype
 ) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N V"]]:
-    """-log softmax(scores) at the targets, and the gradient of its sum to the scores.
+    """Return -log softmax(scores) at the targets, and the gradient of its sum with respect to the scores.
 
-    The scores are overwritten. Intermediate values have the type `exact`, the gradient that of the scores.
+    The scores may be overwritten. Intermediate values have the dtype `exact`, the gradient that of the scores.
     """
     reduced, targets = scores.dtype, targets[:, None]
     scores = scores.to(exact)
@@ -27,7 +27,7 @@ def nll_and_gradient(
     whole = scores.exp_().sum(1, keepdim=True)
     losses = whole.log() - at_target
     gradient = scores.mul_(1 / whole).to(reduced)
-    # The gradient is the probability, less one at the target: found there before it is rounded.
+    # The gradient is the probability, minus one at the target. There it is computed before rounding.
     return losses, gradient.scatter_(1, targets, (at_target.exp() / whole - 1).to(reduced))
 
 
@@ -37,11 +37,11 @@ def linear_cross_entropy(
     targets: Int[Tensor, "N"],
     row_step: Callable = nll_and_gradient,
 ) -> Float[Tensor, ""]:
-    """The mean of -log softmax(hidden weight^T) at the targets, as `F.cross_entropy` of `F.linear`.
+    """Return the mean of -log softmax(hidden weight^T) at the targets, like `F.cross_entropy` of `F.linear`.
 
-    The gradients are found beside the loss, while the logits of a few rows are there (as Liger Kernel does, Hsu et
-    al. 2024; Wijmans et al. 2025 compute the logits again on the way back). `row_step` is `nll_and_gradient` or its
-    compiled form: all it does is memory traffic.
+    The gradients are computed together with the loss, while the logits of a few rows are in memory (as in Liger Kernel,
+    Hsu et al. 2024; Wijmans et al. 2025 recompute the logits in the backward pass). `row_step` is `nll_and_gradient` or
+    its compiled form; it is limited by memory traffic.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_step)
 
@@ -68,10 +68,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_rows, of_weight = context.saved_tensors
-        each = gradient / context.tokens  # not before: in float16 so small a gradient would be zero
+        each = gradient / context.tokens  # not in `forward`: in float16, so small a gradient would be zero
         return each * of_rows, each * of_weight, None, None
 
 
 def rows_at_once(vocabulary: int, kind: str) -> int:
-    """A power of two, which batches of the usual sizes are a multiple of: all parts are of one shape then."""
+    """Return a power of two, so that the parts of batches of the usual sizes all have the same shape."""
     return 1 << max(0, (AT_ONCE.get(kind, AT_ONCE["cpu"]) // vocabulary).bit_length() - 1)

@@ -1,6 +1,6 @@
-"""What a task answers to `deployable()`: all that the export step learns of its graphs.
+"""The return value of a task's `deployable()`: all that the export step knows of its graphs.
 
-Beside it, export asks a task for `metric`, `evaluate` and `degradation`, and tells it of the data by `take_facts`.
+The export step also uses a task's `metric`, `evaluate` and `degradation`, and passes it the data by `take_facts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +15,25 @@ from dlref.runtime import make_runner
 
 @dataclass(frozen=True)
 class Graph:
-    """One network to export, with every axis that may change at run time.
+    """A network to export, with every axis that may change at run time.
 
     Args:
-        module: takes the inputs in the order given, answers a tensor or a tuple of tensors.
-        inputs: example tensors by name, real data where there is some.
-        outputs: a name for each output.
+        module: takes the inputs in the given order and returns a tensor or a tuple of tensors.
+        inputs: example tensors by name, from real data where available.
+        outputs: name of each output.
         dynamic_axes: input name -> axis -> symbol ("batch", "time", "height", ...); an axis that is not
-            named here is fixed to its example's size.
-        sizes: symbol -> the sizes at which the exported graph has to equal the module. The first ones are
-            those of a single answer: what is timed, and what a device that needs fixed shapes gets.
-        tolerance: largest error allowed, relative to outputs above 1 and absolute below.
-        selected: outputs that are a choice, such as the boxes that suppression leaves: a rounding can change which rows
-            (second axis) there are and their order. Together they are compared as a set of rows for each sample, and
-            all but a few have to be found again, near their places. Rows of zeros, at the end, are none; an output of
-            one axis is the number of rows.
-        discrete: outputs that jump where a score changes in its last digit, such as the class of each pixel, or a
-            count. All but a few elements have to be within the tolerance.
-        unbounded: inputs that may be of any size beside each other, such as the values of series over their scales.
-        calls: how often an answer calls it, for the measurement.
+            listed is fixed to the size of the example.
+        sizes: symbol -> sizes at which the exported graph must equal the module. The first size is that of
+            a single prediction, which is timed and which a device that needs fixed shapes gets.
+        tolerance: largest allowed error, relative for outputs above 1 and absolute below.
+        selected: outputs that result from a selection, such as the boxes left by suppression: rounding can change which
+            rows (second axis) there are and their order. These outputs are compared together, as a set of rows for each
+            sample, and all but a few rows must be found again near their places. Trailing rows of zeros are padding; an
+            output with one axis is the number of rows.
+        discrete: outputs that can jump when a score changes in its last digit, such as the class of each pixel, or a
+            count. All but a few elements must be within the tolerance.
+        unbounded: inputs whose values may be arbitrarily large, such as the values of series over their scales.
+        calls: number of calls per prediction, for the measurement.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class Graph:
 
     @property
     def shape(self) -> dict[str, list[int | str]]:
-        """For each input its axes: a size, or the symbol of a dynamic one."""
+        """The axes of each input: a size, or the symbol of a dynamic axis."""
         return {
             name: [self.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(tensor.shape)]
             for name, tensor in self.inputs.items()
@@ -57,7 +57,7 @@ class Graph:
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """The module's own answer: the reference that every exported form is checked against."""
+        """Return the outputs of the module, the reference that every exported form is checked against."""
         device = next(self.module.parameters(), torch.empty(0)).device
         results = self.module(*(torch.from_numpy(arrays[name]).to(device) for name in self.inputs))
         results = results if isinstance(results, tuple) else (results,)
@@ -66,11 +66,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class Deployable:
-    """The graphs of a task, the runner that serves them and what the runner has to know.
+    """The graphs of a task, the runner that serves them and the metadata that the runner needs.
 
     Args:
-        kind: names the runner, `dlref/runtime/runners/<kind>.py` with underscores.
-        graphs: by the names that the runner calls them.
+        kind: name of the runner, `dlref/runtime/runners/<kind>.py` with underscores.
+        graphs: graphs by the names that the runner uses.
         metadata: plain JSON values: labels, vocabulary, quantile levels, ...
     """
 
@@ -79,5 +79,5 @@ class Deployable:
     metadata: Mapping[str, object]
 
     def runner(self, graphs: Mapping[str, Callable] | None = None):
-        """The runner that a device uses, over these graphs in PyTorch, or over others of the same names."""
+        """Return the runner that a device uses, over these graphs in PyTorch, or over others of the same names."""
         return make_runner(self.kind, self.graphs if graphs is None else graphs, self.metadata)

@@ -19,8 +19,8 @@ from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALET
 COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
 COLOURED = 36  # classes named below masks
-MANY = 100_000  # from this count on a cell of a matrix shows a share
-GROUPS = 6  # of lengths
+MANY = 100_000  # a matrix with such a count shows shares
+GROUPS = 6  # of source lengths
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -29,7 +29,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _grid(panels: int, columns: int, width: float, height: float, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure and the axes of its panels, row by row; what is left of the last row stays blank.
+    """Return a figure and the axes of its panels, row by row; the rest of the last row stays blank.
 
     `width` and `height` are those of one panel, in inches; `extra` is the height left for titles and legends.
     """
@@ -69,7 +69,7 @@ def _class_curves(
 
 
 def curves(path: Path, metrics: Path) -> None:
-    """Every metric of metrics.csv over the steps: one panel a metric, training and validation together."""
+    """Plot every metric of metrics.csv over the steps: one panel per metric, for training and validation."""
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -93,7 +93,7 @@ def curves(path: Path, metrics: Path) -> None:
 
 
 def confusion(path: Path, matrix: Tensor, labels: list[str], score: str = "F1") -> None:
-    """Heat map of a (K, K) confusion matrix, rows true and columns predicted, with a score of each class: F1 or IoU."""
+    """Draw a (K, K) confusion matrix, rows true and columns predicted, and the F1 score or IoU of each class."""
     counts = matrix.numpy().astype(float)
     correct, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     f1 = 2 * correct / np.maximum(true + predicted, 1)
@@ -124,7 +124,7 @@ def confusion(path: Path, matrix: Tensor, labels: list[str], score: str = "F1") 
 
 
 def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> None:
-    """One-against-the-rest ROC curves from probabilities (N, K) and targets (N,) or several labels (N, K).
+    """Plot one-against-the-rest ROC curves from probabilities (N, K) and targets (N,) or several labels (N, K).
 
     All classes are drawn; with more than SHOWN the legend names the weakest.
     """
@@ -145,7 +145,7 @@ def roc(path: Path, probability: Tensor, targets: Tensor, labels: list[str]) -> 
 
 
 def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: list[str]) -> None:
-    """The wrong answers given with most confidence: (confidence, uint8 image (C, H, W), predicted, true)."""
+    """Draw the most confident mistakes: (confidence, uint8 image (C, H, W), predicted, true)."""
     figure, grid = _grid(len(worst), COLUMNS, width=1.9, height=2.1, extra=0.5)
     for axes, (confidence, image, predicted, true) in zip(grid, worst, strict=True):
         axes.set_axis_off()
@@ -157,9 +157,9 @@ def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: li
 
 
 def detections(path: Path, pictures: list, labels: list[str]) -> None:
-    """Pictures (uint8 image (C, H, W), (boxes, scores, classes), targets): true boxes on the left, found on the right.
+    """Draw pictures (uint8 image (C, H, W), (boxes, scores, classes), targets): left true boxes, right detections.
 
-    Boxes are in shares of the image. Found ones are drawn from a score of 0.3.
+    Boxes are fractions of the image. Detections are drawn from a score of 0.3.
     """
     figure, grid = _grid(2 * len(pictures), 6, width=2.6, height=2.8)
     pairs = zip(grid[::2], grid[1::2], pictures, strict=True)
@@ -179,9 +179,9 @@ def detections(path: Path, pictures: list, labels: list[str]) -> None:
 
 
 def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: list[str]) -> None:
-    """Pictures (uint8 (C, H, W)) alone, and in grey under their true masks and under the ones found (uint8 (H, W)).
+    """Draw pictures (uint8 (C, H, W)) alone, and in grey under their true and predicted masks (uint8 (H, W)).
 
-    Pixels that count for nothing stay uncovered, and so does a class called background.
+    Ignored pixels stay uncovered, and so does a class called background.
     """
     height, width = pictures[0][1].shape if pictures else (1, 1)
     figure, grid = _grid(3 * len(pictures), 6, width=2.5, height=2.5 * height / width, extra=0.6)
@@ -206,7 +206,7 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
 
 
 def _paint(mask: np.ndarray, labels: list[str]) -> np.ndarray:
-    """Class ids (H, W) -> colours with their opacity (H, W, 4)."""
+    """Return colours with opacity (H, W, 4) for class ids (H, W)."""
     opacity = np.zeros(256)
     opacity[: len(labels)] = [0 if label == BACKGROUND else PAINT for label in labels]
     return np.dstack([PALETTE[mask] / 255, opacity[mask]])
@@ -220,7 +220,7 @@ def _box(axes, box: list[float], width: int, height: int, colour: str, text: str
 
 
 def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[str]) -> None:
-    """Precision (101,) over recalls from 0 to 1 for each class; with more than SHOWN the legend names the weakest."""
+    """Plot each class's precision (101,) over recalls from 0 to 1; with more than SHOWN, only the weakest are named."""
     by_class = {k: (np.linspace(0, 1, len(curve)), curve, curve.mean()) for k, curve in precision.items()}
     figure, axes = _class_curves(by_class, labels, "AP50", 3, "lower left")
     axes.set(xlabel="recall", ylabel="precision")
@@ -229,7 +229,7 @@ def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[
 
 
 def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Series (past (T,), what came (H,), sample paths (S, H)): the paths' quantiles as a fan over what came."""
+    """Plot series (past (T,), actual values (H,), sample paths (S, H)), with the paths' quantiles as a fan."""
     figure, grid = _grid(len(shown), 2, width=7, height=2.6, extra=0.4)
     for axes, (past, after, paths) in zip(grid, shown, strict=True):
         before, ahead = np.arange(-len(past), 0), np.arange(len(after))
@@ -249,7 +249,7 @@ def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
 
 
 def calibration(path: Path, levels: tuple[float, ...], covered: Tensor) -> None:
-    """The share of values at or below each quantile (Q,), beside its level."""
+    """Plot the share of values at or below each quantile (Q,) against its level."""
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
@@ -262,7 +262,7 @@ def calibration(path: Path, levels: tuple[float, ...], covered: Tensor) -> None:
 
 
 def by_time(path: Path, losses: dict[str, Tensor]) -> None:
-    """Weighted quantile loss (H,) of several forecasts over the steps ahead."""
+    """Plot the weighted quantile loss (H,) of several forecasts over the steps ahead."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for i, (name, loss) in enumerate(losses.items()):
@@ -276,7 +276,7 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
 
 
 def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -> None:
-    """Heat maps of attention weights (T, S), with the tokens of source and target beside them."""
+    """Draw heat maps of attention weights (T, S), labelled with the tokens of source and target."""
     figure, grid = _grid(len(maps), min(3, len(maps)), width=6, height=5)
     for axes, (weights, source, target) in zip(grid, maps, strict=True):
         draw_attention(axes, weights, source, target)
@@ -285,7 +285,7 @@ def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -
 
 
 def heads(path: Path, layers: list[np.ndarray], pieces: list[str]) -> None:
-    """Attention (H, T, T) of each layer: a row of maps for a layer, a column for a head, tokens at the edges alone."""
+    """Draw the attention (H, T, T) of each layer: one row per layer, one column per head, tokens at the edges only."""
     names = [literal(repr(piece)[1:-1].replace(" ", "\u2423")) for piece in pieces]
     rows, columns = len(layers), len(layers[0])
     figure = Figure(figsize=(1 + 2.6 * columns, 1 + 2.6 * rows), layout="constrained")
@@ -300,7 +300,7 @@ def heads(path: Path, layers: list[np.ndarray], pieces: list[str]) -> None:
 
 
 def by_position(path: Path, nats: Tensor) -> None:
-    """The loss of a token by how many tokens the network saw before it, with the mean of each octave."""
+    """Plot the loss of a token over the number of tokens read, with the mean of each octave."""
     seen = np.arange(len(nats)) + 1
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -317,7 +317,7 @@ def by_position(path: Path, nats: Tensor) -> None:
 
 
 def continuations(path: Path, rows: list[tuple[str, str]]) -> None:
-    """Prompts and how they went on, as Markdown."""
+    """Write prompts and their continuations as Markdown."""
     fence = "~~~~~~"
     parts = [f"{fence}\n{prompt}\n{fence}\n\ngoes on\n\n{fence}\n{text}\n{fence}\n" for prompt, text in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +325,7 @@ def continuations(path: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def by_length(path: Path, lengths: list[int], texts: list[str], references: list[str], score: Callable) -> None:
-    """The score of texts in groups by the length of their sources, and how many each group has."""
+    """Plot the score of texts grouped by the length of their sources, and the size of each group."""
     bounds = np.unique(np.quantile(lengths, np.linspace(0, 1, GROUPS + 1)).astype(int))
     places = np.clip(np.searchsorted(bounds, lengths, side="right") - 1, 0, max(len(bounds) - 2, 0))
     names, values, counts = [], [], []
@@ -348,7 +348,7 @@ def by_length(path: Path, lengths: list[int], texts: list[str], references: list
 
 
 def samples(path: Path, rows: list[tuple[str, str, str]], notes: list[str]) -> None:
-    """A table in Markdown: source, reference and output of some sentences, below notes on all of them."""
+    """Write `notes` and a Markdown table of source, reference and output of some sentences."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def cell(text: str) -> str:

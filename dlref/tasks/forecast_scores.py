@@ -1,6 +1,6 @@
 """Scores of probabilistic forecasts, summed over batches and devices, and the baselines they are compared with.
 
-B windows, T times of context, S sample paths, H times to forecast, Q quantile levels.
+B windows, T time steps of context, S sample paths, H time steps to forecast, Q quantile levels.
 """
 
 import torch
@@ -10,15 +10,15 @@ from torchmetrics import Metric
 
 from dlref.runtime.runners.forecasting import LEVELS
 
-INTERVAL = 0.05  # of the values may lie outside the interval that MSIS judges
+INTERVAL = 0.05  # share of the values that may lie outside the interval of MSIS
 
 
 class QuantileScores(Metric):
-    """Quantile loss, weighted by the values' size, and coverage; by level and time ahead.
+    """Quantile loss, weighted by the values' size, and coverage, by level and time ahead.
 
     Args:
         horizon: H.
-        dtype: that of the sums.
+        dtype: dtype of the sums.
     """
 
     full_state_update = False
@@ -34,7 +34,7 @@ class QuantileScores(Metric):
     def update(
         self, quantiles: Float[Tensor, "B H Q"], target: Float[Tensor, "B H"], observed: Bool[Tensor, "B H"]
     ) -> None:
-        """Add the points that are observed."""
+        """Add the observed points."""
         above = (target[..., None] - quantiles).to(self.levels)
         loss = torch.maximum(self.levels * above, (self.levels - 1) * above)
         self.pinball += loss.where(observed[..., None], 0).sum(0)
@@ -43,9 +43,10 @@ class QuantileScores(Metric):
         self.points += observed.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """`wql`: mean over the levels of twice the loss over the sum of |values|; `nd`: that of the median alone.
+        """Return `wql`, the mean over the levels of twice the loss over the sum of |values|, and other scores.
 
-        `coverage` (Q,): the share of values at or below each quantile. `by_time` (H,): `wql` of each time ahead.
+        `nd` is that of the median alone, `coverage` (Q,) the share of values at or below each quantile, and `by_time`
+        (H,) the `wql` of each time ahead.
         """
         by_level = 2 * self.pinball.sum(0) / self.size.sum()
         return {
@@ -57,7 +58,7 @@ class QuantileScores(Metric):
 
 
 class SampleScores(QuantileScores):
-    """Of sample paths: beside their quantiles' the root mean squared error of the mean, MSIS and CRPS."""
+    """Scores of sample paths: those of their quantiles, root mean squared error of the mean, MSIS and CRPS."""
 
     def __init__(self, horizon: int, dtype: torch.dtype = torch.float64):
         super().__init__(horizon, dtype)
@@ -71,7 +72,7 @@ class SampleScores(QuantileScores):
         observed: Bool[Tensor, "B H"],
         seasonal_error: Float[Tensor, "B"],
     ) -> None:
-        """Add the points that are observed. A window without a seasonal error, or without points, has no MSIS."""
+        """Add the observed points. A window without a seasonal error, or without points, has no MSIS."""
         super().update(quantiles_of(paths), target, observed)
         paths, values = paths.to(self.levels), target.to(self.levels)
         self.squared += (paths.mean(1) - values).square().where(observed, 0).sum()
@@ -85,9 +86,9 @@ class SampleScores(QuantileScores):
         self.windows += judged.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Those of quantiles; `rmse` in the units of the series; `crps` over the sum of |values|; `msis` as in M4.
+        """Return the quantile scores, `rmse` in the units of the series, `crps` over the sum of |values|, and `msis`.
 
-        M4's seasonal errors of daily and weekly series are of a season of 1; `Frequency.season` has 7 and 52.
+        `msis` is M4's, except that for daily and weekly series M4 has a season of 1, `Frequency.season` 7 and 52.
         """
         return {
             **super().compute(),
@@ -98,12 +99,12 @@ class SampleScores(QuantileScores):
 
 
 def quantiles_of(paths: Float[Tensor, "B S H"]) -> Float[Tensor, "B H Q"]:
-    """The quantiles at LEVELS, linear between the samples around them, as numpy's are."""
+    """Return the quantiles at LEVELS, interpolated linearly between samples as in NumPy."""
     return torch.quantile(paths, torch.tensor(LEVELS).to(paths), dim=1).permute(1, 2, 0)
 
 
 def crps(paths: Float[Tensor, "B S H"], target: Float[Tensor, "B H"]) -> Float[Tensor, "B H"]:
-    """E|X - y| - E|X - X'| / 2 of the samples' distribution (T. Gneiting and A. E. Raftery, 2007, equation 21)."""
+    """Return E|X - y| - E|X - X'| / 2 over the samples (T. Gneiting and A. E. Raftery, 2007, equation 21)."""
     samples = paths.shape[1]
     rank = 2 * torch.arange(1, samples + 1, device=paths.device) - samples - 1
     spread = (rank[:, None] * paths.sort(dim=1).values).sum(1) / samples**2
@@ -113,7 +114,7 @@ def crps(paths: Float[Tensor, "B S H"], target: Float[Tensor, "B H"]) -> Float[T
 def seasonal_naive(
     values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
 ) -> Float[Tensor, "B H"]:
-    """Each time as in the last season that is known, or as the last value where the series is shorter."""
+    """Repeat the last known season; where the series is shorter than a season, use the last value."""
     begun = observed.cumsum(1) > 0
     last = values.where(begun, values[:, -1:])[:, -season:]
     return last[:, torch.arange(horizon, device=values.device) % season]
@@ -122,7 +123,7 @@ def seasonal_naive(
 def last_value(
     values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
 ) -> Float[Tensor, "B H"]:
-    """Each time as the last one known."""
+    """Repeat the last known value."""
     return values[:, -1:].expand(-1, horizon)
 
 

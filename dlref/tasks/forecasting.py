@@ -1,8 +1,8 @@
-"""Forecasting: the distribution of what comes next in many series, by a recurrent network that answers its parameters.
+"""Forecasting: a recurrent network predicts the parameters of the distribution of the next values of many series.
 
-Legend of shapes: B windows, T times of context, H times to forecast, L lags, F features, G categories, S sample paths,
-P parameters of the distribution, U uniform numbers of a draw, Y rows of the state, D cells, Q quantile levels,
-N values of all series.
+Legend of shapes: B windows, T time steps of context, H time steps to forecast, L lags, F features, G categories, S
+sample paths, P parameters of the distribution, U uniform numbers of a draw, Y rows of the state, D cells, Q quantile
+levels, N values of all series.
 """
 
 import math
@@ -25,25 +25,25 @@ from dlref.tasks.task import Task
 from dlref.training.devices import widest_float
 
 SHOWN = 8  # series in the figure of forecasts
-OWN = "this_model"  # the name of its scores, beside those of the baselines
-TRAINED = ("val/wql", "val/nd", "val/rmse", "val/crps")  # what validation logs while a network trains
+OWN = "this_model"  # name of the model's scores, next to those of the baselines
+TRAINED = ("val/wql", "val/nd", "val/rmse", "val/crps")  # logged by validation during training
 EXAMPLES = 2  # series of the example inputs
 
 
 class Forecaster(Task):
-    """Negative log-likelihood of the observed points (Salinas et al. 2017, equation 2, but of the context, too, as
-    GluonTS has it), and forecasts by sampling.
+    """Negative log-likelihood of the observed points (Salinas et al. 2017, equation 2, but including the context, as in
+    GluonTS), and forecasts by sampling.
 
-    The network answers parameters (B, T, P) and a state, as `DeepAR` does. A batch is a window (values, observed,
-    features, categories) of history, context and prediction; in training the network sees context and prediction in one
-    call.
+    The network returns parameters (B, T, P) and a state, like `DeepAR`. A batch is a window (values, observed,
+    features, categories) of history, context and prediction; in training, the network reads context and prediction in
+    one call.
 
     Args:
-        distribution: of the values, given the network's answer.
-        longest_lag: leave out the frequency's lags beyond so many steps, which short series rarely have.
-        difference: forecast the change from each time to the next, and add them up: for prices and the like, of which
-            the last value says more than any other.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        distribution: distribution of the values, given the network's output.
+        longest_lag: leave out lags of the frequency beyond this many steps, which short series rarely have.
+        difference: forecast the change from each step to the next and add the changes up: for prices and similar
+            series, whose last value is the most informative.
+        task: arguments of every `Task`: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     fact_names = (
@@ -64,7 +64,7 @@ class Forecaster(Task):
         self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
 
     def check(self) -> None:
-        """One window of zeros through the network, so that one made for other series is refused before it trains."""
+        """Run a window of zeros through the network, so that one made for other series is refused before training."""
         cardinality = self.facts["cardinality"]
         features = len(self.frequency.cycles) + 1 + self.facts["static_features"] + self.facts["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters
@@ -86,10 +86,10 @@ class Forecaster(Task):
             raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")
 
     def setup(self, stage: str) -> None:
-        """Once the series are known, what counts over them."""
+        """Check the series and create their scores, once they are known."""
         super().setup(stage)
         if stage != "predict":
-            checked = set()  # validation and testing may be of training's series, or of their own
+            checked = set()  # validation and test may use the series of training, or their own
             for name, split in self.trainer.datamodule.splits.items():
                 if name != "predict" and split.store not in checked:
                     checked.add(split.store)
@@ -100,8 +100,8 @@ class Forecaster(Task):
             self.scores["oracle"] = QuantileScores(self.horizon, dtype)
 
     def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
-        """Raise UserError where there is nothing to learn from or to judge by, or what has no likelihood."""
-        if not len(outcomes):  # of values there are always some
+        """Raise UserError if there is nothing to learn from or to evaluate on, or if a value has no likelihood."""
+        if not len(outcomes):  # only changes: there are always values
             raise UserError(
                 f"{split}: target: no two values that follow each other; expected some, or difference false"
             )
@@ -114,12 +114,12 @@ class Forecaster(Task):
 
     @property
     def context(self) -> int:
-        """Times before a forecast that the network reads."""
+        """Number of time steps before a forecast that the network reads."""
         return self.facts["context_length"]
 
     @property
     def horizon(self) -> int:
-        """Times of a forecast."""
+        """Number of time steps of a forecast."""
         return self.facts["prediction_length"]
 
     @property
@@ -129,30 +129,33 @@ class Forecaster(Task):
 
     @property
     def lags(self) -> list[int]:
-        """Steps back that the network sees."""
+        """Lags that the network reads, in steps."""
         return [lag for lag in self.frequency.lags if self.longest_lag is None or lag <= self.longest_lag]
 
     def modelled(self, window):
-        """A window with what is forecast: its values as they are, or their changes."""
+        """Return the window with the quantity to forecast: its values, or their changes."""
         if not self.difference:
             return window
         both = window.observed[:, 1:] & window.observed[:, :-1]
         return window._replace(values=window.values.diff().where(both, 0), observed=both)
 
     def forward(self, window) -> tuple[Tensor, ...]:
-        """A modelled window -> the parameters (B, T + H) of each time of context and prediction, in their domains."""
+        """Return the parameters (B, T + H), in their domains, of a modelled window's context and prediction."""
         context, times = self.context, self.context + self.horizon
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         scale = scale_of(values[:, :context], observed[:, :context])[:, None]
         history = window.values[:, -times - max(self.lags) :] / scale
         places = torch.from_numpy(lag_indices(self.lags, times)).to(history.device, non_blocking=True)
-        # history[:, places], which takes six times as long on a processor
+        # The same as history[:, places], which takes six times as long on a CPU.
         lagged = history.index_select(1, places.flatten()).unflatten(1, places.shape)
         raw, _ = self.network(lagged, window.features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
 
     def nll(self, window) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of all observed points of context and prediction, and their number, at least 1."""
+        """Return the summed negative log-likelihood of context and prediction, and the number of observed points.
+
+        The number is at least 1.
+        """
         window = self.modelled(window)
         parameters = self(window)
         times = parameters[0].shape[1]
@@ -161,12 +164,12 @@ class Forecaster(Task):
         return -likelihood.sum(), observed.sum().clamp(min=1)
 
     def loss(self, window) -> Tensor:
-        """Negative log-likelihood of an observed point, on average over context and prediction."""
+        """Return the mean negative log-likelihood of the observed points of context and prediction."""
         total, count = self.nll(window)
         return total / count
 
     def past(self, window) -> Past:
-        """What a runner knows of windows: no value that it is to forecast."""
+        """Return the inputs of a runner for these windows, without the values to forecast."""
         context, horizon = self.context, self.horizon
         last, window = window.values[:, -horizon - 1].float(), self.modelled(window)
         values = window.values[:, :-horizon][:, -max(self.lags) - context :].float()
@@ -175,22 +178,22 @@ class Forecaster(Task):
         return Past(*(part.cpu().numpy() for part in parts))
 
     def paths(self, window) -> Float[Tensor, "B S H"]:
-        """Sample paths, drawn by the runner that a device uses."""
+        """Draw sample paths with the runner that a device uses."""
         return torch.from_numpy(self.deployable(window).runner().paths(self.past(window))).to(self.device)
 
     # Lightning's steps
 
     def training_step(self, batch, batch_index: int) -> Tensor:
-        """Negative log-likelihood."""
+        """Return the negative log-likelihood."""
         total, count = self.nll(batch)
         return self.log_train_loss(total / count, count)
 
     def validation_step(self, batch, batch_index: int) -> None:
-        """Every score, beside the baselines."""
+        """Update the scores."""
         self.judge("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """While a network trains, some of its own."""
+        """Log the scores; during training, only some of the model's own."""
         values = self.scored("val")
         if self.trainer.state.fn == "fit":
             for name in TRAINED:
@@ -203,7 +206,7 @@ class Forecaster(Task):
         self.forecasts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def test_step(self, batch, batch_index: int) -> None:
-        """Every score, beside the baselines; some forecasts from all over the split for the figure."""
+        """Update the scores, and keep some forecasts from all over the split for the figure."""
         paths, (target, observed) = self.judge("test", batch), self.outcome(batch)
         horizon, shown = self.horizon, self.context + self.horizon
         for row in self.shown(batch_index, len(target), SHOWN):
@@ -212,11 +215,11 @@ class Forecaster(Task):
             self.forecasts.append(tuple(part.cpu() for part in (past, after, paths[row])))
 
     def on_test_epoch_end(self) -> None:
-        """Numbers go to the log; the rest is for the figures alone."""
+        """Log the scores; the rest is only for the figures."""
         self.log_dict(finite(self.scored("test")))
 
     def judge(self, stage: str, batch) -> Float[Tensor, "B S H"]:
-        """Count the loss, the forecasts and the baselines of a batch; answer the sample paths."""
+        """Add a batch to the loss and to the scores of the model and the baselines; return the sample paths."""
         total, count = self.nll(batch)
         self.log_eval_loss(stage, total / count, count)
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
@@ -232,18 +235,18 @@ class Forecaster(Task):
 
     @property
     def judged(self) -> list[str]:
-        """Whose scores count; while a network trains its own alone, for the others stay what they are."""
+        """Names of the forecasts that are scored: during training only the model's, as the others do not change."""
         return [OWN] if self.trainer.state.fn == "fit" else list(self.scores)
 
     def scored(self, stage: str) -> dict[str, Tensor]:
-        """What was counted, by the names of the log, and from the start again; the rest is kept for the figures."""
+        """Return the scores by their names in the log and reset them; keep the rest for the figures."""
         found, self.by_time = {}, {}
         for name in self.judged:
             scores = self.scores[name]
-            values = scores.compute()  # even of no points here: other devices may have some, and wait for this one
+            values = scores.compute()  # even without points here: other devices may have some, and wait for this one
             scores.reset()
             coverage = values.pop("coverage")
-            # torchmetrics makes a number of one time ahead.
+            # torchmetrics returns a scalar for a single time ahead.
             self.by_time[name.replace("_", " ")] = values.pop("by_time").cpu().reshape(self.horizon)
             values |= {f"coverage_{level}": share for level, share in zip(LEVELS, coverage, strict=True)}
             before = "" if name == OWN else f"{name}_"
@@ -253,17 +256,17 @@ class Forecaster(Task):
         return found
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
-        """The answers that the bundle's runner gives."""
+        """Return predictions as the bundle's runner does."""
         return [prediction(paths) for paths in self.paths(batch).cpu().numpy()]
 
     def outcome(self, window) -> tuple[Float[Tensor, "B H"], Bool[Tensor, "B H"]]:
-        """What came, and which of it is observed."""
+        """Return the actual values of the prediction, and which of them are observed."""
         return window.values[:, -self.horizon :], window.observed[:, -self.horizon :]
 
     # The contract with the export step
 
     def deployable(self, batch) -> Deployable:
-        """`encode` reads the context; `step` draws one time of all paths, from noise that it is given."""
+        """Return the graphs: `encode` reads the context; `step` draws the next value of all paths from given noise."""
         past = Past(*(torch.from_numpy(part[:EXAMPLES]) for part in self.past(batch)))
         encode = self.encode_graph(past)
         metadata = {
@@ -276,7 +279,7 @@ class Forecaster(Task):
         return Deployable("forecasting", {"encode": encode, "step": self.step_graph(past, encode)}, metadata)
 
     def encode_graph(self, past: Past) -> Graph:
-        """The context of each series -> its scale, and the network's state after it."""
+        """Return the graph from the context of each series to its scale and the network's state."""
         context = self.context
         inputs = {
             "target": past.values[:, -context:],
@@ -290,7 +293,7 @@ class Forecaster(Task):
         return Graph(_Encode(self.network), inputs, ["scale", "state"], axes, sizes, unbounded=("lagged", "features"))
 
     def step_graph(self, past: Past, encode: Graph) -> Graph:
-        """What each path was before, and noise -> its next value, and the state after it."""
+        """Return the graph from earlier values of each path and noise to its next value and state."""
         encoded = encode(**{name: tensor.numpy() for name, tensor in encode.inputs.items()})
         scale, state = torch.from_numpy(encoded["scale"]), torch.from_numpy(encoded["state"])
         last = encode.inputs["lagged"][:, -1:] / scale[:, None, None]
@@ -311,13 +314,13 @@ class Forecaster(Task):
             | {"state": {1: "batch", 2: "sample"}, "lagged": paths, "noise": paths},
             {"batch": (1, 2, 7), "sample": (SAMPLES, 1, 33)},
             calls=self.horizon,
-            tolerance=1e-4,  # of values in scales of the series, whose rare ones lie far out
+            tolerance=1e-4,  # values are divided by the scale, and rare ones are large
             discrete=() if self.distribution.smooth else ("value",),
             unbounded=("lagged", "features"),
         )
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
-        """Weighted quantile loss of a runner's paths over `batches`."""
+        """Return the weighted quantile loss of a runner's paths over `batches`."""
         scores = QuantileScores(self.horizon)
         for window in batches:
             paths = torch.from_numpy(runner.paths(self.past(window)))
@@ -325,14 +328,14 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Hundredths of the reference, for the metric has no bound; of one that is 0 anything is too much."""
+        """Return the loss in hundredths of the reference, as the metric has no bound; infinite if that is 0."""
         if not reference:
             return math.inf if score else 0.0
         return 100 * (score / reference - 1)
 
     def draw(self, folder: Path) -> None:
-        """Forecasts over history, nominal against observed coverage, and the loss by time ahead."""
-        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+        """Draw forecasts over history, nominal against observed coverage, and the loss by time ahead."""
+        from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         figures.forecasts(folder / "forecasts.png", self.forecasts)
         figures.calibration(folder / "calibration.png", LEVELS, self.calibration)
@@ -340,7 +343,7 @@ class Forecaster(Task):
 
 
 def state_in(answers: object) -> Tensor:
-    """The state (Y, 1, D) of what a network answers to one window. Raises UserError where there is none."""
+    """Return the state (Y, 1, D) in a network's output for one window. Raises UserError if there is none."""
     parts = answers if isinstance(answers, tuple) else (answers,)
     good = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
     if not good or parts[1].shape[1] != 1:
@@ -350,7 +353,7 @@ def state_in(answers: object) -> Tensor:
 
 
 class _Encode(nn.Module):
-    """The graph that reads the context: what sampling starts from."""
+    """The graph that reads the context, from which sampling starts."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -370,7 +373,7 @@ class _Encode(nn.Module):
 
 
 class _Step(nn.Module):
-    """The graph that draws a value of each path, given those before it; values are divided by the scale."""
+    """The graph that draws the next value of each path, given earlier ones; values are divided by the scale."""
 
     def __init__(self, network: nn.Module, distribution: Distribution):
         super().__init__()
@@ -388,7 +391,7 @@ class _Step(nn.Module):
         batch, samples = lagged.shape[:2]
 
         def rows(known: Tensor) -> Tensor:
-            """Of each series -> of each of its paths."""
+            """Repeat the rows of each series for each of its paths."""
             return known[:, None].expand(batch, samples, *known.shape[1:]).flatten(0, 1)
 
         scales = scale[:, None].expand(batch, samples)
@@ -400,15 +403,15 @@ class _Step(nn.Module):
 
 
 def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Only finite values: where all targets are 0, losses weighted by their size are undefined."""
+    """Keep finite values only: if all targets are 0, losses weighted by their size are undefined."""
     return {name: value for name, value in values.items() if value.isfinite()}
 
 
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """Mean absolute value of what is observed of the context; of nothing, the last value before it; 1 where that is 0.
+    """Return the mean absolute value of the observed context, or if there is none, of the last value; 1 instead of 0.
 
-    GluonTS's scale; the paper's is 1 + the mean (section 3.3), which negative values can bring to 0.
+    This is GluonTS's scale. The paper's is 1 + the mean (section 3.3), which can be 0 if values are negative.
     """
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
-    mean = mean.where(observed.any(1), target[:, -1].abs())  # to which missing values are carried
+    mean = mean.where(observed.any(1), target[:, -1].abs())  # missing values repeat the last one
     return mean.where(mean > 0, 1)

@@ -1,4 +1,4 @@
-"""Image classification: one class an image, or several."""
+"""Image classification, with one class or several labels per image."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,25 +18,25 @@ from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, che
 from dlref.tasks.losses import or_one
 from dlref.tasks.preprocess import ImagePreprocess
 
-MISTAKES = 25  # in the figure of the most confident ones
+MISTAKES = 25  # in the figure of the most confident mistakes
 
-Batch = tuple[Tensor, Tensor] | list[Tensor]  # images and targets; a loader with workers makes a list
+Batch = tuple[Tensor, Tensor] | list[Tensor]  # images and targets; a list from a loader with workers
 
 
 class ImageClassifier(ImageTask):
-    """Cross entropy over K classes, or K independent binary cross entropies where data has several labels.
+    """Cross entropy over K classes, or K independent binary cross entropies if the data has several labels.
 
-    The network answers logits (B, K), or a tuple of the logits and those of auxiliary heads.
+    The network returns logits (B, K), or a tuple of the logits and those of auxiliary heads.
 
     Args:
-        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        preprocess: maps pixels to the network's input, in training, evaluation and the bundle.
         label_smoothing: share of the target spread over all classes (Szegedy et al. 2015, section 7).
-        mixup: alpha of the Beta distribution that blends pairs (Zhang et al. 2018); 0 is off.
-        cutmix: alpha of the Beta distribution that pastes patches (Yun et al. 2019); 0 is off. With both,
-            each batch takes one of the two.
-        class_weights: one factor a class in the loss; with several labels, of the images that have the label.
-        auxiliary_weight: of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
-        task: what every `ImageTask` takes: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
+        mixup: alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables blending of pairs.
+        cutmix: alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables pasting of patches. With both,
+            one of the two is chosen for each batch.
+        class_weights: factor of each class in the loss; with several labels, of the images that have the label.
+        auxiliary_weight: weight of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
+        task: arguments of every `ImageTask`: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     fact_names = ("labels", "multi_label", "crop")
@@ -59,7 +59,7 @@ class ImageClassifier(ImageTask):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def check(self) -> None:
-        """One black image through the network: a head of another width would train without a word."""
+        """Run a black image through the network: a head of the wrong width would train without an error."""
         classes = len(self.facts["labels"])
         if classes < 2 and not self.facts["multi_label"]:
             raise UserError(f"the data has {classes} class; expected 2 or more")
@@ -71,10 +71,10 @@ class ImageClassifier(ImageTask):
         check_classes(self.probe(self.preprocess.size)[0].shape[-1], classes)
 
     def setup(self, stage: str) -> None:
-        """Once the classes are known, what counts over them."""
+        """Create the metrics, once the classes are known."""
         super().setup(stage)
-        size = getattr(self.trainer.datamodule, "image_size", self.preprocess.size)  # small images come as they are
-        if stage == "fit" and size != self.preprocess.size:  # it would be resized without a word
+        size = getattr(self.trainer.datamodule, "image_size", self.preprocess.size)  # small images keep their size
+        if stage == "fit" and size != self.preprocess.size:  # images would be resized silently
             raise UserError(f"data.init_args.image_size {size}; expected {self.preprocess.size}, preprocess's size")
         labels, multi_label = self.facts["labels"], self.facts["multi_label"]
         self.mix = mixing(self.mixup, self.cutmix, len(labels))
@@ -82,7 +82,7 @@ class ImageClassifier(ImageTask):
         self.test_metrics = test_metrics(len(labels), multi_label).clone(prefix="test/")
 
     def loss(self, logits: Float[Tensor, "B K"], targets: Tensor) -> Tensor:
-        """Mean over the batch; `targets` are class indices (B,), or probabilities or several labels (B, K)."""
+        """Return the mean over the batch; `targets` are class indices (B,), or probabilities or labels (B, K)."""
         if self.facts["multi_label"]:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
         options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
@@ -91,15 +91,15 @@ class ImageClassifier(ImageTask):
         # With weights and smoothing torch's own mean waits for the GPU.
         total = F.cross_entropy(logits.float(), targets, **options, reduction="sum")
         weight = self.counted(targets) * torch.ones_like(total)
-        return (total / or_one(weight)).where(weight > 0, 0)  # smoothed, images that weigh nothing add something
+        return (total / or_one(weight)).where(weight > 0, 0)  # with smoothing, images of weight 0 add to the loss
 
     def counted(self, targets: Tensor) -> Tensor | int:
-        """Over how much the loss is a mean: images, or what their classes weigh together."""
+        """Return the number of images that the loss is a mean over, or the sum of their class weights."""
         by_class = self.class_weights is not None and not targets.is_floating_point()
         return self.class_weights[targets].sum() if by_class else len(targets)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of the head plus the weighted losses of the auxiliary heads."""
+        """Return the loss of the head plus the weighted losses of the auxiliary heads."""
         images, targets = batch
         pixels = self.preprocess(images)
         if self.mix is not None:
@@ -121,17 +121,17 @@ class ImageClassifier(ImageTask):
         return probability
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss and metrics of the head."""
+        """Log loss and metrics of the head."""
         self.judge("val", batch, self.val_metrics)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def on_test_start(self) -> None:
-        """Clear what is kept for the figures."""
+        """Clear the data kept for the figures."""
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.mistakes: list[tuple[float, Tensor, int, int]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Every metric; probabilities and the worst mistakes are kept for the figures."""
+        """Update all metrics, and keep probabilities and the worst mistakes for the figures."""
         images, targets = batch
         probability = self.judge("test", batch, self.test_metrics)
         self.seen.append((probability.cpu(), targets.long().cpu()))
@@ -139,10 +139,10 @@ class ImageClassifier(ImageTask):
             self.mistakes = worst_mistakes(self.mistakes, images, probability, targets)
 
     def on_test_epoch_end(self) -> None:
-        """Numbers go to the log; the matrix is for the figure alone."""
+        """Log the scores; the matrix is only for the figure."""
         values = self.test_metrics.compute()
         self.confusion = values.pop("test/confusion").cpu()
-        areas = values.pop("test/roc_auc").cpu().flatten()  # torchmetrics makes a number of one class
+        areas = values.pop("test/roc_auc").cpu().flatten()  # torchmetrics returns a scalar for one class
         # A class that no test image has, or all have, has no curve.
         matrix = self.confusion  # (K, K), or with several labels (K, 2, 2)
         positives = matrix[:, 1].sum(-1) if matrix.ndim == 3 else matrix.sum(-1)
@@ -153,18 +153,18 @@ class ImageClassifier(ImageTask):
         self.test_metrics.reset()
 
     def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
-        """The answers that the bundle's runner gives."""
+        """Return predictions as the bundle's runner does."""
         probability = self.probability(self(batch[0])[0])
         return answers(probability.cpu().numpy(), self.facts)
 
     def probability(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-        """Softmax over the classes, or a sigmoid for each where there are several labels."""
+        """Return the softmax over the classes, or the sigmoid of each if there are several labels."""
         return logits.float().sigmoid() if self.facts["multi_label"] else logits.float().softmax(dim=-1)
 
     # The contract with the export step
 
     def deployable(self, batch: Batch) -> Deployable:
-        """uint8 (B, H, W, C) of any size -> probabilities (B, K)."""
+        """Return a graph from uint8 images (B, H, W, C) of any size to probabilities (B, K)."""
         side = self.preprocess.size
         graph = Graph(
             module=_Classify(self),
@@ -173,11 +173,11 @@ class ImageClassifier(ImageTask):
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
             sizes={"batch": (1, 2, 7), "height": (side, side + 5, 2 * side), "width": (side, side + 9, side)},
         )
-        metadata = {**self.facts, "channels": batch[0].shape[1]}  # grey pictures may train a network for colour
+        metadata = {**self.facts, "channels": batch[0].shape[1]}  # grey images may train a network for colour
         return Deployable("image-classification", {"classify": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
-        """Accuracy of a runner's probabilities over `batches`."""
+        """Return the accuracy of a runner's probabilities over `batches`."""
         accuracy = metrics(len(self.facts["labels"]), self.facts["multi_label"])["accuracy"]
         for images, targets in batches:
             probability = runner.probability(nhwc(images).numpy())
@@ -185,8 +185,8 @@ class ImageClassifier(ImageTask):
         return accuracy.compute().item()
 
     def draw(self, folder: Path) -> None:
-        """Confusion matrix, ROC curves and the most confident mistakes."""
-        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+        """Draw the confusion matrix, ROC curves and the most confident mistakes."""
+        from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         probability, targets = (torch.cat(part) for part in zip(*self.seen, strict=True))
         labels = self.facts["labels"]
@@ -197,7 +197,7 @@ class ImageClassifier(ImageTask):
 
 
 class _Classify(nn.Module):
-    """The graph that ships: resize, normalise, network, softmax or sigmoid."""
+    """The exported graph: resize, normalise, network, softmax or sigmoid."""
 
     def __init__(self, task: ImageClassifier):
         super().__init__()
@@ -210,7 +210,7 @@ class _Classify(nn.Module):
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
-    """The blend of pairs in a batch that the two alphas ask for, or None."""
+    """Return the transform that mixes the images of a batch as the two alphas specify, or None."""
     if not (mixup or cutmix):
         return None
     both = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
@@ -218,20 +218,20 @@ def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
 
 
 def of_task(classes: int, multi_label: bool) -> dict:
-    """What torchmetrics is told of the task."""
+    """Return the arguments of torchmetrics that describe the task."""
     number = "num_labels" if multi_label else "num_classes"
     return {"task": "multilabel" if multi_label else "multiclass", number: classes, "validate_args": False}
 
 
 def metrics(classes: int, multi_label: bool) -> MetricCollection:
-    """What validation reports. Several labels: accuracy counts the images whose labels are all right."""
+    """Return the validation metrics. With several labels, accuracy counts images whose labels are all correct."""
     task = of_task(classes, multi_label)
     accuracy = ExactMatch(**task) if multi_label else Accuracy(average="micro", **task)
     return MetricCollection({"accuracy": accuracy, "f1": F1Score(average="macro", **task)})
 
 
 def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
-    """What the test reports; averages over classes are macro averages."""
+    """Return the test metrics; averages over classes are macro averages."""
     collection, task = metrics(classes, multi_label), of_task(classes, multi_label)
     name, accuracy = "top5_accuracy", {"average": "micro", "top_k": min(5, classes)}
     if multi_label:
@@ -249,7 +249,7 @@ def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
 
 
 def worst_mistakes(worst: list, images: Tensor, probability: Tensor, targets: Tensor) -> list:
-    """The most confident wrong answers so far: (confidence, image, predicted, true), best first."""
+    """Return the most confident mistakes so far, (confidence, image, predicted, true), most confident first."""
     confidence, predicted = probability.max(dim=-1)
     wrong = confidence.where(predicted != targets, -1).nan_to_num(-1)
     sure, places = (part.tolist() for part in wrong.topk(min(MISTAKES, len(wrong))))

@@ -1,4 +1,4 @@
-"""What the tasks of images share: pixels normalised inside the task, memory order, and checks on one black image."""
+"""The base of all image tasks: preprocessing inside the task, memory format, and checks with a black image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from dlref.tasks.task import Task
 
 
 class ImageTask(Task):
-    """A task whose network takes normalised pixels and answers tensors, alone or in a tuple.
+    """A task whose network takes normalised pixels and returns a tensor or a tuple of tensors.
 
     Args:
-        preprocess: pixels -> the network's input, in training, evaluation and the bundle.
+        preprocess: maps pixels to the network's input, in training, evaluation and the bundle.
         channels_last: keep the network's weights and activations in NHWC order in memory.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        task: arguments of every `Task`: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     def __init__(self, preprocess: Normalise, channels_last: bool = False, **task):
@@ -29,11 +29,11 @@ class ImageTask(Task):
             self.network.to(memory_format=torch.channels_last)
 
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        """Pixels -> what the network answers."""
+        """Return the network's outputs for these pixels."""
         return as_tuple(self.network(self.preprocess(images)))
 
     def probe(self, side: int, expected: str = "expected one that takes what preprocess gives") -> tuple[Tensor, ...]:
-        """What the network answers to one black image. Raises UserError where it refuses it."""
+        """Return the network's outputs for a black image. Raises UserError if the network rejects it."""
         channels = self.preprocess.channels
         black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
         with self.probing(f"an image of {side}×{side} pixels and {channels} channels", expected):
@@ -45,18 +45,18 @@ class ImageTask(Task):
 
 
 def as_tuple(answer) -> tuple:
-    """A network's answer, which may be one tensor or several."""
+    """Return a network's output as a tuple, whether it is one tensor or several."""
     return answer if isinstance(answer, tuple) else (answer,)
 
 
 def nhwc(images: UInt8[Tensor, "B C H W"]) -> UInt8[Tensor, "B H W C"]:
-    """Images as a bundle takes them."""
+    """Return images in the layout that a bundle takes."""
     return images.permute(0, 2, 3, 1).contiguous()
 
 
 @contextmanager
 def enough_to_normalise(images: Tensor) -> Iterator[None]:
-    """UserError where batch norm has a single value of each channel: in maps of one pixel of a single image."""
+    """Raise UserError if batch norm has a single value per channel: maps of one pixel of a single image."""
     try:
         yield
     except ValueError as error:
@@ -64,7 +64,7 @@ def enough_to_normalise(images: Tensor) -> Iterator[None]:
 
 
 def check_classes(found: int, known: int) -> None:
-    """UserError unless the network tells as many classes apart as the data has."""
+    """Raise UserError unless the network has as many classes as the data."""
     if found != known:
         raise UserError(
             f"network answers {found} classes, the data has {known}; expected "
@@ -73,7 +73,7 @@ def check_classes(found: int, known: int) -> None:
 
 
 def check_class_weights(weights: Tensor | None, classes: int) -> None:
-    """UserError unless these are usable factors of a loss, one a class."""
+    """Raise UserError unless `weights` are usable factors of a loss, one per class."""
     if weights is None:
         return
     if len(weights) != classes:

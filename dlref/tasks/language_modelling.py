@@ -1,7 +1,7 @@
-"""Language modelling: each token of a text given those before it.
+"""Language modelling: predict each token of a text from those before it.
 
-Legend of shapes: B texts, T tokens, U one more (T + 1), P tokens of the past, W tokens whose logits are asked for,
-V tokens of the vocabulary, L layers, H heads, D width of a head.
+Legend of shapes: B texts, T tokens, U one more (T + 1), P past tokens, W tokens whose logits are requested, V size of
+the vocabulary, L layers, H heads, D width of a head.
 """
 
 import math
@@ -26,24 +26,24 @@ from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
 
-IGNORE = -1  # in the place of a token beyond the end of a split
-NEW = 2  # tokens of the example after its past
-READ = 3  # of the past of its second text
+IGNORE = -1  # stands for tokens beyond the end of a split
+NEW = 2  # tokens after the past in the example inputs
+READ = 3  # tokens in the past of their second text
 SAMPLE = 200  # tokens of a sample
 SHOWN = 24  # tokens of the sentence whose attention is drawn
 SAMPLES = 8  # in the table
 
 
 class LanguageModel(Task):
-    """Cross entropy of each token given the ones before it.
+    """Cross entropy of each token given those before it.
 
-    The network has `forward`, `output`, `logits`, `attention` and `context_length` as `GPT` does, and to be sharded its
-    blocks in `h`. A batch holds (B, T + 1) tokens: the first T are read, the last T predicted.
+    The network must have `forward`, `output`, `logits`, `attention` and `context_length` like `GPT` and, to be sharded,
+    its blocks in `h`. A batch holds (B, T + 1) tokens: the first T are read, the last T predicted.
 
     Args:
-        prompt: text from which samples begin while training.
-        decay_vectors: True decays the weights of biases and norms, too.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        prompt: start of the samples generated during training.
+        decay_vectors: whether to apply weight decay to biases and norms, too.
+        task: arguments of every `Task`: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     needs = ("output", "logits", "attention", "context_length")
@@ -59,16 +59,16 @@ class LanguageModel(Task):
         self.sentence: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """What the vocabulary decides, too."""
+        """Create the score once the vocabulary is known, and compile the loss."""
         super().setup(stage)
         if self.nll is None:
-            if self.compile_network and self.trainer.strategy.root_device.type == "cuda":  # a processor gains little
+            if self.compile_network and self.trainer.strategy.root_device.type == "cuda":  # a CPU gains little
                 self.nll_and_gradient = torch.compile(nll_and_gradient, dynamic=False)
             sizes = torch.tensor([len(spelling) for spelling in self.tokenizer.spelling])
             self.nll = TokenNLL(self.facts["context_length"], sizes).to(self.device)
 
     def check(self) -> None:
-        """The last token through the network: one with less room would fail within an epoch."""
+        """Run the last token through the network: one with too small a vocabulary would fail within an epoch."""
         vocabulary, length = len(self.tokenizer), self.facts["context_length"]
         expected = (
             f"expected model.init_args.network.init_args of at least vocabulary: {vocabulary}, context_length: {length}"
@@ -81,7 +81,7 @@ class LanguageModel(Task):
             raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Hidden matrices, tables of embeddings, and vectors."""
+        """Return the groups of hidden matrices, embedding tables and vectors."""
         tables = {id(table.weight) for table in self.network.modules() if isinstance(table, nn.Embedding)}
         matrices = [p for p in parameters if p.ndim > 1]
         groups = [
@@ -95,21 +95,21 @@ class LanguageModel(Task):
 
     @cached_property
     def tokenizer(self):
-        """The tokeniser, as the data has it."""
+        """The tokeniser of the data."""
         return make_tokenizer(self.facts["vocabulary"])
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each of `tokens`; of tokens beyond the vocabulary, which pad it, none."""
+        """Return the logits of the next token at each position, without those that pad the vocabulary."""
         return self.network.logits(self.network(tokens)[0])[..., : len(self.tokenizer)]
 
     def runner(self) -> Runner:
-        """The runner that a device uses, over this network."""
+        """Return the runner that a device uses, over this network."""
         return self.deployable(torch.zeros(1, READ + NEW, dtype=torch.long, device=self.device)).runner()
 
     # Lightning's steps
 
     def configure_model(self) -> None:
-        """Where the strategy shards (Lightning's ModelParallelStrategy): FSDP, block by block.
+        """Shard the network block by block with FSDP if the strategy is Lightning's ModelParallelStrategy.
 
         Each device keeps a part of every parameter, its gradient and its moments; a block is whole while it computes.
         """
@@ -119,41 +119,41 @@ class LanguageModel(Task):
             fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> Tensor:
-        """Cross entropy, over what the network has room for."""
+        """Return the cross entropy over all tokens that the network has, including padding of the vocabulary."""
         before, after = batch[:, :-1], batch[:, 1:].flatten()
-        if self.compile_network:  # for one size: that evaluation has had another would make it one for all
+        if self.compile_network:  # keep the size static: evaluation with another size would make it dynamic
             torch._dynamo.mark_static(before, 0)
         hidden, _, _ = self.network(before)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.nll_and_gradient)
         return self.log_train_loss(loss, len(after))
 
     def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
-        """Nats of every token of a split."""
+        """Add the nats of every token of a batch."""
         after = batch[:, 1:]
         logits = self(batch[:, :-1].clamp(min=0)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), after.flatten(), ignore_index=IGNORE, reduction="none")
         self.nll.update(nats.view_as(after), after)
 
     def log_evaluation(self, stage: str) -> None:
-        """Every score, over all devices; beside them, unless it trains, what programs that compress reach."""
+        """Log all scores, over all devices, and except during training, those of compression programs."""
         values = self.nll.compute()
         if self.trainer.state.fn != "fit":
             values |= self.trainer.datamodule.compressed(stage)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=stage == "val")
 
     def on_validation_epoch_start(self) -> None:
-        """Clear the scores of the epoch, and the sentence of the figure of attention."""
+        """Clear the scores of the epoch, and the sentence for the attention figure."""
         self.nll.reset()
         self.sentence = []
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
-        """Every token."""
+        """Score every token."""
         self.evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Scores of the epoch, and a sample as text among TensorBoard's events: the first device's, if it has all."""
+        """Log the scores of the epoch and, on the first device unless sharded, a text sample to TensorBoard."""
         self.log_evaluation("val")
         samples = self.trainer.is_global_zero and self.device_mesh is None
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and samples:
@@ -162,26 +162,26 @@ class LanguageModel(Task):
             text = self.prompt + runner(self.prompt)["text"]
             for logger in self.loggers:
                 if hasattr(logger.experiment, "add_text"):
-                    indented = "".join(f"    {line}\n" for line in text.split("\n"))  # as it is, in Markdown
+                    indented = "".join(f"    {line}\n" for line in text.split("\n"))  # verbatim in Markdown
                     logger.experiment.add_text("sample", indented, self.global_step)
 
     def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
-        """Every token."""
+        """Score every token, and keep the first sentence for the attention figure."""
         self.evaluation_step(batch)
         self.sentence = self.sentence or batch[0, :-1][:SHOWN].clamp(min=0).tolist()
 
     def on_test_epoch_end(self) -> None:
-        """Scores of the split."""
+        """Log the scores of the split."""
         self.log_evaluation("test")
 
     def predict_step(self, batch: str, batch_index: int) -> list[dict]:
-        """The answer that the bundle's runner gives to a prompt."""
+        """Return the prediction of the bundle's runner for a prompt."""
         return [self.runner()(batch)]
 
     # The contract with the export step
 
     def deployable(self, batch: Int[Tensor, "B U"]) -> Deployable:
-        """`decode` reads tokens after a past, and answers the logits after those that are asked for."""
+        """Return the graph `decode`, which reads tokens after a past and returns the requested logits."""
         context_length = self.facts["context_length"]
         tokens = batch[:2, :context_length].clamp(min=0)
         with torch.inference_mode():
@@ -189,7 +189,7 @@ class LanguageModel(Task):
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
-        # Of a full past half counts, of a short one all; of the second text's past READ tokens.
+        # Half of a full past is valid (all of a short one), and READ tokens of the second text's.
         length = torch.tensor([context_length // 2, READ], device=tokens.device)[: len(tokens)]
         graph = Graph(
             _Decode(self.network, len(self.tokenizer)),
@@ -201,7 +201,7 @@ class LanguageModel(Task):
                 "length": {0: "batch"},
                 **{name: {0: "batch", 2: "past"} for name in past},
             },
-            # The first are those of a single token where the context is full, and of a target of fixed shapes.
+            # The first sizes are those of a single token with a full context, and of a target with fixed shapes.
             {"batch": (1, 2, 3), "new": (1, 2, 4), "asked": (1, 2, 4), "past": (context_length, 0, READ, 1, 33)},
             tolerance=1e-4,
         )
@@ -209,7 +209,7 @@ class LanguageModel(Task):
         return Deployable("language", {"decode": graph}, metadata)
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
-        """Bits per byte by a runner."""
+        """Return the bits per byte of a runner over `batches`."""
         sizes = np.array([len(spelling) for spelling in runner.tokenizer.spelling])
         nats = size = 0.0
         for batch in batches:
@@ -220,12 +220,12 @@ class LanguageModel(Task):
         return float(nats / math.log(2) / size)
 
     def degradation(self, reference: float, score: float) -> float:
-        """Hundredths of the bits."""
+        """Return the increase in hundredths of the reference."""
         return 100 * (score - reference) / reference
 
     def draw(self, folder: Path) -> None:
-        """Loss by the place in the context, the attention of every head, and samples."""
-        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+        """Draw the loss by position in the context and the attention of every head, and write samples."""
+        from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         figures.by_position(folder / "by_position.png", self.nll.by_position())
         with torch.inference_mode():
@@ -238,7 +238,7 @@ class LanguageModel(Task):
 
 
 class TokenNLL(Metric):
-    """How little a text was expected: nats of each token, by its place in the context.
+    """Negative log-likelihood of a text: nats of each token, by its position in the context.
 
     Args:
         places: T.
@@ -254,25 +254,25 @@ class TokenNLL(Metric):
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, nats: Float[Tensor, "B T"], tokens: Int[Tensor, "B T"]) -> None:
-        """Add tokens and the nats of each, but for IGNORE."""
+        """Add tokens and the nats of each, except for IGNORE."""
         real = tokens != IGNORE
         self.nats += nats.where(real, 0).sum(0)
         self.count += real.sum(0)
         self.bytes += self.sizes[tokens.clamp(min=0)].where(real, 0).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, nats a token; `perplexity`; `bits_per_byte` of the text, which no choice of tokens changes."""
+        """Return `loss` (nats per token), `perplexity`, and `bits_per_byte`, which is comparable across tokenisers."""
         loss = self.nats.sum() / self.count.sum()
         bits = self.nats.sum() / math.log(2) / self.bytes
         return {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": bits}
 
     def by_position(self) -> Float[Tensor, "T"]:
-        """Nats of a token at each place where there was one."""
+        """Return the mean nats of a token at each position that occurred."""
         return (self.nats / self.count)[self.count > 0].cpu()
 
 
 class _Decode(nn.Module):
-    """The graph: tokens after a past -> logits of those asked for, and what the past grows by."""
+    """The exported graph: from tokens after a past to the requested logits, and what to append to the past."""
 
     def __init__(self, network: nn.Module, vocabulary: int):
         super().__init__()
@@ -285,7 +285,7 @@ class _Decode(nn.Module):
         length: Int[Tensor, "B"],
         *past: Float[Tensor, "B H P D"],
     ) -> tuple[Float[Tensor, "B W V"], Float[Tensor, "L 2 B H T D"]]:
-        # Not by a call, which may be compiled: samples while training would compile it again for every past.
+        # Not by calling the network, which may be compiled: samples in training would recompile it for every past.
         hidden, keys, values = self.network.forward(tokens, Past(past[::2], past[1::2], length))
         place = tokens.shape[1] - 1 - back
         asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))

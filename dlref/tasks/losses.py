@@ -1,4 +1,4 @@
-"""Losses that are means, added up over batches and devices."""
+"""Mean losses, accumulated over batches and devices."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torchmetrics import Metric
 
 
 def or_one(count: Tensor) -> Tensor:
-    """What a sum is divided by: by 1 where nothing counts. A count of weights may be a fraction."""
+    """Return `count` to divide by, or 1 if it is 0. A sum of weights may be a fraction."""
     return torch.where(count > 0, count, 1)
 
 
 class MeanLoss(Metric):
-    """The mean of a loss over all batches of all devices: torchmetrics' own would lose the sum of a batch of none."""
+    """The mean of a loss over all batches and devices. torchmetrics' own would lose the loss of a batch of count 0."""
 
     full_state_update = False
 
@@ -25,5 +25,5 @@ class MeanLoss(Metric):
         self.both += torch.stack([loss.detach() * or_one(count), count])
 
     def compute(self) -> Tensor:
-        """The mean."""
+        """Return the mean."""
         return self.both[0] / or_one(self.both[1])

@@ -1,6 +1,6 @@
-"""What goes wrong while a network trains, told in one line when it does: a callback with rules by name.
+"""A callback that reports common problems of training in one line each, by named rules.
 
-The rules are those of Amazon SageMaker Debugger, and its default thresholds where a constant says so.
+The rules are those of Amazon SageMaker Debugger, with its default thresholds where a constant says so.
 """
 
 import math
@@ -19,27 +19,27 @@ from torch.utils.hooks import RemovableHandle
 from dlref.tasks.task import Task
 from dlref.training.devices import scaler_of, scales_itself
 
-VANISHED = 1e-7  # of the weights' norm; Debugger's is that number for the gradient itself, whatever the weights are
-EXPLODED = 1e4  # times the weights' norm; of the networks here, untrained, ResNet-50 comes closest, with 400
+VANISHED = 1e-7  # times the weights' norm; Debugger compares the gradient itself with this number
+EXPLODED = 1e4  # times the weights' norm; the largest ratio of the untrained networks here is ResNet-50's, 400
 LAYER = 0.5  # share of a layer's units, or of its outputs (Debugger's threshold_layer)
-ENOUGH = 32  # values of a unit in a batch; of fewer, those of a unit that is seldom active are often all 0
-NEAR = 0.0005  # of the range of tanh or sigmoid, where the slope is below 0.2% of its steepest; LeNet-5 has 0.3 there
+ENOUGH = 32  # values of a unit in a batch; with fewer, a unit that is seldom active is often 0 throughout
+NEAR = 0.0005  # of tanh's or sigmoid's range: there the slope is below 0.2% of its maximum; LeNet-5 has a share of 0.3
 LOOKS = 10  # without a lower loss (Debugger's num_steps)
-LOWER = 0.001  # share by which a loss has to be lower to count as such (Debugger's diff_percent)
+LOWER = 0.001  # share by which a loss must be lower to count as lower (Debugger's diff_percent)
 VALIDATIONS = 3  # in a row; one alone may be chance
 HIGHER = 0.1  # share of the validation loss (Debugger's ratio_threshold)
 
 
 @dataclass
 class Seen:
-    """What the rules judge.
+    """The measurements that the rules judge.
 
     Attributes:
-        gradients: by parameter, the norms of its gradient and of its weights at the last look.
-        silent: by ReLU, the share of its units that were 0 for the whole batch of the last look.
-        saturated: by tanh or sigmoid, the share of its outputs close to a bound at the last look.
-        losses: the mean training loss from each look to the next.
-        validations: the mean training loss since the validation before, and the validation loss.
+        gradients: for each parameter, the norms of its gradient and of its weights at the last look.
+        silent: for each ReLU, the share of its units that were 0 for the whole batch of the last look.
+        saturated: for each tanh or sigmoid, the share of its outputs close to a bound at the last look.
+        losses: the mean training loss between successive looks.
+        validations: for each validation, the mean training loss since the previous one, and the validation loss.
     """
 
     gradients: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -49,19 +49,19 @@ class Seen:
     validations: list[tuple[float, float]] = field(default_factory=list)
 
 
-# Rules: from what was seen to what is wrong, or None
+# Rules: each returns what is wrong, or None
 
 
 def vanishing_gradient(seen: Seen) -> str | None:
-    """A gradient that moves nothing. Exactly 0 does not count: no example reached the layer, as with a detector's head
-    for sizes that no object of the batch had.
+    """A gradient too small to change the weights. Exactly 0 does not count: then no example reached the layer, as in a
+    detector's head for object sizes that the batch does not have.
     """
     ratios = {name: norm / size for name, (norm, size) in seen.gradients.items() if 0 < norm < VANISHED * size}
     return of_gradient(seen, min(ratios, key=ratios.get), min(ratios.values())) if ratios else None
 
 
 def exploding_gradient(seen: Seen) -> str | None:
-    """A gradient that leaves nothing of the weights, or is no number. Weights that began at 0 count as a norm of 1."""
+    """A gradient that would overwrite the weights, or is NaN. Norms of weights below 1, such as 0, count as 1."""
     ratios = {name: norm / max(size, 1) for name, (norm, size) in seen.gradients.items()}
     ratios = {name: math.inf if math.isnan(ratio) else ratio for name, ratio in ratios.items()}
     name = max(ratios, key=ratios.get, default=None)
@@ -69,12 +69,12 @@ def exploding_gradient(seen: Seen) -> str | None:
 
 
 def of_gradient(seen: Seen, name: str, ratio: float) -> str:
-    """The words for a gradient."""
+    """Return the message about a gradient."""
     return f"{name}: gradient norm {seen.gradients[name][0]:.1e}, {ratio:.1e} times the weights'"
 
 
 def dead_relu(seen: Seen) -> str | None:
-    """A layer most of whose units answered 0 to every example: no gradient comes through them."""
+    """A layer in which most units are 0 for every example, so that no gradient passes through them."""
     name = max(seen.silent, key=seen.silent.get, default=None)
     if name is None or seen.silent[name] <= LAYER:
         return None
@@ -82,7 +82,7 @@ def dead_relu(seen: Seen) -> str | None:
 
 
 def saturated_activation(seen: Seen) -> str | None:
-    """A layer most of whose outputs are so close to a bound that hardly any gradient comes through."""
+    """A layer in which most outputs are so close to a bound that hardly any gradient passes through."""
     name = max(seen.saturated, key=seen.saturated.get, default=None)
     if name is None or seen.saturated[name] <= LAYER:
         return None
@@ -90,7 +90,7 @@ def saturated_activation(seen: Seen) -> str | None:
 
 
 def loss_not_decreasing(seen: Seen) -> str | None:
-    """No look of the last `LOOKS` had a loss clearly below the lowest before."""
+    """None of the last `LOOKS` looks had a loss clearly below the lowest loss before."""
     before, recent = seen.losses[:-LOOKS], seen.losses[-LOOKS:]
     if not before or min(recent) < min(before) - LOWER * abs(min(before)):
         return None
@@ -100,7 +100,7 @@ def loss_not_decreasing(seen: Seen) -> str | None:
 def overfitting(seen: Seen) -> str | None:
     """The validation loss is clearly above its lowest, `VALIDATIONS` times in a row, while the training loss fell.
 
-    Clearly is measured by the mean size of the losses so far: a negative log-likelihood can be 0 at its lowest.
+    The margin is relative to the mean absolute validation loss: the lowest negative log-likelihood can be 0.
     """
     before, recent = seen.validations[:-VALIDATIONS], seen.validations[-VALIDATIONS:]
     if not before:
@@ -130,29 +130,27 @@ Rule = Literal[tuple(RULES)]
 
 
 class Monitor(Callback):
-    """Prints one line when a rule begins to hold, and ends the run where that was asked for.
+    """Prints one line when a rule starts to hold, and optionally ends the run.
 
         python train.py fit --config configs/lenet5_digits.yaml
             --trainer.callbacks+ dlref.tasks.Monitor --trainer.callbacks.stop "[exploding_gradient]"
 
         monitor: step 350: exploding_gradient: network.f6.weight: gradient norm 1.2e+05, 3.1e+04 times the weights'
 
-    A rule is told once and again only after it had ceased to hold. Gradients are looked at before they are clipped,
-    and those of weights alone: before a batch norm a bias has none. Activations are seen where modules compute them:
-    `nn.ReLU` and `nn.ReLU6`, `nn.Tanh` and `nn.Sigmoid`, not functions, nor the gates of recurrent layers, nor anything
-    inside of a compiled network. Units are on axis 1, of (B, T, D) on the last. The losses are of all steps; that they
-    no longer fall also holds of a network that has learnt what it can. Overfitting needs a validation that logs
-    `val/loss`. Of several devices the first one's gradients and activations are judged. A resumed run begins its
-    windows anew.
+    A rule is reported once, and again only after it has ceased to hold. Gradients are measured before clipping, and
+    only those of weights: a bias before a batch norm has none. Activations are measured in the modules `nn.ReLU`,
+    `nn.ReLU6`, `nn.Tanh` and `nn.Sigmoid`, not in functions, in the gates of recurrent layers or inside a compiled
+    network. Units are on axis 1, or on the last axis of (B, T, D). Losses are those of all steps; `loss_not_decreasing`
+    also holds for a network that has converged. `overfitting` needs a validation that logs `val/loss`. With several
+    devices, the gradients and activations of the first are judged. A resumed run starts its windows anew.
 
-    A run that is ended stops as by early stopping: after a last validation (none in an epoch that
-    `check_val_every_n_epoch` leaves without one), with its checkpoints and the final test,
-    and not before `min_epochs` and `min_steps`.
+    A run is ended as by early stopping: after a last validation (unless `check_val_every_n_epoch` skips it in that
+    epoch), with its checkpoints and the final test, and not before `min_epochs` and `min_steps`.
 
     Args:
-        every: steps from one look at gradients and activations to the next, and of the losses that are averaged. A look
-            waits for the device; a step in between does not.
-        stop: the rules that end the run.
+        every: number of steps from one look at gradients and activations to the next; losses are averaged over them. A
+            look waits for the device; the steps in between do not.
+        stop: rules that end the run.
 
     Raises:
         ValueError: `every` is below 1.
@@ -174,7 +172,7 @@ class Monitor(Callback):
             print("monitor: dead_relu and saturated_activation see nothing inside of a compiled network")
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch, batch_index: int) -> None:
-        """Listen to the activations of a step that is looked at."""
+        """Register hooks on the activations, if the step is looked at."""
         if self._due(trainer) and not task.compile_network:
             for name, module in task.named_modules():
                 for kinds, kind, share in LISTENED:
@@ -183,7 +181,7 @@ class Monitor(Callback):
                         self.handles.append(module.register_forward_hook(hook))
 
     def on_before_optimizer_step(self, trainer: Trainer, task: Task, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradients of a step that is looked at."""
+        """Measure the gradients, if the step is looked at."""
         if self._due(trainer):
             scaler = scaler_of(trainer)
             scale = scaler.get_scale() if scaler and scales_itself(optimizer) else 1
@@ -193,20 +191,20 @@ class Monitor(Callback):
                     self.measured["weight", name] = _whole(torch.linalg.vector_norm(parameter.detach()))
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
-        """Add the loss; after a step that was looked at, judge it."""
+        """Add the loss; if the step was looked at, judge it."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
         self.since_look.add(task.train_loss)
         self.since_validation.add(task.train_loss)
         looks = trainer.global_step // self.every
-        if looks > self.looks:  # not before the last of the batches that accumulate gradients
+        if looks > self.looks:  # only after the last of the batches that accumulate gradients
             self.looks = looks
             self._look(scaled=scaler_of(trainer) is not None)
             self._judge(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
-        """Judge the losses on either side."""
+        """Judge the training and validation losses."""
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn == "fit" and not trainer.sanity_checking and loss is not None:
             self.seen.validations.append((self.since_validation.take(), float(loss)))
@@ -217,24 +215,24 @@ class Monitor(Callback):
 
     def _hear(self, kind: str, name: str, share: Callable, module: nn.Module, inputs, output: Tensor) -> None:
         part, key = share(module, output.detach()), (kind, name)
-        if part is not None:  # the worst of its calls: one module may serve several layers
+        if part is not None:  # the worst of all calls, as one module may serve several layers
             self.measured[key] = torch.maximum(part, self.measured.get(key, part))
 
     def _look(self, scaled: bool) -> None:
-        """Fetch what was measured, all at once."""
+        """Fetch all measurements at once."""
         numbers = torch.stack([number.float() for number in self.measured.values()]).tolist() if self.measured else []
         kinds = {kind: {} for kind in ("gradient", "weight", "silent", "saturated")}
         for (kind, name), number in zip(self.measured, numbers, strict=True):
             kinds[kind][name] = number
         gradients = {name: (norm, kinds["weight"][name]) for name, norm in kinds["gradient"].items()}
-        if scaled:  # a scaler tries whether its scale is too large, and leaves out the steps where it was
+        if scaled:  # a scaler skips the steps in which its scale was too large
             gradients = {name: norms for name, norms in gradients.items() if math.isfinite(norms[0])}
         self.seen.gradients, self.seen.silent, self.seen.saturated = gradients, kinds["silent"], kinds["saturated"]
         self.seen.losses.append(self.since_look.take())
         self.measured.clear()
 
     def _judge(self, trainer: Trainer) -> None:
-        """Tell which rules hold that did not before; the first device decides for all whether the run ends."""
+        """Report rules that start to hold; the first device decides for all whether the run ends."""
         if trainer.is_global_zero:
             wrong = {name: words for name, rule in RULES.items() if (words := rule(self.seen)) is not None}
             for name, words in wrong.items():
@@ -247,24 +245,24 @@ class Monitor(Callback):
 
 
 class MeanOfLosses:
-    """The mean of losses, added up where they are."""
+    """The mean of losses, accumulated on their device."""
 
     def __init__(self):
         self.total, self.count = 0.0, 0
 
     def add(self, loss: Tensor) -> None:
-        """One more; waits for no device."""
+        """Add a loss without waiting for the device."""
         self.total, self.count = self.total + loss, self.count + 1
 
     def take(self) -> float:
-        """The mean of all since the last time."""
+        """Return the mean of the losses since the last call."""
         mean = float(self.total) / max(self.count, 1)
         self.total, self.count = 0.0, 0
         return mean
 
 
 def silent_units(relu: nn.Module, output: Tensor) -> Tensor | None:
-    """The share of units that are 0 wherever they are in a batch; None of a batch that is too small to tell."""
+    """Return the share of units that are 0 throughout a batch, or None if the batch is too small to tell."""
     unit = 2 if output.ndim == 3 else 1
     if output.ndim < 2 or output.numel() < ENOUGH * output.shape[unit]:
         return None
@@ -273,18 +271,18 @@ def silent_units(relu: nn.Module, output: Tensor) -> Tensor | None:
 
 
 def _whole(number: Tensor) -> Tensor:
-    """A number of weights of which each device has a part."""
+    """Return the whole value of a number computed from sharded weights."""
     return number.full_tensor() if isinstance(number, DTensor) else number
 
 
 def saturated_outputs(squashing: nn.Module, output: Tensor) -> Tensor:
-    """The share of outputs closer to a bound than `NEAR` of the range."""
+    """Return the share of outputs closer to a bound than `NEAR` of the range."""
     lowest = -1 if isinstance(squashing, nn.Tanh) else 0
     from_bound = torch.minimum(output - lowest, 1 - output)
     return (from_bound < NEAR * (1 - lowest)).float().mean()
 
 
-# Classes of modules, what of their output is measured, and how.
+# Module classes, name of the measurement, and the function that measures an output.
 LISTENED = (
     ((nn.ReLU, nn.ReLU6), "silent", silent_units),
     ((nn.Tanh, nn.Sigmoid), "saturated", saturated_outputs),

@@ -1,11 +1,11 @@
-"""MultiBox: default boxes matched to true ones, the loss, and from the heads to detections.
+"""MultiBox: matching of default boxes to true boxes, the loss, and detections from the heads' outputs.
 
-W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016; titles in quotes are of its section 2.2. Matching and
-loss work on whole batches of padded boxes: no loop over images, no wait for the device, no shape that depends on the
+W. Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016; titles in quotes are from its section 2.2. Matching and
+loss process whole batches of padded boxes, without loops over images, waits for the device or shapes that depend on the
 data.
 
 Legend of shapes: B batch, N default boxes, M true boxes (padded), K classes, K1 = K + 1 with the background first, C
-candidates, D detections. Boxes are in shares of the image: default boxes as centre, width and height, all others as
+candidates, D detections. Boxes are in fractions of the image: default boxes as centre, width and height, all others as
 corners.
 """
 
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou, nms
 
-PADDED = -1  # the label of a box that is not there
-# Offsets are learnt in these units (the "variances" of the authors' code), centres and sides.
+PADDED = -1  # label of padding
+# Offsets of centres and sides are learnt in these units (the "variances" of the authors' code).
 CENTRE, SIDE = 0.1, 0.2
-SMALLEST = 1e-6  # side over its default: where pixels are rounded to shares of the image, one can become 0
-LARGEST = math.log(1000 / 16)  # of the logarithm of a side over its default: exp of more would overflow
+SMALLEST = 1e-6  # of a side over its default: rounded to a fraction of the image, a side can become 0
+LARGEST = math.log(1000 / 16)  # logarithm of a side over its default: the exponential of more would overflow
 NEGATIVES = 3  # for each positive ("Hard negative mining")
-CANDIDATES = 1000  # pairs of default box and class in an image that suppression looks at
+CANDIDATES = 1000  # pairs of default box and class in an image that suppression considers
 GRID = 1 << 16  # suppression compares corners rounded to this share of the image
 
 
 def encode(boxes: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """The offsets from default boxes to `boxes` (equation 2)."""
+    """Return the offsets from default boxes to `boxes` (equation 2)."""
     boxes = box_convert(boxes, "xyxy", "cxcywh")
     centre = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:] / CENTRE
     sides = (boxes[..., 2:] / anchors[..., 2:]).clamp(min=SMALLEST)
@@ -36,7 +36,7 @@ def encode(boxes: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Floa
 
 
 def decode(offsets: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """The boxes that `offsets` mean, cut to the image."""
+    """Return the boxes given by `offsets`, clipped to the image."""
     centre = anchors[..., :2] + CENTRE * offsets[..., :2] * anchors[..., 2:]
     half = anchors[..., 2:] * (SIDE * offsets[..., 2:]).clamp(max=LARGEST).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1).clamp(0, 1)
@@ -45,10 +45,10 @@ def decode(offsets: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Fl
 def match(
     boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M"], anchors: Float[Tensor, "N 4"], threshold: float
 ) -> Int[Tensor, "B N"]:
-    """For each default box the index of its true box, or -1 for the background ("Matching strategy").
+    """Return the index of each default box's true box, or -1 for the background ("Matching strategy").
 
-    It goes to the true box that it overlaps most, where that is at least `threshold`; and before that, each true box
-    gets the default box that overlaps it most. Where two ask for the same one, the later gets it.
+    Each true box is matched to the default box that overlaps it most; if two true boxes claim the same one, the later
+    gets it. Any other default box is matched to the true box that it overlaps most, if by at least `threshold`.
     """
     there = labels != PADDED
     overlap = box_iou(boxes.flatten(0, 1), box_convert(anchors, "cxcywh", "xyxy")).unflatten(0, labels.shape)
@@ -69,15 +69,15 @@ def multibox_loss(
     anchors: Float[Tensor, "N 4"],
     matched: Int[Tensor, "B N"],
 ) -> tuple[Tensor, Tensor]:
-    """The localisation and the confidence loss (equations 1 to 3), each a sum over the positives' number.
+    """Return the localisation and the confidence loss (equations 1 to 3), each a sum divided by the positives.
 
-    Three negatives count for each positive of their image, those with the highest loss; in an image without
-    positives three, so that it teaches what is background (the paper has no loss in a batch without positives).
+    For each positive of an image, the three negatives with the highest loss count. In an image without positives,
+    three count, so that the network learns the background (the paper has no loss in a batch without positives).
     """
     positive = matched >= 0
     index = matched.clamp(min=0)
     count = positive.sum().clamp(min=1)
-    # Where nothing matches, the default box itself stands in: of the logarithm of an empty box comes no number.
+    # Unmatched default boxes are encoded as themselves, which gives offsets of 0. They do not count in the loss.
     own = box_convert(anchors, "cxcywh", "xyxy").expand_as(offsets)
     true = torch.where(positive[..., None], boxes.gather(1, index[..., None].expand(-1, -1, 4)), own)
     distance = F.smooth_l1_loss(offsets.float(), encode(true, anchors.expand_as(offsets)), reduction="none").sum(-1)
@@ -92,12 +92,12 @@ def multibox_loss(
 
 
 class Detections(nn.Module):
-    """The heads of a batch -> its detections: a threshold, suppression in each class, the best ones (section 3.7).
+    """Detections from the heads of a batch: a threshold, suppression in each class, the best ones (section 3.7).
 
     Args:
-        score: probability above which something is a detection.
-        overlap: intersection over union with a better one of its class above which a detection is suppressed.
-        most: D.
+        score: probability above which a box is a detection.
+        overlap: intersection over union with a better detection of its class above which a detection is suppressed.
+        most: D, maximum number of detections per image.
     """
 
     def __init__(self, score: float, overlap: float, most: int):
@@ -107,7 +107,7 @@ class Detections(nn.Module):
     def forward(
         self, offsets: Float[Tensor, "B N 4"], logits: Float[Tensor, "B N K1"], anchors: Float[Tensor, "N 4"]
     ) -> tuple[Float[Tensor, "B D 4"], Float[Tensor, "B D"], Int[Tensor, "B D"], Int[Tensor, "B"]]:
-        """Boxes, scores and labels, best first and padded with zeros, and how many there are in each image."""
+        """Return boxes, scores and labels, best first and padded with zeros, and their number in each image."""
         scores, labels, anchor = self.likeliest(logits)
         index = anchor[..., None].expand(-1, -1, 4)
         boxes = decode(offsets.gather(1, index), anchors.expand_as(offsets).gather(1, index))
@@ -118,11 +118,11 @@ class Detections(nn.Module):
         return boxes, torch.where(there, scores, 0.0), torch.where(there, labels.gather(1, best), 0), there.sum(dim=1)
 
     def likeliest(self, logits: Float[Tensor, "B N K1"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The score, label and default box of each candidate, (B, C) each, best first."""
+        """Return the score, label and default box of each candidate, (B, C) each, best first."""
         classes = logits.shape[2] - 1
         candidates = min(CANDIDATES, logits.shape[1])
         scores = logits.float().softmax(dim=2)[..., 1:]
-        # No default box outside of these holds one of the best pairs: each pair is at most its own box's maximum.
+        # All of the best pairs are in these default boxes: no score exceeds the maximum of its own box.
         anchor = scores.amax(dim=2).topk(candidates, dim=1).indices
         scores = scores.gather(1, anchor[..., None].expand(-1, -1, classes)).flatten(1)
         scores, pair = scores.topk(candidates, dim=1)
@@ -131,20 +131,20 @@ class Detections(nn.Module):
     def kept(
         self, boxes: Float[Tensor, "B C 4"], scores: Float[Tensor, "B C"], labels: Int[Tensor, "B C"]
     ) -> Bool[Tensor, "B C"]:
-        """Which candidates no better one of their class and image suppresses.
+        """Return which candidates are not suppressed by a better one of their class and image.
 
         Each class of each image is moved to a cell of its own, classes to the right and images down, so that in a graph
-        one suppression serves a batch of any size. Corners are rounded first, so that moving them rounds nothing: up to
-        128 images and 128 classes, an answer does not depend on the place of its image in the batch.
+        one suppression serves a batch of any size. Corners are rounded first, so that moving them is exact: up to 128
+        images and 128 classes, a result does not depend on the position of its image in the batch.
         """
         image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
         cell = torch.stack([labels, image], dim=-1).to(boxes.dtype)
         placed = (boxes * GRID).round() / GRID + 2 * torch.cat([cell, cell], dim=-1)
-        # What is no detection anyway goes to one place, where the first suppresses all others at once.
+        # Candidates below the threshold are moved to one place, where the first suppresses all others at once.
         placed = torch.where((scores > self.score)[..., None], placed, -placed.new_tensor([2, 2, 1, 1]))
         if torch.compiler.is_exporting():
             kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
-        else:  # the same, image by image and without the rest: a suppression's time is quadratic in its boxes
+        else:  # the same for each image, without those: suppression takes quadratic time in its boxes
             places, number = scores.shape[1], (scores > self.score).sum(dim=1).tolist()
             kept = torch.cat(
                 [nms(placed[i, :n], scores[i, :n], self.overlap) + places * i for i, n in enumerate(number)]
