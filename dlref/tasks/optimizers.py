@@ -1,4 +1,4 @@
-"""Muon with AdamW, and what a resumed run checks of its optimiser."""
+"""Muon with AdamW, and the check of a resumed run's optimiser."""
 
 import math
 from collections import defaultdict
@@ -14,14 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from dlref.runtime import UserError
 from dlref.runtime.errors import shortened
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: as steep at 0 as it can be, all of (0, 1] goes near 1
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: as steep as possible at 0, while all of (0, 1] approaches 1
 ITERATIONS = 5
 
 
 def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
-    """Each matrix with its singular values near 1, by Newton and Schulz' iteration (Jordan et al. 2024).
+    """Bring the singular values of each matrix near 1 by the Newton-Schulz iteration (Jordan et al. 2024).
 
-    In bfloat16, but on a CPU in float32: many only imitate bfloat16, and all are to find the same.
+    It runs in bfloat16, but on CPUs in float32: many only emulate bfloat16, and all should give the same result.
     """
     tall = matrices.size(1) > matrices.size(2)
     wide = matrices.mT if tall else matrices
@@ -35,20 +35,20 @@ def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
 
 
 class Muon(Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024), all matrices of one shape at once: fewer launches on a GPU.
+    """Orthogonalised momentum (Jordan et al. 2024), for all matrices of one shape at once: fewer launches on a GPU.
 
-    `torch.optim.Muon` takes them one by one, and in bfloat16 on a CPU too, where few have it.
+    `torch.optim.Muon` processes matrices one by one, and in bfloat16 on CPUs, too, few of which support it.
 
-    A step has the size of AdamW's (Liu et al. 2025, equation 4), so that one rate and one weight decay fit both.
+    Steps have the size of AdamW's (Liu et al. 2025, equation 4), so that one rate and one weight decay suit both.
 
     Args:
         params: matrices, or groups of them.
-        lr: the rate.
-        weight_decay: decoupled.
-        momentum: Nesterov's.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        momentum: Nesterov momentum.
 
     Raises:
-        ValueError: a number below 0, or a parameter that is no matrix.
+        ValueError: a number is below 0, or a parameter is not a matrix.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -60,7 +60,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all groups."""
+        """Perform one step for all groups."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,7 +75,7 @@ class Muon(Optimizer):
         return loss
 
     def move(self, parameters: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        """Matrices of one shape, by one step with Nesterov's momentum."""
+        """Update matrices of one shape by one step with Nesterov momentum."""
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
@@ -90,19 +90,19 @@ class Muon(Optimizer):
 
 
 class MuonAdamW(Optimizer):
-    """Muon for the hidden matrices, AdamW for all else, as its authors have it (Jordan et al. 2024).
+    """Muon for the hidden matrices and AdamW for all other parameters, as its authors do (Jordan et al. 2024).
 
-    But for a GPT's queries, keys and values: they are one matrix here, as in GPT-2, where the authors take three.
+    The queries, keys and values of a GPT are one matrix here, as in GPT-2; the authors use three.
 
     Args:
         params: groups; those with `hidden: True` are matrices between hidden layers.
-        lr: of both.
-        weight_decay: of both, where a group has none of its own.
-        momentum: Muon's.
-        betas: AdamW's.
+        lr: learning rate of both.
+        weight_decay: weight decay of both, for groups without one of their own.
+        momentum: momentum of Muon.
+        betas: betas of AdamW.
 
     Raises:
-        ValueError: no group is of hidden matrices, or a number is below 0.
+        ValueError: there is no group of hidden matrices, or a number is below 0.
     """
 
     def __init__(
@@ -124,18 +124,18 @@ class MuonAdamW(Optimizer):
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both, over the groups and the state of this one, which a schedule and a checkpoint change."""
+        """Perform one step of both, with this optimiser's groups and state, which schedule and checkpoint change."""
         for hidden, part in self.parts.items():
             part.param_groups = [group for group in self.param_groups if bool(group.get("hidden")) is hidden]
             part.state = self.state
-        loss = self.parts[True].step(closure)  # which finds the gradients of both
+        loss = self.parts[True].step(closure)  # the closure computes the gradients of both
         if False in self.parts:
             self.parts[False].step()
         return loss
 
 
 def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, object]:
-    """What was asked for, whatever a schedule makes of it, and the schedule's class; plain values."""
+    """Return what the config specifies, before any schedule, and the schedule's class, as plain values."""
     groups = optimizer.param_groups
     return {
         "class": type(optimizer).__name__,
@@ -147,7 +147,7 @@ def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, o
 
 
 def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
-    """Refuse to resume with an optimiser other than the checkpoint's: its old learning rate would silently win."""
+    """Refuse to resume with an optimiser other than the checkpoint's, whose learning rate would silently win."""
     for what, value in asked.items():
         if value != known.get(what):
             raise UserError(

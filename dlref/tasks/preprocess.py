@@ -1,4 +1,4 @@
-"""Images as they are -> what a network expects. The module that trains is the one that ships."""
+"""Preprocessing of images for a network. The same module is used in training and in the exported graph."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from dlref.runtime import UserError
 
 
 class Normalise(nn.Module):
-    """Shift and scale the pixels, inside the task and inside the exported graph alike.
+    """Shift and scale the pixels, both in the task and in the exported graph.
 
     Args:
-        mean: of each channel, for pixels scaled to 0..1; their number D is the network's.
-        std: standard deviations, likewise.
+        mean: mean of each channel, for pixels scaled to 0..1; D, their number, is that of the network's channels.
+        std: standard deviation of each channel, likewise.
     """
 
     def __init__(self, mean: list[float], std: list[float]):
@@ -26,7 +26,7 @@ class Normalise(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(std))[:, None, None], persistent=False)
 
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Pixels -> the network's input; one channel stands for all where there are more."""
+        """Return the network's input; a single channel is repeated if the network has more."""
         if images.shape[1] not in (1, self.channels):
             raise UserError(
                 f"images have {images.shape[1]} channels; expected {self.channels}, the number of preprocess's "
@@ -35,7 +35,7 @@ class Normalise(nn.Module):
         return (self.resize(images.float()) - self.offset) * self.scale
 
     def resize(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
-        """Leave the size as it is."""
+        """Leave the size unchanged."""
         return pixels
 
 
@@ -44,8 +44,8 @@ class ImagePreprocess(Normalise):
 
     Args:
         size: side of the square that the network sees, in pixels.
-        mean: of each channel, for pixels scaled to 0..1; their number D is the network's.
-        std: standard deviations, likewise.
+        mean: mean of each channel, for pixels scaled to 0..1; D, their number, is that of the network's channels.
+        std: standard deviation of each channel, likewise.
     """
 
     def __init__(self, size: int, mean: list[float], std: list[float]):
@@ -53,9 +53,9 @@ class ImagePreprocess(Normalise):
         self.size = size
 
     def resize(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C size size"]:
-        """Bilinear, antialiased."""
+        """Resize bilinearly with antialiasing."""
         height, width = pixels.shape[-2:]
-        # Exported with a free height and width, the resize has to be there whatever the size at hand.
+        # With dynamic height and width, the exported graph must contain the resize, whatever the size of the example.
         if isinstance(height, torch.SymInt) or (height, width) != (self.size, self.size):
             return F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         return pixels

@@ -1,11 +1,11 @@
-"""Learning-rate schedules as functions of progress, stepped once an optimiser step.
+"""Learning-rate schedules as functions of progress, stepped after every optimiser step.
 
-Each is built from the optimiser and the run's number of steps, so that a config states shares of the run
-("divide by ten at a half and at three quarters") and stays right when `--trainer.max_epochs` changes, for a run that
-goes on for longer, too. `CosineAnnealingLR` of `torch.optim.lr_scheduler` fits the same place: its second argument is
-the number of steps. But a checkpoint holds that number, and a run that goes on for longer has a rate of 0 then.
+Each is built from the optimiser and the run's number of steps, so that a config specifies shares of the run
+("divide by ten at a half and at three quarters") and stays correct when `--trainer.max_epochs` changes, even for a run
+that is resumed for longer. `CosineAnnealingLR` of `torch.optim.lr_scheduler` can be used in the same way, as its second
+argument is the number of steps. But a checkpoint stores that number, so a run resumed for longer has a rate of 0.
 
-`Steps` and `WarmupCosine` raise ValueError for what is no share of the run.
+`Steps` and `WarmupCosine` raise ValueError for shares of the run that are not from 0 to 1.
 """
 
 import math
@@ -25,19 +25,19 @@ def check_shares(**shares: list[float]) -> None:
 
 
 class RunSchedule(LambdaLR):
-    """A schedule that is a function of the step, and of the run's length as it is now."""
+    """A schedule that is a function of the step and of the current length of the run."""
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on at a step. Raises UserError for the state of a schedule of another kind."""
+        """Restore the step. Raises UserError for the state of another kind of schedule."""
         if "lr_lambdas" not in state:
             raise UserError(f"the checkpoint is not of {type(self).__name__}; expected the schedule of its config.yaml")
         super().load_state_dict(state)
 
 
 class Steps(RunSchedule):
-    """Multiply the rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4).
+    """Multiply the learning rate by `gamma` at each of `milestones`, shares of the run (He et al. 2015: 1/2, 3/4).
 
-    Before, it rises linearly over the first `warmup` share.
+    Before that, it rises linearly over the first `warmup` share of the run.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Steps(RunSchedule):
 
 
 class Polynomial(RunSchedule):
-    """Fall to 0 as a power of the share of the run that is left (Chen et al. 2017, DeepLab, section 4.1.2: 0.9)."""
+    """Decay to 0 as a power of the remaining share of the run (Chen et al. 2017, DeepLab, section 4.1.2: 0.9)."""
 
     def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 1.0):
         super().__init__(optimizer, lambda step: max(1 - step / total_steps, 0.0) ** power)
 
 
 class WarmupCosine(RunSchedule):
-    """Rise linearly over the first `warmup` share of the run, then fall along half a cosine to `final`.
+    """Rise linearly over the first `warmup` share of the run, then decay along half a cosine to `final`.
 
     `final` is a share of the peak rate (Loshchilov and Hutter 2017, eq. 5, one period).
     """

@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for each pixel, by any network that answers maps of logits."""
+"""Semantic segmentation: a class for each pixel, with any network that returns maps of logits."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.image_task import ImageTask, as_tuple, check_class_weights, check_classes, enough_to_normalise, nhwc
 from dlref.training.devices import widest_float
 
-VOID = 255  # what the masks have where a pixel counts for nothing
+VOID = 255  # value of ignored pixels in masks
 PICTURES = 12  # in the figure of masks
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
@@ -24,14 +24,14 @@ Batch = tuple[Tensor, Tensor] | list[Tensor]
 class SemanticSegmenter(ImageTask):
     """Cross entropy over the pixels (Long et al. 2015, section 4), and the mean intersection over union.
 
-    The network answers logits (B, K, h, w) at its own resolution, or a tuple of these and those of auxiliary heads.
-    Batches are images uint8 (B, C, H, W) and masks uint8 (B, H, W) with 255 where a pixel counts for nothing.
+    The network returns logits (B, K, h, w) at its own resolution, or a tuple of these and those of auxiliary heads.
+    Batches are images uint8 (B, C, H, W) and masks uint8 (B, H, W) with 255 for ignored pixels.
 
     Args:
-        class_weights: one factor a class in the loss.
-        auxiliary_weight: of each auxiliary head's loss (Zhao et al. 2017, sections 4 and 5.1: 0.4).
-        probabilities: let the bundle answer the probability of each class too, in maps of the image's size.
-        task: what every `ImageTask` takes: preprocess, channels_last, network, optimizer, lr_scheduler, weights, ...
+        class_weights: factor of each class in the loss.
+        auxiliary_weight: weight of each auxiliary head's loss (Zhao et al. 2017, sections 4 and 5.1: 0.4).
+        probabilities: whether the bundle also returns the probability of each class, in maps of the image's size.
+        task: arguments of every `ImageTask`: preprocess, channels_last, network, optimizer, lr_scheduler, weights, ...
     """
 
     fact_names = ("labels",)
@@ -50,7 +50,7 @@ class SemanticSegmenter(ImageTask):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def check(self) -> None:
-        """One black image through the network: a head of another width would train without a word."""
+        """Run a black image through the network: a head of the wrong width would train without an error."""
         classes = len(self.facts["labels"])
         check_class_weights(self.class_weights, classes)
         if not 2 <= classes < VOID:
@@ -62,24 +62,24 @@ class SemanticSegmenter(ImageTask):
             check_classes(logits.shape[1], classes)
 
     def setup(self, stage: str) -> None:
-        """Once the classes are known, what counts over them."""
+        """Create the confusion matrices, once the classes are known."""
         super().setup(stage)
         self.val_confusion, self.test_confusion = (Confusion(len(self.facts["labels"])) for _ in range(2))
 
     def losses(self, outputs: tuple[Tensor, ...], masks: UInt8[Tensor, "B H W"]) -> Tensor:
-        """Loss of the head plus the weighted losses of the auxiliary heads."""
+        """Return the loss of the head plus the weighted losses of the auxiliary heads."""
         head, *auxiliary = (pixel_loss(logits, masks, self.class_weights) for logits in outputs)
         return head + self.auxiliary_weight * sum(auxiliary)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of all heads."""
+        """Return the loss of all heads."""
         images, masks = batch
         with enough_to_normalise(images):
             outputs = self(images)
         return self.log_train_loss(self.losses(outputs, masks), counted(masks, self.class_weights))
 
     def judge(self, stage: str, batch: Batch, confusion: "Confusion") -> Int[Tensor, "B H W"]:
-        """Add a batch to the loss and the confusion matrix of a stage; return the classes found."""
+        """Add a batch to the loss and the confusion matrix of a stage; return the predicted classes."""
         images, masks = batch
         logits = self(images)[0]
         self.log_eval_loss(stage, pixel_loss(logits, masks, self.class_weights), counted(masks, self.class_weights))
@@ -88,11 +88,11 @@ class SemanticSegmenter(ImageTask):
         return found
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss of the main head, and what is taken for what."""
+        """Update the loss of the main head and the confusion matrix."""
         self.judge("val", batch, self.val_confusion)
 
     def on_validation_epoch_end(self) -> None:
-        """Mean intersection over union and pixel accuracy."""
+        """Log the mean intersection over union and the pixel accuracy."""
         _, values = scores(self.val_confusion.compute())
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
         self.val_confusion.reset()
@@ -102,14 +102,14 @@ class SemanticSegmenter(ImageTask):
         self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """What is taken for what, and some pictures from all over the split for the figure."""
+        """Update the confusion matrix, and keep some pictures from all over the split for the figure."""
         images, masks = batch
         found = self.judge("test", batch, self.test_confusion)
         for i in self.shown(batch_index, len(images), PICTURES):
             self.pictures.append((images[i].cpu(), masks[i].cpu(), found[i].cpu()))
 
     def on_test_epoch_end(self) -> None:
-        """Numbers go to the log; the matrix is for the figure alone."""
+        """Log the scores; the matrix is only for the figure."""
         matrix = self.test_confusion.compute()
         union, values = scores(matrix)
         values |= {
@@ -120,19 +120,22 @@ class SemanticSegmenter(ImageTask):
         self.test_confusion.reset()
 
     def predict_step(self, batch: Batch, batch_index: int) -> list[dict]:
-        """The answers that the bundle's runner gives."""
+        """Return predictions as the bundle's runner does."""
         images, _ = batch
         found = classes_of(self(images)[0], images.shape[-2:])
         return [answer(mask, self.facts["labels"]) for mask in found.to(torch.uint8).cpu().numpy()]
 
     def picture(self, answer: dict):
-        """The mask of an answer as an indexed picture."""
+        """Return the mask of a prediction as an indexed picture."""
         return picture(answer)
 
     # The contract with the export step
 
     def deployable(self, batch: Batch) -> Deployable:
-        """uint8 (B, H, W, C) of any size -> uint8 (B, H, W), and the probabilities (B, K, H, W) if asked for."""
+        """Return a graph from uint8 images (B, H, W, C) of any size to uint8 masks (B, H, W).
+
+        With `probabilities`, it also returns the probabilities (B, K, H, W).
+        """
         images = nhwc(batch[0])
         height, width = images.shape[1:3]
         graph = Graph(
@@ -140,19 +143,19 @@ class SemanticSegmenter(ImageTask):
             inputs={"image": images},
             outputs=["mask", "probability"] if self.probabilities else ["mask"],
             dynamic_axes={"image": {0: "batch", 1: "height", 2: "width"}},
-            sizes={  # odd ones too, that no stride divides
+            sizes={  # including odd sizes, which no stride divides
                 "batch": (1, 2, 3),
                 "height": (height, height // 2 + 1, (height | 1) + 4),
                 "width": (width, (width | 1) + 8, width // 2 + 3),
             },
-            tolerance=1e-4,  # of probabilities, through the many layers of a deep network
+            tolerance=1e-4,  # for probabilities, after the many layers of a deep network
             discrete=["mask"],
         )
         metadata = {"labels": self.facts["labels"], "channels": batch[0].shape[1]}
         return Deployable("semantic-segmentation", {"segment": graph}, metadata)
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
-        """Mean intersection over union of a runner's masks over `batches`."""
+        """Return the mean intersection over union of a runner's masks over `batches`."""
         confusion = Confusion(len(self.facts["labels"]))
         for images, masks in batches:
             found = runner.masks(nhwc(images).numpy())
@@ -160,8 +163,8 @@ class SemanticSegmenter(ImageTask):
         return scores(confusion.compute())[1][self.metric].item()
 
     def draw(self, folder: Path) -> None:
-        """Pictures with true and found masks, the confusion matrix and each class's intersection over union."""
-        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+        """Draw pictures with true and predicted masks, the confusion matrix and each class's IoU."""
+        from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         labels = self.facts["labels"]
         figures.masks(folder / "masks.png", self.pictures, labels)
@@ -169,7 +172,7 @@ class SemanticSegmenter(ImageTask):
 
 
 class _Segment(nn.Module):
-    """The graph that ships: normalise, network, enlarge, the likeliest class."""
+    """The exported graph: normalise, network, upsample, the most likely class."""
 
     def __init__(self, task: SemanticSegmenter):
         super().__init__()
@@ -183,19 +186,19 @@ class _Segment(nn.Module):
 
 
 def enlarged(logits: Float[Tensor, "B K h w"], size: torch.Size) -> Float[Tensor, "B K H W"]:
-    """Logits at a network's own resolution -> for each pixel, bilinear."""
+    """Upsample logits from a network's own resolution to `size`, bilinearly."""
     if logits.shape[-2:] == size:
         return logits.float()
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 def classes_of(logits: Float[Tensor, "B K h w"], size: torch.Size) -> Int[Tensor, "B H W"]:
-    """The likeliest class of each pixel."""
+    """Return the most likely class of each pixel."""
     return enlarged(logits, size).argmax(dim=1)
 
 
 def pixel_loss(logits: Float[Tensor, "B K h w"], masks: UInt8[Tensor, "B H W"], weights: Tensor | None) -> Tensor:
-    """Mean cross entropy over the pixels that count, weighted by their class; 0 where none does."""
+    """Return the mean cross entropy over the pixels that count, weighted by their class; 0 if none counts."""
     targets = masks.long()
     pixels = enlarged(logits, masks.shape[1:])
     total = F.cross_entropy(pixels, targets, weights, ignore_index=VOID, reduction="sum")
@@ -203,7 +206,7 @@ def pixel_loss(logits: Float[Tensor, "B K h w"], masks: UInt8[Tensor, "B H W"], 
 
 
 def counted(masks: UInt8[Tensor, "B H W"], weights: Tensor | None) -> Tensor:
-    """How many pixels count, each as much as its class weighs; more than 0, for something is divided by it."""
+    """Return the number of pixels that count, weighted by their class; always above 0, as it is a divisor."""
     there = masks != VOID
     if weights is not None:
         there = there * weights[masks.long().where(there, 0)]
@@ -211,9 +214,9 @@ def counted(masks: UInt8[Tensor, "B H W"], weights: Tensor | None) -> Tensor:
 
 
 class Confusion(Metric):
-    """How many pixels of each class are taken for which: `matrix` int64 (K, K), rows true and columns found.
+    """Confusion matrix of pixels: `matrix` int64 (K, K), rows true and columns predicted.
 
-    Counted on the device and without waiting for it, which torchmetrics' own does where pixels are ignored.
+    Counts on the device without waiting for it; torchmetrics' own waits if pixels are ignored.
     """
 
     full_state_update = False
@@ -231,14 +234,14 @@ class Confusion(Metric):
         self.matrix += counts.scatter_add_(0, pairs, torch.ones_like(pairs))[:-1].view_as(self.matrix)
 
     def compute(self) -> Int[Tensor, "K K"]:
-        """The matrix."""
+        """Return the matrix."""
         return self.matrix.clone()
 
 
 def scores(matrix: Int[Tensor, "K K"]) -> tuple[Float[Tensor, "K"], dict[str, Tensor]]:
-    """Intersection over union of each class, NaN where it is neither there nor found; their mean, and the accuracy.
+    """Return the intersection over union of each class, and their mean and the pixel accuracy.
 
-    NaN where no pixel counts.
+    A class that is neither present nor predicted has NaN; so do mean and accuracy if no pixel counts.
     """
     correct = matrix.diagonal().to(widest_float(matrix.device))
     union = correct / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal())

@@ -1,4 +1,4 @@
-"""What every task shares: optimiser and schedule, transfer, what is remembered of the data, the contract."""
+"""The base of all tasks: optimiser and schedule, transfer learning, facts of the data, the contract with export."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -25,31 +25,32 @@ from dlref.training.weights import freeze, load_weights, read_checkpoint
 
 
 class Task(LightningModule):
-    """A thin layer around a network: the subclass adds the loss, the metrics and what is deployed.
+    """A thin layer around a network: a subclass adds the loss, the metrics and the exported graphs.
 
     Args:
-        network: from `dlref.models`.
-        optimizer: built from the parameter groups; no default, so that the config says everything.
-        lr_scheduler: built from the optimiser and the run's number of steps, stepped once a step.
-        weights: start from these: a .safetensors or .pt state dict, or the folder of a run.
-        freeze: regular expression; parameters of the network whose names match it from their start stay
-            as they are, and norm layers all frozen keep their statistics.
-        decay_vectors: False spares biases and norms (every parameter with one axis) from weight decay.
-        compile_network: `torch.compile` the network in place. `graphs` also records as CUDA graphs what it launches:
-            for small networks, whose kernels are done sooner than launched.
+        network: network from `dlref.models`.
+        optimizer: built from the parameter groups; has no default, so that the config specifies everything.
+        lr_scheduler: built from the optimiser and the run's number of steps, stepped after every optimiser step.
+        weights: initial weights: a .safetensors or .pt state dict, or the folder of a run.
+        freeze: regular expression; network parameters whose names match it from their start are frozen, and
+            norm layers without trainable parameters keep their statistics.
+        decay_vectors: whether to apply weight decay to biases and norms (parameters with one axis), too.
+        compile_network: `torch.compile` the network in place. `graphs` also records its kernels as CUDA graphs, for
+            small networks, whose kernels take longer to launch than to run.
     """
 
     # Attributes of the data module that belong to the model (class names, a vocabulary): recorded with the
     # weights, and checked against those of any data the model meets later.
     fact_names: tuple[str, ...] = ()
-    # Those that index a layer, and which one: row i of an embedding means entry i, so a run's weights fit no others.
+    # Facts that index the rows of a layer, and its name: row i of an embedding stands for entry i, so a run's weights
+    # do not fit other facts.
     row_facts: ClassVar[dict[str, str]] = {}
-    # What the network has to have beside `forward`.
+    # Attributes that the network must have besides `forward`.
     needs: tuple[str, ...] = ()
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
-    train_loss: Tensor | None = None  # of the last step; a run that goes on has none before its first
-    # The optimiser of the config, as `described` has it, and that of the run that is resumed.
+    train_loss: Tensor | None = None  # of the last step; a resumed run starts without one
+    # The config's optimiser, as returned by `described`, and that of the run that is resumed.
     optimizer_asked: dict[str, object] | None = None
     optimizer_resumed: dict[str, object] | None = None
 
@@ -73,37 +74,37 @@ class Task(LightningModule):
         self.prepared = False
 
     def __setattr__(self, name: str, value) -> None:
-        """As nn.Module's, but for Lightning's note of the hook it is in: forty times a step, and never a parameter."""
+        """Bypass `nn.Module` for Lightning's name of the current hook: set forty times a step, never a parameter."""
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
-    # What a subclass answers
+    # To be defined by a subclass
 
     def deployable(self, batch) -> Deployable:
-        """The graphs that leave for the edge; example inputs come from `batch`, one of validation data."""
+        """Return the graphs to export, with example inputs from `batch`, a batch of validation data."""
         raise NotImplementedError
 
     def evaluate(self, runner, batches: Iterable) -> float:
-        """`metric` over `batches` of any split, answered by a runner of this task's kind.
+        """Return `metric` of the predictions of a runner of this task's kind over `batches` of any split.
 
-        Over training batches it calibrates a quantiser: the inputs of the graphs are recorded, the score is not used.
+        Training batches calibrate a quantiser: the inputs of the graphs are recorded, the score is not used.
         """
         raise NotImplementedError
 
     def degradation(self, reference: float, score: float) -> float:
-        """Points by which a `score` of `metric` is worse than a `reference`; less than 0 where it is better.
+        """Return by how many points a `score` of `metric` is worse than a `reference`; negative if it is better.
 
-        Hundredths of what the metric can be, here 1; of the reference where it has no bound.
+        Points are hundredths of the largest possible value, here 1, or of the reference if the metric has no bound.
         """
         return 100 * (reference - score)
 
     def shown(self, batch_index: int, size: int, most: int) -> list[int]:
-        """Rows of a test batch to keep for a figure of `most` samples, spread over the split: neighbours look alike.
+        """Return rows of a test batch to keep for a figure of `most` samples, spread over the split for variety.
 
         Args:
-            size: of the batch.
+            size: size of the batch.
         """
         batches = self.trainer.num_test_batches[0]
         rows = min(size, sum(i * batches // most == batch_index for i in range(most)))
@@ -113,16 +114,16 @@ class Task(LightningModule):
         """Write the figures of the last test into `folder`."""
 
     def picture(self, answer: dict):
-        """An answer of `predict` as a picture (PIL), where it is one."""
+        """Return a prediction as a picture (PIL), if it can be one."""
 
     def check(self) -> None:
-        """Raise UserError where the network and the facts of the data do not fit together."""
+        """Raise UserError if the network and the facts of the data do not fit together."""
 
     @contextmanager
     def probing(self, what: str, expected: str) -> Iterator[None]:
-        """Try `what` on the network, in evaluation mode: none of its statistics sees it.
+        """Try `what` on the network, in evaluation mode, so that its statistics do not change.
 
-        Raises UserError where the network refuses it, with what was `expected`.
+        Raises UserError if the network rejects it, with what was `expected`.
         """
         modes = [(module, module.training) for module in self.network.modules()]
         try:
@@ -132,34 +133,34 @@ class Task(LightningModule):
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UserError(f"network refuses {what} ({one_line(error)}); {expected}") from error
         finally:
-            for module, training in modes:  # one that is kept in evaluation mode stays there
+            for module, training in modes:  # a module kept in evaluation mode stays there
                 module.training = training
 
     @property
     def network_device(self) -> torch.device:
-        """Where the network is; in `setup` that is not yet `device`, where Lightning will move it."""
+        """The network's current device; in `setup`, Lightning has not yet moved it to `device`."""
         return next(self.network.parameters()).device
 
-    # What the data said of itself
+    # Facts of the data
 
     def take_facts(self, datamodule) -> None:
         """Take the facts of the data, or check them against those that came with the checkpoint."""
         self.remember({name: getattr(datamodule, name) for name in self.fact_names})
 
     def remember(self, facts: dict[str, object]) -> None:
-        """Raises UserError where `facts` contradict what is known."""
+        """Add `facts` to the known facts. Raises UserError if they contradict each other."""
         merge_facts(self.facts, facts)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the facts beside the weights, and what optimiser was asked for."""
+        """Store the facts with the weights, and the description of the optimiser."""
         checkpoint["facts"], checkpoint["optimizer"] = self.facts, self.optimizer_asked
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Hold a checkpoint's facts against those already known."""
+        """Check a checkpoint's facts against those already known."""
         self.remember(checkpoint["facts"])
 
     def restore(self, path: Path) -> None:
-        """Take weights and facts from a checkpoint. Raises UserError where they are not of this task."""
+        """Load weights and facts from a checkpoint. Raises UserError if they do not fit this task."""
         checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)
         try:
@@ -170,7 +171,7 @@ class Task(LightningModule):
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Once data and devices are known: facts, transfer, freezing, compilation."""
+        """Take facts, load and freeze weights, and compile, once data and devices are known."""
         if without := [name for name in self.needs if getattr(self.network, name, None) is None]:
             raise UserError(
                 f"network {type(self.network).__name__} has no {', '.join(without)}; expected what "
@@ -178,11 +179,11 @@ class Task(LightningModule):
             )
         self.take_facts(self.trainer.datamodule)
         first, self.prepared = not self.prepared, True
-        if first:  # not again in the test that ends a fit: it would run a compiled network at another size
+        if first:  # not again in the test after a fit: it would run a compiled network at another size
             self.check()
         if stage == "fit":
             if self.compile_network == "graphs" and (batches := self.trainer.accumulate_grad_batches) != 1:
-                # Each graph writes its gradients where those of the batch before lie.
+                # Each graph overwrites the gradients of the previous batch.
                 raise UserError(
                     f"compile_network graphs with trainer.accumulate_grad_batches {batches}; expected 1, or "
                     "model.init_args.compile_network true"
@@ -193,7 +194,7 @@ class Task(LightningModule):
             self.network.compile(mode="reduce-overhead" if self.compile_network == "graphs" else None)
 
     def transfer(self) -> None:
-        """Begin with the weights that are asked for, some of which stay as they are. Raises UserError."""
+        """Load the weights that the config specifies, and freeze parameters. Raises UserError."""
         if self.weights:
             path = Path(self.weights)
             check_rows(self.row_facts, self.facts, path, fresh=load_weights(self.network, path))
@@ -207,25 +208,25 @@ class Task(LightningModule):
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
 
     def log(self, name: str, value, *arguments, **options) -> None:
-        """As Lightning's, but `train/...` values only in the steps that are logged and in the last of an epoch.
+        """Log like Lightning, but `train/...` values only in the steps that are logged and in the last of an epoch.
 
-        In the steps between Lightning would spend the time of a small layer on a value that nobody reads.
+        In the steps between, Lightning would spend as much time as a small layer takes on a value that nobody reads.
         """
         if not name.startswith("train/") or self.logs_now():
             super().log(name, value, *arguments, **options)
 
     def logs_now(self) -> bool:
-        """Whether the step is one of those that are logged."""
+        """Return whether the current step is logged."""
         due = (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0
         return due or self.trainer.is_last_batch or self.trainer.should_stop
 
     def on_train_batch_end(self, outputs, batch, batch_index: int) -> None:
-        """A run that a callback ends here is logged to its last step."""
+        """Log the last step of a run that a callback ends here."""
         if self.trainer.should_stop:
             self.log("train/loss", self.train_loss)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """As Lightning's, which refuses fused optimisers under any mixed precision: bf16 has no scale to undo first."""
+        """Clip like Lightning, but allow fused optimisers in mixed precision: bf16 has no scale to undo first."""
         plugin, norm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
         if gradient_clip_val and scales_itself(optimizer) and isinstance(plugin, MixedPrecision):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, GradClipAlgorithmType(norm))
@@ -233,12 +234,12 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_train_loss(self, loss: Tensor, count: Tensor | int, **parts: Tensor) -> Tensor:
-        """Log the mean `train/loss` of all devices' shares of a batch, and return what makes its gradient.
+        """Log the mean `train/loss` over all devices' shares of a batch, and return the loss to differentiate.
 
         Args:
-            loss: a mean over `count` things of this device's share; of no things, a sum. DDP averages the devices'
-                gradients: as it is, a thing would count for less on a device that has more of them.
-            parts: of the loss, logged beside it by their names; means over as many.
+            loss: mean over the `count` items of this device's share, or a sum if there are none. DDP averages the
+                devices' gradients, so without rescaling, an item would count less on a device that has more of them.
+            parts: parts of the loss, logged by their names; means over the same items.
         """
         values = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
         if is_distributed():
@@ -250,21 +251,21 @@ class Task(LightningModule):
             loss = loss * (or_one(count) * torch.distributed.get_world_size() / everywhere)
         self.train_loss = values["loss"]
         for name, value in values.items():
-            self.log(f"train/{name}", value)  # not to the bar: Lightning would fetch it after every step
+            self.log(f"train/{name}", value)  # not in the bar, for which Lightning would fetch it in every step
         return loss
 
     def log_eval_loss(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
-        """Log the loss of an evaluation: the mean over all that counts, however it is shared out into batches.
+        """Log the loss of an evaluation: the mean over all items, however they are divided into batches.
 
         Args:
             stage: val or test.
-            loss: a mean over `count` things; of no things, a sum.
+            loss: mean over `count` items, or a sum if there are none.
         """
         self.mean_loss.update(loss, count)
         self.log(f"{stage}/loss", self.mean_loss)
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """What the optimiser is built from: those with weight decay, and those without."""
+        """Return the groups that the optimiser is built from: with weight decay, and without."""
         if self.decay_vectors:
             return [{"params": parameters}]
         return [
@@ -273,7 +274,7 @@ class Task(LightningModule):
         ]
 
     def configure_optimizers(self):
-        """The config's optimiser over the parameters that train, and its schedule stepped once a step.
+        """Build the config's optimiser over the trainable parameters, and its schedule, stepped after every step.
 
         Raises UserError.
         """
@@ -286,7 +287,7 @@ class Task(LightningModule):
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer, int(steps))
-        except ValueError as error:  # a rate below zero, two rates too few, ...
+        except ValueError as error:  # a negative learning rate, too few betas, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
         self.optimizer_asked = described(optimizer, scheduler)
         if self.optimizer_resumed is not None:

@@ -1,6 +1,6 @@
-"""Translation: the tokens of a text given those of another, by an encoder and a decoder.
+"""Translation: an encoder and a decoder predict the tokens of a text from those of another.
 
-Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses of a sentence, V tokens of the target's
+Legend of shapes: B sentences, S source tokens, T target tokens, K hypotheses per sentence, V size of the target
 vocabulary, W best next tokens of a hypothesis, D hidden size, Y rows of the decoder's state.
 """
 
@@ -24,7 +24,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
 from dlref.training.devices import gather_objects
 
-WIDEST = 16  # next tokens that a step answers: the widest beam
+WIDEST = 16  # next tokens that a step returns, so the widest beam
 EXAMPLES = 2  # sentences of the example inputs
 SHOWN = 6  # attention maps
 LARGEST_MAP = 30  # tokens of a sentence whose attention is drawn
@@ -32,7 +32,7 @@ SAMPLES = 50  # in the table
 
 
 class Translated(NamedTuple):
-    """A source, what it should have become, and what it did."""
+    """A source, its reference and its translation."""
 
     source: str
     reference: str
@@ -42,20 +42,20 @@ class Translated(NamedTuple):
 
 
 class Translator(Task):
-    """Cross entropy of each token given the true ones before it, and texts by beam search.
+    """Cross entropy of each token given the true tokens before it, and texts by beam search.
 
-    The network has `encode` and `step` as `Seq2Seq` does. A batch is a `Batch`: source, target and, where it
-    is evaluated, both as text.
+    The network must have `encode` and `step` like `Seq2Seq`. A batch is a `Batch`: source, target and, in evaluation,
+    both as text.
 
     Args:
-        label_smoothing: share of the target's probability that goes to all tokens alike (Szegedy et al. 2016).
-        scheduled_sampling: probability, reached at the end of training and rising from 0, that an input token of the
-            decoder is replaced by the network's own likeliest one (Bengio et al. 2015); for all places at once, in two
-            passes (Duckworth et al. 2019).
-        beam: hypotheses that a test and a bundle keep; validation is greedy.
+        label_smoothing: share of the target's probability that is spread evenly over all tokens (Szegedy et al. 2016).
+        scheduled_sampling: probability that an input token of the decoder is replaced by the network's own most likely
+            token (Bengio et al. 2015). It rises from 0 to this value at the end of training; all positions are replaced
+            at once, in two passes (Duckworth et al. 2019).
+        beam: number of hypotheses that a test and a bundle keep; validation is greedy.
         length_penalty: see `beam_search`.
-        metric: what a bundle is judged by.
-        task: what every `Task` takes: network, optimizer, lr_scheduler, weights, freeze, ...
+        metric: metric by which a bundle is judged.
+        task: arguments of every `Task`: network, optimizer, lr_scheduler, weights, freeze, ...
     """
 
     needs = ("encode", "step")
@@ -79,18 +79,18 @@ class Translator(Task):
         self.tokenizers: dict[str, object] = {}
 
     def tokenizer(self, side: Literal["source", "target"]):
-        """The tokeniser of a side, as the data has it."""
+        """Return the data's tokeniser for a side."""
         if side not in self.tokenizers:
             self.tokenizers[side] = make_tokenizer(self.facts[f"{side}_vocabulary"])
         return self.tokenizers[side]
 
     def take_facts(self, datamodule) -> None:
-        """Take what becomes of longer sources too: it says nothing of the weights, so a test may choose otherwise."""
+        """Also take `too_long`, which does not concern the weights, so that a test may choose another value."""
         super().take_facts(datamodule)
         self.too_long = datamodule.too_long
 
     def check(self) -> None:
-        """The largest tokens through the network: one with less room would fail in the middle of an epoch."""
+        """Run the largest tokens through the network: one with too small sizes would fail in the middle of an epoch."""
         source, target = (len(self.tokenizer(side)) for side in ("source", "target"))
         if not 1 <= self.beam <= min(WIDEST, target - 2):
             raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
@@ -115,11 +115,11 @@ class Translator(Task):
             raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
 
     def longest_verified(self) -> int:
-        """Tokens of the longest source at which the export compares the graphs: one that none was traced at."""
+        """Return the longest source, in tokens, at which export verifies the graphs; none is traced at this length."""
         return 2 * self.facts["longest"] + 3
 
     def configure_optimizers(self):
-        """As every task's. Raises UserError where the share of the network's own tokens would never rise."""
+        """Extend `Task`'s method. Raises UserError if the share of the network's own tokens would never rise."""
         if self.scheduled_sampling and not math.isfinite(self.trainer.estimated_stepping_batches):
             raise UserError("scheduled_sampling without an end of the run; expected trainer.max_epochs or max_steps")
         return super().configure_optimizers()
@@ -127,12 +127,12 @@ class Translator(Task):
     # Sentences
 
     def forward(self, batch, before: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the token after each of `before`; of tokens beyond the vocabulary, which pad it, none."""
+        """Return the logits of the next token at each position, without those that pad the vocabulary."""
         lengths = (batch.source != PAD).sum(1)
         return self.network(batch.source, lengths, before)[..., : len(self.tokenizer("target"))]
 
     def mixed(self, batch, before: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """The tokens before each, some of them the network's own."""
+        """Return `before` with some tokens replaced by the network's own predictions."""
         share = self.scheduled_sampling * self.trainer.global_step / self.trainer.estimated_stepping_batches
         with torch.no_grad():
             own = self(batch, before)[:, :-1].argmax(2)
@@ -140,13 +140,13 @@ class Translator(Task):
         return torch.cat([before[:, :1], torch.where(swapped, own, before[:, 1:])], dim=1)
 
     def runner(self, batch, beam: int) -> Runner:
-        """The runner that a device uses, over this network."""
+        """Return the runner that a device uses, over this network."""
         runner = self.deployable(batch).runner()
         runner.beam = beam
         return runner
 
     def translate(self, runner: Runner, batch) -> dict[int, Translated]:
-        """What a runner makes of a batch, by the number of each sentence."""
+        """Return a runner's translations of a batch, by the number of each sentence."""
         tokens = [[token for token in row if token != PAD] for row in batch.source.tolist()]
         decode, found = self.tokenizer("target").decode, runner.search(tokens)
         texts = [decode(one.tokens) for one in found]
@@ -156,7 +156,7 @@ class Translator(Task):
     # Lightning's steps
 
     def training_step(self, batch, batch_index: int) -> Tensor:
-        """Cross entropy with smoothed labels, over real tokens."""
+        """Return the cross entropy with smoothed labels, over tokens that are not padding."""
         before, after = batch.target[:, :-1], batch.target[:, 1:]
         if self.scheduled_sampling:
             before = self.mixed(batch, before)
@@ -165,7 +165,7 @@ class Translator(Task):
         return self.log_train_loss(loss, (after != PAD).sum())
 
     def evaluation_step(self, batch, beam: int) -> None:
-        """Likelihood and accuracy of the true tokens, and the text that is found without them."""
+        """Score the likelihood and accuracy of the true tokens, and translate without them."""
         logits, after = self(batch, batch.target[:, :-1]).float(), batch.target[:, 1:]
         real = after != PAD
         nll = F.cross_entropy(logits.transpose(1, 2), after, reduction="none")
@@ -174,7 +174,7 @@ class Translator(Task):
         self.translated |= self.translate(self.runner(batch, beam), batch)
 
     def log_evaluation(self, stage: str) -> None:
-        """Every score, over all devices."""
+        """Log all scores, over all devices."""
         loss = self.nll.compute()
         everything = [one for part in gather_objects(self.translated) for one in part.values()]
         texts, references = [one.text for one in everything], [one.reference for one in everything]
@@ -191,30 +191,30 @@ class Translator(Task):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch, batch_index: int) -> None:
-        """Greedy."""
+        """Translate greedily."""
         self.evaluation_step(batch, beam=1)
 
     def on_validation_epoch_end(self) -> None:
-        """Scores of the epoch."""
+        """Log the scores of the epoch."""
         self.log_evaluation("val")
 
     def test_step(self, batch, batch_index: int) -> None:
-        """By beam search."""
+        """Translate by beam search."""
         self.evaluation_step(batch, self.beam)
 
     def on_test_epoch_end(self) -> None:
-        """Scores of the split."""
+        """Log the scores of the split."""
         self.log_evaluation("test")
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
-        """The answers that the bundle's runner gives."""
+        """Return predictions as the bundle's runner does."""
         translated = self.translate(self.runner(batch, self.beam), batch).values()
         return [{"target": one.text, "log_probability": one.found.log_probability} for one in translated]
 
     # The contract with the export step
 
     def deployable(self, batch) -> Deployable:
-        """`encode` reads a source; `step` takes each of its hypotheses one token further."""
+        """Return the graphs: `encode` reads a source; `step` extends each of its hypotheses by one token."""
         encode = self.encode_graph(batch.source[:EXAMPLES])
         step = self.step_graph(batch, encode)
         metadata = {
@@ -229,8 +229,8 @@ class Translator(Task):
         return Deployable("translation", {"encode": encode, "step": step}, metadata)
 
     def encode_graph(self, source: Int[Tensor, "B S"]) -> Graph:
-        """Sources -> what the decoder looks at, and the state that it begins with."""
-        # The first is what a target of fixed shapes has: every source has to fit.
+        """Return the graph from sources to the values, keys and initial state of the decoder."""
+        # A target with fixed shapes gets the first length, so every source must fit.
         lengths = (self.facts["longest"], 1, source.shape[1], self.longest_verified())
         return Graph(
             _Encode(self.network),
@@ -242,7 +242,7 @@ class Translator(Task):
         )
 
     def step_graph(self, batch, encode: Graph) -> Graph:
-        """The last token and the state of each hypothesis -> its likeliest next ones."""
+        """Return the graph from the last token and state of each hypothesis to its most likely next tokens."""
         source, sentences = encode.inputs["source"], encode.dynamic_axes["source"]
         with torch.inference_mode():
             values, keys, state = encode.module(source)
@@ -264,17 +264,17 @@ class Translator(Task):
                 **dict.fromkeys(("values", "keys", "source"), sentences),
             },
             {"batch": (1, 2, 7), "beam": (self.beam, 1, 3), "source": encode.sizes["source"]},
-            tolerance=1e-3,  # where two keys score alike, PyTorch's float32 itself is 2e-4 off float64
+            tolerance=1e-3,  # if two keys have similar scores, PyTorch's own float32 is 2e-4 off float64
             discrete=("next_token",),
             calls=max(1, round((batch.target != PAD).sum().item() / len(batch.target))),
         )
 
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
-        """The metric of a runner's texts over `batches`."""
+        """Return the metric of a runner's texts over `batches`."""
         texts, references = [], []
         decode = self.tokenizer("target").decode
         for batch in batches:
-            if not batch.references:  # of training, which only calibrates
+            if not batch.references:  # training batches, which only calibrate
                 batch = batch._replace(
                     sources=[""] * len(batch.source), references=list(map(decode, batch.target.tolist()))
                 )
@@ -284,12 +284,12 @@ class Translator(Task):
         return SCORES[self.metric](texts, references)
 
     def degradation(self, reference: float, score: float) -> float:
-        """Points of BLEU or chrF, hundredths of exact matches."""
+        """Return the loss in points of BLEU or chrF, or in hundredths of exact matches."""
         return (reference - score) * (100 if self.metric == "exact_match" else 1)
 
     def draw(self, folder: Path) -> None:
-        """Where answers looked, BLEU by the length of the source, and a table of samples."""
-        from dlref.tasks import figures  # matplotlib takes its time, and only this needs it
+        """Draw attention maps and BLEU by the length of the source, and write a table of samples."""
+        from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         everything = list(self.translated.values())
         pieces = [self.tokenizer(side).pieces for side in ("source", "target")]
@@ -323,7 +323,7 @@ class _Encode(nn.Module):
 
 
 class _Step(nn.Module):
-    """The graph that says what may follow each hypothesis."""
+    """The graph that predicts the next token of each hypothesis."""
 
     def __init__(self, network: nn.Module, vocabulary: int):
         super().__init__()
@@ -352,21 +352,21 @@ class _Step(nn.Module):
 
 
 def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of a corpus, 0 to 100, as sacrebleu defines it."""
+    """Return the BLEU of a corpus, 0 to 100, as sacrebleu defines it."""
     from sacrebleu import corpus_bleu
 
     return corpus_bleu(texts, [references]).score
 
 
 def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
-    """The F-score of character n-grams of a corpus, 0 to 100, as sacrebleu defines it."""
+    """Return the F-score of character n-grams of a corpus, 0 to 100, as sacrebleu defines it."""
     from sacrebleu import corpus_chrf
 
     return corpus_chrf(texts, [references]).score
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Share of the texts that are their reference."""
+    """Return the share of texts that equal their reference."""
     return sum(text == reference for text, reference in zip(texts, references, strict=True)) / len(texts)
 
 
@@ -374,7 +374,7 @@ SCORES = {"bleu": bleu, "chrf": chrf, "exact_match": exact_match}
 
 
 def signatures(texts: Sequence[str], references: Sequence[str]) -> list[str]:
-    """How sacrebleu came to its scores, for others to do the same."""
+    """Return sacrebleu's scores and signatures, so that others can reproduce them."""
     from sacrebleu import BLEU, CHRF
 
     lines = []
@@ -385,5 +385,5 @@ def signatures(texts: Sequence[str], references: Sequence[str]) -> list[str]:
 
 
 def spread(items: list, count: int) -> list:
-    """At most `count` items from all over a list."""
+    """Return at most `count` items, spread evenly over a list."""
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
