@@ -1,6 +1,7 @@
 """DeepLabV3: L.-C. Chen, G. Papandreou, F. Schroff and H. Adam, "Rethinking Atrous Convolution for Semantic Image
 Segmentation", 2017; figure 5, with torchvision's keys, parameters and outputs. As in torchvision, and unlike the
-paper, there is no multi-grid in the last stage, but a 3x3 convolution after the pyramid, dropout and an auxiliary head.
+paper, the last stage has no multi-grid, a 3x3 convolution follows the pyramid, and there are dropout and an auxiliary
+head.
 
 Legend of shapes: B batch, C channels, H W height and width, K classes, h w height and width of the logits.
 """

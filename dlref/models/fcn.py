@@ -124,9 +124,8 @@ class FCNVGG16(nn.Module):
     """FCN-32s, FCN-16s or FCN-8s, with logits at the resolution of the image.
 
     The scoring layers of the last maps and of the skip connections are initialised to zero (sections 4.2 and 4.3). The
-    layers that upsample by two are initialised to bilinear interpolation and learn; the last upsampling stays bilinear
-    (section 4.3, "Dense Prediction").
-    134,489,759 parameters as FCN-8s with 21 classes (table 1: 134 million).
+    layers that upsample by two are initialised to bilinear interpolation and trained; the last upsampling stays
+    bilinear (section 4.3, "Dense Prediction"). FCN-8s has 134,489,759 parameters for 21 classes (table 1: 134 million).
 
     Args:
         num_classes: K, including the background if it is a class.

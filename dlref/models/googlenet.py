@@ -170,6 +170,6 @@ class GoogLeNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Draw weights from a normal distribution truncated at two standard deviations; the paper specifies none."""
+    """Draw weights from a normal distribution truncated at two standard deviations; the paper does not specify it."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)

@@ -51,7 +51,7 @@ class GPT(nn.Module):
         dropout: dropout probability of the embeddings, the attention weights and the output of each sub-layer.
 
     Raises:
-        ValueError: `positions` is not one of those listed, or `n_embd` is not such a multiple.
+        ValueError: `positions` is not one of those listed, or `n_embd` does not fit `n_head`.
     """
 
     class_layers = ()
@@ -86,7 +86,7 @@ class GPT(nn.Module):
             width = n_embd if positions == "sinusoidal" else n_embd // n_head
             self.register_buffer("sinusoids", sinusoids(context_length, width), persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:  # GPT-2, section 2.3: residual layers are scaled down by depth
+            if parameter.ndim > 1:  # GPT-2, section 2.3: weights of the N residual layers are scaled by 1 / sqrt(N)
                 added = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer) if added else 0.02)
 
@@ -99,7 +99,7 @@ class GPT(nn.Module):
         tokens at once.
         """
         hidden, rotary = self.embed(tokens, past)
-        if in_bfloat16(hidden):  # halve the memory traffic of the residual stream, which causes most of it
+        if in_bfloat16(hidden):  # the residual stream is most of the memory traffic: halve it
             hidden = hidden.to(torch.bfloat16)
         mask = None if past is None else causal_mask(tokens, past)
         keys, values = [], []
@@ -162,7 +162,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward network, each with a layer norm before and a residual (GPT-2, section 2.3)."""
+    """Self-attention and a feed-forward network, each with pre-norm and a residual connection (GPT-2, section 2.3)."""
 
     def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, dropout: float) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ class RecurrentLayers(nn.Module):
     """Stacked recurrent layers, each of which processes all time steps in one call.
 
     Each layer is a module of its own. In a single module with several layers, cuDNN's dropout between layers would
-    rebuild the state of its generator after every seed, and wait for it. Every batch is seeded.
+    rebuild its generator's state after each seeding, which happens for every batch, and wait for it.
 
     Args:
         cell: lstm or gru.

@@ -172,8 +172,8 @@ class ResNetFeatures(nn.Module):
     """A ResNet up to its third stage, and extra layers with batch norm that reduce the resolution.
 
     As in NVIDIA's SSD300 v1.1, the third stage keeps the resolution of the second, and its maps are the finest. At 96
-    pixels this would be too costly: there, the maps of the second stage are the finest, and the third halves them as
-    usual.
+    pixels this would be too costly: the maps of the second stage are the finest, and the third stage halves the
+    resolution as usual.
 
     Raises:
         ValueError: `size` has no layout, or no ResNet has this depth.
@@ -279,7 +279,7 @@ class SSDVGG16(SSD):
             COCO at 300 pixels and for VOC at 512.
 
     Raises:
-        ValueError: `size` is neither 300 nor 512, or `scales` are not one more than there are maps, all above 0.
+        ValueError: `size` is neither 300 nor 512, or `scales` are not positive or not one more than the maps.
     """
 
     def __init__(self, num_classes: int = 20, size: Literal[300, 512] = 300, scales: list[float] | None = None) -> None:
@@ -296,8 +296,8 @@ class SSDResNet(SSD):
         scales: scales of the default boxes, as in `Layout`; by default those in `LAYOUTS`.
 
     Raises:
-        ValueError: no ResNet has this depth, `size` is not one of those listed, or `scales` are not one more than there
-            are maps, all above 0.
+        ValueError: no ResNet has this depth, `size` is not one of those listed, or `scales` are not positive or not one
+            more than the maps.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def linear_cross_entropy(
 
     The gradients are computed together with the loss, while the logits of a few rows are in memory (as in Liger Kernel,
     Hsu et al. 2024; Wijmans et al. 2025 recompute the logits in the backward pass). `row_step` is `nll_and_gradient` or
-    its compiled form; it is limited by memory traffic.
+    its compiled form; its time is all memory traffic.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_step)
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dlref.training.devices import widest_float
 
-SMALLEST = 1e-6  # lower bound of what must be positive
+SMALLEST = 1e-6  # lower bound of positive quantities
 TRIES = 4  # for a gamma variable, each accepted with probability 0.951 or more: at most 6 in a million draws reject all
 MANY = 30.0  # mean from which a Poisson variable is approximated by a continuous one
 COUNTS = 80  # a Poisson variable of a mean below MANY reaches this with a probability of less than one in a trillion
@@ -57,7 +57,7 @@ class Distribution:
 
 
 class StudentT(Distribution):
-    """Student's t with more than 2 degrees of freedom, so that it has a variance; location and width are scaled."""
+    """Student's t with more than 2 degrees of freedom, and location and width in units of the scale."""
 
     parameters = 3
     uniforms = 2
@@ -75,8 +75,8 @@ class StudentT(Distribution):
         return constant - (half + 0.5) * (((values - location) / width).square() / freedom).log1p()
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
-        """t = √(ν (u^(-2/ν) - 1)) cos 2πv (R. W. Bailey, "Polar Generation of Random Variates with the t-Distribution",
-        1994). u^(-2/ν) - 1 is computed as a product, to avoid cancellation.
+        """Draw t = √(ν (u^(-2/ν) - 1)) cos 2πv (R. W. Bailey, "Polar Generation of Random Variates with the
+        t-Distribution", 1994). u^(-2/ν) - 1 is computed as a product, to avoid cancellation.
         """
         freedom, location, width = parameters
         share = -uniform(noise[..., 0]).log() / freedom
@@ -85,7 +85,7 @@ class StudentT(Distribution):
 
 
 class Gaussian(Distribution):
-    """The paper's distribution for real values: mean and standard deviation, both scaled (section 3.1)."""
+    """The paper's distribution for real values: mean and standard deviation in units of the scale (section 3.1)."""
 
     parameters = 2
     uniforms = 2
@@ -182,7 +182,7 @@ class Deterministic(Distribution):
         return raw.squeeze(-1) * scale, scale
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
-        """Return that of a Laplace distribution as wide as the scale, which is largest where the error is smallest."""
+        """Return the log-likelihood of a Laplace distribution as wide as the scale: the loss is the absolute error."""
         value, scale = parameters
         return -(values - value).abs() / scale - (2 * scale).log()
 
@@ -197,7 +197,7 @@ def positive(raw: Tensor) -> Tensor:
 
 
 def uniform(noise: Tensor) -> Tensor:
-    """Raise 0, which a generator can return, to a small number, so that the logarithm is finite."""
+    """Replace 0, which a generator can return, by a small number, so that the logarithm is finite."""
     return noise.clamp(min=2.0**-25)
 
 

@@ -19,7 +19,7 @@ from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALET
 COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
 COLOURED = 36  # classes named below masks
-MANY = 100_000  # a matrix with such a count shows shares
+MANY = 100_000  # a matrix with a count this large shows shares
 GROUPS = 6  # of source lengths
 
 
@@ -157,7 +157,7 @@ def mistakes(path: Path, worst: list[tuple[float, Tensor, int, int]], labels: li
 
 
 def detections(path: Path, pictures: list, labels: list[str]) -> None:
-    """Draw pictures (uint8 image (C, H, W), (boxes, scores, classes), targets): left true boxes, right detections.
+    """Draw pictures (uint8 image (C, H, W), (boxes, scores, classes), targets): true boxes left, detections right.
 
     Boxes are fractions of the image. Detections are drawn from a score of 0.3.
     """

@@ -88,7 +88,8 @@ class SampleScores(QuantileScores):
     def compute(self) -> dict[str, Tensor]:
         """Return the quantile scores, `rmse` in the units of the series, `crps` over the sum of |values|, and `msis`.
 
-        `msis` is M4's, except that for daily and weekly series M4 has a season of 1, `Frequency.season` 7 and 52.
+        `msis` is as in M4, except that for daily and weekly series M4 uses a season of 1, but `Frequency.season` is 7
+        and 52.
         """
         return {
             **super().compute(),

@@ -328,7 +328,7 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the loss in hundredths of the reference, as the metric has no bound; infinite if that is 0."""
+        """Return the increase in percent of the reference, as the metric has no bound; from 0 it is infinite."""
         if not reference:
             return math.inf if score else 0.0
         return 100 * (score / reference - 1)
@@ -408,7 +408,7 @@ def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """Return the mean absolute value of the observed context, or if there is none, of the last value; 1 instead of 0.
+    """Return the mean absolute value of the observed context, or of the last value if there is none; 1 if that is 0.
 
     This is GluonTS's scale. The paper's is 1 + the mean (section 3.3), which can be 0 if values are negative.
     """

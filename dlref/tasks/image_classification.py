@@ -34,7 +34,7 @@ class ImageClassifier(ImageTask):
         mixup: alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables blending of pairs.
         cutmix: alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables pasting of patches. With both,
             one of the two is chosen for each batch.
-        class_weights: factor of each class in the loss; with several labels, of the images that have the label.
+        class_weights: factor of each class in the loss; with several labels, for images that have the label.
         auxiliary_weight: weight of each auxiliary head's loss (Szegedy et al. 2014, section 5: 0.3).
         task: arguments of every `ImageTask`: channels_last, network, optimizer, lr_scheduler, weights, freeze, ...
     """

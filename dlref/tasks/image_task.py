@@ -56,7 +56,7 @@ def nhwc(images: UInt8[Tensor, "B C H W"]) -> UInt8[Tensor, "B H W C"]:
 
 @contextmanager
 def enough_to_normalise(images: Tensor) -> Iterator[None]:
-    """Raise UserError if batch norm has a single value per channel: maps of one pixel of a single image."""
+    """Raise UserError if batch norm gets a single value per channel, from a one-pixel map of a single image."""
     try:
         yield
     except ValueError as error:

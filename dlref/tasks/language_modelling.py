@@ -28,7 +28,7 @@ from dlref.tasks.task import Task
 
 IGNORE = -1  # stands for tokens beyond the end of a split
 NEW = 2  # tokens after the past in the example inputs
-READ = 3  # tokens in the past of their second text
+READ = 3  # past tokens of the second text in the example inputs
 SAMPLE = 200  # tokens of a sample
 SHOWN = 24  # tokens of the sentence whose attention is drawn
 SAMPLES = 8  # in the table
@@ -189,7 +189,7 @@ class LanguageModel(Task):
         past = {}
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             past |= {f"key_{i}": key.float().clone(), f"value_{i}": value.float().clone()}
-        # Half of a full past is valid (all of a short one), and READ tokens of the second text's.
+        # Valid tokens of the past: half a context (or all, if it is shorter), and READ for the second text.
         length = torch.tensor([context_length // 2, READ], device=tokens.device)[: len(tokens)]
         graph = Graph(
             _Decode(self.network, len(self.tokenizer)),
@@ -220,7 +220,7 @@ class LanguageModel(Task):
         return float(nats / math.log(2) / size)
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the increase in hundredths of the reference."""
+        """Return the increase in percent of the reference."""
         return 100 * (score - reference) / reference
 
     def draw(self, folder: Path) -> None:

@@ -23,7 +23,7 @@ VANISHED = 1e-7  # times the weights' norm; Debugger compares the gradient itsel
 EXPLODED = 1e4  # times the weights' norm; the largest ratio of the untrained networks here is ResNet-50's, 400
 LAYER = 0.5  # share of a layer's units, or of its outputs (Debugger's threshold_layer)
 ENOUGH = 32  # values of a unit in a batch; with fewer, a unit that is seldom active is often 0 throughout
-NEAR = 0.0005  # of tanh's or sigmoid's range: there the slope is below 0.2% of its maximum; LeNet-5 has a share of 0.3
+NEAR = 0.0005  # of the range, from a bound: there the slope is below 0.2% of its maximum; LeNet-5 has a share of 0.3
 LOOKS = 10  # without a lower loss (Debugger's num_steps)
 LOWER = 0.001  # share by which a loss must be lower to count as lower (Debugger's diff_percent)
 VALIDATIONS = 3  # in a row; one alone may be chance
@@ -138,7 +138,7 @@ class Monitor(Callback):
         monitor: step 350: exploding_gradient: network.f6.weight: gradient norm 1.2e+05, 3.1e+04 times the weights'
 
     A rule is reported once, and again only after it has ceased to hold. Gradients are measured before clipping, and
-    only those of weights: a bias before a batch norm has none. Activations are measured in the modules `nn.ReLU`,
+    only for weights, as a bias before a batch norm has none. Activations are measured in the modules `nn.ReLU`,
     `nn.ReLU6`, `nn.Tanh` and `nn.Sigmoid`, not in functions, in the gates of recurrent layers or inside a compiled
     network. Units are on axis 1, or on the last axis of (B, T, D). Losses are those of all steps; `loss_not_decreasing`
     also holds for a network that has converged. `overfitting` needs a validation that logs `val/loss`. With several
@@ -191,7 +191,7 @@ class Monitor(Callback):
                     self.measured["weight", name] = _whole(torch.linalg.vector_norm(parameter.detach()))
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
-        """Add the loss; if the step was looked at, judge it."""
+        """Add the loss; if the step was looked at, apply the rules."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -20,8 +20,8 @@ from torchvision.ops import box_convert, box_iou, nms
 PADDED = -1  # label of padding
 # Offsets of centres and sides are learnt in these units (the "variances" of the authors' code).
 CENTRE, SIDE = 0.1, 0.2
-SMALLEST = 1e-6  # of a side over its default: rounded to a fraction of the image, a side can become 0
-LARGEST = math.log(1000 / 16)  # logarithm of a side over its default: the exponential of more would overflow
+SMALLEST = 1e-6  # ratio of a side to its default: rounding to fractions of the image can make a side 0
+LARGEST = math.log(1000 / 16)  # logarithm of that ratio: the exponential of more would overflow
 NEGATIVES = 3  # for each positive ("Hard negative mining")
 CANDIDATES = 1000  # pairs of default box and class in an image that suppression considers
 GRID = 1 << 16  # suppression compares corners rounded to this share of the image
@@ -69,9 +69,9 @@ def multibox_loss(
     anchors: Float[Tensor, "N 4"],
     matched: Int[Tensor, "B N"],
 ) -> tuple[Tensor, Tensor]:
-    """Return the localisation and the confidence loss (equations 1 to 3), each a sum divided by the positives.
+    """Return the localisation and the confidence loss (equations 1 to 3), each a sum divided by the positives' number.
 
-    For each positive of an image, the three negatives with the highest loss count. In an image without positives,
+    For each positive, three negatives of its image count, those with the highest loss. In an image without positives,
     three count, so that the network learns the background (the paper has no loss in a batch without positives).
     """
     positive = matched >= 0

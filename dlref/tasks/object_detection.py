@@ -29,11 +29,11 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (n, 4), scores (n,), 
 class ObjectDetector(ImageTask):
     """SSD's matching and loss (Liu et al. 2016, section 2.2), and COCO's metrics.
 
-    The network has `size`, the side of its square images in pixels, and `anchors` (N, 4), its default boxes as centre,
-    width and height in fractions of the image; it returns offsets (B, N, 4) and logits (B, N, K + 1), the background
-    first. Batches are images uint8 (B, C, S, S) and `boxes` (B, M, 4) in fractions of the image, `labels` (B, M) with
-    -1 for padding, `ignored` (B, M) for objects that evaluation ignores, and `sizes` (B, 2), the height and width of
-    the original image in pixels.
+    The network must have `size`, the side of its square images in pixels, and `anchors` (N, 4), its default boxes as
+    centre, width and height in fractions of the image; it returns offsets (B, N, 4) and logits (B, N, K + 1), the
+    background first. Batches are images uint8 (B, C, S, S) and `boxes` (B, M, 4) in fractions of the image, `labels`
+    (B, M) with -1 for padding, `ignored` (B, M) for objects that evaluation ignores, and `sizes` (B, 2), the height and
+    width of the original image in pixels.
 
     Args:
         preprocess: maps pixels to the network's input, in training, evaluation and the bundle.

@@ -135,7 +135,7 @@ class MuonAdamW(Optimizer):
 
 
 def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, object]:
-    """Return what the config specifies, before any schedule, and the schedule's class, as plain values."""
+    """Return the optimiser's settings, before any schedule, and the schedule's class, as plain values."""
     groups = optimizer.param_groups
     return {
         "class": type(optimizer).__name__,

@@ -12,7 +12,7 @@ class Normalise(nn.Module):
     """Shift and scale the pixels, both in the task and in the exported graph.
 
     Args:
-        mean: mean of each channel, for pixels scaled to 0..1; D, their number, is that of the network's channels.
+        mean: mean of each channel, for pixels scaled to 0..1; their number D is that of the network's input channels.
         std: standard deviation of each channel, likewise.
     """
 
@@ -44,7 +44,7 @@ class ImagePreprocess(Normalise):
 
     Args:
         size: side of the square that the network sees, in pixels.
-        mean: mean of each channel, for pixels scaled to 0..1; D, their number, is that of the network's channels.
+        mean: mean of each channel, for pixels scaled to 0..1; their number D is that of the network's input channels.
         std: standard deviation of each channel, likewise.
     """
 

@@ -50,8 +50,8 @@ class Translator(Task):
     Args:
         label_smoothing: share of the target's probability that is spread evenly over all tokens (Szegedy et al. 2016).
         scheduled_sampling: probability that an input token of the decoder is replaced by the network's own most likely
-            token (Bengio et al. 2015). It rises from 0 to this value at the end of training; all positions are replaced
-            at once, in two passes (Duckworth et al. 2019).
+            token (Bengio et al. 2015). It rises from 0 to this value over the training; all positions are replaced at
+            once, in two passes (Duckworth et al. 2019).
         beam: number of hypotheses that a test and a bundle keep; validation is greedy.
         length_penalty: see `beam_search`.
         metric: metric by which a bundle is judged.
@@ -90,7 +90,7 @@ class Translator(Task):
         self.too_long = datamodule.too_long
 
     def check(self) -> None:
-        """Run the largest tokens through the network: one with too small sizes would fail in the middle of an epoch."""
+        """Run the largest tokens through the network: one that is too small would fail in the middle of an epoch."""
         source, target = (len(self.tokenizer(side)) for side in ("source", "target"))
         if not 1 <= self.beam <= min(WIDEST, target - 2):
             raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
@@ -284,7 +284,7 @@ class Translator(Task):
         return SCORES[self.metric](texts, references)
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the loss in points of BLEU or chrF, or in hundredths of exact matches."""
+        """Return the decrease in points of BLEU or chrF, or in percentage points of exact matches."""
         return (reference - score) * (100 if self.metric == "exact_match" else 1)
 
     def draw(self, folder: Path) -> None:
