@@ -46,7 +46,7 @@ def heads(batch: int, boxes: int, trained: bool) -> tuple[Tensor, Tensor]:
 
 
 def detections(title: str, theirs: torch.nn.Module, own: SSDVGG16, trained: bool) -> Rows:
-    """Time the way from the heads to detections.
+    """Time the decoding from the outputs of the heads to detections.
 
     All sides must find the same number of detections, and for about as many candidates the same scores.
     """
@@ -77,7 +77,7 @@ def detections(title: str, theirs: torch.nn.Module, own: SSDVGG16, trained: bool
 
 def decoding() -> Rows:
     """Time decoding for both kinds of heads."""
-    networks, title = both(), f"from the heads to detections, SSD300, batch {DECODED}"
+    networks, title = both(), f"decoding of detections, SSD300, batch {DECODED}"
     return detections(f"{title}, untrained", *networks, False) | detections(f"{title}, as trained", *networks, True)
 
 

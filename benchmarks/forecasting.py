@@ -138,13 +138,13 @@ def training(make: Callable[[], ForecastingData]) -> Rows:
     data = made(make)
     calls = {
         "GluonTS, data cached": lambda: train_gluonts(data, cached=True)[0],
-        "GluonTS, as it comes": lambda: train_gluonts(data, cached=False)[0],
+        "GluonTS, defaults": lambda: train_gluonts(data, cached=False)[0],
         "dlref": lambda: train_dlref(data)[0],
     }
     cached, plain, own = figures_in_turns("training", calls, turns=TURNS).values()
     title = f"training, {make.__name__}"
     return {
-        title: Row(own, plain, "windows/s", "GluonTS, as it comes", ">= 5"),
+        title: Row(own, plain, "windows/s", "GluonTS, defaults", ">= 5"),
         f"{title}, beside cached data": Row(own, cached, "windows/s", "GluonTS, data cached", ">= 5"),
     }
 

@@ -1,4 +1,4 @@
-"""What a GPU does: the configs' steps through Lightning's Trainer, on batches of noise that lie on the device.
+"""Training on a GPU: the configs' steps under Lightning's Trainer, with batches of noise on the device.
 
 Networks, batch sizes, precision and optimisers are those of the configs. LeNet-5, DeepAR, Seq2Seq and CIFAR-10 use the
 configs' loaders as well. The share of the arithmetic is the rate of a step's operations, forward and backward as torch
@@ -270,10 +270,10 @@ def cifar10() -> Rows:
     needs("airbench")
     config = "resnet18_cifar10"
     (wrong, seconds), (their_wrong, alone, their_seconds) = ours(config), airbench96(config)
-    peer = "airbench96, on mirrored and moved copies too"
+    peer = "airbench96 with test-time augmentation"
     return {
         f"wrong of the test split, `{config}`": Row([wrong], [alone], "%", "airbench96"),
-        f"wrong of the test split, `{config}`, beside copies": Row([wrong], [their_wrong], "%", peer),
+        f"wrong of the test split, `{config}`, beside test-time augmentation": Row([wrong], [their_wrong], "%", peer),
         f"training, `{config}`": Row([seconds], [their_seconds], "s", "airbench96, which does not compile"),
         f"seconds of training, `{config}`": Row([seconds], unit="s", goal="<= 60"),
     }

@@ -55,7 +55,7 @@ TOKENS, AFTER = 100, 64  # tokens to generate; tokens timed after few or many ot
 GENERATED, LATE = 5, 15  # turns of these two benchmarks; a turn of the second can take as little as 20 ms
 PLACES = (32, 900)
 FLOAT32, INT8 = TARGETS["cpu"], TARGETS["x86-64"]
-AS_IT_COMES, FUSED = "transformers, as it comes", "transformers, fused GELU"
+DEFAULTS, FUSED = "transformers, defaults", "transformers, fused GELU"
 
 
 def all_of(**sizes) -> tuple[GPT, dict[str, nn.Module]]:
@@ -74,10 +74,10 @@ def all_of(**sizes) -> tuple[GPT, dict[str, nn.Module]]:
         **dict.fromkeys(("bos_token_id", "eos_token_id"), None),  # always as many tokens as requested
     }
     theirs = {
-        AS_IT_COMES: GPT2LMHeadModel(GPT2Config(**options)),
+        DEFAULTS: GPT2LMHeadModel(GPT2Config(**options)),
         FUSED: GPT2LMHeadModel(GPT2Config(**options, activation_function="gelu_pytorch_tanh")),
     }
-    weights = theirs[AS_IT_COMES].state_dict()
+    weights = theirs[DEFAULTS].state_dict()
     ours.load_state_dict(ours.of_base(weights))
     tokens = torch.randint(sizes["vocabulary"], (2, 16))
     for network in theirs.values():
@@ -134,7 +134,7 @@ def training() -> Rows:
 
 def beside_transformers(title: str, rates: dict[str, list[float]], own: str, goal: str) -> Rows:
     """Return rows of tokens per second, compared with both of transformers' networks."""
-    peers = {title: AS_IT_COMES, f"{title}, beside fused GELU": FUSED}
+    peers = {title: DEFAULTS, f"{title}, beside fused GELU": FUSED}
     return {title: Row(rates[own], rates[peer], "tokens/s", peer, goal) for title, peer in peers.items()}
 
 
@@ -341,7 +341,7 @@ def two_products(place: int) -> Callable:
 
 GRAPHS = {
     "dlref's own (opset 20)": two_products,
-    "Attention, past and new put together (opset 23)": put_together,
+    "Attention, past and new concatenated (opset 23)": put_together,
     "TensorScatter in place, Attention (opset 24)": in_place,
 }
 BENCHMARKS = {

@@ -111,7 +111,7 @@ def page(records: Records) -> str:
 def section(module: str, records: Records, places: list[Where]) -> str:
     """Return a section: the module's docstring and a table of its rows."""
     first, _, rest = import_module(f"benchmarks.{module}").__doc__.partition("\n")
-    titles = ["name", "what", "beside", "peer", "dlref", "ratio", "goal", "run"]
+    titles = ["name", "what", "peer", "its figure", "dlref", "ratio", "goal", "run"]
     lines, missing = [], []
     for name, record in records.items():
         if record.not_run:

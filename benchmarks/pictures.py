@@ -34,7 +34,7 @@ def draw(folder: Path, records: Records) -> None:
 def draw_goals(path: Path, records: Records) -> None:
     """Draw every ratio that has a goal, except for those of bundles, which are in the other picture."""
     rows = {
-        f"{re.sub(',? beside .*', '', title).replace('`', '')}, beside {row.beside}": row
+        f"{re.sub(',? beside .*', '', title).replace('`', '')}, vs. {row.beside}": row
         for record in records.values()
         for title, row in record.rows.items()
         if record.module != "edge" and row.peer and row.goal
@@ -56,7 +56,10 @@ def draw_goals(path: Path, records: Records) -> None:
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("times better: median and spread of all turns; black the goal, blue where it is met", fontsize=10)
+    figure.suptitle(
+        "How many times better dlref is: median and spread of all turns. Black mark: the goal; blue if it is met",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 

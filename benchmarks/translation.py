@@ -38,7 +38,7 @@ VOCABULARY, SIZE, DROPOUT, SMOOTHING = 4096, 384, 0.4, 0.1  # those of configs/s
 BATCH, BATCHES, SENTENCES, BEAM = 1536, 12, 128, 5
 PASSES, TURNS = 2, 5  # of the bare loop, and of both comparisons of training
 FILES = 2000  # sentences for training as users start it
-AS_IT_COMES, WITHOUT = "JoeyNMT, as it comes", "JoeyNMT, without input feeding"
+DEFAULTS, WITHOUT = "JoeyNMT, defaults", "JoeyNMT, without input feeding"
 TOKENS = "target tokens/s"
 SIDES = ("source", "target")
 
@@ -149,14 +149,14 @@ def programs() -> Rows:
         folder = Path(name)
         tokens = write_files(folder)
         calls = {
-            AS_IT_COMES: partial(run_joeynmt, python, folder, True),
+            DEFAULTS: partial(run_joeynmt, python, folder, True),
             WITHOUT: partial(run_joeynmt, python, folder, False),
             "dlref": lambda: tokens / run_dlref(folder),
         }
         rates = figures_in_turns("programs", calls, TURNS)
     title = f"training as users start it, LSTMs of {SIZE}"
     return {
-        title: Row(rates["dlref"], rates[AS_IT_COMES], TOKENS, AS_IT_COMES, ">= 2"),
+        title: Row(rates["dlref"], rates[DEFAULTS], TOKENS, DEFAULTS, ">= 2"),
         f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT, ">= 2"),
     }
 
@@ -215,13 +215,13 @@ def training() -> Rows:
         np.savez(path, **arrays)
         calls = {
             WITHOUT: lambda: tokens / joeynmt(python, path, False),
-            AS_IT_COMES: lambda: tokens / joeynmt(python, path, True),
+            DEFAULTS: lambda: tokens / joeynmt(python, path, True),
             "dlref": lambda: tokens / train(translator(), batches),
         }
         rates = figures_in_turns("training", calls, TURNS)
     title = f"training by a bare loop, LSTMs of {SIZE}"
     return {
-        title: Row(rates["dlref"], rates[AS_IT_COMES], TOKENS, AS_IT_COMES, ">= 2"),
+        title: Row(rates["dlref"], rates[DEFAULTS], TOKENS, DEFAULTS, ">= 2"),
         f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT, ">= 2"),
     }
 

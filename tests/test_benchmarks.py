@@ -300,8 +300,8 @@ def test_rates_are_of_equal_parts():
 
 def test_rows_have_dlref_on_its_own_side(monkeypatch):
     """Of rates, dlref's 6 beside 1 and 2."""
-    rates = {"dlref": 6.0, "GluonTS, data cached": 2.0, "GluonTS, as it comes": 1.0}
-    rates |= {translation.AS_IT_COMES: 1.0, translation.WITHOUT: 2.0}
+    rates = {"dlref": 6.0, "GluonTS, data cached": 2.0, "GluonTS, defaults": 1.0}
+    rates |= {translation.DEFAULTS: 1.0, translation.WITHOUT: 2.0}
     monkeypatch.setattr(forecasting, "made", lambda make: None)
     monkeypatch.setattr(translation, "joeynmt_python", lambda: "python")
     monkeypatch.setattr(translation, "write_files", lambda folder: 1)

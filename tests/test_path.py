@@ -482,7 +482,7 @@ trainer:
 
 
 def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
-    """From text files, cut into byte pairs, to a device without torch: prompts, a request, a text as it comes."""
+    """From text files, cut into byte pairs, to a device without torch: prompts, a request, a text while generated."""
     (tmp_path / "texts").mkdir()
     generator = np.random.default_rng(0)
     for i in range(8):

@@ -144,7 +144,7 @@ def test_a_sweep_is_measured_drawn_and_written(tmp_path):
         "versions": {"torch": "2"},
         "turns": 1,
         "sweeps": {"rows": found},
-        "levers": {"a stack": {"as it comes": {"seconds": [1.0], "bytes": 10}, "half": {"seconds": [0.5], "bytes": 5}}},
+        "levers": {"a stack": {"baseline": {"seconds": [1.0], "bytes": 10}, "half": {"seconds": [0.5], "bytes": 5}}},
     }
     before = "before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n"
     (tmp_path / "scaling.md").write_text(before)

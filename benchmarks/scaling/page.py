@@ -52,7 +52,7 @@ def tables(found: dict) -> str:
                 for of, large, values in pairs
             ]
             rows.append(f"| {title} | {span} | {sweep['paper']} | {' | '.join(exponents)} |")
-    rows += ["", "| the same step | | ms | memory, MB | of the memory as it comes |", "|---|---|---|---|---|"]
+    rows += ["", "| the same step | | ms | memory, MB | share of the memory |", "|---|---|---|---|---|"]
     for title, ways in found["levers"].items():
         whole = next(iter(ways.values()))["bytes"]
         rows += [

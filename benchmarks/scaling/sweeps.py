@@ -197,14 +197,14 @@ def levers(device: str) -> dict[str, dict[str, Case]]:
     freeze(frozen, "conv1|bn1|layer[123]")
     return {
         f"ResNet-18, {picture} pictures of 96 px": {
-            "as it comes": images(ResNet(18), picture, 96, device),
+            "baseline": images(ResNet(18), picture, 96, device),
             "`channels_last`": images(ResNet(18), picture, 96, device, channels_last=True),
             "`bf16-mixed`": halved(images(ResNet(18), picture, 96, device), device),
             "half the batch": images(ResNet(18), picture // 2, 96, device),
             "`freeze` all but the last stage": images(frozen, picture, 96, device),
         },
         f"GPT of 2.1 million, {text} texts of 256": {
-            "as it comes": gpt(text, 256, device),
+            "baseline": gpt(text, 256, device),
             "`bf16-mixed`": halved(gpt(text, 256, device), device),
             "half the batch": gpt(text // 2, 256, device),
         },
