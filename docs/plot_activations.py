@@ -26,7 +26,7 @@ NOTES = {
     "prelu": "max(ax, x), a learned from 0.25",
     "elu": "x, below zero exp(x) - 1",
     "silu": "x sigmoid(x), also called swish",
-    "maxout": "the greatest of 3 learned lines",
+    "maxout": "the maximum of 3 learned lines",
     "softmax": "output only; of the logits (x, 0)",
 }
 

@@ -14,11 +14,11 @@ BOXES = {  # name: (x, y, width, text, kind)
     "bundle": (12.0, 5.3, 2.6, "bundles/NAME\n*.onnx, manifest.json,\nreport.md", "disk"),
     "data": (0.2, 2.6, 2.6, "data\nfiles → checked,\naugmented batches", "torch"),
     "tasks": (4.2, 2.6, 2.8, "tasks\nloss, metrics, figures,\ndeployable()", "torch"),
-    "export": (9.0, 2.6, 2.6, "export\nONNX, quantised, judged,\nmeasured, manifest", "torch"),
-    "training": (1.5, 0.3, 2.4, "training\na run's folder,\ncheckpoints, devices", "torch"),
-    "models": (4.2, 0.3, 2.8, "models\nnetworks, one file\nan architecture", "torch"),
-    "runtime": (9.0, 0.3, 2.6, "runtime\nbundle → answers,\nwithout torch", "edge"),
-    "answers": (12.4, 0.3, 2.2, "answers\nplain values", "disk"),
+    "export": (9.0, 2.6, 2.6, "export\nto ONNX, quantised,\nverified, measured", "torch"),
+    "training": (1.5, 0.3, 2.4, "training\nrun folder, checkpoints,\ndevices", "torch"),
+    "models": (4.2, 0.3, 2.8, "models\nnetworks, one file\nper architecture", "torch"),
+    "runtime": (9.0, 0.3, 2.6, "runtime\nbundle → predictions,\nwithout torch", "edge"),
+    "predictions": (12.4, 0.3, 2.2, "predictions\nplain values", "disk"),
 }
 HEIGHT = 1.15
 IMPORTS = [  # from, to: side of leaving, side of arriving
@@ -31,7 +31,13 @@ IMPORTS = [  # from, to: side of leaving, side of arriving
     ("tasks", "runtime", "right", "left"),
     ("export", "runtime", "bottom", "top"),
 ]
-FLOWS = [("config", "train"), ("train", "run"), ("run", "export.py"), ("export.py", "bundle"), ("runtime", "answers")]
+FLOWS = [
+    ("config", "train"),
+    ("train", "run"),
+    ("run", "export.py"),
+    ("export.py", "bundle"),
+    ("runtime", "predictions"),
+]
 
 
 def side(name: str, where: str) -> tuple[float, float]:
@@ -68,12 +74,12 @@ def main() -> None:
         axes.annotate("", side(end, arrive), side(start, leave), arrowprops=call)
     hook = {**call, "linestyle": "--"}
     axes.annotate("", side("tasks", "right"), side("export", "left"), arrowprops=hook)
-    axes.text(8.0, 3.3, "asks\ndeployable()", ha="center", fontsize=9, style="italic")
+    axes.text(8.0, 3.3, "calls\ndeployable()", ha="center", fontsize=9, style="italic")
     axes.plot([0.9, 0.9, 10.3], [2.6, -0.05, -0.05], color=INK, lw=1.1)  # around training and the models
     axes.plot([2.7, 2.7], [0.3, -0.05], color=INK, lw=1.1)
     axes.annotate("", side("runtime", "bottom"), (10.3, -0.08), arrowprops=call)
-    legend = "orange: what passes on disk    black: who imports whom    dashed: asked for, not imported"
-    axes.text(7.4, -0.6, f"{legend}    blue: needs torch    green: does not", ha="center", fontsize=9)
+    legend = "orange: files on disk    black: imports    dashed: calls without importing"
+    axes.text(7.4, -0.6, f"{legend}    blue: needs torch    green: no torch", ha="center", fontsize=9)
     figure.savefig(Path(__file__).parent / "images" / "architecture.png", dpi=110)
 
 

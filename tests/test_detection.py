@@ -695,13 +695,13 @@ def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ["red"]}, "network answers 2 classes, the data has 1; expected"),
+        ({"labels": ["red"]}, "network returns 2 classes, the data has 1; expected"),
         ({"overlap_threshold": 1.5}, "overlap_threshold 1.5; expected 0 to 1"),
         ({"nms_threshold": -0.1}, "nms_threshold -0.1; expected 0 to 1"),
         ({"detections": 0}, "detections 0; expected 1 to 1000"),
         ({"detections": 1001}, "detections 1001; expected 1 to 1000"),
         ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess gives 9 pixels; expected 8, the size of the network"),
-        ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network refuses an image of 8×8 pixels and 1 channels"),
+        ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network rejects an image of 8×8 pixels and 1 channels"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):

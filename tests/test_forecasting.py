@@ -975,13 +975,13 @@ class Pairs(DeepAR):
 
 def test_a_state_that_is_no_tensor_is_refused(tmp_path):
     task = Forecaster(StudentT(), network=Pairs(40, 6, [4]), optimizer=sgd)
-    with pytest.raises(UserError, match=r"network answers \[1, 1, 3\], tuple; expected parameters .* and a state"):
+    with pytest.raises(UserError, match=r"network returns \[1, 1, 3\], tuple; expected parameters .* and a state"):
         fit(tmp_path, task, data(count=12))
 
 
 def test_another_number_of_parameters_is_refused(tmp_path):
     network = DeepAR(40, 6, [4], parameters=2)
-    with pytest.raises(UserError, match=r"network answers 2 parameters; expected .*parameters: 3"):
+    with pytest.raises(UserError, match=r"network returns 2 parameters; expected .*parameters: 3"):
         fit(tmp_path, Forecaster(StudentT(), network=network, optimizer=sgd), data(count=12))
 
 
@@ -989,8 +989,11 @@ def test_another_number_of_parameters_is_refused(tmp_path):
     ("targets", "complaint"),
     [
         ([range(100, 500), range(200)], None),  # meters that count up, and stand lower in the next house
-        ([range(400, 0, -1)], "target: changes that NegativeBinomial gives no likelihood; expected whole numbers of 0"),
-        ([[1, None] * 400], "target: no two values that follow each other; expected some, or difference false"),
+        (
+            [range(400, 0, -1)],
+            "target: changes that NegativeBinomial assigns no likelihood to; expected whole numbers of 0",
+        ),
+        ([[1, None] * 400], "target: no two consecutive values; expected some, or difference false"),
     ],
 )
 def test_it_is_changes_that_need_a_likelihood(tmp_path, targets, complaint):
@@ -1010,7 +1013,7 @@ def test_it_is_changes_that_need_a_likelihood(tmp_path, targets, complaint):
 @pytest.mark.parametrize(("distribution", "support"), [(NegativeBinomial(), "whole numbers"), (Beta(), "0 to 1")])
 def test_values_without_a_likelihood_are_refused(tmp_path, distribution, support):
     network = DeepAR(40, 6, [4], parameters=2)
-    with pytest.raises(UserError, match=f"gives no likelihood; expected {support}"):
+    with pytest.raises(UserError, match=f"assigns no likelihood to; expected {support}"):
         fit(tmp_path, Forecaster(distribution, network=network, optimizer=sgd), data(count=12))
 
 
@@ -1204,5 +1207,5 @@ def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
     (tmp_path / "future.json").write_text(json.dumps({"start": START, "target": [1.5] * 20}) + "\n")
     known = SageMakerSeries(str(tmp_path / "train.json"), predict=str(tmp_path / "future.json"), **sizes)
     fit(tmp_path, task, known)  # which neither learns from what is to be forecast nor judges by it
-    with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial gives no likelihood"):
+    with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial assigns no likelihood to"):
         fit(tmp_path, task, counts)

@@ -447,16 +447,16 @@ def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": LABELS[:2]}, "network answers 3 classes, the data has 2; expected"),
+        ({"labels": LABELS[:2]}, "network returns 3 classes, the data has 2; expected"),
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 factors; expected 3, one a class"),
-        ({"preprocess": Normalise([0.5], [0.5])}, "network refuses an image of 64×64 pixels and 1 channels"),
+        ({"preprocess": Normalise([0.5], [0.5])}, "network rejects an image of 64×64 pixels and 1 channels"),
         ({"labels": ["one"], "network": Colours(1)}, "the data has 1 classes; expected 2 to 254"),
         ({"class_weights": []}, "class_weights has 0 factors"),
         ({"class_weights": [1.0, -1.0, 1.0]}, "expected factors of 0 or more"),
         ({"class_weights": [1.0, float("nan"), 1.0]}, "expected factors of 0 or more"),
         ({"class_weights": [0.0, 0.0, 0.0]}, "and not all 0"),
-        ({"network": CifarResNet(20, 3)}, "network answers [1, 3]; expected maps of logits (B, 3, h, w)"),
-        ({"network": Halved()}, "network refuses an image of 65×65 pixels and 3 channels"),
+        ({"network": CifarResNet(20, 3)}, "network returns [1, 3]; expected maps of logits (B, 3, h, w)"),
+        ({"network": Halved()}, "network rejects an image of 65×65 pixels and 3 channels"),
         ({"network": FCNResNet(18, 3)}, None),
     ],
 )

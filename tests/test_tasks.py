@@ -391,7 +391,9 @@ def test_steps_may_rise_first():
 )
 def test_a_network_without_what_its_task_uses_is_refused(task, needed):
     task.trainer = SimpleNamespace(datamodule=None)
-    with pytest.raises(UserError, match=f"network LeNet5 has no {needed}; expected what {type(task).__name__}'s"):
+    with pytest.raises(
+        UserError, match=f"network LeNet5 has no {needed}; expected a network as {type(task).__name__}'s"
+    ):
         task.setup("fit")
 
 
@@ -400,7 +402,7 @@ def test_a_network_that_answers_no_tensor_is_refused(unchecked):
         def forward(self, images):
             return {"out": images}
 
-    with pytest.raises(UserError, match="network answers dict; expected tensors, alone or in a tuple"):
+    with pytest.raises(UserError, match="network returns dict; expected tensors, alone or in a tuple"):
         classifier(network=Named(3, 3)).check()
 
 
@@ -411,7 +413,7 @@ def test_what_is_tried_on_a_network_leaves_no_trace():
     assert [module.training for module in task.network.modules()] == [True, True, False]
     assert not task.network[0].running_mean.any()
     with (
-        pytest.raises(UserError, match=r"^network refuses five numbers \(.+\); expected another$"),
+        pytest.raises(UserError, match=r"^network rejects five numbers \(.+\); expected another$"),
         task.probing("five numbers", "expected another"),
     ):
         task.network(torch.ones(1, 5))

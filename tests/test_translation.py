@@ -166,7 +166,7 @@ def test_scheduled_sampling_of_a_run_without_an_end_is_refused(monkeypatch):
     """Its share would stay 0."""
     task = translator(scheduled_sampling=0.5)
     monkeypatch.setattr(Translator, "trainer", SimpleNamespace(estimated_stepping_batches=math.inf))
-    with pytest.raises(UserError, match="scheduled_sampling without an end of the run"):
+    with pytest.raises(UserError, match="scheduled_sampling needs a run of known length"):
         task.configure_optimizers()
 
 

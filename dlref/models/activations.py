@@ -78,7 +78,7 @@ def make_activation(name: ActivationName) -> nn.Module:
         ValueError: `name` is not an `ActivationName`.
     """
     if name == "softmax":
-        raise ValueError("softmax is for the output only: it makes a layer's units compete; see ActivationName")
+        raise ValueError("softmax is for the output only: it normalises over a layer's units; see ActivationName")
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()

@@ -238,13 +238,13 @@ def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
             edges = np.quantile(paths.numpy(), [low, high], axis=0)
             axes.fill_between(ahead, *edges, color=colour, linewidth=0, label=f"{high - low:.0%} of the paths")
         axes.plot(ahead, np.median(paths.numpy(), axis=0), color="tab:blue", linewidth=1.2, label="median")
-        axes.plot(ahead, after.numpy(), color="tab:red", linewidth=1, label="what came")
+        axes.plot(ahead, after.numpy(), color="tab:red", linewidth=1, label="actual")
         axes.axvline(-0.5, color="grey", linewidth=0.6)
         axes.margins(x=0.01)
         axes.grid(alpha=0.3)
     if shown:
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
-    figure.suptitle("Forecasts; steps from where they begin")
+    figure.suptitle("Forecasts; steps from the start of the forecast")
     _save(figure, path)
 
 
@@ -269,7 +269,7 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
         style = {"color": f"C{i}", "linewidth": 2 if name == "this model" else 1}
         axes.plot(np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
     axes.set(xlabel="steps ahead", ylabel="weighted quantile loss", ylim=(0, None))
-    axes.set_title("Loss by time ahead")
+    axes.set_title("Loss by forecast step")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -280,7 +280,7 @@ def attention(path: Path, maps: list[tuple[np.ndarray, list[str], list[str]]]) -
     figure, grid = _grid(len(maps), min(3, len(maps)), width=6, height=5)
     for axes, (weights, source, target) in zip(grid, maps, strict=True):
         draw_attention(axes, weights, source, target)
-    figure.suptitle("Attention: what each token of the answer (rows) looked at in the source (columns)")
+    figure.suptitle("Attention of each output token (rows) to the source tokens (columns)")
     _save(figure, path)
 
 
@@ -304,13 +304,13 @@ def by_position(path: Path, nats: Tensor) -> None:
     seen = np.arange(len(nats)) + 1
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(seen, nats.numpy(), color="tab:blue", alpha=0.35, linewidth=1, label="each place")
+    axes.plot(seen, nats.numpy(), color="tab:blue", alpha=0.35, linewidth=1, label="each position")
     edges = [2**i for i in range(len(nats).bit_length())]
     for low, high in zip(edges, [*edges[1:], len(nats) + 1], strict=True):
         part = nats.numpy()[low - 1 : high - 1]
         axes.hlines(part.mean(), low, high, color="tab:orange", linewidth=2, label="octave" if low == 1 else None)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens read", ylabel="nats a token", title="Loss by the place in the context")
+    axes.set(xlabel="tokens read", ylabel="nats per token", title="Loss by position in the context")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -319,7 +319,7 @@ def by_position(path: Path, nats: Tensor) -> None:
 def continuations(path: Path, rows: list[tuple[str, str]]) -> None:
     """Write prompts and their continuations as Markdown."""
     fence = "~~~~~~"
-    parts = [f"{fence}\n{prompt}\n{fence}\n\ngoes on\n\n{fence}\n{text}\n{fence}\n" for prompt, text in rows]
+    parts = [f"{fence}\n{prompt}\n{fence}\n\ncontinues as\n\n{fence}\n{text}\n{fence}\n" for prompt, text in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("# Prompts of the test split\n\n" + "\n---\n\n".join(parts), encoding="utf-8")
 
@@ -341,7 +341,7 @@ def by_length(path: Path, lengths: list[int], texts: list[str], references: list
     bars = axes.bar(range(len(names)), values, color="tab:blue")
     axes.bar_label(bars, [f"{value:.1f}\n({count})" for value, count in zip(values, counts, strict=True)], fontsize=8)
     axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="tokens of the source (sentences in brackets)", ylabel="BLEU", title="BLEU by length of the source")
+    axes.set(xlabel="tokens of the source (sentences in brackets)", ylabel="BLEU", title="BLEU by source length")
     axes.margins(y=0.18)
     axes.grid(axis="y", alpha=0.3)
     _save(figure, path)

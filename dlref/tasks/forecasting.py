@@ -83,7 +83,7 @@ class Forecaster(Task):
         with self.probing("its own state", expected):
             answer, _ = self.network(*window, state)
         if answer.shape[-1] != parameters:
-            raise UserError(f"network answers {answer.shape[-1]} parameters; {expected}")
+            raise UserError(f"network returns {answer.shape[-1]} parameters; {expected}")
 
     def setup(self, stage: str) -> None:
         """Check the series and create their scores, once they are known."""
@@ -102,13 +102,11 @@ class Forecaster(Task):
     def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError if there is nothing to learn from or to evaluate on, or if a value has no likelihood."""
         if not len(outcomes):  # only changes: there are always values
-            raise UserError(
-                f"{split}: target: no two values that follow each other; expected some, or difference false"
-            )
+            raise UserError(f"{split}: target: no two consecutive values; expected some, or difference false")
         if not self.distribution.supports(outcomes):
             what, name = "changes" if self.difference else "values", type(self.distribution).__name__
             expected = self.distribution.support
-            raise UserError(f"{split}: target: {what} that {name} gives no likelihood; expected {expected}")
+            raise UserError(f"{split}: target: {what} that {name} assigns no likelihood to; expected {expected}")
 
     # Windows
 
@@ -348,7 +346,7 @@ def state_in(answers: object) -> Tensor:
     good = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
     if not good or parts[1].shape[1] != 1:
         found = ", ".join(str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-        raise UserError(f"network answers {found}; expected parameters (B, T, P) and a state (Y, B, D), with B = 1")
+        raise UserError(f"network returns {found}; expected parameters (B, T, P) and a state (Y, B, D), with B = 1")
     return parts[1]
 
 

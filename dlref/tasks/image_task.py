@@ -40,7 +40,7 @@ class ImageTask(Task):
             answers = self(black)
         for answer in answers:
             if not isinstance(answer, Tensor):
-                raise UserError(f"network answers {type(answer).__name__}; expected tensors, alone or in a tuple")
+                raise UserError(f"network returns {type(answer).__name__}; expected tensors, alone or in a tuple")
         return answers
 
 
@@ -67,7 +67,7 @@ def check_classes(found: int, known: int) -> None:
     """Raise UserError unless the network has as many classes as the data."""
     if found != known:
         raise UserError(
-            f"network answers {found} classes, the data has {known}; expected "
+            f"network returns {found} classes, the data has {known}; expected "
             f"model.init_args.network.init_args.num_classes to be {known}"
         )
 

@@ -79,10 +79,10 @@ class ObjectDetector(ImageTask):
         if not 1 <= self.detect.most <= CANDIDATES:
             raise UserError(f"detections {self.detect.most}; expected 1 to {CANDIDATES}")
         if side != self.network.size:
-            raise UserError(f"preprocess gives {side} pixels; expected {self.network.size}, the size of the network")
+            raise UserError(f"preprocess resizes to {side} pixels; expected {self.network.size}, the network's size")
         heads = self.probe(side)
         if len(heads) != 2:
-            raise UserError(f"network answers {len(heads)} tensors; expected offsets (B, N, 4) and logits (B, N, K1)")
+            raise UserError(f"network returns {len(heads)} tensors; expected offsets (B, N, 4) and logits (B, N, K1)")
         check_classes(heads[1].shape[-1] - 1, classes)  # the background is no class
 
     def setup(self, stage: str) -> None:

@@ -56,7 +56,7 @@ class Muon(Optimizer):
             raise ValueError(f"Muon: lr {lr}, weight_decay {weight_decay}, momentum {momentum}; expected 0 or more")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         if any(parameter.ndim != 2 for group in self.param_groups for parameter in group["params"]):
-            raise ValueError("Muon: a parameter that is no matrix; expected matrices alone")
+            raise ValueError("Muon: a parameter that is not a matrix; expected only matrices")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -116,7 +116,7 @@ class MuonAdamW(Optimizer):
         groups = [dict(group) for group in params]
         muon = [group for group in groups if group.get("hidden")]
         if not muon:
-            raise ValueError("MuonAdamW: no group is of hidden matrices; expected one, as LanguageModel makes it")
+            raise ValueError("MuonAdamW: no group of hidden matrices; expected one, as LanguageModel creates it")
         known = {"lr": lr, "weight_decay": weight_decay}
         self.parts: dict[bool, Optimizer] = {True: Muon(muon, momentum=momentum, **known)}
         if others := [group for group in groups if not group.get("hidden")]:

@@ -19,7 +19,7 @@ class Normalise(nn.Module):
     def __init__(self, mean: list[float], std: list[float]):
         super().__init__()
         if len(mean) != len(std):
-            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}; expected as many")
+            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}; expected the same number")
         self.channels = len(mean)
         # Folded: (x / 255 - mean) / std. Not persistent, so that weights load across projects.
         self.register_buffer("offset", 255 * torch.tensor(mean)[:, None, None], persistent=False)

@@ -58,7 +58,7 @@ class SemanticSegmenter(ImageTask):
         any_size = "expected one that takes pictures of any height and width, odd ones too"
         for logits in (*self.probe(64), *self.probe(65, any_size)):
             if logits.ndim != 4:
-                raise UserError(f"network answers {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
+                raise UserError(f"network returns {list(logits.shape)}; expected maps of logits (B, {classes}, h, w)")
             check_classes(logits.shape[1], classes)
 
     def setup(self, stage: str) -> None:

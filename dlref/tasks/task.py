@@ -131,7 +131,7 @@ class Task(LightningModule):
                 self.network.eval()
                 yield
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"network refuses {what} ({one_line(error)}); {expected}") from error
+            raise UserError(f"network rejects {what} ({one_line(error)}); {expected}") from error
         finally:
             for module, training in modes:  # a module kept in evaluation mode stays there
                 module.training = training
@@ -174,8 +174,8 @@ class Task(LightningModule):
         """Take facts, load and freeze weights, and compile, once data and devices are known."""
         if without := [name for name in self.needs if getattr(self.network, name, None) is None]:
             raise UserError(
-                f"network {type(self.network).__name__} has no {', '.join(without)}; expected what "
-                f"{type(self).__name__}'s docstring says"
+                f"network {type(self.network).__name__} has no {', '.join(without)}; expected a network as "
+                f"{type(self).__name__}'s docstring describes it"
             )
         self.take_facts(self.trainer.datamodule)
         first, self.prepared = not self.prepared, True
@@ -283,7 +283,7 @@ class Task(LightningModule):
             raise UserError(f"freeze {self.freeze_pattern!r} leaves no parameter to train")
         steps = 0 if self.lr_scheduler is None else self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise UserError("lr_scheduler without an end of the run; expected trainer.max_epochs or max_steps")
+            raise UserError("lr_scheduler needs a run of known length; expected trainer.max_epochs or max_steps")
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer, int(steps))

@@ -110,9 +110,9 @@ class Translator(Task):
             self.network(sentence, one[0] * longest, before[:, :1])  # not both at once: attention would fill the memory
             logits = self.network(sentence[:, :1], one[0], before)
         if not isinstance(logits, Tensor):
-            raise UserError(f"network answers {type(logits).__name__}; expected logits (B, T, V)")
+            raise UserError(f"network returns {type(logits).__name__}; expected logits (B, T, V)")
         if logits.shape[-1] < target:
-            raise UserError(f"network answers {logits.shape[-1]} tokens; {expected}")
+            raise UserError(f"network returns {logits.shape[-1]} tokens; {expected}")
 
     def longest_verified(self) -> int:
         """Return the longest source, in tokens, at which export verifies the graphs; none is traced at this length."""
@@ -121,7 +121,7 @@ class Translator(Task):
     def configure_optimizers(self):
         """Extend `Task`'s method. Raises UserError if the share of the network's own tokens would never rise."""
         if self.scheduled_sampling and not math.isfinite(self.trainer.estimated_stepping_batches):
-            raise UserError("scheduled_sampling without an end of the run; expected trainer.max_epochs or max_steps")
+            raise UserError("scheduled_sampling needs a run of known length; expected trainer.max_epochs or max_steps")
         return super().configure_optimizers()
 
     # Sentences
