@@ -20,7 +20,7 @@ def main() -> int:
     )
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run that train.py wrote")
     parser.add_argument("--target", help="the device; see --list-targets")
-    parser.add_argument("--output", type=Path, help="folder of the bundle")
+    parser.add_argument("--output", type=Path, help="folder to write the bundle to")
     parser.add_argument("--list-targets", action="store_true", help="print the targets and stop")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
     try:
@@ -75,15 +75,15 @@ def gains(bundle: dict, eager: dict) -> str:
     disturbed = held_up(bundle) or held_up(eager)
     words = {
         "latency_ms": "faster",
-        "first_answer_s": "sooner to the first answer",
+        "first_answer_s": "faster to the first answer",
         "peak_rss_mb": "less memory",
         "installed_mb": "less to install",
     }
     known = [key for key in words if bundle[key] and eager[key] and not (disturbed and key in TIMES)]
     parts = [f"{eager[key] / bundle[key]:.1f}x {words[key]}" for key in known]
     if disturbed:
-        parts.append("no times, for other programs held the machine up")
-    return f"beside PyTorch: {', '.join(parts)}"
+        parts.append("no times, because other programs kept the machine busy")
+    return f"compared with PyTorch: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("answers", "wrong"),
     [
-        ({"classify/boxes": np.zeros(1)}, "'boxes' is not of this bundle; expected"),
+        ({"classify/boxes": np.zeros(1)}, "'boxes' is not in this bundle; expected"),
         ({}, "empty; expected"),
         (None, "unreadable .*; expected"),
     ],
@@ -354,9 +354,9 @@ def test_a_busy_machine_is_said_to_be_one():
         "not_run": {},
     }
     text = "\n".join(measurement(measured, spread=True))
-    assert "have one thread each" in text
-    assert "have one thread each" not in "\n".join(measurement(measured, spread=False))
-    assert "bundle waited for a core 40% of the time: this machine was busy" in text
+    assert "has one thread" in text
+    assert "has one thread" not in "\n".join(measurement(measured, spread=False))
+    assert "bundle waited for a core 40% of the time: the machine was busy" in text
     assert "onnx-float32 waited" not in text
     assert not held_up(figures | {"waited": None})
 

@@ -113,7 +113,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     assert (metric["name"], metric["split"], metric["n"]) == ("accuracy", "validation", 48)
     assert metric["pytorch"] == metric["bundle"]
     report = (tmp_path / "bundle/report.md").read_text()
-    assert "Pictures of any size, which become grey" in report
+    assert "Pictures of any size, converted to grey" in report
     assert "Of 3 labels: a, b, c." in report
     assert "| accuracy | validation | 48 |" in report
     model = onnx.load(tmp_path / "bundle/classify.onnx")
@@ -181,7 +181,7 @@ def test_an_output_that_the_graph_declares_to_be_of_one_size_is_refused(tmp_path
     model = onnx.load(tmp_path / "step.onnx")
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 7  # as a layer stepped through leaves it
     onnx.save(model, tmp_path / "step.onnx")
-    with pytest.raises(Refused, match=r"step at .*, output context: \(1, 4\), where the graph declares \[7, 4\]"):
+    with pytest.raises(Refused, match=r"step at .*, output context: \(1, 4\), but the graph declares \[7, 4\]"):
         parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
 
 
@@ -430,7 +430,7 @@ def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
 def test_a_bundle_holds_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "Attempts", None)
     outer = make_bundle(tmp_path / "outer")
-    with pytest.raises(UserError, match=r"outer, which holds its own files alone; expected another place"):
+    with pytest.raises(UserError, match=r"outer, which holds only its own files; expected another place"):
         export(classifier().eval(), Pixels(), CPU, outer / "arm64")
     assert not (outer / "arm64").exists()
 
@@ -449,7 +449,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dlref.export.attempts.write_onnx", full)
-    with pytest.raises(UserError, match=r"bundle: cannot be written \(No space left on device\); expected space"):
+    with pytest.raises(UserError, match=r"bundle: cannot be written \(No space left on device\); expected free space"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
@@ -512,7 +512,7 @@ def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, m
 def test_a_place_where_something_is_mounted_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
     monkeypatch.setattr(bundles, "Attempts", None)
-    with pytest.raises(UserError, match="something is mounted there; expected a folder in it"):
+    with pytest.raises(UserError, match="a mount point, which cannot be replaced; expected a folder inside"):
         export(classifier().eval(), Pixels(), CPU, tmp_path)
 
 
@@ -552,7 +552,7 @@ def test_a_bundle_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(UserError, match=r"cannot be replaced .*, what was there is ") as error:
+    with pytest.raises(UserError, match=r"cannot be replaced .*, the earlier bundle is now ") as error:
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     (aside,) = tmp_path.glob(".bundle.*/before")
     assert str(aside) in str(error.value)
@@ -816,7 +816,7 @@ def test_rows_too_many_are_counted():
     ids=["none", "one less", "zeros first", "padding that is none"],
 )
 def test_a_choice_agrees_with_its_own_number_of_rows(actual):
-    with pytest.raises(Refused, match="do not agree with the rows that there are"):
+    with pytest.raises(Refused, match="rows of zeros between others"):
         compared(actual)
 
 
@@ -825,7 +825,7 @@ def test_float32_that_loses_the_metric_is_refused_where_outputs_are_a_choice(tmp
     monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch)))
     scores = iter([0.9, 0.9, 0.8])  # PyTorch's on both splits come first
     monkeypatch.setattr(task, "evaluate", lambda runner, batches: next(scores))
-    with pytest.raises(Refused, match=r"accuracy 0\.8000, PyTorch's is 0\.9000: 10\.00 points lost"):
+    with pytest.raises(Refused, match=r"accuracy 0\.8000, PyTorch's 0\.9000: 10\.00 points lost"):
         export(task, data, CPU, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

@@ -340,7 +340,7 @@ def test_where_the_worst_nodes_are_not_known_it_is_float32(spiked, tmp_path, mon
     monkeypatch.setattr("dlref.export.attempts.SAMPLES", {"MinMax": 256})
     monkeypatch.setattr("dlref.export.attempts.worst_nodes", refuse)
     assert made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")["precision"] == "float32"
-    assert "the worst nodes are not known: classify: bad allocation" in capsys.readouterr().err
+    assert "cannot find the nodes that lose the most precision: classify: bad allocation" in capsys.readouterr().err
 
 
 def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
@@ -389,7 +389,7 @@ def test_what_is_not_faster_is_refused_at_once(tmp_path, monkeypatch):
     task, data = NETWORKS["lenet5"]()
     manifest = made(task, data, replace(TARGETS["arm64"], gate=100.0), tmp_path / "bundle")
     first, last = manifest["verification"]["attempts"]
-    assert first["refused"] == "2.000 ms an answer, float32 takes 2.000 ms; expected less"
+    assert first["refused"] == "2.000 ms per answer; expected less than float32's 2.000 ms"
     assert (last["precision"], manifest["precision"]) == ("float32", "float32")
 
 
@@ -400,7 +400,7 @@ def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch
     manifest = export(task, data, target, tmp_path / "bundle")
     assert manifest["precision"] == "int8"
     assert manifest["measurement"]["contenders"] == {}
-    assert "says nothing of this device" in (tmp_path / "bundle/report.md").read_text()
+    assert "says nothing about this device" in (tmp_path / "bundle/report.md").read_text()
     assert can_time(TARGETS["cpu"])
     assert not can_time(TARGETS["qualcomm"])  # whose processor executes nothing here
 

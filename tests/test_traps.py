@@ -224,4 +224,4 @@ def test_what_holds_nothing_to_quantise_is_not_called_int8(tmp_path):
     task.network = GruAlone()
     manifest = made(task, tmp_path / "bundle", replace(TARGETS["arm64"], gate=100.0))
     assert manifest["precision"] == "float32"
-    assert "no graph holds anything" in manifest["verification"]["attempts"][0]["refused"]
+    assert "onnxruntime quantised no node" in manifest["verification"]["attempts"][0]["refused"]

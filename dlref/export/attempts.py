@@ -125,7 +125,7 @@ class Attempts:
                 for name in filter(self.calibrated, self.deployable.graphs)
             }
         except UserError as error:  # it keeps all activations in memory
-            say(f"the worst nodes are not known: {error}")
+            say(f"cannot find the nodes that lose the most precision: {error}")
             return
         for share in KEPT_FLOAT:
             kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
@@ -142,7 +142,7 @@ class Attempts:
             feeds = {name: feeds for name, feeds in self.feeds.items() if feeds}
             found = {name: tuple(nodes_beyond_float16(self.source(name), some)) for name, some in feeds.items()}
         except UserError as error:
-            say(f"whether float16 has all numbers is not known: {error}")
+            say(f"cannot check for values too large for float16: {error}")
             return {}
         return {name: nodes for name, nodes in found.items() if nodes}
 
@@ -178,8 +178,8 @@ class Attempts:
             return ""
         name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))
         return (
-            f"{name} {bundle:.4f}, PyTorch's is {pytorch:.4f}: {attempt.degradation:.2f} points lost"
-            f"{', of inputs of one fixed shape' * self.target.static}, expected at most {self.target.gate}"
+            f"{name} {bundle:.4f}, PyTorch's {pytorch:.4f}: {attempt.degradation:.2f} points lost"
+            f"{' with inputs of one fixed shape' * self.target.static}; expected at most {self.target.gate}"
         )
 
     def not_faster(self, attempt: Attempt) -> str:
@@ -188,7 +188,7 @@ class Attempts:
             return ""
         own, float32 = self.contenders.latencies(attempt.folder, self.bundle(FLOAT32))
         attempt.slower = own >= float32
-        return f"{own:.3f} ms an answer, float32 takes {float32:.3f} ms; expected less" if attempt.slower else ""
+        return f"{own:.3f} ms per answer; expected less than float32's {float32:.3f} ms" if attempt.slower else ""
 
     def bundle(self, plan: Plan) -> Path:
         """Return the folder of `plan`'s bundle; if it does not exist yet, build it without verifying it."""
@@ -207,7 +207,7 @@ class Attempts:
         if plan.precision.startswith("int") and not any(
             is_quantised(self.converted(name, plan)) for name in self.references
         ):
-            raise UserError("no graph holds anything that onnxruntime quantises")
+            raise UserError("onnxruntime quantised no node of any graph; expected at least one")
         np.savez(folder / EXAMPLE, **self.example())
         write_manifest(folder, self.deployable, self.target, plan.precision, self.place / "converted" / str(plan))
         return folder
@@ -270,7 +270,7 @@ class Attempts:
         self.pytorch[split] = self.task.evaluate(self.deployable.runner(self.references), batches)
         if not np.isfinite(self.pytorch[split]):
             found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
-            raise UserError(f"{found}; expected a number, of data that it can be computed of")
+            raise UserError(f"{found}; expected a finite number, from data on which the metric is defined")
 
     def metric(self, plan: Plan, split: str) -> dict:
         """Return PyTorch's and a bundle's metric on a whole split. In float32, also compare every single output."""

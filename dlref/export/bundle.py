@@ -55,15 +55,15 @@ def staged(output: Path) -> Iterator[Path]:
     if os.path.islink(output):
         raise UserError(f"{output}: a link to itself; expected a folder for the bundle")
     if os.path.ismount(output):
-        raise UserError(f"{output}: something is mounted there; expected a folder in it, which can be replaced whole")
+        raise UserError(f"{output}: a mount point, which cannot be replaced; expected a folder inside it")
     nearest = next(path for path in (output, *output.parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise UserError(f"{nearest}: a file; expected a folder for the bundle")
     if outer := next(filter(is_bundle, output.parents), None):
-        raise UserError(f"{output}: inside the bundle {outer}, which holds its own files alone; expected another place")
+        raise UserError(f"{output}: inside the bundle {outer}, which holds only its own files; expected another place")
     try:
         if nearest == output and any(output.iterdir()) and not is_bundle(output):
-            raise UserError(f"{output}: holds other files; expected no folder, an empty one or an earlier bundle")
+            raise UserError(f"{output}: holds other files; expected a new folder, an empty one or an earlier bundle")
         beside = output.parent if nearest == output else nearest
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
     except OSError as error:
@@ -86,7 +86,7 @@ def space_for(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        reason = f"cannot be written ({error.strerror}); expected space for several times the bundle"
+        reason = f"cannot be written ({error.strerror}); expected free space for several times the bundle"
         raise UserError(f"{output}: {reason}") from error
 
 
@@ -101,7 +101,7 @@ def replace(made: Path, output: Path, aside: Path) -> None:
             if aside.exists() and not output.exists():
                 aside.rename(output)
         if isinstance(error, OSError):
-            left = f", what was there is {aside}" if aside.exists() else ""
+            left = f", the earlier bundle is now {aside}" if aside.exists() else ""
             reason = f"cannot be replaced ({error.strerror}{left})"
             raise UserError(f"{output}: {reason}; expected a folder for the bundle") from None
         raise

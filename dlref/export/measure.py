@@ -118,7 +118,7 @@ class Contenders:
         """Measure the contenders in `names`; `not_run` gives the reason for each one that is missing."""
         measured = {"threads": threads(self.target), "processor": processor(), "contenders": {}, "not_run": {}}
         if not can_time(self.target):
-            here = f"{platform.machine()} with {provider(self.target)} says nothing of this device"
+            here = f"speed on {platform.machine()} with {provider(self.target)} says nothing about this device"
             return measured | {"not_run": dict.fromkeys(names, here)}
         for name in names:
             say(f"measuring {name}")

@@ -6,7 +6,7 @@ from dlref.runtime.bundle import CPU
 FIGURES = {  # of a contender: column title, format
     "latency_ms": ("ms", "{:.2f}"),
     "latency_p95_ms": ("ms, 95%", "{:.2f}"),
-    "throughput": ("a second", "{:.0f}"),
+    "throughput": ("per second", "{:.0f}"),
     "peak_rss_mb": ("peak MB", "{:.0f}"),
     "anonymous_mb": ("anonymous MB", "{:.0f}"),
     "first_answer_s": ("first answer, s", "{:.2f}"),
@@ -24,7 +24,7 @@ def report(manifest: dict, sizes: dict[str, int]) -> str:
         f"# {manifest['kind']} for {target['name']}",
         f"{target['description']}: {manifest['precision']}, {target['provider']}, opset {target['opset']}.",
         "    python -m dlref.runtime FOLDER INPUT...\n    python -m dlref.runtime bench FOLDER",
-        "## What it takes",
+        "## Input",
         runner_of(manifest["kind"]).takes(manifest["metadata"]),
         *graphs(manifest["graphs"], sizes),
         *metrics(manifest["verification"], target),
@@ -60,13 +60,13 @@ def metrics(verification: dict, target: dict) -> list[str]:
         error = "–" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
         rows.append([row["name"], row["split"], row["n"], f"{row['pytorch']:.4f}", f"{row['bundle']:.4f}", error])
     parts = [
-        "## The task's metric, by PyTorch and by this bundle",
-        table(["metric", "split", "samples", "PyTorch", "bundle", "largest difference of an output"], rows),
+        "## The task's metric, with PyTorch and with this bundle",
+        table(["metric", "split", "samples", "PyTorch", "bundle", "largest output difference"], rows),
     ]
     if verification["test"]["rows"]:
         parts.append(
-            "Boxes after suppression and the like are compared as sets; discrete outputs, such as the class of a "
-            "pixel, one by one; rounding flipped "
+            "Selected rows, such as boxes after suppression, are compared as sets; discrete outputs, such as the class "
+            "of a pixel, element by element. Rounding changed "
             + " and ".join(f"{row['flipped']} of {row['rows']} ({row['split']})" for row in both)
             + "."
         )
@@ -98,22 +98,22 @@ def measurement(measured: dict, spread: bool) -> list[str]:
         spread: whether the runner shares batches out over graphs of one thread each.
     """
     parts = ["## Measured"]
-    alone = " The graphs of a bundle have one thread each: a runner shares batches out."
+    alone = " Each graph of a bundle has one thread here; the runner spreads a batch over several threads."
     if measured["contenders"]:
         parts += [
             f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
-            "once. Each contender has a process of its own; PyTorch runs what torch.export saved, with torch alone; "
-            "its model is its weights." + (alone if spread else ""),
+            "once. Each contender runs in its own process. PyTorch runs the program that torch.export saved, with only "
+            "torch loaded; the size of its model is that of its weights." + (alone if spread else ""),
             table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
         ]
     for name, figures in measured["contenders"].items():
         if held_up(figures):
             share = f"{figures['waited']:.0%}"
-            parts.append(f"{name} waited for a core {share} of the time: this machine was busy, its speed says little.")
+            parts.append(f"{name} waited for a core {share} of the time: the machine was busy, its speed is uncertain.")
     missing = measured["not_run"]
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name in missing if missing[name] == reason)
-        parts.append(f"Not run: {names} ({reason}). On the device: `python -m dlref.runtime bench FOLDER`.")
+        parts.append(f"Not run: {names} ({reason}). To measure on the device: `python -m dlref.runtime bench FOLDER`.")
     return parts
 
 
@@ -138,12 +138,12 @@ def parity(verification: dict) -> list[str]:
             row["precision"],
             ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in row["shape"].items()),
             f"{row['max_abs_error']:.1e}" + f", {row['flipped']} of {row['rows']} differ" * bool(row["rows"]),
-            "the metric judges" if row["tolerance"] is None else f"{row['tolerance']:.0e}",
+            "judged by the metric" if row["tolerance"] is None else f"{row['tolerance']:.0e}",
         ]
         for row in verification["parity"]
     ]
     return [
         "## Difference from PyTorch",
-        f"Executed by {verification['provider']}. The tolerance is relative to outputs above 1 and absolute below.",
+        f"Executed by {verification['provider']}. The tolerance is relative for outputs above 1 and absolute below.",
         table(["graph", "precision", "input shapes", "largest difference", "tolerance"], rows),
     ]

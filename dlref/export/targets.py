@@ -83,17 +83,17 @@ TARGETS = {
             precision="int8",
             quantisation=Quantisation("QInt8"),
         ),
-        Target("cuda", "Nvidia GPU by CUDA", provider="CUDAExecutionProvider", precision="float16"),
+        Target("cuda", "Nvidia GPU with CUDA", provider="CUDAExecutionProvider", precision="float16"),
         Target(
             "tensorrt",
-            "Nvidia GPU by TensorRT, Jetson: fixed shapes, one input at a time",
+            "Nvidia GPU with TensorRT, Jetson: fixed shapes, one input at a time",
             provider="TensorrtExecutionProvider",
             precision="float16",
             static=True,  # TensorRT would recompile for each new size
         ),
         Target(
             "qualcomm",
-            "Qualcomm NPU by QNN: 16-bit activations, 8-bit weights, fixed shapes",
+            "Qualcomm NPU with QNN: 16-bit activations, 8-bit weights, fixed shapes",
             provider="QNNExecutionProvider",
             machines=ARM,
             precision="int16",
@@ -103,13 +103,13 @@ TARGETS = {
         ),
         Target(
             "mobile",
-            "phones: onnxruntime's own format, and the operators a small build needs",
+            "phones: onnxruntime's own format, with a list of the operators that a small build needs",
             machines=ARM,
             precision="int8",
             quantisation=Quantisation("QInt8", reduce_range=True),  # sums in an .ort file cannot be made exact
             file_format="ort",
             threads=2,  # the large cores
         ),
-        Target("web", "browsers and Node: onnxruntime-web by WebAssembly", machines=("wasm",), threads=1),
+        Target("web", "browsers and Node: onnxruntime-web with WebAssembly", machines=("wasm",), threads=1),
     ]
 }

@@ -74,13 +74,13 @@ class Compared:
         try:
             expected = self.reference(**inputs)
         except (RuntimeError, IndexError) as error:
-            wanted = "expected it to take every size that its task declares"
-            raise UserError(f"{self.name}: the network refuses it ({one_line(error)}); {wanted}") from error
+            wanted = "expected it to accept every size that its task declares"
+            raise UserError(f"{self.name}: the network fails ({one_line(error)}); {wanted}") from error
         try:
             actual = self.exported(**inputs)
         except UserError as error:
             reason = str(error).removeprefix(f"{getattr(self.exported, 'path', '')}: ")  # a path in a temporary folder
-            raise Refused(f"{self.name}: {reason}; expected it to compute what PyTorch does") from None
+            raise Refused(f"{self.name}: {reason}; expected the same outputs as PyTorch") from None
         self.check_declared(actual)
         for name, reference in expected.items():
             self.check_alike(name, actual[name], reference)
@@ -102,8 +102,8 @@ class Compared:
             sizes = zip(declared, actual[name].shape, strict=False)  # empty for an unknown rank
             if any(isinstance(size, int) and size != own for size, own in sizes):
                 raise Refused(
-                    f"{self.name}, output {name}: {actual[name].shape}, where the graph declares {declared}; expected "
-                    "every axis that changes to be free"
+                    f"{self.name}, output {name}: {actual[name].shape}, but the graph declares {declared}; expected "
+                    "axes that vary to be declared as dynamic"
                 )
 
     def compare_sets(self, actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -135,7 +135,8 @@ class Compared:
         counts = {name: actual[name] for name in self.selected if actual[name].ndim == 1}
         if not np.array_equal(there, first) or not all(np.array_equal(array, number) for array in counts.values()):
             raise Refused(
-                f"{self.name}: rows of zeros, or {', '.join(counts)}, do not agree with the rows that there are"
+                f"{self.name}: rows of zeros between others, or a wrong {', '.join(counts) or 'number of rows'}; "
+                "expected zeros only after the last row"
             )
 
     def check_flips(self) -> None:
@@ -162,11 +163,11 @@ class Compared:
         alike = actual.shape == expected.shape or (self.tolerance == inf and actual.ndim == expected.ndim)
         if not alike or actual.dtype != expected.dtype:
             raise Refused(
-                f"{where}: {actual.dtype} {actual.shape}; expected {expected.dtype} {expected.shape} as PyTorch"
+                f"{where}: {actual.dtype} {actual.shape}; expected {expected.dtype} {expected.shape}, as in PyTorch"
             )
         finite = np.isfinite(expected)
         if (~np.isfinite(actual) & (finite if actual.shape == expected.shape else finite.all())).any():
-            raise Refused(f"{where}: not a finite number; expected finite ones as PyTorch")
+            raise Refused(f"{where}: not a finite number; expected finite numbers, as in PyTorch")
 
     def difference(self, output: str, actual: np.ndarray, expected: np.ndarray) -> float:
         """Return the largest absolute error. Raises Refused beyond the tolerance."""
