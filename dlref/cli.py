@@ -98,7 +98,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--final_test", type=bool, default=True, help="test the best checkpoint after a fit")
         parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="minutes between saves of last.ckpt")
         parser.add_argument("--debug", **switch, help="overfit three batches, and write nothing")
-        parser.add_argument("--profile", **switch, help="train a few steps, show where time goes")
+        parser.add_argument("--profile", **switch, help="train a few steps and show where the time goes")
         # The data modules share batches out between devices themselves.
         parser.set_defaults({"trainer.num_sanity_val_steps": 1, "trainer.use_distributed_sampler": False})
 
@@ -110,7 +110,7 @@ class TrainCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except RecursionError:
-            raise UserError("config: nested too deep, or in itself; expected YAML") from None
+            raise UserError("config: nested too deeply, or contains itself; expected YAML") from None
         command = self.config.subcommand
         self.options = options = self.config[command]
         check_parts(options)
@@ -157,7 +157,7 @@ class TrainCLI(LightningCLI):
         scratch = command == "fit" and asked is None
         taken = SLURMEnvironment.detect() and (scratch or command != "fit")
         if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
-            raise UserError(f"{path}: Lightning would take it where another was asked for; expected it elsewhere")
+            raise UserError(f"{path}: Lightning would load it whatever --ckpt_path is; expected it in another folder")
         return None if scratch else checkpoint_of(self.run, asked)
 
     def prepare_profile(self) -> None:
@@ -274,7 +274,7 @@ class TrainCLI(LightningCLI):
         """Write test.json and the figures."""
         results = self.trainer.test(model, datamodule=datamodule)
         if not results:
-            raise UserError("nothing to test on; expected a test split, and no limit of 0 batches of it")
+            raise UserError("nothing to test on; expected a test split, and trainer.limit_test_batches above 0")
         if not self.trainer.is_global_zero:
             return
         found = {key.removeprefix("test/"): value for key, value in results[0].items()}
@@ -282,7 +282,7 @@ class TrainCLI(LightningCLI):
         write_text(self.run / "test.json", json.dumps(values, indent=2) + "\n")
         print(f"test.json is in {self.run}")
         if self.trainer.world_size > 1:
-            print("no figures: each device saw a part; run test with --trainer.devices 1")
+            print("no figures: each device saw only a part of the data; run test with --trainer.devices 1")
             return
         model.draw(self.run / "figures")
         if (self.run / "metrics.csv").is_file():
@@ -298,7 +298,8 @@ class TrainCLI(LightningCLI):
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
         if len(answers) < len(names):
-            raise UserError(f"answers for {len(answers)} of {len(names)} inputs; expected no limit on the batches")
+            words = "expected no trainer.limit_predict_batches"
+            raise UserError(f"answers for {len(answers)} of {len(names)} inputs; {words}")
         rows = [{"input": name, **plain(answer)} for name, answer in zip(names, answers, strict=True)]
         path, pictures = self.run / "predictions.jsonl", self.run / "predictions"
         drawn = model.picture(answers[0]) is not None
@@ -312,7 +313,7 @@ def train(arguments: list[str] | None = None) -> int:
     try:
         TrainCLI(arguments)
     except (Interrupted, SIGTERMException) as reason:
-        print(f"told to end{reason}", file=sys.stderr)  # outside of training, Lightning's exception has no message
+        print(f"stopped by SIGTERM{reason}", file=sys.stderr)  # outside of training, `reason` has no message
         # 75 is os.EX_TEMPFAIL, which Windows lacks. Only a machine's first process returns it: Lightning kills that
         # process, whatever it is doing, once another one has ended with a status other than 0.
         return 0 if int(os.environ.get("LOCAL_RANK", 0)) else 75
@@ -331,11 +332,11 @@ def mendable(error: Exception) -> str | None:
             return one_line(error)
         case OSError() if error.errno in FULL:
             where = error.filename or "the run's folder"
-            return f"{where}: {error.strerror}; expected space; earlier checkpoints are intact"
+            return f"{where}: {error.strerror}; expected free space; earlier checkpoints are intact"
         case ValueError() if "`val_check_interval`" in str(error):  # Lightning's error for an interval that is too long
             return f"trainer: {one_line(error)}"
         case RuntimeError() if lost_another(error):
-            return "another process has ended; its own line says why"
+            return "another process has ended; its own error says why"
     return None
 
 

@@ -113,7 +113,7 @@ def check_part(part: dict) -> None:
     """Raise UserError for a class that is not for configs, and for a place to write."""
     path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
     if isinstance(path, str) and not for_configs(path):
-        raise UserError(f"{path}: not a class for configs; expected one that {ALLOWED} export")
+        raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
     if folder is not None or Path(named).anchor or ".." in Path(named).parts or "{" in named:
         raise UserError(
@@ -125,8 +125,8 @@ def check_schedule(path: str) -> None:
     """Raise UserError for a schedule whose second argument is not the run's number of steps, which is passed to it."""
     _, taken, *_ = inspect.signature(locate(path)).parameters
     if taken not in LENGTHS:
-        words = "the run's number of steps is given to it; expected CosineAnnealingLR, or one of dlref.tasks"
-        raise UserError(f"{path}: takes {taken} where {words}")
+        words = "expected the number of steps, as in CosineAnnealingLR and the schedules of dlref.tasks"
+        raise UserError(f"{path}: its first argument after the optimiser is {taken}; {words}")
 
 
 def check_trainer(options) -> None:
@@ -137,9 +137,9 @@ def check_trainer(options) -> None:
     method = getattr(options.strategy, "init_args", {}).get("start_method", options.strategy)
     copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
     if copies:  # each copy of this process would hold the claim on its folder
-        raise UserError(f"trainer.strategy: {method}; expected ddp, whose processes start anew")
+        raise UserError(f"trainer.strategy: {method}; expected ddp, which starts new processes")
     if str(options.precision) not in PRECISIONS:
-        words = "expected 32-true, or bf16-mixed, by which weights, losses and metrics stay float32"
+        words = "expected 32-true, or bf16-mixed, which keeps weights, losses and metrics in float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")
 
 
@@ -165,7 +165,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         encoding = locale.getpreferredencoding(False)  # for reading configs and for Lightning's metrics.csv
         if codecs.lookup(encoding).name != "utf-8":
-            raise UserError(f"this system's text is in {encoding}; expected UTF-8: set PYTHONUTF8=1")
+            raise UserError(f"this system's text encoding is {encoding}; expected UTF-8: set PYTHONUTF8=1")
 
     def error(self, message: str, ex: Exception | None = None):
         """Raise UserError with the parser's message on one readable line."""

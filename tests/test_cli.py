@@ -249,7 +249,7 @@ def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
     coarse = ["--run", "mine", "--trainer.check_val_every_n_epoch", "3"]
     for end in (["--trainer.max_steps", "2"], ["--ckpt_path", "last", "--final_test", "false"]):
         assert fit(*coarse, *end) == 0
-        assert "no validation came before the end: best.ckpt is last.ckpt" in capsys.readouterr().err
+        assert "training ended before its first validation: best.ckpt is a copy of last.ckpt" in capsys.readouterr().err
         assert best.read_bytes() == last.read_bytes()
         assert (tmp_path / "mine/test.json").is_file()
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
@@ -265,7 +265,7 @@ def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, cap
     (tmp_path / "mine/checkpoints/best.ckpt").unlink()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
     assert (
-        "only last.ckpt, as in a run killed before its first validation; expected a run that ended"
+        "only last.ckpt, as in a run killed before its first validation; expected a finished run"
         in capsys.readouterr().err
     )
 
@@ -297,7 +297,7 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     assert answers[7]["input"] == "7"
     few = ["--trainer.limit_predict_batches", "1"]
     assert train(["predict", "--config", str(moved / "config.yaml"), *few]) == 2
-    assert "of 360 inputs; expected no limit on the batches" in capsys.readouterr().err
+    assert "of 360 inputs; expected no trainer.limit_predict_batches" in capsys.readouterr().err
     assert train(["validate", "--config", str(moved / "config.yaml")]) == 0
     shown = float(re.search(r"val/accuracy +│ +(\S+)", capsys.readouterr().out)[1])
     logged = [float(row["val/accuracy"]) for row in rows(moved / "metrics.csv") if row["val/accuracy"]]
@@ -328,7 +328,7 @@ def test_a_system_whose_text_is_not_utf_8_is_told(tmp_path, monkeypatch, capsys)
     """Configs would be read in its encoding, and exported in another."""
     monkeypatch.setattr("locale.getpreferredencoding", lambda _: "cp1252")
     assert train(["fit", "--config", DIGITS, "--run", str(tmp_path / "mine")]) == 2
-    assert capsys.readouterr().err == "error: this system's text is in cp1252; expected UTF-8: set PYTHONUTF8=1\n"
+    assert capsys.readouterr().err == "error: this system's text encoding is cp1252; expected UTF-8: set PYTHONUTF8=1\n"
     assert not (tmp_path / "mine").exists()
 
 
@@ -485,7 +485,7 @@ def test_who_trains_in_bfloat16_on_a_processor_without_is_told(precision, capabi
     how = ["--trainer.precision", precision, "--trainer.accelerator", "cpu"]
     how += ["--final_test", "false", "--trainer.enable_model_summary", "false"]
     assert fit(*how, "--trainer.max_epochs", "1") == 0
-    assert ("imitates it, many times slower than 32-true" in capsys.readouterr().err) is told
+    assert ("emulates bfloat16, which is many times slower than 32-true" in capsys.readouterr().err) is told
 
 
 def test_a_fit_prints_the_parts_of_its_network_and_how_many_parameters_are_frozen(capsys):

@@ -76,8 +76,8 @@ def test_any_bit_that_turns_is_found(sealed):
     whole = sealed.read_bytes()
     for place in range(0, len(whole) - SIZE, 97):
         sealed.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert damage(sealed) == "its hash is another"
-    with pytest.raises(UserError, match=r"last.ckpt: damaged \(its hash is another\)"):
+        assert damage(sealed) == "its hash does not match"
+    with pytest.raises(UserError, match=r"last.ckpt: damaged \(its hash does not match\)"):
         read(sealed)
 
 
@@ -170,7 +170,7 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
     assert checkpoint_of(tmp_path, "last") == previous
     first, second = capsys.readouterr().err.splitlines()
     assert "last.ckpt: cut off after" in first
-    assert "last.ckpt: not there; previous.ckpt, the one before it, is whole and is used" in second
+    assert "last.ckpt: not found; using previous.ckpt, the intact checkpoint before it" in second
 
 
 @pytest.mark.parametrize("path", ["outside", "run/../outside", "run/link/own", "local://{}/outside", "run"])
@@ -247,7 +247,7 @@ def test_a_run_goes_on_by_its_own_seed_and_with_its_average(capsys):
     assert fit(**on, **average, seed_everything=6) == 2
     assert "seed_everything: 6, the checkpoint has 5; expected the same" in capsys.readouterr().err
     assert fit(**on, seed_everything=5) == 2
-    assert "trainer.callbacks: no average of the weights" in capsys.readouterr().err
+    assert "trainer.callbacks: no weight averaging" in capsys.readouterr().err
 
 
 def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
@@ -266,7 +266,7 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
     for last.batches in (12, 3):  # of which the six were a half, or two epochs: a schedule counts steps
-        with pytest.raises(UserError, match=f"the checkpoint is of batch 6 of {last.batches}, an epoch has 6 now"):
+        with pytest.raises(UserError, match=f"the checkpoint is at batch 6 of {last.batches}, but an epoch now has 6"):
             last.on_train_start(trainer, None)
 
 
@@ -279,7 +279,7 @@ def test_sigterm_keeps_the_step_and_the_run_goes_on_to_the_same(during, tmp_path
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 7 and tell())
     assert fit(run="told") == os.EX_TEMPFAIL
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "last.ckpt is of step 8; --ckpt_path last goes on from there" in capsys.readouterr().err
+    assert "last.ckpt is at step 8; --ckpt_path last resumes from there" in capsys.readouterr().err
     assert fit(run="told", ckpt_path="last") == 0
     assert equal(state_of(tmp_path / "told"), state_of(tmp_path / "whole"))
     assert (tmp_path / "told/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
@@ -301,7 +301,7 @@ def test_sigterm_where_nothing_is_kept_ends_a_fit_at_once(step, tmp_path, monkey
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
     assert fit(run="told", final_test="true") == os.EX_TEMPFAIL
-    assert capsys.readouterr().err.endswith("told to end\n")
+    assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
     assert (tmp_path / "told").exists() == (step == "test_step")
     assert not (tmp_path / "told/test.json").exists()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -312,7 +312,7 @@ def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys)
     for command, step in (("validate", "validation_step"), ("test", "test_step"), ("predict", "predict_step")):
         monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
         assert train([command, "--config", "mine/config.yaml"]) == os.EX_TEMPFAIL
-        assert capsys.readouterr().err.endswith("told to end\n")
+        assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
 
 
 def test_the_processes_of_other_devices_end_with_the_one_that_started_them(monkeypatch):
@@ -343,7 +343,7 @@ def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):
     for error in (RuntimeError(gloo), dist.DistBackendError("NCCL error: ncclRemoteError: a peer has gone")):
         monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
         assert train([]) == 2
-        assert capsys.readouterr().err == "error: another process has ended; its own line says why\n"
+        assert capsys.readouterr().err == "error: another process has ended; its own error says why\n"
     others = (
         "CUDA out of memory",
         "cannot read igloo.jpg",
@@ -457,7 +457,7 @@ def test_no_room_is_one_line(number, monkeypatch, capsys):
     """The disk's, the user's share of it, or what its file system lets a file have."""
     monkeypatch.setattr(dlref.cli, "TrainCLI", raising(OSError(number, os.strerror(number), "last.ckpt")))
     assert train([]) == 2
-    expected = f"error: last.ckpt: {os.strerror(number)}; expected space; earlier checkpoints are intact\n"
+    expected = f"error: last.ckpt: {os.strerror(number)}; expected free space; earlier checkpoints are intact\n"
     assert capsys.readouterr().err == expected
 
 
@@ -546,7 +546,7 @@ def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(durin
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     (tmp_path / "mine/hpc_ckpt_1.ckpt").touch()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
-    assert "hpc_ckpt_1.ckpt: Lightning would take it where another was asked for" in capsys.readouterr().err
+    assert "hpc_ckpt_1.ckpt: Lightning would load it whatever --ckpt_path is" in capsys.readouterr().err
 
 
 def test_two_fits_do_not_share_a_folder(tmp_path, capsys):
@@ -639,7 +639,7 @@ def test_a_run_that_ends_between_validations_keeps_its_last_step(tmp_path):
 
 def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
     assert fit(trainer__accumulate_grad_batches=4, trainer__val_check_interval=3) == 2
-    assert "validation after each 3 batches, the optimiser's step after each 4" in capsys.readouterr().err
+    assert "validation every 3 batches, an optimiser step every 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
         ({"trainer.val_check_interval": "00:00:10:00"}, "trainer.val_check_interval: a time; expected a number"),
         (
             {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 8},
-            "validation after each 8 batches, the optimiser's step after each 4",
+            "validation every 8 batches, an optimiser step every 4",
         ),
         ({"trainer.limit_val_batches": 0.00001}, "limit_val_batches"),
         ({"trainer.max_epochs": -1, "trainer.max_time": "00:00:10:00"}, "expected trainer.max_epochs or max_steps"),
@@ -662,7 +662,7 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
         ({"trainer.val_check_interval": 1000}, "error: trainer: `val_check_interval` (1000) must be less than"),
         (
             {"model.init_args.lr_scheduler": "torch.optim.lr_scheduler.ExponentialLR"},
-            "ExponentialLR: takes gamma where the run's number of steps is given to it; expected CosineAnnealingLR",
+            "ExponentialLR: its first argument after the optimiser is gamma; expected the number of steps",
         ),
         (
             {"trainer.callbacks+": "dlref.tasks.EMA", "trainer.callbacks.update_every_n_steps": 0},
@@ -679,7 +679,7 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
                 "trainer.callbacks.monitor": "val/loss",
                 "trainer.callbacks.check_on_train_epoch_end": "true",
             },
-            "EarlyStopping: check_on_train_epoch_end true, by when a resumed run has no metrics; expected none",
+            "EarlyStopping: check_on_train_epoch_end true, a resumed run has no metrics at that time; expected false",
         ),
         (
             {
@@ -687,14 +687,14 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
                 "trainer.callbacks.scheduling": '{"1": 4}',
                 "trainer.accumulate_grad_batches": 1,
             },
-            "GradientAccumulationScheduler: a resumed run would train something else; expected none",
+            "GradientAccumulationScheduler: a resumed run would train differently; expected none",
         ),
         (
             {
                 "trainer.callbacks+": "lightning.pytorch.callbacks.StochasticWeightAveraging",
                 "trainer.callbacks.swa_lrs": 0.1,
             },
-            "StochasticWeightAveraging: a resumed run would train something else; expected none",
+            "StochasticWeightAveraging: a resumed run would train differently; expected none",
         ),
         ({"trainer.callbacks+": "lightning.pytorch.callbacks.BatchSizeFinder"}, "BatchSizeFinder: a resumed run"),
         ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),
@@ -703,14 +703,14 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
         ({"trainer.limit_test_batches": 0.01, "final_test": "true"}, "trainer.limit_test_batches: 0.01 of "),
         ({"trainer.devices": -1}, "`devices` selected with `CPUAccelerator` should be an int > 0"),
         ({"seed_everything": -1}, "seed_everything: -1; expected 0 to 4294967295"),
-        ({"trainer.strategy": "ddp_fork"}, "trainer.strategy: ddp_fork; expected ddp, whose processes start anew"),
-        ({"trainer.strategy": "ddp_spawn_find_unused_parameters_true"}, "expected ddp, whose processes start anew"),
+        ({"trainer.strategy": "ddp_fork"}, "trainer.strategy: ddp_fork; expected ddp, which starts new processes"),
+        ({"trainer.strategy": "ddp_spawn_find_unused_parameters_true"}, "expected ddp, which starts new processes"),
         (
             {
                 "trainer.strategy": "lightning.pytorch.strategies.DDPStrategy",
                 "trainer.strategy.start_method": "spawn",
             },
-            "trainer.strategy: spawn; expected ddp, whose processes start anew",
+            "trainer.strategy: spawn; expected ddp, which starts new processes",
         ),
     ],
 )
@@ -772,7 +772,7 @@ def test_a_run_that_stops_in_an_epoch_without_validation_is_kept(during, tmp_pat
     during("on_train_batch_end", lambda self, trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 4))
     assert fit(run="mine", trainer__check_val_every_n_epoch=5) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 4
-    assert "no validation came before the end: best.ckpt is last.ckpt" in capsys.readouterr().err
+    assert "training ended before its first validation: best.ckpt is a copy of last.ckpt" in capsys.readouterr().err
 
 
 def test_checkpoints_of_a_config_s_own_are_written_and_leave_the_run_to_be_tested(tmp_path):
@@ -823,7 +823,7 @@ def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 2 and tell())
     assert fit(run="mine") == os.EX_TEMPFAIL
     assert fit(run="mine", ckpt_path="last", trainer__limit_train_batches=5) == 2
-    assert "the checkpoint is of batch 3 of 6, an epoch has 5 now" in capsys.readouterr().err
+    assert "the checkpoint is at batch 3 of 6, but an epoch now has 5" in capsys.readouterr().err
 
 
 def test_what_a_schedule_counts_on_stays_as_it_was(capsys):

@@ -844,7 +844,7 @@ def test_weights_that_differ_are_not_put_into_one_tensor(tmp_path):
     load_weights(network, tmp_path / "tied.pth")
     assert network.embed.weight.eq(1).all()
     with pytest.raises(
-        UserError, match=r"apart\.pth: output\.weight and embed\.weight differ, and are one tensor here"
+        UserError, match=r"apart\.pth: output\.weight and embed\.weight differ, but this network ties them"
     ):
         load_weights(network, tmp_path / "apart.pth")
     freeze(network, "output")

@@ -35,7 +35,7 @@ class Interrupted(Exception):
     """The process was told to end, and the run can resume from `path`."""
 
     def __init__(self, path: Path, step: int):
-        super().__init__(f": {path} is of step {step}; --ckpt_path last goes on from there")
+        super().__init__(f": {path} is at step {step}; --ckpt_path last resumes from there")
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -132,8 +132,8 @@ class Last(Checkpoint):
         """Read the run's position in its epoch. Raises UserError."""
         if "averaging_state" in checkpoint and not any(isinstance(one, WeightAveraging) for one in trainer.callbacks):
             raise UserError(
-                "trainer.callbacks: no average of the weights, the checkpoint is of one; expected those of the run's "
-                "config.yaml, or model.init_args.weights for a run that begins with its weights"
+                "trainer.callbacks: no weight averaging, but the checkpoint holds averaged weights; expected the "
+                "callbacks of the run's config.yaml, or model.init_args.weights for a new run that starts from them"
             )
         try:
             loaders = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
@@ -161,17 +161,18 @@ class Last(Checkpoint):
         seed = trainer.train_dataloader.sampler.run
         if self.batches not in (None, batches):  # also at an epoch's end: a schedule counts steps
             raise UserError(
-                f"the checkpoint is of batch {self.taken} of {self.batches}, an epoch has {batches} now; expected the "
-                "same data, batch size and devices"
+                f"the checkpoint is at batch {self.taken} of {self.batches}, but an epoch now has {batches}; expected "
+                "the same data, batch size and devices"
             )
         if self.accumulated not in (None, added):
             raise UserError(
                 f"trainer.accumulate_grad_batches: {added}, the checkpoint has {self.accumulated}; expected the same, "
-                "for a schedule counts steps"
+                "because schedules count steps"
             )
         if self.seed not in (None, seed):
             raise UserError(
-                f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, for steps draw from it"
+                f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, so that the run "
+                "continues as if it had not stopped"
             )
         self.batches, self.accumulated, self.seed = batches, added, seed
         # Lightning loses the position when a schedule asks for the number of steps.
@@ -222,7 +223,7 @@ class Last(Checkpoint):
                 os.replace(shutil.copy(self.path, part), self.path.with_name("best.ckpt"))
             finally:
                 part.unlink(missing_ok=True)
-            print("no validation came before the end: best.ckpt is last.ckpt", file=sys.stderr)
+            print("training ended before its first validation: best.ckpt is a copy of last.ckpt", file=sys.stderr)
         trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
@@ -251,8 +252,8 @@ def check_interval(trainer: Trainer) -> None:
     through = trainer.check_val_every_n_epoch is None  # across epochs, whose last step may have fewer batches
     if (every % added and (through or every < batches)) or (through and batches % added):
         raise UserError(
-            f"trainer.val_check_interval: validation after each {every} batches, the optimiser's step after each "
-            f"{added}; expected a multiple: no checkpoint has accumulated gradients"
+            f"trainer.val_check_interval: validation every {every} batches, an optimiser step every {added}; "
+            "expected a multiple, because a checkpoint has no accumulated gradients"
         )
 
 
@@ -260,11 +261,11 @@ def make_resumable(callbacks: list[Callback]) -> None:
     """Refuse callbacks that would change a resumed run, and make early stopping check only after validation."""
     for callback in callbacks:
         if isinstance(callback, UNRESUMED):
-            raise UserError(f"{type(callback).__name__}: a resumed run would train something else; expected none")
+            raise UserError(f"{type(callback).__name__}: a resumed run would train differently; expected none")
         if isinstance(callback, EarlyStopping):
             if callback._check_on_train_epoch_end:
-                words = "check_on_train_epoch_end true, by when a resumed run has no metrics; expected none"
-                raise UserError(f"EarlyStopping: {words}")
+                words = "a resumed run has no metrics at that time; expected false"
+                raise UserError(f"EarlyStopping: check_on_train_epoch_end true, {words}")
             callback._check_on_train_epoch_end = False  # after validation, before its checkpoint, and not again
 
 

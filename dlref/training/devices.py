@@ -16,7 +16,7 @@ def warn_of_slow_bfloat16(trainer: Trainer) -> None:
     """Warn on stderr if the CPU emulates bfloat16 in float32, which is many times slower (x86 with AVX2 only)."""
     slow = trainer.strategy.root_device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if slow and trainer.precision.startswith("bf16") and trainer.is_global_zero:
-        words = "this processor has no bfloat16 and imitates it, many times slower than 32-true"
+        words = "this processor emulates bfloat16, which is many times slower than 32-true"
         print(f"trainer.precision {trainer.precision}: {words}", file=sys.stderr)
 
 

@@ -44,8 +44,8 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
         if theirs != own and not (replaced and others):
             raise UserError(
                 f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
-                f"{shortened(own)}; expected the same (texts: data.init_args.tokenizer, the run's folder), or a "
-                "different number"
+                f"{shortened(own)}; expected the same (for texts, set data.init_args.tokenizer to the run's folder), "
+                "or a different number of them"
             )
 
 

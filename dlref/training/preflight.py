@@ -27,12 +27,12 @@ class Preflight(Callback):
         # A run that is resumed in an epoch without validation has not loaded that split yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
-            raise UserError("nothing to validate on, so no checkpoint is the best; expected a validation split")
+            raise UserError("nothing to validate on, so best.ckpt cannot be chosen; expected a validation split")
         if self.tests:
             count, share = len(trainer.datamodule.test_dataloader()), trainer.limit_test_batches
             if isinstance(share, float) and share * count < 1:
                 raise UserError(
-                    f"trainer.limit_test_batches: {share} of {count}; expected a batch, or --final_test false"
+                    f"trainer.limit_test_batches: {share} of {count}; expected one batch or more, or --final_test false"
                 )
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, batch, batch_idx: int) -> None:

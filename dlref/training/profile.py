@@ -172,7 +172,7 @@ class StepProfile(Profiler):
             return
         if len(self.steps) <= WARM_UP + self.free:
             raise UserError(
-                f"the run ended after {len(self.steps)} steps; expected more than {WARM_UP + self.free}, of which the "
+                f"the run ended after {len(self.steps)} steps; expected more than {WARM_UP + self.free}, because the "
                 "first are not timed"
             )
         findings = self.findings()

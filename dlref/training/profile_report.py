@@ -18,7 +18,7 @@ BUSY = 0.7  # below this share the GPU waits for kernels to be launched
 ADVICE = {
     "data": "Waiting for data bounds the run. Try more data.init_args.num_workers, smaller files to decode, or data "
     "that is kept in memory.",
-    "callbacks": "Callbacks bound the run. Try to have them do their work less often, as EMA's update_every_n_steps.",
+    "callbacks": "Callbacks bound the run. Try to run them less often, for example with EMA's update_every_n_steps.",
     "logging": "Logging bounds the run. Try a larger trainer.log_every_n_steps, or trainer.enable_progress_bar false.",
     "loop": "Lightning's loop around the steps bounds the run: they are short. Try a larger batch, for fewer of them.",
     "launches": "Python and the launches of kernels bound the run: the GPU waits for them. Try "
@@ -68,12 +68,12 @@ class Findings:
     def lines(self) -> list[str]:
         """Return the text below the table."""
         mean, median = statistics.fmean(self.free), statistics.median(self.free)
-        said = [f"A step takes {milli(mean)} in the mean and {milli(median)} in the median of {len(self.free)}."]
+        said = [f"A step takes {milli(mean)} on average, {milli(median)} in the median, over {len(self.free)} steps."]
         if self.busy is not None:
             said += [
-                f"In the table it is {milli(statistics.fmean(self.steps))}: there each part waits for the GPU, which "
-                "tells them apart.",
-                f"The GPU computes {self.busy:.0%} of a step.",
+                f"In the table a step takes {milli(statistics.fmean(self.steps))}: there each part waits for the GPU, "
+                "so that its time can be told from the others'.",
+                f"The GPU is busy for {self.busy:.0%} of a step.",
             ]
         said += [
             f"A checkpoint takes {milli(self.checkpoint)}. At most {self.checkpoints:.2g} are written in an epoch of "

@@ -54,20 +54,20 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
     if not os.path.isfile(path):  # Path's methods raise for inaccessible paths before Python 3.14
         if path.name == "best.ckpt" and os.path.isfile(path.with_name("last.ckpt")):
             raise UserError(
-                f"{path}: not there, only last.ckpt, as in a run killed before its first validation; "
-                "expected a run that ended"
+                f"{path}: not found, only last.ckpt, as in a run killed before its first validation; "
+                "expected a finished run"
             )
-        raise UserError(f"{path}: no checkpoint there; expected the folder of a run that was trained")
+        raise UserError(f"{path}: no checkpoint there; expected the folder of a trained run")
     return path
 
 
 def intact(last: Path, previous: Path) -> Path:
     """Return the last checkpoint; if it is damaged or missing, print a line and return the one before it."""
-    wrong = damage(last) if os.path.isfile(last) else "not there"
+    wrong = damage(last) if os.path.isfile(last) else "not found"
     if wrong is None or not os.path.isfile(previous) or damage(previous):
         return last
     if rank_zero_only.rank == 0:
-        print(f"{last}: {wrong}; {previous.name}, the one before it, is whole and is used", file=sys.stderr)
+        print(f"{last}: {wrong}; using {previous.name}, the intact checkpoint before it", file=sys.stderr)
     return previous
 
 
@@ -232,7 +232,7 @@ def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iter
     files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
     if twice:
-        raise UserError(f"{folder}: two inputs would become {twice}; expected names that differ")
+        raise UserError(f"{folder}: two inputs would be written to {twice}; expected names that differ")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
     try:

@@ -81,4 +81,4 @@ def damage(path: Path) -> str | None:
             block = file.read(min(BLOCK, left))
             sha256.update(block)
             left -= len(block)
-    return None if seal.endswith(sha256.hexdigest().encode()) else "its hash is another"
+    return None if seal.endswith(sha256.hexdigest().encode()) else "its hash does not match"

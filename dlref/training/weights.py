@@ -43,7 +43,7 @@ def read(path: Path) -> object:
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a .safetensors or .pt state dict, or the folder of a run")
     if seal_of(path) and (wrong := damage(path)):
-        raise UserError(f"{path}: damaged ({wrong}); expected it as it was written")
+        raise UserError(f"{path}: damaged ({wrong}); expected the file as it was written")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -85,7 +85,8 @@ def check_tied(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> 
     for key in (key for key, value in own.items() if key in state and value.numel()):
         other = first.setdefault(own[key].data_ptr(), key)
         if other != key and not torch.equal(state[key], state[other]):
-            raise UserError(f"{path}: {key} and {other} differ, and are one tensor here; expected weights tied so")
+            words = "but this network ties them; expected equal tensors"
+            raise UserError(f"{path}: {key} and {other} differ, {words}")
 
 
 def load_weights(network: nn.Module, path: Path) -> list[str]:

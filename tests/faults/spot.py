@@ -117,7 +117,7 @@ def goes_on(run: Path, whole: Path, folder: Path) -> str:
     """Resume a run, once: how it went."""
     (folder / "output.txt").unlink()
     status = in_a_process(fit_words(FAMILY, run, checkpoint_minutes=0, ckpt_path="last"), folder)
-    lines = [line for line in (folder / "output.txt").read_text().splitlines() if "previous.ckpt, the one" in line]
+    lines = [line for line in (folder / "output.txt").read_text().splitlines() if "using previous.ckpt" in line]
     found = differing(run, whole)
     return "resumed, equal" if (status, len(lines), found) == (0, 1, []) else f"{status}, {lines}, {found}"
 
