@@ -798,13 +798,13 @@ def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
     [
         ({"boxes": np.zeros((1, 2, 3), np.float32)}, "boxes float32"),
         ({"scores": np.zeros((1, 2))}, "scores float64"),
-        ({"scores": np.full((1, 2), np.nan, np.float32)}, "no finite"),
+        ({"scores": np.full((1, 2), np.nan, np.float32)}, "not finite"),
         ({"labels": np.full((1, 2), 2)}, "classes 2 to 2; expected 0 to 1"),
         ({"labels": np.full((1, 2), -1)}, "classes -1 to -1; expected 0 to 1"),
         ({"boxes": np.float32([[[5, 5, 2, 9]] * 2])}, "boxes that end before they begin"),
         ({"count": np.array([3])}, "a count of 3"),
         ({"count": np.array([-1])}, "a count of -1"),
-        ({"count": None}, "no answer count"),
+        ({"count": None}, "returns no count"),
     ],
 )
 def test_what_no_detector_answers_is_one_line(change, message):
@@ -902,9 +902,9 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeyp
     assert "drawn.png: expected a folder" in capsys.readouterr().err
     (tmp_path / "pipe.png").symlink_to("/dev/null")
     assert main([str(folder), one, "--overlay", str(tmp_path / "pipe.png")]) == 2
-    assert "pipe.png: no file that may be replaced" in capsys.readouterr().err
+    assert "pipe.png: exists and is not a file" in capsys.readouterr().err
     assert main([str(folder), one, one, "--overlay", str(tmp_path / "twice")]) == 2
-    assert "two inputs would become one.png" in capsys.readouterr().err
+    assert "two inputs would be written to one.png" in capsys.readouterr().err
 
 
 def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path):

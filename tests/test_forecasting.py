@@ -278,7 +278,7 @@ def test_changes_beyond_float32_are_one_line_and_no_warning():
     served = task.deployable(window_of(torch.rand(1, 10)))
     runner = make_runner("forecasting", served.graphs, served.metadata)
     for target in ([3e38, -3e38] * 10, [1.0, 2.0] * 20 + [3e38, -3e38, 1.0, 2.0], [-3e38, None, 3e38, 3.4e38, 3e38]):
-        with pytest.raises(UserError, match="no finite forecast"):
+        with pytest.raises(UserError, match="the forecast is not finite"):
             runner({"start": START, "target": target})
     assert np.isfinite(runner({"start": START, "target": [3e38, -3e38] + [1.0, 2.0] * LONGEST})["mean"]).all()
 
@@ -563,7 +563,7 @@ def test_requests_of_other_seeds_are_answered_apart(runner):
 def test_another_number_of_paths_than_a_bundle_is_fixed_to_is_refused(runner):
     step = SimpleNamespace(shape=runner.step.shape | {"noise": (1, 8, 1)})
     fixed = make_runner("forecasting", {"encode": runner.encode, "step": step}, runner.metadata)
-    with pytest.raises(UserError, match="num_samples: 100; expected 8, which this bundle is fixed to"):
+    with pytest.raises(UserError, match="num_samples: 100; expected 8, the fixed number of this bundle"):
         fixed([instance()])
 
 
@@ -621,7 +621,7 @@ def test_one_bad_line_or_file_has_its_error_and_the_others_their_answers(runner,
 
 
 def test_a_forecast_beyond_float32_names_its_series(runner):
-    with pytest.raises(UserError, match=r"request: instances\[1\]: no finite forecast"):
+    with pytest.raises(UserError, match=r"request: instances\[1\]: the forecast is not finite"):
         runner({"instances": [instance(), instance(target=[3e38] * 30)]})
 
 
@@ -638,9 +638,9 @@ def test_files_hold_a_request_a_series_or_one_on_each_line(runner, tmp_path):
 
 
 BAD_REQUESTS = [
-    ({"instances": [instance()], "num_samples": 7}, "'num_samples'; expected instances and configuration alone"),
-    (instance(feat_static_cat=[1]), "feat_static_cat; expected it to be called cat"),
-    (instance(feat_dynamic_real=[[0.5] * 34]), "feat_dynamic_real; expected it to be called dynamic_feat"),
+    ({"instances": [instance()], "num_samples": 7}, "'num_samples'; expected only instances and configuration"),
+    (instance(feat_static_cat=[1]), "feat_static_cat; expected cat, its name"),
+    (instance(feat_dynamic_real=[[0.5] * 34]), "feat_dynamic_real; expected dynamic_feat, its name"),
     ("[]", "'[]'; expected one JSON object"),
     ("{", "expected one JSON object"),
     ("", "expected one JSON object"),
@@ -691,7 +691,7 @@ BAD_REQUESTS = [
     ({"instances": [instance()], "configuration": {"quantiles": {"0.1": 3}}}, "quantiles: {'0.1': 3}"),
     ({"instances": [instance()], "configuration": {"quantiles": [" 0.5 "]}}, "quantiles: [' 0.5 ']"),
     ({"instances": [instance()], "configuration": {"quantiles": ["0.0"]}}, "quantiles: ['0.0']"),
-    (instance(cat=[3]), "cat[0]: 3; expected a value that training has"),
+    (instance(cat=[3]), "cat[0]: 3; expected a value seen in training"),
     ({"instances": [instance()], "configuration": {"num_samples": 10**9}}, "num_samples: 1000000000"),
     ({"instances": [instance()], "configuration": {"num_samples": "100"}}, "num_samples: '100'"),
     ({"instances": [instance()], "configuration": {"num_samples": True}}, "num_samples: True"),
@@ -925,7 +925,7 @@ def test_rows_of_two_tables_are_joined_by_name(tmp_path):
         ({"val_windows": 0}, "val_windows: 0; expected at least 1"),
         ({"points": -1}, "points: -1; expected at least 1"),
         ({"length": 100}, "length: 100; expected at least 336"),
-        ({"points": 396}, "points: expected none where test or predict"),
+        ({"points": 396}, "points: 396; expected none, since test or predict"),
         ({"cardinality": [3]}, "cat[0]: 3; expected 0 to 2"),
         ({"cardinality": [4, 4]}, "cardinality: [4, 4]; expected auto or 1 numbers"),
         ({"prediction_length": 200}, "train: all 6 series are too short"),
@@ -948,7 +948,7 @@ def test_zeros_are_not_drawn_by_their_scale(tmp_path):
 def test_tables_of_other_series_are_refused(tmp_path):
     for name, series in (("train", "H1"), ("test", "H2")):
         (tmp_path / f"{name}.csv").write_text("V1,V2\n" + f"{series},1")
-    with pytest.raises(UserError, match="series H1 is in one of the files; expected those of"):
+    with pytest.raises(UserError, match="series H1 is in only one of the files; expected those of"):
         RowSeries(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), **SIZES).setup()
 
 

@@ -126,7 +126,7 @@ def test_a_text_that_a_tokeniser_changes_is_refused(tmp_path):
     described = tokenizer_of(str(changed_file(tmp_path, change)), [], 0)
     (tmp_path / "a.txt").write_text(SENTENCES + "a qq b" + SENTENCES)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"b'qq b.*becomes b' b.*expected the text itself"):
+    with pytest.raises(UserError, match=r"b'qq b.*becomes b' b.*expected the text unchanged"):
         data.setup()
     assert make_tokenizer(described).encode("a b")
 
@@ -142,14 +142,14 @@ def changed_file(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda known: known.update(normalizer={"type": "Lowercase"}), "b'Stra.*expected the text itself"),
-        (lambda known: known.update(normalizer={"type": "NFC"}), "expected the text itself"),
-        (lambda known: known.update(normalizer={"type": "NFKC"}), "expected the text itself"),
-        (lambda known: renamed(known["model"], "Ã", "zz"), "expected the text itself"),
-        (lambda known: known.update(pre_tokenizer=removing(known["pre_tokenizer"])), "expected the text itself"),
+        (lambda known: known.update(normalizer={"type": "Lowercase"}), "b'Stra.*expected the text unchanged"),
+        (lambda known: known.update(normalizer={"type": "NFC"}), "expected the text unchanged"),
+        (lambda known: known.update(normalizer={"type": "NFKC"}), "expected the text unchanged"),
+        (lambda known: renamed(known["model"], "Ã", "zz"), "expected the text unchanged"),
+        (lambda known: known.update(pre_tokenizer=removing(known["pre_tokenizer"])), "expected the text unchanged"),
         (lambda known: known.update(added_tokens=[]), "expected </s> or <|endoftext|>"),
         (lambda known: known.update(pre_tokenizer={"type": "Whitespace"}), "expected"),
-        (lambda known: known.pop("model"), "expected one of tokenizers"),
+        (lambda known: known.pop("model"), "expected one of the package tokenizers"),
         (lambda known: known["model"]["vocab"].update({"字": 300}), "expected GPT-2's bytes"),
     ],
 )
@@ -163,8 +163,8 @@ def test_a_tokeniser_that_is_none_for_this_is_refused(tmp_path, change, complain
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "expected one of tokenizers"),
-        ("[]", "expected one of tokenizers"),
+        ("{", "expected one of the package tokenizers"),
+        ("[]", "expected one of the package tokenizers"),
         ('{"kind": "word", "tokens": ["<pad>", "<unk>", "<s>", "</s>"]}', "a tokeniser that changes texts"),
         ('{"kind": "character", "exact": true, "tokens": ["a"]}', "tokeniser of kind 'character'"),
     ],
@@ -459,7 +459,7 @@ def test_files_of_tokens_are_replaced_together_or_not_at_all(tmp_path, capsys):
         return main([str(tmp_path / "out"), *patterns, "--tokenizer", "character", "--vocabulary-size", "50"])
 
     assert made("a.txt", "b.txt") == 0
-    assert "val: 5 tokens, 1 of them characters that are not in the vocabulary\n" in capsys.readouterr().out
+    assert "val: 5 tokens, 1 of them for characters that are not in the vocabulary\n" in capsys.readouterr().out
     known = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert made("b.txt", "bad.txt") == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == known

@@ -96,9 +96,10 @@ def test_export_says_how_much_better_a_bundle_is_and_no_times_of_a_busy_machine(
     gains = runpy.run_path(ROOT / "export.py")["gains"]
     bundle = {"latency_ms": 2.0, "first_answer_s": 0.1, "peak_rss_mb": 100.0, "installed_mb": None, "waited": None}
     eager = {"latency_ms": 5.0, "first_answer_s": 2.0, "peak_rss_mb": 800.0, "installed_mb": 4000.0, "waited": 0.0}
-    assert gains(bundle, eager) == "beside PyTorch: 2.5x faster, 20.0x sooner to the first answer, 8.0x less memory"
+    found = gains(bundle, eager)
+    assert found == "compared with PyTorch: 2.5x faster, 20.0x faster to the first answer, 8.0x less memory"
     busy = gains(bundle | {"waited": 0.4}, eager)
-    assert busy == "beside PyTorch: 8.0x less memory, no times, for other programs held the machine up"
+    assert busy == "compared with PyTorch: 8.0x less memory, no times, because other programs kept the machine busy"
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -445,7 +446,7 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
         refuses(arguments, complaint, capsys)
     assert runtime(["bundle", "eins zwei", "request.json", "--overlay", "maps"]) == 2
     drawn = capsys.readouterr()
-    assert "a request of several is not drawn" in drawn.err
+    assert "a request with several texts cannot be drawn" in drawn.err
     second = json.loads(drawn.out.splitlines()[1])
     assert second["predictions"] == request["predictions"]
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["1.png"]
@@ -510,13 +511,13 @@ def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, t
     assert answer["input"] == "request.jsonl:1"
     assert answer["generated_text"] in (" the cat", " the dog", " the bird", " the cow")
     for arguments, complaint in (
-        (["bundle"], "required: INPUT, or --prompt in its place"),
-        (["bundle", "a", "--prompt", "b"], "required: INPUT, or --prompt in its place"),
+        (["bundle"], "either INPUT or --prompt is required, and not both"),
+        (["bundle", "a", "--prompt", "b"], "either INPUT or --prompt is required, and not both"),
         (["bundle", "--prompt", os.fsdecode(b"a\xff")], "input: half of a surrogate pair, or not UTF-8"),
         (["bundle", "a", "--temperature", "-1"], "--temperature: -1; expected a number from 0 to 100"),
         (["bundle", "a", "--top-k", "1.5"], "--top-k: 1.5; expected a whole number"),
-        (["bundle", "a", "--beam", "3"], "--beam: not of this bundle"),
-        (["bundle", "a", "--overlay", "a.png"], "these answers are not drawn"),
+        (["bundle", "a", "--beam", "3"], "--beam: unknown to this bundle"),
+        (["bundle", "a", "--overlay", "a.png"], "this bundle's answers cannot be drawn"),
     ):
         refuses(arguments, complaint, capsys)
 

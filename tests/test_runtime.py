@@ -267,7 +267,7 @@ def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
     assert "(2 of 6 inputs have no answer)" in printed.err
     (tmp_path / "empty").mkdir()
     assert main([str(bundle), str(tmp_path / "empty")]) == 2
-    assert "no file in it" in capsys.readouterr().err
+    assert "no files in this folder" in capsys.readouterr().err
 
 
 def test_answers_stay_alone_where_standard_error_is_closed(bundle, tmp_path, capsys, monkeypatch):
@@ -529,7 +529,7 @@ def test_pictures_that_no_answer_is_are_refused_before_any_answer(option, bundle
     assert main([str(bundle), str(tmp_path / "white.png"), option, str(tmp_path / "out.png")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.search(r"^error: these answers are (no pictures|not drawn); expected", printed.err)
+    assert re.search(r"^error: this bundle's answers (are not pictures|cannot be drawn); expected", printed.err)
 
 
 def test_json_lines(bundle, tmp_path, capsys):
@@ -556,7 +556,7 @@ def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundl
         assert printed.startswith(f"error: argument {wrong[0]}: {wrong[1]}; expected 1 or more")
         assert len(printed.splitlines()) == 1
     assert main([str(bundle), "absent.png", "--beam", "2"]) == 2
-    assert capsys.readouterr().err == "error: --beam: not of this bundle; expected a bundle of another kind\n"
+    assert capsys.readouterr().err == "error: --beam: unknown to this bundle; expected a bundle of another kind\n"
 
 
 def test_no_option_is_of_two_kinds():
@@ -593,9 +593,9 @@ def test_a_text_that_begins_as_an_option_does(bundle, capsys):
 def test_a_text_as_it_comes_is_nothing_else(bundle, tmp_path, monkeypatch, capsys, option):
     monkeypatch.chdir(tmp_path)
     assert main([str(bundle), "--prompt", "a", *option]) == 2
-    assert "without --form, --output or a picture" in capsys.readouterr().err
+    assert "--form, --output and --overlay cannot be used with it" in capsys.readouterr().err
     assert main([str(bundle), "--prompt", "a"]) == 2
-    assert "do not come piece by piece; expected a bundle of a language model" in capsys.readouterr().err
+    assert "does not generate text piece by piece; expected a bundle of a language model" in capsys.readouterr().err
 
 
 def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
@@ -642,7 +642,7 @@ def test_what_onnxruntime_refuses_is_one_line(bundle):
         load(bundle)(grey(7))
     assert "\n" not in str(error.value)
     write_manifest(bundle, metadata={**METADATA, "labels": ["one"]})
-    with pytest.raises(UserError, match=r"answers \[1, 2\]; expected 1 classes"):
+    with pytest.raises(UserError, match=r"returns \[1, 2\]; expected 1 classes"):
         load(bundle)(grey(7))
     (bundle / "classify.onnx").write_bytes(b"junk")
     write_manifest(bundle)

@@ -438,7 +438,7 @@ def test_answers_that_are_no_numbers_are_refused(output, value, runner, monkeypa
 
     broken.shape = step.shape
     monkeypatch.setattr(runner, "step", broken)
-    with pytest.raises(UserError, match="probabilities or attention that are no numbers"):
+    with pytest.raises(UserError, match="probabilities or attention that are not finite"):
         runner("abc")
 
 
@@ -553,7 +553,7 @@ BAD = [
     ({"source": ""}, "input: source: empty"),
     ({"source": "a", "beam": 3}, "expected source and configuration"),
     ({"source": "a", "configuration": []}, "expected source and configuration"),
-    ({"source": "a", "configuration": {"beam": 1}}, "configuration of attention_matrix alone"),
+    ({"source": "a", "configuration": {"beam": 1}}, "expected only source and configuration of attention_matrix"),
     ({"source": "a", "configuration": {"attention_matrix": 3}}, "attention_matrix: '3'; expected true or false"),
     ({"instances": []}, "input: instances: expected a list"),
     ({"instances": {}}, "input: instances: expected a list"),
@@ -641,7 +641,7 @@ def test_a_vocabulary_smaller_than_the_graphs_is_refused():
 def test_attention_is_drawn(runner):
     picture = runner.draw("abc", runner("abc"))
     assert np.asarray(picture.convert("L")).std() > 5
-    with pytest.raises(UserError, match="a request of several is not drawn"):
+    with pytest.raises(UserError, match="a request with several texts cannot be drawn"):
         runner.draw("abc", runner({"instances": [{"data": "abc"}]}))
 
 

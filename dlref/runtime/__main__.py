@@ -70,11 +70,11 @@ def parser(description: str, name: str = "") -> argparse.ArgumentParser:
 def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
     """Return the parsed arguments and, by name, the runner-specific options that were given. Raises UserError."""
     known = parser(__doc__)
-    known.add_argument("inputs", nargs="*", metavar="INPUT", help="what the model reads (image files, ...), or folders")
-    known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, as it comes")
-    known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs at once (default: {BATCH})")
-    known.add_argument("--form", help="another form of the answers, such as sagemaker")
-    for option, what in (("--output", "save masks"), ("--overlay", "draw answers over inputs, or attention")):
+    known.add_argument("inputs", nargs="*", metavar="INPUT", help="an image file, a text, ..., or a folder of files")
+    known.add_argument("--prompt", metavar="TEXT", help="instead of INPUT: a text to continue, printed while generated")
+    known.add_argument("--batch-size", type=positive, default=BATCH, help=f"inputs per batch (default: {BATCH})")
+    known.add_argument("--form", help="another format for the answers, such as sagemaker")
+    for option, what in (("--output", "save masks"), ("--overlay", "draw answers over the inputs, or attention")):
         where = "NAME.png for one input, otherwise a folder"
         known.add_argument(option, type=Path, metavar="PLACE", help=f"{what}: {where}")
     own = {name: (kind, *option) for kind in map(runner_of, kinds()) for name, option in kind.options.items()}
@@ -86,9 +86,9 @@ def command_line(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, ob
             known.error(f"unrecognized arguments: {argument}")
     options = known.parse_intermixed_args(arguments)  # an option may stand between the bundle and its inputs
     if bool(options.inputs) == (options.prompt is not None):
-        known.error("the following arguments are required: INPUT, or --prompt in its place")
+        known.error("either INPUT or --prompt is required, and not both")
     if options.prompt is not None and (options.form or options.output or options.overlay):
-        known.error("--prompt writes a text as it comes, and nothing else: without --form, --output or a picture")
+        known.error("--prompt only prints a text: --form, --output and --overlay cannot be used with it")
     return options, {name: value for name in own if (value := getattr(options, name)) is not None}
 
 
@@ -97,7 +97,7 @@ def opened(options: argparse.Namespace, own: dict[str, object]) -> Runner:
     runner = load(options.bundle, options.threads, options.provider)
     for name, value in own.items():
         if name not in runner.options:
-            raise UserError(f"--{name.replace('_', '-')}: not of this bundle; expected a bundle of another kind")
+            raise UserError(f"--{name.replace('_', '-')}: unknown to this bundle; expected a bundle of another kind")
         setattr(runner, name, tuple(value) if isinstance(value, list) else value)
     return runner
 
@@ -178,7 +178,7 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     names: set[Path] = set()
     for one in paths:
         if one in names:
-            raise UserError(f"{option} {path}: two inputs would become {one.name}; expected names that differ")
+            raise UserError(f"{option} {path}: two inputs would be written to {one.name}; expected names that differ")
         names.add(one)
     taken = {identity(one) for one in paths} - {None}
     for source in sources:
@@ -194,7 +194,7 @@ def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
         for path in map(real, paths):
             if bundle in path.parents:
                 raise UserError(
-                    f"{option} {path}: inside the bundle, which holds its own files alone; expected another place"
+                    f"{option} {path}: inside the bundle, which holds only its own files; expected another place"
                 )
             if path in taken:
                 raise UserError(f"--output and --overlay are both {path}; expected two places")
@@ -220,7 +220,7 @@ def save(picture, path: Path) -> None:
     # Not named by process id: other machines may write here too. Derived from the picture's name, hashed to be short.
     part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: no file that may be replaced; expected a place for a PNG")
+        raise UserError(f"{path}: exists and is not a file; expected a place for a PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -251,7 +251,7 @@ def files(given: str) -> list[str]:
         # A broken link, or a file that cannot be accessed, is an input too: reading it reports the error.
         found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     if not found:
-        raise UserError(f"{given}: no file in it; expected inputs")
+        raise UserError(f"{given}: no files in this folder; expected inputs")
     return [str(path) for path in sorted(found)]
 
 

@@ -120,9 +120,9 @@ def difference(folder: Path, provider: str) -> float:
         found = {name: graphs[name](**inputs[name]) for name in answers}
         shares = [differing(found[name][output], known) for name in answers for output, known in answers[name].items()]
     except KeyError as error:
-        raise UserError(f"{path}: {error} is not of this bundle; expected its graphs and outputs") from None
+        raise UserError(f"{path}: {error} is not in this bundle; expected its graphs and outputs") from None
     if not shares:
-        raise UserError(f"{path}: empty; expected what the bundle answered where it was exported")
+        raise UserError(f"{path}: empty; expected the bundle's outputs at export")
     return max(shares)
 
 

@@ -114,7 +114,7 @@ class ImageRunner(Runner):
         inputs = graphs[graph].shape
         image = inputs.get("image", [])
         if len(inputs) != 1 or len(image) != 4 or any(isinstance(size, int) and size < 1 for size in image):
-            raise UserError(f"graph takes {inputs}; expected image of four axes, none of them empty")
+            raise UserError(f"graph takes {inputs}; expected one input, image, with four axes that are not empty")
         self.metadata = metadata
 
     @staticmethod
@@ -122,8 +122,8 @@ class ImageRunner(Runner):
         """Describe the input: pictures."""
         colours = "grey" if metadata["channels"] == 1 else "RGB"
         return (
-            f"Pictures of any size, which become {colours}: files ({', '.join(FORMATS)}); from Python their bytes, "
-            f"Pillow's and uint8 arrays (H, W, {metadata['channels']}). Of {len(metadata['labels'])} labels: "
+            f"Pictures of any size, converted to {colours}: files ({', '.join(FORMATS)}); in Python also a file's "
+            f"bytes, Pillow images and uint8 arrays (H, W, {metadata['channels']}). {len(metadata['labels'])} labels: "
             f"{shorten(', '.join(metadata['labels']), 400, placeholder='...')}."
         )
 
@@ -164,7 +164,7 @@ def answered(answer: dict[str, np.ndarray], output: str, count: int) -> np.ndarr
     """Return an output that has a row for each of `count` images. Raises UserError if it does not."""
     array = answer.get(output)
     if not (isinstance(array, np.ndarray) and array.ndim and len(array) == count):
-        raise UserError(f"graph has no answer {output} for each of {count} images")
+        raise UserError(f"graph returns no {output} for each of {count} images; expected one row for each")
     return array
 
 

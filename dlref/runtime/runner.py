@@ -52,15 +52,17 @@ class Runner:
 
     def draw(self, source, answer: dict):
         """Draw a prediction for `source` as a picture (PIL). Raises UserError if this kind has none."""
-        raise UserError("these answers are not drawn; expected a bundle of detection, segmentation or translation")
+        raise UserError(
+            "this bundle's answers cannot be drawn; expected a bundle of detection, segmentation or translation"
+        )
 
     def written(self, source) -> Iterator[str]:
         """Yield a predicted text piece by piece, as it is generated. Raises UserError if this kind generates none."""
-        raise UserError("these answers do not come piece by piece; expected a bundle of a language model")
+        raise UserError("this bundle does not generate text piece by piece; expected a bundle of a language model")
 
     def picture(self, answer: dict):
         """Return a prediction that is itself a picture (PIL). Raises UserError if this kind predicts none."""
-        raise UserError("these answers are no pictures; expected a bundle of segmentation")
+        raise UserError("this bundle's answers are not pictures; expected a bundle of segmentation")
 
     def spread(self, function: Callable, parts: list) -> list:
         """Apply `function` to each part, `workers` of them at a time."""

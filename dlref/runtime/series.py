@@ -51,7 +51,7 @@ def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Rec
     """Parse a series in the format of SageMaker's DeepAR, `feat_static_real` as in GluonTS; see `dlref.data.series`."""
     for theirs, ours in OF_GLUONTS.items():
         if theirs in entry:
-            raise UserError(f"{where}: {theirs}; expected it to be called {ours}, as SageMaker's DeepAR does")
+            raise UserError(f"{where}: {theirs}; expected {ours}, its name in SageMaker's DeepAR")
     start = parse_start(entry.get("start"), f"{where}: start", frequency)
     target = entry.get("target")
     if not isinstance(target, list):

@@ -165,7 +165,7 @@ def check_same(text: bytes, spelt: bytes) -> None:
     if spelt != text:
         place = next((i for i, (a, b) in enumerate(zip(text, spelt, strict=False)) if a != b), len(spelt))
         found, known = spelt[place : place + 20], text[place : place + 20]
-        raise UserError(f"tokeniser of byte pairs: {known!r} becomes {found!r}; expected the text itself")
+        raise UserError(f"tokeniser of byte pairs: {known!r} becomes {found!r}; expected the text unchanged")
 
 
 def is_unicode(text: str) -> bool:
@@ -199,7 +199,7 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises plain exceptions, and panics, which are BaseExceptions
-            raise UserError(f"tokeniser: {one_line(error)}; expected one of tokenizers") from None
+            raise UserError(f"tokeniser: {one_line(error)}; expected one of the package tokenizers") from None
     tokens = described.get("tokens") if kind in ("word", "character") else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) and is_unicode(token) for token in tokens):
         raise UserError(
@@ -208,7 +208,7 @@ def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
     made = Words(tokens) if kind == "word" else Characters(tokens, exact is True)
     if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(set(tokens)) < len(tokens):
         raise UserError(
-            f"tokeniser of kind {kind!r}: tokens that are equal, or first ones that are others; expected tokens that "
-            f"differ, the first {' '.join(SPECIAL)}"
+            f"tokeniser of kind {kind!r}: duplicate tokens, or wrong special tokens at the start; expected unique "
+            f"tokens, the first {' '.join(SPECIAL)}"
         )
     return made

@@ -99,7 +99,7 @@ class Runner(Base):
         lags, cardinality, steps = metadata["lags"], metadata["cardinality"], (self.context, self.horizon)
         rising = all(type(lag) is int for lag in lags) and lags == sorted(set(lags))
         if not lags or not rising or not 0 < lags[0] <= lags[-1] <= LARGEST_LAG:
-            raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}, each above the one before")
+            raise UserError(f"not forecasting; expected lags from 1 to {LARGEST_LAG}, in increasing order")
         if not all(0 < length <= LONGEST for length in steps) or not 0 <= metadata["uniforms"] < LONGEST:
             raise UserError(f"not forecasting; expected context_length and prediction_length from 1 to {LONGEST}")
         counted = all(type(size) is int and size > 0 for size in cardinality)
@@ -125,13 +125,13 @@ class Runner(Base):
         if metadata["static_features"]:
             series["feat_static_real"] = [0.0] * metadata["static_features"]
         return (
-            f"A series as SageMaker's DeepAR takes it, one value each {metadata['frequency']} from `start` on, null "
-            f"where one is missing, such as\n\n    {json.dumps(series)}\n\n"
-            "in a file, of which each line may hold one, or as an object of Python's; or a request "
+            f"A series in the format of SageMaker's DeepAR, with one value every {metadata['frequency']} from `start` "
+            f"and null for missing values, such as\n\n    {json.dumps(series)}\n\n"
+            "in a file (one series, or one on each line) or as a Python object; or a request "
             f'`{{"instances": [series, ...], "configuration": {{...}}}}`. The {horizon} values after `target` are '
-            f"forecast, and a row of `dynamic_feat` has values for them, too. "
-            "Give all values from the first on: a forecast depends on the age of a series too, and of the values "
-            f"themselves on the last {metadata['context_length'] + max(metadata['lags']) + metadata['differenced']}."
+            "forecast, and each row of `dynamic_feat` must also have values for them. Pass the whole series: a "
+            "forecast depends on the age of the series as well as on its last "
+            f"{metadata['context_length'] + max(metadata['lags']) + metadata['differenced']} values."
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Line]]:
@@ -164,7 +164,7 @@ class Runner(Base):
             settings = _settings({}, where, LARGEST_ANSWER // self.horizon)
             return Request(where, [self.past(source, where)], *settings, single=True)
         if others := [key for key in source if key not in ("instances", "configuration")]:
-            raise UserError(f"{where}: {shorten(others[0])}; expected instances and configuration alone in a request")
+            raise UserError(f"{where}: {shorten(others[0])}; expected only instances and configuration in a request")
         instances = source["instances"]
         if not isinstance(instances, list) or not instances:
             raise UserError(f"{where}: instances: expected a list of series")
@@ -192,7 +192,7 @@ class Runner(Base):
             if value >= size:
                 raise UserError(f"{where}: cat[{i}]: {value}; expected 0 to {size - 1}, as in training")
             if value in known["unseen"][i]:
-                raise UserError(f"{where}: cat[{i}]: {value}; expected a value that training has")
+                raise UserError(f"{where}: cat[{i}]: {value}; expected a value seen in training")
         points = len(record.target)
         if record.dynamic.shape[1] and len(record.dynamic) != points + self.horizon:
             raise UserError(
@@ -239,7 +239,9 @@ class Runner(Base):
             for i, one in enumerate(drawn):
                 if not np.isfinite(one).all():
                     place = item.where if item.single else f"{item.where}: instances[{i}]"
-                    raise UserError(f"{place}: no finite forecast; expected values that the model can multiply")
+                    raise UserError(
+                        f"{place}: the forecast is not finite; expected values that do not overflow float32"
+                    )
             found = [prediction(one, item.types, item.levels) for one in drawn]
             answers.append(found[0] if item.single else {"predictions": found})
         return answers
@@ -248,7 +250,7 @@ class Runner(Base):
         """Return sample paths float32 (B, S, H) of B series, whose arrays in `past` are stacked."""
         rows, drawn = self.step.shape["noise"][:2]
         if fixed_or(drawn, samples) != samples:
-            raise UserError(f"num_samples: {samples}; expected {drawn}, which this bundle is fixed to")
+            raise UserError(f"num_samples: {samples}; expected {drawn}, the fixed number of this bundle")
         count = len(past.values)
         many = fixed_or(rows, max(1, min(ROWS // samples, -(-count // self.workers))))
         parts = [Past(*(array[i : i + many] for array in past)) for i in range(0, count, many)]
@@ -331,7 +333,7 @@ def _object_in(source: Any) -> tuple[str, Mapping[str, Any]]:
     try:
         return where, as_json(source)
     except RecursionError:
-        raise UserError(f"{where}: lists in lists without end; expected a series or a request") from None
+        raise UserError(f"{where}: lists nested too deeply; expected a series or a request") from None
 
 
 def _settings(configuration: Any, where: str, most: int) -> tuple[int, int, tuple[str, ...], dict[str, float]]:

@@ -44,9 +44,9 @@ def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
     """
     labels = metadata["labels"]
     if probability.ndim != 2 or probability.shape[1] != len(labels):
-        raise UserError(f"graph answers {list(probability.shape)}; expected {len(labels)} classes, as there are labels")
+        raise UserError(f"graph returns {list(probability.shape)}; expected {len(labels)} classes, one per label")
     if probability.dtype != np.float32 or not np.isfinite(probability).all():
-        raise UserError(f"graph answers {probability.dtype} or no finite numbers; expected finite float32")
+        raise UserError(f"graph returns {probability.dtype}, or numbers that are not finite; expected finite float32")
     rows = []
     for row in probability:
         order = np.argsort(-row, kind="stable")[:TOP]

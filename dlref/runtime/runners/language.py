@@ -27,13 +27,13 @@ GROWTH = 64  # tokens by which the capacity of a cache grows
 LONGEST = 1 << 24  # tokens
 
 OPTIONS = {
-    "max_new_tokens": (number(1, LONGEST, int), "most tokens to generate"),
-    "temperature": (number(0, 100), "what logits are divided by; 0 takes the likeliest token"),
+    "max_new_tokens": (number(1, LONGEST, int), "maximum number of tokens to generate"),
+    "temperature": (number(0, 100), "divisor of the logits; 0 takes the likeliest token"),
     "top_k": (number(0, LONGEST, int), "sample from this many of the likeliest tokens; 0 for all"),
     "top_p": (number(0.001, 1), "sample from the likeliest tokens that together have this probability"),
     "repetition_penalty": (number(0.01, 100), "above 1, tokens already seen become less likely"),
     "stop": (non_empty, "end before this text; may be repeated"),
-    "seed": (number(0, 1 << 63, int), "of the sampling"),
+    "seed": (number(0, 1 << 63, int), "seed of the sampling"),
 }
 
 
@@ -116,9 +116,9 @@ class Runner(Base):
         """Describe the input: prompts."""
         context = metadata["context_length"]
         return (
-            "A text that is to go on, a file that holds one, or a request "
-            '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. Up to '
-            f"{context} tokens count, of a longer text the last {context // 2}."
+            "A text to continue, a file that holds one, or a request "
+            '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. The model reads up to '
+            f"{context} tokens; of a longer text, only the last {context // 2}."
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
@@ -154,7 +154,7 @@ class Runner(Base):
             source = parse_object(source.text, where)
         if isinstance(source, Mapping):
             if not isinstance(source.get("inputs"), str) or set(source) - {"inputs", "parameters"}:
-                raise UserError(f"{where}: {shorten(source)}; expected inputs, a text, and parameters alone")
+                raise UserError(f"{where}: {shorten(source)}; expected only inputs, a text, and parameters")
             source, asked = source["inputs"], source.get("parameters", {})
         if not isinstance(source, str):
             raise UserError(f"{where}: {type(source).__name__}; expected a text or a request, as an object")
@@ -255,7 +255,7 @@ class Runner(Base):
         if not {"logits", "present"} <= set(answer) or answer["logits"].shape[-1] != len(self.tokenizer):
             raise UserError(f"not a language model; expected logits of {len(self.tokenizer)} tokens")
         if not np.isfinite(answer["logits"].max(axis=-1)).all():  # finds NaN too; -inf rules out a token
-            raise UserError("graph answers logits that are no numbers; expected finite ones")
+            raise UserError("graph returns logits that are not finite; expected finite numbers")
         cache.add(answer["present"], counts)
         return answer["logits"]
 

@@ -79,18 +79,19 @@ def check(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.n
     shapes = {"boxes": (images, places, 4), "scores": (images, places), "labels": (images, places), "count": (images,)}
     for name, array in arrays.items():
         if array.dtype != OUTPUTS[name] or array.shape != shapes[name]:
+            expected = str(shapes[name]).replace("-1", "D")  # the number of places is unknown
             raise UserError(
-                f"graph answers {name} {array.dtype} {array.shape}; expected {OUTPUTS[name].__name__} for each"
+                f"graph returns {name} {array.dtype} {array.shape}; expected {OUTPUTS[name].__name__} {expected}"
             )
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise UserError("graph answers no finite boxes or scores; expected finite ones")
+        raise UserError("graph returns boxes or scores that are not finite; expected finite numbers")
     if (boxes[..., 2:] < boxes[..., :2]).any():
-        raise UserError("graph answers boxes that end before they begin; expected x1 y1 x2 y2")
+        raise UserError("graph returns boxes that end before they begin; expected x1 y1 x2 y2")
     if count.min(initial=0) < 0 or count.max(initial=0) > places:
-        raise UserError(f"graph answers a count of {count.min()} to {count.max()}; expected 0 to {places}")
+        raise UserError(f"graph returns a count of {count.min()} to {count.max()}; expected 0 to {places}")
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
         raise UserError(
-            f"graph answers classes {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are labels"
+            f"graph returns classes {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, one per label"
         )
 
 

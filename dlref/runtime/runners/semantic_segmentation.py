@@ -36,14 +36,14 @@ class Runner(ImageRunner):
         (masks,) = ask(self.segment, image, "mask")
         classes = len(self.metadata["labels"])
         if masks.dtype != np.uint8 or masks.ndim != 3 or not masks.size:
-            raise UserError(f"graph answers mask {masks.dtype} {masks.shape}; expected uint8 (B, H, W)")
+            raise UserError(f"graph returns mask {masks.dtype} {masks.shape}; expected uint8 (B, H, W)")
         if masks.max() >= classes:
-            raise UserError(f"graph answers class {masks.max()}; expected 0 to {classes - 1}, as there are labels")
+            raise UserError(f"graph returns class {masks.max()}; expected 0 to {classes - 1}, one per label")
         if masks.shape[1:] == image.shape[1:3]:
             return masks
         fixed = self.segment.shape["image"][1:3]  # the image was resized to the size of the graph
         if list(masks.shape[1:]) != list(fixed):
-            raise UserError(f"graph answers a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
+            raise UserError(f"graph returns a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
         size = image.shape[2], image.shape[1]
         return np.stack([Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks])
 
@@ -54,7 +54,7 @@ class Runner(ImageRunner):
         expected = (len(self.metadata["labels"]), *image.shape[:2])
         if probability.shape != expected or probability.dtype != np.float32 or not np.isfinite(probability).all():
             raise UserError(
-                f"graph answers probability {probability.dtype} {probability.shape}; expected finite float32 {expected}"
+                f"graph returns probability {probability.dtype} {probability.shape}; expected finite float32 {expected}"
             )
         return probability
 

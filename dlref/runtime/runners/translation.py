@@ -147,7 +147,7 @@ class Runner(Base):
         unknown = set(instance) - {key, "configuration"}
         configuration = instance.get("configuration", {})
         if unknown or not isinstance(configuration, Mapping) or set(configuration) - {"attention_matrix"}:
-            raise UserError(f"{where}: {shorten(instance)}; expected {key} and configuration of attention_matrix alone")
+            raise UserError(f"{where}: {shorten(instance)}; expected only {key} and configuration of attention_matrix")
         matrix = str(configuration.get("attention_matrix", "false")).lower()
         if matrix not in ("true", "false"):
             raise UserError(f"{where}: attention_matrix: {shorten(matrix)}; expected true or false")
@@ -226,7 +226,7 @@ class Runner(Base):
             memory = {name: array[sentences] for name, array in known.items()}
             answer = self.step(token=token, state=state, **memory)
             if not (answer["log_probability"] < np.inf).all() or not np.isfinite(answer["attention"]).all():
-                raise UserError("graph answers probabilities or attention that are no numbers; expected finite ones")
+                raise UserError("graph returns probabilities or attention that are not finite; expected finite numbers")
             return Next(
                 answer["log_probability"][:, :kept],
                 answer["next_token"][:, :kept],
@@ -239,7 +239,7 @@ class Runner(Base):
     def draw(self, source: Any, answer: dict):
         """Draw the attention of the output tokens as a heat map (PIL). Raises UserError."""
         if "attention" not in answer:
-            raise UserError("a request of several is not drawn; expected one text")
+            raise UserError("a request with several texts cannot be drawn; expected one text")
         source_tokens, tokens = (answer[key].tolist() for key in ("source_tokens", "tokens"))
         return heat_map(answer["attention"], self.source.pieces(source_tokens), self.target.pieces(tokens))
 
