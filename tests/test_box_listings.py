@@ -189,7 +189,7 @@ def test_given_classes_are_what_class_ids_stand_for(tmp_path, kind):
     listing = READERS[kind](root, classes=["cat", "dog", "bird"])
     assert listing.classes == ["cat", "dog", "bird"]
     assert listing.pictures[0].labels.tolist() == [1, 0]
-    assert "class 0: 'cat'; expected 'dog' again" in error_of(READERS[kind], root, classes=["dog", "cat"])
+    assert "class 0: 'cat'; expected 'dog', as before" in error_of(READERS[kind], root, classes=["dog", "cat"])
     message = error_of(READERS[kind], root, classes=["cat"])
     assert ("class_id 1; expected 0 to 0" if kind == "sagemaker" else "class '1'; expected a class id") in message
 
@@ -426,11 +426,11 @@ BROKEN = [
         ONE,
         "one.png",
         "two.png",
-        "one.xml: {root}/JPEGImages/two.png again; expected each picture once, this one in",
+        "one.xml: {root}/JPEGImages/two.png again, after",
     ),
     ("voc", TWO, "<width>40", "<width>30", "two.xml: size 30 x 30; expected 40 x 30"),
     ("voc", TWO, "<width>40", "<width>wide", "two.xml: size/width 'wide'; expected a number"),
-    ("voc", TWO, "<name>cat</name>", "", "two.xml: object 2: name ''; expected that of a class"),
+    ("voc", TWO, "<name>cat</name>", "", "two.xml: object 2: name ''; expected a class name"),
     ("voc", TWO, "<difficult>1", "<difficult>2", "two.xml: object 2: difficult '2'; expected 0 or 1"),
     ("voc", TWO, "<xmax>40</xmax>", "", "two.xml: object 2: bndbox/xmax ''; expected a number"),
     ("voc", TWO, "<xmax>40", "<xmax>4_0", "two.xml: object 2: bndbox/xmax '4_0'; expected a number"),
@@ -454,16 +454,16 @@ BROKEN = [
         "coco.json: no images; expected at least one",
     ),
     ("coco", "coco.json", '"images": [', '"images": [3, ', "coco.json: images[0]: 3; expected an object"),
-    ("coco", "coco.json", '"id": 6', '"id": 7', "coco.json: images[1]: id 7 again; expected another for each image"),
+    ("coco", "coco.json", '"id": 6', '"id": 7', "coco.json: images[1]: id 7 again; expected a unique id for each"),
     ("coco", "coco.json", '"id": 6', '"id": true', "coco.json: images[1]: id True; expected a whole number"),
     ("coco", "coco.json", '"two.png"', "5", "coco.json: images[0]: image 5; expected a path"),
     ("coco", "coco.json", '"two.png"', '"a\\u0000"', "coco.json: images[0]: image 'a\\x00'; expected a path"),
     ("coco", "coco.json", '"two.png"', '"a\\ud800"', r"JPEGImages/a\ud800: no such file"),
     ("coco", "coco.json", '"two.png"', '"../../a.png"', "images[0]: {root}/JPEGImages/../../a.png: no such file"),
-    ("coco", "coco.json", '"one.png"', '"./two.png"', "images[2]: {root}/JPEGImages/./two.png again; expected each"),
+    ("coco", "coco.json", '"one.png"', '"./two.png"', "images[2]: {root}/JPEGImages/./two.png again, after"),
     ("coco", "coco.json", '"width": 40', '"width": 41', "coco.json: images[0]: size 41 x 30; expected 40 x 30"),
     ("coco", "coco.json", '"width": 40', '"width": "40"', "coco.json: images[0]: width '40'; expected a number"),
-    ("coco", "coco.json", '"id": 3', '"id": 1', "coco.json: annotations[2]: id 1 again; expected another for each"),
+    ("coco", "coco.json", '"id": 3', '"id": 1', "coco.json: annotations[2]: id 1 again; expected a unique id for"),
     ("coco", "coco.json", '"id": 3', '"id": "3"', "coco.json: annotations[2]: id '3'; expected a whole number"),
     (
         "coco",
@@ -484,9 +484,9 @@ BROKEN = [
     ("coco", "coco.json", "[1, 2, 10, 20]", "[1, 2, 10]", "annotations[0]: bbox [1, 2, 10]; expected [x, y, width, he"),
     ("coco", "coco.json", "[1, 2, 10, 20]", "[1, 2, true, 20]", "annotations[0]: bbox [1, 2, True, 20]; expected [x"),
     ("coco", "coco.json", '"iscrowd": 1', '"iscrowd": true', "annotations[2]: iscrowd True; expected 0 or 1"),
-    ("coco", "coco.json", '{"id": 17', '{"id": 18', "categories[1]: id 18 again; expected another for each category"),
-    ("coco", "coco.json", '"name": "cat"', '"name": "dog"', "categories[1]: name 'dog' again; expected another for"),
-    ("coco", "coco.json", '"name": "cat"', '"name": ""', "categories[1]: name ''; expected that of a class"),
+    ("coco", "coco.json", '{"id": 17', '{"id": 18', "categories[1]: id 18 again; expected a unique id for each"),
+    ("coco", "coco.json", '"name": "cat"', '"name": "dog"', "categories[1]: name 'dog' again; expected a unique name"),
+    ("coco", "coco.json", '"name": "cat"', '"name": ""', "categories[1]: name ''; expected a class name"),
     ("sagemaker", "json/1.json", None, b"\xff", "json/1.json: byte 0 is 0xff, not UTF-8"),
     ("sagemaker", "json/1.json", None, b"{", "json/1.json:1: Expecting property name enclosed in double quotes"),
     ("sagemaker", "json/1.json", '"none.jpg"', '"a.jpg\\n"', "json/1.json: image 'a.jpg\\n'; expected a path"),
@@ -495,7 +495,7 @@ BROKEN = [
         "coco.json",
         '"name": "cat"',
         '"name": "cat\\u2028"',
-        "categories[1]: name 'cat\\u2028'; expected that of",
+        "categories[1]: name 'cat\\u2028'; expected a class name",
     ),
     ("sagemaker", "json/1.json", '"none.jpg"', "null", "json/1.json: image None; expected a path"),
     (
@@ -503,7 +503,7 @@ BROKEN = [
         "json/1.json",
         '"none.jpg"',
         '"two.png"',
-        "json/1.json: {root}/JPEGImages/two.png again; expected each picture once, this one in {root}/json/0.json",
+        "json/1.json: {root}/JPEGImages/two.png again, after {root}/json/0.json; expected each picture once",
     ),
     ("sagemaker", "json/1.json", '"none.jpg"', '"no.jpg"', "json/1.json: {root}/JPEGImages/no.jpg: no such file"),
     ("sagemaker", "json/1.json", '"width": 30', '"width": 31', "json/1.json: size 31 x 40; expected 30 x 40"),
@@ -544,15 +544,15 @@ BROKEN = [
         "json/1.json",
         '"cat"',
         '"bird"',
-        "json/1.json: categories[0]: class 0: 'bird'; expected 'cat' again",
+        "json/1.json: categories[0]: class 0: 'bird'; expected 'cat', as before",
     ),
-    ("sagemaker", "json/1.json", '"cat"', "[]", "1.json: categories[0]: class 0: name []; expected that of a class"),
+    ("sagemaker", "json/1.json", '"cat"', "[]", "1.json: categories[0]: class 0: name []; expected a class name"),
     (
         "sagemaker",
         "json/1.json",
         '"class_id": 1',
         '"class_id": 0',
-        "categories[1]: class 0: 'dog'; expected 'cat' again",
+        "categories[1]: class 0: 'dog'; expected 'cat', as before",
     ),
     ("manifest", "a.manifest", None, b"", "a.manifest: no lines; expected a picture on each"),
     ("manifest", "a.manifest", None, b"\xff", "a.manifest:1: byte 0 is 0xff, not UTF-8"),
@@ -571,7 +571,7 @@ BROKEN = [
         "a.manifest",
         '"one.png"',
         '"two.png"',
-        "a.manifest:3: {root}/JPEGImages/two.png again; expected each",
+        "a.manifest:3: {root}/JPEGImages/two.png again, after",
     ),
     ("manifest", "a.manifest", '"height": 10,', '"height": 20,', "a.manifest:3: size 20 x 20; expected 20 x 10"),
     ("manifest", "a.manifest", '"annotations": []', '"boxes": []', "a.manifest:2: annotations None; expected a list"),
@@ -603,7 +603,7 @@ BROKEN = [
         '"²": "dog"',
         "a.manifest:1: class '²'; expected a class id from 0 to 99999",
     ),
-    ("manifest", "a.manifest", '"1": "dog"', '"1": "cat"', "a.manifest:2: class 1: 'dog'; expected 'cat' again"),
+    ("manifest", "a.manifest", '"1": "dog"', '"1": "cat"', "a.manifest:2: class 1: 'dog'; expected 'cat', as before"),
     (
         "manifest",
         "a.manifest",
@@ -648,7 +648,7 @@ def test_sets_without_classes_or_records(tmp_path):
     assert "a.manifest: no classes; expected at least one box or name" in error_of(READERS["manifest"], root)
     bare["c-metadata"] = {"class-map": {"0": "cat", "2": "cat"}}
     mutate(root, "a.manifest", None, json.dumps(bare))
-    assert "a.manifest: 2 classes called 'cat'; expected another name" in error_of(READERS["manifest"], root)
+    assert "a.manifest: 2 classes called 'cat'; expected a unique name" in error_of(READERS["manifest"], root)
     (root / "json").mkdir()
     (root / "json/readme.txt").touch()
     assert f"{root}/json: no .json files; expected one for each image" in error_of(READERS["sagemaker"], root)

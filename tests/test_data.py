@@ -473,9 +473,9 @@ def test_image_folder_takes_its_test_split_or_says_so(folders, caplog):
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     module = setup(ImageFolder(folders, **SMALL))
     assert module.splits["test"].paths == module.splits["val"].paths
-    assert caplog.text.count("the validation images serve for testing too") == 1
+    assert caplog.text.count("the validation images are also used for testing") == 1
     module.setup("test")
-    assert caplog.text.count("the validation images serve for testing too") == 1
+    assert caplog.text.count("the validation images are also used for testing") == 1
     write_images(folders, "test/ant/7.png")
     assert len(setup(ImageFolder(folders, **SMALL)).splits["test"]) == 1
 
@@ -483,7 +483,7 @@ def test_image_folder_takes_its_test_split_or_says_so(folders, caplog):
 def test_image_folder_reports_what_it_leaves_out(folders):
     (folders / "train" / "cat" / "notes.txt").touch()
     (folders / "train" / ".DS_Store").touch()
-    with pytest.warns(UserWarning, match=r"train: left out, as no JPEG, PNG, GIF or WebP: 1 \.txt: .*cat/notes\.txt$"):
+    with pytest.warns(UserWarning, match=r"files that are not JPEG, PNG, GIF or WebP: 1 \.txt: .*cat/notes\.txt$"):
         setup(ImageFolder(folders, **SMALL))
 
 
@@ -601,7 +601,7 @@ def test_image_manifest(folders):
     val.write_text(entry("../val/cat/0.png", 1, "ant"))
     with pytest.raises(UserError) as caught:
         setup(ImageManifest(train, val, **SMALL))
-    assert one_line(caught.value) == f"{val}:1: class 1: 'ant'; expected 'cat' again"
+    assert one_line(caught.value) == f"{val}:1: class 1: 'ant'; expected 'cat', as before"
 
 
 @pytest.mark.parametrize("place", [60, 200, -30])

@@ -228,7 +228,7 @@ def test_label_map_with_map(tmp_path):
     assert with_map(root, {"map": {"0": 0, "1": 1}}, void=2).pixels.sum(axis=0).tolist() == PIXELS[:2]
     assert with_map(root, {"map": {str(i): i for i in range(254)}}).classes == ["0", "1", "2"]
     message = error_of(with_map, root, {"map": {"0": 255, "1": 2, "2": 0}})
-    assert message.endswith("a.png: value 1 in 12 pixels, outside of the map; expected one of [0, 2, 255]")
+    assert message.endswith("a.png: value 1 in 12 pixels, not in the label map; expected one of [0, 2, 255]")
     message = error_of(with_map, root, {"map": {"0": 1, "1": 2, "2": 0}}, classes=["x", "y"])
     assert message.endswith("value 0 in 26 pixels, class 2 by the label map; expected 0 to 1, or 255 for void")
 
@@ -289,15 +289,15 @@ UNREADABLE = "cannot be decoded; expected a mask as PNG"
 CHANNEL = '; expected class ids in one channel (mode L or P); docs/semantic-segmentation.md, "Coloured masks", shows'
 PICTURES = "JPEG, PNG, GIF or WebP"
 BROKEN = [
-    ("folders", f"{IMAGES}c.jpg", PICTURE, f": no mask of its name in {{root}}/{MASKS[:-1]}; expected one for each"),
-    ("folders", f"{MASKS}c.png", WHOLE, f": no picture of its name in {{root}}/{IMAGES[:-1]}; expected one for each"),
-    ("folders", MASK, None, "JPEGImages/a.jpg: no mask of its name in"),
-    ("folders", f"{IMAGES}a.png", WHOLE, f": the name of {{root}}/{IMAGES}a.jpg; expected another for each file"),
-    ("folders", f"{MASKS}a.PNG", WHOLE, "; expected another for each file"),
-    ("folders", f"{MASKS}a.jpg", PICTURE, ": no PNG file; expected nothing else in this folder"),
-    ("folders", f"{MASKS}c.png/d.png", WHOLE, f"{MASKS}c.png: no PNG file; expected nothing else"),
-    ("folders", f"{IMAGES}Thumbs.db", b"", f": no {PICTURES} file; expected nothing else in this folder"),
-    ("folders", f"{IMAGES}c.jpg/d.jpg", PICTURE, f"{IMAGES}c.jpg: no {PICTURES} file; expected nothing else"),
+    ("folders", f"{IMAGES}c.jpg", PICTURE, f": no mask of the same name in {{root}}/{MASKS[:-1]}; expected one"),
+    ("folders", f"{MASKS}c.png", WHOLE, f": no picture of the same name in {{root}}/{IMAGES[:-1]}; expected one"),
+    ("folders", MASK, None, "JPEGImages/a.jpg: no mask of the same name in"),
+    ("folders", f"{IMAGES}a.png", WHOLE, f": same name as {{root}}/{IMAGES}a.jpg; expected a unique name for"),
+    ("folders", f"{MASKS}a.PNG", WHOLE, "; expected a unique name for each file"),
+    ("folders", f"{MASKS}a.jpg", PICTURE, ": not a PNG file; expected nothing else in this folder"),
+    ("folders", f"{MASKS}c.png/d.png", WHOLE, f"{MASKS}c.png: not a PNG file; expected nothing else"),
+    ("folders", f"{IMAGES}Thumbs.db", b"", f": not a {PICTURES} file; expected nothing else in this folder"),
+    ("folders", f"{IMAGES}c.jpg/d.jpg", PICTURE, f"{IMAGES}c.jpg: not a {PICTURES} file; expected nothing else"),
     ("folders", f"{IMAGES}c\nd.jpg", PICTURE, "JPEGImages: file 'c\\nd.jpg'; expected a name of one line"),
     ("folders", f"{IMAGES}b.jpg", b"", f": cannot be decoded; expected a {PICTURES} image"),
     ("list", f"{IMAGES}b.jpg", PICTURE[:100], f": cannot be decoded; expected a {PICTURES} image"),
@@ -323,7 +323,7 @@ BROKEN = [
     ("folders", MASK, encode(Image.new("RGB", (8, 6))), f": RGB colours{CHANNEL}"),
     ("list", MASK, encode(Image.new("RGBA", (8, 6))), f": RGBA colours{CHANNEL}"),
     ("voc", MASK, encode(Image.new("LA", (8, 6))), f": LA colours{CHANNEL}"),
-    ("list", MASK, encode(Image.new("I;16", (8, 6))), ": 16 bits for a pixel; expected 8 bits or fewer"),
+    ("list", MASK, encode(Image.new("I;16", (8, 6))), ": 16 bits per pixel; expected 8 bits or fewer"),
     ("list", MASK, raw_png(8, 6, 16, 2, bytes(6 * 49)), f": RGB colours{CHANNEL}"),
     ("list", MASK, PICTURE, UNREADABLE),
     ("list", MASK, encode(Image.new("L", (8, 6)), "BMP"), UNREADABLE),
@@ -363,7 +363,7 @@ def test_folders_that_are_empty_or_missing_or_do_not_match(tmp_path):
     for name in "cdf":
         (images / f"{name}.jpg").write_bytes(PICTURE)
     message = error_of(read_mask_folders, images, masks)
-    assert message == f"{images}/c.jpg: no mask of its name in {masks}, nor for 2 more; expected one for each file"
+    assert message == f"{images}/c.jpg: no mask of the same name in {masks}, nor for 2 more; expected one for each file"
 
 
 def test_masks_of_one_class_or_none(tmp_path):
@@ -415,7 +415,7 @@ def test_broken_options(tmp_path):
         assert error_of(READERS["voc"], root, classes=names) == f"classes: {count} classes; expected 2 to 254"
     message = error_of(READERS["voc"], root, classes=["sky", "car", "sky"])
     assert message == "classes[2]: sky again; expected it once, as in classes[0]"
-    assert error_of(READERS["voc"], root, classes=["sky", "\n"]) == "classes[1]: name '\\n'; expected that of a class"
+    assert error_of(READERS["voc"], root, classes=["sky", "\n"]) == "classes[1]: name '\\n'; expected a class name"
     message = error_of(READERS["folders"], root, label_map=root / "no.json")
     assert message == f"{root}/no.json: No such file or directory; expected JSON"
 

@@ -116,7 +116,7 @@ BAD_PARALLEL = [
     ("a\nb\n", "a\n", "a.en: 1 lines; expected 2, as"),
     ("a\n\nb\n", "a\nb\nc\n", "a.de:2: empty; expected a text"),
     ("a\nb\n", "a\n \t\n", "a.en:2: empty; expected a text"),
-    ("", "", "a.de: no line; expected a sentence on each"),
+    ("", "", "a.de: no lines; expected a sentence on each"),
     (b"a\n\xff\xfe\n", "a\nb\n", "a.de:2: byte 0 is 0xff, not UTF-8; expected lines of text in UTF-8"),
     ("a\nb\n", b"a\nb\xc3", "a.en:2: byte 1 is 0xc3, not UTF-8"),
     (None, "a\n", "a.de: No such file or directory; expected lines of text"),
@@ -181,9 +181,9 @@ def test_records_that_are_refused(tmp_path, data, complaint):
         ("[]", "[]; expected one JSON object"),
         ('{"a": "b"}', "not a vocabulary"),
         ("{", ":1: Expecting property name enclosed in double quotes at column 2; expected one JSON object"),
-        (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers leave some out; expected 0 to 7"),
+        (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers have gaps or repeat; expected 0 to 7"),
         (json.dumps({"a": 0, "b": 1}), "begins with a b; expected <pad> <unk> <s> </s>"),
-        (json.dumps({**VOCABULARY, "d": 6}), "leave some out"),
+        (json.dumps({**VOCABULARY, "d": 6}), "have gaps or repeat"),
     ],
 )
 def test_vocabularies_that_are_refused(tmp_path, text, complaint):
@@ -343,7 +343,7 @@ def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
     with pytest.raises(UserError, match=r"val\.de:1: source: 4 tokens; expected at most 3, or too_long: truncate"):
         ParallelText(str(folder), "de", "en", **options).setup()
     data = ParallelText(str(folder), "de", "en", **options, too_long="truncate")
-    with pytest.warns(UserWarning, match="val: 20 sentences of more than 3 tokens are cut"):
+    with pytest.warns(UserWarning, match="val: 20 sentences of more than 3 tokens are truncated"):
         data.setup()
     assert next(iter(data.val_dataloader())).source.shape == (20, 4)
 

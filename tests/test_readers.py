@@ -30,7 +30,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
 
 
-A_CLASS = "expected that of a class"
+A_CLASS = "expected a class name"
 
 
 # idx
@@ -274,7 +274,7 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
         ({"source-ref": "a\nb", "c": 1}, "image 'a\\nb'; expected a path"),
         (
             {"source-ref": "a.jpg", "c": 0, "c-metadata": {"class-name": "dog"}},
-            "class 0: 'dog'; expected 'cat' again",
+            "class 0: 'dog'; expected 'cat', as before",
         ),
         ({"source-ref": "a.jpg", "c": 0, "c-metadata": 3}, "metadata 3; expected an object"),
         *(

@@ -196,7 +196,7 @@ def test_masks_in_black_and_white_are_told_apart_from_void(tmp_path, names):
     data = masked(tmp_path, val="val", class_names=names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the class without a pixel
-        with pytest.raises(UserError, match="255 counts for nothing, unless a label_map"):
+        with pytest.raises(UserError, match="255 is void, unless a label_map"):
             data.setup()
     (tmp_path / "map.json").write_text('{"map": {"0": 0, "1": 255}}')
     data = masked(tmp_path, val="val", class_names=names, label_map="map.json")
@@ -549,8 +549,8 @@ def test_a_mask_that_is_enlarged_has_no_class_in_between():
         (np.zeros((1, 1, 4, 5), np.uint8), r"mask uint8 \(1, 1, 4, 5\)"),
         (np.full((1, 4, 5), 3, np.uint8), "class 3; expected 0 to 2"),
         (np.zeros((1, 4, 4), np.uint8), r"a mask of \(4, 4\); expected \(4, 5\)"),
-        (np.zeros((2, 4, 5), np.uint8), "no answer mask for each of 1 images"),
-        (None, "no answer mask"),
+        (np.zeros((2, 4, 5), np.uint8), "returns no mask for each of 1 images"),
+        (None, "returns no mask"),
     ],
 )
 def test_what_no_segmenter_answers_is_one_line(mask, message):
@@ -605,7 +605,7 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     picture.save(tmp_path / "predictions.part/2.png")  # of a process that was killed
     write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # of data that is in no files
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["0.png", "1.png"]
-    with pytest.raises(UserError, match=r"two inputs would become 0\.png; expected names that differ"):
+    with pytest.raises(UserError, match=r"two inputs would be written to 0\.png; expected names that differ"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/0.png"], [picture] * 2)
     with pytest.raises(ValueError, match="shorter"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/1.png"], [picture])
@@ -623,7 +623,7 @@ def test_pictures_and_rows_are_of_one_network(tmp_path, monkeypatch, refused):
     data = SimpleNamespace(sources=lambda: ["a/0.jpg", "a/0.png" if refused == "pictures" else "a/1.png"])
     if refused == "rows":
         monkeypatch.setattr("dlref.cli.write_text", lambda *_: (tmp_path / "none" / "none").write_text(""))
-    with pytest.raises((UserError, FileNotFoundError), match=r"two inputs would become|none"):
+    with pytest.raises((UserError, FileNotFoundError), match=r"two inputs would be written to|none"):
         TrainCLI.predict(SimpleNamespace(trainer=trainer, run=tmp_path), model, data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions", "predictions.jsonl"]
     for name in ("predictions.jsonl", "predictions/0.png"):
@@ -697,7 +697,7 @@ def test_commands_write_masks_and_overlays(tmp_path, capsys):
     capsys.readouterr()
     for arguments, message in (
         (["--output", str(mask), "--overlay", str(tmp_path / "bundle/../mask.png")], "both"),
-        (["--output", str(tmp_path / "bundle/mask.png")], "inside the bundle, which holds its own files alone"),
+        (["--output", str(tmp_path / "bundle/mask.png")], "inside the bundle, which holds only its own files"),
         (["--output", one], "would be overwritten"),
     ):
         assert main([str(tmp_path / "bundle"), one, *arguments]) == 2

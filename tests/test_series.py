@@ -238,9 +238,7 @@ def test_parquet_of_many_rows_with_dates_and_bare_cats(tmp_path):
 def test_gluontss_names_are_refused_in_parquet_too(tmp_path, name):
     content = parquet(start=[DAY], target=[[1.0]], **{name: [[1]]})
     (tmp_path / "a.parquet").write_bytes(content)
-    assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(
-        f"{tmp_path}/a.parquet:1: {name}; expected it"
-    )
+    assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(f"{tmp_path}/a.parquet:1: {name}; expected")
 
 
 def test_records_without_cat_and_features(tmp_path):
@@ -447,7 +445,7 @@ BROKEN_TABLES = [
     ("dated", text("date,x"), "H", ": no series; expected at least one"),
     ("dated", text("date", DAY), "H", ":1: ['date']; expected a header: a date and a name for each series"),
     ("dated", text(f"{DAY},1", "2020-02-01,2"), "D", ":1: ['2020-01-31', '1']; expected a header"),
-    ("dated", text("date,x,x", f"{DAY},1,2"), "H", ":1: column 3: x again, as column 2; expected a header with other"),
+    ("dated", text("date,x,x", f"{DAY},1,2"), "H", ":1: column 3: x again, as in column 2; expected unique names"),
     ("dated", text("date,,x", f"{DAY},1,2"), "H", ":1: column 2: ''; expected a name"),
     ("dated", text('date,"a\nb"', f"{DAY},1"), "H", ":2: column 2: 'a\\nb'; expected a name"),
     ("dated", text("date,x", f"{DAY}"), "H", ":2: 1 cells; expected 2, as in the first row"),
@@ -515,7 +513,7 @@ BROKEN_TABLES = [
     ("rows", text("id,1,2", ",1,2"), "H", ":2: id: ''; expected a name"),
     ("rows", text("id,1,2", '"a\u2028b",1,2'), "H", ":2: id: 'a\\u2028b'; expected a name"),
     ("rows", text("id,x1,x2", "a,1,-inf"), "H", ":2: x2: '-inf'" + VALUE),
-    ("rows", text("a,5,5", "b,1,2"), "H", ":1: column 3: 5 again, as column 2; expected a header with other names"),
+    ("rows", text("a,5,5", "b,1,2"), "H", ":1: column 3: 5 again, as in column 2; expected unique names"),
     ("long", b"", "H", ": no lines; expected a header"),
     ("long", text(HEAD), "H", ": no series; expected at least one"),
     ("long", text("item_id,date,target"), "H", ":1: columns ['item_id', 'date', 'target']; expected 'timestamp' among"),
@@ -536,9 +534,9 @@ BROKEN += [
         "B",
         ":1: start: 2020-02-01 00:00:00 is a weekend;",
     ),
-    ("json", "a.csv", record(), "H", ": no folder or known extension; expected .json, .jsonl, .json.gz, .jsonl.gz or"),
-    ("json", "a.parquet.gz", record(), "H", ": no folder or known extension; expected .json, .jsonl, .json.gz"),
-    ("json", "part-00000", record(), "H", ": no folder or known extension; expected .json"),
+    ("json", "a.csv", record(), "H", ": not a folder and no known extension; expected .json, .jsonl, .json.gz"),
+    ("json", "a.parquet.gz", record(), "H", ": not a folder and no known extension; expected .json, .jsonl, .json.gz"),
+    ("json", "part-00000", record(), "H", ": not a folder and no known extension; expected .json"),
 ]
 
 
@@ -575,7 +573,7 @@ def test_missing_parquet_and_folder_in_place_of_a_table(tmp_path):
 def test_broken_folders(tmp_path):
     assert error_of(read_json_lines, tmp_path, H) == f"{tmp_path}: no series; expected at least one"
     read(tmp_path, "json", "a.json", lines({"start": DAY, "target": [1]}))
-    for name, complaint in (("b.json", ": no records; expected at"), ("README", ": no folder or known extension; exp")):
+    for name, complaint in (("b.json", ": no records; expected at"), ("README", ": not a folder and no known ext")):
         (tmp_path / name).touch()
         assert error_of(read_json_lines, tmp_path, H).startswith(f"{tmp_path}/{name}{complaint}")
         (tmp_path / name).unlink()
@@ -626,7 +624,7 @@ RULES = [  # records, the arguments of check, and the complaint after the file's
     (
         [{"target": MANY * 2, "cat": [4, 2]}],
         {"cardinality": [5, 2]},
-        ":1: cat[1]: 2; expected 0 to 1, as cardinality has",
+        ":1: cat[1]: 2; expected 0 to 1, as cardinality says",
     ),
 ]
 
@@ -670,7 +668,7 @@ def test_unseen(tmp_path):
     check_seen_in_training(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
     other = of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
     message = error_of(check_seen_in_training, train, other)
-    assert message == f"{tmp_path}/of.json:2: cat[0]: 2; expected one of training's, [1, 3]"
+    assert message == f"{tmp_path}/of.json:2: cat[0]: 2; expected one seen in training, [1, 3]"
     message = error_of(check_seen_in_training, train, of({"target": [1]}, where=tmp_path))
     assert message == f"{tmp_path}/of.json:1: cat: 0 of them; expected 2, as in training"
     other = of({"target": [1], "cat": [3, 0], "dynamic_feat": [[1]]}, where=tmp_path)

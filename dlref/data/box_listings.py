@@ -107,9 +107,7 @@ def to_listing(
     for record in show_progress(records, "Checking boxes"):
         path = os.path.normpath(record.path)
         if path in seen:
-            raise UserError(
-                f"{record.where}: {record.path} again; expected each picture once, this one in {seen[path]}"
-            )
+            raise UserError(f"{record.where}: {record.path} again, after {seen[path]}; expected each picture once")
         seen[path] = record.where
         pictures.append(_check_picture(record, ids, on_bad_box, mended))
     if mended:

@@ -59,7 +59,7 @@ def read_coco(
 def _new_id(entry: dict[str, Any], taken: Container[int], where: str, kind: str) -> int:
     key = whole(entry, "id", where)
     if key in taken:
-        raise UserError(f"{where}: id {key} again; expected another for each {kind}")
+        raise UserError(f"{where}: id {key} again; expected a unique id for each {kind}")
     return key
 
 
@@ -73,7 +73,7 @@ def _parse_categories(content: dict[str, Any], path: str, classes: list[str] | N
     for where, entry in objects_in(content, "categories", path):
         key, name = _new_id(entry, names, where, "category"), check_name(entry.get("name"), where)
         if name in taken:
-            raise UserError(f"{where}: name {shorten(name)} again; expected another for each category")
+            raise UserError(f"{where}: name {shorten(name)} again; expected a unique name for each category")
         if classes is not None and name not in classes:
             raise UserError(f"{where}: name {shorten(name)}; expected one of {shorten(classes)}")
         names[key] = name

@@ -51,7 +51,7 @@ def read_splits(
         splits["val"] = train.take([i for i in places if i in out])
         train = train.take([i for i in places if i not in out])
     if "test" not in splits:
-        rank_zero_info("No test pictures are given: the validation pictures serve for testing too.")
+        rank_zero_info("No test pictures are given: the validation pictures are also used for testing.")
         splits["test"] = splits["val"]
     splits = {"train": train, **splits}
     warn_of_shared({name: listing.images for name, listing in splits.items()}, "pictures")
@@ -89,7 +89,7 @@ def is_line(text: str) -> bool:
 def check_name(name: Any, where: str) -> str:
     """Return the name of a class. Raises UserError at `where` if it is not a valid name."""
     if not isinstance(name, str) or not is_line(name) or not is_unicode(name):
-        raise UserError(f"{where}: name {shorten(name)}; expected that of a class")
+        raise UserError(f"{where}: name {shorten(name)}; expected a class name")
     return name
 
 

@@ -109,7 +109,8 @@ class ForecastingData(SplitData):
         """Check the channels against SageMaker's rules and each other, and set the attributes that a model needs."""
         horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
-            raise UserError("--data.init_args.points: expected none where test or predict are series of their own")
+            words = "expected none, since test or predict are separate series"
+            raise UserError(f"--data.init_args.points: {self.points}; {words}")
         train = first_points(channels.train, self.points)
         test = train if together else channels.test
         self.cardinality = check(train, self.asked_cardinality)
@@ -162,8 +163,8 @@ class ForecastingData(SplitData):
         short, fewer = int((windows.count <= 0).sum()), int(((windows.count > 0) & (windows.count < asked)).sum())
         if short == len(windows.count):
             raise UserError(
-                f"{split}: all {short} series are too short for a forecast of {self.prediction_length} beside what is "
-                "held out; expected longer series, or fewer val_windows and test_windows"
+                f"{split}: all {short} series are too short for a forecast of {self.prediction_length} steps in "
+                "addition to those held out; expected longer series, or fewer val_windows and test_windows"
             )
         if short:
             rank_zero_info(f"{split}: {short} of {len(windows.count)} series are too short for a window and left out")
@@ -175,7 +176,7 @@ class ForecastingData(SplitData):
         for i, (there, learnt) in enumerate(zip(cat.T.tolist(), cat[drawn].T.tolist(), strict=True)):
             if idle := sorted(set(there) - set(learnt)):
                 rank_zero_warn(
-                    f"train: no window of a series with cat[{i}] in {shorten(idle)}: nothing is learnt of it"
+                    f"train: no window of a series with cat[{i}] in {shorten(idle)}: nothing is learnt about these"
                 )
 
     def order(self, devices: int) -> Draws:
@@ -246,7 +247,7 @@ class SyntheticSeries(ForecastingData):
         check_at_least(1, count=self.series_count)
         check_at_least(336, length=self.length)  # two weeks, which show both seasons
         if str(frequency) != "1H":
-            raise UserError(f"--data.init_args.frequency: {frequency}; expected 1H, for the series are hourly")
+            raise UserError(f"--data.init_args.frequency: {frequency}; expected 1H, because the series are hourly")
         longer = make_series(self.series_count, self.length + self.prediction_length, self.seed)
         series = first_points(longer.series, self.length)
         place = np.arange(len(longer.loc)) % (self.length + self.prediction_length)
@@ -374,7 +375,9 @@ class RowSeries(TableSeries):
         place = {name: i for i, name in enumerate(test.names)}
         unlike = sorted(place.keys() ^ set(train.names))
         if unlike:
-            raise UserError(f"{self.test}: series {unlike[0]} is in one of the files; expected those of {self.train}")
+            raise UserError(
+                f"{self.test}: series {unlike[0]} is in only one of the files; expected those of {self.train}"
+            )
         after = np.split(test.target, test.offsets[1:-1])
         whole = [
             np.concatenate([values, after[place[name]]])

@@ -38,7 +38,7 @@ def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
     """List class folders, and issue one warning about the files in them that are not images."""
     listing, others = read_folder(folder, classes)
     if others:
-        kinds = Counter(Path(other).suffix.lower() or "without an ending" for other in others).most_common()
+        kinds = Counter(Path(other).suffix.lower() or "without an extension" for other in others).most_common()
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        rank_zero_warn(f"{folder}: left out, as no {FORMATS}: {counted}: {first_of(others)}")
+        rank_zero_warn(f"{folder}: left out files that are not {FORMATS}: {counted}: {first_of(others)}")
     return listing

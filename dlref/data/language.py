@@ -161,7 +161,7 @@ class Texts(LanguageData):
             splits[split] = torch.from_numpy(row)
             if unknown := unknown_in(row, tokenizer):
                 rank_zero_warn(
-                    f"{split}: {unknown} characters are not in the vocabulary, and are one and the same token"
+                    f"{split}: {unknown} characters are not in the vocabulary and become the same unknown token"
                 )
         return described, splits
 

@@ -195,7 +195,7 @@ def _add_names(names: dict[int, str], label: Label, metadata: dict[str, Any], wh
 def add_name(names: dict[int, str], class_id: int, name: Any, where: str) -> None:
     """Add the name of a class. Raises UserError at `where` if it is not valid or differs from an earlier name."""
     if names.setdefault(class_id, check_name(name, where)) != name:
-        raise UserError(f"{where}: {shorten(name)}; expected {shorten(names[class_id])} again")
+        raise UserError(f"{where}: {shorten(name)}; expected {shorten(names[class_id])}, as before")
 
 
 # Common to .lst and manifest

@@ -31,7 +31,7 @@ def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> Non
         for row in rows_of((text for _, text in texts), tokenizer):
             row.tofile(file)
             count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
-    strange = f", {unknown} of them characters that are not in the vocabulary" if unknown else ""
+    strange = f", {unknown} of them for characters that are not in the vocabulary" if unknown else ""
     print(f"{path.stem}: {count} tokens{strange}")
 
 
@@ -49,13 +49,13 @@ def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str,
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Return 0, or 2 for wrong input or 130 if interrupted, with one line on stderr."""
     parser = Parser(prog="python -m dlref.data.make_tokens", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the files of tokens go")
+    parser.add_argument("folder", type=Path, help="folder to write the tokens to")
     parser.add_argument("--train", required=True, metavar="PATTERN", help="texts to train from")
     parser.add_argument("--val", required=True, metavar="PATTERN", help="texts to validate on")
     parser.add_argument(
         "--tokenizer", default="bpe", help="byte, character, bpe, a file of tokenizers or a run's folder"
     )
-    parser.add_argument("--vocabulary-size", type=positive, default=32768, help="tokens (default: 32768)")
+    parser.add_argument("--vocabulary-size", type=positive, default=32768, help="number of tokens (default: 32768)")
     try:
         asked = parser.parse_args(arguments)
         make(asked)

@@ -41,7 +41,7 @@ NO_CLASS = -1  # for values missing from the map of a label map
 VALUES = 256
 MIN_CLASSES, MAX_CLASSES = 2, 254  # ids up to 253
 # Ends an error if the masks may be black and white.
-OF_255 = '; 255 counts for nothing, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
+OF_255 = '; 255 is void, unless a label_map such as {"map": {"0": 0, "1": 255}} makes it a class'
 MAX_PIXELS = 89_478_485  # in a mask; above this, Pillow warns of a decompression bomb
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads values of 2 and 4 bits over 0 to 255
 VOC_CLASSES = (
@@ -109,8 +109,8 @@ def read_mask_folders(
         void: another void value besides 255; 255 is void unless the label map makes it a class.
     """
     pictures, found = _by_stem(images, SUFFIXES, FORMATS), _by_stem(masks, (".png",), "PNG")
-    _refuse_orphans(pictures, found, f"mask of its name in {masks}")
-    _refuse_orphans(found, pictures, f"picture of its name in {images}")
+    _refuse_orphans(pictures, found, f"mask of the same name in {masks}")
+    _refuse_orphans(found, pictures, f"picture of the same name in {images}")
     pairs = [Pair("", path, found[stem]) for stem, path in pictures.items()]
     return _to_listing(masks, pairs, classes, label_map, void, OF_255)
 
@@ -155,9 +155,9 @@ def _by_stem(folder: str | Path, suffixes: Collection[str], formats: str) -> dic
             raise UserError(f"{folder}: file {shorten(entry.name)}; expected a name of one line")
         stem, suffix = os.path.splitext(entry.name)
         if suffix.lower() not in suffixes or not entry.is_file():
-            raise UserError(f"{entry.path}: no {formats} file; expected nothing else in this folder")
+            raise UserError(f"{entry.path}: not a {formats} file; expected nothing else in this folder")
         if stem in found:
-            raise UserError(f"{entry.path}: the name of {found[stem]}; expected another for each file")
+            raise UserError(f"{entry.path}: same name as {found[stem]}; expected a unique name for each file")
         found[stem] = entry.path
     if not found:
         raise UserError(f"{folder}: no files; expected at least one {formats} file")
@@ -302,7 +302,7 @@ def _check_values(path: str, counts: np.ndarray, ids: np.ndarray, limit: int) ->
     void = f", or {' or '.join(map(str, np.flatnonzero(ids == VOID)))} for void" if VOID in ids else ""
     if ids[value] == NO_CLASS:
         known = shorten(np.flatnonzero((ids != VOID) & (ids != NO_CLASS)).tolist())
-        raise UserError(f"{found}, outside of the map; expected one of {known}{void}")
+        raise UserError(f"{found}, not in the label map; expected one of {known}{void}")
     mapped = f", class {ids[value]} by the label map" if ids[value] != value else ""
     raise UserError(f"{found}{mapped}; expected 0 to {limit - 1}{void}")
 
@@ -328,7 +328,7 @@ def _wrong_kind(image: PngImageFile) -> str | None:
     if image.width * image.height > MAX_PIXELS:
         return f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS}"
     if image.mode.startswith("I"):
-        return "16 bits for a pixel; expected 8 bits or fewer"
+        return "16 bits per pixel; expected 8 bits or fewer"
     if image.mode not in ("L", "P", "1"):
         how = 'docs/semantic-segmentation.md, "Coloured masks", shows how to convert'
         return f"{image.mode} colours; expected class ids in one channel (mode L or P); {how}"

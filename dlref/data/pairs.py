@@ -70,7 +70,7 @@ def read_parallel(source: Path, target: Path) -> Pairs:
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{target}: {len(sides[1])} lines; expected {len(sides[0])}, as {source} has")
     if not sides[0]:
-        raise UserError(f"{source}: no line; expected a sentence on each")
+        raise UserError(f"{source}: no lines; expected a sentence on each")
     for path, lines in zip((source, target), sides, strict=True):
         for number, line in enumerate(lines, start=1):
             _check_text(line, f"{path}:{number}")
@@ -98,7 +98,7 @@ def read_table(path: Path) -> Pairs:
         pairs.append(pair)
         names.append(where)
     if not pairs:
-        raise UserError(f"{path}: no line; expected a source and a target on each")
+        raise UserError(f"{path}: no lines; expected a source and a target on each")
     return Pairs(*zip(*pairs, strict=True), names)
 
 
@@ -140,7 +140,7 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
             tokens.append(values)
         names.append(where)
     if not names:
-        raise UserError(f"{path}: no record; expected RecordIO of sources and targets")
+        raise UserError(f"{path}: no records; expected RecordIO of sources and targets")
     return Pairs(*sides, names)
 
 

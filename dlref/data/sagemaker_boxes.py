@@ -150,7 +150,7 @@ def _by_class_id(
         classes = [names.get(i, str(i)) for i in range(1 + max(used | set(names), default=-1))]
         name, times = Counter(classes).most_common(1)[0] if classes else ("", 0)
         if times > 1:
-            raise UserError(f"{source}: {times} classes called {shorten(name)}; expected another name for each")
+            raise UserError(f"{source}: {times} classes called {shorten(name)}; expected a unique name for each")
     if not classes:
         raise UserError(f"{source}: no classes; expected at least one box or name")
     return to_listing(source, records, {i: i for i in range(len(classes))}, classes, on_bad_box)

@@ -104,7 +104,7 @@ def _files(path: str) -> Iterator[str]:
     elif path.lower().endswith((*JSON_SUFFIXES, ".parquet")):
         yield path
     else:
-        raise UserError(f"{path}: no folder or known extension; expected {', '.join(JSON_SUFFIXES)} or .parquet")
+        raise UserError(f"{path}: not a folder and no known extension; expected {', '.join(JSON_SUFFIXES)} or .parquet")
 
 
 def _read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -269,7 +269,7 @@ def _read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[s
     for i, name in enumerate(names, start=1):
         where = f"{path}:{line}: column {i}"
         if found.setdefault(_check_name(name, where), i) != i:
-            raise UserError(f"{where}: {name} again, as column {found[name]}; expected a header with other names")
+            raise UserError(f"{where}: {name} again, as in column {found[name]}; expected unique names")
     return names, rows
 
 
@@ -417,7 +417,7 @@ def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list
     for i, size in enumerate(cardinality):
         if type(size) is not int or not 0 < size <= MAX_CATEGORIES:
             raise UserError(f"cardinality[{i}]: {shorten(size)}; expected 1 to {MAX_CATEGORIES}")
-        _refuse_cat(series, i, series.cat[:, i] >= size, f"0 to {size - 1}, as cardinality has it")
+        _refuse_cat(series, i, series.cat[:, i] >= size, f"0 to {size - 1}, as cardinality says")
     return cardinality
 
 
@@ -429,7 +429,7 @@ def check_seen_in_training(train: Series, other: Series) -> None:
             expected = f"{known.shape[1]}, as in training"
             raise UserError(f"{other.names[0]}: {field}: {found.shape[1]} of them; expected {expected}")
     for i, known in enumerate(map(np.unique, train.cat.T)):
-        _refuse_cat(other, i, ~np.isin(other.cat[:, i], known), f"one of training's, {shorten(known.tolist())}")
+        _refuse_cat(other, i, ~np.isin(other.cat[:, i], known), f"one seen in training, {shorten(known.tolist())}")
 
 
 def _refuse_cat(series: Series, i: int, bad: np.ndarray, expected: str) -> None:

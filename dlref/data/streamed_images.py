@@ -81,7 +81,7 @@ class StreamedImages(ImageClassificationData):
         val = self.list_split("val", train.classes)
         test = self.list_split("test", train.classes)
         if test is None:
-            rank_zero_info("No test images are given: the validation images serve for testing too.")
+            rank_zero_info("No test images are given: the validation images are also used for testing.")
             test = val
         for listing in (val, test):
             if listing.multi_label != train.multi_label:

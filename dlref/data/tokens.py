@@ -152,6 +152,6 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
         block = tokens[start : start + BLOCK]
         if block.min() < 0 or block.max() >= len(tokenizer):
             wrong = int(np.flatnonzero((block < 0) | (block >= len(tokenizer)))[0])
-            known = f"expected 0 to {len(tokenizer) - 1}, as its tokeniser has"
+            known = f"expected 0 to {len(tokenizer) - 1}, the tokens of its tokeniser"
             raise UserError(f"{path}: token {start + wrong} is {block[wrong]}; {known}")
     return torch.from_numpy(tokens)

@@ -103,7 +103,7 @@ class TranslationData(SplitData):
             if split != "train":
                 texts.append([as_text(tokenizer, given, name == "target") for given in getattr(pairs, name)])
         if cut:
-            rank_zero_warn(f"{split}: {cut} sentences of more than {self.longest - 1} tokens are cut")
+            rank_zero_warn(f"{split}: {cut} sentences of more than {self.longest - 1} tokens are truncated")
         return Corpus(*sides, tuple(texts) or None)
 
     def order(self, devices: int) -> TokenBatches:

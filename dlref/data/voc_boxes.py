@@ -69,7 +69,7 @@ def _read_xml(path: Path, listed: str) -> ElementTree.Element:
     except UserError as error:
         raise UserError(f"{listed}: {error}") from None
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # a few lines of nested entities can fill the memory
-        raise UserError(f"{path}: a document type or entity; expected an annotation without")
+        raise UserError(f"{path}: a document type or entity; expected an annotation without them")
     try:
         return ElementTree.fromstring(text)
     except ElementTree.ParseError as error:

@@ -112,7 +112,9 @@ def read_vocabulary(path: Path) -> dict:
         raise UserError(f"{path}: not a vocabulary; expected an object of tokens and their numbers")
     tokens = sorted(numbers, key=numbers.get)
     if [numbers[token] for token in tokens] != list(range(len(tokens))):
-        raise UserError(f"{path}: {len(tokens)} tokens whose numbers leave some out; expected 0 to {len(tokens) - 1}")
+        raise UserError(
+            f"{path}: {len(tokens)} tokens whose numbers have gaps or repeat; expected 0 to {len(tokens) - 1}"
+        )
     if tuple(tokens[: len(SPECIAL)]) != SPECIAL:
         raise UserError(f"{path}: begins with {' '.join(tokens[:4])}; expected {' '.join(SPECIAL)}")
     described = {"kind": "word", "tokens": tokens}
