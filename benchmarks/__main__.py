@@ -82,8 +82,8 @@ def reproduce(names: list[str], stated: Records) -> int:
 def main(arguments: list[str] | None = None, every: list[str] | None = None) -> int:
     """Run the command; without names, for `every` one of these."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; reproduce as the first: once more")
-    parser.add_argument("--list", action="store_true", help="the names")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; after reproduce: to compare again")
+    parser.add_argument("--list", action="store_true", help="list the names")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where benchmarks.json and benchmarks.md are")
     options = parser.parse_args(arguments)
     again = options.names[:1] == ["reproduce"]

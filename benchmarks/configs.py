@@ -87,7 +87,7 @@ def trained(config: str) -> Path:
 def results(config: str) -> Rows:
     """Measure scores and seconds over the seeds."""
     if config not in ON_A_CPU and not torch.cuda.is_available():
-        raise NotHere("it wants a GPU")
+        raise NotHere("it needs a GPU")
     roots(config)
     found = [fit(config, seed) for seed in watched(SEEDS, config)]
     seconds, scores = map(list, zip(*found, strict=True))

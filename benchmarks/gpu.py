@@ -124,7 +124,7 @@ def finish() -> None:
 def wanted() -> None:
     """Raise NotHere without a GPU."""
     if DEVICE != "cuda":
-        raise NotHere("it wants a GPU")
+        raise NotHere("it needs a GPU")
 
 
 def on_noise(config: str, make: Callable, facts: dict, unit: str, each: int, goal: str, steps: int = 50) -> Rows:

@@ -98,12 +98,12 @@ def test_figures_have_three_digits():
 
 def test_what_was_measured_is_read_as_it_was_written(tmp_path):
     records = {"edge-lenet5": recorded(1.0, 2.0, peer=(3.0, 8.0), unit="s", beside="PyTorch", goal=">= 2")}
-    records["gpu-resnet50"] = Record("gpu", not_run="it wants a GPU")
+    records["gpu-resnet50"] = Record("gpu", not_run="it needs a GPU")
     write(tmp_path, records)
     assert read(tmp_path) == records
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| `edge-lenet5` | what | PyTorch | 5.5 s | 1.5 s | **3.5× (3 to 4)** | ≥ 2: met | [1] |" in text
-    assert "- `gpu-resnet50`: not run, it wants a GPU" in text
+    assert "- `gpu-resnet50`: not run, it needs a GPU" in text
     assert "- [1] a machine; torch 1; 2026-01-01" in text
 
 
@@ -203,10 +203,10 @@ def test_a_module_by_itself_is_all_of_its_benchmarks(tmp_path, monkeypatch, answ
 def test_a_machine_that_cannot_leaves_the_figures_of_one_that_could(tmp_path, monkeypatch, capsys, answers):
     answers["gpu-resnet50"] = recorded(1.0)
     run(monkeypatch, capsys, "--docs", tmp_path, "gpu-resnet50")
-    answers["gpu-resnet50"] = Record("gpu", not_run="it wants a GPU")
+    answers["gpu-resnet50"] = Record("gpu", not_run="it needs a GPU")
     status, told, _ = run(monkeypatch, capsys, "--docs", tmp_path, "gpu-resnet50")
     assert status == 0
-    assert "it wants a GPU" in told
+    assert "it needs a GPU" in told
     assert read(tmp_path)["gpu-resnet50"].rows["what"].own == [1.0]
 
 
@@ -237,7 +237,7 @@ def test_names_that_are_none(tmp_path, monkeypatch, capsys, words):
 def test_without_a_gpu_its_rows_say_so(name, monkeypatch):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(measure.logging, "disable", lambda level: None)
-    assert measure.measure(name).not_run == "it wants a GPU"
+    assert measure.measure(name).not_run == "it needs a GPU"
 
 
 def test_speed_is_of_the_steps_that_count(monkeypatch):
