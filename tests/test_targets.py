@@ -301,7 +301,7 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
     manifest = made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")
     *refused, held = manifest["verification"]["attempts"]
     assert [attempt["calibration"] for attempt in refused[:3]] == list(SAMPLES)
-    assert all("points lost, expected at most 0.5" in attempt["refused"] for attempt in refused)
+    assert all("points lost; expected at most 0.5" in attempt["refused"] for attempt in refused)
     assert manifest["precision"] == "int8"
     kept = held["kept_float"]["classify"]
     model = onnx.load(tmp_path / "bundle/classify.onnx")

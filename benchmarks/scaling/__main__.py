@@ -54,7 +54,7 @@ def main() -> None:
     """Measure, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--draw", action="store_true", help="pictures and tables of what was measured before")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures and tables again")
     options = parser.parse_args()
     path = DOCS / "scaling.json"
     if not options.draw:
