@@ -27,7 +27,7 @@ from dlref.export.verify import Reference, parity
 from dlref.models import Seq2Seq
 from dlref.models.seq2seq import Memory
 from dlref.runtime import UserError, make_runner
-from dlref.runtime.attention import draw_attention
+from dlref.runtime.attention import draw_attention, heat_map
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.decoding import beam_search
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
@@ -643,6 +643,13 @@ def test_attention_is_drawn(runner):
     assert np.asarray(picture.convert("L")).std() > 5
     with pytest.raises(UserError, match="a request with several texts cannot be drawn"):
         runner.draw("abc", runner({"instances": [{"data": "abc"}]}))
+    nothing = {"attention": np.zeros((0, 4)), "source_tokens": np.arange(4), "tokens": np.zeros(0, int)}
+    with pytest.raises(UserError, match="no output tokens; expected at least one"):
+        runner.draw("abc", nothing)
+
+
+def test_attention_is_drawn_for_characters_without_a_glyph():
+    assert heat_map(np.eye(2), ["\x02", "漢"], ["a", "b"]).size > (100, 100)  # warnings are errors in the tests
 
 
 def test_export_judges_a_bundle_by_the_texts_it_finds():

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 
-from dlref.runtime.attention import draw_attention, literal
+from dlref.runtime.attention import boxes_for_missing_glyphs, draw_attention, literal
 from dlref.runtime.runners.object_detection import SHOWN as SURE
 from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALETTE
 
@@ -25,7 +25,8 @@ GROUPS = 6  # of source lengths
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with boxes_for_missing_glyphs():
+        figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _grid(panels: int, columns: int, width: float, height: float, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
