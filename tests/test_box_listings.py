@@ -195,14 +195,24 @@ def test_given_classes_are_what_class_ids_stand_for(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["sagemaker", "manifest"])
-def test_a_class_without_a_name_is_called_by_its_id(tmp_path, kind):
+def test_class_ids_without_any_names_are_their_own_names(tmp_path, kind):
     root = write(tmp_path, kind)
     for file, text in GOOD[kind].items():
-        content = text.replace('{"class_id": 0, "name": "cat"}, ', "").replace('"0": "cat", ', "")
+        content = re.sub(r'"categories": \[.*?\]', '"categories": []', text)
+        content = re.sub(r'"class-map": {.*?}', '"class-map": {}', content)
         (root / file).write_text(content.replace('"class_id": 0, "left": 0', '"class_id": 3, "left": 0'))
     listing = READERS[kind](root)
-    assert listing.classes == ["0", "dog", "2", "3"]
+    assert listing.classes == ["0", "1", "2", "3"]
     assert listing.pictures[2].labels.tolist() == [3]
+
+
+@pytest.mark.parametrize("kind", ["sagemaker", "manifest"])
+def test_a_class_id_that_no_name_belongs_to_is_refused(tmp_path, kind):
+    root = write(tmp_path, kind)
+    for file, text in GOOD[kind].items():
+        (root / file).write_text(text.replace('"class_id": 0, "left": 0', '"class_id": 3, "left": 0'))
+    message = error_of(READERS[kind], root)
+    assert "annotations[0]: class 3; expected one of [0, 1]" in message
 
 
 def test_voc_without_what_may_be_missing(tmp_path):

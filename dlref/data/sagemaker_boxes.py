@@ -35,8 +35,8 @@ def read_sagemaker(
     Args:
         images: the folder that `file` is relative to.
         annotations: the folder of the JSON files, which are read in the order of their names.
-        classes: the class names of the training pictures, by class id; None: the names in `categories`, or the id
-            of a class that no file names.
+        classes: the class names of the training pictures, by class id; None: the names in `categories`, or the ids
+            if no file has names.
         on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     names = dict(enumerate(classes or []))
@@ -76,7 +76,7 @@ def read_box_manifest(
         root: the folder that `source-ref` is relative to; None: the manifest's own folder.
         label_attribute: the key of the boxes; None: the only key besides `source-ref` and `*-metadata`.
         classes: the class names of the training pictures, by class id; None: the names in the metadata's `class-map`,
-            or the id of a class that no line names.
+            or the ids if no line has names.
         on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     root = Path(path).parent if root is None else root
@@ -145,12 +145,12 @@ def _by_class_id(
     on_bad_box: OnBadBox,
 ) -> BoxListing:
     """List records whose labels are class ids, with a name for each id up to the highest."""
+    known = set(names) or {found.label for record in records for found in record.objects}
     if classes is None:
-        used = {found.label for record in records for found in record.objects}
-        classes = [names.get(i, str(i)) for i in range(1 + max(used | set(names), default=-1))]
+        classes = [names.get(i, str(i)) for i in range(1 + max(known, default=-1))]
         name, times = Counter(classes).most_common(1)[0] if classes else ("", 0)
         if times > 1:
             raise UserError(f"{source}: {times} classes called {shorten(name)}; expected a unique name for each")
     if not classes:
         raise UserError(f"{source}: no classes; expected at least one box or name")
-    return to_listing(source, records, {i: i for i in range(len(classes))}, classes, on_bad_box)
+    return to_listing(source, records, {i: i for i in known}, classes, on_bad_box)
