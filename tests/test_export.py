@@ -114,7 +114,7 @@ def test_a_bundle_says_what_it_is(tmp_path):
     assert metric["pytorch"] == metric["bundle"]
     report = (tmp_path / "bundle/report.md").read_text()
     assert "Pictures of any size, converted to grey" in report
-    assert "Of 3 labels: a, b, c." in report
+    assert "3 labels: a, b, c." in report
     assert "| accuracy | validation | 48 |" in report
     model = onnx.load(tmp_path / "bundle/classify.onnx")
     assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
