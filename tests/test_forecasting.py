@@ -1,4 +1,4 @@
-"""Forecasting: windows, scales and masks whose answers can be read off, scores, sampling at the edge, data modules."""
+"""Forecasting: windows, scales and masks with known results, scores, sampling at the edge, data modules."""
 
 import json
 import math
@@ -45,7 +45,7 @@ START = "2024-01-01 00:00:00"
 
 
 def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6, horizon=4, cell="lstm", **task):
-    """A small one that knows hourly series."""
+    """Return a small forecaster for hourly series."""
     distribution = distribution or StudentT()
     features = len(H.cycles) + 1 + dynamic + static
     sizes = {"lags": len(H.lags), "features": features, "parameters": distribution.parameters}
@@ -58,7 +58,7 @@ def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6
 
 
 def window_of(values, observed=None, features=5, categories=0, context=6, horizon=4):
-    """Values (B, context + horizon), and before them histories of ones as long as the data has them."""
+    """Return a window of values (B, context + horizon) after a history of ones as long as the data modules' own."""
     values = torch.as_tensor(values, dtype=torch.float32)
     history = torch.ones(len(values), LONGEST + 1)
     observed = torch.ones_like(values, dtype=torch.bool) if observed is None else torch.as_tensor(observed)
@@ -77,18 +77,18 @@ def data(**changes):
     return SyntheticSeries(**{**sizes, "batch_size": 8, "batches": 3} | changes)
 
 
-# What a network is given
+# Inputs of the network
 
 
 class Recorder(nn.Module):
-    """A network that keeps what it is given and answers zeros."""
+    """A network that records its inputs and returns zeros."""
 
     def forward(self, lagged, features, categories, scale, state=None):
         self.lagged, self.scale = lagged, scale
         return torch.zeros(*lagged.shape[:2], 3), torch.zeros(2, len(lagged), 1)
 
 
-def test_lags_of_increasing_integers_are_that_much_less():
+def test_lagged_values_are_the_values_that_many_steps_before():
     task = forecaster(network=Recorder())
     counting = torch.arange(1.0, LONGEST + 11)[None]
     task(window_of(torch.ones(1, 10))._replace(values=counting))
@@ -97,11 +97,11 @@ def test_lags_of_increasing_integers_are_that_much_less():
     torch.testing.assert_close(now - found, torch.tensor(H.lags).float().expand(10, -1), rtol=1e-4, atol=1e-2)
 
 
-def test_lags_above_the_longest_are_left_out():
+def test_lags_above_longest_lag_are_left_out():
     assert forecaster(longest_lag=3).lags == [1, 2, 3]
 
 
-def test_the_scale_is_the_mean_of_what_is_observed_of_the_context():
+def test_scale_is_the_mean_absolute_value_of_observed_points():
     target = torch.tensor(
         [[2.0, -4.0, 99.0], [0.0, 0.0, 0.0], [0.0, -7.0, -7.0], [0.0, 0.0, 0.0], [2e-12, 4e-12, 3e-12]]
     )
@@ -109,7 +109,7 @@ def test_the_scale_is_the_mean_of_what_is_observed_of_the_context():
     assert scale_of(target, observed).tolist() == [3, 1, 7, 1, pytest.approx(3e-12)]
 
 
-def test_the_future_has_no_part_in_the_scale_and_none_in_a_forecast():
+def test_scale_and_forecast_do_not_depend_on_future_values():
     task = forecaster(network=Recorder())
     one, other = window_of(torch.ones(1, 10)), window_of(torch.tensor([[1.0] * 6 + [1e6] * 4]))
     task(one)
@@ -121,7 +121,7 @@ def test_the_future_has_no_part_in_the_scale_and_none_in_a_forecast():
     assert torch.equal(task.paths(one), task.paths(other))
 
 
-def test_missing_values_have_no_part_in_the_loss():
+def test_missing_values_are_left_out_of_the_loss():
     task = forecaster()
     observed = [[True] * 8 + [False, True]]
     window = window_of(torch.rand(1, 10), observed)
@@ -133,8 +133,8 @@ def test_missing_values_have_no_part_in_the_loss():
     assert task.loss(window_of(torch.rand(1, 10), [[False] * 10])) == 0
 
 
-def test_a_training_step_is_the_mean_over_as_many_points_as_it_says():
-    """By their number devices weigh their shares of a batch."""
+def test_training_step_logs_its_loss_with_the_number_of_observed_points():
+    """Devices weigh their shares of a batch by this number."""
     task, said, observed = forecaster(), [], [[True] * 8 + [False, True], [False] * 9 + [True]]
     task.log_train_loss = lambda loss, count: said.append(count) or loss
     window = window_of(torch.rand(2, 10), observed)
@@ -144,8 +144,8 @@ def test_a_training_step_is_the_mean_over_as_many_points_as_it_says():
 
 
 @pytest.mark.parametrize("difference", [False, True])
-def test_a_cold_start_has_a_finite_loss_and_forecast(difference):
-    """Of a series with a single point, and of one with only zeros."""
+def test_series_with_almost_no_history_have_a_finite_loss_and_forecast(difference):
+    """One series has a single observed point, the other is all zeros."""
     task = forecaster(difference=difference)
     values = torch.zeros(2, LONGEST + 11)
     values[0, -5] = 3.0
@@ -159,7 +159,7 @@ def test_a_cold_start_has_a_finite_loss_and_forecast(difference):
     assert task.paths(window).isfinite().all()
 
 
-def test_one_call_of_the_recurrent_layers_trains_context_and_prediction(monkeypatch):
+def test_loss_runs_the_recurrent_layers_once_over_context_and_prediction(monkeypatch):
     task, calls = forecaster(), []
     forward = task.network.rnn.forward
     monkeypatch.setattr(task.network.rnn, "forward", lambda *given: calls.append(given) or forward(*given))
@@ -168,15 +168,15 @@ def test_one_call_of_the_recurrent_layers_trains_context_and_prediction(monkeypa
 
 
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
-def test_a_training_step_waits_for_no_value(distribution):
-    """On tensors that have none, what asks for one is an error."""
+def test_the_loss_never_reads_a_tensors_value(distribution):
+    """Fake tensors have no values, so reading one is an error."""
     task, window = forecaster(distribution, (5,)), window_of(torch.rand(3, 10), categories=1)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert task.loss(Window(*map(mode.from_tensor, window[:4]))).shape == ()
 
 
 @pytest.mark.gpu
-def test_a_training_step_on_a_gpu_never_waits_for_it():
+def test_a_training_step_never_synchronises_with_the_gpu():
     module = data()
     module.setup()
     windows = module.splits["train"].to(torch.device("cuda"))
@@ -191,17 +191,17 @@ def test_a_training_step_on_a_gpu_never_waits_for_it():
     assert loss.isfinite()
 
 
-# Changes
+# Differenced series
 
 
 class Ones(nn.Module):
-    """A network that answers ones."""
+    """A network that returns ones."""
 
     def forward(self, lagged, features, categories, scale, state=None):
         return torch.ones(*lagged.shape[:2], 1), torch.zeros(2, len(lagged), 1)
 
 
-def test_a_change_from_or_to_what_is_missing_is_missing():
+def test_a_difference_from_or_to_a_missing_value_is_missing():
     values, observed = np.array([1.0, 3.0, 3.0, 7.0, 6.0]), np.array([True, True, False, True, True])
     change, known = first_differences(values, observed)
     assert change.tolist() == [2, 0, 0, -1]
@@ -209,8 +209,8 @@ def test_a_change_from_or_to_what_is_missing_is_missing():
 
 
 @pytest.mark.parametrize(("missing", "expected"), [([], [13, 15, 17, 19]), ([-2], [13.5, 16, 18.5, 21])])
-def test_changes_are_scaled_by_their_mean_and_added_to_the_last_value(missing, expected):
-    """Changes of 3, 2, 1, 4, 0 and 2, on average 2, or the first four alone; each to come is as large as the scale."""
+def test_differenced_forecasts_scale_by_the_mean_change_and_start_at_the_last_value(missing, expected):
+    """Changes of 3, 2, 1, 4, 0 and 2 average 2, the first four 2.5; each predicted change equals the scale."""
     task = forecaster(Deterministic(), network=Ones(), difference=True)
     values, observed = np.array([-1.0, 2, 4, 5, 9, 9, 11]), np.ones(11, bool)
     observed[[place - 4 for place in missing]] = False
@@ -224,7 +224,7 @@ def test_changes_are_scaled_by_their_mean_and_added_to_the_last_value(missing, e
     assert runner({"start": START, "target": target})["mean"] == expected
 
 
-def test_the_likelihood_of_values_is_that_of_their_changes():
+def test_differenced_loss_is_the_loss_of_the_differenced_values():
     torch.manual_seed(0)
     differenced = forecaster(difference=True)
     plain = forecaster(network=differenced.network)
@@ -234,7 +234,7 @@ def test_the_likelihood_of_values_is_that_of_their_changes():
     torch.testing.assert_close(differenced.loss(window), plain.loss(window._replace(values=values, observed=observed)))
 
 
-def test_drawn_changes_are_what_the_network_sees_all_at_once():
+def test_differenced_sampling_agrees_with_one_call_over_the_drawn_values():
     task = forecaster(Deterministic(), difference=True)
     window = window_of(torch.rand(2, 10))
     paths = task.paths(window)[:, 0]
@@ -245,8 +245,8 @@ def test_drawn_changes_are_what_the_network_sees_all_at_once():
 
 
 @pytest.mark.parametrize("difference", [False, True])
-def test_a_device_knows_of_a_series_what_its_window_says(tmp_path, difference):
-    """Byte by byte, for the noise follows from them: zeros of another sign would draw other paths."""
+def test_the_runner_prepares_a_series_exactly_like_its_window(tmp_path, difference):
+    """Compared byte by byte because they seed the noise: zeros of another sign would draw other paths."""
     series = [
         [-3.0, -2, -1, 1, 2],
         [-1.0],
@@ -273,7 +273,7 @@ def test_a_device_knows_of_a_series_what_its_window_says(tmp_path, difference):
     np.testing.assert_allclose(paths, task.paths(window).mean(1), rtol=1e-4, atol=1e-4)
 
 
-def test_changes_beyond_float32_are_one_line_and_no_warning():
+def test_changes_beyond_float32_are_refused_without_a_warning():
     task = forecaster(difference=True)
     served = task.deployable(window_of(torch.rand(1, 10)))
     runner = make_runner("forecasting", served.graphs, served.metadata)
@@ -286,7 +286,7 @@ def test_changes_beyond_float32_are_one_line_and_no_warning():
 # Baselines and scores
 
 
-def test_baselines_are_read_off():
+def test_baselines_of_counting_values():
     values = torch.arange(1.0, 9)[None]
     observed = torch.ones_like(values, dtype=torch.bool)
     assert seasonal_naive(values, observed, 5, 3).tolist() == [[6, 7, 8, 6, 7]]
@@ -295,7 +295,7 @@ def test_baselines_are_read_off():
     assert seasonal_naive(values, observed, 5, 3).tolist() == [[8, 7, 8, 8, 7]]
 
 
-def test_quantile_scores_are_scikit_learn_s():
+def test_quantile_scores_match_scikit_learn_and_numpy():
     target, paths = torch.randn(5, 4) * 10, torch.randn(5, 50, 4) * 10
     observed = torch.rand(5, 4) > 0.3
     scores = SampleScores(4)
@@ -315,13 +315,13 @@ def test_quantile_scores_are_scikit_learn_s():
     np.testing.assert_allclose(values["coverage"], below)
 
 
-def test_a_value_that_is_the_quantile_itself_is_covered():
+def test_coverage_includes_values_equal_to_the_quantile():
     scores = SampleScores(1)
     scores.update(torch.full((1, 7, 1), 3.0), torch.tensor([[3.0]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1))
     assert scores.compute()["coverage"].tolist() == [1.0] * len(LEVELS)
 
 
-def test_crps_is_the_integral_of_squared_differences_of_distributions():
+def test_crps_is_the_integral_of_the_squared_difference_of_distributions():
     paths, value = torch.randn(1, 7, 1), torch.tensor([[0.3]])
     points = np.sort(paths.numpy().ravel())
 
@@ -332,8 +332,8 @@ def test_crps_is_the_integral_of_squared_differences_of_distributions():
     assert crps(paths, value).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_msis_is_m4_s_and_leaves_out_series_without_seasonal_error():
-    """An interval from 2.5 to 97.5 that one of two values leaves by 2.5: (95 + 2.5 · 40) / 2 + 95 / 2."""
+def test_msis_follows_m4_and_leaves_out_series_with_zero_seasonal_error():
+    """One of two values lies 2.5 outside the interval from 2.5 to 97.5: (95 + 2.5 · 40) / 2 + 95 / 2."""
     paths = torch.arange(101.0)[None, :, None].expand(2, 101, 2)
     scores = SampleScores(2)
     target = torch.tensor([[50.0, 100.0], [1e6, 1e6]])
@@ -341,8 +341,8 @@ def test_msis_is_m4_s_and_leaves_out_series_without_seasonal_error():
     assert scores.compute()["msis"].item() == pytest.approx((95 + (95 + 40 * 2.5)) / 2 / 5)
 
 
-def test_crps_and_msis_are_of_what_is_observed_alone():
-    """CRPS over the sum of |values|; MSIS of each window over its own points, then over the windows that have some."""
+def test_crps_and_msis_use_only_observed_points():
+    """CRPS is divided by the sum of |values|; MSIS is averaged per window, then over windows with observed points."""
     target, paths = torch.randn(4, 3) * 10, torch.randn(4, 50, 3) * 10
     observed = torch.tensor([[True, False, True], [True] * 3, [False] * 3, [False, False, True]])
     error, scores = torch.tensor([0.5, 2.0, 1.0, 4.0]), SampleScores(3)
@@ -358,20 +358,20 @@ def test_crps_and_msis_are_of_what_is_observed_alone():
     assert found["msis"].item() == pytest.approx(np.mean(by_window), rel=1e-4)
 
 
-def test_a_point_forecast_at_all_levels_loses_its_absolute_error():
+def test_wql_of_a_point_forecast_equals_its_normalised_deviation():
     target, observed = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
     scores = QuantileScores(2)
     scores.update(torch.tensor([[2.0, 3.0]])[..., None].expand(1, 2, 9), target, observed)
     assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
 
 
-def test_of_a_loss_of_0_any_is_too_much():
+def test_degradation_from_a_loss_of_zero_is_infinite():
     task = forecaster()
     assert task.degradation(0.0, 0.0) == 0
     assert task.degradation(0.0, 0.1) == math.inf
 
 
-def test_a_loss_is_in_hundredths_of_the_reference():
+def test_degradation_is_in_per_cent_of_the_reference():
     assert forecaster().degradation(0.2, 0.21) == pytest.approx(5)
 
 
@@ -380,9 +380,9 @@ def test_a_loss_is_in_hundredths_of_the_reference():
 
 @pytest.fixture(scope="module", params=[StudentT, Gaussian, NegativeBinomial, Beta, Deterministic])
 def exported(request, tmp_path_factory):
-    """A task, a window of two series with categories and features, its graphs' files and the runner over them.
+    """Return a task, a window of two series with categories and features, its graphs, their folder and a runner.
 
-    The distribution has no part in `encode`: beside that of Student's t, PyTorch's stands in for the file.
+    `encode` does not depend on the distribution: it is exported for Student's t only; the others use PyTorch's.
     """
     torch.manual_seed(0)
     distribution = request.param
@@ -397,7 +397,7 @@ def exported(request, tmp_path_factory):
     return task, window, served, folder, make_runner("forecasting", graphs, served.metadata)
 
 
-def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported):
+def test_the_same_noise_gives_the_same_paths_in_pytorch_and_in_the_bundle(exported):
     task, window, _, _, runner = exported
     by_pytorch, by_bundle = task.paths(window).numpy(), runner.paths(task.past(window))
     assert by_pytorch.shape == (2, 100, 4)
@@ -406,13 +406,13 @@ def test_the_same_noise_gives_the_same_paths_in_pytorch_and_at_the_edge(exported
         assert by_pytorch[:, :, -1].std(1).min() > 0
 
 
-def test_a_bundle_says_what_it_takes_by_a_series_that_it_answers(exported):
+def test_the_example_series_in_a_bundles_description_can_be_forecast(exported):
     _, _, served, _, runner = exported
     shown = re.search(r"\n    (\{.*\})\n", runner.takes(served.metadata))
     assert len(runner(json.loads(shown[1]))["mean"]) == 4
 
 
-def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
+def test_graphs_match_pytorch_at_sizes_not_used_in_tracing(exported):
     _, _, served, _, runner = exported
     for name, sizes in (("encode", {"batch": 5, "context": 17}), ("encode", {"batch": 1, "context": 1})):
         inputs = {key: tensor.numpy() for key, tensor in example_at(served.graphs[name], sizes).items()}
@@ -426,9 +426,9 @@ def test_graphs_equal_pytorch_at_contexts_batches_and_samples_unseen(exported):
             np.testing.assert_allclose(array, expected[key], rtol=1e-4, atol=1e-4)
 
 
-def test_integers_change_little(exported, tmp_path):
+def test_int8_quantisation_changes_forecasts_little(exported, tmp_path):
     task, window, served, folder, runner = exported
-    graphs = {}  # of seven bits, which every x86-64 can add up
+    graphs = {}  # weights of seven bits, whose products do not overflow on any x86-64
     for path in folder.glob("*.onnx"):
         unbounded = served.graphs[path.stem].unbounded
         convert(path, tmp_path / path.name, TARGETS["x86-64-avx2"], Plan("int8"), [], unbounded)
@@ -438,7 +438,7 @@ def test_integers_change_little(exported, tmp_path):
     exact, found = (one.paths(task.past(window)).mean(1) for one in (runner, small))
     np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
     past = task.past(window)
-    past.values[1, : -task.context] *= 1e4  # beside a series that has all but ended, the other one keeps its levels
+    past.values[1, : -task.context] *= 1e4  # a series that dwarfs the other one must not cost it precision
     exact, found = (one.paths(past).mean(1)[0] for one in (runner, small))
     np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
 
@@ -447,7 +447,7 @@ def served_operators(path):
     return {node.op_type for node in onnx.load(path).graph.node}
 
 
-def test_what_pytorch_is_measured_by_loads_again_without_categories(tmp_path):
+def test_exported_programs_without_categories_reload_and_match(tmp_path):
     for name, graph in forecaster().deployable(window_of(torch.rand(2, 10))).graphs.items():
         write_program(graph, tmp_path / f"{name}.pt2", TARGETS["cpu"])
         answer = program(tmp_path / f"{name}.pt2", "eager", "cpu")
@@ -456,8 +456,8 @@ def test_what_pytorch_is_measured_by_loads_again_without_categories(tmp_path):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_step_by_step_is_the_network_all_at_once():
-    """With the values that were drawn as lags, the states of training's one call are those of sampling."""
+def test_sampling_step_by_step_agrees_with_one_call_over_the_drawn_values():
+    """Given the drawn values as lags, the single call of training reproduces the states of sampling."""
     task = forecaster(Deterministic())
     window = window_of(torch.rand(2, 10))
     paths = task.paths(window)[:, 0]
@@ -476,12 +476,12 @@ def runner():
 
 
 def instance(points=30, **changes):
-    """A series that the runner takes."""
+    """Return a valid series for the runner."""
     values = [float(i % 7) for i in range(points)]
     return {"start": START, "target": values, "cat": [2], "dynamic_feat": [[0.5] * (points + 4)]} | changes
 
 
-def test_sagemaker_s_request_gets_sagemaker_s_answer(runner):
+def test_a_sagemaker_request_gets_a_sagemaker_response(runner):
     configuration = {"num_samples": 50, "output_types": ["mean", "quantiles", "samples"], "quantiles": ["0.1", "0.50"]}
     answer = runner({"instances": [instance(), instance(9)], "configuration": configuration})
     assert [set(one) for one in answer["predictions"]] == [{"mean", "quantiles", "samples"}] * 2
@@ -494,7 +494,7 @@ def test_sagemaker_s_request_gets_sagemaker_s_answer(runner):
     json.dumps(answer)
 
 
-def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner):
+def test_a_series_may_be_given_as_arrays_and_its_forecast_ignores_other_series(runner):
     plain = runner(instance())
     arrays = runner(instance(target=np.array(instance()["target"]), dynamic_feat=np.full((1, 34), 0.5)))
     pythons = runner(
@@ -519,8 +519,8 @@ def test_a_single_series_may_be_arrays_and_has_its_answer_in_any_company(runner)
     np.testing.assert_allclose(*(list(answer["quantiles"].values()) for answer in (among, plain)), rtol=1e-4)
 
 
-def test_null_and_nan_are_missing_and_are_filled(runner):
-    """Far back only lags see them, as the value before; in the context they have no part in the scale."""
+def test_null_and_nan_are_filled_and_left_out_of_the_scale(runner):
+    """They take the previous value; in the context they are also left out of the scale."""
     target = instance()["target"]
     target[3] = None
     nan = [*target[:3], "NaN", *target[4:]]
@@ -539,48 +539,50 @@ def test_null_and_nan_are_missing_and_are_filled(runner):
     assert encoded["scale"].tolist() == [2]
 
 
-def test_the_noise_of_paths_falls_into_each_part_alike(runner):
+def test_path_noise_is_stratified_and_uncorrelated(runner):
     noise = runner.noise(np.ones(3, np.float32), 50, 0)
     assert noise.shape == (50, 4, 2)
     assert noise.dtype == np.float32
     np.testing.assert_array_equal(np.sort((noise * 50).astype(int), axis=0)[:, 2, 1], np.arange(50))
-    assert np.abs(np.corrcoef(noise.reshape(50, 8).T) - np.eye(8)).max() < 0.5  # no path keeps its part
+    assert (
+        np.abs(np.corrcoef(noise.reshape(50, 8).T) - np.eye(8)).max() < 0.5
+    )  # each path changes its stratum from column to column
     assert noise.min() >= 0
     assert noise.max() < 1
 
 
-def test_every_series_has_noise_of_its_own(runner):
+def test_each_series_has_its_own_noise(runner):
     one, other = (runner.noise(np.float32([value, 1]), 10, 0) for value in (1, 2))
     assert not np.array_equal(one, other)
 
 
-def test_requests_of_other_seeds_are_answered_apart(runner):
+def test_requests_with_different_seeds_are_not_batched_together(runner):
     one, other = (runner.read({"instances": [instance()], "configuration": {"seed": seed}}) for seed in (0, 1))
     assert runner.together(one, one)
     assert not runner.together(one, other)
 
 
-def test_another_number_of_paths_than_a_bundle_is_fixed_to_is_refused(runner):
+def test_num_samples_other_than_a_bundles_fixed_number_is_refused(runner):
     step = SimpleNamespace(shape=runner.step.shape | {"noise": (1, 8, 1)})
     fixed = make_runner("forecasting", {"encode": runner.encode, "step": step}, runner.metadata)
     with pytest.raises(UserError, match="num_samples: 100; expected 8, the fixed number of this bundle"):
         fixed([instance()])
 
 
-def test_lists_without_end_and_names_of_no_file_are_one_bad_input_each(runner):
+def test_deeply_nested_lists_and_invalid_file_names_only_fail_their_own_input(runner):
     deep = json.dumps(instance()).replace('"target": [', '"target": [' + "[" * 900 + "]" * 900 + ", ")
     answers = list(runner.stream([instance(), Line("a.jsonl:2", deep), "a\0b", "\ud800.json", instance()]))
     assert [isinstance(answer, UserError) for answer in answers] == [False, True, True, True, False]
     assert str(answers[1]).startswith("a.jsonl:2: ")
 
 
-def test_quantiles_of_values_close_to_the_largest_are_finite():
+def test_quantiles_of_values_near_the_float32_limit_are_finite():
     paths = np.float32([[-3e38], [3e38]])
     assert np.isfinite(prediction(paths)["quantiles"]["0.5"]).all()
 
 
 class Sevens:
-    """A step whose values are 7 over the scale, rounded as float32 rounds them."""
+    """A step whose values are 7 divided by the scale, rounded to float32."""
 
     shape = dict.fromkeys(("noise", "lagged"), ("batch", "sample", 1))
 
@@ -588,8 +590,8 @@ class Sevens:
         return {"value": np.float32(7) / np.broadcast_to(scale[:, None], lagged.shape[:2]), "next_state": state}
 
 
-def test_counts_stay_whole(runner):
-    """What is divided by a scale and multiplied again may be another; here the scale is a series' last value."""
+def test_forecasts_of_counts_are_whole_numbers(runner):
+    """Dividing by a scale and multiplying again may change a value; the scale here is the series' last value."""
 
     def encode(target, **_):
         return {"scale": target[:, -1], "state": np.zeros((1, len(target), 1), np.float32)}
@@ -600,7 +602,7 @@ def test_counts_stay_whole(runner):
     assert (counts.paths(Past(*map(np.stack, zip(*pasts, strict=True))), 4) == 7).all()
 
 
-def test_a_seed_draws_other_paths_of_the_same_forecast(runner):
+def test_another_seed_draws_other_paths(runner):
     one, same, other = (
         runner({"instances": [instance()], "configuration": {"seed": seed}})["predictions"][0]["mean"]
         for seed in (0, 0, 7)
@@ -609,7 +611,7 @@ def test_a_seed_draws_other_paths_of_the_same_forecast(runner):
     assert one != other
 
 
-def test_one_bad_line_or_file_has_its_error_and_the_others_their_answers(runner, tmp_path):
+def test_a_bad_line_yields_its_error_and_the_other_lines_their_forecasts(runner, tmp_path):
     good = json.dumps(instance() | {"id": "a\u2028b"}, ensure_ascii=False)
     (tmp_path / "lines.jsonl").write_text("\n".join(["{bad", good, "[]", good]), encoding="utf-8")
     sources = [source for _, source in runner.inputs(str(tmp_path / "lines.jsonl"))]
@@ -625,7 +627,7 @@ def test_a_forecast_beyond_float32_names_its_series(runner):
         runner({"instances": [instance(), instance(target=[3e38] * 30)]})
 
 
-def test_files_hold_a_request_a_series_or_one_on_each_line(runner, tmp_path):
+def test_files_may_hold_a_request_a_series_or_one_series_per_line(runner, tmp_path):
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, (instance(), instance(12)))) + "\n")
     (tmp_path / "one.json").write_text(json.dumps(instance(), indent=1))
     (tmp_path / "request.json").write_text(json.dumps({"instances": [instance()]}))
@@ -708,7 +710,7 @@ BAD_REQUESTS = [
 
 
 @pytest.mark.parametrize(("content", "complaint"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
-def test_broken_requests_are_one_line_with_what_was_expected(runner, tmp_path, content, complaint):
+def test_invalid_requests_are_refused_in_one_line_that_says_what_was_expected(runner, tmp_path, content, complaint):
     path = tmp_path / "request.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     (answer,) = runner.stream(source for _, source in runner.inputs(str(path)))
@@ -720,7 +722,7 @@ def test_broken_requests_are_one_line_with_what_was_expected(runner, tmp_path, c
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\x1f\x8b broken"])
-def test_files_that_are_no_text(runner, tmp_path, content):
+def test_files_that_are_not_text_are_refused(runner, tmp_path, content):
     path = tmp_path / ("a.json.gz" if content[0] == 0x1F else "a.json")
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"(not UTF-8|unreadable).*; expected JSON"):
@@ -749,7 +751,7 @@ def test_files_that_are_no_text(runner, tmp_path, content):
     ],
     ids=str,
 )
-def test_metadata_of_another_kind_are_refused(runner, changes):
+def test_invalid_metadata_or_graphs_are_refused(runner, changes):
     with pytest.raises(UserError, match="not forecasting"):
         make_runner("forecasting", {"encode": runner.encode, "step": runner.step}, runner.metadata | changes)
     with pytest.raises(UserError, match="not forecasting"):
@@ -760,13 +762,13 @@ def test_metadata_of_another_kind_are_refused(runner, changes):
 
 
 def ends_of(module, split):
-    """For each series where the windows of a split end."""
+    """Return for each series where its windows in a split end."""
     windows = module.splits[split]
     item, end = windows.ends(torch.arange(len(windows)))
     return [end[item == i].tolist() for i in range(len(windows.count))]
 
 
-def test_windows_of_the_splits_follow_each_other():
+def test_windows_of_the_splits_follow_one_another():
     module = data(count=2, val_windows=2, test_windows=3)
     module.setup()
     assert ends_of(module, "test") == [[392, 396, 400]] * 2
@@ -780,7 +782,7 @@ def test_windows_of_the_splits_follow_each_other():
     assert len(module.val_dataloader().dataset) == 4
 
 
-def test_the_seasonal_error_is_of_all_that_lies_before_the_forecast():
+def test_seasonal_error_uses_all_points_before_the_forecast():
     module = data(count=1)
     module.setup()
     store = module.splits["test"].store
@@ -790,7 +792,7 @@ def test_the_seasonal_error_is_of_all_that_lies_before_the_forecast():
 
 
 def jsonl(path, *lengths, **fields):
-    """Series of counting numbers."""
+    """Write series of counting numbers."""
     rows = [{"start": START, "target": list(range(1, 1 + n))} | fields for n in lengths]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
@@ -799,7 +801,7 @@ def jsonl(path, *lengths, **fields):
 SIZES = {"frequency": "H", "prediction_length": 4, "context_length": 6}
 
 
-def test_short_series_are_left_out_and_counted(tmp_path, capfd):
+def test_series_too_short_for_a_window_are_left_out_of_each_split(tmp_path, capfd):
     module = SageMakerSeries(jsonl(tmp_path / "a.json", 300, 5, 9, 4, 13), **SIZES)
     module.setup()
     assert [len(ends) for ends in ends_of(module, "train")] == [288, 0, 0, 0, 1]
@@ -807,7 +809,7 @@ def test_short_series_are_left_out_and_counted(tmp_path, capfd):
     assert [len(ends) for ends in ends_of(module, "test")] == [1, 1, 1, 0, 1]
 
 
-def test_draws_take_each_series_as_often_or_by_its_scale():
+def test_draws_follow_series_weights_and_by_scale_weighs_by_mean_absolute_value():
     counts, weights = torch.tensor([1000, 0, 10]), torch.tensor([1.0, 50.0, 3.0])
     numbers = torch.cat(list(Draws(counts, weights, 100, 200).draw(torch.Generator().manual_seed(0))))
     assert len(numbers) == 20_000
@@ -822,7 +824,7 @@ def test_draws_take_each_series_as_often_or_by_its_scale():
         assert module.weight[i].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_series_with_fewer_windows_than_asked_are_counted(tmp_path, monkeypatch):
+def test_short_series_and_series_with_too_few_windows_are_counted_in_the_log(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("dlref.data.forecasting.rank_zero_info", said.append)
     SageMakerSeries(jsonl(tmp_path / "a.json", 300, 11), test_windows=3, **SIZES).setup()
@@ -833,7 +835,7 @@ def test_series_with_fewer_windows_than_asked_are_counted(tmp_path, monkeypatch)
     ]
 
 
-def test_categories_that_training_lacks_are_known(tmp_path):
+def test_categories_absent_from_training_are_listed_as_unseen(tmp_path):
     rows = [{"start": START, "target": [1.0] * 200, "cat": [cat, 0]} for cat in (0, 2)]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
     module = SageMakerSeries(str(tmp_path / "a.json"), cardinality=[4, 1], **SIZES)
@@ -841,14 +843,14 @@ def test_categories_that_training_lacks_are_known(tmp_path):
     assert (module.cardinality, module.unseen) == ([4, 1], [[1, 3], []])
 
 
-def test_categories_of_which_nothing_is_learnt_are_told(tmp_path):
+def test_categories_without_a_training_window_cause_a_warning(tmp_path):
     rows = [{"start": START, "target": [1.0] * points, "cat": [cat]} for cat, points in enumerate((300, 9, 300))]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
     with pytest.warns(UserWarning, match=r"train: no window of a series with cat\[0\] in \[1\]: nothing is learnt"):
         SageMakerSeries(str(tmp_path / "a.json"), **SIZES).setup()
 
 
-def test_own_test_and_predict_channels(tmp_path):
+def test_separate_test_and_predict_files_are_used_for_their_splits(tmp_path):
     train = jsonl(tmp_path / "train.json", 300, cat=1, dynamic_feat=[[1.0] * 300])
     test = jsonl(tmp_path / "test.json", 308, cat=1, dynamic_feat=[[1.0] * 308])
     coming = jsonl(tmp_path / "predict.json", 308, cat=1, dynamic_feat=[[1.0] * 312])
@@ -864,7 +866,7 @@ def test_own_test_and_predict_channels(tmp_path):
     assert module.sources() == [f"{coming}:1"]
 
 
-def test_tables_become_the_same_windows(tmp_path):
+def test_the_same_values_in_all_table_formats_become_the_same_windows(tmp_path):
     values = np.arange(1, 401) % 50
     times = [str(np.datetime64("2024-01-01T00:00:00") + np.timedelta64(i, "h")).replace("T", " ") for i in range(400)]
     (tmp_path / "wide.txt").write_text("\n".join(f"{v},{2 * v}" for v in values))
@@ -894,7 +896,7 @@ def test_tables_become_the_same_windows(tmp_path):
             assert torch.equal(one, other)
     own = WideSeries(str(tmp_path / "wide.txt"), START, own_category=True, **SIZES)
     own.setup()
-    assert (own.cardinality, own.category_names) == ([2], ["column 1", "column 2"])  # wherever the file lies
+    assert (own.cardinality, own.category_names) == ([2], ["column 1", "column 2"])  # names do not contain the folder
     (tmp_path / "more").mkdir()
     paths = [str(tmp_path / "dated.csv"), str(tmp_path / "more/dated.csv")]
     Path(paths[1]).write_bytes(Path(paths[0]).read_bytes())
@@ -932,20 +934,20 @@ def test_rows_of_two_tables_are_joined_by_name(tmp_path):
     ],
     ids=str,
 )
-def test_broken_settings(changes, complaint):
+def test_invalid_settings_are_refused(changes, complaint):
     with pytest.raises(UserError) as caught:
         data(**changes).setup()
     assert complaint in str(caught.value)
 
 
-def test_zeros_are_not_drawn_by_their_scale(tmp_path):
+def test_by_scale_refuses_series_of_only_zeros(tmp_path):
     rows = [{"start": START, "target": [0.0] * 392 + [1.0] * 8}]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="by_scale: only zeros to train from"):
         SageMakerSeries(str(tmp_path / "a.json"), by_scale=True, **SIZES).setup()
 
 
-def test_tables_of_other_series_are_refused(tmp_path):
+def test_train_and_test_tables_with_different_series_are_refused(tmp_path):
     for name, series in (("train", "H1"), ("test", "H2")):
         (tmp_path / f"{name}.csv").write_text("V1,V2\n" + f"{series},1")
     with pytest.raises(UserError, match="series H1 is in only one of the files; expected those of"):
@@ -956,7 +958,7 @@ def test_tables_of_other_series_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"lags": 39}, {"features": 5}, {"cardinality": [3]}, {"cardinality": []}])
-def test_a_network_of_other_sizes_is_refused_with_the_right_ones(tmp_path, wrong):
+def test_a_network_with_wrong_sizes_is_refused_with_the_right_sizes(tmp_path, wrong):
     network = DeepAR(**{"lags": 40, "features": 6, "cardinality": [4]} | wrong)
     task = Forecaster(StudentT(), network=network, optimizer=sgd)
     with pytest.raises(
@@ -966,20 +968,20 @@ def test_a_network_of_other_sizes_is_refused_with_the_right_ones(tmp_path, wrong
 
 
 class Pairs(DeepAR):
-    """With a state that is two tensors, as torch's LSTMs have it."""
+    """A network whose state is two tensors, like that of torch's LSTM."""
 
     def forward(self, *inputs):
         answer, state = super().forward(*inputs)
         return answer, tuple(state.chunk(2))
 
 
-def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+def test_a_network_whose_state_is_a_tuple_is_refused(tmp_path):
     task = Forecaster(StudentT(), network=Pairs(40, 6, [4]), optimizer=sgd)
     with pytest.raises(UserError, match=r"network returns \[1, 1, 3\], tuple; expected parameters .* and a state"):
         fit(tmp_path, task, data(count=12))
 
 
-def test_another_number_of_parameters_is_refused(tmp_path):
+def test_a_network_with_the_wrong_number_of_parameters_is_refused(tmp_path):
     network = DeepAR(40, 6, [4], parameters=2)
     with pytest.raises(UserError, match=r"network returns 2 parameters; expected .*parameters: 3"):
         fit(tmp_path, Forecaster(StudentT(), network=network, optimizer=sgd), data(count=12))
@@ -988,7 +990,7 @@ def test_another_number_of_parameters_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("targets", "complaint"),
     [
-        ([range(100, 500), range(200)], None),  # meters that count up, and stand lower in the next house
+        ([range(100, 500), range(200)], None),  # meters that count up; the second series starts lower
         (
             [range(400, 0, -1)],
             "target: changes that NegativeBinomial assigns no likelihood to; expected whole numbers of 0",
@@ -996,7 +998,7 @@ def test_another_number_of_parameters_is_refused(tmp_path):
         ([[1, None] * 400], "target: no two consecutive values; expected some, or difference false"),
     ],
 )
-def test_it_is_changes_that_need_a_likelihood(tmp_path, targets, complaint):
+def test_with_difference_the_changes_and_not_the_values_must_be_in_the_support(tmp_path, targets, complaint):
     lines = [json.dumps({"start": START, "target": list(target)}) for target in targets]
     (tmp_path / "counts.json").write_text("\n".join(lines) + "\n")
     sizes = {"frequency": "H", "prediction_length": 4, "context_length": 6, "batches": 2}
@@ -1011,14 +1013,14 @@ def test_it_is_changes_that_need_a_likelihood(tmp_path, targets, complaint):
 
 
 @pytest.mark.parametrize(("distribution", "support"), [(NegativeBinomial(), "whole numbers"), (Beta(), "0 to 1")])
-def test_values_without_a_likelihood_are_refused(tmp_path, distribution, support):
+def test_values_outside_the_distributions_support_are_refused(tmp_path, distribution, support):
     network = DeepAR(40, 6, [4], parameters=2)
     with pytest.raises(UserError, match=f"assigns no likelihood to; expected {support}"):
         fit(tmp_path, Forecaster(distribution, network=network, optimizer=sgd), data(count=12))
 
 
-def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
-    """In two epochs the loss falls, and a test writes three figures."""
+def test_a_fit_logs_scores_next_to_those_of_the_baselines(tmp_path):
+    """Also checks that two epochs give a wql below 1 and that three figures are written."""
     task = Forecaster(
         StudentT(),
         network=DeepAR(40, 6, [4], num_cells=16),
@@ -1054,8 +1056,8 @@ def test_a_fit_logs_scores_beside_the_baselines(tmp_path):
     }
 
 
-def test_one_time_ahead_is_tested_and_drawn(tmp_path):
-    """torchmetrics makes a number of what has one element."""
+def test_a_prediction_length_of_one_is_tested_and_drawn(tmp_path):
+    """torchmetrics returns a scalar for a result with one element."""
     task = Forecaster(StudentT(), network=DeepAR(40, 6, [4]), optimizer=sgd)
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
     trainer.test(task, datamodule=data(prediction_length=1), verbose=False)
@@ -1064,8 +1066,8 @@ def test_one_time_ahead_is_tested_and_drawn(tmp_path):
     assert (tmp_path / "figures/by_time.png").is_file()
 
 
-def test_nothing_on_a_device_without_float64_has_64_bits(monkeypatch):
-    """Apple's GPUs refuse what has. The scores are then sums of float32."""
+def test_no_float64_tensor_is_moved_to_a_device_without_float64(monkeypatch):
+    """Apple's GPUs refuse float64. The scores are then sums of float32."""
     dtype = widest_float(torch.device("mps"))
     held = [SampleScores(4, dtype), SeriesStore(data().read(H).train, H), forecaster()]
     for module in held:
@@ -1079,7 +1081,7 @@ def test_nothing_on_a_device_without_float64_has_64_bits(monkeypatch):
     assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda")) == torch.float64
 
 
-def test_configs_of_the_family_are_there():
+def test_deepar_configs_exist_and_their_network_sizes_fit_their_data():
     names = {path.stem for path in (ROOT / "configs").glob("deepar*.yaml")}
     assert names == {
         "deepar_synthetic",
@@ -1100,14 +1102,14 @@ def test_configs_of_the_family_are_there():
         assert network.get("cell", "lstm") == ("gru" if "gru" in name else "lstm")
 
 
-def test_each_series_has_its_own_categories():
+def test_a_forecast_does_not_depend_on_the_categories_of_other_series():
     task = forecaster(cardinality=(5,))
     window = window_of(torch.ones(2, 10), categories=1)._replace(categories=torch.tensor([[0], [4]]))
     alone = task.paths(Window(*(part[1:] for part in window[:5])))
     torch.testing.assert_close(task.paths(window)[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_each_quantile_has_its_own_name(runner):
+def test_quantiles_are_named_as_requested(runner):
     asked = {
         "instances": [instance()],
         "configuration": {"quantiles": ["0.9", "0.1", np.arange(0.1, 1, 0.1)[2], 0.1**2]},
@@ -1117,21 +1119,21 @@ def test_each_quantile_has_its_own_name(runner):
     assert all(high > low for high, low in zip(found["0.9"], found["0.1"], strict=True))
 
 
-def test_a_window_is_long_enough_for_a_season(tmp_path):
+def test_windows_are_long_enough_for_the_seasonal_baseline(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(str(i % 7) for i in range(3000)))
     module = WideSeries(str(tmp_path / "a.csv"), START, **SIZES | {"frequency": "min"})
     module.setup()
     assert next(iter(module.test_dataloader())).values.shape[1] - 4 >= Frequency.parse("min").season == 1440
 
 
-def test_the_truth_is_of_the_times_that_are_forecast():
+def test_a_windows_truth_covers_the_forecast_times():
     module = data(count=2, val_windows=1)
     module.setup()
     split = module.splits["test"]
     torch.testing.assert_close(split[torch.tensor([1])].truth[0], split.store.truth[796:800])
 
 
-def test_only_draws_that_jump_may_differ_here_and_there():
+def test_only_counts_and_beta_draws_are_declared_as_discrete_outputs():
     for distribution, jumps in (
         (StudentT(), ()),
         (Gaussian(), ()),
@@ -1141,12 +1143,12 @@ def test_only_draws_that_jump_may_differ_here_and_there():
         assert forecaster(distribution).deployable(window_of(torch.rand(2, 10))).graphs["step"].discrete == jumps
 
 
-def test_step_is_called_once_for_each_time():
+def test_the_step_graph_declares_one_call_per_forecast_time():
     assert forecaster().deployable(window_of(torch.rand(2, 10))).graphs["step"].calls == 4
 
 
 def judging(fn, *judged):
-    """A forecaster that may be asked to judge windows without a trainer."""
+    """Return a forecaster that can judge windows without a trainer."""
     task = forecaster()
     task.trainer, task.log = SimpleNamespace(state=SimpleNamespace(fn=fn)), lambda *_, **__: None
     task.scores = nn.ModuleDict({name: SampleScores(4) for name in judged})
@@ -1154,7 +1156,7 @@ def judging(fn, *judged):
 
 
 @torch.no_grad()
-def test_baselines_see_no_future(monkeypatch):
+def test_baselines_are_given_only_values_before_the_forecast(monkeypatch):
     seen = []
     monkeypatch.setitem(BASELINES, "last_value", lambda *known: seen.append(known) or last_value(*known))
     window = window_of(torch.rand(2, 10))
@@ -1165,9 +1167,9 @@ def test_baselines_see_no_future(monkeypatch):
 
 
 @torch.no_grad()
-def test_baselines_are_judged_where_there_is_something_to_judge_by():
+def test_baseline_scores_ignore_missing_values():
     window, found = window_of(torch.rand(2, 10), [[True] * 8 + [False, True], [True] * 10]), []
-    for missing in (0.0, 1e6):  # which the data has filled, with whatever
+    for missing in (0.0, 1e6):  # the fill value at the missing point must not matter
         values = window.values.clone()
         values[0, -2] = missing
         task = judging("test", OWN, *BASELINES)
@@ -1178,7 +1180,7 @@ def test_baselines_are_judged_where_there_is_something_to_judge_by():
 
 
 @torch.no_grad()
-def test_the_loss_of_a_split_is_a_mean_over_its_points():
+def test_the_loss_of_a_split_is_the_mean_over_its_points():
     task = judging("fit", OWN)
     windows = [window_of(torch.rand(2, 10)), window_of(9 * torch.rand(1, 10), [[False] * 8 + [True] * 2])]
     totals, counts = zip(*map(task.nll, windows), strict=True)
@@ -1188,7 +1190,7 @@ def test_the_loss_of_a_split_is_a_mean_over_its_points():
 
 
 @torch.no_grad()
-def test_each_evaluation_begins_anew():
+def test_scores_are_reset_between_evaluations():
     task, found = judging("fit", OWN), []
     one, other = window_of(torch.rand(2, 10)), window_of(9 * torch.rand(2, 10))
     for window in (one, other, one):
@@ -1197,7 +1199,7 @@ def test_each_evaluation_begins_anew():
     assert found[0] == found[2] != found[1]
 
 
-def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
+def test_series_outside_the_distributions_support_are_refused(tmp_path):
     for name, value in (("train", 2), ("test", -3)):
         lines = [json.dumps({"start": START, "target": [1, 2, value] * 200})]
         (tmp_path / f"{name}.json").write_text("\n".join(lines) + "\n")
@@ -1206,6 +1208,6 @@ def test_a_test_of_other_series_needs_a_likelihood_too(tmp_path):
     task = Forecaster(NegativeBinomial(), network=DeepAR(len(H.lags), 5, parameters=2, num_cells=4), optimizer=sgd)
     (tmp_path / "future.json").write_text(json.dumps({"start": START, "target": [1.5] * 20}) + "\n")
     known = SageMakerSeries(str(tmp_path / "train.json"), predict=str(tmp_path / "future.json"), **sizes)
-    fit(tmp_path, task, known)  # which neither learns from what is to be forecast nor judges by it
+    fit(tmp_path, task, known)  # series to predict are neither trained on nor scored, so they need no likelihood
     with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial assigns no likelihood to"):
         fit(tmp_path, task, counts)

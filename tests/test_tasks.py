@@ -1,4 +1,4 @@
-"""Losses, metrics, schedules, transfer and what a task remembers, against libraries and by hand."""
+"""Losses, metrics, schedules, transfer learning and stored facts of tasks, against libraries and by hand."""
 
 import math
 from functools import partial
@@ -45,7 +45,7 @@ GREY = {"mean": [0.5], "std": [0.25]}
 
 
 class Pixels(LightningDataModule):
-    """Random images whose class is how bright they are."""
+    """Random images whose brightness is their class."""
 
     def __init__(self, labels="abc", multi_label=False, n=48, size=32):
         super().__init__()
@@ -89,11 +89,11 @@ def classifier(network=None, **options):
     return task
 
 
-def test_images_of_another_size_than_the_network_s_are_refused():
+def test_fit_refuses_data_whose_image_size_differs_from_preprocess():
     task = classifier()
     known = SimpleNamespace(image_size=48, labels=["a", "b", "c"], multi_label=False, crop=None)
     task.trainer = SimpleNamespace(datamodule=known)
-    task.setup("test")  # a run that trained so is tested and exported
+    task.setup("test")  # runs that were trained with such data can still be tested and exported
     with pytest.raises(UserError, match=r"image_size 48; expected 32, preprocess's size"):
         task.setup("fit")
 
@@ -111,7 +111,7 @@ def trainer(tmp_path, **options):
 # Loss
 
 
-def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
+def test_loss_with_smoothing_and_class_weights_matches_the_formula_written_out():
     logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
     task = classifier(label_smoothing=0.1, class_weights=[1.0, 2.0, 0.5])
     log_p = logits.log_softmax(-1)
@@ -122,8 +122,8 @@ def test_the_loss_is_torch_s_with_smoothing_and_class_weights():
     torch.testing.assert_close(task.loss(logits, targets), expected)
 
 
-def test_a_loss_and_its_parts_are_means_over_the_devices(monkeypatch):
-    """Of another device's share 3 things, whose mean loss is 2, of which a half is a part."""
+def test_logged_losses_are_means_over_all_devices(monkeypatch):
+    """The other device contributes 3 items with a mean loss of 2, half of which is the box loss."""
     task, logged = classifier(), {}
     task.log = lambda name, value: logged.update({name: value.item()})
     monkeypatch.setattr("dlref.tasks.task.is_distributed", lambda: True)
@@ -137,7 +137,7 @@ def test_a_loss_and_its_parts_are_means_over_the_devices(monkeypatch):
 
 
 @pytest.mark.parametrize(("batches", "size"), [(11, 4), (3, 4), (12, 4), (40, 2), (1, 30), (5, 3)])
-def test_what_figures_show_is_spread_over_the_whole_split(batches, size):
+def test_examples_drawn_in_figures_are_spread_over_the_whole_split(batches, size):
     task = classifier()
     task._trainer = SimpleNamespace(num_test_batches=[batches])
     rows = [task.shown(i, size, most=12) for i in range(batches)]
@@ -148,7 +148,7 @@ def test_what_figures_show_is_spread_over_the_whole_split(batches, size):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_images_whose_classes_weigh_nothing_have_no_loss(smoothing):
+def test_a_batch_whose_classes_all_have_weight_zero_has_loss_zero(smoothing):
     task = classifier(class_weights=[0.0, 1.0, 1.0], label_smoothing=smoothing)
     logits = torch.randn(2, 3, requires_grad=True)
     loss = task.loss(logits, torch.tensor([0, 0]))
@@ -170,8 +170,8 @@ def test_a_single_class_is_refused():
 
 
 @pytest.mark.gpu
-def test_smoothing_with_class_weights_waits_for_no_gpu():
-    """As torch's own mean does."""
+def test_smoothing_with_class_weights_never_synchronises_with_the_gpu():
+    """Like torch's own mean."""
     task = classifier(label_smoothing=0.1, class_weights=[1.0, 2.0, 0.5]).cuda()
     logits, targets = torch.randn(5, 3).cuda(), torch.tensor([0, 1, 2, 2, 1]).cuda()
     try:
@@ -191,12 +191,12 @@ def test_smoothing_with_class_weights_waits_for_no_gpu():
         ([0.0, 0.0, 0.0], "and not all 0"),
     ],
 )
-def test_class_weights_that_are_no_factors_are_refused(weights, message):
+def test_invalid_class_weights_are_refused(weights, message):
     with pytest.raises(UserError, match=message):
         classifier(class_weights=weights).check()
 
 
-def test_several_labels_are_independent_binary_cross_entropies():
+def test_multi_label_loss_is_the_mean_of_weighted_binary_cross_entropies():
     task = classifier(class_weights=[1.0, 3.0, 0.5])
     task.facts["multi_label"] = True
     logits, targets = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
@@ -208,8 +208,8 @@ def test_several_labels_are_independent_binary_cross_entropies():
 
 
 @pytest.mark.parametrize("stage", ["training_step", "validation_step"])
-def test_a_weighted_loss_is_a_mean_over_what_its_classes_weigh(stage):
-    """So batches and devices are put together."""
+def test_a_weighted_loss_is_counted_by_the_sum_of_its_class_weights(stage):
+    """This count combines batches and devices."""
     task, said = classifier(class_weights=[1.0, 3.0, 0.5]), []
     task.mix, task.val_metrics = None, image_classification.metrics(3, False)
     task.log = task.log_dict = lambda *_, **__: None
@@ -219,7 +219,7 @@ def test_a_weighted_loss_is_a_mean_over_what_its_classes_weigh(stage):
     assert [float(count) for count in said] == [7.5]
 
 
-def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
+def test_auxiliary_heads_add_to_the_training_loss():
     task = classifier(Linear(), auxiliary_weight=0.7)
     task.mix = None
     task.log = lambda *_, **__: None
@@ -230,7 +230,7 @@ def test_auxiliary_heads_weigh_in_training_and_nowhere_else():
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-def test_blending_gives_every_image_targets_that_sum_to_one(options, tmp_path):
+def test_mixup_and_cutmix_give_each_image_targets_that_sum_to_one(options, tmp_path):
     task = classifier(**options)
     seen, pixels = [], []
     task.loss = lambda logits, targets: seen.append(targets) or logits.sum()
@@ -246,7 +246,7 @@ def test_blending_gives_every_image_targets_that_sum_to_one(options, tmp_path):
 # Metrics, against scikit-learn
 
 
-def test_test_metrics_are_scikit_learn_s(tmp_path):
+def test_metrics_of_the_test_split_match_scikit_learn(tmp_path):
     task, data = classifier(), Pixels()
     (results,) = trainer(tmp_path).test(task, data, verbose=False)
     images, targets = data.set.tensors
@@ -266,7 +266,7 @@ def test_test_metrics_are_scikit_learn_s(tmp_path):
     np.testing.assert_array_equal(task.confusion, sklearn_metrics.confusion_matrix(targets, predicted))
 
 
-def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
+def test_multi_label_metrics_of_the_test_split_match_scikit_learn(tmp_path):
     data = Pixels(multi_label=True)
     task = classifier()
     task.facts["multi_label"] = True
@@ -284,8 +284,8 @@ def test_test_metrics_of_several_labels_are_scikit_learn_s(tmp_path):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["roc.png"]
 
 
-def test_whether_a_single_label_is_there_is_tested(tmp_path):
-    """torchmetrics makes a number of the areas under one curve."""
+def test_data_with_a_single_multi_label_class_can_be_tested(tmp_path):
+    """torchmetrics returns a scalar for the area under a single curve."""
     data = Pixels(multi_label=True)
     data.labels, data.set.tensors = ["a"], (data.set.tensors[0], data.set.tensors[1][:, :1])
     task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=LeNet5(1), optimizer=sgd)
@@ -298,7 +298,7 @@ def test_whether_a_single_label_is_there_is_tested(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["$^$", "_background_"])
-def test_labels_that_mean_something_to_matplotlib_are_drawn_as_they_are(label, tmp_path, monkeypatch):
+def test_labels_with_special_meaning_to_matplotlib_are_drawn_literally(label, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or figure.draw_without_rendering())
     figures.roc(tmp_path / "roc.png", torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1]), [label, "b"])
@@ -307,7 +307,7 @@ def test_labels_that_mean_something_to_matplotlib_are_drawn_as_they_are(label, t
     figures.mistakes(tmp_path / "mistakes.png", [(0.9, torch.zeros(1, 4, 4, dtype=torch.uint8), 0, 1)], [label, "b"])
 
 
-def test_the_worst_mistakes_are_kept_in_order(tmp_path):
+def test_worst_mistakes_are_sorted_by_confidence(tmp_path):
     task = classifier()
     trainer(tmp_path).test(task, Pixels(), verbose=False)
     confidences = [confidence for confidence, *_ in task.mistakes]
@@ -316,12 +316,12 @@ def test_the_worst_mistakes_are_kept_in_order(tmp_path):
     assert all(predicted != true for _, _, predicted, true in task.mistakes)
 
 
-def test_classes_without_test_images_do_not_count(tmp_path):
+def test_classes_without_test_images_are_left_out_of_roc_auc(tmp_path):
     data = Pixels()
     images, targets = data.set.tensors
     data.set = TensorDataset(images[targets < 2], targets[targets < 2])
     task = classifier()
-    with pytest.warns(UserWarning, match="No positive samples"):  # torchmetrics, of the class that is absent
+    with pytest.warns(UserWarning, match="No positive samples"):  # from torchmetrics, for the absent class
         (results,) = trainer(tmp_path).test(task, data, verbose=False)
     images, targets = data.set.tensors
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_classes_without_test_images_do_not_count(tmp_path):
     assert results["test/roc_auc"] == pytest.approx(np.mean(areas), abs=1e-5)
 
 
-def test_accuracy_is_of_images_whatever_their_classes():
+def test_accuracy_averages_over_images_and_not_over_classes():
     probability, targets = torch.rand(50, 8).softmax(1), (torch.arange(50) % 8) * (torch.rand(50) < 0.3)
     found = image_classification.test_metrics(8, False)
     for name, k in (("accuracy", 1), ("top5_accuracy", 5)):
@@ -338,23 +338,23 @@ def test_accuracy_is_of_images_whatever_their_classes():
         assert found[name](probability, targets).item() == pytest.approx(expected)
 
 
-def test_a_mean_loss_may_be_of_less_than_one():
+def test_mean_loss_accepts_fractional_counts():
     mean = MeanLoss()
     mean.update(torch.tensor(2.0), torch.tensor(0.25))
     mean.update(torch.tensor(4.0), torch.tensor(0.5))
     assert mean.compute().item() == pytest.approx(2.5 / 0.75)
 
 
-def test_a_mean_loss_has_the_sum_of_a_batch_of_nothing():
-    """As of a detector's pictures without a box, whose loss is a sum."""
+def test_mean_loss_includes_the_loss_of_a_batch_with_count_zero():
+    """For example a detector's images without boxes, whose loss is a sum."""
     mean = MeanLoss()
     mean.update(torch.tensor(6.0), 0)
     mean.update(torch.tensor(4.0), 2)
     assert mean.compute().item() == pytest.approx((6 + 2 * 4) / 2)
 
 
-def test_blended_images_count_alike_whatever_their_classes_weigh():
-    """As in torch's mean over probabilities."""
+def test_blended_images_count_equally_regardless_of_class_weights():
+    """Like torch's mean for probabilistic targets."""
     task = classifier(class_weights=[1.0, 3.0, 0.5])
     logits, targets = torch.randn(2, 3), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
     assert task.counted(targets) == 2
@@ -375,7 +375,7 @@ def rates(schedule, steps, **options):
     return seen
 
 
-def test_steps_may_rise_first():
+def test_steps_schedule_can_start_with_a_warmup():
     seen = rates(Steps, 100, milestones=[0.5], warmup=0.04)
     assert seen[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert seen[49:51] == pytest.approx([1, 0.1])
@@ -389,7 +389,7 @@ def test_steps_may_rise_first():
         (LanguageModel(network=LeNet5(3), optimizer=sgd), "logits, attention, context_length"),
     ],
 )
-def test_a_network_without_what_its_task_uses_is_refused(task, needed):
+def test_a_network_without_methods_its_task_needs_is_refused(task, needed):
     task.trainer = SimpleNamespace(datamodule=None)
     with pytest.raises(
         UserError, match=f"network LeNet5 has no {needed}; expected a network as {type(task).__name__}'s"
@@ -397,7 +397,7 @@ def test_a_network_without_what_its_task_uses_is_refused(task, needed):
         task.setup("fit")
 
 
-def test_a_network_that_answers_no_tensor_is_refused(unchecked):
+def test_a_network_that_returns_a_dict_is_refused(unchecked):
     class Named(torch.nn.Linear):
         def forward(self, images):
             return {"out": images}
@@ -406,10 +406,10 @@ def test_a_network_that_answers_no_tensor_is_refused(unchecked):
         classifier(network=Named(3, 3)).check()
 
 
-def test_what_is_tried_on_a_network_leaves_no_trace():
+def test_probing_a_network_restores_its_mode_and_buffers():
     task = classifier(network=torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout().eval()))
     with task.probing("three numbers", "expected another"):
-        task.network(torch.ones(1, 3))  # which batch norm refuses in training
+        task.network(torch.ones(1, 3))  # batch norm refuses a single row in training mode
     assert [module.training for module in task.network.modules()] == [True, True, False]
     assert not task.network[0].running_mean.any()
     with (
@@ -420,16 +420,16 @@ def test_what_is_tried_on_a_network_leaves_no_trace():
     assert [module.training for module in task.network.modules()] == [True, True, False]
 
 
-def test_steps_divide_at_shares_of_the_run():
+def test_steps_schedule_divides_the_rate_at_its_milestones():
     assert rates(Steps, 8, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
 
 
-def test_cosine_without_warmup_is_torch_s():
+def test_cosine_schedule_without_warmup_matches_torch():
     expected = rates(torch.optim.lr_scheduler.CosineAnnealingLR, 20)
     assert rates(WarmupCosine, 20) == pytest.approx(expected)
 
 
-def test_a_polynomial_is_torch_s_and_follows_a_longer_run():
+def test_polynomial_schedule_matches_torch_and_can_resume_with_a_longer_run():
     assert rates(Polynomial, 20, power=0.9) == pytest.approx(
         rates(torch.optim.lr_scheduler.PolynomialLR, 20, power=0.9)
     )
@@ -455,12 +455,12 @@ def test_a_polynomial_is_torch_s_and_follows_a_longer_run():
         (Steps, {"milestones": [0.5], "warmup": 5}, "warmup 5"),
     ],
 )
-def test_what_is_no_share_of_the_run_is_refused(schedule, options, named):
+def test_schedule_options_outside_0_to_1_are_refused(schedule, options, named):
     with pytest.raises(ValueError, match=f"{named}; expected a share of the run, 0 to 1"):
         rates(schedule, 10, **options)
 
 
-def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
+def test_cosine_schedule_warms_up_to_the_peak_and_decays_to_the_floor():
     seen = rates(WarmupCosine, 100, warmup=0.1, final=0.2)
     assert seen[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert max(seen) == seen[10] == 1
@@ -468,12 +468,12 @@ def test_warmup_rises_to_the_peak_and_ends_at_the_floor():
     assert seen[-1] == pytest.approx(0.2, abs=1e-3)
 
 
-def test_the_floor_stays_after_the_run():
+def test_cosine_schedule_stays_at_the_floor_after_the_run():
     schedule = WarmupCosine(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 10, final=0.1)
     assert schedule.lr_lambdas[0](15) == pytest.approx(0.1)
 
 
-def test_a_schedule_steps_once_an_optimiser_step_and_knows_the_run_s_length(tmp_path):
+def test_a_schedule_advances_once_per_optimiser_step_and_knows_the_run_length(tmp_path):
     task = classifier(lr_scheduler=lambda optimizer, steps: Steps(optimizer, steps, milestones=[0.5]))
     fitted = trainer(tmp_path, max_epochs=2)
     fitted.fit(task, datamodule=Pixels())  # 3 batches, 2 epochs
@@ -481,7 +481,7 @@ def test_a_schedule_steps_once_an_optimiser_step_and_knows_the_run_s_length(tmp_
     assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-def test_decay_can_spare_vectors(tmp_path):
+def test_weight_decay_can_exclude_vectors(tmp_path):
     task = classifier(decay_vectors=False, optimizer=lambda g: torch.optim.SGD(g, lr=0.1, weight_decay=0.5))
     decayed, spared = task.configure_optimizers().param_groups
     assert decayed["weight_decay"] == 0.5
@@ -493,7 +493,7 @@ def test_decay_can_spare_vectors(tmp_path):
 # Transfer
 
 
-def test_a_head_for_other_classes_is_replaced_and_the_rest_loaded(tmp_path, caplog):
+def test_loading_weights_keeps_a_fresh_head_when_the_classes_differ(tmp_path, caplog):
     source, network = LeNet5(10), LeNet5(3)
     fresh = network.output.weight.clone()
     torch.save(source.state_dict(), tmp_path / "source.pt")
@@ -506,7 +506,7 @@ def test_a_head_for_other_classes_is_replaced_and_the_rest_loaded(tmp_path, capl
     assert load_weights(LeNet5(10), tmp_path / "source.pt") == []
 
 
-def test_a_layer_whose_name_begins_as_a_head_s_is_no_head(tmp_path):
+def test_a_layer_whose_name_only_starts_like_a_heads_is_not_treated_as_a_head(tmp_path):
     source, network = Linear(3), Linear(3)
     source.fc2, network.fc2 = nn.Linear(2, 2), nn.Linear(2, 3)
     torch.save(source.state_dict(), tmp_path / "source.pt")
@@ -523,7 +523,7 @@ def test_weights_are_loaded_when_a_fit_starts(tmp_path):
     assert torch.equal(task.network.c3.weight, source.c3.weight)
 
 
-def test_a_run_is_a_source_of_weights(tmp_path):
+def test_weights_can_be_loaded_from_a_run_folder(tmp_path):
     task = classifier()
     weights = {f"network.{k}": v for k, v in task.network.state_dict().items()}
     state = {"state_dict": weights, "facts": {}}
@@ -534,15 +534,15 @@ def test_a_run_is_a_source_of_weights(tmp_path):
     assert torch.equal(network.f6.weight, task.network.f6.weight)
 
 
-def test_a_foreign_checkpoint_is_a_source_of_weights(tmp_path):
+def test_weights_can_be_loaded_from_a_foreign_checkpoint(tmp_path):
     source, network = LeNet5(3), LeNet5(3)
     torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "foreign.pth")
     assert load_weights(network, tmp_path / "foreign.pth") == []
     assert torch.equal(network.f6.weight, source.f6.weight)
 
 
-def test_weights_without_the_counters_of_batch_norms_fit(tmp_path):
-    """ResNets were published before there were any."""
+def test_weights_without_batch_norm_counters_can_be_loaded(tmp_path):
+    """Some ResNet weights were published before these counters existed."""
     source, network = CifarResNet(20, 3), CifarResNet(20, 3)
     kept = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(kept, tmp_path / "published.pth")
@@ -550,7 +550,7 @@ def test_weights_without_the_counters_of_batch_norms_fit(tmp_path):
     assert torch.equal(network.fc.weight, source.fc.weight)
 
 
-def test_a_bundle_takes_pictures_with_as_many_channels_as_the_data_has():
+def test_bundle_metadata_gives_the_channel_count_of_the_data():
     colour = ImagePreprocess(32, mean=[0.4] * 3, std=[0.2] * 3)
     task = ImageClassifier(network=LeNet5(3, in_channels=3), preprocess=colour, optimizer=sgd)
     task.remember({"labels": ["a", "b", "c"], "multi_label": False, "crop": None})
@@ -585,7 +585,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(LeNet5(3), tmp_path / "wider.pt")
 
 
-def test_frozen_parameters_and_their_statistics_stay(tmp_path):
+def test_frozen_parameters_and_batch_norm_statistics_do_not_change(tmp_path):
     task = classifier(CifarResNet(20, num_classes=3, in_channels=1), freeze=r"conv1|bn1|layer[12]\.")
     before = {key: value.clone() for key, value in task.network.state_dict().items()}
     trainer(tmp_path).fit(task, datamodule=Pixels())
@@ -598,7 +598,7 @@ def test_frozen_parameters_and_their_statistics_stay(tmp_path):
 
 
 def test_a_frozen_recurrent_layer_stays_in_training_mode():
-    """cuDNN refuses to differentiate one in evaluation mode, and what is below it may train."""
+    """cuDNN cannot differentiate recurrent layers in evaluation mode, and layers below them may still train."""
     network = nn.ModuleDict({"embeddings": nn.Embedding(3, 4), "rnn": nn.LSTM(4, 4), "norm": nn.BatchNorm1d(4)})
     freeze(network, "rnn|norm")
     assert [module.training for module in network.values()] == [True, True, False]
@@ -606,7 +606,7 @@ def test_a_frozen_recurrent_layer_stays_in_training_mode():
 
 
 @pytest.mark.parametrize(("scaler", "fused", "limit"), [(None, True, 1.0), (1, False, 1.0), (1, True, None)])
-def test_a_fused_optimiser_is_clipped_where_no_scale_is_to_be_undone_first(scaler, fused, limit):
+def test_a_fused_optimiser_with_clipping_and_loss_scaling_is_refused(scaler, fused, limit):
     task = classifier(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=fused))
     task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), gradient_clip_val=limit)
     task.configure_optimizers()
@@ -624,10 +624,10 @@ def test_freezing_matches_names_from_their_start():
     ]  # fmt: skip
 
 
-# What a task remembers
+# Facts that a task stores
 
 
-def test_data_with_other_labels_is_refused(tmp_path):
+def test_data_or_a_checkpoint_with_other_labels_is_refused(tmp_path):
     task = classifier()
     with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
         trainer(tmp_path).test(task, Pixels(labels="acb"), verbose=False)
@@ -638,7 +638,7 @@ def test_data_with_other_labels_is_refused(tmp_path):
         classifier().on_load_checkpoint({"facts": {"labels": ["c", "b", "a"]}})
 
 
-def test_weights_of_another_network_are_not_restored(tmp_path):
+def test_restoring_weights_of_another_network_or_label_order_is_refused(tmp_path):
     fitted = trainer(tmp_path)
     fitted.fit(classifier(), datamodule=Pixels())
     fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
@@ -650,7 +650,7 @@ def test_weights_of_another_network_are_not_restored(tmp_path):
         other.restore(tmp_path / "a.ckpt")
 
 
-def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
+def test_results_after_reloading_a_checkpoint_are_identical(tmp_path):
     task, data = classifier(), Pixels()
     fitted = trainer(tmp_path, max_epochs=2)
     fitted.fit(task, datamodule=data)
@@ -661,8 +661,8 @@ def test_train_checkpoint_and_reload_agree_exactly(tmp_path):
     assert after == before
 
 
-def test_the_average_is_lightning_s_with_its_bias_corrected(tmp_path):
-    """In three epochs of which the last is resumed; buffers of batch norm too."""
+def test_ema_matches_lightnings_average_with_bias_correction(tmp_path):
+    """Over three epochs, the last one resumed from a checkpoint; includes batch norm buffers."""
 
     class Theirs(EMAWeightAveraging):
         def __init__(self):
@@ -689,7 +689,7 @@ def test_the_average_is_lightning_s_with_its_bias_corrected(tmp_path):
             torch.testing.assert_close(value, theirs[name])
 
 
-def test_an_average_counts_the_batches_that_were_normalised():
+def test_weight_average_copies_num_batches_tracked():
     model = nn.BatchNorm1d(2)
     average = Average(model, 0.9, torch.device("cpu"))
     for _ in range(3):
@@ -698,7 +698,7 @@ def test_an_average_counts_the_batches_that_were_normalised():
     assert average.module.num_batches_tracked == model.num_batches_tracked == 3
 
 
-def test_each_update_weighs_by_its_age():
+def test_weight_average_weighs_each_update_by_its_age():
     weight = nn.Linear(1, 1, bias=False)
     average = Average(weight, decay=0.9, device=torch.device("cpu"))
     values = [1.0, 2.0, 4.0, 8.0]
@@ -711,15 +711,15 @@ def test_each_update_weighs_by_its_age():
 
 
 @pytest.mark.parametrize(("said", "mode"), [(True, None), ("graphs", "reduce-overhead")])
-def test_launches_are_recorded_where_it_is_asked_for(said, mode, monkeypatch, tmp_path):
+def test_compile_network_graphs_compiles_with_reduce_overhead(said, mode, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(options))
     trainer(tmp_path).test(classifier(compile_network=said), Pixels(), verbose=False)
     assert seen == [{"mode": mode}]
 
 
-def test_an_average_stays_to_the_end_of_a_validation(tmp_path, monkeypatch):
-    """What a task makes at its end, such as a text, is of the weights that are validated; then training's return."""
+def test_averaged_weights_stay_in_place_until_the_validation_epoch_ends(tmp_path, monkeypatch):
+    """Output of the epoch's end, such as a sample text, uses the validated weights; then training's return."""
     hooks = ("on_train_batch_end", "validation_step", "on_validation_epoch_end", "on_train_epoch_end")
     seen = {hook: [] for hook in hooks}
 
@@ -743,9 +743,9 @@ def test_an_average_stays_to_the_end_of_a_validation(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch begins with such a one
-def test_recorded_launches_train_to_the_same_weights(tmp_path, unchecked):
-    fast_steps(torch.device("cuda"))  # as `fit` does; torch 2.11 warns of matrices of float32 without
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch starts with an empty graph
+def test_training_with_cuda_graphs_gives_the_same_weights(tmp_path, unchecked):
+    fast_steps(torch.device("cuda"))  # as `fit` does; otherwise torch 2.11 warns about float32 matrices
     found = []
     for said in (False, "graphs"):
         torch.manual_seed(0)
@@ -756,7 +756,7 @@ def test_recorded_launches_train_to_the_same_weights(tmp_path, unchecked):
         torch.testing.assert_close(found[1][name], value, rtol=1e-2, atol=1e-3)
 
 
-def test_recorded_launches_are_of_one_batch_a_step(tmp_path):
+def test_compile_network_graphs_refuses_gradient_accumulation(tmp_path):
     task = classifier(compile_network="graphs")
     with pytest.raises(UserError, match=r"accumulate_grad_batches 2; expected 1") as error:
         trainer(tmp_path, accumulate_grad_batches=2).fit(task, Pixels())
@@ -765,7 +765,7 @@ def test_recorded_launches_are_of_one_batch_a_step(tmp_path):
     trainer(tmp_path, accumulate_grad_batches=2, limit_test_batches=0).test(again, Pixels(), verbose=False)
 
 
-def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
+def test_a_network_compiled_in_place_keeps_its_state_dict_keys(tmp_path, unchecked):
     task = classifier(compile_network=True, channels_last=True)
     assert task.network.c3.weight.is_contiguous(memory_format=torch.channels_last)
     fitted = trainer(tmp_path)
@@ -773,7 +773,7 @@ def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
     compiled = task.network._compiled_call_impl
     assert compiled is not None
     fitted.test(task, Pixels(), verbose=False)
-    assert task.network._compiled_call_impl is compiled  # once a process
+    assert task.network._compiled_call_impl is compiled  # compiled once per process
     plain = classifier()
     assert task.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(task.state_dict())
@@ -785,20 +785,20 @@ def test_a_network_compiled_in_place_keeps_its_keys(tmp_path, unchecked):
 # Pre-processing
 
 
-def test_pixels_are_normalised():
+def test_preprocess_scales_and_normalises_pixels():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)[None, None].expand(1, 1, 3, 3)
     values = ImagePreprocess(3, **GREY)(images)[0, 0, 0]
     torch.testing.assert_close(values, torch.tensor([-2.0, -1.2, 2.0]))
 
 
-def test_the_resize_is_antialiased_as_pillow_s_is():
+def test_preprocess_resize_is_antialiased_like_pillows():
     images = torch.randint(0, 256, (1, 1, 96, 96), dtype=torch.uint8)
     found = ImagePreprocess(32, **GREY).resize(images.float())[0, 0].numpy()
     expected = Image.fromarray(images[0, 0].numpy()).resize((32, 32), Image.Resampling.BILINEAR)
     np.testing.assert_allclose(found, np.asarray(expected), atol=2)
 
 
-def test_one_channel_stands_for_three_and_three_are_not_one():
+def test_grey_images_are_repeated_to_three_channels_and_rgb_for_one_channel_is_refused():
     grey, rgb = torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     three = ImagePreprocess(4, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0])
     torch.testing.assert_close(three(grey), three(rgb))
@@ -807,7 +807,7 @@ def test_one_channel_stands_for_three_and_three_are_not_one():
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (300, 260), (257, 401), (512, 300)])
-def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
+def test_centre_crop_at_the_edge_matches_resize_and_crop_in_evaluation(shape):
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 9, 13, generator=generator)
     images = (255 * F.interpolate(coarse, shape, mode="bicubic").clamp(0, 1)).to(torch.uint8)
@@ -816,10 +816,10 @@ def test_the_edge_sees_what_resize_and_crop_show_in_evaluation(shape):
     squares = [centre(image.permute(1, 2, 0).numpy(), StreamedImages().crop) for image in images]
     edge = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     difference = preprocess(edge) - preprocess(loader(images))
-    assert difference.abs().mean() < 0.01  # of the range 0 to 1: less than three grey levels
+    assert difference.abs().mean() < 0.01  # on a scale of 0 to 1, i.e. less than three grey levels
 
 
-def test_what_is_frozen_leaves_its_children_in_training():
+def test_freezing_a_modules_own_parameter_leaves_its_children_in_training_mode():
     class Scaled(nn.Sequential):
         def __init__(self):
             super().__init__(nn.Linear(2, 2), nn.Dropout())
@@ -830,7 +830,7 @@ def test_what_is_frozen_leaves_its_children_in_training():
     assert [module.training for module in network.modules()] == [True, False, True, True, True]
 
 
-def test_weights_that_differ_are_not_put_into_one_tensor(tmp_path):
+def test_differing_weights_for_tied_parameters_are_refused(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -851,14 +851,14 @@ def test_weights_that_differ_are_not_put_into_one_tensor(tmp_path):
     assert not network.embed.weight.requires_grad
 
 
-def test_a_batch_whose_maps_are_a_pixel_each_is_one_line():
+def test_batch_norm_over_a_single_value_is_reported_in_one_line():
     task = classifier(nn.Sequential(nn.Conv2d(1, 3, 32), nn.BatchNorm2d(3), nn.Flatten()))
     task.mix = None
     with pytest.raises(UserError, match=r"a batch of 1: Expected more than 1 value .*; expected a larger batch_size"):
         task.training_step((torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.tensor([0])), 0)
 
 
-def test_gradients_of_a_fused_optimiser_are_clipped():
+def test_gradients_of_a_fused_optimiser_are_clipped_by_norm():
     task = classifier()
     for parameter in task.network.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
@@ -868,7 +868,7 @@ def test_gradients_of_a_fused_optimiser_are_clipped():
     assert norms.norm().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_gradients_of_a_fused_optimiser_are_clipped_by_value_where_that_is_asked_for():
+def test_gradients_of_a_fused_optimiser_are_clipped_by_value_on_request():
     task = classifier()
     for parameter in task.network.parameters():
         parameter.grad = torch.full_like(parameter, -5.0)
@@ -877,7 +877,7 @@ def test_gradients_of_a_fused_optimiser_are_clipped_by_value_where_that_is_asked
     assert all((parameter.grad == -1).all() for parameter in task.network.parameters())
 
 
-def test_each_blend_has_its_own_alpha():
+def test_mixup_and_cutmix_are_each_enabled_by_their_own_alpha():
     assert [type(mixing(*alphas, 3).transforms[0]) for alphas in ((0.4, 0.0), (0.0, 0.4))] == [v2.MixUp, v2.CutMix]
 
 
