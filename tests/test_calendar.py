@@ -1,4 +1,4 @@
-"""Lags and calendar features: against GluonTS's own lists, and against Python's calendar."""
+"""Lags against GluonTS's lists and calendar features against Python's calendar."""
 
 from datetime import datetime
 
@@ -8,7 +8,7 @@ import pytest
 from dlref.runtime.calendar import Frequency, parse_date
 from dlref.runtime.errors import UserError
 
-LAGS = {  # what get_lags_for_frequency of GluonTS 0.17 answers
+LAGS = {  # returned by get_lags_for_frequency of GluonTS 0.17
     "H": "1 2 3 4 5 6 7 23 24 25 47 48 49 71 72 73 95 96 97 119 120 121 143 144 145 167 168 169 335 336 337 503 504 "
     "505 671 672 673 719 720 721",
     "D": "1 2 3 4 5 6 7 8 13 14 15 20 21 22 27 28 29 30 31 56 84 363 364 365 727 728 729 1091 1092 1093",
@@ -27,7 +27,7 @@ LAGS = {  # what get_lags_for_frequency of GluonTS 0.17 answers
 
 
 @pytest.mark.parametrize("frequency", LAGS)
-def test_lags_are_gluonts_s(frequency):
+def test_lags_match_gluonts(frequency):
     assert Frequency.parse(frequency).lags == list(map(int, LAGS[frequency].split()))
 
 
@@ -35,15 +35,15 @@ def test_lags_are_gluonts_s(frequency):
     ("frequency", "season"),
     [
         *[("H", 24), ("15min", 96), ("D", 7), ("B", 5), ("W", 52), ("M", 12), ("3M", 4), ("24H", 1)],
-        *[("2D", 1), ("5H", 1), ("7min", 1), ("5M", 1), ("2B", 1), ("48H", 1)],  # no whole number of them in a cycle
+        *[("2D", 1), ("5H", 1), ("7min", 1), ("5M", 1), ("2B", 1), ("48H", 1)],  # these do not divide their cycle
     ],
 )
-def test_seasons(frequency, season):
+def test_season_lengths_of_frequencies(frequency, season):
     assert Frequency.parse(frequency).season == season
 
 
 @pytest.mark.parametrize("frequency", ["15min", "H", "7H", "D", "B", "W", "M", "3M"])
-def test_times_lie_on_whole_steps(frequency):
+def test_times_lie_on_whole_steps_of_the_frequency(frequency):
     frequency = Frequency.parse(frequency)
     times = frequency.times(np.datetime64("2019-01-31T07:15:00"), np.arange(-30, 60))
     steps, whole = frequency.steps(times)
@@ -55,25 +55,25 @@ def test_times_lie_on_whole_steps(frequency):
 @pytest.mark.parametrize(
     "text", ["2024-02-29 05:00:00", "2024-02-29T05:00:00", "2024-02-29 05:00", "2024-02-29T05:00:00.000"]
 )
-def test_times_as_people_write_them(text):
+def test_common_formats_of_a_time_are_parsed(text):
     assert parse_date(text, "start") == 1709182800
 
 
 @pytest.mark.parametrize(
     "text", ["2024-02-29T05:00:00Z", "2024-02-29 05:00:00.5", "2024-02-29T05", "2024-02-30", "20240229", None]
 )
-def test_times_that_are_none(text):
+def test_unsupported_times_are_refused(text):
     with pytest.raises(UserError, match="without a time zone"):
         parse_date(text, "start")
 
 
-def test_months_end_where_they_end():
+def test_monthly_times_from_the_31st_fall_on_the_last_day_of_each_month():
     times = Frequency.parse("M").times(np.datetime64("2020-01-31T00:00:00"), np.arange(5))
     assert [str(time)[:10] for time in times] == ["2020-01-31", "2020-02-29", "2020-03-31", "2020-04-30", "2020-05-31"]
 
 
 @pytest.mark.parametrize("start", ["2023-12-29T05:00:00", "2023-12-30T05:00:00", "2023-12-31T05:00:00"])
-def test_the_months_that_it_makes_are_whole_steps(start):
+def test_monthly_times_are_whole_steps_when_february_is_too_short(start):
     """February is shorter than a month that ends on its 29th or 30th."""
     monthly, steps = Frequency.parse("M"), np.arange(0, 60, 2)
     found, whole = monthly.steps(monthly.times(np.datetime64(start), steps))
@@ -81,8 +81,8 @@ def test_the_months_that_it_makes_are_whole_steps(start):
     assert whole.all()
 
 
-def test_features_are_the_places_in_each_cycle():
-    """At every hour of nine years, leap years and 53rd weeks among them, by Python's own calendar."""
+def test_calendar_features_match_pythons_calendar():
+    """At every seventh hour of nine years, including leap years and 53rd weeks."""
     start = np.datetime64("2015-12-25T00:00:00")
     times = start + np.arange(0, 9 * 8766, 7) * np.timedelta64(3600, "s")
     days = [datetime.fromisoformat(str(time)) for time in times]

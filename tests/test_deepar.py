@@ -1,4 +1,4 @@
-"""DeepAR's network: states that carry on, the paper's counts, and equations written out."""
+"""DeepAR's network: continued states, parameter counts, and equations written out."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ def inputs(batch=3, times=7, lags=4, features=2, cardinality=(5, 3)):
 
 
 @pytest.mark.parametrize(("cell", "layers"), [("lstm", 4), ("gru", 2)])
-def test_a_state_carries_on_where_it_stopped(cell, layers):
-    """In two parts, and time by time as in sampling, the answers are those of one call."""
+def test_continuing_from_a_state_gives_the_outputs_of_a_single_call(cell, layers):
+    """The first four times at once, then time by time as in sampling."""
     network = DeepAR(4, 2, [5, 3], cell=cell).eval()
     lagged, features, categories, scale = inputs()
     with torch.no_grad():
@@ -29,7 +29,7 @@ def test_a_state_carries_on_where_it_stopped(cell, layers):
     torch.testing.assert_close(state, last)
 
 
-def test_one_layer_is_the_equations_of_an_lstm():
+def test_one_layer_follows_the_equations_of_an_lstm():
     network = DeepAR(2, 1, [4], num_layers=1, num_cells=5, embedding_dimension=3).eval()
     lagged, features, categories, scale = inputs(1, 3, 2, 1, (4,))
     h = c = torch.zeros(5)
@@ -46,15 +46,15 @@ def test_one_layer_is_the_equations_of_an_lstm():
     torch.testing.assert_close(found[0], torch.stack(expected))
 
 
-def test_parameters_are_those_of_the_parts():
-    """Two layers of 40 cells over 40 lags, 5 features, an embedding of 5 of 10 values and the scale, 3 parameters."""
+def test_parameter_count_is_the_sum_of_the_parts():
+    """Two layers of 40 cells over 40 lags, 5 features, 10 categories embedded in 5 and the scale; 3 parameters."""
     network = DeepAR(40, 5, [10])
     wide = 40 + 5 + 5 + 1
     layers = 4 * 40 * (wide + 40 + 2) + 4 * 40 * (40 + 40 + 2)
     assert sum(p.numel() for p in network.parameters()) == 10 * 5 + layers + 40 * 3 + 3
 
 
-def test_series_without_categories_and_scales_that_matter():
+def test_a_network_without_categories_works_and_depends_on_the_scale():
     network = DeepAR(4, 2).eval()
     lagged, features, _, scale = inputs()
     none = torch.zeros(3, 0, dtype=torch.long)
@@ -64,10 +64,10 @@ def test_series_without_categories_and_scales_that_matter():
     assert not torch.allclose(one, other)
 
 
-def test_dropout_is_that_of_the_recurrent_layers():
+def test_dropout_is_applied_by_the_recurrent_layers():
     assert DeepAR(4, 2, dropout=0.4).rnn.dropout.p == 0.4
 
 
-def test_another_cell_is_refused(unchecked):
+def test_an_unknown_cell_is_refused(unchecked):
     with pytest.raises(ValueError, match="no cell 'rnn': expected lstm, gru"):
         DeepAR(4, 2, cell="rnn")

@@ -1,4 +1,4 @@
-"""Likelihoods against scipy's, domains at their ends, and scaling."""
+"""Likelihoods against scipy's, parameters at the limits of their domains, and scaling."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def negative_binomial(mean, shape):
     ],
     ids=lambda case: type(case).__name__ if hasattr(case, "parameters") else "",
 )
-def test_likelihoods_are_scipy_s(distribution, theirs, values):
+def test_log_likelihoods_match_scipy(distribution, theirs, values):
     raw = torch.randn(len(values), distribution.parameters, dtype=torch.float64)
     scale = torch.tensor([0.5, 1.0, 20.0, 3000.0], dtype=torch.float64)
     parameters = distribution.domain(raw, scale)
@@ -39,7 +39,7 @@ def test_likelihoods_are_scipy_s(distribution, theirs, values):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_negative_binomial_has_the_paper_s_mean_and_variance():
+def test_negative_binomial_has_the_mean_and_variance_of_the_paper():
     raw, scale = torch.zeros(2, 2), torch.tensor([4.0, 100.0])
     mean, shape = NegativeBinomial().domain(raw, scale)
     np.testing.assert_allclose(mean, np.log(2) * scale.numpy(), rtol=1e-5)
@@ -49,8 +49,8 @@ def test_negative_binomial_has_the_paper_s_mean_and_variance():
     np.testing.assert_allclose(theirs.var(), mean + mean**2 * shape, rtol=1e-5)
 
 
-def test_counts_that_are_nearly_poisson_s_have_their_likelihood_in_float32():
-    """Two lgammas of 1e8 differ by little: in float32 the likelihood was off by 25 nats here."""
+def test_nearly_poisson_negative_binomial_likelihood_is_accurate_in_float32():
+    """Two lgammas of about 1e8 nearly cancel: in float32 their difference was off by 25 nats here."""
     raw, scale = torch.tensor([[0.5, -15.0]]), torch.tensor([10_000.0])
     parameters = NegativeBinomial().domain(raw, scale)
     found = NegativeBinomial().log_prob(torch.tensor([9_800.0]), parameters)
@@ -59,7 +59,7 @@ def test_counts_that_are_nearly_poisson_s_have_their_likelihood_in_float32():
     np.testing.assert_allclose(found, reference.logpmf([9800]), rtol=1e-5)
 
 
-def test_there_is_a_variance_whatever_a_network_answers():
+def test_student_t_has_at_least_two_degrees_of_freedom():
     freedom, *_ = StudentT().domain(torch.full((1, 3), -50.0), torch.ones(1))
     assert freedom >= 2
 
@@ -74,12 +74,12 @@ def test_there_is_a_variance_whatever_a_network_answers():
         (Beta(), [0.5, 1.5], False),
     ],
 )
-def test_one_value_without_a_likelihood_is_enough(distribution, values, supported):
+def test_supports_is_false_if_any_value_is_outside_the_support(distribution, values, supported):
     assert distribution.supports(torch.tensor(values)) is supported
 
 
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
-def test_extreme_answers_of_a_network_have_a_finite_likelihood_and_gradient(distribution):
+def test_extreme_network_outputs_have_a_finite_likelihood_and_gradient(distribution):
     raw = torch.tensor([-80.0, -5.0, 0.0, 5.0, 80.0])[:, None].repeat(1, distribution.parameters).requires_grad_()
     value = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
     likelihood = distribution.log_prob(value, distribution.domain(raw, torch.ones(5)))
@@ -89,7 +89,7 @@ def test_extreme_answers_of_a_network_have_a_finite_likelihood_and_gradient(dist
 
 
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), Deterministic()])
-def test_a_series_in_other_units_is_as_likely_but_for_the_units(distribution):
+def test_log_likelihood_of_rescaled_values_differs_by_the_log_of_the_factor(distribution):
     raw, values = torch.randn(6, distribution.parameters), torch.randn(6)
     one = distribution.log_prob(values, distribution.domain(raw, torch.ones(6)))
     thousand = distribution.log_prob(1000 * values, distribution.domain(raw, torch.full((6,), 1000.0)))
@@ -110,8 +110,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("distribution", "raw", "scale", "theirs"), CASES, ids=range(len(CASES)))
-def test_draws_are_distributed_as_scipy_says(distribution, raw, scale, theirs):
-    """The cumulative distribution is nowhere off by more than that of one in 10,000 such samples would be."""
+def test_samples_follow_scipys_distribution(distribution, raw, scale, theirs):
+    """The largest error of the empirical distribution stays below a bound that 1 in 10,000 samples would exceed."""
     parameters = distribution.domain(torch.tensor(raw).expand(DRAWS, -1), torch.full((DRAWS,), scale))
     drawn = distribution.sample(parameters, torch.rand(DRAWS, distribution.uniforms)).numpy()
     values, counts = np.unique(drawn, return_counts=True)
@@ -120,21 +120,24 @@ def test_draws_are_distributed_as_scipy_says(distribution, raw, scale, theirs):
 
 
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
-def test_noise_of_zero_draws_a_number(distribution):
+def test_samples_from_noise_of_zero_are_finite(distribution):
     parameters = distribution.domain(torch.zeros(1, distribution.parameters), torch.ones(1))
     assert distribution.sample(parameters, torch.zeros(1, distribution.uniforms)).isfinite().all()
 
 
-def test_a_gamma_variable_is_a_later_try_where_the_first_is_refused():
+def test_a_rejected_gamma_try_is_replaced_by_a_later_one():
     noise = torch.full((2, 9), 0.5)
     noise[:, 0], noise[:, 1] = 1e-6, 0.0  # a first try of 5.3, far out
-    noise[0, 4], noise[1, 4] = 0.999, 1e-7  # ... refused, and taken
+    noise[0, 4], noise[1, 4] = 0.999, 1e-7  # ... rejected in one row, accepted in the other
     refused, taken = gamma(torch.full((2,), 0.1), noise)
     assert refused < taken
 
 
-def test_each_try_of_a_gamma_variable_has_a_number_of_its_own():
-    """The first is refused, the second, as far out, is taken by its own number; the last number is the power's."""
+def test_each_gamma_try_is_accepted_by_its_own_uniform_number():
+    """The first try is rejected; the second, equally far out, is accepted or rejected by its own number.
+
+    The last number is that of the power.
+    """
     noise = torch.full((4, 9), 0.5, dtype=torch.float64)
     noise[:, 0], noise[:, 1] = 1e-6, 0.125  # two tries of 3.7
     noise[:, 4], noise[:, 5] = 0.999, torch.tensor([1e-9, 0.999, 1e-9, 1e-9], dtype=torch.float64)
@@ -146,27 +149,27 @@ def test_each_try_of_a_gamma_variable_has_a_number_of_its_own():
 
 
 @pytest.mark.parametrize(("mean", "apart"), [(5.0, 0), (29.9, 0), (31.0, 1), (50.0, 1), (75.0, 1), (300.0, 1)])
-def test_counts_are_scipy_s_quantiles(mean, apart):
+def test_poisson_counts_match_scipys_quantiles(mean, apart):
     normal = torch.linspace(-3, 3, 61, dtype=torch.float64)
     expected = stats.poisson(mean).ppf(stats.norm.cdf(normal.numpy()))
     assert np.abs(poisson(torch.full((61,), mean, dtype=torch.float64), normal).numpy() - expected).max() <= apart
 
 
-def test_a_poisson_variable_has_no_count_that_it_never_takes():
-    """The probabilities of a float32 add up to less than 1; what lies beyond is none of the counts."""
+def test_poisson_counts_stay_plausible_at_extreme_noise():
+    """Probabilities in float32 add up to less than 1; noise beyond their sum must not give an impossible count."""
     normal = torch.tensor([4.8, 5.0, 5.3])
     assert poisson(torch.full((3,), 29.9), normal).max() < 70
     assert poisson(torch.full((3,), 29.9), -normal).min() >= 4
 
 
-def test_a_deterministic_draw_is_the_value():
+def test_deterministic_samples_equal_the_value():
     drawn = Deterministic().sample((torch.tensor([[2.0]]), torch.ones(1, 1)), torch.rand(3, 5, 0))
     assert drawn.tolist() == [[2.0] * 5] * 3
 
 
 @pytest.mark.parametrize("first", [1e4, 1e6, 1e7])
-def test_shares_that_hardly_move_have_their_likelihood(first):
-    """Large concentrations, of which float32 loses the digits."""
+def test_beta_likelihood_is_accurate_at_large_concentrations(first):
+    """float32 loses the last digits of large concentrations."""
     second = 0.3 * first
     found = Beta().log_prob(torch.tensor([0.77]), (torch.tensor([first]), torch.tensor([second])))
     value = torch.tensor(0.77).double().item()

@@ -1,4 +1,4 @@
-"""Recurrent layers: what cuDNN asks of them, without a GPU, and that they are torch's own stacked."""
+"""Recurrent layers: equality with torch's own, and cuDNN's requirements, checked without a GPU."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SOURCE, LENGTHS, TARGET = TOKENS[:15].reshape(3, 5), torch.tensor([5, 3, 1]), TO
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_they_are_torch_s_own_of_as_many_layers(cell):
+def test_stacked_layers_match_torchs_layer_of_the_same_depth(cell):
     mine, own = RecurrentLayers(cell, 3, 4, 2), CELLS[cell](3, 4, 2, batch_first=True)
     own.load_state_dict(
         {name.replace("_l0", f"_l{i}"): value for i in (0, 1) for name, value in mine.layers[i].state_dict().items()}
@@ -29,8 +29,8 @@ def test_they_are_torch_s_own_of_as_many_layers(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_between_layers_and_nowhere_else_is_dropped_out(cell):
-    """Of everything: the second layer is given zeros, and the first one all of its inputs."""
+def test_dropout_applies_only_between_layers(cell):
+    """With a dropout of 1, the second layer receives zeros and the first its whole input."""
     layers, inputs = RecurrentLayers(cell, 3, 4, 2, dropout=1.0).train(), torch.randn(2, 7, 3)
     outputs, after = layers(inputs)
     torch.testing.assert_close(outputs, layers.layers[1](torch.zeros(2, 7, 4))[0])
@@ -39,7 +39,7 @@ def test_between_layers_and_nowhere_else_is_dropped_out(cell):
     both, lengths = Bidirectional(cell, 3, 4, 2, residual=False, dropout=1.0).train(), torch.tensor([7, 4])
     there = torch.arange(7) < lengths[:, None]
     one, other = (both(torch.randn(2, 7, 3), lengths, there)[0] for _ in range(2))
-    torch.testing.assert_close(one, other)  # which follows from the lengths alone
+    torch.testing.assert_close(one, other)  # the output depends only on the lengths
     given = []
     both.ahead[0].register_forward_pre_hook(lambda layer, arguments: given.append(arguments[0]))
     both(inputs, lengths, there)
@@ -47,7 +47,7 @@ def test_between_layers_and_nowhere_else_is_dropped_out(cell):
 
 
 def states_given(network: nn.Module) -> list[torch.Tensor]:
-    """Filled with every state that a recurrent layer of the network starts from."""
+    """Return a list that is filled with every initial state given to the network's recurrent layers."""
     given = []
 
     def note(layer, arguments):
@@ -63,8 +63,8 @@ def states_given(network: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("input_feeding", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-def test_states_lie_as_cudnn_asks(cell, num_layers, input_feeding):
-    """It refuses those that are not contiguous."""
+def test_states_are_contiguous_as_cudnn_requires(cell, num_layers, input_feeding):
+    """cuDNN refuses states that are not contiguous."""
     network = Seq2Seq(9, 9, cell, num_layers, 6, 4, input_feeding=input_feeding)
     given = states_given(network)
     network(SOURCE, LENGTHS, TARGET)
@@ -77,8 +77,8 @@ def test_states_lie_as_cudnn_asks(cell, num_layers, input_feeding):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_none_draws_what_it_drops_itself(cell):
-    """cuDNN would set up a state for that, and wait, after each seed."""
+def test_torchs_recurrent_layers_have_no_dropout_of_their_own(cell):
+    """cuDNN would set up a dropout state, and synchronise, after each seed."""
     for network in (DeepAR(4, 2, cell=cell), Seq2Seq(9, 9, cell, 2, 6, 4)):
         layers = [module for module in network.modules() if isinstance(module, nn.RNNBase)]
         assert layers
@@ -86,8 +86,8 @@ def test_none_draws_what_it_drops_itself(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_they_stay_float32_under_autocast(cell):
-    """On a GPU autocast would take them to float16 without a scaled loss, on some processors there is no bfloat16."""
+def test_recurrent_layers_stay_float32_under_autocast(cell):
+    """Autocast on a GPU would run them in float16 without loss scaling, and some CPUs lack bfloat16."""
     network = Seq2Seq(9, 9, cell, 2, 6, 4).eval()
     seen = []
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""The readers of time series against whole, broken and arbitrary files."""
+"""Readers of time series, given valid, broken and arbitrary files."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ shared_folder = [HealthCheck.function_scoped_fixture]
 quick = settings(max_examples=60, deadline=None, suppress_health_check=shared_folder, database=None)
 
 H = Frequency(1, "H")
-DAY = "2020-01-31"  # a Friday, and the last of its month
+DAY = "2020-01-31"  # a Friday and the last day of its month
 NAN = float("nan")
 READERS = {
     "json": read_json_lines,
@@ -69,7 +69,7 @@ def of(*records: dict, where: Path) -> Series:
 
 
 def well_formed_or_none(function, *arguments) -> Series | None:
-    """The call's answer, checked, or None where it refuses."""
+    """Return the call's checked result, or None if it raises UserError."""
     series = answer_or_none(function, *arguments)
     if series is None:
         return None
@@ -111,7 +111,7 @@ def same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("unit", ["min", "H", "D", "W", "M", "B"])
-def test_frequency(unit):
+def test_frequency_parses_a_unit_with_or_without_a_count(unit):
     assert Frequency.parse(unit) == Frequency.parse(f"1{unit}") == Frequency(1, unit)
     assert str(Frequency.parse(f"15{unit}")) == f"15{unit}"
 
@@ -139,13 +139,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
-def test_wrong_frequency(wrong):
+def test_invalid_frequencies_are_refused(wrong):
     assert error_of(Frequency.parse, wrong) == (
         f"frequency: {wrong!r}; expected a whole number and min, H, D, W, M or B, such as 1H"
     )
 
 
-STEPS = {  # times, and the step of each; None is off the grid
+STEPS = {  # times and the step of each, None if it is off the grid
     "15min": (["2019-12-31 23:45:00", "2020-01-01 00:15:00", "2020-01-01 00:20:00"], [0, 2, None]),
     "H": (["1750-01-01 00:30:00", "1750-01-02 00:30:00", "1750-01-02 01:00:00"], [0, 24, None]),
     "D": (["2020-02-28", "2020-03-01", "2020-03-01 01:00:00"], [0, 2, None]),
@@ -159,14 +159,14 @@ STEPS = {  # times, and the step of each; None is off the grid
 
 
 @pytest.mark.parametrize("frequency", STEPS)
-def test_steps(frequency):
+def test_steps_count_whole_steps_and_mark_times_off_the_grid(frequency):
     times, expected = STEPS[frequency]
     steps, whole = Frequency.parse(frequency).steps(np.array(times, "datetime64[s]"))
     assert steps.dtype == np.int64
     assert [int(step) if on else None for step, on in zip(steps, whole, strict=True)] == expected
 
 
-# Whole files
+# Valid files
 
 RECORDS = [
     {
@@ -189,7 +189,7 @@ def check_records(series: Series, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "b/a.JSONL.gz"])
-def test_json_lines(tmp_path, name):
+def test_json_lines_are_read_with_bom_blank_lines_and_gzip(tmp_path, name):
     first, second = map(json.dumps, RECORDS)
     content = b"\xef\xbb\xbf" + f"{first}\r\n \n{second}\n\n".encode()
     series = well_formed_or_none(read, tmp_path, "json", name, content)
@@ -205,7 +205,7 @@ STARTS = {
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("compression", ["gzip", "snappy"])
-def test_parquet(tmp_path, start, compression):
+def test_parquet_is_read_with_any_type_of_start_and_compression(tmp_path, start, compression):
     columns = {
         "item": ["a", "b"],
         "start": STARTS[start],
@@ -217,7 +217,7 @@ def test_parquet(tmp_path, start, compression):
     check_records(series, [f"{tmp_path}/a.parquet:1", f"{tmp_path}/a.parquet:2"])
 
 
-def test_a_fraction_of_a_second_in_parquet_is_refused_where_it_stands(tmp_path):
+def test_a_fraction_of_a_second_in_parquet_is_refused_with_its_row(tmp_path):
     starts = [np.datetime64(time, "ms") for time in ("2024-01-01T00:00:00.000", "2024-01-02T00:00:00.500")]
     (tmp_path / "a.parquet").write_bytes(parquet(start=starts, target=[[1.0], [1.0]]))
     assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(
@@ -225,8 +225,8 @@ def test_a_fraction_of_a_second_in_parquet_is_refused_where_it_stands(tmp_path):
     )
 
 
-def test_parquet_of_many_rows_with_dates_and_bare_cats(tmp_path):
-    count = 50  # more than are read at once
+def test_parquet_of_many_rows_is_read_with_dates_and_scalar_cats(tmp_path):
+    count = 50  # more rows than are read at once
     content = parquet(start=[date(1750, 1, 1)] * count, target=[[i] for i in range(count)], cat=list(range(count)))
     series = well_formed_or_none(read, tmp_path, "json", "a.parquet", content)
     assert series.target.tolist() == series.cat[:, 0].tolist() == list(range(count))
@@ -241,14 +241,14 @@ def test_gluontss_names_are_refused_in_parquet_too(tmp_path, name):
     assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(f"{tmp_path}/a.parquet:1: {name}; expected")
 
 
-def test_records_without_cat_and_features(tmp_path):
+def test_records_may_omit_cat_and_features(tmp_path):
     series = of({"target": [1, 2]}, {"target": [], "cat": [], "dynamic_feat": None}, where=tmp_path)
     assert (series.cat.shape, series.dynamic.shape) == ((2, 0), (0, 0))
     assert (series.offsets.tolist(), series.dynamic_offsets.tolist()) == ([0, 2, 2], [0, 0, 0])
     assert of({"target": [1], "cat": 4}, {"target": [2], "cat": [5]}, where=tmp_path).cat.tolist() == [[4], [5]]
 
 
-def test_folder_of_folders(tmp_path):
+def test_folders_are_read_recursively_without_hidden_files(tmp_path):
     record = {"start": DAY, "target": [1]}
     for i, name in enumerate(["z.json", "b/c/x.jsonl.gz", "b/a.json"]):
         read(tmp_path, "json", name, lines(record | {"target": [i]}))
@@ -263,7 +263,7 @@ def test_folder_of_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv.gz"])
-def test_wide(tmp_path, name):
+def test_wide_tables_are_read_with_missing_values(tmp_path, name):
     content = text("1,-2.5, 3e2\r", ' "4",nan,+.5', ",NA,7.", "", "")
     series = well_formed_or_none(read, tmp_path, "wide", name, content)
     same(targets(series), [[1, 4, NAN], [-2.5, NAN, NAN], [300, 0.5, 7]])
@@ -272,7 +272,7 @@ def test_wide(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_dated(tmp_path, name):
+def test_dated_tables_are_read_and_missing_rows_are_counted(tmp_path, name):
     rows = ["2020-01-31 23:00:00,1,2", "2020-02-01 00:00:00,,4", "2020-02-01 03:00:00,5,6"]
     with pytest.warns(UserWarning, match=rf"{name}: 4 points have no row and count as missing$"):
         series = well_formed_or_none(read, tmp_path, "dated", name, text(',"OT, in °C",load', *rows, ""))
@@ -290,7 +290,7 @@ def test_dated(tmp_path, name):
         ("W", ["2020-01-31", "2020-02-07", "2020-02-21"], [1, 2, NAN, 3]),
     ],
 )
-def test_dated_by_calendar(tmp_path, frequency, dates, expected):
+def test_dated_tables_follow_calendar_frequencies(tmp_path, frequency, dates, expected):
     content = text("date,x", *(f"{day},{i}" for i, day in enumerate(dates, start=1)))
     with pytest.warns(UserWarning, match="a.csv: 1 points have no row"):
         series = read(tmp_path, "dated", "a.csv", content, Frequency.parse(frequency))
@@ -298,7 +298,7 @@ def test_dated_by_calendar(tmp_path, frequency, dates, expected):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_rows(tmp_path, name):
+def test_row_tables_are_read_with_missing_values(tmp_path, name):
     content = text('"V1","V2","V3","V4"', '"H1","605","","586"', '"H2","1"', '"H3","2","NA",""', "H4,,,")
     series = well_formed_or_none(read, tmp_path, "rows", name, content)
     same(targets(series), [[605, NAN, 586], [1], [2, NAN], []])
@@ -307,7 +307,7 @@ def test_rows(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_long(tmp_path, name):
+def test_long_tables_are_read_and_missing_rows_are_counted(tmp_path, name):
     rows = ["1,a,2020-01-31 01:00:00", "2,b,2020-01-31", "3,a,2020-01-31 02:00:00", ",b,2020-01-31 03:00:00"]
     with pytest.warns(UserWarning, match=rf"{name}: 2 points have no row and count as missing$"):
         series = well_formed_or_none(read, tmp_path, "long", name, text("target,item_id,timestamp", *rows))
@@ -316,7 +316,7 @@ def test_long(tmp_path, name):
     assert series.start.tolist() == [datetime(2020, 1, 31, 1), datetime(2020, 1, 31)]
 
 
-def test_long_with_other_columns(tmp_path):
+def test_long_tables_may_name_their_columns_differently(tmp_path):
     (tmp_path / "a.csv").write_bytes(text("store,day,sales,price", f"x,{DAY},5,high"))
     series = read_long(tmp_path / "a.csv", H, item_id="store", timestamp="day", target="sales")
     assert (series.names, series.target.tolist()) == (["x"], [5])
@@ -325,7 +325,7 @@ def test_long_with_other_columns(tmp_path):
     assert message.endswith(f"a.csv:1: columns ['store', 'day', 'sales', 'price']; {expected}")
 
 
-# Broken files: reader, name, content, frequency, and the complaint after the file's name
+# Broken files: reader, name, content, frequency, and the error message after the file's name
 
 
 def record(**fields) -> bytes:
@@ -541,16 +541,18 @@ BROKEN += [
 
 
 @pytest.mark.parametrize(("kind", "name", "content", "frequency", "complaint"), BROKEN, ids=range(len(BROKEN)))
-def test_broken_file(tmp_path, kind, name, content, frequency, complaint):
+def test_broken_files_are_refused_with_their_place(tmp_path, kind, name, content, frequency, complaint):
     message = error_of(read, tmp_path, kind, name, content, Frequency.parse(frequency))
     assert message.startswith(f"{tmp_path}/{name}:")
     assert complaint.replace("{file}", f"{tmp_path}/{name}") in message
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_broken_gzip(tmp_path, kind):
+def test_broken_gzip_files_are_refused(tmp_path, kind):
     path = tmp_path / "a.json.gz"
-    line = bytes(np.random.RandomState(0).randint(65, 91, 99).tolist())  # one line: none is read before the damage
+    line = bytes(
+        np.random.RandomState(0).randint(65, 91, 99).tolist()
+    )  # a single line, so that nothing is read before the damage
     whole = gzip.compress(line, mtime=0)
     for content in (whole[:-9], whole[:3], b"no gzip", whole[:20] + b"\xff" * 20 + whole[40:], whole + b"?"):
         path.write_bytes(content)
@@ -559,18 +561,18 @@ def test_broken_gzip(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_missing_file(tmp_path, kind):
+def test_a_missing_file_is_refused(tmp_path, kind):
     path = tmp_path / "none.json"
     assert error_of(READERS[kind], path, H).startswith(f"{path}: No such file or directory; expected ")
 
 
-def test_missing_parquet_and_folder_in_place_of_a_table(tmp_path):
+def test_a_missing_parquet_file_and_a_folder_given_as_a_table_are_refused(tmp_path):
     path = tmp_path / "none.parquet"
     assert error_of(read_json_lines, path, H) == f"{path}: no such file; expected a Parquet file"
     assert error_of(read_dated, tmp_path, H) == f"{tmp_path}: Is a directory; expected a table"
 
 
-def test_broken_folders(tmp_path):
+def test_folders_without_series_or_with_bad_files_are_refused(tmp_path):
     assert error_of(read_json_lines, tmp_path, H) == f"{tmp_path}: no series; expected at least one"
     read(tmp_path, "json", "a.json", lines({"start": DAY, "target": [1]}))
     for name, complaint in (("b.json", ": no records; expected at"), ("README", ": not a folder and no known ext")):
@@ -587,7 +589,7 @@ def test_broken_folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wide", "rows"])
-def test_broken_start(tmp_path, kind):
+def test_an_invalid_start_option_is_refused(tmp_path, kind):
     reader = read_wide if kind == "wide" else read_rows
     assert error_of(reader, tmp_path / "a.csv", "1750", H) == "start: '1750'" + DATES
     message = error_of(reader, tmp_path / "a.csv", "2020-02-01", Frequency(1, "B"))
@@ -597,7 +599,7 @@ def test_broken_start(tmp_path, kind):
 # SageMaker's rules
 
 MANY = list(range(150))
-RULES = [  # records, the arguments of check, and the complaint after the file's name
+RULES = [  # records, the arguments of check, and the error message after the file's name
     (
         [{"target": [0] * 149}, {"target": MANY}],
         {},
@@ -630,13 +632,13 @@ RULES = [  # records, the arguments of check, and the complaint after the file's
 
 
 @pytest.mark.parametrize(("records", "options", "complaint"), RULES, ids=range(len(RULES)))
-def test_rules(tmp_path, records, options, complaint):
+def test_series_that_break_sagemakers_rules_are_refused(tmp_path, records, options, complaint):
     message = error_of(check, of(*records, where=tmp_path), **options)
     assert message.startswith(f"{tmp_path}/of.json:")
     assert complaint.replace("{file}", f"{tmp_path}/of.json") in message
 
 
-def test_series_within_the_rules(tmp_path):
+def test_series_within_the_rules_pass_and_give_their_cardinality(tmp_path):
     train = of({"target": MANY, "cat": [3, 0]}, {"target": [*MANY, None], "cat": [0, 1]}, where=tmp_path)
     assert check(train) == check(train, "auto") == [4, 2]
     assert check(train, [4, 9]) == [4, 9]
@@ -644,26 +646,26 @@ def test_series_within_the_rules(tmp_path):
     features = {"target": MANY * 2, "dynamic_feat": [MANY * 2, [0] * 300]}
     assert check(of(features, where=tmp_path)) == []
     features = {"target": [0], "dynamic_feat": [[1, 2, 3]]}
-    assert check(of(features, where=tmp_path), ahead=2) == []  # few and zero: no mistake in what is forecast
+    assert check(of(features, where=tmp_path), ahead=2) == []  # few or zero values are allowed in series to predict
 
 
 CARDINALITIES = [[4], [4, 2, 1], [], {}, "ignore", "42", 4]
 
 
 @pytest.mark.parametrize("cardinality", CARDINALITIES, ids=range(len(CARDINALITIES)))
-def test_cardinality_of_wrong_length(tmp_path, cardinality):
+def test_a_cardinality_of_the_wrong_form_or_length_is_refused(tmp_path, cardinality):
     series = of({"target": MANY * 2, "cat": [3, 0]}, where=tmp_path)
     message = error_of(check, series, cardinality)
     assert message == f"cardinality: {cardinality!r}; expected auto or 2 numbers, one for each cat"
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 4.0, "4", None, 10**6 + 1])
-def test_wrong_cardinality(tmp_path, size):
+def test_an_invalid_number_in_cardinality_is_refused(tmp_path, size):
     series = of({"target": MANY * 2, "cat": [3, 0]}, where=tmp_path)
     assert error_of(check, series, [4, size]) == f"cardinality[1]: {size!r}; expected 1 to 1000000"
 
 
-def test_unseen(tmp_path):
+def test_categories_unseen_in_training_and_other_feature_counts_are_refused(tmp_path):
     train = of({"target": MANY, "cat": [3, 0]}, {"target": MANY, "cat": [1, 2]}, where=tmp_path)
     check_seen_in_training(train, of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [1, 0]}, where=tmp_path))
     other = of({"target": [1], "cat": [3, 2]}, {"target": [1], "cat": [2, 0]}, where=tmp_path)
@@ -686,7 +688,7 @@ frequencies = st.sampled_from(["min", "7H", "D", "2W", "M", "B"]).map(Frequency.
 @pytest.mark.parametrize("kind", READERS)
 @quick
 @given(data=st.data(), frequency=frequencies)
-def test_arbitrary_bytes(tmp_path, kind, data, frequency):
+def test_arbitrary_bytes_are_read_or_refused(tmp_path, kind, data, frequency):
     alphabet = ALPHABETS["json" if kind == "json" else "csv"]
     content = data.draw(st.binary() | st.text(alphabet).map(str.encode))
     head = {"dated": b"date,x,y\n", "rows": b"id,1,2,3\n", "long": HEAD.encode() + b"\n"}.get(kind, b"")
@@ -706,7 +708,7 @@ fields = st.fixed_dictionaries(
 
 @quick
 @given(records=st.lists(fields, max_size=3), frequency=frequencies)
-def test_arbitrary_records(tmp_path, records, frequency):
+def test_arbitrary_records_are_read_or_refused(tmp_path, records, frequency):
     well_formed_or_none(read, tmp_path, "json", "a.json", lines(*records), frequency)
 
 
@@ -716,7 +718,7 @@ rows = st.lists(st.tuples(st.sampled_from("ab"), dates, st.sampled_from(["1", ""
 @pytest.mark.filterwarnings("ignore:.* points have no row")
 @quick
 @given(rows=rows, frequency=frequencies)
-def test_arbitrary_rows(tmp_path, rows, frequency):
+def test_arbitrary_rows_are_read_or_refused(tmp_path, rows, frequency):
     well_formed_or_none(read, tmp_path, "long", "a.csv", text(HEAD, *map(",".join, rows)), frequency)
     dated = [f"{day},{value}" for _, day, value in rows]
     well_formed_or_none(read, tmp_path, "dated", "a.csv", text("date,x", *dated), frequency)
@@ -733,11 +735,11 @@ PLAIN = {
     pa.date64(): date(2020, 1, 31),
     pa.timestamp("ns"): datetime(2020, 1, 31),
     pa.timestamp("us", "UTC"): datetime(2020, 1, 31),
-    pa.timestamp("s"): 10**15,  # beyond the years that Python has
+    pa.timestamp("s"): 10**15,  # beyond Python's last year
     pa.duration("s"): 5,
     pa.null(): None,
 }
-values = st.sampled_from(list(PLAIN.items()))  # a type and a value of it
+values = st.sampled_from(list(PLAIN.items()))  # a type and a value of that type
 values |= values.map(lambda pair: (pa.list_(pair[0]), [pair[1], None]))
 values |= values.map(lambda pair: (pa.large_list(pair[0]), [pair[1]])) | values.map(
     lambda pair: (pa.struct({"a": pair[0]}), {"a": pair[1]})
@@ -747,7 +749,7 @@ columns = st.dictionaries(st.sampled_from(["start", "target", "cat", "dynamic_fe
 
 @quick
 @given(columns=columns, good=st.sets(st.sampled_from(["start", "target"])), count=st.integers(0, 3))
-def test_arbitrary_columns(tmp_path, columns, good, count):
+def test_arbitrary_parquet_columns_are_read_or_refused(tmp_path, columns, good, count):
     columns |= {name: {"start": (pa.string(), DAY), "target": (pa.list_(pa.int8()), [1])}[name] for name in good}
     table = {name: pa.array([value] * count, kind) for name, (kind, value) in columns.items()}
     well_formed_or_none(read, tmp_path, "json", "a.parquet", parquet(**table))
@@ -758,7 +760,7 @@ def test_arbitrary_columns(tmp_path, columns, good, count):
 )
 @quick
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9))
-def test_mutated_parquet(tmp_path, content, at, new, cut):
+def test_mutated_parquet_is_read_or_refused(tmp_path, content, at, new, cut):
     at %= len(content)
     well_formed_or_none(read, tmp_path, "json", "a.parquet", content[:at] + new + content[at + cut :])
 
@@ -769,7 +771,7 @@ REAL = os.environ.get("DLREF_DATA")
 
 
 @pytest.mark.skipif(not REAL, reason="needs DLREF_DATA, the folder of the real data sets")
-def test_real_tables():
+def test_real_tables_have_their_known_sizes():
     root = Path(REAL)
     series = read_wide(root / "exchange_rate/exchange_rate.txt.gz", "1990-01-01", Frequency(1, "B"))
     assert np.diff(series.offsets).tolist() == [7588] * 8

@@ -16,19 +16,19 @@ def synthetic() -> Synthetic:
 
 
 def table(flat: np.ndarray) -> np.ndarray:
-    """One value for each point -> (N, T)."""
+    """Reshape values of all points to (N, T)."""
     return flat.reshape(COUNT, LENGTH)
 
 
 def runs(inside: np.ndarray) -> np.ndarray:
-    """The lengths of the stretches in a row of bools, except those that its ends cut."""
+    """Return the lengths of the runs of True in a row, except runs cut off by its ends."""
     starts, ends = (np.flatnonzero(np.diff(inside.astype(int)) == step) for step in (1, -1))
     ends = ends[ends > starts[0]] if len(starts) else ends[:0]
     return ends - starts[: len(ends)]
 
 
 def loss(target: np.ndarray, forecast: np.ndarray) -> float:
-    """The mean weighted quantile loss of deciles (P, 9) over the points that are observed and forecast."""
+    """Return the mean weighted quantile loss of deciles (P, 9) over the points that are observed and forecast."""
     known = ~np.isnan(target) & ~np.isnan(forecast[:, 0])
     above = target[known, None].astype(np.float64) - forecast[known]
     pinball = np.maximum(DECILES * above, (DECILES - 1) * above)
@@ -45,11 +45,11 @@ def hour_of(moments: np.ndarray) -> np.ndarray:
 
 
 def day_of(moments: np.ndarray) -> np.ndarray:
-    """From Monday."""
+    """Return the day of the week, 0 for Monday."""
     return (moments.astype("datetime64[D]").astype(np.int64) + 3) % 7
 
 
-def test_types_and_shapes_are_those_promised(synthetic):
+def test_series_and_truth_have_the_documented_types_and_shapes(synthetic):
     points = COUNT * LENGTH
     promised = {
         "target": (np.float32, (points,)),
@@ -70,17 +70,17 @@ def test_types_and_shapes_are_those_promised(synthetic):
         assert truth.min() > 0
 
 
-def test_they_pass_for_series_to_train_from(synthetic):
+def test_synthetic_series_pass_the_check_of_training_series(synthetic):
     assert check(synthetic.series) == [len(KINDS)]
 
 
-def test_a_seed_gives_the_same_series_and_another_others():
+def test_the_same_seed_gives_the_same_series_and_another_seed_others():
     a, b, c = (make_series(5, 100, seed) for seed in (1, 1, 2))
     np.testing.assert_equal(a, b)
     assert not np.array_equal(a.loc, c.loc)
 
 
-def test_more_series_of_a_seed_begin_with_the_same_ones(synthetic):
+def test_a_longer_list_of_series_from_a_seed_starts_with_the_shorter_one(synthetic):
     few = make_series(7, LENGTH, seed=3)
     for field in ("target", "start", "cat", "dynamic", "names"):
         first = getattr(few.series, field)
@@ -89,7 +89,7 @@ def test_more_series_of_a_seed_begin_with_the_same_ones(synthetic):
     np.testing.assert_equal(few.scale, synthetic.scale[: 7 * LENGTH])
 
 
-def test_stretches_of_hours_and_days_are_missing(synthetic):
+def test_about_three_per_cent_of_values_are_missing_in_runs_of_1_to_48_hours(synthetic):
     missing = np.isnan(synthetic.series.target)
     assert 0.025 < missing.mean() < 0.035
     assert not table(missing)[:, 0].any()
@@ -97,14 +97,14 @@ def test_stretches_of_hours_and_days_are_missing(synthetic):
     assert (lengths.min(), lengths.max()) == (1, 48)
 
 
-def test_promotions_last_hours_and_lift_the_mean_by_their_kinds_factor(synthetic):
+def test_promotions_last_hours_and_lift_the_mean_by_the_factor_of_their_kind(synthetic):
     promoted = table(synthetic.series.dynamic) == 1
     assert set(np.unique(synthetic.series.dynamic)) == {0, 1}
     assert 0.04 < promoted.mean() < 0.1
     lengths = np.concatenate([runs(row) for row in promoted])
     assert (lengths.min(), lengths.max()) == PROMOTED
-    # A promoted hour against the same hour of the week before without: but for the growth of a week, at most
-    # 168 × 0.0005 in the logarithm, that is the lift.
+    # Compare a promoted hour with the same hour, not promoted, a week earlier. The logarithms differ by the lift, up to
+    # a week's growth of at most 168 × 0.0005.
     change = table(np.log(synthetic.loc))[:, 168:] - table(np.log(synthetic.loc))[:, :-168]
     lifted = promoted[:, 168:] & ~promoted[:, :-168]
     for i, kind in enumerate(synthetic.series.cat[:, 0]):
@@ -113,7 +113,7 @@ def test_promotions_last_hours_and_lift_the_mean_by_their_kinds_factor(synthetic
     assert np.nanmean(observed[promoted]) > 1.3 * np.nanmean(observed[~promoted])
 
 
-def test_the_mean_repeats_itself_after_a_day_and_more_so_after_a_week(synthetic):
+def test_the_mean_repeats_daily_and_more_strongly_weekly(synthetic):
     logs = table(np.log(synthetic.loc))
     day, odd, week = (
         np.mean([np.corrcoef(row[lag:], row[:-lag])[0, 1] for row in logs]) for lag in (24, 24 * 7 - 12, 168)
@@ -121,7 +121,7 @@ def test_the_mean_repeats_itself_after_a_day_and_more_so_after_a_week(synthetic)
     assert week > 0.8 > day > 0.5 > 0 > odd
 
 
-def test_kinds_keep_the_hours_and_days_of_the_calendar(synthetic):
+def test_each_kind_peaks_at_its_hour_and_on_its_weekdays(synthetic):
     plain = synthetic.series.dynamic[:, 0] == 0
     kinds, moments = np.repeat(synthetic.series.cat[:, 0], LENGTH), times(synthetic)
     hour, day = hour_of(moments)[plain], day_of(moments)[plain]
@@ -133,13 +133,13 @@ def test_kinds_keep_the_hours_and_days_of_the_calendar(synthetic):
         assert set(np.argsort(by_day)[-len(days) :]) == days
 
 
-def test_series_differ_in_level_by_two_orders_of_magnitude_and_in_growth(synthetic):
+def test_levels_span_two_orders_of_magnitude_and_growth_varies(synthetic):
     weeks = np.log(table(synthetic.loc)[:, : 168 * 5]).reshape(COUNT, 5, 168).mean(2)
     assert np.ptp(weeks[:, 0]) > 0.95 * np.log(LEVELS[1] / LEVELS[0])
     assert np.ptp(weeks[:, 4] - weeks[:, 0]) > 0.4
 
 
-def test_noise_grows_with_the_mean_and_the_hour_of_the_day(synthetic):
+def test_noise_is_proportional_to_the_mean_and_grows_over_the_day(synthetic):
     share, hour = synthetic.scale / synthetic.loc, hour_of(times(synthetic))
     for k, kind in enumerate(KINDS):
         mine = np.repeat(synthetic.series.cat[:, 0], LENGTH) == k
@@ -150,7 +150,7 @@ def test_noise_grows_with_the_mean_and_the_hour_of_the_day(synthetic):
         assert by_hour.mean() == pytest.approx(kind.noise)
 
 
-def test_residuals_are_students_and_independent(synthetic):
+def test_residuals_follow_students_t_and_are_independent(synthetic):
     residuals = (synthetic.series.target - synthetic.loc) / synthetic.scale
     known = ~np.isnan(residuals)
     assert stats.kstest(residuals[known], stats.t(DEGREES).cdf).pvalue > 0.01
@@ -161,7 +161,7 @@ def test_residuals_are_students_and_independent(synthetic):
         assert abs(np.corrcoef(before[both], after[both])[0, 1]) < 0.01
 
 
-def test_quantiles_are_scipys_and_cover_what_they_say(synthetic):
+def test_quantiles_match_scipy_and_cover_their_share_of_values(synthetic):
     levels = (0.01, *DECILES, 0.99)
     truth = quantiles(synthetic, levels)
     some = np.arange(0, COUNT * LENGTH, 999)
@@ -172,7 +172,7 @@ def test_quantiles_are_scipys_and_cover_what_they_say(synthetic):
     np.testing.assert_allclose(covered, levels, rtol=0, atol=0.01)
 
 
-def test_no_other_forecast_has_the_oracles_loss(synthetic):
+def test_the_oracle_has_a_lower_loss_than_distorted_and_naive_forecasts(synthetic):
     target, best = synthetic.series.target, loss(synthetic.series.target, quantiles(synthetic, DECILES))
     for factor in (0.9, 1.1):
         for field in ("loc", "scale"):

@@ -1,4 +1,4 @@
-"""Windows of increasing integers, whose every value says where it comes from."""
+"""Windows of increasing integers, in which each value shows where it comes from."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ H = Frequency.parse("H")
 
 
 def counting(lengths=(5, 9, 3), future=0):
-    """Series i has the values 100 i + 1, 100 i + 2, ..., the dynamic feature ten times as much and the category i."""
+    """Series i has the values 100 i + 1, 100 i + 2, ..., a dynamic feature ten times as large and category i."""
     targets = [100 * i + 1 + np.arange(n, dtype=np.float32) for i, n in enumerate(lengths)]
     dynamic = [10 * (100 * i + 1 + np.arange(n + future, dtype=np.float32)) for i, n in enumerate(lengths)]
     offsets = np.cumsum([0, *lengths])
@@ -30,17 +30,17 @@ def counting(lengths=(5, 9, 3), future=0):
     )
 
 
-def test_values_come_from_their_series_and_nothing_from_its_neighbours():
+def test_windows_hold_only_values_of_their_own_series():
     window = SeriesStore(counting(), H)(torch.tensor([1, 0, 2, 1]), torch.tensor([9, 2, 3, 4]), 4, 3)
     assert window.values.tolist() == [[106, 107, 108, 109], [0, 0, 1, 2], [0, 201, 202, 203], [101, 102, 103, 104]]
     assert window.observed.tolist() == [[True] * 4, [False, False, True, True], [False, True, True, True], [True] * 4]
     assert window.categories.tolist() == [[1], [0], [2], [1]]
-    torch.testing.assert_close(window.features[..., -1], 10 * window.values[:, 1:])  # of the last three times
+    torch.testing.assert_close(window.features[..., -1], 10 * window.values[:, 1:])  # of the last three times only
     assert not window.features[1, 0].any()
 
 
-def test_lags_are_values_that_many_steps_before():
-    """Of increasing integers, the value k steps back is k less."""
+def test_a_window_holds_the_lagged_values_of_its_context():
+    """In a series of increasing integers, the value k steps back is k less."""
     store, steps, context = SeriesStore(counting((50, 90, 60)), H), 40, 10
     window = store(torch.tensor([0, 1, 2]), torch.tensor([50, 77, 41]), steps, context)
     now = window.values[:, -context:]
@@ -49,7 +49,7 @@ def test_lags_are_values_that_many_steps_before():
         assert torch.equal(now - before, torch.full_like(now, lag))
 
 
-def test_features_reach_into_the_future_and_values_do_not():
+def test_windows_into_the_future_have_features_but_no_values():
     store = SeriesStore(counting(future=2), H, future=2)
     window = store(torch.tensor([0, 1, 2]), torch.tensor([7, 11, 5]), 4, 4)
     assert window.values.tolist() == [[4, 5, 0, 0], [108, 109, 0, 0], [202, 203, 0, 0]]
@@ -61,28 +61,28 @@ def test_features_reach_into_the_future_and_values_do_not():
     ]
 
 
-def test_calendar_and_age_of_each_time():
+def test_features_hold_the_calendar_and_the_age_of_each_time():
     window = SeriesStore(counting(), H)(torch.tensor([0, 2]), torch.tensor([5, 2]), 2, 2)
     hours = (window.features[..., 0] + 0.5) * 23
     torch.testing.assert_close(hours, torch.tensor([[8.0, 9.0], [23.0, 0.0]]))
     torch.testing.assert_close(window.features[..., -2], torch.tensor([[5.0, 6.0], [2.0, 3.0]]).log10())
 
 
-def test_no_value_is_compared_with_that_of_another_series():
-    """A day apart: of the second series, 20 hours have none and 30 have six."""
+def test_seasonal_error_compares_only_values_of_the_same_series():
+    """In the second series, 20 hours contain no pair of values a day apart and 30 hours contain six."""
     store = SeriesStore(counting((30, 30, 30)), H)
     assert store.seasonal_error(torch.tensor([1, 1]), torch.tensor([20, 30])).tolist() == [0, 24]
 
 
-def test_missing_values_carry_the_last_one_on():
+def test_forward_filling_repeats_the_last_value_within_each_series():
     target = np.array([np.nan, 1, np.nan, np.nan, 4, np.nan, np.nan, 7, np.nan], np.float32)
     values, observed = forward_filled(target, np.array([0, 5, 9]))
-    assert values.tolist() == [0, 1, 1, 1, 4, 0, 0, 7, 7]  # nothing comes from the series before
+    assert values.tolist() == [0, 1, 1, 1, 4, 0, 0, 7, 7]  # nothing is carried over from the previous series
     assert observed.tolist() == [False, True, False, False, True, False, False, True, False]
 
 
-def test_what_is_small_has_its_seasonal_error_behind_what_is_large():
-    """Summed over all series, its differences would be less than a rounding."""
+def test_seasonal_error_of_small_values_is_exact_after_a_series_of_large_ones():
+    """In a running sum over all series, the small differences would be lost to rounding."""
     large, small = np.tile([0, 1e12], 50), np.tile([0.3, 0.31, 0.33, 0.37, 0.4], 20)
     series = counting((100, 100, 100))._replace(target=np.concatenate([large, small, small]).astype(np.float32))
     found = SeriesStore(series, H).seasonal_error(torch.tensor([1, 2, 2]), torch.tensor([100, 100, 30]))
@@ -90,13 +90,13 @@ def test_what_is_small_has_its_seasonal_error_behind_what_is_large():
     np.testing.assert_allclose(found, [apart.mean(), apart.mean(), apart[:6].mean()], rtol=1e-6)
 
 
-def test_dynamic_features_that_end_too_early_are_refused():
+def test_dynamic_features_that_end_before_the_forecast_are_refused():
     with pytest.raises(ValueError, match="a: dynamic features of 5 times; expected 7"):
         SeriesStore(counting(), H, future=2)
 
 
 class Counted(TorchDispatchMode):
-    """How many operations are asked of torch. Its profiler would start threads, which hang what is forked later."""
+    """Counts torch operations. torch's profiler would start threads, which hang processes forked later."""
 
     count = 0
 
@@ -105,7 +105,7 @@ class Counted(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-def test_a_gather_is_a_few_operations_whatever_the_number_of_windows():
+def test_gathering_windows_takes_a_constant_number_of_operations():
     store = SeriesStore(counting((500, 900, 300)), H)
     counts = []
     for windows in (2, 200):
