@@ -1,4 +1,4 @@
-"""The cross entropy of an output layer in parts, beside torch's of all logits at once."""
+"""The cross entropy of an output layer in parts, against torch's over all logits at once."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dlref.tasks.cross_entropy import AT_ONCE, linear_cross_entropy, nll_and_gra
 
 
 @pytest.mark.parametrize("at_once", [1, 20, 70, 1 << 21])
-def test_the_loss_in_parts_is_torchs_with_its_gradients(monkeypatch, at_once):
+def test_loss_and_gradients_in_parts_match_torch(monkeypatch, at_once):
     monkeypatch.setitem(AT_ONCE, "cpu", at_once)
     sides = []
     for loss in (linear_cross_entropy, lambda x, w, y: F.cross_entropy(F.linear(x, w), y)):
@@ -20,24 +20,24 @@ def test_the_loss_in_parts_is_torchs_with_its_gradients(monkeypatch, at_once):
     torch.testing.assert_close(*sides)
 
 
-def test_parts_of_the_loss_have_one_shape_where_a_batch_is_of_the_usual_size(monkeypatch):
+def test_parts_of_the_loss_have_one_shape_for_usual_batch_sizes(monkeypatch):
     monkeypatch.setitem(AT_ONCE, "cpu", 1000)
     seen = []
     hidden, weight, targets = torch.randn(64, 3), torch.randn(100, 3), torch.randint(100, (64,))
     linear_cross_entropy(hidden, weight, targets, lambda *parts: seen.append(len(parts[0])) or nll_and_gradient(*parts))
-    assert seen == [8] * 8  # and not ten at a time, and four
+    assert seen == [8] * 8  # rather than six parts of ten and one of four
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_loss_compiled_is_the_loss(kind, unchecked):
+def test_the_compiled_loss_matches_the_eager_one(kind, unchecked):
     scores, targets = torch.randn(8, 40).to(kind), torch.randint(40, (8,))
     expected = nll_and_gradient(scores.clone(), targets, torch.float32)
     found = torch.compile(nll_and_gradient, dynamic=False)(scores.clone(), targets, torch.float32)
     torch.testing.assert_close(found, expected)
 
 
-def test_the_gradients_of_the_loss_do_not_vanish_in_float16():
-    """Of tens of thousands of tokens each has a part that float16 cannot hold."""
+def test_gradients_do_not_vanish_in_float16():
+    """The mean over tens of thousands of tokens gives each a gradient that is too small for float16."""
     hidden, weight = torch.randn(20_000, 8, requires_grad=True), torch.randn(500, 8)
     targets = torch.randint(500, (20_000,))
     with torch.autocast("cpu", torch.float16):
@@ -47,8 +47,8 @@ def test_the_gradients_of_the_loss_do_not_vanish_in_float16():
     torch.testing.assert_close(ours * 20_000, theirs * 20_000, rtol=2e-2, atol=2e-2)
 
 
-def test_scores_of_any_size_have_a_loss():
-    """exp(200) is none of float32's numbers."""
+def test_loss_and_gradient_are_right_for_logits_whose_exponential_overflows():
+    """exp(200) is too large for float32."""
     scores, targets = torch.tensor([[200.0, 0.0, 199.0], [-200.0, -201.0, -300.0]]), torch.tensor([2, 1])
     nll, gradient = nll_and_gradient(scores.clone(), targets, torch.float32)
     wanted = scores.clone().requires_grad_()
@@ -57,13 +57,13 @@ def test_scores_of_any_size_have_a_loss():
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, wanted)[0])
 
 
-def test_the_gradients_of_the_loss_are_its_differences():
+def test_gradients_match_finite_differences():
     hidden, weight = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((6, 3), (4, 3)))
     targets = torch.randint(4, (6,))
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets), (hidden, weight))
 
 
-def test_the_loss_in_parts_is_torchs_in_half_precision():
+def test_loss_and_gradient_in_parts_match_torch_in_half_precision():
     hidden, weight = torch.randn(50, 32), torch.randn(40, 32, requires_grad=True)
     targets = torch.randint(40, (50,))
     with torch.autocast("cpu", torch.bfloat16):
@@ -75,8 +75,8 @@ def test_the_loss_in_parts_is_torchs_in_half_precision():
     torch.testing.assert_close(of_ours, of_theirs, rtol=2e-2, atol=2e-3)
 
 
-def test_parts_add_up_in_the_precision_of_the_weights(monkeypatch):
-    """A bfloat16 of eight digits would lose most of what a few rows of thousands add."""
+def test_gradients_of_the_parts_are_summed_in_the_precision_of_the_weights(monkeypatch):
+    """With its eight significant bits, bfloat16 would lose most of what a few rows out of thousands add."""
     hidden, weight = torch.rand(4096, 4), torch.zeros(3, 4, requires_grad=True)
     targets = torch.zeros(4096, dtype=torch.long)
     monkeypatch.setitem(AT_ONCE, "cpu", 24)  # 8 rows at once
@@ -87,8 +87,8 @@ def test_parts_add_up_in_the_precision_of_the_weights(monkeypatch):
     torch.testing.assert_close(weight.grad, expected, rtol=1e-2, atol=0)
 
 
-def test_a_token_that_is_nearly_certain_has_its_small_gradient_in_half_precision():
-    """A probability of 0.9995 rounded to bfloat16 is 1, less one at the target is nothing."""
+def test_the_small_gradient_of_a_nearly_certain_token_survives_half_precision():
+    """A probability of 0.9995 rounds to 1 in bfloat16, and the gradient at the target, minus 1, to zero."""
     scores = torch.tensor([[7.6, 0.0]], dtype=torch.bfloat16)
     exact = scores.double().softmax(1) - torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     _, gradient = nll_and_gradient(scores.clone(), torch.tensor([0]), torch.float32)

@@ -1,4 +1,4 @@
-"""Choosing tokens beside `transformers`, texts as they come, and what a runner's past holds."""
+"""Token sampling against `transformers`, streaming of texts, and the past that a runner keeps."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ BYTES = make_tokenizer({"kind": "byte"})
 
 
 def of_hugging_face(logits, chosen, before):
-    """The probabilities of `transformers`' own processors, in the order in which its `generate` has them."""
+    """Return the probabilities after `transformers`' own processors, in the order of its `generate`."""
     from transformers.generation import logits_process as theirs
 
     steps = [theirs.RepetitionPenaltyLogitsProcessor(float(chosen.repetition_penalty))]
@@ -37,7 +37,7 @@ def of_hugging_face(logits, chosen, before):
 @pytest.mark.parametrize("top_k", [0, 1, 5, 39, 99])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
-def test_what_may_be_drawn_is_what_transformers_draws_from(top_k, top_p, temperature):
+def test_the_sampling_distribution_matches_transformers(top_k, top_p, temperature):
     chosen = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
     for seed in range(20):
         logits = np.random.default_rng(seed).normal(0, 2, 40)
@@ -50,7 +50,7 @@ def test_what_may_be_drawn_is_what_transformers_draws_from(top_k, top_p, tempera
 
 @pytest.mark.parametrize("mean", [0, -3])
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
-def test_repetition_is_penalised_as_transformers_does(penalty, mean):
+def test_repetition_penalty_matches_transformers(penalty, mean):
     chosen = Settings(temperature=0, repetition_penalty=penalty)
     generator = np.random.default_rng(0)
     for _ in range(50):
@@ -61,15 +61,15 @@ def test_repetition_is_penalised_as_transformers_does(penalty, mean):
         assert np.array_equal(logits, kept)
 
 
-def test_tokens_come_as_often_as_they_should():
+def test_tokens_are_drawn_with_their_probabilities():
     generator, logits = np.random.default_rng(0), np.log(np.array([0.5, 0.3, 0.15, 0.05]))
     chosen = Settings(temperature=1.0, top_p=0.9)
     drawn = np.bincount([next_token(logits, [], chosen, generator) for _ in range(20_000)], minlength=4) / 20_000
     np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.012)
 
 
-def test_the_end_is_no_repetition_before_a_text_has_ended():
-    """It stands before every prompt: penalised, it came later than the network says."""
+def test_the_repetition_penalty_spares_the_end_token():
+    """The end token precedes each prompt: a penalty would delay it against the network's prediction."""
     text = Writing([END, 65], Settings(temperature=0, repetition_penalty=1.5), BYTES)
     logits = np.zeros(len(BYTES))
     logits[END], logits[66] = 3, 2.5
@@ -78,7 +78,7 @@ def test_the_end_is_no_repetition_before_a_text_has_ended():
 
 
 def told(settings, tokens):
-    """What becomes of a text whose next tokens are given."""
+    """Write a text with the given tokens; return it and its streamed pieces."""
     text = Writing([END], settings, BYTES)
     pieces = []
     for token in tokens:
@@ -91,7 +91,7 @@ def told(settings, tokens):
 
 @settings(max_examples=300)
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=2))
-def test_pieces_are_the_text_until_a_stop(given_text, stop):
+def test_streamed_pieces_add_up_to_the_text_before_the_first_stop(given_text, stop):
     chosen = Settings(max_new_tokens=200, temperature=0, stop=tuple(stop))
     text, pieces = told(chosen, [*BYTES.encode(given_text), END])
     places = [given_text.find(one) for one in stop if one in given_text]
@@ -99,26 +99,26 @@ def test_pieces_are_the_text_until_a_stop(given_text, stop):
     assert text.reason == ("stop" if places else "end")
 
 
-def test_of_two_stops_at_once_the_one_that_begins_first_ends_the_text():
+def test_of_two_stops_completed_by_one_token_the_earlier_start_ends_the_text():
     text, _ = told(Settings(temperature=0, stop=("c", "bc")), BYTES.encode("abc"))
     assert (text.text, text.reason) == ("a", "stop")
 
 
-def test_a_letter_of_several_bytes_comes_whole():
+def test_a_multibyte_character_is_streamed_whole():
     text, pieces = told(Settings(max_new_tokens=5, temperature=0), BYTES.encode("aü€"))
     assert pieces == ["a", "", "ü", "", "\ufffd"]  # the limit cuts the last one
     assert (text.reason, text.new_tokens) == ("length", 5)
 
 
-def test_what_could_become_a_stop_is_held_back():
+def test_text_that_could_become_a_stop_is_held_back():
     _, pieces = told(Settings(max_new_tokens=50, temperature=0, stop=("END",)), BYTES.encode("xEENEND"))
     assert pieces == ["x", "", "E", "", "EN", "", ""]
 
 
 class Counting:
-    """A graph whose answer can be read off: the next token is the sum of all before it and how many there are.
+    """A graph with known output: the next token follows from the sum of all tokens so far and their number.
 
-    The key of a token is its number, the value its place; what is not there must not count.
+    The key of a token is its number and the value its position; unused room in the past must not matter.
     """
 
     def __init__(self, new="new", past="past", batch="batch", heads=2):
@@ -158,7 +158,7 @@ def runner(context_length=1000, **shape):
 
 
 def by_hand(prompt, count, context_length=1000):
-    """What is not forgotten, and all that followed."""
+    """Return the text that `Counting` generates, dropping the older half of a full context."""
     seen, new = [END, *BYTES.encode(prompt)], []
     for _ in range(count):
         if len(seen) > context_length:
@@ -171,7 +171,7 @@ def by_hand(prompt, count, context_length=1000):
 PROMPTS = ["a", "", "a longer one", "x" * 70]
 
 
-def test_every_text_has_its_own_past():
+def test_each_text_in_a_batch_has_its_own_past():
     made, graph = runner()
     made.max_new_tokens = 100
     answers = made(PROMPTS)
@@ -188,7 +188,7 @@ def test_long_prompts_are_read_in_parts(monkeypatch):
     assert graph.calls[:9] == [(4, 8)] * 8 + [(4, 7)]
 
 
-def test_a_graph_of_fixed_shapes_is_served():
+def test_a_graph_with_fixed_shapes_gives_the_same_texts():
     made, graph = runner(new=1, past=200, batch=1)
     made.max_new_tokens = 20
     assert [answer["text"] for answer in made(PROMPTS)] == [by_hand(prompt, 20) for prompt in PROMPTS]
@@ -198,7 +198,7 @@ def test_a_graph_of_fixed_shapes_is_served():
 @pytest.mark.parametrize(
     "prompt", ["", "abc", "0123456789abcd", "0123456789abcde", "0123456789abcdef", "0123456789abcdef" * 40]
 )
-def test_where_the_context_is_full_its_older_half_is_forgotten(prompt):
+def test_a_full_context_drops_its_older_half(prompt):
     made, graph = runner(context_length=16)
     made.max_new_tokens = 50
     answer = made(prompt)
@@ -207,14 +207,14 @@ def test_where_the_context_is_full_its_older_half_is_forgotten(prompt):
     assert max(size for _, size in graph.calls) <= 16
 
 
-def test_what_one_text_forgets_is_nothing_to_another():
+def test_dropping_context_of_one_text_does_not_affect_others():
     made, _ = runner(context_length=16)
     made.max_new_tokens = 50
     prompts = ["", "abc", "0123456789abcdef" * 40]
     assert [answer["text"] for answer in made(prompts)] == [by_hand(prompt, 50, 16) for prompt in prompts]
 
 
-def test_texts_end_apart():
+def test_texts_in_a_batch_end_independently():
     made, _ = runner()
     made.max_new_tokens = 30
     wanted = by_hand("a", 30)
@@ -224,7 +224,7 @@ def test_texts_end_apart():
     assert second["text"] == by_hand("bcd", 30).split(wanted[3:5])[0]
 
 
-def test_a_text_is_the_same_alone_and_in_company():
+def test_a_text_is_the_same_alone_and_in_a_batch():
     made, _ = runner()
     made.temperature, made.max_new_tokens = 1.0, 20
     together = made(["a", "b", "a"])
@@ -233,14 +233,14 @@ def test_a_text_is_the_same_alone_and_in_company():
     assert made("a") != together[0]
 
 
-def test_pieces_are_the_answer():
+def test_streamed_pieces_add_up_to_the_answer():
     made, _ = runner()
     made.max_new_tokens = 30
     assert "".join(made.written("abc")) == "abc" + made("abc")["text"]
 
 
 @pytest.mark.parametrize("batch", ["batch", 2])
-def test_every_token_of_a_window_surprises_as_it_should(batch):
+def test_nll_of_each_token_in_a_window_matches_a_known_graph(batch):
     made, graph = runner(batch=batch)
     tokens = np.random.default_rng(0).integers(4, 260, (5, 12))
     found = made.nll(tokens)
@@ -251,7 +251,7 @@ def test_every_token_of_a_window_surprises_as_it_should(batch):
     assert [shape[1] for shape in graph.calls[:2]] == [7, 4]
 
 
-def test_logits_of_many_windows_are_asked_for_in_turns(monkeypatch):
+def test_logits_of_many_windows_are_computed_in_groups(monkeypatch):
     made, graph = runner()
     tokens = np.random.default_rng(0).integers(4, 260, (5, 13))
     together = made.nll(tokens)
@@ -261,14 +261,14 @@ def test_logits_of_many_windows_are_asked_for_in_turns(monkeypatch):
     assert [rows for rows, _ in graph.calls] == [2, 2, 2, 2, 1, 1]
 
 
-def test_every_token_surprises_a_graph_of_fixed_shapes_too():
+def test_nll_is_the_same_with_a_graph_of_fixed_shapes():
     tokens = np.random.default_rng(0).integers(4, 260, (3, 7))
     fixed, free = runner(new=1, past=16, batch=1)[0], runner()[0]
     np.testing.assert_allclose(fixed.nll(tokens), free.nll(tokens))
 
 
-def test_surprises_are_judged_with_room_to_spare_as_text_is_written():
-    """A graph that attended to the room that no token has filled would else have the score of one that does not."""
+def test_nll_uses_a_past_with_unused_room_as_generation_does():
+    """Otherwise the score would not reveal a graph that wrongly attends to unused room."""
     for width in (2, 3, 2 * language.GROWTH - 1, 2 * language.GROWTH, 2 * language.READ, 3 * language.READ):
         made, graph = runner(context_length=width)
         made.nll(np.full((1, width + 1), 97))
@@ -279,7 +279,7 @@ def test_surprises_are_judged_with_room_to_spare_as_text_is_written():
 GOOD = {"inputs": "a", "parameters": {"max_new_tokens": 2, "temperature": 0, "stop": ["zz"], "seed": 3}}
 
 
-def test_a_request_has_its_own_settings():
+def test_a_request_overrides_the_runners_settings():
     made, _ = runner()
     made.temperature = 1.0
     assert made(GOOD)["text"] == by_hand("a", 2)
@@ -301,14 +301,14 @@ def test_a_request_has_its_own_settings():
         ("seed", -1, "seed: -1; expected a whole number"),
     ],
 )
-def test_a_runner_s_own_settings_are_checked_as_a_request_s(name, value, complaint):
+def test_invalid_settings_of_the_runner_are_refused(name, value, complaint):
     made, _ = runner()
     setattr(made, name, value)
     with pytest.raises(UserError, match=re.escape(complaint)):
         made("a")
 
 
-def test_a_path_is_the_file_s_text_or_its_request(tmp_path):
+def test_a_path_stands_for_the_text_or_request_in_its_file(tmp_path):
     made, _ = runner()
     made.max_new_tokens = 3
     (tmp_path / "request.json").write_text(json.dumps(GOOD, indent=1))
@@ -347,13 +347,13 @@ def test_a_path_is_the_file_s_text_or_its_request(tmp_path):
         ("half of a pair: \ud83d", "input: half of a surrogate pair, or not UTF-8"),
     ],
 )
-def test_what_is_no_request_is_refused(source, complaint):
+def test_invalid_requests_are_refused(source, complaint):
     made, _ = runner()
     with pytest.raises(UserError, match=complaint):
         made(source if not isinstance(source, list) else [source])
 
 
-def test_files_are_prompts_or_requests(tmp_path):
+def test_files_hold_one_prompt_or_one_request_per_line(tmp_path):
     made, _ = runner()
     made.max_new_tokens = 2
     (tmp_path / "prompt.txt").write_text("two\nlines\n")
@@ -408,7 +408,7 @@ def character(**changes):
         ({}, {"tokens": None}, "inputs tokens, back"),
     ],
 )
-def test_what_is_no_language_model_is_refused(metadata, shape, complaint):
+def test_invalid_metadata_or_graph_inputs_are_refused(metadata, shape, complaint):
     graph = Counting()
     graph.shape = {name: size for name, size in (graph.shape | shape).items() if size}
     known = {"tokenizer": {"kind": "byte", "exact": True}, "context_length": 16}
@@ -416,13 +416,13 @@ def test_what_is_no_language_model_is_refused(metadata, shape, complaint):
         make_runner("language", {"decode": graph}, known | metadata)
 
 
-def test_logits_of_another_vocabulary_are_refused():
+def test_logits_of_another_vocabulary_size_are_refused():
     known = {"tokenizer": character(), "context_length": 16}
     with pytest.raises(UserError, match="expected logits of 5 tokens"):
         make_runner("language", {"decode": Counting()}, known)("a")
 
 
-def test_answers_under_other_names_are_refused():
+def test_outputs_with_unexpected_names_are_refused():
     made, graph = runner()
     made.decode = lambda **inputs: {"output": graph(**inputs)["logits"]}
     made.decode.shape = graph.shape
@@ -430,18 +430,18 @@ def test_answers_under_other_names_are_refused():
         made("a")
 
 
-def test_long_prompts_are_not_answered_all_at_once():
+def test_the_size_of_a_request_counts_its_past_over_prompt_and_new_tokens():
     made, _ = runner()
     made.max_new_tokens = 100
     assert made.size(made.read("abc")) == 104 * 2 * 2 * 2
 
 
-def test_letters_with_marks_are_one_however_typed_and_others_are_not():
+def test_composed_and_decomposed_letters_are_equal_but_ligatures_are_not():
     tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "nai\u0308f", "\ufb01x"]})
     assert tokenizer.encode("na\u00eff nai\u0308f \ufb01x fix") == [4, 4, 5, UNKNOWN]  # a ligature is another word
 
 
-def test_of_two_spellings_in_a_vocabulary_the_first_stands_for_both():
+def test_of_two_equivalent_words_in_a_vocabulary_the_first_is_used():
     tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "na\u00efve", "nai\u0308ve", "x"]})
     assert tokenizer.encode("na\u00efve nai\u0308ve x") == [4, 4, 6]
     with pytest.raises(UserError, match="expected unique tokens"):
@@ -449,7 +449,7 @@ def test_of_two_spellings_in_a_vocabulary_the_first_stands_for_both():
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
-def test_logits_that_are_no_numbers_are_refused_and_the_text_beside_them_is_answered(settings):
+def test_non_finite_logits_fail_only_their_own_text(settings):
     made, graph = runner()
     whole = Counting.__call__
 
@@ -469,7 +469,7 @@ def test_logits_that_are_no_numbers_are_refused_and_the_text_beside_them_is_answ
         made.nll(np.array([[END, BYTES.encode("b")[0], 5, 6]]))
 
 
-def test_byte_pairs_spell_what_they_encode():
+def test_exact_byte_pairs_spell_the_encoded_text():
     tokenizer = make_tokenizer(make_exact(["def f(x):\n    return x\n"] * 3, "bpe", 300))
     text = " \tdef <s>  ü\u0301\r\n\n"
     assert b"".join(tokenizer.spelling[token] for token in tokenizer.encode(text)).decode() == text

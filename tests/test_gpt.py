@@ -1,4 +1,4 @@
-"""GPT's network: Hugging Face's GPT-2 with shared weights, token by token as all at once, equations written out."""
+"""GPT's network against Hugging Face's GPT-2, with and without a past, and against equations written out."""
 
 import math
 from itertools import product
@@ -19,13 +19,13 @@ POSITIONS = ("learned", "sinusoidal", "rotary")
 def network(**options):
     sizes = {"vocabulary": 13, "context_length": 12, "n_layer": 3, "n_head": 2, "n_embd": 16}
     made = GPT(**sizes | options).eval()
-    for parameter in made.parameters():  # as initialised, attention is nearly even and biases are zero
+    for parameter in made.parameters():  # initially, attention is almost uniform and biases are zero
         torch.nn.init.normal_(parameter, std=0.3)
     return made
 
 
 def answers(model, tokens):
-    """Logits of the token after each."""
+    """Return for each token the logits of the next one."""
     return model.logits(model(tokens)[0])
 
 
@@ -37,14 +37,14 @@ def of_hugging_face(**options):
 
 
 def published(model):
-    """The state dict as it is published: without a prefix, with the masks."""
+    """Return the state dict in its published form: without a prefix, with the masks."""
     state = {key.removeprefix("transformer."): value for key, value in model.state_dict().items()}
     state.pop("lm_head.weight")
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 4, 4).tril() for i in range(model.config.n_layer)}
     return {key: value.clone() for key, value in state.items()} | masks
 
 
-def test_gpt2_is_that_of_hugging_face(tmp_path):
+def test_gpt2_matches_hugging_face_with_shared_weights(tmp_path):
     theirs = of_hugging_face()
     with torch.device("meta"):
         ours = GPT(50257).eval()
@@ -77,8 +77,8 @@ def test_published_weights_fit_a_padded_vocabulary_and_a_shorter_context(tmp_pat
         load_weights(network(vocabulary=13, context_length=8, n_layer=2), tmp_path / "untied.pt")
 
 
-def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):
-    """GPT-2's logits lie far below zero, which is where those of fresh rows would be."""
+def test_padding_rows_of_the_vocabulary_are_no_likelier_than_known_tokens(tmp_path):
+    """GPT-2's logits lie far below zero, but logits of freshly initialised rows would be close to zero."""
     theirs = of_hugging_face(**SMALL, eos_token_id=0)
     with torch.no_grad():
         theirs.transformer.ln_f.bias.fill_(1.0)
@@ -103,15 +103,15 @@ def test_padding_is_no_likelier_than_the_tokens_there_are(tmp_path):
         ({"positions": "rotary"}, "wpe.weight"),
     ],
 )
-def test_weights_of_another_size_are_refused(tmp_path, options, complaint):
+def test_published_weights_of_another_architecture_are_refused(tmp_path, options, complaint):
     torch.save(published(of_hugging_face(**SMALL, eos_token_id=0)), tmp_path / "gpt2.pt")
     with pytest.raises(UserError, match=complaint):
         load_weights(network(**{"n_layer": 2} | options), tmp_path / "gpt2.pt")
 
 
 @pytest.mark.parametrize(("positions", "qk_norm", "bias"), list(product(POSITIONS, [False, True], [False, True])))
-def test_after_a_past_is_all_at_once(positions, qk_norm, bias):
-    """At every position, in steps of several tokens, and whatever lies beyond the past's end."""
+def test_logits_after_a_past_match_those_of_a_single_call(positions, qk_norm, bias):
+    """At every position, in steps of several tokens, with arbitrary values beyond the end of the past."""
     model = network(positions=positions, qk_norm=qk_norm, bias=bias)
     tokens = torch.randint(13, (2, 12))
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_after_a_past_is_all_at_once(positions, qk_norm, bias):
             torch.testing.assert_close(model.logits(hidden), whole[:, cut:], rtol=1e-4, atol=1e-4)
 
 
-def test_texts_of_different_lengths_share_a_past():
+def test_pasts_of_different_lengths_can_be_batched():
     model = network(positions="rotary")
     tokens = torch.randint(13, (2, 12))
     with torch.no_grad():
@@ -136,8 +136,8 @@ def test_texts_of_different_lengths_share_a_past():
     torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_may_lie_beyond_the_context():
-    """As a text has it that is full and is read beside another with more new tokens."""
+def test_padding_tokens_may_lie_beyond_the_context():
+    """This happens to a text whose context is full in a batch with a text that has more new tokens."""
     model, tokens = network(context_length=4), torch.randint(13, (1, 5))
     _, keys, values = model(tokens[:, :3])
     hidden, _, _ = model(tokens[:, 3:], Past(keys, values, torch.tensor([3])))
@@ -145,7 +145,7 @@ def test_padding_may_lie_beyond_the_context():
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_no_token_sees_what_comes_after_it(positions):
+def test_logits_depend_on_all_earlier_tokens_and_on_no_later_one(positions):
     model = network(positions=positions)
     tokens = torch.randint(13, (1, 12))
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_no_token_sees_what_comes_after_it(positions):
             assert (found[:, place:] - known[:, place:]).abs().amax(2).min() > 1e-4
 
 
-def test_the_plain_form_is_the_fused_one():
+def test_attention_weights_written_out_match_fused_attention():
     query, key, value = torch.randn(3, 2, 4, 7, 8)
     weights = attention_weights(query, causal_mask(torch.zeros(2, 7, dtype=torch.long)), key)
     fused = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -168,7 +168,7 @@ def test_the_plain_form_is_the_fused_one():
     torch.testing.assert_close(weights[1, 2, 4], torch.cat([row, torch.zeros(2)]))
 
 
-def test_attention_is_what_the_network_uses():
+def test_attention_returns_the_weights_used_in_the_forward_pass():
     model = network()
     tokens = torch.randint(13, (2, 6))
     weights = model.attention(tokens)
@@ -183,7 +183,7 @@ def test_attention_is_what_the_network_uses():
     torch.testing.assert_close(attn.c_proj(mixed), attn(model.h[0].ln_1(hidden), None, None)[0])
 
 
-def test_layers_add_up_in_bfloat16_where_autocast_has_it():
+def test_hidden_states_are_bfloat16_under_bfloat16_autocast():
     model, tokens = network(), torch.randint(13, (2, 6))
     exact, _, _ = model(tokens)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +192,7 @@ def test_layers_add_up_in_bfloat16_where_autocast_has_it():
     torch.testing.assert_close(found.float(), exact, atol=0.1, rtol=0.1)
 
 
-def test_what_layers_add_up_to_may_be_too_large_for_float16():
+def test_hidden_states_may_exceed_the_range_of_float16_under_float16_autocast():
     model, tokens = network(), torch.randint(13, (2, 6))
     for block in model.h[:2]:
         block.mlp.c_proj.bias.data[5] = 40_000.0
@@ -203,21 +203,21 @@ def test_what_layers_add_up_to_may_be_too_large_for_float16():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_it_is_compiled_as_a_whole_with_and_without_autocast(enabled, unchecked):
-    torch._dynamo.reset()  # other tests may have compiled it as often as torch does
+def test_gpt_compiles_to_a_single_graph_with_and_without_autocast(enabled, unchecked):
+    torch._dynamo.reset()  # other tests may have reached torch's limit of recompilations
     model, tokens = network(positions="rotary", qk_norm=True), torch.randint(13, (2, 6))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         torch.testing.assert_close(compiled(tokens)[0], model(tokens)[0])
 
 
-def test_a_device_that_knows_no_autocast_will_do():
+def test_gpt_runs_on_a_device_without_autocast():
     with torch.device("meta"):
         hidden, _, _ = network()(torch.zeros(1, 4, dtype=torch.long))
     assert hidden.device.type == "meta"
 
 
-def test_rotary_positions_are_llamas():
+def test_rotary_positions_match_llama():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -228,7 +228,7 @@ def test_rotary_positions_are_llamas():
         torch.testing.assert_close(apply_rotary(ours, sinusoids(9, 8)), theirs)
 
 
-def test_rotary_scores_depend_on_distances_alone():
+def test_rotary_scores_depend_only_on_distances():
     query, key = torch.randn(2, 1, 1, 1, 8)
     turns = sinusoids(50, 8)
     scores = [
@@ -241,8 +241,8 @@ def test_rotary_scores_depend_on_distances_alone():
 
 
 @pytest.mark.parametrize("width", [6, 7])
-def test_sinusoidal_positions_are_the_papers(width):
-    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d)), PE(pos, 2i + 1) the cosine; here sines come first."""
+def test_sinusoidal_positions_follow_the_paper(width):
+    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d)), PE(pos, 2i + 1) its cosine; here all sines come first."""
     found = sinusoids(20, width)
     for i in range(-(-width // 2)):
         angle = torch.arange(20.0) / 10_000 ** (2 * i / width)
@@ -251,7 +251,7 @@ def test_sinusoidal_positions_are_the_papers(width):
             torch.testing.assert_close(found[:, -(-width // 2) + i], angle.cos(), rtol=1e-4, atol=1e-5)
 
 
-def test_initial_weights_are_gpt2s():
+def test_initial_weights_follow_gpt2():
     made = GPT(500, 64, n_layer=8, n_head=4, n_embd=128).requires_grad_(False)
     assert made.h[0].attn.c_attn.weight.std() == pytest.approx(0.02, rel=0.05)
     for projection in (made.h[3].attn.c_proj, made.h[3].mlp.c_proj):
@@ -263,7 +263,7 @@ def test_initial_weights_are_gpt2s():
     )
 
 
-def test_dropout_and_nothing_else_is_of_the_mode():
+def test_only_dropout_differs_between_training_and_evaluation():
     model, tokens = network(dropout=0.5), torch.randint(13, (1, 6))
     assert torch.equal(answers(model, tokens), answers(model, tokens))
     assert not torch.equal(answers(model.train(), tokens), answers(model, tokens))
@@ -273,24 +273,24 @@ def test_dropout_and_nothing_else_is_of_the_mode():
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_embeddings_are_dropped_out(positions):
+def test_dropout_is_applied_to_embeddings(positions):
     model, tokens = network(positions=positions, dropout=0.5).train(), torch.randint(13, (1, 6))
     assert (model.embed(tokens)[0] == 0).float().mean() == pytest.approx(0.5, abs=0.2)
 
 
-def test_what_the_feed_forward_network_answers_is_dropped_out():
+def test_dropout_is_applied_to_the_feed_forward_output():
     mlp = network(dropout=0.5).train().h[0].mlp
     assert (mlp(torch.randn(1, 6, 16)) == 0).float().mean() == pytest.approx(0.5, abs=0.2)
 
 
-def test_sinusoids_are_added_to_embeddings_as_long_as_they():
-    """Vaswani et al., section 3.4: times the root of the width."""
+def test_sinusoids_are_added_to_embeddings_scaled_by_the_root_of_the_width():
+    """Vaswani et al., section 3.4."""
     model, tokens = network(positions="sinusoidal"), torch.randint(13, (2, 6))
     torch.testing.assert_close(model.embed(tokens)[0], 4 * model.wte.weight[tokens] + sinusoids(6, 16))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_queries_and_keys_have_a_root_mean_square_of_one(positions):
+def test_qk_norm_gives_queries_and_keys_a_root_mean_square_of_one(positions):
     model, tokens = network(positions=positions, qk_norm=True), torch.randint(13, (2, 6))
     hidden, rotary = model.embed(tokens)
     *pair, value = model.h[0].attn.project(model.h[0].ln_1(hidden), rotary)
@@ -300,7 +300,7 @@ def test_queries_and_keys_have_a_root_mean_square_of_one(positions):
 
 
 @pytest.mark.parametrize(("other", "without"), [("resid_dropout", torch.nn.Identity()), ("dropout", 0.0)])
-def test_attention_drops_weights_and_outputs(other, without):
+def test_dropout_is_applied_to_attention_weights_and_to_attention_outputs(other, without):
     attention = network(dropout=0.5).train().h[0].attn
     setattr(attention, other, without)
     hidden = torch.randn(1, 6, 16)
@@ -315,6 +315,6 @@ def test_attention_drops_weights_and_outputs(other, without):
         ({"n_embd": 6, "positions": "rotary"}, "n_embd 6: expected a multiple of 4 for 2 heads"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(unchecked, options, complaint):
+def test_invalid_options_of_gpt_are_refused(unchecked, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         network(**options)

@@ -1,4 +1,4 @@
-"""Language modelling: texts as tokens, losses, the optimiser, graphs against PyTorch, requests at the edge."""
+"""Language modelling: texts as tokens, losses, parameter groups, graphs against PyTorch, generation at the edge."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ SENTENCES = "The cat sat on the mat. A dog, über-fast, ran: 1 2 3!\n" * 30
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60)
 @given(text=st.text(alphabet=sorted(set(SENTENCES)), max_size=50))
-def test_tokens_spell_the_text(kind, text):
+def test_tokens_spell_the_encoded_text(kind, text):
     tokenizer = make_tokenizer(make_exact([SENTENCES], kind, 300))
     tokens = tokenizer.encode(text)
     assert b"".join(tokenizer.spelling[token] for token in tokens) == text.encode()
@@ -60,14 +60,14 @@ def test_tokens_spell_the_text(kind, text):
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 @settings(max_examples=100)
 @given(text=st.text(max_size=30))
-def test_no_text_is_unknown_to_bytes(kind, text):
+def test_byte_and_bpe_tokens_spell_any_text(kind, text):
     text = text.encode("utf-8", "ignore").decode()
     tokenizer = make_tokenizer(make_exact([SENTENCES], kind, 300))
     assert b"".join(tokenizer.spelling[token] for token in tokenizer.encode(text)).decode() == text
 
 
 def gpt2_like(path, **options):
-    """A tokeniser as GPT-2's is published: the same algorithm, its end token last."""
+    """Save and return a tokeniser in the published form of GPT-2's: the same algorithm, the end token last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -80,7 +80,7 @@ def gpt2_like(path, **options):
     return made
 
 
-def test_gpt2s_tokeniser_is_read(tmp_path):
+def test_a_gpt2_tokeniser_file_is_read(tmp_path):
     theirs = gpt2_like(tmp_path / "tokenizer.json")
     ours = make_tokenizer(tokenizer_of(str(tmp_path / "tokenizer.json"), [], 0))
     text = " A dog <|endoftext|> ran\n"
@@ -92,19 +92,19 @@ def test_gpt2s_tokeniser_is_read(tmp_path):
 
 
 def renamed(model, letter, other):
-    """Without one of the bytes."""
+    """Remove one of the byte tokens from a model's vocabulary."""
     model["vocab"][other] = model["vocab"].pop(letter)
     model["merges"] = [pair for pair in model["merges"] if not any(letter in part for part in pair)]
 
 
 def removing(before):
-    """A pre-tokeniser that drops a part of what it splits at."""
+    """Return a pre-tokeniser that drops the characters it splits at."""
     split = {"type": "Split", "pattern": {"String": "="}, "behavior": "Removed", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, before]}
 
 
-def test_a_tokeniser_s_limits_and_words_of_its_own_change_no_text(tmp_path):
-    """Truncation and padding are for batches of others; an added token that is not special is a part of the text."""
+def test_truncation_padding_and_added_tokens_of_a_tokeniser_do_not_change_texts(tmp_path):
+    """Truncation and padding must be ignored; an added token that is not special is part of the text."""
 
     def change(known):
         known["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -118,7 +118,7 @@ def test_a_tokeniser_s_limits_and_words_of_its_own_change_no_text(tmp_path):
     assert b"".join(tokenizer.spelling[token] for token in tokenizer.encode(text)).decode() == text
 
 
-def test_a_text_that_a_tokeniser_changes_is_refused(tmp_path):
+def test_a_text_that_the_tokeniser_would_change_is_refused(tmp_path):
     def change(known):
         known["pre_tokenizer"] = removing(known["pre_tokenizer"])
         known["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"String": "qq"}
@@ -153,7 +153,7 @@ def changed_file(tmp_path, change):
         (lambda known: known["model"]["vocab"].update({"字": 300}), "expected GPT-2's bytes"),
     ],
 )
-def test_a_tokeniser_that_is_none_for_this_is_refused(tmp_path, change, complaint):
+def test_an_unsuitable_tokeniser_file_is_refused(tmp_path, change, complaint):
     with pytest.raises(UserError, match=complaint.replace("|", r"\|")) as error:
         tokenizer_of(str(changed_file(tmp_path, change)), [], 0)
     assert str(error.value).startswith(str(tmp_path))
@@ -169,13 +169,13 @@ def test_a_tokeniser_that_is_none_for_this_is_refused(tmp_path, change, complain
         ('{"kind": "character", "exact": true, "tokens": ["a"]}', "tokeniser of kind 'character'"),
     ],
 )
-def test_a_file_that_is_no_tokeniser_is_refused(tmp_path, content, complaint):
+def test_a_file_that_is_not_a_tokeniser_is_refused(tmp_path, content, complaint):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=complaint):
         tokenizer_of(str(tmp_path / "tokenizer.json"), [], 0)
 
 
-def test_texts_are_files_and_lines(tmp_path):
+def test_texts_are_whole_files_or_lines_of_jsonl(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/two.txt").write_bytes(b"two\r\n")
     (tmp_path / "one.txt").write_bytes(" öne\n".encode())
@@ -205,7 +205,7 @@ def test_texts_are_files_and_lines(tmp_path):
         ("b.txt", b"abc", "no such file; expected the name of a text, or a pattern"),
     ],
 )
-def test_a_broken_text_is_refused_with_its_place(tmp_path, name, content, complaint):
+def test_a_broken_text_is_refused_with_its_location(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "val").write_text("to validate on")
     data = TextFiles("a.*", "val", root=str(tmp_path), tokenizer="byte", context_length=16)
@@ -226,7 +226,7 @@ def test_a_broken_text_is_refused_with_its_place(tmp_path, name, content, compla
         ({"val": "none/*.txt"}, "none/*.txt: no such file"),
     ],
 )
-def test_what_a_module_cannot_do_is_refused(tmp_path, options, complaint):
+def test_invalid_options_of_text_files_are_refused(tmp_path, options, complaint):
     (tmp_path / "a.txt").write_text(SENTENCES)
     with pytest.raises(UserError) as error:
         TextFiles(**{"train": "a.txt", "root": str(tmp_path), "context_length": 16} | options).setup()
@@ -240,7 +240,7 @@ def module(tmp_path, text=SENTENCES, **options):
     return data
 
 
-def test_the_last_tenth_validates_and_is_not_trained_from(tmp_path):
+def test_the_last_tenth_of_a_text_is_held_out_for_validation(tmp_path):
     data = module(tmp_path)
     spelling = data.tokenizer.spelling
     train, val = (
@@ -252,19 +252,19 @@ def test_the_last_tenth_validates_and_is_not_trained_from(tmp_path):
     assert torch.equal(data.splits["val"].tokens, data.splits["test"].tokens)
 
 
-def test_two_windows_at_least_are_evaluated_together():
+def test_evaluation_batches_hold_at_least_two_windows():
     for context, count in ((1024, 8), (4096, 2), (8192, 2)):
         assert TextFiles("a.txt", context_length=context).eval_batch_size("val") == count
 
 
 @given(st.lists(st.text(max_size=9), max_size=6), st.floats(0, 1))
-def test_what_is_cut_is_whole(texts, share):
+def test_cutting_texts_loses_nothing_and_keeps_the_share(texts, share):
     first, last = cut(texts, share)
     assert "".join(first + last) == "".join(texts)
     assert len("".join(last)) == pytest.approx(share * len("".join(texts)), abs=1)
 
 
-def test_a_test_of_its_own_is_tested(tmp_path):
+def test_separate_test_texts_and_token_files_are_used(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(40 * name)
         np.array([make_tokenizer(BYTE).encode(40 * name)], np.uint16).tofile(tmp_path / f"{name}.bin")
@@ -276,7 +276,7 @@ def test_a_test_of_its_own_is_tested(tmp_path):
         assert [data.splits[split].tokens[-1].item() for split in ("train", "val", "test")] == [101, 102, 103]
 
 
-def test_names_may_have_brackets(tmp_path):
+def test_file_names_may_contain_brackets(tmp_path):
     (tmp_path / "[1]").mkdir()
     (tmp_path / "[1]/x[2].txt").write_text(SENTENCES)
     for pattern in ("x[2].txt", "*.txt"):
@@ -293,7 +293,7 @@ def test_long_texts_are_encoded_in_pieces(tmp_path, monkeypatch):
     assert b"".join(spelling[token] for token in row).decode() == SENTENCES[: int(0.9 * len(SENTENCES))]
 
 
-def test_windows_cover_every_token_once(tmp_path):
+def test_evaluation_windows_predict_each_token_once(tmp_path):
     data = module(tmp_path)
     tokens = data.splits["val"].tokens.long()
     batch = torch.cat(list(data.val_dataloader()))
@@ -303,7 +303,7 @@ def test_windows_cover_every_token_once(tmp_path):
     assert torch.equal(batch[1:, 0], batch[:-1, -1])
 
 
-def test_training_windows_are_of_the_text(tmp_path):
+def test_training_windows_are_parts_of_the_text(tmp_path):
     data = module(tmp_path, batch_size=7, batches=11)
     tokens = data.splits["train"].tokens
     batches = list(data.train_dataloader())
@@ -314,7 +314,7 @@ def test_training_windows_are_of_the_text(tmp_path):
     assert set(starts.tolist()) == set(range(5))
 
 
-def test_texts_are_apart(tmp_path):
+def test_texts_are_separated_by_the_end_token_and_repeats_in_val_are_reported(tmp_path):
     (tmp_path / "b.txt").write_text("bb")
     with pytest.warns(UserWarning, match=r"^val: 1 of 1 texts are among those of train$"):
         data = module(tmp_path, train="*.txt", val="b.txt")
@@ -323,7 +323,7 @@ def test_texts_are_apart(tmp_path):
     assert data.splits["val"].tokens.tolist() == [END, *data.tokenizer.encode("bb")]
 
 
-def test_unknown_characters_are_told(tmp_path):
+def test_unknown_characters_cause_a_warning(tmp_path):
     for name in ("b.txt", "c.txt"):
         (tmp_path / name).write_text("a§§")
     told = "{}: 2 characters are not in the vocabulary"
@@ -331,7 +331,7 @@ def test_unknown_characters_are_told(tmp_path):
         module(tmp_path, val="b.txt", test="c.txt", tokenizer="character")
 
 
-def test_gzip_and_xz_are_those_of_python(tmp_path):
+def test_gzip_and_xz_baselines_match_python(tmp_path):
     data = module(tmp_path, tokenizer="bpe", vocabulary_size=300)
     text = SENTENCES[int(0.9 * len(SENTENCES)) :].encode()
     assert data.compressed("val") == {
@@ -340,14 +340,14 @@ def test_gzip_and_xz_are_those_of_python(tmp_path):
     }
 
 
-def test_prompts_are_the_beginnings_of_the_test(tmp_path):
+def test_default_prompts_are_beginnings_of_test_windows(tmp_path):
     data = module(tmp_path)
     assert data.sources()[0] == SENTENCES[int(0.9 * len(SENTENCES)) :][:7]
     assert list(data.predict_dataloader()) == list(data.sources())
     assert list(module(tmp_path, prompts=["The"]).predict_dataloader()) == ["The"]
 
 
-def test_pythons_sources_are_whole_files_and_no_tests(tmp_path):
+def test_python_sources_are_split_by_file_and_exclude_tests(tmp_path):
     for i in range(60):
         folder = tmp_path / ("test" if i % 10 == 0 else "package")
         folder.mkdir(exist_ok=True)
@@ -363,7 +363,7 @@ def test_pythons_sources_are_whole_files_and_no_tests(tmp_path):
         PythonSources(root=str(tmp_path / "none")).texts()
 
 
-def test_this_pythons_sources_are_there():
+def test_sources_of_the_running_python_are_found():
     data = PythonSources()
     texts = data.texts()
     assert all(len(texts[split]) > 10 for split in ("train", "val", "test"))
@@ -374,7 +374,7 @@ def test_this_pythons_sources_are_there():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_of_tokens_are_what_texts_are(tmp_path, capsys, kind):
+def test_token_files_hold_the_same_tokens_as_text_files(tmp_path, capsys, kind):
     (tmp_path / "a.txt").write_text(SENTENCES)
     (tmp_path / "b.txt").write_text("The end.")
     arguments = ["tokens", "--train", "[a]*.txt", "--val", "b.txt", "--tokenizer", kind, "--vocabulary-size", "300"]
@@ -392,7 +392,7 @@ def test_files_of_tokens_are_what_texts_are(tmp_path, capsys, kind):
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_files_of_tokens_stay_on_the_disk(tmp_path):
+def test_token_files_are_opened_as_uint16_and_read_in_windows(tmp_path):
     np.arange(4, 204, dtype=np.uint16).tofile(tmp_path / "train.bin")
     tokens = open_tokens(tmp_path / "train.bin", make_tokenizer(BYTE))
     assert tokens.dtype == torch.uint16
@@ -408,7 +408,7 @@ def test_files_of_tokens_stay_on_the_disk(tmp_path):
         (None, "train.bin: unreadable (No such file or directory)"),
     ],
 )
-def test_a_broken_file_of_tokens_is_refused(tmp_path, content, complaint):
+def test_a_broken_token_file_is_refused(tmp_path, content, complaint):
     (tmp_path / "tokenizer.json").write_text(json.dumps(BYTE))
     np.arange(4, 204, dtype=np.uint16).tofile(tmp_path / "val.bin")
     if content is not None:
@@ -418,12 +418,12 @@ def test_a_broken_file_of_tokens_is_refused(tmp_path, content, complaint):
     assert complaint in str(error.value)
 
 
-def test_tokens_without_their_tokeniser_are_refused(tmp_path):
+def test_token_files_without_their_tokeniser_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer.json: not found; expected the tokeniser of these tokens"):
         TokenFiles(str(tmp_path)).setup()
 
 
-def test_what_cannot_be_made_into_tokens_is_one_line(tmp_path, capsys):
+def test_make_tokens_reports_failures_in_one_line_and_leaves_no_files(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     assert main([str(tmp_path / "out"), "--train", str(tmp_path / "a.txt"), "--val", "b.txt"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/a.txt: byte 2 is 0xff, not UTF-8; expected text in UTF-8\n"
@@ -435,7 +435,7 @@ def test_what_cannot_be_made_into_tokens_is_one_line(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_folder_that_was_there_stays(tmp_path, capsys):
+def test_make_tokens_leaves_an_existing_output_folder_in_place_when_it_fails(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "out").mkdir()
     assert main([str(tmp_path / "out"), "--train", str(tmp_path / "none"), "--val", str(tmp_path / "none")]) == 2
@@ -449,7 +449,7 @@ def test_a_folder_that_was_there_stays(tmp_path, capsys):
     assert "File name too long; expected a folder to write to" in capsys.readouterr().err
 
 
-def test_files_of_tokens_are_replaced_together_or_not_at_all(tmp_path, capsys):
+def test_token_files_are_replaced_together_or_not_at_all(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "b.txt").write_text("cba?")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
@@ -480,7 +480,7 @@ def batch_of(*texts, width=17):
     return torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])
 
 
-def test_weights_of_a_run_take_its_tokens_along(tmp_path):
+def test_weights_of_a_run_require_its_vocabulary_which_its_folder_provides(tmp_path):
     run, other = tmp_path / "run", make_exact(["abcd" * 9], "character", 264)
     (run / "checkpoints").mkdir(parents=True)
     weights = {f"network.{name}": tensor for name, tensor in model().network.state_dict().items()}
@@ -489,9 +489,11 @@ def test_weights_of_a_run_take_its_tokens_along(tmp_path):
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=BYTE, context_length=16))
     with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
         task.setup("fit")
-    check_rows(task.row_facts, task.facts, run, ["wte.weight"])  # of another number: their layer begins anew
+    check_rows(
+        task.row_facts, task.facts, run, ["wte.weight"]
+    )  # allowed: another number of tokens, embedding not loaded
     with pytest.raises(UserError, match="vocabulary of that run and of the data differ"):
-        check_rows(task.row_facts, task.facts, run, ["blocks.0.weight"])  # and not for another layer's sake
+        check_rows(task.row_facts, task.facts, run, ["blocks.0.weight"])  # refused: only another layer was not loaded
     (tmp_path / "a.txt").write_text("dcba" * 200)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
     data.setup()
@@ -504,8 +506,8 @@ def test_weights_of_a_run_take_its_tokens_along(tmp_path):
         TextFiles("a.txt", root=str(tmp_path), tokenizer=str(tmp_path), context_length=16).setup()
 
 
-def test_bits_per_byte_can_be_read_off():
-    """Where every token is as likely, a byte takes log2 of how many there are; the end of a text is no byte."""
+def test_uniform_predictions_have_the_known_bits_per_byte_and_perplexity():
+    """If all tokens are equally likely, a byte takes log2 of their number of bits; the end token is not a byte."""
     task = model()
     nn.init.zeros_(task.network.wte.weight)
     task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
@@ -517,7 +519,7 @@ def test_bits_per_byte_can_be_read_off():
     torch.testing.assert_close(task.nll.by_position(), torch.full((3,), math.log(260)))
 
 
-def test_bits_per_byte_do_not_depend_on_what_a_token_is():
+def test_bits_per_byte_divides_by_bytes_and_the_loss_by_tokens():
     metric = TokenNLL(2, torch.tensor([0, 1, 4]))
     metric.update(torch.tensor([[3.0, 5.0], [1.0, 9.0]]), torch.tensor([[1, 2], [0, IGNORE]]))
     found = metric.compute()
@@ -526,7 +528,7 @@ def test_bits_per_byte_do_not_depend_on_what_a_token_is():
     assert metric.by_position().tolist() == [2.0, 5.0]
 
 
-def test_samples_go_on_from_the_prompt():
+def test_the_logged_sample_starts_with_the_prompt():
     task, told = model(prompt="The cat"), []
     task.log_evaluation, task.runner = lambda stage: None, lambda: lambda prompt: {"text": f"<{prompt}>"}
     logger = SimpleNamespace(experiment=SimpleNamespace(add_text=lambda name, text, step: told.append((text, step))))
@@ -536,7 +538,7 @@ def test_samples_go_on_from_the_prompt():
     assert told == [("    The cat<The cat>\n", 7)]
 
 
-def test_the_loss_is_cross_entropy_over_the_window():
+def test_training_loss_is_the_cross_entropy_over_the_window():
     task, batch = model().train(), batch_of("abcdefghijklmnop")
     task.log = lambda *_, **__: None
     logits = task.network.logits(task.network(batch[:, :-1])[0])
@@ -545,7 +547,7 @@ def test_the_loss_is_cross_entropy_over_the_window():
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatch):
+def test_a_compiled_network_also_compiles_the_loss_on_a_gpu_only(kind, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
     seen = []
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *parts: seen.append(f) or f(*parts))
@@ -559,8 +561,8 @@ def test_on_a_gpu_a_compiled_network_comes_with_a_compiled_loss(kind, monkeypatc
     assert seen == [nll_and_gradient] * (kind == "cuda")
 
 
-def test_a_batch_of_evaluation_leaves_training_compiled_for_its_own_size(monkeypatch, unchecked):
-    torch._dynamo.reset()  # what other tests compiled has taught it that sizes vary
+def test_an_evaluation_batch_does_not_make_training_compile_dynamic_sizes(monkeypatch, unchecked):
+    torch._dynamo.reset()  # compilations in other tests may have marked sizes as dynamic
     seen, compiled = [], torch.nn.Module.compile
 
     def backend(graph, inputs):
@@ -582,7 +584,7 @@ def test_a_batch_of_evaluation_leaves_training_compiled_for_its_own_size(monkeyp
         assert seen[-1] == {int}
 
 
-def test_hidden_matrices_tables_and_vectors_are_apart():
+def test_hidden_matrices_embeddings_and_vectors_are_separate_parameter_groups():
     task = model()
     groups = task.parameter_groups(list(task.network.parameters()))
     named = {id(parameter): name for name, parameter in task.network.named_parameters()}
@@ -594,7 +596,7 @@ def test_hidden_matrices_tables_and_vectors_are_apart():
     assert sum(map(len, names)) == len(named)
 
 
-def test_vectors_are_decayed_where_that_is_asked_for():
+def test_decay_vectors_applies_weight_decay_to_vectors():
     task = model(decay_vectors=True)
     groups = task.parameter_groups(list(task.network.parameters()))
     assert [group.get("weight_decay") for group in groups] == [None] * 3
@@ -614,7 +616,7 @@ def test_a_network_that_is_too_small_is_refused(unchecked, network, complaint):
 
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, lr=0.01), partial(MuonAdamW, lr=0.02)])
-def test_it_learns_what_repeats(tmp_path, optimizer):
+def test_a_language_model_learns_a_repeating_text(tmp_path, optimizer):
     data = module(tmp_path, text="abcdefgh" * 80, batch_size=16, batches=60)
     task = model({"positions": "rotary"}, optimizer=optimizer)
     fit(tmp_path, task, data)
@@ -629,7 +631,7 @@ def test_it_learns_what_repeats(tmp_path, optimizer):
 
 @pytest.fixture(scope="module", params=["learned", "rotary"])
 def exported(request, tmp_path_factory):
-    """A network with weights that say something, as a task and as an ONNX file."""
+    """Return a network with large random weights, as a task and as an ONNX file."""
     torch.manual_seed(0)
     task = model({"positions": request.param, "qk_norm": request.param == "rotary", "bias": request.param == "learned"})
     for parameter in task.network.parameters():
@@ -640,7 +642,7 @@ def exported(request, tmp_path_factory):
     return task, served, graph, path
 
 
-def test_the_graph_equals_pytorch_at_sizes_it_was_not_traced_at(exported):
+def test_the_graph_matches_pytorch_at_sizes_not_used_in_tracing(exported):
     _, _, graph, path = exported
     sizes = trace_sizes(graph)
     assert all(sizes[symbol] not in known for symbol, known in graph.sizes.items())
@@ -648,8 +650,8 @@ def test_the_graph_equals_pytorch_at_sizes_it_was_not_traced_at(exported):
     assert [row["shape"]["key_0"][2] for row in rows] == [16, 0, 3, 1, 33]
 
 
-def test_a_graph_that_forgets_is_refused(exported):
-    """The declared sizes have to show it: of a short past all of it counts."""
+def test_a_graph_that_ignores_part_of_its_past_fails_verification(exported):
+    """The declared sizes must include a long past: the fault does not show with a short one."""
     _, _, graph, path = exported
 
     class Forgetful(OnnxGraph):
@@ -668,11 +670,11 @@ def runners(served, path):
     return made
 
 
-def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
+def test_pytorch_and_the_bundle_generate_the_same_texts(exported):
     _, served, _, path = exported
     ours, theirs = runners(served, path)
     for prompt in ("", "The cat", "a much longer prompt than the context is"):
-        for penalty in (1.0, 1.5):  # without one the likeliest tokens soon repeat themselves
+        for penalty in (1.0, 1.5):  # without a penalty, the likeliest tokens soon repeat
             ours.repetition_penalty = theirs.repetition_penalty = penalty
             assert (answer := ours(prompt)) == theirs(prompt)
             assert answer["new_tokens"] == 64
@@ -682,14 +684,14 @@ def test_the_texts_of_pytorch_and_of_the_bundle_are_the_same(exported):
     assert ours("The cat") == theirs("The cat")
 
 
-def test_a_bundle_says_what_it_takes_and_takes_it(exported):
+def test_the_example_request_in_a_bundles_description_is_accepted(exported):
     _, served, _, path = exported
     runner = runners(served, path)[1]
     shown = json.loads(re.search(r"`(\{.*\})`", runner.takes(served.metadata))[1].replace("text,", '"a text",'))
     assert runner(shown)["new_tokens"] == 50
 
 
-def test_the_runner_is_as_surprised_as_the_task(exported):
+def test_the_runner_computes_the_same_bits_per_byte_as_the_task(exported):
     task, served, _, path = exported
     batch = batch_of("abcdefghijklmnopq", "xyz", "über")
     task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
@@ -701,7 +703,7 @@ def test_the_runner_is_as_surprised_as_the_task(exported):
     assert task.degradation(2.0, 2.1) == pytest.approx(5)
 
 
-def test_weights_are_quantised_and_attention_is_not(exported, tmp_path):
+def test_int8_quantises_weights_and_leaves_attention_in_float(exported, tmp_path):
     task, served, _, path = exported
     (tmp_path / "converted").mkdir()
     convert(path, tmp_path / "converted/decode.onnx", TARGETS["x86-64"], Plan("int8"), [])
@@ -713,29 +715,29 @@ def test_weights_are_quantised_and_attention_is_not(exported, tmp_path):
 
     nodes = [node.op_type for node in onnx.load(tmp_path / "converted/decode.onnx").graph.node]
     assert nodes.count("MatMulInteger") + nodes.count("DynamicQuantizeMatMul") >= 9
-    assert nodes.count("MatMul") + nodes.count("FusedMatMul") == 8  # scores and sums, over the past and the new
+    assert nodes.count("MatMul") + nodes.count("FusedMatMul") == 8  # scores and weighted sums, over past and new tokens
 
 
-def test_no_input_of_the_graph_is_copied_whole(exported):
-    """A past that is put together with what is new would be copied for each token."""
+def test_past_keys_and_values_go_into_products_without_a_copy(exported):
+    """Concatenating the past with new keys and values would copy it for each token."""
     import onnx
 
     *_, path = exported
     nodes = onnx.load(path).graph.node
     takers = {name: {node.op_type for node in nodes if name in node.input} for name in ("key_0", "value_1")}
     assert takers["value_1"] <= {"MatMul", "Shape"}
-    assert takers["key_0"] <= {"Transpose", "Shape"}  # which onnxruntime takes into the product
+    assert takers["key_0"] <= {"Transpose", "Shape"}  # onnxruntime fuses the transpose into the product
 
 
 @pytest.fixture(scope="module")
 def fixed(exported, tmp_path_factory):
-    """The file of the network with fixed sizes."""
+    """Return the ONNX file of the network with fixed sizes."""
     path = tmp_path_factory.mktemp("fixed") / "decode.onnx"
     write_onnx(exported[2], path, TARGETS["qualcomm"])
     return path
 
 
-def test_a_static_graph_is_served(exported, fixed):
+def test_a_graph_with_fixed_sizes_gives_the_same_texts(exported, fixed):
     task, served, _, _ = exported
     ours, theirs = runners(served, fixed)
     assert theirs.decode.shape["tokens"] == [1, 1]
@@ -745,8 +747,8 @@ def test_a_static_graph_is_served(exported, fixed):
     assert task.evaluate(theirs, batch) == pytest.approx(task.evaluate(ours, batch), rel=1e-4)
 
 
-def test_infinities_of_a_mask_are_in_no_range(exported, fixed, tmp_path):
-    """A scale of infinity would make all scores alike."""
+def test_infinities_of_the_mask_are_left_out_of_quantisation_ranges(exported, fixed, tmp_path):
+    """A scale of infinity would make all scores equal."""
     graph, target = exported[2], TARGETS["qualcomm"]
     feeds = [{key: tensor.numpy() for key, tensor in example_at(graph, first_sizes(graph)).items()}]
     convert(fixed, tmp_path / "int16.onnx", target, Plan("int16", "MinMax"), feeds)
@@ -756,13 +758,13 @@ def test_infinities_of_a_mask_are_in_no_range(exported, fixed, tmp_path):
     assert np.isfinite(np.concatenate([scale.ravel() for scale in scales])).all()
 
 
-def test_examples_fit_every_declared_size(exported):
+def test_example_inputs_can_be_built_for_all_declared_sizes(exported):
     _, _, graph, _ = exported
     inputs = example_at(graph, {"batch": 3, "new": 4, "asked": 1, "past": 0})
     assert inputs["key_0"].shape == (3, 2, 0, 8)
     assert F.one_hot(inputs["tokens"], 260).sum() == 12
 
 
-def test_training_begins_at_every_token(tmp_path):
+def test_training_windows_can_start_at_each_token_with_a_full_window_after_it(tmp_path):
     data = module(tmp_path)
     assert data.order(1).places == len(data.splits["train"].tokens) - 16
