@@ -1,4 +1,4 @@
-"""Beam search against all sequences there are, and answers that can be read off."""
+"""Beam search against exhaustive search, and on models with known answers."""
 
 from itertools import product
 
@@ -14,7 +14,7 @@ TOKENS = (END, 4, 5, 6)
 class Table:
     """A language whose next token depends on the sentence and on the last two tokens, drawn at random.
 
-    The state is (last but one, last) of each hypothesis, so that states that went astray are found out.
+    The state is (last but one, last) of each hypothesis, so that mixed-up states are noticed.
     """
 
     def __init__(self, sentences, seed=0):
@@ -40,14 +40,14 @@ class Table:
 
 
 def every(longest):
-    """All that end within so many tokens."""
+    """Yield all sequences that end within `longest` tokens."""
     for length in range(longest):
         for tokens in product(TOKENS[1:], repeat=length):
             yield [*tokens, END]
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
-def test_a_beam_that_keeps_everything_finds_the_best_of_all(penalty):
+def test_a_beam_that_keeps_everything_finds_the_best_sequence(penalty):
     table, longest = Table(5), 4
     found = beam_search(table, table.start, 3**4 * 4, penalty, longest)
     for sentence, one in enumerate(found):
@@ -58,7 +58,7 @@ def test_a_beam_that_keeps_everything_finds_the_best_of_all(penalty):
         assert one.ended
 
 
-def test_a_beam_of_one_takes_the_likeliest_token_each_time():
+def test_a_beam_of_one_takes_the_likeliest_token_at_each_step():
     table = Table(6)
     for sentence, one in enumerate(beam_search(table, table.start, 1, 1.0, 12)):
         tokens, before, last = [], BEGIN, BEGIN
@@ -70,7 +70,7 @@ def test_a_beam_of_one_takes_the_likeliest_token_each_time():
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5])
-def test_sentences_do_not_change_each_others_answers(beam):
+def test_sentences_do_not_affect_each_other(beam):
     table = Table(8)
     together = beam_search(table, table.start, beam, 0.7, 9)
     for sentence in range(8):
@@ -84,8 +84,8 @@ def test_sentences_do_not_change_each_others_answers(beam):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_log_probability_and_attention_are_those_of_the_hypothesis(seed):
-    """This table's attention is on the token before: it has to be that of the hypothesis, not of another."""
+def test_log_probability_and_attention_belong_to_the_returned_hypothesis(seed):
+    """The table attends to the previous token, which must be that of the same hypothesis."""
     table = Table(8, seed=seed)
     for sentence, one in enumerate(beam_search(table, table.start, 4, 1.0, 9)):
         written = [*one.tokens, *[END] * one.ended]
@@ -93,8 +93,8 @@ def test_log_probability_and_attention_are_those_of_the_hypothesis(seed):
         assert one.attention.argmax(1).tolist() == [BEGIN, *written[:-1]]
 
 
-def test_a_search_goes_on_while_a_longer_answer_could_rank_higher():
-    """To end at once has -1.0; `4 6` has -1.15 in all and ranks higher by its length, though it begins lower."""
+def test_the_search_continues_while_a_longer_answer_could_rank_higher():
+    """Ending at once scores -1.0; `4 6` totals -1.15 and ranks higher by its length, although it starts lower."""
     after = {
         BEGIN: (-1.0, -1.1, -99, -99),
         4: (-99, -99, -0.05, -0.06),
@@ -112,14 +112,14 @@ def test_a_search_goes_on_while_a_longer_answer_could_rank_higher():
     assert one.tokens == [4, 6]
 
 
-def test_a_wider_beam_never_ranks_lower_without_a_penalty_here():
+def test_the_mean_log_probability_rises_with_a_wider_beam():
     table = Table(20, seed=1)
     totals = [[one.log_probability for one in beam_search(table, table.start, k, 0.0, 6)] for k in (1, 2, 4, 400)]
     assert np.mean(totals[3]) >= max(map(np.mean, totals[:3])) - 1e-9
     assert np.mean(totals[1]) > np.mean(totals[0])
 
 
-def test_what_does_not_end_is_cut_and_says_so():
+def test_an_answer_that_does_not_end_is_cut_and_marked():
     def step(token, state, sentences):
         one = np.zeros((*token.shape, 1))
         return Next(one, np.full(one.shape, 5), state, np.ones((*token.shape, 2)))
@@ -131,7 +131,7 @@ def test_what_does_not_end_is_cut_and_says_so():
 
 
 def test_an_ended_answer_is_preferred_at_the_last_step():
-    """`4 4 4 ...` is likelier than anything, but an answer that is whole is worth more than one that is cut."""
+    """`4 4 4 ...` is the likeliest sequence, but a complete answer is preferred to one that is cut."""
 
     def step(token, state, sentences):
         values = np.log(np.broadcast_to([0.9, 0.1], (*token.shape, 2)))
@@ -142,7 +142,7 @@ def test_an_ended_answer_is_preferred_at_the_last_step():
     assert one.tokens == []
 
 
-def test_sentences_that_are_over_are_not_asked_again():
+def test_finished_sentences_are_not_passed_to_the_step_again():
     def step(token, state, sentences):
         calls.append(sentences.tolist())
         ends = np.array([2, 5, 3])[sentences] == len(calls)
@@ -155,7 +155,7 @@ def test_sentences_that_are_over_are_not_asked_again():
     assert calls == [[0, 1, 2], [0, 1, 2], [1, 2], [1], [1]]
 
 
-def test_no_answer_holds_what_fills_up():
+def test_answers_hold_no_special_tokens():
     table = Table(10, seed=2)
     for one in beam_search(table, table.start, 6, 1.0, 8):
         assert not {PAD, BEGIN, END} & set(one.tokens)

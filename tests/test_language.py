@@ -489,11 +489,9 @@ def test_weights_of_a_run_require_its_vocabulary_which_its_folder_provides(tmp_p
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=BYTE, context_length=16))
     with pytest.raises(UserError, match=r"vocabulary of that run and of the data differ.*tokenizer"):
         task.setup("fit")
-    check_rows(
-        task.row_facts, task.facts, run, ["wte.weight"]
-    )  # allowed: another number of tokens, embedding not loaded
+    check_rows(task.row_facts, task.facts, run, ["wte.weight"])  # allowed: another number of tokens
     with pytest.raises(UserError, match="vocabulary of that run and of the data differ"):
-        check_rows(task.row_facts, task.facts, run, ["blocks.0.weight"])  # refused: only another layer was not loaded
+        check_rows(task.row_facts, task.facts, run, ["blocks.0.weight"])  # refused: the embedding was loaded
     (tmp_path / "a.txt").write_text("dcba" * 200)
     data = TextFiles("a.txt", root=str(tmp_path), tokenizer=str(run), context_length=16)
     data.setup()

@@ -1,4 +1,4 @@
-"""Muon with AdamW: beside torch's own, and each singular value by the paper's polynomial."""
+"""Muon with AdamW, against torch's own and against the paper's polynomial of each singular value."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def groups_of(parameters):
     return [{"params": [matrix], "hidden": True}, {"params": [table]}, {"params": [vector], "weight_decay": 0.0}]
 
 
-def test_muon_and_adamw_are_torchs_own():
+def test_muon_adamw_matches_torchs_optimisers():
     ours, theirs = copies()
     with torch.no_grad():
         for a, b in zip(ours, theirs, strict=True):
@@ -37,7 +37,7 @@ def test_muon_and_adamw_are_torchs_own():
         ),
     ]
     for step in range(12):
-        if step == 5:  # a schedule, and a checkpoint
+        if step == 5:  # change the rate like a schedule; later, resume from a checkpoint
             for part in (optimizer, *parts):
                 for group in part.param_groups:
                     group["lr"] = 0.003
@@ -58,7 +58,7 @@ def test_muon_and_adamw_are_torchs_own():
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)])
-def test_newton_and_schulz_take_each_singular_value_by_itself(shape):
+def test_orthogonal_applies_the_papers_polynomial_to_each_singular_value(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     for matrix, found in zip(matrices.numpy().astype("float64"), orthogonal(matrices).numpy(), strict=True):
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
@@ -68,16 +68,16 @@ def test_newton_and_schulz_take_each_singular_value_by_itself(shape):
         assert np.abs(found - left * values @ right).max() < 1e-5
 
 
-def test_a_gradient_of_zero_moves_nothing():
+def test_orthogonal_of_zero_is_zero():
     assert orthogonal(torch.zeros(2, 3, 4)).eq(0).all()
 
 
-def test_a_gpu_computes_them_in_bfloat16():
+def test_orthogonal_returns_bfloat16_on_a_gpu():
     with FakeTensorMode():
         assert orthogonal(torch.zeros(2, 3, 4, device="cuda")).dtype == torch.bfloat16
 
 
-def test_matrices_of_one_shape_move_as_they_would_alone():
+def test_matrices_updated_together_move_as_they_would_alone():
     torch.manual_seed(0)
     together = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6), (6, 4), (6, 4))]
     alone = [nn.Parameter(parameter.detach().clone()) for parameter in together]
@@ -86,13 +86,15 @@ def test_matrices_of_one_shape_move_as_they_would_alone():
         for one, other in zip(together, alone, strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        together[2].grad = alone[2].grad = None if step == 1 else together[2].grad  # a layer that a step left out
+        together[2].grad = alone[2].grad = (
+            None if step == 1 else together[2].grad
+        )  # a layer without a gradient in one step
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(together, alone)
 
 
-def test_muon_alone_trains_what_is_not_frozen():
+def test_muon_adamw_works_with_hidden_matrices_only():
     matrix = nn.Parameter(torch.randn(4, 4))
     optimizer = MuonAdamW([{"params": [matrix], "hidden": True}])
     before, matrix.grad = matrix.detach().clone(), torch.randn(4, 4)
@@ -100,12 +102,12 @@ def test_muon_alone_trains_what_is_not_frozen():
     assert not torch.equal(matrix, before)
 
 
-def test_muon_s_momentum_is_the_one_that_is_given():
+def test_muon_uses_the_given_momentum():
     optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(2, 2))], "hidden": True}], momentum=0.5)
     assert optimizer.param_groups[0]["momentum"] == 0.5
 
 
-def test_muon_without_matrices_is_refused():
+def test_invalid_options_or_parameters_of_muon_are_refused():
     for wrong in ("lr", "weight_decay", "momentum"):
         with pytest.raises(ValueError, match=rf"{wrong} -1.0.*; expected 0 or more"):
             Muon([nn.Parameter(torch.zeros(2, 2))], **{wrong: -1.0})
@@ -115,7 +117,7 @@ def test_muon_without_matrices_is_refused():
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}])
 
 
-def test_a_step_takes_its_betas_and_the_gradients_of_its_closure():
+def test_adamw_uses_the_given_betas_and_step_evaluates_its_closure():
     matrix, table = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(5, 4))
     optimizer = MuonAdamW([{"params": [matrix], "hidden": True}, {"params": [table]}], betas=(0.5, 0.6))
     assert optimizer.param_groups[1]["betas"] == (0.5, 0.6)

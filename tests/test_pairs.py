@@ -1,4 +1,4 @@
-"""Pairs of texts: readers and what they refuse, tokenisers, batches by the number of tokens, dates."""
+"""Pairs of texts: readers and the files they refuse, tokenisers, batches by number of tokens, dates."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, "a", "b", 
 
 
 def record_class(values=descriptor_pb2.FieldDescriptorProto.TYPE_INT32):
-    """SageMaker's Record as protobuf's own library has it, from the numbers of its fields."""
+    """Build SageMaker's Record with protobuf's own library from the numbers of its fields."""
     file = descriptor_pb2.FileDescriptorProto(name="record.proto", package="aialgs.data")
     kinds = descriptor_pb2.FieldDescriptorProto
 
@@ -81,7 +81,7 @@ def write(path, text):
 # Readers
 
 
-def test_parallel_lines_belong_together(tmp_path):
+def test_parallel_files_are_paired_line_by_line(tmp_path):
     source, target = write(tmp_path / "a.de", "eins\nzwei\r\n"), tmp_path / "a.en.gz"
     target.write_bytes(gzip.compress(b"\xef\xbb\xbfone\ntwo"))
     pairs = read_parallel(source, target)
@@ -89,7 +89,7 @@ def test_parallel_lines_belong_together(tmp_path):
     assert pairs.names == [f"{source}:1", f"{source}:2"]
 
 
-def test_tables_of_two_forms(tmp_path):
+def test_tsv_and_jsonl_tables_are_read_alike(tmp_path):
     tabs = read_table(write(tmp_path / "a.tsv", "eins\tone\nzwei\ttwo\n"))
     rows = [{"source": "eins", "target": "one"}, {"source": "zwei", "target": "two", "more": 1}]
     objects = read_table(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
@@ -97,15 +97,15 @@ def test_tables_of_two_forms(tmp_path):
     assert tabs.target == objects.target == ("one", "two")
 
 
-def test_a_gzip_that_breaks_off_within_is_one_line(tmp_path):
+def test_a_damaged_gzip_file_is_refused_in_one_line(tmp_path):
     data = gzip.compress("".join(f"{i * i}\t{i}\n" for i in range(3000)).encode(), mtime=0)
     for start in (200, 2000, 5000):
         broken = bytes(byte ^ 255 * (start <= place < start + 50) for place, byte in enumerate(data))
         refused(lambda broken=broken: read_table(write(tmp_path / "a.tsv.gz", broken)), "a.tsv.gz")
 
 
-def test_records_are_those_that_protobuf_writes(tmp_path):
-    """Also numbers of several bytes, and fields that are none of ours."""
+def test_records_written_by_protobuf_are_read(tmp_path):
+    """Includes numbers of several bytes and fields that are not read."""
     sources, targets = [[4, 5, 200, 70_000], [1]], [[6], [4] * 300]
     data = recordio(*(packed(*pair, uid="some") for pair in zip(sources, targets, strict=True)))
     pairs = read_records(write(tmp_path / "train.rec", data), (70_001, 7))
@@ -158,7 +158,7 @@ BAD_RECORDS = [
 
 
 @pytest.mark.parametrize(("source", "target", "complaint"), BAD_PARALLEL, ids=range(len(BAD_PARALLEL)))
-def test_parallel_files_that_are_refused(tmp_path, source, target, complaint):
+def test_invalid_parallel_files_are_refused(tmp_path, source, target, complaint):
     for name, text in (("a.de", source), ("a.en", target)):
         if text is not None:
             write(tmp_path / name, text)
@@ -166,12 +166,12 @@ def test_parallel_files_that_are_refused(tmp_path, source, target, complaint):
 
 
 @pytest.mark.parametrize(("name", "text", "complaint"), BAD_TABLES, ids=range(len(BAD_TABLES)))
-def test_tables_that_are_refused(tmp_path, name, text, complaint):
+def test_invalid_tables_are_refused(tmp_path, name, text, complaint):
     refused(lambda: read_table(write(tmp_path / name, text)), complaint)
 
 
 @pytest.mark.parametrize(("data", "complaint"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))
-def test_records_that_are_refused(tmp_path, data, complaint):
+def test_invalid_records_are_refused(tmp_path, data, complaint):
     refused(lambda: read_records(write(tmp_path / "a.rec", data), (7, 7)), complaint)
 
 
@@ -186,7 +186,7 @@ def test_records_that_are_refused(tmp_path, data, complaint):
         (json.dumps({**VOCABULARY, "d": 6}), "have gaps or repeat"),
     ],
 )
-def test_vocabularies_that_are_refused(tmp_path, text, complaint):
+def test_invalid_vocabularies_are_refused(tmp_path, text, complaint):
     refused(lambda: read_vocabulary(write(tmp_path / "vocab.src.json", text)), complaint)
 
 
@@ -216,26 +216,26 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, data):
 # Tokenisers
 
 
-def test_words_and_characters_are_numbered_by_how_many_there_are():
+def test_words_and_characters_are_numbered_by_frequency():
     words = make_vocabulary(["b a", "b c"], "word", 6)
     assert words == {"kind": "word", "tokens": [*SPECIAL, "b", "a"]}
     tokenizer = make_tokenizer(words)
     assert tokenizer.encode(" b  c\ta ") == [4, UNKNOWN, 5]
     assert tokenizer.decode([BEGIN, 4, 5, END, PAD]) == "b a"
     characters = make_tokenizer(make_vocabulary(["aäb", "ab"], "character", 100))
-    assert characters.encode("ba\u0308") == [5, 6]  # however the umlaut was typed
+    assert characters.encode("ba\u0308") == [5, 6]  # composed or decomposed umlaut
     assert characters.decode([5, 6]) == "bä"
 
 
 @pytest.mark.parametrize("kind", ["word", "character", "bpe"])
-def test_a_text_cannot_smuggle_special_tokens(kind):
+def test_special_tokens_written_in_a_text_are_not_encoded_as_such(kind):
     tokenizer = make_tokenizer(make_vocabulary(["<pad> </s> <s> a b"] * 3, kind, 300))
     assert not {PAD, BEGIN, END} & set(tokenizer.encode("<pad> a </s> <s> <unk>"))
 
 
 @given(st.text())
 @settings(max_examples=200, deadline=None)
-def test_byte_pairs_give_every_text_back(text):
+def test_byte_pairs_decode_to_the_normalised_text(text):
     found = BYTE_PAIRS.decode(BYTE_PAIRS.encode(text))
     assert found == make_normal(text)
 
@@ -250,7 +250,7 @@ TEXTS = ["der Hund läuft über die Wiese", "die Katze 😀 läuft"] * 4
 BYTE_PAIRS = make_tokenizer(make_vocabulary(TEXTS, "bpe", 300))
 
 
-def test_byte_pairs_are_trained_the_same_again_and_have_their_size():
+def test_byte_pair_training_is_reproducible_and_bounded_by_its_size():
     assert make_vocabulary(TEXTS, "bpe", 300) == make_vocabulary(TEXTS, "bpe", 300)
     assert 260 < len(BYTE_PAIRS) <= 300
     assert len(BYTE_PAIRS.encode("läuft")) < len("läuft".encode())
@@ -258,7 +258,7 @@ def test_byte_pairs_are_trained_the_same_again_and_have_their_size():
         make_vocabulary(TEXTS, "bpe", 100)
 
 
-def test_bytes_that_follow_each_other_once_are_no_pair():
+def test_bytes_that_follow_each_other_only_once_are_not_merged():
     assert len(make_tokenizer(make_vocabulary(["abcdefgh ijklm"], "bpe", 400))) == len(SPECIAL) + 256
 
 
@@ -277,14 +277,14 @@ def test_bytes_that_follow_each_other_once_are_no_pair():
         {"kind": "bpe", "model": '{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1},"merges":[]}}'},
     ],
 )
-def test_tokenisers_that_are_none(described):
+def test_invalid_tokenisers_are_refused(described):
     refused(lambda: make_tokenizer(described), "okeniser")
 
 
 # Batches
 
 
-def test_every_sentence_is_in_one_batch_of_bounded_size():
+def test_each_sentence_is_in_exactly_one_batch_of_bounded_size():
     torch.manual_seed(0)
     source, target = torch.randint(1, 40, (500,)), torch.randint(1, 40, (500,))
     batches = TokenBatches(source, target, 200)
@@ -307,7 +307,7 @@ def test_every_sentence_is_in_one_batch_of_bounded_size():
     assert len(TokenBatches(torch.full((10,), 5), torch.full((10,), 5), 50)) == 1
 
 
-def test_a_batch_is_filled_up_behind():
+def test_batches_are_padded_at_the_end():
     corpus = Corpus([[4, 5, END], [6, END]], [[BEGIN, 4, END], [BEGIN, 4, 5, END]], (["a b", "c"], ["x", "y z"]))
     batch = corpus[torch.tensor([1, 0])]
     assert batch.source.tolist() == [[6, END, PAD], [4, 5, END]]
@@ -325,7 +325,7 @@ def make_text(folder, lines=20):
     return folder
 
 
-def test_parallel_text_from_files_to_batches(tmp_path):
+def test_parallel_text_is_read_and_batched(tmp_path):
     data = ParallelText(str(make_text(tmp_path)), "de", "en", tokenizer="word", batch_size=40)
     data.setup()
     assert data.longest_answer == 5 + 5 // 4 + 5
@@ -336,7 +336,7 @@ def test_parallel_text_from_files_to_batches(tmp_path):
     assert data.sources()[1].endswith("test.de:2")
 
 
-def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
+def test_long_sentences_are_refused_or_truncated_with_a_warning(tmp_path):
     folder = make_text(tmp_path)
     write(folder / "val.de", "eins zwei drei vier\n" * 20)
     options = {"tokenizer": "word", "longest": 4}
@@ -348,7 +348,7 @@ def test_long_sentences_are_an_error_or_cut_and_counted(tmp_path):
     assert next(iter(data.val_dataloader())).source.shape == (20, 4)
 
 
-def test_what_becomes_of_longer_texts_is_another_test_s_own_choice():
+def test_too_long_may_differ_from_the_checkpoint_but_longest_may_not():
     task = translator(too_long="error")
     facts = task.facts | {"too_long": "truncate"}
     task.take_facts(SimpleNamespace(**facts))
@@ -358,8 +358,8 @@ def test_what_becomes_of_longer_texts_is_another_test_s_own_choice():
 
 
 @pytest.mark.parametrize("kind", ["word", "character", "bpe"])
-def test_a_perfect_answer_is_the_same_text_as_its_reference(kind, tmp_path):
-    """However the reference is written: letters in parts, white space at its end."""
+def test_references_are_normalised_like_decoded_answers(kind, tmp_path):
+    """The reference may have decomposed letters and surrounding white space."""
     folder, given = make_text(tmp_path), " Tie\u0302\u0301ng  Vie\u0323\u0302t "
     write(folder / "train.en", f"{given}\n" * 20)
     write(folder / "train.de", "eins\n" * 20)
@@ -372,13 +372,13 @@ def test_a_perfect_answer_is_the_same_text_as_its_reference(kind, tmp_path):
     assert tokenizer.decode(tokenizer.encode(given)) == reference
 
 
-def test_what_is_unknown_in_a_reference_is_like_no_answer():
+def test_unknown_tokens_in_a_reference_never_equal_an_answer():
     tokenizer = make_tokenizer({"kind": "word", "tokens": [*SPECIAL, "a"]})
     assert as_text(tokenizer, [4, UNKNOWN], is_reference=True) == "a \ufffd"
     assert as_text(tokenizer, [4, UNKNOWN], is_reference=False) == "a <unk>"
 
 
-def test_a_run_s_vocabularies_serve_other_texts(tmp_path):
+def test_vocabularies_of_a_run_can_be_used_for_other_texts(tmp_path):
     run, folder = tmp_path / "run", make_text(tmp_path)
     (run / "checkpoints").mkdir(parents=True)
     known = [{"kind": "word", "tokens": [*SPECIAL, word]} for word in ("Hund", "dog")]
@@ -392,14 +392,14 @@ def test_a_run_s_vocabularies_serve_other_texts(tmp_path):
         ParallelText(str(folder), "de", "en", tokenizer="words").setup()
 
 
-def test_a_shared_vocabulary_is_one(tmp_path):
+def test_a_shared_vocabulary_covers_both_languages(tmp_path):
     data = ParallelText(str(make_text(tmp_path)), "de", "en", tokenizer="word", shared=True)
     data.setup()
     assert data.source_vocabulary == data.target_vocabulary
     assert {"ein", "a"} <= set(data.source_vocabulary["tokens"])
 
 
-def test_pair_files_test_on_what_validates_where_there_is_no_more(tmp_path):
+def test_pair_files_test_on_the_validation_file_if_there_is_no_test_file(tmp_path):
     path = str(write(tmp_path / "a.tsv", "eins\tone\nzwei\ttwo\n"))
     data = PairFiles(path, path, tokenizer="character")
     with pytest.warns(UserWarning, match=r"(val|test): 1 of 1 files are among those of train"):
@@ -407,7 +407,7 @@ def test_pair_files_test_on_what_validates_where_there_is_no_more(tmp_path):
     assert len(data.splits["test"]) == 2
 
 
-def test_a_test_of_its_own_is_tested(tmp_path):
+def test_separate_test_files_are_used(tmp_path):
     tables = [str(write(tmp_path / f"{name}.tsv", f"{name}\tx\n")) for name in "abc"]
     for side in ("src", "trg"):
         write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
@@ -420,7 +420,7 @@ def test_a_test_of_its_own_is_tested(tmp_path):
         assert [pairs[split].source[0] for split in ("train", "val", "test")] == expected
 
 
-def test_sagemakers_channels(tmp_path):
+def test_sagemaker_token_files_are_read_and_batched(tmp_path):
     for side in ("src", "trg"):
         write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
     path = str(write(tmp_path / "train.rec", recordio(packed([4, 5, 1], [6]), packed([5], [4, 4]))))
@@ -434,7 +434,7 @@ def test_sagemakers_channels(tmp_path):
         SageMakerTokens(path, path, str(tmp_path)).setup()
 
 
-def test_dates_are_right_and_no_day_is_in_two_splits():
+def test_dates_are_reproducible_and_no_day_is_in_two_splits():
     splits = make_dates(600, 300, 300, withheld=False, seed=1)
     days = [set(splits[name].target) for name in ("train", "val", "test")]
     assert not days[0] & days[1] | days[0] & days[2] | days[1] & days[2]
@@ -442,7 +442,7 @@ def test_dates_are_right_and_no_day_is_in_two_splits():
     assert len({language.split("_")[0] for language in LANGUAGES}) >= 12
 
 
-def test_dates_are_those_of_their_language_and_style(monkeypatch):
+def test_dates_are_written_in_a_known_language_and_style(monkeypatch):
     monkeypatch.setattr(synthetic_dates, "typed", lambda rng, text: text)
     pairs = make_dates(500, 1, 1, withheld=False, seed=1)["train"]
     for source, target in zip(pairs.source, pairs.target, strict=True):
@@ -450,7 +450,7 @@ def test_dates_are_those_of_their_language_and_style(monkeypatch):
         assert source in {format_date(day, style, locale=language) for language in LANGUAGES for style in STYLES}
 
 
-def test_the_withheld_style_is_only_tested():
+def test_the_withheld_style_appears_only_in_test():
     language, style = WITHHELD
     assert (language, style) == ("it", "long")
     months = [
@@ -476,12 +476,12 @@ def test_the_withheld_style_is_only_tested():
             assert words[0].startswith(weekdays) or len(words) > 3, source
 
 
-def test_bad_counts_of_dates_are_refused():
+def test_an_invalid_number_of_dates_is_refused():
     refused(lambda: SyntheticDates(train=0).setup(), "train: 0; expected at least 1")
 
 
-def test_a_batch_has_as_many_tokens_as_training_reads_of_it():
-    """Of a target all but its last one, which is only predicted."""
+def test_batch_order_counts_the_tokens_that_training_reads():
+    """The last token of a target is only predicted and not read."""
     data = SyntheticDates(train=50, val=5, test=5)
     data.setup()
     order, train = data.order(1), data.splits["train"]

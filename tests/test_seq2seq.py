@@ -1,4 +1,4 @@
-"""Seq2Seq's network: step by step equals all at once, padding changes nothing, and equations written out."""
+"""Seq2Seq's network: steps against a single call, invariance to padding, and equations written out."""
 
 from itertools import product
 
@@ -34,7 +34,7 @@ def sentences(lengths=(5, 3, 1), target=6):
     [*product(ENCODERS, ATTENTION, ["lstm"]), *product(ENCODERS[:1], ATTENTION, ["gru"])],
 )
 @pytest.mark.parametrize("input_feeding", [False, True])
-def test_step_by_step_is_all_at_once(encoder, attention, cell, input_feeding):
+def test_decoding_step_by_step_matches_a_single_call(encoder, attention, cell, input_feeding):
     choices = {"encoder": encoder, "attention": attention, "cell": cell, "input_feeding": input_feeding}
     model = network(**choices, num_layers=2, residual=True)
     source, lengths, target = sentences()
@@ -50,7 +50,7 @@ def test_step_by_step_is_all_at_once(encoder, attention, cell, input_feeding):
 
 
 @pytest.mark.parametrize("input_feeding", [False, True])
-def test_hypotheses_of_a_sentence_do_not_see_each_other(input_feeding):
+def test_hypotheses_of_a_sentence_do_not_affect_each_other(input_feeding):
     model = network(input_feeding=input_feeding)
     source, lengths, target = sentences()
     memory = model.encode(source, lengths)
@@ -66,7 +66,7 @@ def test_hypotheses_of_a_sentence_do_not_see_each_other(input_feeding):
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("initial", ["last", "avg", "zero"])
 def test_padding_changes_nothing(encoder, attention, initial):
-    """The same sentence alone and in a padded batch: equal within 1e-5; what stands in the padding is not looked at."""
+    """A sentence alone and in a padded batch agrees within 1e-5, and the padding's content does not matter."""
     model = network(encoder=encoder, attention=attention, initial=initial, num_layers=2)
     source, lengths, target = sentences()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_attention_sums_to_one_over_real_tokens_only(attention):
         assert (row[:, length:] == 0).all()
 
 
-def test_scores_are_the_papers_equations():
+def test_attention_scores_follow_the_equations_of_the_papers():
     torch.manual_seed(1)
     query, values = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
     for score in ATTENTION[:3]:
@@ -113,8 +113,8 @@ def test_scores_are_the_papers_equations():
 
 
 @pytest.mark.parametrize("layers", [RecurrentLayers, Bidirectional])
-def test_a_residual_is_not_dropped_out(layers):
-    """With upper layers of zeros all that comes out is what the first layer says, in training too."""
+def test_dropout_does_not_apply_to_residual_connections(layers):
+    """If the upper layers are zero, the output is that of the first layer, in training as well."""
     stack = layers("gru", 4, 8, 3, residual=True, dropout=0.5).train()
     for name, parameter in stack.named_parameters():
         if ".0." not in name:
@@ -127,7 +127,7 @@ def test_a_residual_is_not_dropped_out(layers):
     torch.testing.assert_close(outputs, expected)
 
 
-def test_the_attentional_vector_is_dropped_out():
+def test_dropout_is_applied_to_the_attentional_vector():
     model = network(dropout=0.5)
     source, lengths, _ = sentences()
     memory = model.encode(source, lengths)
@@ -137,7 +137,7 @@ def test_the_attentional_vector_is_dropped_out():
 
 
 @pytest.mark.parametrize("input_feeding", [False, True])
-def test_embeddings_of_both_sides_are_dropped_out(input_feeding):
+def test_dropout_is_applied_to_source_and_target_embeddings(input_feeding):
     model = network(input_feeding=input_feeding)
     source, lengths, target = sentences()
     dropped = []
@@ -149,13 +149,13 @@ def test_embeddings_of_both_sides_are_dropped_out(input_feeding):
     dropped.clear()
     model.step(target[:, :2], memory.state[:, :, None].repeat(1, 1, 2, 1), memory)
     assert torch.equal(dropped[0], model.embed_target(target[:, :2]))
-    model.dropout.p = 1.0  # and what is dropped is what is used
+    model.dropout.p = 1.0  # the dropped embeddings are those the encoder uses
     model.train()
     one, other = (model.encode(torch.randint(4, 11, source.shape), lengths).values for _ in range(2))
     assert torch.equal(one, other)
 
 
-def test_each_convolution_drops_what_it_is_given_and_not_what_it_adds_to():
+def test_dropout_in_the_convolutional_encoder_spares_the_residual():
     model = network(encoder="convolutional", num_layers=2)
     source, lengths, _ = sentences((4, 4))
     block = model.encoder.train()
@@ -168,7 +168,7 @@ def test_each_convolution_drops_what_it_is_given_and_not_what_it_adds_to():
 
 
 @pytest.mark.parametrize(("cell", "rows"), [("lstm", 4), ("gru", 2)])
-def test_a_decoder_begins_with_what_a_layer_and_tanh_make_of_the_last_annotations(cell, rows):
+def test_the_initial_decoder_state_is_a_tanh_layer_of_the_last_annotations(cell, rows):
     model = network(cell=cell, num_layers=2)
     nn.init.normal_(model.bridge.weight, std=3.0)
     source, lengths, _ = sentences()
@@ -179,14 +179,14 @@ def test_a_decoder_begins_with_what_a_layer_and_tanh_make_of_the_last_annotation
     torch.testing.assert_close(model.encode(source, lengths).state, expected)
 
 
-def test_embeddings_begin_about_as_long_as_one():
+def test_initial_embeddings_have_a_norm_of_about_one():
     model = Seq2Seq(400, 300, hidden_size=8, embedding_size=64)
     for table in (model.embed_source, model.embed_target):
         assert table.weight.std().item() == pytest.approx(1 / 8, rel=0.03)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
+def test_the_bidirectional_encoder_matches_torchs_with_packed_sequences(cell):
     ours = Bidirectional(cell, 6, 8, 2, residual=False, dropout=0.0)
     theirs = (nn.LSTM if cell == "lstm" else nn.GRU)(6, 4, 2, batch_first=True, bidirectional=True)
     for i in range(2):
@@ -204,7 +204,7 @@ def test_both_directions_are_those_of_a_packed_layer_of_torch(cell):
     torch.testing.assert_close(last, torch.cat([hidden[-2], hidden[-1]], dim=1))
 
 
-def test_a_decoder_begins_with_the_last_annotation_of_each_direction():
+def test_the_bidirectional_encoder_returns_the_last_annotation_of_each_direction():
     encoder = Bidirectional("gru", 8, 8, 2, residual=True, dropout=0.0)
     inputs, lengths = torch.randn(3, 5, 8), torch.tensor([5, 3, 1])
     outputs, last = encoder(inputs, lengths, torch.arange(5) < lengths[:, None])
@@ -212,7 +212,7 @@ def test_a_decoder_begins_with_the_last_annotation_of_each_direction():
     torch.testing.assert_close(last, torch.cat([ends[:, :4], outputs[:, 0, 4:]], dim=1))
 
 
-def test_a_convolution_is_gehrings_block():
+def test_the_convolutional_encoder_follows_gehrings_block():
     model = network(encoder="convolutional", num_layers=1)
     source, lengths, _ = sentences((4,))
     block, inputs = model.encoder, model.embed_source(source)
@@ -221,8 +221,8 @@ def test_a_convolution_is_gehrings_block():
     torch.testing.assert_close(model.encode(source, lengths).values, (x + a * b.sigmoid()) * 0.5**0.5)
 
 
-def test_parameters_are_those_of_the_parts():
-    """A bidirectional encoder of 2 × 4, a decoder of 8 with input feeding, mlp attention, tied output."""
+def test_parameter_count_is_the_sum_of_the_parts():
+    """A bidirectional encoder of 2 × 4 cells, a decoder of 8 with input feeding, mlp attention, tied output."""
 
     def layer(inputs, size):
         return 4 * size * (inputs + size + 2)
@@ -234,8 +234,8 @@ def test_parameters_are_those_of_the_parts():
     assert model.output.weight is model.embed_target.weight
 
 
-def test_without_attention_all_that_passes_is_a_vector():
-    """Sutskever's: where the vector is the same, so is everything that follows."""
+def test_without_attention_the_decoder_depends_only_on_the_initial_state():
+    """As in Sutskever et al.: the same initial state gives the same outputs for any source annotations."""
     model = network(attention="none", initial="last")
     source, lengths, target = sentences()
     memory = model.encode(source, lengths)
@@ -243,7 +243,7 @@ def test_without_attention_all_that_passes_is_a_vector():
     torch.testing.assert_close(model.decode(target, memory), model.decode(target, other))
 
 
-def test_input_feeding_gives_the_last_attentional_vector():
+def test_input_feeding_passes_on_the_last_attentional_vector():
     model = network(input_feeding=True)
     source, lengths, target = sentences()
     memory = model.encode(source, lengths)
@@ -267,6 +267,6 @@ def test_input_feeding_gives_the_last_attentional_vector():
         ({"hidden_size": 7, "embedding_size": 7}, "expected an even number"),
     ],
 )
-def test_what_does_not_fit_is_refused(unchecked, options, message):
+def test_invalid_options_are_refused(unchecked, options, message):
     with pytest.raises(ValueError, match=message):
         network(**options)

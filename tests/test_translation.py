@@ -1,4 +1,4 @@
-"""Translation: loss, sampling, what is learnt, graphs against PyTorch, requests at the edge."""
+"""Translation: loss, scheduled sampling, training, graphs against PyTorch, requests at the edge."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def translator(too_long="error", longest=40, network=None, **task):
 
 
 def batch_of(*pairs, number=None):
-    """Pairs of texts, as a module gives them."""
+    """Return a batch of pairs of texts, like those of a data module."""
     tokens = {token: number for number, token in enumerate(LETTERS["tokens"])}
     sources = [[*(tokens[c] for c in source), END] for source, _ in pairs]
     targets = [[BEGIN, *(tokens[c] for c in target), END] for _, target in pairs]
@@ -64,7 +64,7 @@ def batch_of(*pairs, number=None):
 PAIRS = (("ab", "xyz"), ("abcdefg", "y"), ("c", "zzzz"))
 
 
-def test_the_loss_is_over_real_tokens_and_the_vocabulary_alone():
+def test_the_loss_covers_only_real_tokens_and_the_known_vocabulary():
     task, batch = translator(label_smoothing=0.0), batch_of(*PAIRS)
     task.log = lambda *arguments, **options: None
     loss = task.training_step(batch, 0)
@@ -85,8 +85,8 @@ def test_the_loss_is_over_real_tokens_and_the_vocabulary_alone():
     torch.testing.assert_close(smoothed.training_step(batch, 0), expected)
 
 
-def test_a_loss_is_a_mean_over_as_many_tokens_as_it_says():
-    """By their number devices weigh their shares of a batch."""
+def test_a_training_loss_is_counted_by_its_number_of_real_tokens():
+    """Devices weigh their shares of a batch by this number."""
     task, said = translator(), []
     task.log_train_loss = lambda loss, count: said.append(int(count)) or loss
     task.training_step(batch_of(*PAIRS), 0)
@@ -94,13 +94,13 @@ def test_a_loss_is_a_mean_over_as_many_tokens_as_it_says():
 
 
 def judged(task, *pairs):
-    """The mean loss of what an evaluation has seen, these pairs the last."""
+    """Evaluate these pairs and return the mean loss of the evaluation so far."""
     task.translate, task.runner = lambda *_: {}, lambda *_: None
     task.evaluation_step(batch_of(*pairs), 1)
     return task.nll.compute().item()
 
 
-def test_padding_is_not_judged():
+def test_padding_is_left_out_of_the_evaluation_loss():
     task = translator()
     together, alone = judged(task, *PAIRS), []
     for pair in PAIRS:
@@ -109,7 +109,7 @@ def test_padding_is_not_judged():
     assert together == pytest.approx(np.average(alone, weights=[len(target) + 1 for _, target in PAIRS]), rel=1e-5)
 
 
-def test_each_evaluation_begins_anew(monkeypatch):
+def test_the_loss_is_reset_between_evaluations(monkeypatch):
     task, logged = translator(), []
     task.log_dict = lambda values, **_: logged.append(values)
     monkeypatch.setattr("dlref.tasks.translation.SCORES", {})
@@ -119,7 +119,7 @@ def test_each_evaluation_begins_anew(monkeypatch):
     assert logged[0] == logged[2] != logged[1]
 
 
-def test_validation_is_greedy_and_what_is_told_by_beam_search():
+def test_validation_decodes_greedily_and_test_and_predict_use_the_beam():
     task, seen = translator(beam=3), []
     task.evaluation_step = lambda batch, beam: seen.append(beam)
     task.validation_step(None, 0)
@@ -129,14 +129,14 @@ def test_validation_is_greedy_and_what_is_told_by_beam_search():
     assert seen == [1, 3, 3]
 
 
-def test_an_evaluation_s_loss_is_of_the_labels_as_they_are():
+def test_the_evaluation_loss_ignores_label_smoothing():
     plain, smoothed = translator(label_smoothing=0.0), translator(label_smoothing=0.3)
     smoothed.load_state_dict(plain.state_dict())
     assert judged(smoothed, *PAIRS) == judged(plain, *PAIRS)
 
 
 class Progress:
-    """A trainer that is so far."""
+    """A trainer that has reached a given step."""
 
     estimated_stepping_batches = 10
 
@@ -144,7 +144,7 @@ class Progress:
         self.global_step = step
 
 
-def test_scheduled_sampling_takes_the_networks_own_tokens_more_and_more(monkeypatch):
+def test_scheduled_sampling_uses_the_networks_own_tokens_increasingly(monkeypatch):
     task, batch = translator(scheduled_sampling=1.0), batch_of(*PAIRS)
     before = batch.target[:, :-1]
     monkeypatch.setattr(Translator, "trainer", Progress(0))
@@ -162,8 +162,8 @@ def test_scheduled_sampling_takes_the_networks_own_tokens_more_and_more(monkeypa
     assert 0.4 < swapped[many.target[:, 1:-1] != PAD].float().mean() < 0.55
 
 
-def test_scheduled_sampling_of_a_run_without_an_end_is_refused(monkeypatch):
-    """Its share would stay 0."""
+def test_scheduled_sampling_requires_a_run_of_known_length(monkeypatch):
+    """Without a known length, the share of sampled tokens would stay 0."""
     task = translator(scheduled_sampling=0.5)
     monkeypatch.setattr(Translator, "trainer", SimpleNamespace(estimated_stepping_batches=math.inf))
     with pytest.raises(UserError, match="scheduled_sampling needs a run of known length"):
@@ -171,7 +171,7 @@ def test_scheduled_sampling_of_a_run_without_an_end_is_refused(monkeypatch):
 
 
 def numbers(folder):
-    """Two of ten words, and the digits they stand for, there and back."""
+    """Pairs of number words as sources; their digits, followed by the reversed digits, as targets."""
     words = ["null", "eins", "zwei", "drei", "vier", "fuenf", "sechs", "sieben", "acht", "neun"]
     rows = [f"{a} {b}\t{i} {j} {j} {i}\n" for i, a in enumerate(words) for j, b in enumerate(words)]
     path = folder / "numbers.tsv"
@@ -181,7 +181,7 @@ def numbers(folder):
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
 @pytest.mark.parametrize("options", [{}, {"cell": "gru", "attention": "dot", "input_feeding": True}])
-def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
+def test_a_translator_trains_tests_predicts_and_draws_figures(tmp_path, options):
     network = Seq2Seq(64, 64, hidden_size=32, embedding_size=32, dropout=0.0, **options)
     adam = partial(torch.optim.Adam, lr=0.01)
     task, data = Translator(network=network, optimizer=adam, beam=3, metric="exact_match"), numbers(tmp_path)
@@ -205,8 +205,8 @@ def test_a_translator_learns_tests_predicts_and_draws(tmp_path, options):
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
-def test_weights_are_averaged_by_lightnings_callback(tmp_path):
-    """Checkpoint averaging: what is left of a fit is the mean, not the last weights."""
+def test_a_fit_with_ema_leaves_averaged_weights(tmp_path):
+    """Checkpoint averaging: after a fit, the network holds averaged weights instead of the last ones."""
 
     class Last(Callback):
         def on_train_batch_end(self, trainer, task, *rest):
@@ -222,7 +222,7 @@ def test_weights_are_averaged_by_lightnings_callback(tmp_path):
     assert (task.network.output.bias <= weights.max(0).values + 1e-6).all()
 
 
-def test_scores_are_sacrebleus():
+def test_scores_match_sacrebleu_and_degradation_is_in_points():
     texts, references = ["the cat sat", "a dog"], ["the cat sat down", "a dog"]
     assert bleu(texts, references) == corpus_bleu(texts, [references]).score
     assert exact_match(texts, references) == 0.5
@@ -232,14 +232,14 @@ def test_scores_are_sacrebleus():
     assert chrf(texts, references) == corpus_chrf(texts, [references]).score > 50
 
 
-def test_graphs_say_how_often_they_are_called_and_how_long_a_source_may_be():
+def test_graphs_declare_their_number_of_calls_and_the_longest_source():
     served = translator().deployable(batch_of(*PAIRS))
     assert served.graphs["step"].calls == 5  # of 5, 3 and 6 tokens
     assert {graph.sizes["source"][0] for graph in served.graphs.values()} == {40}
 
 
 class Few(Seq2Seq):
-    """With positions for 20 tokens."""
+    """A network with positions for 20 tokens."""
 
     def encode(self, source, lengths):
         return super().encode(source + torch.zeros(20, dtype=torch.long)[: source.shape[1]], lengths)
@@ -259,7 +259,7 @@ class Few(Seq2Seq):
         (Seq2Seq(64, 64, **SIZES), {"scheduled_sampling": 30.0}, "scheduled_sampling: 30.0; expected a share"),
     ],
 )
-def test_what_does_not_fit_the_data_is_refused(network, task, complaint):
+def test_a_network_or_option_that_does_not_fit_is_refused(network, task, complaint):
     task = Translator(network=network, optimizer=sgd, **task)
     facts = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
     task.remember({**facts, "longest": 9, "longest_answer": 9})
@@ -282,7 +282,7 @@ NETWORKS = [
 
 @pytest.fixture(scope="module", params=range(len(NETWORKS)))
 def exported(request, tmp_path_factory):
-    """What a task deploys, and its graphs in onnxruntime."""
+    """Return a task's deployment, its graphs in onnxruntime and the folder of their files."""
     torch.manual_seed(request.param)
     task = translator(network=NETWORKS[request.param])
     served = task.deployable(batch_of(*PAIRS))
@@ -294,7 +294,7 @@ def exported(request, tmp_path_factory):
     return served, graphs, folder
 
 
-def test_graphs_equal_pytorch_at_lengths_batches_and_beams_unseen(exported):
+def test_graphs_match_pytorch_at_sizes_not_used_in_tracing(exported):
     served, graphs, _ = exported
     for name, graph in served.graphs.items():
         rows = parity(name, graph, Reference(graph), graphs[name], graph.tolerance, static=False)
@@ -306,7 +306,7 @@ def test_graphs_equal_pytorch_at_lengths_batches_and_beams_unseen(exported):
             np.testing.assert_allclose(graphs["encode"](**inputs)[key], expected, atol=1e-5)
 
 
-def test_a_bundle_says_what_it_takes_and_takes_it(exported):
+def test_the_example_request_in_a_bundles_description_is_accepted(exported):
     served, graphs, _ = exported
     runner = make_runner("translation", graphs, served.metadata)
     shown = re.search(r"`(\{.*\})`", runner.takes(served.metadata))[1].replace("text", '"abc"').replace(", ...", "")
@@ -314,7 +314,7 @@ def test_a_bundle_says_what_it_takes_and_takes_it(exported):
 
 
 @pytest.mark.parametrize("beam", [1, 5])
-def test_the_bundle_finds_the_same_strings(exported, beam):
+def test_pytorch_and_the_bundle_find_the_same_translations(exported, beam):
     served, graphs, _ = exported
     texts = ["abc", "a", "xyz def ghi jkl", "ü.", "the quick brown fox", "abc"] * 3
     answers = []
@@ -329,15 +329,15 @@ def test_the_bundle_finds_the_same_strings(exported, beam):
     assert answers[1][0]["target"] == answers[1][5]["target"]
 
 
-def test_no_answer_begins_again():
+def test_the_step_graph_never_predicts_padding_or_the_begin_token():
     step = translator().deployable(batch_of(*PAIRS)).graphs["step"]
     answers = step(**{name: tensor.numpy() for name, tensor in step.inputs.items()})
     likely = answers["log_probability"] > -np.inf
     assert not np.isin(answers["next_token"][likely], [PAD, BEGIN]).any()
 
 
-def test_an_answer_s_probability_is_over_the_tokens_that_there_are():
-    """The network has room for more, whose logits mean nothing."""
+def test_step_probabilities_are_normalised_over_the_known_vocabulary():
+    """The network has more outputs than there are tokens; the extra logits mean nothing."""
     task = translator()
     with torch.no_grad():
         task.network.output.bias[SIZE:] = 5.0
@@ -352,7 +352,7 @@ def test_an_answer_s_probability_is_over_the_tokens_that_there_are():
 
 
 class Ending:
-    """A step after which sources of two tokens have their answer and no others."""
+    """A step that ends the translations of sources of two tokens and no others."""
 
     def __init__(self, step):
         self.step, self.shape, self.lengths = step, step.shape, []
@@ -372,7 +372,7 @@ def test_each_sentence_keeps_its_own_memory():
     assert step.lengths[:2] == [[2, 4], [4]]
 
 
-def test_a_bundle_searches_as_its_task_says(monkeypatch):
+def test_a_bundle_searches_with_the_beam_and_length_penalty_of_its_task(monkeypatch):
     def search(*arguments):
         seen.append(arguments[2:4])
         return beam_search(*arguments)
@@ -384,7 +384,7 @@ def test_a_bundle_searches_as_its_task_says(monkeypatch):
     assert seen == [(3, 0.3)]
 
 
-def test_batches_in_threads_are_the_same(exported):
+def test_translations_are_the_same_with_several_workers(exported):
     served, graphs, _ = exported
     runner = make_runner("translation", graphs, served.metadata)
     texts = ["abc", "a", "xyz def ghi jkl", "ü.", "the quick brown fox"] * 9
@@ -393,10 +393,10 @@ def test_batches_in_threads_are_the_same(exported):
     assert [one["target"] for one in runner(texts)] == alone
 
 
-def test_eight_bits_are_of_matrices_alone(exported, tmp_path):
+def test_int8_graphs_are_quantised_and_give_finite_probabilities(exported, tmp_path):
     served, _, folder = exported
     for name, graph in served.graphs.items():
-        # Convolutions are quantised on data, and keep their biases; everything else without.
+        # Graphs with convolutions are quantised with calibration data, all others without.
         plan = Plan("int8", "MinMax") if is_calibrated(folder / f"{name}.onnx", TARGETS["x86-64"]) else Plan("int8")
         feeds = [{key: tensor.numpy() for key, tensor in graph.inputs.items()}]
         convert(folder / f"{name}.onnx", tmp_path / f"{name}.onnx", TARGETS["x86-64"], plan, feeds)
@@ -406,7 +406,7 @@ def test_eight_bits_are_of_matrices_alone(exported, tmp_path):
     assert np.isfinite(answer["log_probability"])
 
 
-def test_an_npu_has_recurrent_layers_in_float(tmp_path):
+def test_int16_quantisation_of_recurrent_layers_is_refused_for_an_npu(tmp_path):
     graph, target = translator().deployable(batch_of(*PAIRS)).graphs["step"], TARGETS["qualcomm"]
     write_onnx(graph, tmp_path / "step.onnx", target)
     assert not is_calibrated(tmp_path / "step.onnx", target)
@@ -415,7 +415,7 @@ def test_an_npu_has_recurrent_layers_in_float(tmp_path):
 
 
 class Fixed:
-    """A graph whose sizes are fixed, as a compiler for a device leaves it."""
+    """A graph whose sizes are fixed, like one compiled for a device."""
 
     def __init__(self, graph, sizes):
         self.graph = graph
@@ -429,7 +429,7 @@ class Fixed:
 @pytest.mark.parametrize(
     ("output", "value"), [("log_probability", np.nan), ("log_probability", np.inf), ("attention", np.nan)]
 )
-def test_answers_that_are_no_numbers_are_refused(output, value, runner, monkeypatch):
+def test_non_finite_outputs_are_refused(output, value, runner, monkeypatch):
     step = runner.step
 
     def broken(**inputs):
@@ -443,7 +443,7 @@ def test_answers_that_are_no_numbers_are_refused(output, value, runner, monkeypa
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_graph_of_fixed_sizes_is_filled_up(batch):
+def test_inputs_are_padded_to_the_fixed_sizes_of_a_graph(batch):
     served = translator().deployable(batch_of(*PAIRS))
     free = make_runner("translation", served.graphs, served.metadata)
     sizes = {"batch": batch, "source": 8, "beam": 5}
@@ -472,19 +472,19 @@ def runner():
     return make_runner("translation", served.graphs, served.metadata)
 
 
-def test_a_text_has_an_answer_and_what_is_for_programs(runner):
+def test_an_answer_holds_the_translation_its_tokens_and_attention(runner):
     answer = runner("abc")
     assert set(answer) >= {"target", "log_probability", "tokens", "source_tokens", "attention"}
     assert answer["attention"].shape == (len(answer["tokens"]), 4)
     np.testing.assert_allclose(answer["attention"].sum(1), 1, rtol=1e-5)
     assert answer["target"] == "".join(LETTERS["tokens"][token] for token in answer["tokens"])
     assert runner(["abc", "b"])[0]["target"] == answer["target"]
-    # Without weights that say when to end it is at its longest, and says so.
+    # The untrained network never ends the translation, so it reaches the maximum length and is marked as not ended.
     assert answer["ended"] is False
     assert len(answer["tokens"]) == runner.longest_answer
 
 
-def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):
+def test_a_sagemaker_request_gets_a_sagemaker_response(runner, tmp_path):
     asked = {"data": "abc", "configuration": {"attention_matrix": "true"}}
     answer = runner({"instances": [{"data": "abc"}, asked]})
     plain, matrix = answer["predictions"]
@@ -501,7 +501,7 @@ def test_sagemakers_requests_get_sagemakers_answers(runner, tmp_path):
     assert runner(source)["predictions"] == [plain]
 
 
-def test_a_path_is_a_file_with_one_text_or_request(runner, tmp_path):
+def test_a_path_stands_for_the_single_text_or_request_in_its_file(runner, tmp_path):
     path = tmp_path / "a.txt"
     for text in ("abc", "abc\n", "abc\r\n\n", '{"source":\n "abc"}\n'):
         path.write_text(text)
@@ -511,7 +511,7 @@ def test_a_path_is_a_file_with_one_text_or_request(runner, tmp_path):
         runner(path)
 
 
-def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
+def test_files_hold_a_text_or_a_request_on_each_line(runner, tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text('abc\n\n{"source": "abc"}\nno {json}\n')
     names, sources = zip(*runner.inputs(str(path)), strict=True)
@@ -532,7 +532,7 @@ def test_files_hold_a_text_or_an_object_on_each_line(runner, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["日本語", "😀👍🏽", "\x00", "a\u2028b", "<pad>", "</s>", "\\n", "a" * 39, "\u0308"])
-def test_whatever_is_written_has_an_answer(runner, text):
+def test_any_text_gets_a_translation(runner, text):
     answer = runner(text)
     assert isinstance(answer["target"], str)
     assert UNKNOWN in answer["source_tokens"] or text == "a" * 39
@@ -567,7 +567,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("source", "complaint"), BAD, ids=range(len(BAD)))
-def test_bad_requests_are_one_line_with_what_was_expected(runner, source, complaint):
+def test_invalid_requests_are_refused_in_one_line_that_says_what_was_expected(runner, source, complaint):
     (answer,) = runner.stream([source])
     assert isinstance(answer, UserError)
     assert complaint in str(answer)
@@ -576,7 +576,7 @@ def test_bad_requests_are_one_line_with_what_was_expected(runner, source, compla
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"source": 1}', b'{"a"\n: 1}'])
-def test_files_that_are_no_requests(runner, tmp_path, content):
+def test_files_without_a_valid_request_are_refused(runner, tmp_path, content):
     path = tmp_path / "request.json"
     path.write_bytes(content)
     answers = list(runner.stream(source for _, source in runner.inputs(str(path))))
@@ -585,7 +585,7 @@ def test_files_that_are_no_requests(runner, tmp_path, content):
         runner(tmp_path)
 
 
-def test_long_texts_are_cut_where_the_model_says_so_and_the_answer_tells():
+def test_long_texts_are_truncated_if_the_model_says_so_and_marked_in_the_answer():
     served = translator(too_long="truncate").deployable(batch_of(*PAIRS))
     runner = make_runner("translation", served.graphs, served.metadata)
     answer = runner("ab" * 5000)
@@ -595,7 +595,7 @@ def test_long_texts_are_cut_where_the_model_says_so_and_the_answer_tells():
 
 
 @pytest.mark.parametrize("beam", [WIDEST + 1, 0, "2"])
-def test_a_beam_that_the_graph_does_not_answer_is_refused(beam, runner, monkeypatch):
+def test_an_invalid_beam_is_refused(beam, runner, monkeypatch):
     monkeypatch.setattr(runner, "beam", beam)
     with pytest.raises(UserError, match=f"beam: {beam}; expected a whole number from 1 to 16"):
         runner("abc")
@@ -619,10 +619,10 @@ def test_a_beam_that_the_graph_does_not_answer_is_refused(beam, runner, monkeypa
         {"source": {"kind": "word", "tokens": [*SPECIAL, "\u00c5", "\u00c5"]}},
         {"widest": None},
         {"length_penalty": None},
-        {"target": {"kind": "byte"}},  # read, and never written
+        {"target": {"kind": "byte"}},  # a tokeniser for reading only
     ],
 )
-def test_metadata_that_is_none_is_refused(changes):
+def test_invalid_metadata_or_graphs_are_refused(changes):
     served = translator().deployable(batch_of(*PAIRS))
     with pytest.raises(UserError, match="expected"):
         make_runner("translation", served.graphs, dict(served.metadata) | changes)
@@ -630,7 +630,7 @@ def test_metadata_that_is_none_is_refused(changes):
         make_runner("translation", {"encode": served.graphs["encode"]}, served.metadata)
 
 
-def test_a_vocabulary_smaller_than_the_graphs_is_refused():
+def test_a_vocabulary_smaller_than_the_graphs_output_is_refused():
     served = translator().deployable(batch_of(*PAIRS))
     few = {"kind": "character", "tokens": LETTERS["tokens"][:5]}
     runner = make_runner("translation", served.graphs, dict(served.metadata) | {"target": few})
@@ -638,7 +638,7 @@ def test_a_vocabulary_smaller_than_the_graphs_is_refused():
         runner("abc")
 
 
-def test_attention_is_drawn(runner):
+def test_attention_of_a_single_text_is_drawn(runner):
     picture = runner.draw("abc", runner("abc"))
     assert np.asarray(picture.convert("L")).std() > 5
     with pytest.raises(UserError, match="a request with several texts cannot be drawn"):
@@ -652,14 +652,14 @@ def test_attention_is_drawn_for_characters_without_a_glyph():
     assert heat_map(np.eye(2), ["\x02", "漢"], ["a", "b"]).size > (100, 100)  # warnings are errors in the tests
 
 
-def test_export_judges_a_bundle_by_the_texts_it_finds():
+def test_evaluate_scores_a_runner_by_its_translations():
     task = translator(metric="exact_match")
     batch = batch_of(*PAIRS)
     runner = task.runner(batch, 2)
     found = [one["target"] for one in runner([source for source, _ in PAIRS])]
     right = batch._replace(references=[found[0], "no", found[2]])
     assert task.evaluate(runner, [right]) == pytest.approx(2 / 3)
-    # Of training batches there are no texts: their tokens are.
+    # Training batches have no texts; their references are decoded from tokens.
     tokens = {token: number for number, token in enumerate(LETTERS["tokens"])}
     written = [[BEGIN, *(tokens[c] for c in text), END] for text in found]
     length = max(map(len, written))
@@ -667,7 +667,7 @@ def test_export_judges_a_bundle_by_the_texts_it_finds():
     assert task.evaluate(runner, [batch._replace(target=target, sources=(), references=())]) == 1
 
 
-def test_dates_from_the_module_to_the_task(tmp_path):
+def test_a_translator_is_tested_on_synthetic_dates_as_its_runner_translates_them(tmp_path):
     data = SyntheticDates(train=64, val=16, test=16, tokenizer="character", vocabulary_size=128, batch_size=512)
     network = Seq2Seq(128, 64, **SIZES)
     task = Translator(network=network, optimizer=sgd, metric="exact_match")
@@ -681,7 +681,7 @@ def test_dates_from_the_module_to_the_task(tmp_path):
     assert results["test/exact_match"] == pytest.approx(exact_match(found, targets))
 
 
-def test_attention_is_drawn_with_a_row_for_each_token_that_is_written():
+def test_attention_is_drawn_with_a_row_for_each_target_token():
     axes = Figure().subplots()
     draw_attention(axes, np.eye(2, 3), ["a", "b", "c"], ["x", "y"])
     assert axes.images[0].get_array().tolist() == np.eye(2, 3).tolist()
