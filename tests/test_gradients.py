@@ -1,8 +1,8 @@
 """Gradients of every loss and every network against finite differences, in float64.
 
-A loss is checked in full by torch's `gradcheck`. A network is checked along a random direction of its parameters and
-inputs together: the derivative by autograd against central differences of two lengths. Were there a kink (of a ReLU or
-a max-pool) between the points of one, the two would differ: such a direction fails, none passes by chance.
+A loss is checked in full by torch's `gradcheck`. A network is checked along a random direction through its parameters
+and inputs: autograd's derivative against central differences of two step lengths. A kink (of a ReLU or a max-pool)
+between the points of a difference makes the two differ, so such a direction fails and cannot pass by chance.
 """
 
 import inspect
@@ -30,14 +30,14 @@ from dlref.tasks import Beta, Deterministic, Gaussian, LanguageModel, NegativeBi
 from dlref.tasks.image_classification import mixing
 from dlref.tasks.semantic_segmentation import VOID
 
-STEPS = (2e-8, 1e-8)  # of each tensor's size: as short as rounding (1e-16) allows, for kinks to be rare
-TOLERANCE = 1e-6  # of the difference, relative to what the tensors contribute to the derivative
-ENTRIES = 1000  # of a tensor that change at once
+STEPS = (2e-8, 1e-8)  # relative to each tensor's size: as short as rounding (1e-16) allows, so that kinks are rare
+TOLERANCE = 1e-6  # of the difference, relative to the tensors' contributions to the derivative
+ENTRIES = 1000  # maximum number of entries of a tensor that change at once
 
 
 @pytest.fixture(autouse=True)
 def _float_is_double(monkeypatch):
-    """The losses bring answers of half precision to float32 by `float()`, which would round those of float64."""
+    """Losses convert half precision to float32 by `float()`, which would round float64 outputs."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
 
@@ -49,24 +49,24 @@ def numbers(*shape):
 
 
 class Given(nn.Module):
-    """A network whose answer is given."""
+    """A network that returns a given output."""
 
     def forward(self, *_):
         return self.answer
 
 
 def alone(task):
-    """A task in float64 that trains on one device and logs nothing."""
+    """Convert a task to float64 and silence its logging."""
     task.double().log = task.log_dict = lambda *_, **__: None
     return task
 
 
 def loss_of(task, batch, packed=lambda *answers: answers if len(answers) > 1 else answers[0]):
-    """The loss of a training step, as a function of what the network answers."""
+    """Return the loss of a training step as a function of the network's outputs."""
     alone(task)
 
     def loss(*answers):
-        torch.manual_seed(1)  # blends are drawn anew at each step
+        torch.manual_seed(1)  # draws the same mixup or cutmix at each call
         task.network.answer = packed(*answers)
         return task.training_step(batch, 0)
 
@@ -83,29 +83,29 @@ def pictures(count, size):
     [{}, {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 0.5]}, {"mixup": 0.4}, {"cutmix": 1.0}],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_classification(options, heads):
+def test_gradients_of_the_classification_loss(options, heads):
     task = classifier(Given(), **options)
     task.mix = mixing(task.mixup, task.cutmix, 3)
     loss = loss_of(task, (pictures(5, 32), torch.tensor([0, 1, 2, 2, 1])))
     assert gradcheck(loss, [numbers(5, 3) for _ in range(heads)])
 
 
-def test_classification_with_several_labels():
+def test_gradients_of_the_multi_label_classification_loss():
     task = classifier(Given(), class_weights=[1.0, 3.0, 0.5])
     task.facts["multi_label"], task.mix = True, None
     assert gradcheck(loss_of(task, (pictures(4, 32), torch.randint(0, 2, (4, 3)).double())), [numbers(4, 3)])
 
 
 @pytest.mark.parametrize("class_weights", [None, [1.0, 0.3, 2.0]])
-def test_segmentation(class_weights):
+def test_gradients_of_the_segmentation_loss(class_weights):
     masks = torch.randint(0, 3, (2, 6, 8), dtype=torch.uint8)
     masks[0, :2], masks[1, :, 3] = VOID, VOID
     loss = loss_of(segmenter(Given(), class_weights=class_weights), (torch.zeros(2, 3, 6, 8, dtype=torch.uint8), masks))
     assert gradcheck(loss, (numbers(2, 3, 3, 4), numbers(2, 3, 2, 2)))
 
 
-def test_detection():
-    """Two images with boxes and one without; of the negatives only the hardest count, so others have no gradient."""
+def test_gradients_of_the_detection_loss():
+    """Two images with boxes and one without; only the hardest negatives count, so the others have no gradient."""
     network = Given()
     network.size, cells = 8, (torch.arange(4) + 0.5) / 4
     centres = torch.stack(torch.meshgrid(cells, cells, indexing="ij"), dim=-1).flatten(0, 1)
@@ -122,7 +122,7 @@ def test_detection():
 
 
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), NegativeBinomial(), Beta(), Deterministic()])
-def test_forecasting(distribution):
+def test_gradients_of_the_forecasting_loss(distribution):
     values = torch.rand(3, 10) if isinstance(distribution, Beta) else torch.randint(1, 30, (3, 10))
     window = window_of(values, observed=torch.rand(3, 10) < 0.8)
     window = window._replace(values=window.values.double())
@@ -131,8 +131,8 @@ def test_forecasting(distribution):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_translation(label_smoothing):
-    batch = pairs(*PAIRS[:2])  # of the second target half is padding
+def test_gradients_of_the_translation_loss(label_smoothing):
+    batch = pairs(*PAIRS[:2])  # half of the second target is padding
     task = translator(label_smoothing=label_smoothing)
     task.network = Given()
     assert gradcheck(loss_of(task, batch), [numbers(2, batch.target.shape[1] - 1, 64)])
@@ -142,7 +142,7 @@ def test_translation(label_smoothing):
 
 
 def of_all(answers) -> Tensor:
-    """One number that depends on every answer."""
+    """Return a number that depends on all outputs."""
     answers = list(answers) if isinstance(answers, tuple | list) else [answers]
     generator = torch.Generator().manual_seed(2)
     weighed = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).mean() for x in answers]
@@ -150,7 +150,7 @@ def of_all(answers) -> Tensor:
 
 
 def assert_derivative(tensors, loss):
-    """Along a random direction through all of `tensors` the derivative of `loss()` is that of its differences."""
+    """Assert that autograd's derivative of `loss()` along a random direction of all `tensors` matches differences."""
     gradients = torch.autograd.grad(loss(), tensors)
     flat = [x.detach().view(-1) for x in tensors]
     places = [torch.arange(len(x)) if len(x) <= ENTRIES else torch.randint(len(x), (ENTRIES,)) for x in flat]
@@ -177,7 +177,7 @@ def assert_derivative(tensors, loss):
 
 
 def ready(network):
-    """In float64, with weights at which answers depend on every layer and lie in its bends, not on their edges."""
+    """Return the network in float64, with weights for which outputs depend on all layers, away from their kinks."""
     stirred(network)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
@@ -197,12 +197,12 @@ def eighth(width):
 
 
 def narrowed(layer, widths):
-    """The class `layer`, whose first arguments are widths, with an eighth of each."""
+    """Return the class `layer` with its first `widths` arguments, which are widths, divided by eight."""
 
     class Narrow(layer):
         def __init__(self, *sizes, **options):
             super().__init__(*map(eighth, sizes[:widths]), *sizes[widths:], **options)
-            if hasattr(self, "out_channels"):  # SSD asks a convolution, to build a norm after it
+            if hasattr(self, "out_channels"):  # SSD reads it from a convolution to build the norm after it
                 self.out_channels = sizes[1]
 
     return Narrow
@@ -210,7 +210,7 @@ def narrowed(layer, widths):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Layers are built with an eighth of the width, to be fast; what calls them is the same."""
+    """Build layers with an eighth of their width, for speed; the networks' code is unchanged."""
     for layer, widths in ((nn.Conv2d, 2), (nn.Linear, 2), (nn.BatchNorm2d, 1)):
         monkeypatch.setattr(nn, layer.__name__, narrowed(layer, widths))
 
@@ -221,7 +221,7 @@ def ssd_vgg(size):
     return network
 
 
-# Network, side of the smallest images it takes.
+# Network and side of the smallest images it accepts.
 SMALL = {
     "LeNet5 tanh": (lambda: models.LeNet5(3, 3), 32),
     "LeNet5 maxout": (lambda: models.LeNet5(3, 3, activation="maxout"), 32),
@@ -247,21 +247,21 @@ WIDE = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_networks_of_images(name):
+def test_gradients_of_small_image_networks(name):
     make, side = SMALL[name]
     network = ready(make())
     assert_gradients(network, network, numbers(2, 3, side, side))
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_networks_of_images(name, narrow):
+def test_gradients_of_image_networks_at_reduced_width(name, narrow):
     make, side = WIDE[name]
     network = ready(make())
     assert_gradients(network, network, numbers(1, 3, side, side))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_deepar(cell):
+def test_gradients_of_deepar(cell):
     network = ready(models.DeepAR(3, 2, [4, 2], cell=cell, num_cells=5))
     categories, scale = torch.tensor([[3, 0], [1, 1]]), (torch.rand(2).double() + 0.5).requires_grad_()
     inputs = numbers(2, 6, 3), numbers(2, 6, 2), scale, numbers(4 if cell == "lstm" else 2, 2, 5)
@@ -281,7 +281,7 @@ def test_deepar(cell):
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
-def test_seq2seq(options):
+def test_gradients_of_seq2seq(options):
     network = ready(models.Seq2Seq(11, 13, hidden_size=6, embedding_size=6, **options))
     source, lengths, target = sentences()
     assert_gradients(network, lambda: network(source, lengths, target))
@@ -289,7 +289,7 @@ def test_seq2seq(options):
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
 @pytest.mark.parametrize("options", [{}, {"bias": False, "qk_norm": True}], ids=["plain", "norm"])
-def test_gpt_at_once_and_after_a_past(positions, options):
+def test_gradients_of_gpt_with_and_without_a_past(positions, options):
     network = ready(models.GPT(13, 12, n_layer=2, n_head=2, n_embd=8, positions=positions, **options))
     tokens = torch.randint(13, (2, 9))
 
@@ -301,14 +301,14 @@ def test_gpt_at_once_and_after_a_past(positions, options):
     assert_gradients(network, answers)
 
 
-def test_the_loss_of_a_language_model_through_its_network():
+def test_gradients_of_the_language_model_loss_through_its_network():
     task = alone(LanguageModel(network=ready(models.GPT(13, 12, n_layer=2, n_head=2, n_embd=8)), optimizer=sgd))
     batch = torch.randint(13, (3, 13))
     assert_derivative(list(task.parameters()), lambda: task.training_step(batch, 0))
 
 
 @pytest.mark.parametrize("name", get_args(ActivationName))
-def test_activations(name):
+def test_gradients_of_activations(name):
     inputs = torch.tensor([-3.0, -0.7, -0.01, 0.02, 0.9, 4.0], dtype=torch.double, requires_grad=True)
     module = make_activation(name).double()
     names, parameters = [name for name, _ in module.named_parameters()], tuple(module.parameters())
@@ -319,17 +319,17 @@ def test_activations(name):
     assert gradcheck(activation, (inputs, *parameters))
 
 
-def test_every_network_is_here():
-    """One that is new has to be added."""
+def test_gradients_of_each_public_network_are_checked():
+    """New networks must be added to this file."""
     checked = {name.partition(" ")[0] for name in SMALL | WIDE} | {"DeepAR", "Seq2Seq", "GPT"}
     assert checked == {name for name in models.__all__ if inspect.isclass(getattr(models, name))}
 
 
-# A wrong gradient is found
+# Wrong gradients are detected
 
 
 @pytest.mark.parametrize("wrong", [lambda gradient: 2 * gradient, torch.zeros_like], ids=["doubled", "detached"])
-def test_a_wrong_gradient_of_any_tensor_of_a_network_is_found(wrong, narrow):
+def test_the_check_detects_a_wrong_gradient_of_any_tensor_of_a_network(wrong, narrow):
     network = ready(models.ResNet(18, 3))
     image = numbers(1, 3, 33, 33)
     for tensor in [image, *network.parameters()]:
@@ -341,7 +341,7 @@ def test_a_wrong_gradient_of_any_tensor_of_a_network_is_found(wrong, narrow):
 
 
 @pytest.mark.parametrize("wrong", [lambda x: 2 * x - x.detach(), lambda x: x.detach() + 0 * x])
-def test_a_wrong_gradient_of_a_loss_is_found(wrong):
+def test_gradcheck_detects_a_wrong_gradient_of_a_loss(wrong):
     task = classifier(Given())
     task.mix = None
     loss = loss_of(task, (pictures(4, 32), torch.tensor([0, 1, 2, 0])))
@@ -349,7 +349,7 @@ def test_a_wrong_gradient_of_a_loss_is_found(wrong):
     assert not gradcheck(lambda logits: loss(wrong(logits)), [numbers(4, 3)], raise_exception=False)
 
 
-def test_a_kink_between_the_points_is_found():
+def test_the_check_detects_a_kink_between_its_points():
     for near, found in ((1e-3, False), (1e-9, True)):
         x = torch.tensor([near, 1.0], dtype=torch.double, requires_grad=True)
         with pytest.raises(AssertionError) if found else nullcontext():

@@ -1,4 +1,4 @@
-"""The monitor: each rule on a network made to have its trouble and on a healthy one, what it costs, the front door."""
+"""The monitor: each rule on a faulty and on a healthy network, its cost, and its use from the command line."""
 
 import math
 import shlex
@@ -53,7 +53,7 @@ class Stack(nn.Module):
 
 
 def with_(network, **changes):
-    """The first layer's parameters set (numbers) or multiplied (by `times`)."""
+    """Set the first layer's parameters to numbers, or multiply its weight by `times`; return the network."""
     with torch.no_grad():
         for name, value in changes.items():
             parameter = network.hidden[0].weight if name == "times" else getattr(network.hidden[0], name)
@@ -62,7 +62,7 @@ def with_(network, **changes):
 
 
 class Bright(Pixels):
-    """Pictures whose class is how bright they are, enough of them in a batch for `ENOUGH`."""
+    """Images whose brightness is their class, in batches large enough for `ENOUGH`."""
 
     def __init__(self):
         super().__init__(n=96)
@@ -74,7 +74,7 @@ class Bright(Pixels):
 
 
 class Chance(Bright):
-    """Twenty pictures of noise with labels by chance, and for validation by chance again: there is nothing to learn."""
+    """Twenty noise images with random labels, and other random labels for validation: there is nothing to learn."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Chance(Bright):
 
 
 def fitted(tmp_path, network=None, lr=0.01, data=None, stop=(), every=1, max_epochs=15, **options):
-    """A trainer after its run, beside the monitor."""
+    """Run a trainer; return it and its monitor."""
     task = classifier(network or Stack(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr))
     watch = Monitor(every, stop)
     done = trainer(tmp_path, max_epochs=max_epochs, callbacks=[watch], num_sanity_val_steps=1, **options)
@@ -109,7 +109,7 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_fires_on_its_trouble_and_ends_the_run_where_it_is_to(rule, tmp_path, capsys):
+def test_each_rule_fires_on_its_fault_and_stops_the_run_if_listed_in_stop(rule, tmp_path, capsys):
     make, words = TROUBLES[rule]
     whole, _ = fitted(tmp_path, **make())
     assert whole.current_epoch == 15
@@ -123,7 +123,7 @@ def test_a_rule_fires_on_its_trouble_and_ends_the_run_where_it_is_to(rule, tmp_p
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
-def test_a_healthy_network_is_left_alone(activation, tmp_path, capsys):
+def test_no_rule_fires_on_a_healthy_network(activation, tmp_path, capsys):
     done, watch = fitted(tmp_path, Stack(activation, depth=2), lr=0.05, every=3, stop=list(RULES), max_epochs=40)
     assert told(capsys) == []
     assert done.global_step == 120
@@ -134,7 +134,7 @@ def test_a_healthy_network_is_left_alone(activation, tmp_path, capsys):
     assert shares.keys() == {"network.act.0", "network.act.1"}
 
 
-def test_a_look_is_taken_at_every_so_many_steps_alone(tmp_path, monkeypatch):
+def test_the_monitor_measures_only_at_multiples_of_every(tmp_path, monkeypatch):
     looks = []
     look = Monitor._look
     monkeypatch.setattr(
@@ -143,10 +143,10 @@ def test_a_look_is_taken_at_every_so_many_steps_alone(tmp_path, monkeypatch):
     network = Stack()
     fitted(tmp_path, network, every=4)
     assert network.listened == [step % 4 == 0 for step in range(1, STEPS + 1)]
-    assert looks == [2 * 2 + 1] * (STEPS // 4)  # two norms of two weights, and a ReLU
+    assert looks == [2 * 2 + 1] * (STEPS // 4)  # two norms for each of two weights, and one share for a ReLU
 
 
-def test_each_look_begins_anew():
+def test_measurements_are_cleared_after_each_look():
     watch, silent = Monitor(), []
     watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
     watch.measured["silent", "act"] = torch.tensor(1.0)
@@ -156,7 +156,7 @@ def test_each_look_begins_anew():
     assert silent == [{"act": 1.0}, {}]
 
 
-def test_a_resumed_run_looks_at_the_steps_that_it_would_have_looked_at():
+def test_a_resumed_run_looks_at_the_same_steps_as_an_uninterrupted_one():
     monitor, trainer = Monitor(every=5), SimpleNamespace(global_step=7, is_global_zero=True)
     monitor.on_train_start(trainer, SimpleNamespace(compile_network=False))
     assert not monitor._due(trainer)
@@ -164,18 +164,18 @@ def test_a_resumed_run_looks_at_the_steps_that_it_would_have_looked_at():
     assert monitor._due(trainer)
 
 
-def test_batches_whose_gradients_add_up_are_one_step(tmp_path):
+def test_accumulated_batches_count_as_one_step(tmp_path):
     network = Stack()
     done, watch = fitted(tmp_path, network, every=2, accumulate_grad_batches=3)
     assert done.global_step == 15
     assert network.listened == [(batch // 3 + 1) % 2 == 0 for batch in range(STEPS)]
     once, many = watch.seen.losses, fitted(tmp_path, Stack(), lr=0.0, every=3)[1].seen.losses
     assert len(once) == 7
-    assert once[0] == pytest.approx(many[0], rel=0.2)  # not a third of it
+    assert once[0] == pytest.approx(many[0], rel=0.2)  # and not a third of it
 
 
-def test_a_step_in_between_fetches_nothing_from_the_device():
-    """On the meta device there are no numbers to fetch: whoever asks for one fails."""
+def test_steps_between_looks_fetch_nothing_from_the_device():
+    """On the meta device there are no numbers, so fetching one fails."""
     watch = Monitor(every=3)
     with torch.device("meta"):
         task = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
@@ -198,13 +198,13 @@ def test_a_step_in_between_fetches_nothing_from_the_device():
         watch.on_train_batch_end(at, task, {}, batch, step)
 
 
-def test_a_rule_is_told_again_only_after_it_ceased(tmp_path, capsys, monkeypatch):
+def test_a_rule_is_reported_again_only_after_it_has_cleared(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(RULES, "dead_relu", lambda seen: "so" if len(seen.losses) in (2, 3, 4, 7, 8) else None)
     fitted(tmp_path, max_epochs=4)
     assert told(capsys) == [f"monitor: step {step}: dead_relu: so" for step in (2, 7)]
 
 
-def test_a_compiled_network_is_not_listened_to_and_that_is_told(tmp_path, capsys, monkeypatch):
+def test_a_compiled_network_gets_no_activation_hooks_and_a_notice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
     network = with_(Stack(), bias=-100.0)
     task = classifier(network, compile_network=True)
@@ -213,22 +213,22 @@ def test_a_compiled_network_is_not_listened_to_and_that_is_told(tmp_path, capsys
     assert not any(network.listened)
 
 
-def test_where_biases_alone_train_there_is_nothing_to_look_at(tmp_path):
+def test_a_network_whose_biases_alone_train_has_no_gradients_to_judge(tmp_path):
     task = classifier(Stack(nn.ELU), freeze=r"hidden|fc\.weight")
     watch = Monitor(1)
     trainer(tmp_path, callbacks=[watch]).fit(task, datamodule=Bright())
     assert (watch.seen.gradients, len(watch.seen.losses)) == ({}, 3)
 
 
-def test_no_steps_between_looks_is_refused():
+def test_the_monitor_refuses_every_of_zero():
     with pytest.raises(ValueError, match="every: 0; expected 1 or more"):
         Monitor(every=0)
 
 
-# Rules at their edges
+# Thresholds of the rules
 
 
-def test_gradients_are_measured_against_their_weights():
+def test_gradient_rules_compare_gradient_norms_with_weight_norms():
     gradients = {"small": (1e-9, 1.0), "zero": (0.0, 1.0), "large": (1e3, 1.0), "unset": (5.0, 0.0)}
     assert vanishing_gradient(Seen(gradients)).startswith("small: gradient norm 1.0e-09, 1.0e-09 times")
     assert vanishing_gradient(Seen({"small": (1e-9, 1e-3), "zero": (0.0, 1.0)})) is None
@@ -239,7 +239,7 @@ def test_gradients_are_measured_against_their_weights():
     assert exploding_gradient(Seen()) is vanishing_gradient(Seen()) is dead_relu(Seen()) is None
 
 
-def test_what_a_scaler_tries_is_no_explosion():
+def test_infinite_gradients_under_loss_scaling_are_ignored():
     watch = Monitor()
     for scaled in (True, False):
         watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
@@ -251,11 +251,11 @@ def test_what_a_scaler_tries_is_no_explosion():
         assert watch.seen.gradients.keys() == ({"v"} if scaled else {"w", "v"})
 
 
-def test_an_output_of_one_axis_has_no_units():
+def test_a_one_dimensional_output_has_no_units():
     assert silent_units(nn.ReLU(), torch.zeros(10_000)) is None
 
 
-def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_measured_without_the_scale():
+def test_the_loss_scale_is_divided_out_of_gradients_for_a_fused_optimiser():
     network = nn.Linear(3, 2)
     network(torch.ones(1, 3)).sum().mul(1024).backward()
     plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
@@ -269,18 +269,18 @@ def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_measured_with
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (8, 4, 3, 3), (8, 8, 4)])
-def test_a_unit_is_silent_where_it_is_0_everywhere(shape):
+def test_a_unit_is_silent_if_it_is_zero_for_all_examples_and_positions(shape):
     output = torch.zeros(shape)
     units = output.movedim(2 if len(shape) == 3 else 1, 0)
     units[1].flatten()[0] = 1e-3
     units[1, 5] = 1e-3  # one example is enough
     assert silent_units(nn.ReLU(), output) == 0.75
-    assert silent_units(nn.ReLU(), output[:2]) is None  # two examples tell nothing
+    assert silent_units(nn.ReLU(), output[:2]) is None  # two examples are too few to judge
     assert dead_relu(Seen(silent={"a": 0.5, "b": 0.1})) is None
     assert dead_relu(Seen(silent={"a": 0.51, "b": 0.75})).startswith("b: 75% of the units")
 
 
-def test_a_module_that_serves_twice_counts_by_its_worst_call():
+def test_a_module_called_several_times_counts_by_its_worst_call():
     watch = Monitor()
     watch.on_train_start(SimpleNamespace(global_step=0), SimpleNamespace(compile_network=False))
     for output in (torch.ones(64, 4), torch.zeros(64, 4), torch.ones(64, 4)):
@@ -288,8 +288,8 @@ def test_a_module_that_serves_twice_counts_by_its_worst_call():
     assert watch.measured["silent", "act"] == 1
 
 
-def test_an_output_is_saturated_close_to_its_bounds():
-    """Where the derivative is below 0.2% of its largest, of either function."""
+def test_an_output_is_saturated_where_its_derivative_is_below_two_thousandths():
+    """An output is saturated if the derivative of tanh or sigmoid is below 0.2% of its maximum."""
     inputs = torch.linspace(-12, 12, 1001, requires_grad=True)
     for squashing, largest in ((nn.Tanh(), 1.0), (nn.Sigmoid(), 0.25)):
         outputs = squashing(inputs)
@@ -298,7 +298,7 @@ def test_an_output_is_saturated_close_to_its_bounds():
         torch.testing.assert_close(saturated_outputs(squashing, outputs), expected, atol=0.003, rtol=0)
 
 
-def test_a_loss_has_to_fall_within_ten_looks():
+def test_loss_not_decreasing_fires_after_ten_looks_without_a_lower_loss():
     falling = [1 - 0.01 * i for i in range(30)]
     assert loss_not_decreasing(Seen(losses=falling)) is None
     assert loss_not_decreasing(Seen(losses=[0.5] * LOOKS)) is None  # too early to tell
@@ -306,25 +306,31 @@ def test_a_loss_has_to_fall_within_ten_looks():
     assert loss_not_decreasing(Seen(losses=[-5.0] * (LOOKS + 1)))
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * (LOOKS - 1)])) is None
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * LOOKS]))
-    assert loss_not_decreasing(Seen(losses=[-1 - loss for loss in falling]))  # a likelihood that falls
+    assert loss_not_decreasing(
+        Seen(losses=[-1 - loss for loss in falling])
+    )  # a falling log-likelihood: the loss rises from below 0
     assert loss_not_decreasing(Seen(losses=[-2 + loss for loss in falling])) is None
     assert loss_not_decreasing(Seen(losses=[0.5, *[math.nan] * LOOKS]))
 
 
-def test_overfitting_is_a_validation_loss_that_rises_for_long_while_the_other_falls():
+def test_overfitting_needs_a_lasting_rise_of_the_validation_loss_while_training_falls():
     better = [(1.0, 1.2), (0.8, 1.0), (0.6, 0.9)]
     worse = [(0.5, 1.05), (0.4, 1.1), (0.3, 1.2)]
     assert overfitting(Seen(validations=better + worse))
     assert overfitting(Seen(validations=better + worse[:2])) is None
     assert overfitting(Seen(validations=[*better, *worse[:2], (0.3, 0.95)])) is None
-    assert overfitting(Seen(validations=better + [(0.7, loss) for _, loss in worse])) is None  # both: no overfitting
+    assert (
+        overfitting(Seen(validations=better + [(0.7, loss) for _, loss in worse])) is None
+    )  # both losses rise: no overfitting
     assert overfitting(Seen(validations=better + [(loss, 0.91) for loss, _ in worse])) is None  # chance
     likelihoods = [(1.0, 2.0), (0.5, 1.0), (0.0, 0.0), (-0.1, 0.02), (-0.2, 0.02), (-0.3, 0.02)]
-    assert overfitting(Seen(validations=likelihoods)) is None  # of a lowest loss of 0, all is a tenth
+    assert (
+        overfitting(Seen(validations=likelihoods)) is None
+    )  # relative to a lowest loss of 0, any rise would be a tenth
     assert overfitting(Seen(validations=likelihoods + [(-0.3, 0.2)] * 3))
 
 
-# The front door
+# The command line
 
 
 COMMAND = shlex.split(monitor.Monitor.__doc__.partition("python train.py ")[2].partition("\n\n")[0])
@@ -332,11 +338,11 @@ SHORT = ["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", 
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys):
+def test_the_docstrings_command_stops_a_run_with_exploding_gradients(tmp_path, capsys):
     arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in COMMAND]
     assert arguments[:2] == ["fit", "--config"]
     large = ["--model.init_args.optimizer.init_args.lr", "100"]
-    large += ["--model.init_args.network.init_args.activation", "leaky_relu"]  # the plain one would be dead
+    large += ["--model.init_args.network.init_args.activation", "leaky_relu"]  # plain ReLUs would be dead
     assert train([*arguments, *SHORT, *large]) == 0
     (line,) = [line for line in told(capsys) if "exploding_gradient" in line]
     assert line.startswith("monitor: step 10: exploding_gradient: network.")
@@ -345,11 +351,11 @@ def test_the_command_of_the_docstring_ends_a_run_that_explodes(tmp_path, capsys)
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
     assert (run / "checkpoints/best.ckpt").is_file()
     assert (run / "test.json").is_file()
-    assert train(["validate", "--config", str(run / "config.yaml")]) == 0  # with the monitor in its config
+    assert train(["validate", "--config", str(run / "config.yaml")]) == 0  # the config includes the monitor
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_misspelt(tmp_path, capsys):
+def test_the_command_line_refuses_unknown_rules_and_a_healthy_run_reports_nothing(tmp_path, capsys):
     digits = ["fit", "--config", str(ROOT / "configs/lenet5_digits.yaml"), "--trainer.callbacks+"]
     digits += ["dlref.tasks.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]
     assert train([*digits, "[exploding]"]) == 2
@@ -357,10 +363,10 @@ def test_through_the_front_door_a_healthy_run_is_left_alone_and_no_rule_is_missp
     assert train([*digits, "[exploding_gradient, vanishing_gradient]"]) == 0
     assert told(capsys) == []
     last = torch.load(tmp_path / "runs/lenet5_digits/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == 3 * 33  # of 1,077 digits the last incomplete batch is left out
+    assert last["global_step"] == 3 * 33  # the last, incomplete batch of the 1,077 digits is dropped
 
 
-def test_another_callback_s_stop_stands():
+def test_the_monitor_does_not_undo_another_callbacks_stop():
     watch = monitor.Monitor()
     strategy = SimpleNamespace(broadcast=lambda value: value)
     trained = SimpleNamespace(global_step=0, is_global_zero=True, should_stop=True, strategy=strategy)
