@@ -112,7 +112,7 @@ def test_the_search_continues_while_a_longer_answer_could_rank_higher():
     assert one.tokens == [4, 6]
 
 
-def test_the_mean_log_probability_rises_with_a_wider_beam():
+def test_a_wider_beam_finds_likelier_answers_on_average():
     table = Table(20, seed=1)
     totals = [[one.log_probability for one in beam_search(table, table.start, k, 0.0, 6)] for k in (1, 2, 4, 400)]
     assert np.mean(totals[3]) >= max(map(np.mean, totals[:3])) - 1e-9

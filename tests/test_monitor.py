@@ -306,9 +306,7 @@ def test_loss_not_decreasing_fires_after_ten_looks_without_a_lower_loss():
     assert loss_not_decreasing(Seen(losses=[-5.0] * (LOOKS + 1)))
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * (LOOKS - 1)])) is None
     assert loss_not_decreasing(Seen(losses=[*falling, *[0.8] * LOOKS]))
-    assert loss_not_decreasing(
-        Seen(losses=[-1 - loss for loss in falling])
-    )  # a falling log-likelihood: the loss rises from below 0
+    assert loss_not_decreasing(Seen(losses=[-1 - loss for loss in falling]))  # a negative loss that rises
     assert loss_not_decreasing(Seen(losses=[-2 + loss for loss in falling])) is None
     assert loss_not_decreasing(Seen(losses=[0.5, *[math.nan] * LOOKS]))
 
@@ -322,7 +320,9 @@ def test_overfitting_needs_a_lasting_rise_of_the_validation_loss_while_training_
     assert (
         overfitting(Seen(validations=better + [(0.7, loss) for _, loss in worse])) is None
     )  # both losses rise: no overfitting
-    assert overfitting(Seen(validations=better + [(loss, 0.91) for loss, _ in worse])) is None  # chance
+    assert (
+        overfitting(Seen(validations=better + [(loss, 0.91) for loss, _ in worse])) is None
+    )  # a rise within the margin
     likelihoods = [(1.0, 2.0), (0.5, 1.0), (0.0, 0.0), (-0.1, 0.02), (-0.2, 0.02), (-0.3, 0.02)]
     assert (
         overfitting(Seen(validations=likelihoods)) is None

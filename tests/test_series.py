@@ -235,7 +235,7 @@ def test_parquet_of_many_rows_is_read_with_dates_and_scalar_cats(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["feat_static_cat", "feat_dynamic_real"])
-def test_gluontss_names_are_refused_in_parquet_too(tmp_path, name):
+def test_gluonts_field_names_are_refused_in_parquet_too(tmp_path, name):
     content = parquet(start=[DAY], target=[[1.0]], **{name: [[1]]})
     (tmp_path / "a.parquet").write_bytes(content)
     assert error_of(read_json_lines, tmp_path / "a.parquet", H).startswith(f"{tmp_path}/a.parquet:1: {name}; expected")

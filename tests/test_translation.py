@@ -393,7 +393,7 @@ def test_translations_are_the_same_with_several_workers(exported):
     assert [one["target"] for one in runner(texts)] == alone
 
 
-def test_int8_graphs_are_quantised_and_give_finite_probabilities(exported, tmp_path):
+def test_int8_quantises_the_step_graph_and_keeps_probabilities_finite(exported, tmp_path):
     served, _, folder = exported
     for name, graph in served.graphs.items():
         # Graphs with convolutions are quantised with calibration data, all others without.
