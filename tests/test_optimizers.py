@@ -111,9 +111,9 @@ def test_invalid_options_or_parameters_of_muon_are_refused():
     for wrong in ("lr", "weight_decay", "momentum"):
         with pytest.raises(ValueError, match=rf"{wrong} -1.0.*; expected 0 or more"):
             Muon([nn.Parameter(torch.zeros(2, 2))], **{wrong: -1.0})
-    with pytest.raises(ValueError, match="expected matrices alone"):
+    with pytest.raises(ValueError, match="expected only matrices"):
         Muon([nn.Parameter(torch.zeros(2))])
-    with pytest.raises(ValueError, match="no group is of hidden matrices"):
+    with pytest.raises(ValueError, match="no group of hidden matrices"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}])
 
 

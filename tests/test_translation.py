@@ -250,7 +250,7 @@ class Few(Seq2Seq):
     [
         (Seq2Seq(20, 64, **SIZES), {}, f"source_vocabulary: {SIZE}, target_vocabulary: {SIZE}"),
         (Seq2Seq(64, 20, **SIZES), {}, f"target_vocabulary: {SIZE}"),
-        (torch.nn.Linear(3, 3), {}, "network refuses"),
+        (torch.nn.Linear(3, 3), {}, "network rejects"),
         (Few(64, 64, **SIZES), {}, "and room for 21 and 9 tokens"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 17}, "beam: 17; expected 1 to 16"),
         (Seq2Seq(64, 64, **SIZES), {"beam": 0}, "beam: 0"),
