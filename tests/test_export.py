@@ -537,7 +537,7 @@ def test_a_bundle_may_lose_what_its_target_s_gate_says(lost, refused):
 
 def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageClassifier, "evaluate", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="accuracy of PyTorch on validation is nan; expected a number"):
+    with pytest.raises(UserError, match="accuracy of PyTorch on validation is nan; expected a finite number"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
