@@ -1,4 +1,4 @@
-"""What is measured, and that the measuring says what it means. No figure of speed is checked against a clock."""
+"""Measurement of bundles and PyTorch, and its report. No test expects a particular speed."""
 
 import json
 import re
@@ -39,12 +39,12 @@ LINUX = Path("/proc/self/status").is_file()
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Without what has to be compiled, which takes minutes."""
+    """Export without the compiled contender, which takes minutes."""
     folder = tmp_path_factory.mktemp("bench") / "bundle"
     return folder, export(classifier().eval(), Pixels(), TARGETS["cpu"], folder, contenders=QUICK)
 
 
-def test_every_contender_is_measured_in_a_process_of_its_own(exported):
+def test_every_contender_is_measured_in_its_own_process(exported):
     folder, manifest = exported
     measured = manifest["measurement"]
     assert measured["not_run"] == {}
@@ -65,14 +65,14 @@ def test_every_contender_is_measured_in_a_process_of_its_own(exported):
 
 
 @pytest.mark.slow
-def test_what_is_compiled_is_measured_too(tmp_path):
+def test_compiled_pytorch_is_measured_as_well(tmp_path):
     manifest = export(classifier().eval(), Pixels(), TARGETS["cpu"], tmp_path / "b", contenders=("pytorch-compiled",))
     measured = manifest["measurement"]
-    assert [*measured["contenders"], *measured["not_run"]] == ["pytorch-compiled"]  # which needs a C++ compiler
+    assert [*measured["contenders"], *measured["not_run"]] == ["pytorch-compiled"]  # not run without a C++ compiler
     assert all(figures["latency_p95_ms"] >= figures["latency_ms"] > 0 for figures in measured["contenders"].values())
 
 
-def test_a_device_measures_a_bundle_again(exported, command):
+def test_the_bench_command_measures_a_bundle_on_this_machine(exported, command):
     folder, _ = exported
     result = command("-m", "dlref.runtime", "bench", folder, "--threads", "1")
     assert result.returncode == 0, result.stderr
@@ -83,7 +83,7 @@ def test_a_device_measures_a_bundle_again(exported, command):
 
 
 def changed(folder, place, change):
-    """A copy of a bundle with other answers, hashed as its own; None: without any."""
+    """Copy a bundle with changed answers and their new hash, or without answers if `change` returns None."""
     shutil.copytree(folder, place)
     with np.load(place / "answers.npz") as arrays:
         answers = change(dict(arrays))
@@ -105,12 +105,12 @@ def changed(folder, place, change):
         (lambda answers: answers | {"classify/probability": answers["classify/probability"] * np.nan}, 1),
     ],
 )
-def test_a_device_that_answers_otherwise_is_told(change, share, exported, tmp_path):
+def test_bench_reports_how_far_outputs_differ_from_the_recorded_answers(change, share, exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", change)
     assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(share, rel=0.15)
 
 
-def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
+def test_bench_reports_the_difference_of_the_output_that_differs_most(exported, tmp_path, monkeypatch):
     def two(answers):
         probability = answers["classify/probability"]
         return {"classify/probability": probability, "classify/sum": probability.sum(-1) + 0.5}
@@ -138,7 +138,7 @@ def test_the_output_that_differs_most_is_told(exported, tmp_path, monkeypatch):
         (None, "unreadable .*; expected"),
     ],
 )
-def test_answers_of_another_bundle_or_none_are_refused(answers, wrong, exported, tmp_path):
+def test_recorded_answers_of_another_bundle_or_missing_answers_are_refused(answers, wrong, exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", lambda _: answers)
     with pytest.raises(UserError, match=rf"answers\.npz: {wrong}"):
         bench.difference(folder, "CPUExecutionProvider")
@@ -157,12 +157,11 @@ def test_answers_of_another_bundle_or_none_are_refused(answers, wrong, exported,
         ([1.0], [1.0, 2.0], 1),
     ],
 )
-def test_how_far_two_outputs_are_apart(found, known, share):
+def test_differing_returns_how_far_two_outputs_are_apart(found, known, share):
     assert bench.differing(np.array(found), np.array(known)) == share
 
 
-def test_without_torch(exported):
-    """Neither the bench nor the runner needs it; the parent's own imports are forbidden too."""
+def test_bench_runs_without_torch_onnx_lightning_and_rich(exported):
     folder, _ = exported
     forbid = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'lightning', 'rich')))\n"
     arguments = [str(folder), "1", "CPUExecutionProvider", "0"]
@@ -172,14 +171,14 @@ def test_without_torch(exported):
     assert set(json.loads(result.stdout)) == FIGURES | {"waited"}
 
 
-def test_memory_that_a_system_does_not_tell_is_unknown(monkeypatch):
-    """gVisor's status has the resident memory of now alone."""
+def test_memory_figures_that_the_system_does_not_report_are_none(monkeypatch):
+    """gVisor's /proc/self/status holds only the current resident memory."""
     monkeypatch.setattr(Path, "read_text", lambda path, **_: "Name:\tpython\nVmRSS:\t  100 kB\n")
     assert bench.memory() == {"peak_rss_mb": None, "anonymous_mb": None}
 
 
-def test_the_runtime_adds_little_to_the_memory_of_its_packages():
-    """What these take is theirs to say, and differs by version."""
+def test_the_runtime_adds_less_than_10_mb_to_the_memory_of_its_packages():
+    """The memory of the packages themselves differs by version."""
 
     def peak(modules):
         code = f"import {modules}; print(open('/proc/self/status').read())"
@@ -191,8 +190,8 @@ def test_the_runtime_adds_little_to_the_memory_of_its_packages():
         assert peak(f"{packages}, dlref.runtime, dlref.runtime.bench") < peak(packages) + 10
 
 
-def test_a_device_that_cannot_open_it_says_why_in_one_line(bundle, capsys):
-    assert main(["bench", str(bundle)]) == 2  # this one has no example
+def test_bench_of_an_unusable_bundle_reports_the_reason_in_one_line(bundle, capsys):
+    assert main(["bench", str(bundle)]) == 2  # this bundle has no example
     printed = capsys.readouterr().err
     assert "example.npz: " in printed
     assert printed.count("\n") == 1
@@ -201,24 +200,24 @@ def test_a_device_that_cannot_open_it_says_why_in_one_line(bundle, capsys):
     assert "SHA-256 differs" in capsys.readouterr().err
 
 
-def test_the_reason_of_a_process_that_failed_is_its_last_line():
+def test_a_failed_process_is_reported_by_the_last_line_of_its_error_output():
     with pytest.raises(UserError, match=r"^no compiler$"):
         bench.in_process([sys.executable, "-c", "raise SystemExit('error: no compiler')"])
 
 
-def test_a_process_that_crashed_has_its_code_for_a_reason():
+def test_a_crashed_process_is_reported_with_its_exit_code():
     with pytest.raises(UserError, match="its process ended with code -11"):
         bench.in_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])
 
 
 class Suppress(nn.Module):
-    """The boxes that torchvision's own operator leaves."""
+    """Return the boxes that torchvision's NMS operator keeps."""
 
     def forward(self, boxes, scores):
         return boxes[torchvision.ops.nms(boxes, scores, 0.5)]
 
 
-def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
+def test_the_pytorch_contender_runs_torchvisions_operators_and_counts_its_size(bundle, tmp_path):
     corners = torch.rand(6, 2)
     graph = Graph(
         module=Suppress().eval(),
@@ -236,19 +235,19 @@ def test_pytorch_s_contender_runs_torchvision_s_operators_too(bundle, tmp_path):
     assert figures["installed_mb"] > bench.installed_mb("torch")
 
 
-def test_a_manifest_that_does_not_say_how_often_a_graph_is_called_is_refused():
+def test_a_manifest_without_the_number_of_calls_of_a_graph_is_refused():
     with pytest.raises(UserError, match=r"^manifest.json: a graph without 'calls'; expected one that export.py wrote$"):
         bench.repeating({"classify": dict}, {"classify": {"dynamic_axes": {}}})
 
 
-def test_weights_that_graphs_share_count_once():
+def test_weights_shared_by_several_graphs_count_once():
     shared = nn.Linear(10, 10, bias=False)
     modules = {"encode": nn.Sequential(shared), "step": nn.Sequential(shared, nn.Linear(10, 5, bias=False))}
     graphs = {name: SimpleNamespace(module=module) for name, module in modules.items()}
     assert weights_mb(graphs) == pytest.approx(4 * (10 * 10 + 10 * 5) / 1e6)
 
 
-def test_pytorch_is_measured_by_the_interpreter_that_is_given(tmp_path, monkeypatch):
+def test_pytorch_is_measured_with_the_given_python_interpreter(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr("dlref.export.measure.in_process", lambda command: commands.append(command) or {})
     for options in ({}, {"python": "another"}):
@@ -257,13 +256,13 @@ def test_pytorch_is_measured_by_the_interpreter_that_is_given(tmp_path, monkeypa
     assert [command[0] for command in commands] == [sys.executable, "another"]
 
 
-def test_a_process_is_told_when_it_was_started():
+def test_in_process_passes_the_start_time_to_the_new_process():
     before = time.monotonic()
     code = "import sys, json; print('noise'); print(json.dumps({'started': float(sys.argv[1])}))"
     assert before <= bench.in_process([sys.executable, "-c", code])["started"] <= time.monotonic()
 
 
-def test_the_batch_is_repeated_where_there_is_one():
+def test_batch_of_repeats_inputs_that_have_a_batch_axis():
     image = np.arange(12, dtype=np.uint8).reshape(1, 2, 6, 1)
     several = bench.batch_of({"classify": {"image": image}}, {"classify": SIGNATURE})
     np.testing.assert_array_equal(several["classify"]["image"], image.repeat(8, axis=0))
@@ -272,55 +271,55 @@ def test_the_batch_is_repeated_where_there_is_one():
 
 
 @pytest.mark.parametrize(("axes", "rows"), [({"x": {"0": "batch"}}, 8), ({}, 1)])
-def test_speeds_are_of_the_median_call_and_of_all_its_rows(axes, rows, tmp_path, monkeypatch):
+def test_latency_is_that_of_the_median_call_and_throughput_counts_all_its_rows(axes, rows, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": axes, "calls": 3}}}))
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [0.5, 0.5, 2.0])
     calls = []
     figures = bench.measure(lambda: {"g": lambda x: calls.append(len(x))}, tmp_path, 0.0)
     assert (figures["throughput"], figures["latency_ms"]) == (rows / 0.5, 500)
-    assert calls == [1, 1, 1]  # the first answer, as often as an answer calls the graph
+    assert calls == [1, 1, 1]  # the first answer, which calls the graph three times
 
 
-def test_slow_calls_and_waiting_are_shares_of_all(tmp_path, monkeypatch):
+def test_measure_reports_the_p95_latency_and_the_share_of_time_spent_waiting(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"graphs": {"g": {"dynamic_axes": {}, "calls": 1}}}))
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [i / 1000 for i in range(101)])
     monkeypatch.setattr(bench, "scheduled", iter([(1.0, 2.0), (4.0, 3.0)]).__next__)
     figures = bench.measure(lambda: {"g": lambda x: None}, tmp_path, 0.0)
     assert figures["latency_p95_ms"] == pytest.approx(95)
-    assert figures["waited"] == 0.25  # 3 seconds ran, 1 waited
+    assert figures["waited"] == 0.25  # 3 seconds running, 1 waiting
 
 
-def test_a_megabyte_of_a_report_is_a_million_bytes():
+def test_a_megabyte_in_the_report_is_a_million_bytes():
     described = {"g": {"file": "g.onnx", "inputs": [], "outputs": []}}
     assert "| g.onnx | 1.50 |" in graphs(described, {"g.onnx": 1_500_000})[1]
 
 
-def test_both_sides_have_the_threads_of_the_device(tmp_path, monkeypatch):
+def test_pytorch_and_the_bundle_use_the_devices_thread_count(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("dlref.export.measure.cores", lambda: 8)
     monkeypatch.setattr("dlref.export.measure.bench", lambda folder, threads, provider: asked.append(threads) or {})
     for target in (TARGETS["cpu"], TARGETS["mobile"], TARGETS["web"]):
         Contenders(target, {}, tmp_path, tmp_path).measured(tmp_path)
         asked.append(threads(target))
-    assert asked == [0, 8, 2, 2, 1, 1]  # of a bundle 0: as `load` has it, all
+    assert asked == [0, 8, 2, 2, 1, 1]  # 0 for a bundle: `load`'s default, all cores
 
 
-def test_first_calls_are_not_timed(monkeypatch):
+def test_warm_up_calls_are_not_timed(monkeypatch):
     now = iter(np.cumsum([0.0, *[0.0, 5.0] * bench.WARMUP, *[0.0, 1.0] * 99]))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(bench, "SECONDS", 0.0)
     assert bench.clock(lambda: None) == [1.0] * bench.CALLS
 
 
-def test_a_graph_is_called_as_often_as_an_answer_calls_it():
+def test_repeating_calls_a_graph_as_often_as_one_prediction_does():
     seen = []
     bench.repeating({"g": lambda x: seen.append(x)}, {"g": {"calls": 3}})["g"](x=1)
     assert seen == [1, 1, 1]
 
 
-def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
+def test_installed_mb_includes_a_package_and_all_its_dependencies():
     def size(name):
         return sum(path.locate().stat().st_size for path in distribution(name).files if path.locate().is_file()) / 1e6
 
@@ -329,7 +328,7 @@ def test_installed_bytes_are_those_of_a_package_and_all_it_requires():
     assert bench.installed_mb("no-such-package") is None
 
 
-def test_waiting_for_a_core_is_counted():
+def test_time_spent_waiting_for_a_core_is_counted():
     """Two processes on one core: each waits for about half of the time."""
     if not LINUX:
         assert bench.scheduled() == (0, 0)
@@ -345,7 +344,7 @@ def test_waiting_for_a_core_is_counted():
     assert sum(ran) < 1.9  # on one core
 
 
-def test_a_busy_machine_is_said_to_be_one():
+def test_the_report_states_that_the_machine_was_busy():
     figures = dict.fromkeys(FIGURES, 1.0)
     measured = {
         "threads": 2,
@@ -362,7 +361,7 @@ def test_a_busy_machine_is_said_to_be_one():
 
 
 def contenders(tmp_path, monkeypatch, waits):
-    """Contenders whose runs waited for a core as long as `waits` says, one after the other."""
+    """Return contenders and their runs to come, which wait for a core for the shares of time in `waits`."""
     monkeypatch.setattr("dlref.export.measure.TURNS", 3)
     runs = [{"latency_ms": float(i), "waited": share} for i, share in enumerate(waits)]
     found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path)
@@ -371,13 +370,15 @@ def contenders(tmp_path, monkeypatch, waits):
 
 
 @pytest.mark.parametrize(("waits", "kept", "left"), [([0.4, 0.3, 0.35, 0.0], 1, 1), ([0.4, 0.05, 0.0], 1, 1)])
-def test_what_something_held_up_is_measured_again(waits, kept, left, tmp_path, monkeypatch):
+def test_a_run_held_up_by_other_programs_is_repeated_and_the_least_disturbed_is_kept(
+    waits, kept, left, tmp_path, monkeypatch
+):
     found, runs = contenders(tmp_path, monkeypatch, waits)
     assert found.undisturbed("bundle", tmp_path)["latency_ms"] == kept
     assert len(runs) == left
 
 
-def test_a_contender_is_measured_by_its_own_folder(tmp_path, monkeypatch):
+def test_each_contender_is_measured_from_its_own_folder(tmp_path, monkeypatch):
     found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path / "float32")
     monkeypatch.setattr(found, "measured", lambda folder: {"of": folder.name, "waited": 0.0})
     monkeypatch.setattr(found, "pytorch", lambda mode: {"of": mode, "waited": 0.0})
@@ -386,7 +387,7 @@ def test_a_contender_is_measured_by_its_own_folder(tmp_path, monkeypatch):
     assert measured == ["int8", "float32", "eager", "compiled"]
 
 
-def test_two_bundles_are_measured_in_turns(tmp_path, monkeypatch):
+def test_latencies_measures_two_bundles_in_turns(tmp_path, monkeypatch):
     found, _ = contenders(tmp_path, monkeypatch, [0.0] * 6)
     assert found.latencies(tmp_path / "one", tmp_path / "other") == [2.0, 3.0]
 
@@ -401,8 +402,8 @@ print(json.dumps([before, bench.memory()]))
 """
 
 
-def test_memory_is_that_of_this_process(command):
-    """A fresh one: in this one, the block may lie in what an earlier test left."""
+def test_memory_grows_with_what_this_process_allocates(command):
+    """Run in a fresh process: here, the block might reuse memory that an earlier test freed."""
     before, after = json.loads(command("-c", FIFTY_MEGABYTES).stdout)
     if not LINUX:
         assert set(before.values()) == {None}

@@ -1,4 +1,4 @@
-"""Bundles at the edge: images in every form, answers, and what is refused."""
+"""Bundles at the edge: image inputs in every form, predictions, and refused requests."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def grey(value, height=4, width=6):
     return np.full((height, width), value, np.uint8)
 
 
-def test_a_file_an_array_and_a_list_get_the_same_answer(bundle, tmp_path):
+def test_a_file_an_array_and_a_list_give_the_same_prediction(bundle, tmp_path):
     Image.fromarray(grey(204)).save(tmp_path / "grey.png")
     runner = load(bundle)
     answer = runner(tmp_path / "grey.png")
@@ -52,7 +52,7 @@ def test_a_file_an_array_and_a_list_get_the_same_answer(bundle, tmp_path):
     assert json.loads(json.dumps(answer)) == answer  # plain Python values
 
 
-def test_a_camera_may_write_its_next_picture_where_the_last_one_was(bundle):
+def test_stream_predicts_correctly_if_the_caller_reuses_one_frame_buffer(bundle):
     runner, camera = load(bundle), grey(0)
 
     def frames():
@@ -63,36 +63,36 @@ def test_a_camera_may_write_its_next_picture_where_the_last_one_was(bundle):
     assert list(runner.stream(frames())) == runner([grey(10), grey(200), grey(90)])
 
 
-def test_each_frame_is_answered_before_the_next_is_taken(bundle):
+def test_stream_with_batch_size_1_predicts_each_frame_before_taking_the_next(bundle):
     taken = []
     for count, _ in enumerate(load(bundle).stream((taken.append(v) or grey(v) for v in (1, 2, 3)), batch_size=1)):
         assert len(taken) == count + 1
 
 
-def test_what_says_what_is_wrong_has_an_end(bundle):
+def test_the_error_message_for_a_very_long_input_is_shortened(bundle):
     with pytest.raises(UserError) as caught:
         load(bundle)("A" * 1_000_000)  # a picture as text
     assert len(str(caught.value)) < 3000
     assert str(caught.value).endswith("expected an image file")
 
 
-def test_a_picture_without_pixels_is_refused_in_plain_words(bundle):
+def test_an_image_without_pixels_is_refused(bundle):
     with pytest.raises(UserError, match=r"0×5 pixels; expected at least one$"):
         load(bundle)(Image.new("L", (0, 5)))
 
 
-def test_a_folder_may_have_a_name_that_is_no_unicode(bundle, tmp_path):
+def test_a_bundle_loads_from_a_folder_whose_name_is_not_valid_utf8(bundle, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")
     shutil.copytree(bundle, folder)
     assert load(folder)(grey(204)) == load(bundle)(grey(204))
 
 
-def test_no_provider_is_not_the_default(bundle):
+def test_an_empty_provider_name_is_refused_instead_of_using_the_default(bundle):
     with pytest.raises(UserError, match="provider ''; expected one of"):
         load(bundle, provider="")
 
 
-def test_answers_keep_the_order_of_images_of_many_sizes(bundle):
+def test_predictions_keep_the_order_of_images_of_different_sizes(bundle):
     values = list(range(0, 250, 2))
     images = [grey(value, height=3 + value % 3) for value in values]
     probabilities = [row["top"] for row in load(bundle)(images)]
@@ -100,7 +100,7 @@ def test_answers_keep_the_order_of_images_of_many_sizes(bundle):
     np.testing.assert_allclose(bright, np.array(values) / 255, atol=1e-6)
 
 
-def test_batches_are_bounded_and_of_one_size(bundle):
+def test_batches_are_bounded_and_hold_images_of_one_size(bundle):
     runner, sizes = load(bundle), []
     answer = runner.probability
     runner.probability = lambda image: sizes.append(image.shape[:3]) or answer(image)
@@ -109,7 +109,7 @@ def test_batches_are_bounded_and_of_one_size(bundle):
     assert sizes == [(BATCH, 4, 6), (3, 4, 6), (1, 9, 6), (2, 4, 6), (2, 4, 6), (1, 4, 6)]
 
 
-def test_a_bad_input_takes_its_place_in_the_stream_and_no_more(bundle, tmp_path):
+def test_stream_yields_an_error_in_place_of_each_bad_input(bundle, tmp_path):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     sources = [tmp_path / "white.png", tmp_path / "absent.png", grey(0), np.zeros(3), grey(255)]
     answers = list(load(bundle).stream(sources))
@@ -119,7 +119,7 @@ def test_a_bad_input_takes_its_place_in_the_stream_and_no_more(bundle, tmp_path)
         load(bundle)(sources)
 
 
-def test_a_batch_that_is_refused_is_asked_again_one_by_one(bundle):
+def test_images_of_a_refused_batch_are_retried_one_at_a_time(bundle):
     runner = load(bundle)
     answer = runner.probability
 
@@ -133,7 +133,7 @@ def test_a_batch_that_is_refused_is_asked_again_one_by_one(bundle):
     assert [str(a) if isinstance(a, UserError) else a["label"] for a in answers] == ["bright", "black", "bright"]
 
 
-def test_a_graph_with_fixed_shapes_gets_one_image_at_a_time_of_its_size():
+def test_a_graph_with_fixed_shapes_gets_one_resized_image_at_a_time():
     class Fixed:
         shape: ClassVar = {"image": [1, 8, 8, 3]}
         seen: ClassVar = []
@@ -147,24 +147,26 @@ def test_a_graph_with_fixed_shapes_gets_one_image_at_a_time_of_its_size():
     assert Fixed.seen == [(1, 8, 8, 3)] * 4
 
 
-def test_resizing_is_that_of_the_graphs():
+def test_resize_matches_pytorchs_antialiased_bilinear_interpolation():
     image = np.random.default_rng(0).integers(0, 256, (2, 37, 53, 3), dtype=np.uint8)
     pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float()
     for size in ((16, 24), (64, 80)):
         expected = F.interpolate(pixels, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-        assert np.abs(resize(image, *size) - expected).max() <= 1  # of 255: pillow rounds on the way
+        assert (
+            np.abs(resize(image, *size) - expected).max() <= 1
+        )  # on a scale of 255: Pillow rounds intermediate values
 
 
-def test_a_crop_keeps_the_centre(bundle):
+def test_crop_keeps_the_centre_of_the_image(bundle):
     framed = grey(0, 10, 20)
-    framed[1:9, 6:14] = 255  # what a crop of 0.8 leaves
+    framed[1:9, 6:14] = 255  # the region that a crop of 0.8 keeps
     assert load(bundle)(framed)["label"] == "dark"
     write_manifest(bundle, metadata={**METADATA, "crop": 0.8})
     assert load(bundle)(framed)["top"][0] == {"label": "bright", "probability": 1.0}
     assert centre(grey(7, 1, 1), 0.1).shape == (1, 1)
 
 
-def test_arrays_are_taken_in_the_orders_people_have_them():
+def test_read_image_accepts_arrays_with_channels_last_first_or_absent():
     rgb = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     np.testing.assert_array_equal(read_image(rgb, 3), rgb)
     np.testing.assert_array_equal(read_image(rgb.transpose(2, 0, 1), 3), rgb)
@@ -172,12 +174,12 @@ def test_arrays_are_taken_in_the_orders_people_have_them():
     assert read_image(grey(7), 3).shape == (4, 6, 3)
     for array in (rgb, rgb.transpose(2, 0, 1)):
         np.testing.assert_array_equal(read_image(array, 1)[..., 0], np.asarray(Image.fromarray(rgb).convert("L")))
-    for height, width, channels in ((3, 5, 1), (1, 5, 3)):  # of a side that could be one of channels
+    for height, width, channels in ((3, 5, 1), (1, 5, 3)):  # one side could be mistaken for the channels
         for wanted in (1, 3):
             assert read_image(np.zeros((height, width, channels), np.uint8), wanted).shape == (height, width, wanted)
 
 
-def test_bytes_and_pictures_are_taken_as_their_files_are(tmp_path):
+def test_bytes_and_pil_images_are_read_like_the_file_they_come_from(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3)).save(tmp_path / "a.jpg", exif=exif)
@@ -194,14 +196,14 @@ def test_bytes_and_pictures_are_taken_as_their_files_are(tmp_path):
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 6), np.float32), np.zeros((0, 6), np.uint8), np.zeros((2, 4, 6, 3), np.uint8)]
 )
-def test_other_arrays_are_refused(array):
+def test_arrays_of_other_types_or_shapes_are_refused(array):
     with pytest.raises(UserError, match="expected"):
         read_image(array, 3)
 
 
-def test_files_are_turned_upright_and_converted(tmp_path):
+def test_image_files_are_rotated_upright_and_converted_to_the_requested_channels(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+    exif[0x0112] = 6  # the camera was rotated: rows and columns are swapped
     Image.fromarray(grey(90, 4, 6)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg", 1).shape == (6, 4, 1)
     Image.new("RGBA", (5, 3), (10, 20, 30, 0)).save(tmp_path / "alpha.png")
@@ -210,19 +212,19 @@ def test_files_are_turned_upright_and_converted(tmp_path):
     assert read_image(tmp_path / "palette.png", 1).shape == (3, 5, 1)
 
 
-def test_16_bits_are_read_by_their_high_byte(tmp_path):
+def test_16_bit_png_images_are_reduced_to_their_high_byte(tmp_path):
     Image.fromarray(np.full((3, 5), 0x80FF, np.uint16)).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 1), 0x80)
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 3), 0x80)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+    exif[0x0112] = 6  # the camera was rotated: rows and columns are swapped
     Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) << 8).save(tmp_path / "turned.png", exif=exif)
     turned = read_image(tmp_path / "turned.png", 1)
     np.testing.assert_array_equal(turned[..., 0], np.rot90(np.arange(24).reshape(4, 6), -1))
     np.testing.assert_array_equal(turned[..., 0], to_train_with(tmp_path / "turned.png")[0])
 
 
-def test_files_that_are_no_images_are_named(tmp_path):
+def test_the_error_for_an_unreadable_image_names_the_file(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((3, 5), np.float32)).save(tmp_path / "float.tiff")
     for name in ("text.png", "float.tiff", "absent.png"):
@@ -230,13 +232,13 @@ def test_files_that_are_no_images_are_named(tmp_path):
             read_image(tmp_path / name, 1)
 
 
-def test_several_labels_are_those_of_at_least_one_half():
+def test_a_multi_label_prediction_returns_labels_with_probability_of_at_least_one_half():
     metadata = {"labels": ["a", "b", "c"], "multi_label": True}
     (row,) = answers(np.array([[0.9, 0.2, 0.5]], np.float32), metadata)
     assert row["labels"] == ["a", "c"]
 
 
-def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
+def test_a_folder_as_input_is_expanded_to_its_files(bundle, tmp_path, capsys):
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for name in ("b.png", "more/a.png", "a.png"):
@@ -249,7 +251,7 @@ def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
     (folder / "again").symlink_to("more")
     (folder / "more/round").symlink_to("..")
     (folder / "lost.png").symlink_to("nowhere.png")
-    assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # for the notes and the lost
+    assert main([str(bundle), str(folder), "--batch-size", "2"]) == 2  # notes.txt and lost.png have no prediction
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(line["input"]).relative_to(folder).as_posix() for line in lines] == [
@@ -270,7 +272,7 @@ def test_a_folder_stands_for_its_files(bundle, tmp_path, capsys):
     assert "no files in this folder" in capsys.readouterr().err
 
 
-def test_answers_stay_alone_where_standard_error_is_closed(bundle, tmp_path, capsys, monkeypatch):
+def test_standard_output_holds_only_predictions_if_standard_error_is_closed(bundle, tmp_path, capsys, monkeypatch):
     Image.fromarray(grey(255)).save(tmp_path / "a.png")
     monkeypatch.setattr(sys, "stderr", None)
     assert main([str(bundle), str(tmp_path / "a.png"), str(tmp_path / "none.png")]) == 2
@@ -281,7 +283,7 @@ def test_answers_stay_alone_where_standard_error_is_closed(bundle, tmp_path, cap
     assert capsys.readouterr().out == ""
 
 
-def test_a_picture_whose_exif_is_cut_off_is_answered_without_a_warning(bundle, tmp_path):
+def test_an_image_with_truncated_exif_is_classified_without_a_warning(bundle, tmp_path):
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x010E] = "a description" * 20
     Image.fromarray(grey(255)).save(file, "JPEG", exif=exif)
@@ -296,15 +298,15 @@ def test_a_picture_whose_exif_is_cut_off_is_answered_without_a_warning(bundle, t
     assert not caught
 
 
-def test_sizes_are_asked_for_once_or_twice(bundle, monkeypatch):
+def test_the_size_of_each_image_is_read_at_most_twice(bundle, monkeypatch):
     runner, asked = load(bundle), []
     monkeypatch.setattr(type(runner), "size", lambda self, item: asked.append(item) or item.size)
     assert len(list(runner.stream([grey(255)] * 50, batch_size=50))) == 50
     assert len(asked) <= 100
 
 
-def test_kinds_are_known_from_a_zip(tmp_path):
-    """As a program that was frozen, or put into one file, has it."""
+def test_bundle_kinds_are_found_if_dlref_is_imported_from_a_zip(tmp_path):
+    """Frozen and single-file programs import the package this way."""
     with zipfile.ZipFile(tmp_path / "dlref.zip", "w") as archive:
         for path in sorted((ROOT / "dlref/runtime").rglob("*.py")):
             archive.write(path, path.relative_to(ROOT))
@@ -319,27 +321,27 @@ def test_kinds_are_known_from_a_zip(tmp_path):
     assert found == kinds()
 
 
-def test_a_pipe_is_read_and_no_text(tmp_path):
+def test_text_in_reads_a_pipe_and_returns_none_for_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=("3 March 2026\n",)).start()
     assert text_in(str(tmp_path / "pipe")) == "3 March 2026\n"
     assert text_in(str(tmp_path)) is None
 
 
-def test_a_link_to_nothing_is_no_text(tmp_path):
+def test_a_dangling_symlink_is_not_read_as_text(tmp_path):
     (tmp_path / "lost").symlink_to("nowhere")
     assert text_in(str(tmp_path / "lost")) == tmp_path / "lost"
 
 
-def test_numbers_give_way_to_the_names_of_files(tmp_path):
+def test_numbered_output_names_do_not_collide_with_names_of_input_files(tmp_path):
     (tmp_path / "1.jpg").touch()
     names = ["lost.jpg", str(tmp_path / "1.jpg"), "a text"]
     found = [path.name for path in places_of(names, tmp_path / "out", "--output")]
     assert found == ["input-1.png", "1.png", "3.png"]
 
 
-def test_pictures_beside_each_other_are_written_apart(tmp_path):
-    """By two machines at once, whose processes may have the same number."""
+def test_save_uses_a_different_temporary_file_for_each_image(tmp_path):
+    """Two machines may write to the same folder at once, from processes with equal ids."""
     parts = []
 
     class Watched:
@@ -353,21 +355,21 @@ def test_pictures_beside_each_other_are_written_apart(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
-def test_a_picture_may_have_the_longest_of_names(tmp_path):
+def test_save_accepts_a_file_name_of_the_maximum_length(tmp_path):
     save(Image.new("L", (2, 2)), tmp_path / f"{'a' * 251}.png")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
-def test_grey_of_16_bits_is_the_high_byte(tmp_path):
+def test_a_16_bit_pgm_image_is_reduced_to_its_high_byte(tmp_path):
     values = np.array([[0, 255, 256, 65535]], dtype=">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.tobytes())
     assert read_image(tmp_path / "a.pgm", 1)[..., 0].tolist() == [[0, 0, 1, 255]]
 
 
-def test_grey_of_12_bits_is_the_high_eight(tmp_path):
+def test_a_12_bit_tiff_image_is_reduced_to_its_high_eight_bits(tmp_path):
     values = [0, 15, 16, 0x7FF, 0x800, 0xFFF]  # two pixels in three bytes
     pixels = bytes.fromhex("".join(f"{value:03x}" for value in values))
-    tags = {256: 6, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}  # the pixels' at byte 8
+    tags = {256: 6, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}  # pixels start at byte 8
     directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
     head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(pixels) % 2)
     padding = bytes(len(pixels) % 2)
@@ -375,7 +377,7 @@ def test_grey_of_12_bits_is_the_high_eight(tmp_path):
     assert read_image(tmp_path / "a.tif", 1)[..., 0].tolist() == [[value >> 4 for value in values]]
 
 
-def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
+def test_progress_is_shown_only_on_a_terminal(capsys, monkeypatch):
     assert list(progress([1, 2], 2)) == [1, 2]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -383,17 +385,17 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
     assert f"[{'#' * 30}] 2/2" in capsys.readouterr().err
 
 
-def test_large_pictures_are_answered_in_smaller_batches(bundle, monkeypatch):
+def test_large_images_are_processed_in_smaller_batches(bundle, monkeypatch):
     monkeypatch.setattr("dlref.runtime.runner.ROOM", 3 * 4 * 6)
     runner, sizes = load(bundle), []
     answer = runner.probability
     runner.probability = lambda image: sizes.append(len(image)) or answer(image)
     list(runner.stream([grey(0)] * 7 + [grey(0, 40)] * 2))
-    assert sizes == [3, 3, 1, 1, 1]  # one picture always, however large
+    assert sizes == [3, 3, 1, 1, 1]  # at least one image, however large
 
 
-def test_a_reader_s_own_mistakes_cost_one_input(bundle, tmp_path, monkeypatch, capsys):
-    """pillow's plugins raise whatever a damaged file makes them."""
+def test_an_unexpected_exception_in_an_image_reader_fails_only_that_input(bundle, tmp_path, monkeypatch, capsys):
+    """Pillow's plugins raise arbitrary exceptions for damaged files."""
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
 
     def broken():
@@ -407,7 +409,7 @@ def test_a_reader_s_own_mistakes_cost_one_input(bundle, tmp_path, monkeypatch, c
     assert good["label"] == "bright"
 
 
-def test_an_input_that_memory_does_not_hold_costs_no_other(bundle, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_for_one_input_does_not_affect_the_others(bundle, tmp_path, monkeypatch, capsys):
     paths = [str(tmp_path / name) for name in ("white.png", "huge.png", "black.png")]
     for path, value in zip(paths, (255, 254, 0), strict=True):
         Image.fromarray(grey(value)).save(path)
@@ -428,8 +430,8 @@ def test_an_input_that_memory_does_not_hold_costs_no_other(bundle, tmp_path, mon
     assert [row["label"] for row in runner.stream([grey(255), grey(0)])] == ["bright", "dark"]
 
 
-def test_nothing_is_reported_to_anybody(bundle, tmp_path):
-    """As onnxruntime does by itself: it keeps what it has not sent yet in the home folder."""
+def test_loading_a_bundle_writes_no_telemetry_to_the_home_folder(bundle, tmp_path):
+    """By default onnxruntime keeps unsent telemetry in the home folder."""
     code = "import sys, dlref.runtime; dlref.runtime.load(sys.argv[1])"
     home = os.environ | {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "", "PYTHONPATH": str(ROOT)}
     (tmp_path / "home").mkdir()
@@ -438,7 +440,7 @@ def test_nothing_is_reported_to_anybody(bundle, tmp_path):
     assert list((tmp_path / "home").rglob("*")) == []
 
 
-def test_names_that_no_text_can_hold_are_answered(bundle, tmp_path, capsys):
+def test_a_file_whose_name_is_not_valid_utf8_is_classified_and_printed_in_ascii(bundle, tmp_path, capsys):
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     with open(path, "wb") as file:
         Image.fromarray(grey(255)).save(file, "png")
@@ -449,14 +451,14 @@ def test_names_that_no_text_can_hold_are_answered(bundle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("encoding", "ascii_"), [("cp1252", True), ("latin-1", True), ("utf-8", False)])
-def test_answers_in_a_file_are_utf_8_or_ascii(encoding, ascii_, monkeypatch):
+def test_output_lines_are_utf8_or_escaped_to_ascii_for_other_encodings(encoding, ascii_, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     text = line({"label": "é"})
     assert text.isascii() == ascii_
     assert json.loads(text) == {"label": "é"}
 
 
-def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp_path, monkeypatch, capsys):
+def test_a_file_that_can_be_listed_but_not_accessed_fails_only_that_input(bundle, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         Image.fromarray(grey(255)).save(tmp_path / "in" / name)
@@ -464,7 +466,7 @@ def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp
     def hiding(function):
         return lambda path: not str(path).endswith("a.png") and function(path)
 
-    for name in ("isfile", "exists", "isdir"):  # as of a folder that may not be entered
+    for name in ("isfile", "exists", "isdir"):  # as in a folder that may not be entered
         monkeypatch.setattr(os.path, name, hiding(getattr(os.path, name)))
     (tmp_path / "in/a.png").write_bytes(b"")
     assert main([str(bundle), str(tmp_path / "in")]) == 2
@@ -473,7 +475,7 @@ def test_a_file_that_may_be_listed_and_not_looked_at_costs_one_input(bundle, tmp
     assert second["label"] == "bright"
 
 
-def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
+def test_threads_default_to_those_of_the_bundles_target(bundle, monkeypatch):
     seen = []
     real = bundles.OnnxGraph
     monkeypatch.setattr(bundles, "OnnxGraph", lambda *arguments: seen.append(arguments[2]) or real(*arguments))
@@ -482,11 +484,11 @@ def test_the_target_s_threads_are_the_default(bundle, monkeypatch):
     load(bundle)
     load(bundle, threads=1)
     assert seen == [None, min(2, cores()), 1]
-    load(bundle, threads=np.int64(1 << 40))  # more than there are would wait for each other
+    load(bundle, threads=np.int64(1 << 40))  # more threads than cores would wait for each other
     assert seen[-1] == cores()
 
 
-def test_a_session_has_the_threads_it_is_given(bundle):
+def test_the_onnxruntime_session_uses_the_given_number_of_threads(bundle):
     graph = bundles.OnnxGraph(bundle / "classify.onnx", "CPUExecutionProvider", 3)
     assert graph.session.get_session_options().intra_op_num_threads == 3
 
@@ -494,21 +496,21 @@ def test_a_session_has_the_threads_it_is_given(bundle):
 @pytest.mark.parametrize(
     ("mine", "asked", "threads"), [(8, None, None), (8, 9, 8), (8, 3, 3), (2, None, 2), (2, 5, 2), (2, 1, 1)]
 )
-def test_no_thread_waits_for_a_core_that_this_process_may_not_use(mine, asked, threads, monkeypatch):
-    """Left to itself onnxruntime binds one to each core of the machine, here of eight."""
+def test_threads_are_limited_to_the_cores_that_this_process_may_use(mine, asked, threads, monkeypatch):
+    """By default onnxruntime binds one thread to each core of the machine, which has eight here."""
     monkeypatch.setattr("dlref.runtime.cores", lambda: mine)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert sessions("image-classification", asked, "CPUExecutionProvider") == (threads, 1)
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, "2", 1.5])
-def test_threads_that_are_no_number_are_refused(bundle, threads):
+def test_threads_other_than_positive_integers_are_refused(bundle, threads):
     with pytest.raises(UserError, match=r"threads .*; expected a whole number from 1"):
         load(bundle, threads=threads)
 
 
-def test_a_full_disk_and_a_closed_output_are_one_line(bundle, tmp_path):
-    """The former where there is a device that is always full: on Linux."""
+def test_a_full_disk_or_closed_standard_output_ends_in_a_one_line_error(bundle, tmp_path):
+    """The full disk is tested only on Linux, which has a device that is always full."""
     outputs = [(">&-", "output is closed")]
     if Path("/dev/full").exists():
         outputs.append((">/dev/full", "standard output: No space left"))
@@ -524,7 +526,7 @@ def test_a_full_disk_and_a_closed_output_are_one_line(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--output", "--overlay"])
-def test_pictures_that_no_answer_is_are_refused_before_any_answer(option, bundle, tmp_path, capsys):
+def test_output_and_overlay_are_refused_before_any_prediction_of_a_classifier(option, bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     assert main([str(bundle), str(tmp_path / "white.png"), option, str(tmp_path / "out.png")]) == 2
     printed = capsys.readouterr()
@@ -532,7 +534,7 @@ def test_pictures_that_no_answer_is_are_refused_before_any_answer(option, bundle
     assert re.search(r"^error: this bundle's answers (are not pictures|cannot be drawn); expected", printed.err)
 
 
-def test_json_lines(bundle, tmp_path, capsys):
+def test_predictions_are_printed_as_json_lines(bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     assert main([str(bundle), str(tmp_path / "white.png"), str(tmp_path / "white.png")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -540,7 +542,7 @@ def test_json_lines(bundle, tmp_path, capsys):
     assert lines[0]["input"] == str(tmp_path / "white.png")
 
 
-def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundle, tmp_path, capsys):
+def test_bad_inputs_and_options_give_a_one_line_error_and_status_2_and_other_inputs_a_result(bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     assert main([str(bundle), "absent.png", str(tmp_path / "white.png")]) == 2
     printed = capsys.readouterr()
@@ -559,12 +561,12 @@ def test_a_wrong_input_is_a_record_one_line_and_2_and_the_rest_is_answered(bundl
     assert capsys.readouterr().err == "error: --beam: unknown to this bundle; expected a bundle of another kind\n"
 
 
-def test_no_option_is_of_two_kinds():
+def test_runner_options_are_unique_across_bundle_kinds():
     names = [name for kind in kinds() for name in runner_of(kind).options]
     assert len(names) == len(set(names)) > 2
 
 
-def test_options_may_stand_anywhere(bundle, tmp_path, capsys):
+def test_options_may_appear_anywhere_on_the_command_line(bundle, tmp_path, capsys):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     paths = [str(bundle), str(tmp_path / "white.png")]
     for arguments in (
@@ -579,7 +581,7 @@ def test_options_may_stand_anywhere(bundle, tmp_path, capsys):
         assert [json.loads(line)["label"] for line in lines] == ["bright"] * arguments.count(paths[1])
 
 
-def test_a_text_that_begins_as_an_option_does(bundle, capsys):
+def test_an_input_that_starts_with_a_dash_must_follow_a_double_dash(bundle, capsys):
     assert main([str(bundle), "-heute"]) == 2
     assert "unrecognized arguments: -heute; " in capsys.readouterr().err
     assert main([str(bundle), "--", "-heute"]) == 2
@@ -590,7 +592,9 @@ def test_a_text_that_begins_as_an_option_does(bundle, capsys):
 
 
 @pytest.mark.parametrize("option", [["--form", "sagemaker"], ["--output", "a.png"], ["--overlay", "a.png"]])
-def test_a_text_as_it_comes_is_nothing_else(bundle, tmp_path, monkeypatch, capsys, option):
+def test_prompt_is_refused_with_output_options_and_for_bundles_that_do_not_generate_text(
+    bundle, tmp_path, monkeypatch, capsys, option
+):
     monkeypatch.chdir(tmp_path)
     assert main([str(bundle), "--prompt", "a", *option]) == 2
     assert "--form, --output and --overlay cannot be used with it" in capsys.readouterr().err
@@ -598,7 +602,7 @@ def test_a_text_as_it_comes_is_nothing_else(bundle, tmp_path, monkeypatch, capsy
     assert "does not generate text piece by piece; expected a bundle of a language model" in capsys.readouterr().err
 
 
-def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
+def test_the_provider_option_overrides_the_provider_of_the_bundles_target(bundle, capsys, tmp_path):
     Image.fromarray(grey(255)).save(tmp_path / "white.png")
     write_manifest(bundle, target={"provider": "CUDAExecutionProvider"})
     arguments = [str(bundle), str(tmp_path / "white.png")]
@@ -608,14 +612,14 @@ def test_another_provider_can_be_asked_for(bundle, capsys, tmp_path):
     assert main([*arguments, "--provider", "CPUExecutionProvider"]) == 0
 
 
-def test_a_provider_whose_libraries_are_missing_is_not_taken_for_the_cpu(bundle, monkeypatch):
-    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # this build says it has it
+def test_a_provider_with_missing_libraries_is_refused_instead_of_using_the_cpu(bundle, monkeypatch):
+    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # as if this build included it
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
     with pytest.warns(UserWarning, match="not in available"), pytest.raises(UserError, match="does not start"):
         load(bundle, provider="QNNExecutionProvider")
 
 
-def test_a_provider_s_package_that_does_not_fit_is_one_line(bundle, tmp_path, monkeypatch):
+def test_a_provider_package_that_onnxruntime_cannot_load_is_refused(bundle, tmp_path, monkeypatch):
     (tmp_path / "onnxruntime_qnn.py").write_text(f"def get_library_path(): return {str(tmp_path / 'none.so')!r}")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="onnxruntime_qnn: onnxruntime refuses it"):
@@ -623,7 +627,7 @@ def test_a_provider_s_package_that_does_not_fit_is_one_line(bundle, tmp_path, mo
     sys.modules.pop("onnxruntime_qnn")
 
 
-def test_a_provider_that_the_program_registered_is_not_registered_again(tmp_path, monkeypatch):
+def test_a_provider_already_registered_by_the_program_is_not_registered_again(tmp_path, monkeypatch):
     kinds = onnxruntime.OrtHardwareDeviceType
     (tmp_path / "onnxruntime_qnn.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -636,7 +640,7 @@ def test_a_provider_that_the_program_registered_is_not_registered_again(tmp_path
     assert bundles.plugin_devices("CPUExecutionProvider") == []
 
 
-def test_what_onnxruntime_refuses_is_one_line(bundle):
+def test_errors_of_onnxruntime_are_reported_on_one_line(bundle):
     write_manifest(bundle, metadata={**METADATA, "channels": 3})
     with pytest.raises(UserError, match="onnxruntime refuses the input") as error:
         load(bundle)(grey(7))
