@@ -1,4 +1,4 @@
-"""Exported graphs against PyTorch: traced on one shape, compared on others; and what is refused."""
+"""Exported graphs against PyTorch: traced on one shape, compared on others; refused exports."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ CPU = TARGETS["cpu"]
 
 
 def export(task, data, target, output):
-    """Without the measurement, which takes seconds and has tests of its own."""
+    """Export without the measurement, which takes seconds and has its own tests."""
     return bundles.export(task, data, target, output, contenders=())
 
 
@@ -55,7 +55,7 @@ NETWORKS = {
 
 
 class Photographs(Pixels):
-    """Three channels, the labels of `classifier`."""
+    """Images with three channels and the labels of `classifier`."""
 
     def __init__(self, size, n=12):
         super().__init__(n=n, size=size)
@@ -73,7 +73,7 @@ def photographic(request):
     make, size = NETWORKS[request.param]
     preprocess = ImagePreprocess(size, mean=[0.4] * 3, std=[0.2] * 3)
     network = make()
-    with torch.no_grad():  # random networks answer much alike; spread their answers, so that errors show
+    with torch.no_grad():  # random networks give similar outputs; spread them so that errors show
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
@@ -82,7 +82,7 @@ def photographic(request):
     return task, Photographs(size)
 
 
-def test_every_network_answers_as_pytorch_does_at_shapes_it_was_not_traced_on(photographic, tmp_path):
+def test_every_exported_network_matches_pytorch_at_shapes_it_was_not_traced_on(photographic, tmp_path):
     task, data = photographic
     task.take_facts(data)
     graph = task.deployable(next(iter(data.val_dataloader()))).graphs["classify"]
@@ -93,12 +93,12 @@ def test_every_network_answers_as_pytorch_does_at_shapes_it_was_not_traced_on(ph
     assert {shape[0] for shape in shapes} == {1, 2, 7}
     assert len({shape[1:3] for shape in shapes}) == 3
     assert max(row["max_abs_error"] for row in rows) <= 1e-5
-    # Once more from outside, on a size that nothing above has seen.
+    # Compare once more without `parity`, at a size not used above.
     image = np.random.default_rng(0).integers(0, 256, (3, 91, 57, 3), dtype=np.uint8)
     np.testing.assert_allclose(exported(image=image)["probability"], graph(image=image)["probability"], atol=1e-5)
 
 
-def test_a_bundle_says_what_it_is(tmp_path):
+def test_manifest_report_and_example_describe_the_bundle(tmp_path):
     task, data = classifier().eval(), Pixels()
     manifest = export(task, data, CPU, tmp_path / "bundle")
     assert manifest == json.loads((tmp_path / "bundle/manifest.json").read_text())
@@ -118,14 +118,14 @@ def test_a_bundle_says_what_it_is(tmp_path):
     assert "| accuracy | validation | 48 |" in report
     model = onnx.load(tmp_path / "bundle/classify.onnx")
     assert (model.ir_version, [o.version for o in model.opset_import if not o.domain]) == (10, [20])
-    with np.load(tmp_path / "bundle/example.npz") as example:  # nothing of whose picture it was
+    with np.load(tmp_path / "bundle/example.npz") as example:  # does not reveal a real image
         (image,) = example.values()
         assert not any(np.array_equal(image[0], real.permute(1, 2, 0)) for real in data.set.tensors[0])
         assert image.shape == (1, 32, 32, 1)
-    assert b".py" not in (tmp_path / "bundle/classify.onnx").read_bytes()  # no stack traces of the maker's machine
+    assert b".py" not in (tmp_path / "bundle/classify.onnx").read_bytes()  # no stack traces of the exporting machine
 
 
-def test_several_labels_leave_through_sigmoids(tmp_path):
+def test_a_multi_label_classifier_is_exported_with_sigmoids(tmp_path):
     task, data = classifier(), Pixels(multi_label=True)
     task.facts["multi_label"] = True
     export(task.eval(), data, CPU, tmp_path / "bundle")
@@ -137,11 +137,11 @@ def test_several_labels_leave_through_sigmoids(tmp_path):
     assert "labels" in runner(images[0].numpy())
 
 
-# The contract serves other kinds than images
+# Graphs other than image classifiers
 
 
 class Step(nn.Module):
-    """One step of a recurrent decoder that attends to a memory: what translation will export."""
+    """One step of a recurrent decoder that attends to a memory, similar to translation's."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ def recurrent(**options):
     )
 
 
-def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
+def test_a_recurrent_step_with_two_dynamic_axes_matches_pytorch(tmp_path):
     graph = recurrent()
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     rows = parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
@@ -175,18 +175,18 @@ def test_states_in_and_out_and_two_dynamic_axes(tmp_path):
     assert max(row["max_abs_error"] for row in rows) < 1e-5
 
 
-def test_an_output_that_the_graph_declares_to_be_of_one_size_is_refused(tmp_path):
+def test_an_output_that_varies_but_is_declared_with_a_fixed_size_is_refused(tmp_path):
     graph = recurrent()
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     model = onnx.load(tmp_path / "step.onnx")
-    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 7  # as a layer stepped through leaves it
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 7  # as exporting a layer step by step may leave it
     onnx.save(model, tmp_path / "step.onnx")
     with pytest.raises(Refused, match=r"step at .*, output context: \(1, 4\), but the graph declares \[7, 4\]"):
         parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
 
 
 class Paths(nn.Module):
-    """Recurrent layers over several paths of each row at once, as forecasts are drawn and sentences searched."""
+    """Recurrent layers that run several paths of each row at once, as in sampling forecasts or beam search."""
 
     def __init__(self, layer: type[nn.Module], **options):
         super().__init__()
@@ -197,7 +197,7 @@ class Paths(nn.Module):
         outputs, after = self.rnn(inputs.flatten(0, 1), tuple(state.chunk(2)) if lstm else state)
         after = torch.cat(after) if lstm else after
         again, _ = self.rnn(outputs[..., :3])
-        again = again.contiguous().view(*shape, *again.shape[1:])  # holds only where memory is as it was in tracing
+        again = again.contiguous().view(*shape, *again.shape[1:])  # valid only for the memory layout seen in tracing
         return again, after.unflatten(1, shape)
 
 
@@ -209,7 +209,7 @@ class Paths(nn.Module):
         (nn.GRU, {"num_layers": 2, "bidirectional": True}),
     ],
 )
-def test_recurrent_layers_of_any_length(layer, options, tmp_path):
+def test_recurrent_layers_match_pytorch_at_any_length_and_are_not_decomposed(layer, options, tmp_path):
     module = Paths(layer, **options).eval()
     num_layers = options["num_layers"]
     rows = num_layers * (2 if layer is nn.LSTM else 1) * (2 if "bidirectional" in options else 1)
@@ -225,20 +225,20 @@ def test_recurrent_layers_of_any_length(layer, options, tmp_path):
     compared = parity("step", graph, graph, OnnxGraph(tmp_path / "step.onnx", CPU.provider), graph.tolerance, False)
     assert max(row["max_abs_error"] for row in compared) < 1e-5
     layers = [node for node in onnx.load(tmp_path / "step.onnx").graph.node if node.op_type == layer.__name__]
-    assert len(layers) == 2 * num_layers  # whole, not taken apart into products
+    assert len(layers) == 2 * num_layers  # not decomposed into matrix products
 
     write_program(graph, tmp_path / "step.pt2", CPU)
     example = example_at(graph, {"batch": 5, "paths": 1, "time": 9}).values()
     torch.testing.assert_close(torch.export.load(tmp_path / "step.pt2").module()(*example), module(*example))
 
 
-def test_tracing_and_verifying_never_share_a_size():
+def test_tracing_uses_sizes_that_verification_does_not():
     sizes = trace_sizes(recurrent())
     assert sizes == {"batch": 3, "time": 4}
     assert example_at(recurrent(), sizes)["memory"].shape == (3, 4, 4)
 
 
-def test_examples_are_cut_and_repeated():
+def test_example_inputs_are_cut_or_repeated_to_the_requested_sizes():
     graph = recurrent()
     memory = graph.inputs["memory"]
     cut = example_at(graph, {"batch": 7, "time": 2})["memory"]
@@ -250,7 +250,7 @@ def test_examples_are_cut_and_repeated():
 
 
 class Constant(nn.Module):
-    """Adds a constant whose length is one example's time."""
+    """Add a constant whose length is the time axis of one example."""
 
     def __init__(self):
         super().__init__()
@@ -260,7 +260,7 @@ class Constant(nn.Module):
         return x + self.bias
 
 
-def test_an_axis_that_would_be_frozen_is_refused(tmp_path):
+def test_a_network_that_would_freeze_a_dynamic_axis_is_refused(tmp_path):
     graph = recurrent(
         module=Constant().eval(),
         inputs={"x": torch.randn(5, 6, 3)},
@@ -273,7 +273,7 @@ def test_an_axis_that_would_be_frozen_is_refused(tmp_path):
 
 
 class Skewed:
-    """A graph that answers almost as another does."""
+    """A graph that changes the outputs of another graph."""
 
     def __init__(self, graph, change):
         self.graph, self.change, self.shape = graph, change, graph.shape
@@ -291,7 +291,7 @@ class Skewed:
         (lambda a: a.astype(np.float64), "float64"),
     ],
 )
-def test_another_answer_than_pytorch_s_is_refused(change, message):
+def test_outputs_that_differ_from_pytorchs_are_refused(change, message):
     graph = recurrent()
     with pytest.raises(Refused, match=message):
         parity("step", graph, graph, Skewed(graph, change), graph.tolerance, False)
@@ -307,7 +307,7 @@ def test_another_answer_than_pytorch_s_is_refused(change, message):
         (lambda a: a.astype(np.float16), "float16"),
     ],
 )
-def test_what_a_lower_precision_may_change(change, message):
+def test_lower_precision_may_change_values_and_lengths_but_not_rank_type_or_finiteness(change, message):
     graph = recurrent()
     arguments = ("step", graph, graph, Skewed(graph, change), np.inf, False)
     if message is None:
@@ -317,7 +317,7 @@ def test_what_a_lower_precision_may_change(change, message):
         parity(*arguments)
 
 
-def test_pytorch_gives_each_answer_once():
+def test_reference_caches_pytorchs_outputs_while_it_has_room():
     asked = []
 
     class Asked:
@@ -332,14 +332,14 @@ def test_pytorch_gives_each_answer_once():
     for token in (first, second, first, first.copy(), first[:, None], first.astype(np.float64)):
         np.testing.assert_array_equal(reference(token=token)["twice"], 2 * token)
     assert len(asked) == 4
-    reference.room = 0  # no more is kept
+    reference.room = 0  # nothing more is cached
     for _ in range(2):
         reference(token=np.float32([5]))
     assert len(asked) == 6
 
 
-def test_answers_on_real_data_are_compared_too(tmp_path, monkeypatch):
-    """Where parity has nothing to say, every answer over the splits still is checked against PyTorch's."""
+def test_outputs_on_real_data_are_compared_with_pytorchs_as_well(tmp_path, monkeypatch):
+    """Without the checks of `parity`, every output on the splits is still compared with PyTorch's."""
     monkeypatch.setattr("dlref.export.attempts.parity", lambda *_: [])
     run = OnnxGraph.__call__
     monkeypatch.setattr(
@@ -349,7 +349,7 @@ def test_answers_on_real_data_are_compared_too(tmp_path, monkeypatch):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
 
 
-def test_a_frozen_axis_in_the_file_is_refused():
+def test_a_dynamic_axis_that_is_fixed_in_the_onnx_file_is_refused():
     image = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 6, 3])
     answer = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 6, 3])
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
@@ -360,14 +360,14 @@ def test_a_frozen_axis_in_the_file_is_refused():
         name_axes(model, {"x": {0: "batch", 1: "time"}}, "step.onnx")
 
 
-def test_a_split_without_images_is_refused(tmp_path):
+def test_export_without_validation_data_is_refused(tmp_path):
     data = Pixels()
     data.val_dataloader = lambda: DataLoader(TensorDataset(torch.zeros(0, 1, 32, 32)))
     with pytest.raises(UserError, match="no validation data"):
         export(classifier().eval(), data, CPU, tmp_path / "bundle")
 
 
-def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
+def test_export_leaves_neighbouring_files_and_folders_alone(tmp_path):
     (tmp_path / "bundle.part").mkdir()
     (tmp_path / "bundle.part/precious").touch()
     export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
@@ -379,7 +379,7 @@ def test_neighbours_of_a_bundle_are_left_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.part", "file"]
 
 
-def test_the_manifest_says_how_often_an_answer_calls_a_graph(tmp_path):
+def test_the_manifest_records_how_often_one_prediction_calls_a_graph(tmp_path):
     task, data = classifier().eval(), Pixels()
     task.take_facts(data)
     served = task.deployable(next(iter(data.val_dataloader())))
@@ -389,8 +389,8 @@ def test_the_manifest_says_how_often_an_answer_calls_a_graph(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["graphs"]["classify"]["calls"] == 3
 
 
-def test_the_least_worse_ranges_keep_their_worst_nodes_in_float_until_it_is_slower(monkeypatch):
-    """Three ways to find ranges, then a twentieth of the nodes in float, then more, which is slower: no more."""
+def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slower(monkeypatch):
+    """Try three calibrations, then a twentieth of the nodes in float, then more nodes, which is slower: stop."""
     monkeypatch.setattr(
         "dlref.export.attempts.worst_nodes", lambda source, converted, feeds: [str(i) for i in range(20)]
     )
@@ -414,7 +414,7 @@ def test_the_least_worse_ranges_keep_their_worst_nodes_in_float_until_it_is_slow
     assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, 1, 3]
 
 
-def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
+def test_a_refused_export_leaves_no_files_and_keeps_the_earlier_bundle(tmp_path, monkeypatch):
     earlier = json.loads((make_bundle(tmp_path / "bundle") / "manifest.json").read_text())
     monkeypatch.setattr(
         OnnxGraph,
@@ -427,7 +427,7 @@ def test_nothing_is_left_of_an_export_that_was_refused(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == earlier
 
 
-def test_a_bundle_holds_no_other(tmp_path, monkeypatch):
+def test_exporting_into_another_bundle_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "Attempts", None)
     outer = make_bundle(tmp_path / "outer")
     with pytest.raises(UserError, match=r"outer, which holds only its own files; expected another place"):
@@ -435,8 +435,8 @@ def test_a_bundle_holds_no_other(tmp_path, monkeypatch):
     assert not (outer / "arm64").exists()
 
 
-def test_a_target_of_fixed_shapes_gets_no_free_axis(tmp_path, monkeypatch):
-    """As where a converter frees one that was fixed."""
+def test_a_dynamic_axis_is_refused_for_a_target_with_fixed_shapes(tmp_path, monkeypatch):
+    """As if a converter made a fixed axis dynamic."""
     free, fixed = CPU, replace(CPU, static=True)
     monkeypatch.setattr("dlref.export.attempts.write_onnx", lambda graph, path, _: write_onnx(graph, path, free))
     with pytest.raises(UserError, match=r"classify: axes \{'image': .*'batch'.*\} are free; expected fixed ones"):
@@ -444,7 +444,7 @@ def test_a_target_of_fixed_shapes_gets_no_free_axis(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_during_export_is_reported_and_leaves_no_files(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -454,7 +454,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_looked_at_is_one_line(tmp_path):
+def test_an_output_path_that_cannot_be_accessed_is_refused_before_the_export(tmp_path):
     (tmp_path / "round").symlink_to("round")
     for name in ("a" * 300, "round"):
         with pytest.raises(UserError, match=r"; expected a folder for the bundle"), bundles.staged(tmp_path / name):
@@ -468,8 +468,8 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "do not lose me"
 
 
-def test_another_project_s_manifest_does_not_make_a_bundle(tmp_path):
-    """`manifest.json` is also what web applications call theirs."""
+def test_a_folder_with_a_foreign_manifest_or_additional_files_is_not_replaced(tmp_path):
+    """Web applications have a `manifest.json`, too."""
     (tmp_path / "app").mkdir()
     (tmp_path / "app/manifest.json").write_text('{"name": "my app"}')
     (tmp_path / "app/index.html").write_text("do not lose me")
@@ -484,7 +484,7 @@ def test_another_project_s_manifest_does_not_make_a_bundle(tmp_path):
     export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")  # a bundle is replaced
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_failing_to_create_the_temporary_folder_is_reported(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -493,7 +493,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
 
 
-def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, monkeypatch):
+def test_the_earlier_bundle_stays_if_the_new_one_cannot_replace_it(tmp_path, monkeypatch):
     earlier = json.loads((make_bundle(tmp_path / "bundle") / "manifest.json").read_text())
     rename = Path.rename
 
@@ -509,14 +509,14 @@ def test_an_earlier_bundle_stays_where_another_cannot_take_its_place(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_place_where_something_is_mounted_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_mount_point_as_output_is_refused_before_the_export(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
     monkeypatch.setattr(bundles, "Attempts", None)
     with pytest.raises(UserError, match="a mount point, which cannot be replaced; expected a folder inside"):
         export(classifier().eval(), Pixels(), CPU, tmp_path)
 
 
-def test_what_no_device_could_open_is_not_left(tmp_path, monkeypatch):
+def test_an_exported_bundle_that_cannot_be_loaded_is_removed(tmp_path, monkeypatch):
     def refuse(folder, provider):
         assert (folder / "manifest.json").is_file()
         raise UserError(f"{folder.name}: refused")
@@ -528,21 +528,21 @@ def test_what_no_device_could_open_is_not_left(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("lost", "refused"), [(0.5, False), (0.501, True), (-3.0, False)])
-def test_a_bundle_may_lose_what_its_target_s_gate_says(lost, refused):
+def test_a_bundle_may_lose_at_most_the_points_that_its_targets_gate_allows(lost, refused):
     metric = {"name": "accuracy", "pytorch": 0.9, "bundle": 0.9 - lost / 100}
     attempt = Attempt(Plan("int8"), Path("int8"), degradation=lost, metric=metric)
     attempts = SimpleNamespace(target=replace(CPU, gate=0.5))
     assert bool(Attempts.too_much_lost(attempts, attempt)) is refused
 
 
-def test_a_metric_that_is_no_number_is_refused(tmp_path, monkeypatch):
+def test_a_validation_metric_of_nan_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageClassifier, "evaluate", lambda *_: float("nan"))
     with pytest.raises(UserError, match="accuracy of PyTorch on validation is nan; expected a finite number"):
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
 
-def test_a_bundle_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
+def test_an_earlier_bundle_that_cannot_be_put_back_is_kept_and_its_place_reported(tmp_path, monkeypatch):
     make_bundle(tmp_path / "bundle")
     rename = Path.rename
 
@@ -560,7 +560,7 @@ def test_a_bundle_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ends", ["Softmax", "Clip"])
-def test_a_mask_goes_no_further_than_to_what_ends_it(ends):
+def test_infinity_mask_nodes_end_at_a_softmax_or_clip(ends):
     infinite = helper.make_tensor("infinite", TensorProto.FLOAT, [], [-np.inf])
     word = helper.make_tensor("word", TensorProto.STRING, [], [b"inf"])
     masked = helper.make_node("Where", ["seen", "x", "infinite"], ["masked"], "masked")
@@ -571,7 +571,7 @@ def test_a_mask_goes_no_further_than_to_what_ends_it(ends):
 
 
 def test_an_empty_example_is_filled_with_zeros():
-    """The first step of a decoder has no past."""
+    """The first step of a decoder has no previous states."""
     graph = recurrent(
         inputs={"token": torch.randn(5, 3), "state": torch.randn(5, 4), "memory": torch.randn(5, 0, 4)},
     )
@@ -579,14 +579,14 @@ def test_an_empty_example_is_filled_with_zeros():
     assert example_at(graph, {"batch": 2, "time": 0})["memory"].shape == (2, 0, 4)
 
 
-def test_infinities_that_are_equal_differ_by_nothing():
+def test_equal_infinities_count_as_no_difference():
     graph = recurrent()
     masked = Skewed(graph, lambda a: np.concatenate([a[:, :-1], np.full_like(a[:, :1], -np.inf)], axis=1))
     rows = parity("step", graph, masked, masked, graph.tolerance, False)
     assert max(row["max_abs_error"] for row in rows) == 0
 
 
-def test_half_precision_of_several_float_inputs(tmp_path):
+def test_a_graph_with_several_float_inputs_is_converted_to_float16(tmp_path):
     graph = recurrent()
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], Plan("float16"), [])
@@ -595,7 +595,7 @@ def test_half_precision_of_several_float_inputs(tmp_path):
 
 
 class Large(nn.Module):
-    """Numbers on the way that float16 does not have, to an answer that it has."""
+    """A network whose intermediate values exceed the range of float16 and whose outputs do not."""
 
     def __init__(self):
         super().__init__()
@@ -607,8 +607,8 @@ class Large(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
-    """A processor would compute it in float32 either way: ONNX's own reference is what has float16."""
+def test_nodes_whose_values_exceed_the_range_of_float16_stay_float32(tmp_path):
+    """Run ONNX's reference implementation: onnxruntime would compute in float32 on a CPU anyway."""
     feed = {"x": np.ones((1, 4), np.float32)}
     graph = Graph(Large().eval(), {"x": torch.ones(2, 4)}, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
     write_onnx(graph, tmp_path / "step.onnx", CPU)
@@ -623,15 +623,15 @@ def test_what_float16_has_no_numbers_for_stays_float32(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "kept"), [(8000.0, 0), (8200.0, 1)])
-def test_an_eighth_of_float16_s_largest_number_is_left_to_other_data(value, kept, tmp_path):
+def test_nodes_with_values_above_an_eighth_of_the_largest_float16_stay_float32(value, kept, tmp_path):
     graph = Graph(nn.ReLU(), {"x": torch.ones(2, 4)}, ["y"], {"x": {0: "batch"}}, {"batch": (1, 2)})
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     feed = {"x": np.full((1, 4), value, np.float32)}
     assert len(nodes_beyond_float16(tmp_path / "step.onnx", [feed])) == kept
 
 
-def test_what_an_example_holds_stays_in_its_range():
-    """A value of one category may be none of another, and is not to be told either."""
+def test_the_saved_example_stays_in_the_range_of_each_input():
+    """Each categorical input may have its own range, so all become the smallest, which reveals no category."""
     inputs = {"categories": torch.tensor([[7, 1], [3, 0]]), "target": torch.arange(6.0).reshape(2, 3)}
     axes = {"categories": {0: "batch"}, "target": {0: "batch", 1: "time"}}
     graph = Graph(nn.Identity(), inputs, ["y"], axes, {"batch": (1,), "time": (3,)})
@@ -641,8 +641,8 @@ def test_what_an_example_holds_stays_in_its_range():
 
 
 @pytest.mark.parametrize("method", SAMPLES)
-def test_histograms_are_made_of_few_samples(method, tmp_path):
-    """They keep all that flows through the graph in memory."""
+def test_each_calibration_method_reads_its_own_number_of_samples(method, tmp_path):
+    """Histogram methods read fewer, since they keep all activations in memory."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     model = helper.make_model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y]))
     onnx.save(model, tmp_path / "g.onnx")
@@ -651,11 +651,11 @@ def test_histograms_are_made_of_few_samples(method, tmp_path):
     assert sum(1 for _ in iter(found.calibration_data_reader.get_next, None)) == SAMPLES[method]
 
 
-def test_nodes_around_the_most_noise_come_first(tmp_path, monkeypatch):
+def test_worst_nodes_starts_with_the_nodes_around_the_noisiest_activation(tmp_path, monkeypatch):
     x, b = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xb")
     nodes = [helper.make_node("Add", [before, before], [after], name=f"to {after}") for before, after in ("xa", "ab")]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [b])), tmp_path / "g.prepared.onnx")
-    decibels = {"a": {"qdq_err": 40.0}, "b": {"qdq_err": 5.0}}  # of signal over noise
+    decibels = {"a": {"qdq_err": 40.0}, "b": {"qdq_err": 5.0}}  # signal-to-noise ratio
     tools = "dlref.export.convert.qdq_loss_debug"
     monkeypatch.setattr(f"{tools}.modify_model_output_intermediate_tensors", lambda model, path: path.touch())
     monkeypatch.setattr(f"{tools}.compute_activation_error", lambda matching: decibels)
@@ -664,16 +664,16 @@ def test_nodes_around_the_most_noise_come_first(tmp_path, monkeypatch):
     assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to a"]
 
 
-def test_data_with_other_labels_than_the_model_s_is_refused(tmp_path):
+def test_data_whose_labels_differ_from_the_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
         export(classifier(Linear()).eval(), Pixels(labels="xyz"), CPU, tmp_path / "bundle")
 
 
-# Outputs that are a choice
+# Outputs that are a selection of rows
 
 
 def rows(count=40, images=10):
-    """Boxes, scores and labels as a detector answers them, the last ten places of each image empty."""
+    """Return boxes, scores and labels like a detector's, with the last ten places of each image empty."""
     generator = np.random.default_rng(0)
     answer = {
         "boxes": generator.uniform(0, 300, (images, count, 4)).astype(np.float32),
@@ -694,7 +694,7 @@ def changed(**changes):
 
 
 def swapped(array):
-    """Neighbours in the other order in every image."""
+    """Swap two neighbouring rows in every image."""
     order = np.arange(array.shape[1])
     order[[3, 4]] = order[[4, 3]]
     return array[:, order]
@@ -717,8 +717,8 @@ def compared(actual, tolerance=1e-4):
     return graph
 
 
-def test_in_lower_precision_rows_are_compared_with_those_that_are_meant():
-    """A box that moved one place would else differ by the way to its neighbour."""
+def test_in_lower_precision_each_row_is_compared_with_its_nearest_match():
+    """Otherwise, a box that moved by one place would be compared with its neighbour."""
     nearly = changed(boxes=lambda boxes: np.where(boxes > 0, boxes + 0.5, 0))
     found = compared({name: swapped(array) if array.ndim > 1 else array for name, array in nearly.items()}, np.inf)
     assert found.max_abs_error == pytest.approx(0.5, abs=1e-4)
@@ -739,20 +739,20 @@ def test_in_lower_precision_rows_are_compared_with_those_that_are_meant():
         ([np.nan, 1, 1], [3, 1, 1 + 1e-9], 1),
     ],
 )
-def test_a_place_that_is_no_number_differs_unless_both_are_the_same(expected, actual, unlike):
+def test_non_finite_elements_count_as_different_unless_they_are_equal(expected, actual, unlike):
     graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), 1e-5, (), ("value",))
     assert graph.count_unlike(np.float32(actual), np.float32(expected)) == unlike
 
 
 @pytest.mark.parametrize("actual", [[np.inf, np.nan], [np.inf, np.inf]])
-def test_what_is_no_number_where_pytorch_has_one_is_refused(actual):
+def test_a_non_finite_element_is_refused_unless_pytorchs_is_infinite_too(actual):
     graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), np.inf)
     graph.check_alike("value", np.float32([np.inf, 1]), np.float32([np.inf, 2]))
     with pytest.raises(Refused, match="not a finite number"):
         graph.check_alike("value", np.float32(actual), np.float32([np.inf, 1]))
 
 
-def test_a_choice_may_come_in_another_order_and_differ_in_a_row_that_a_rounding_flipped():
+def test_selected_rows_may_change_their_order_and_a_single_row_may_differ():
     graph = compared(changed(boxes=swapped, scores=swapped, labels=swapped))
     assert (graph.rows, graph.flipped, graph.max_abs_error) == (300, 0, 0)
     graph = compared(changed(labels=one_row_else))
@@ -766,7 +766,7 @@ ROWS = ("boxes", "scores", "labels")
 
 
 def real(array):
-    """Where there are rows, and not only zeros."""
+    """Return a mask of the rows that are not padding."""
     return (np.arange(40) < 30).reshape(-1, *[1] * (array.ndim - 2))
 
 
@@ -784,13 +784,13 @@ def shorter(array):
         changed(boxes=lambda b: b + np.float32(0.1) * real(b)),
         changed(scores=lambda s: s * np.float32(1.001)),
         changed(labels=lambda k: np.where(k == 2, 1, k)),
-        changed(boxes=lambda b: np.concatenate([b[:-1], b[:1]])),  # of the last image those of the first
+        changed(boxes=lambda b: np.concatenate([b[:-1], b[:1]])),  # the last image has the boxes of the first
         changed(**dict.fromkeys(ROWS, shorter), count=lambda n: n - 1),
         changed(**dict.fromkeys(ROWS, reversed_rows)),
     ],
     ids=["shifted", "scaled", "a class less", "another image's", "a row less each", "reversed"],
 )
-def test_a_choice_that_differs_in_more_than_a_few_rows_is_refused(actual):
+def test_a_selection_that_differs_in_more_than_a_few_rows_is_refused(actual):
     with pytest.raises(Refused, match=r"outputs boxes, scores, labels, count: \d+ of 300 differ"):
         compared(actual)
 
@@ -800,7 +800,7 @@ def longer(array):
     return array
 
 
-def test_rows_too_many_are_counted():
+def test_surplus_rows_count_as_different():
     with pytest.raises(Refused, match=": 8 of 300 differ"):
         compared(changed(**dict.fromkeys(ROWS, longer), count=lambda n: n + 8 * (np.arange(10) == 0)))
 
@@ -815,12 +815,12 @@ def test_rows_too_many_are_counted():
     ],
     ids=["none", "one less", "zeros first", "padding that is none"],
 )
-def test_a_choice_agrees_with_its_own_number_of_rows(actual):
+def test_a_selection_with_a_wrong_count_or_misplaced_padding_is_refused(actual):
     with pytest.raises(Refused, match="rows of zeros between others"):
         compared(actual)
 
 
-def test_float32_that_loses_the_metric_is_refused_where_outputs_are_a_choice(tmp_path, monkeypatch):
+def test_a_float32_bundle_that_loses_accuracy_is_refused_if_its_outputs_are_a_selection(tmp_path, monkeypatch):
     task, data = classifier().eval(), Pixels()
     monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch)))
     scores = iter([0.9, 0.9, 0.8])  # PyTorch's on both splits come first
@@ -835,14 +835,14 @@ def chosen(deployable):
     return replace(deployable, graphs=graphs)
 
 
-def test_a_choice_is_of_the_same_type_and_shape():
+def test_a_selection_of_another_type_or_shape_is_refused():
     with pytest.raises(Refused, match="labels: int32"):
         compared(changed(labels=lambda k: k.astype(np.int32)))
     with pytest.raises(Refused, match="boxes: float32"):
         compared(changed(boxes=lambda b: b[:, :-1]))
 
 
-def test_what_follows_the_last_weights_is_not_quantised(tmp_path):
+def test_postprocessing_after_the_last_weights_is_not_quantised(tmp_path):
     class Decoded(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Every target's bundle, and the ladder from its precision down to float32."""
+"""The bundle of every target, and the fallback from its precision to float32."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ NETWORKS = {
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch):
-    """No process is started and timed: what is lower in precision is faster."""
+    """Start and time no process: pretend that lower precision is faster."""
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [1.0, 2.0])
 
 
@@ -53,7 +53,7 @@ def made(task, data, target, folder):
 # Files
 
 
-# A residual network where convolutions are converted and not as for another target.
+# A residual network for targets that convert convolutions in a way of their own.
 @pytest.mark.parametrize(
     ("name", "network"),
     [
@@ -61,7 +61,7 @@ def made(task, data, target, folder):
         for name in TARGETS
     ],
 )
-def test_every_target_has_a_bundle_that_answers(name, network, tmp_path):
+def test_every_targets_bundle_loads_and_matches_pytorch(name, network, tmp_path):
     task, data = NETWORKS[network]()
     target = replace(TARGETS[name], gate=100.0)  # untrained networks have no accuracy to lose
     manifest = made(task, data, target, tmp_path / "bundle")
@@ -77,7 +77,7 @@ def test_every_target_has_a_bundle_that_answers(name, network, tmp_path):
     with torch.no_grad():
         expected = task(data.set.tensors[0][:1])[0].softmax(-1).numpy()
     np.testing.assert_allclose(answer, expected, atol=1e-5 if target.precision == "float32" else 0.05)
-    assert len(runner([image, image[:20, :25]])) == 2  # a fixed graph gets images of other sizes resized
+    assert len(runner([image, image[:20, :25]])) == 2  # images are resized for a graph with fixed shapes
     structure = {"qualcomm": fixed_and_16_bits, "mobile": small_build, "cuda": half, "tensorrt": half}
     structure |= {"arm64": eight_bits(np.int8), "x86-64": eight_bits(np.uint8), "x86-64-avx2": seven_bit_weights}
     structure |= {"cpu": plain, "web": plain}
@@ -94,7 +94,7 @@ def loaded(bundle):
 
 
 def plain(bundle):
-    """What any onnxruntime since 1.17 reads, also the one in browsers."""
+    """Check for an opset that any onnxruntime since 1.17 reads, including the one in browsers."""
     (opset,) = loaded(bundle).opset_import
     assert opset.version == 20
 
@@ -149,7 +149,7 @@ def constants(model):
 
 
 def weights(model):
-    """Every quantised weight with its scale."""
+    """Return every quantised weight with its scale."""
     known = constants(model)
     nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in known]
     return [(known[n.input[0]], known[n.input[1]]) for n in nodes if known[n.input[0]].dtype == np.int8]
@@ -161,7 +161,7 @@ def activation_types(model):
 
 
 class Summing(nn.Module):
-    """Layers of equal weights on 32 equal numbers; what comes twice shares its weights."""
+    """Layers with equal weights, for 32 equal inputs; a layer that occurs twice shares its weights."""
 
     def __init__(self, layer):
         super().__init__()
@@ -184,7 +184,7 @@ SUMMING = {
 @pytest.mark.parametrize("name", ["x86-64", "arm64", "mobile"])
 @pytest.mark.parametrize("operator", SUMMING)
 def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
-    """x86-64 without VNNI adds pairs of products, of up to 255 x 127, in 16 bits, unless it is told not to."""
+    """Without VNNI, x86-64 by default adds pairs of products of up to 255 x 127 in 16 bits."""
     layer, shape = SUMMING[operator]
     graph = Graph(Summing(layer).eval(), {"x": torch.ones(shape)}, ["y"], {}, {})
     feeds = [{"x": np.ones(shape, np.float32)}]
@@ -197,7 +197,7 @@ def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
 
 
-def test_what_is_tried_is_a_product_of_8_bit_numbers():
+def test_the_saturation_check_runs_a_product_of_8_bit_numbers():
     types = {
         "a": (onnx.TensorProto.UINT8, "mk"),
         "b": (onnx.TensorProto.INT8, "kn"),
@@ -223,25 +223,25 @@ def no_kernel(a, b):
 
 
 @pytest.mark.parametrize(("product", "found"), [(exact, False), (in_pairs_of_16_bits, True), (no_kernel, True)])
-def test_a_processor_is_tried_for_sums_that_saturate(product, found, monkeypatch):
+def test_saturates_detects_a_processor_whose_8_bit_sums_saturate(product, found, monkeypatch):
     session = SimpleNamespace(run=lambda outputs, inputs: [product(**inputs)])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
     assert saturates.__wrapped__() == found
 
 
 @pytest.mark.parametrize(("found", "entry"), [(True, "1"), (False, None)])
-def test_sums_are_made_exact_only_where_they_would_saturate(found, entry, monkeypatch, tmp_path):
-    """Elsewhere what makes them exact takes more than twice the time."""
+def test_exact_8_bit_sums_are_enabled_only_on_processors_that_saturate(found, entry, monkeypatch, tmp_path):
+    """On other processors, exact sums would take more than twice the time."""
     monkeypatch.setattr("dlref.runtime.bundle.saturates", lambda: found)
     (tmp_path / "product.onnx").write_bytes(PRODUCT)
     options = OnnxGraph(tmp_path / "product.onnx", "CPUExecutionProvider").session.get_session_options()
     try:
         assert options.get_session_config_entry("session.x64quantprecision") == entry
-    except RuntimeError:  # there is none
+    except RuntimeError:  # no such entry
         assert entry is None
 
 
-def test_weights_of_dynamic_products_have_a_scale_for_each_output(tmp_path):
+def test_dynamically_quantised_weights_have_one_scale_per_output(tmp_path):
     weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, n]) for name, n in (("x", 32), ("y", 16)))
     product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
@@ -257,11 +257,11 @@ def test_weights_of_dynamic_products_have_a_scale_for_each_output(tmp_path):
         assert largest - 1 <= np.abs(eight.astype(int)).max() <= largest
 
 
-# The ladder
+# The fallback to float32
 
 
 class Spiked(nn.Module):
-    """Tells how bright an image is; a second channel, which nothing reads, explodes at pure white."""
+    """Classify the brightness of an image; a second channel, which the head ignores, explodes at pure white."""
 
     def __init__(self):
         super().__init__()
@@ -284,7 +284,7 @@ class Spiked(nn.Module):
 
 
 class WhiteInTraining(Pixels):
-    """One white image among those that training sees, and so calibration."""
+    """A white image in the training data, and therefore in the calibration data."""
 
     def train_dataloader(self):
         images, targets = (tensor.clone() for tensor in self.set.tensors)
@@ -297,7 +297,7 @@ def spiked():
     return classifier(Spiked()).eval(), WhiteInTraining()
 
 
-def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(spiked, tmp_path, capsys):
+def test_int8_that_loses_accuracy_is_refused_until_the_worst_nodes_stay_in_float(spiked, tmp_path, capsys):
     manifest = made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")
     *refused, held = manifest["verification"]["attempts"]
     assert [attempt["calibration"] for attempt in refused[:3]] == list(SAMPLES)
@@ -316,7 +316,7 @@ def test_ranges_that_cost_accuracy_are_refused_until_the_worst_nodes_stay_float(
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_score_that_is_no_number_refuses_an_attempt_and_is_none_in_the_manifest(tmp_path, monkeypatch):
+def test_an_attempt_with_a_nan_score_is_refused_and_its_score_recorded_as_none(tmp_path, monkeypatch):
     task, data = NETWORKS["lenet5"]()
     # PyTorch on both splits, calibration, two attempts, and the second one on the test split.
     scores, evaluate = iter([0.9, 0.9, None, float("nan"), 0.9, 0.9]), task.evaluate
@@ -333,7 +333,7 @@ def test_a_score_that_is_no_number_refuses_an_attempt_and_is_none_in_the_manifes
     assert (second["score"], manifest["precision"]) == (0.9, "int8")
 
 
-def test_where_the_worst_nodes_are_not_known_it_is_float32(spiked, tmp_path, monkeypatch, capsys):
+def test_export_falls_back_to_float32_if_the_worst_nodes_cannot_be_found(spiked, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise UserError("classify: bad allocation")
 
@@ -343,7 +343,7 @@ def test_where_the_worst_nodes_are_not_known_it_is_float32(spiked, tmp_path, mon
     assert "cannot find the nodes that lose the most precision: classify: bad allocation" in capsys.readouterr().err
 
 
-def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
+def test_a_vendors_simulation_on_the_cpu_is_not_used_as_its_npu(monkeypatch):
     kinds = onnxruntime.OrtHardwareDeviceType
     for kind, expected in ((kinds.CPU, "CPUExecutionProvider"), (kinds.NPU, "QNNExecutionProvider")):
         found = [SimpleNamespace(device=SimpleNamespace(type=kind))]
@@ -354,7 +354,7 @@ def test_a_maker_s_simulation_is_not_the_device(monkeypatch):
     provider_works.cache_clear()
 
 
-def test_a_provider_s_package_that_does_not_fit_leaves_the_work_to_the_cpu(tmp_path, monkeypatch):
+def test_provider_is_the_cpu_if_the_targets_provider_package_cannot_be_loaded(tmp_path, monkeypatch):
     (tmp_path / "onnxruntime_qnn.py").write_text("def get_library_path(): return 'none.so'")
     monkeypatch.syspath_prepend(tmp_path)
     provider_works.cache_clear()
@@ -363,8 +363,8 @@ def test_a_provider_s_package_that_does_not_fit_leaves_the_work_to_the_cpu(tmp_p
     sys.modules.pop("onnxruntime_qnn")
 
 
-def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):
-    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # this build says it has it
+def test_provider_is_the_cpu_if_the_targets_provider_does_not_start(monkeypatch):
+    known = [*onnxruntime.get_available_providers(), "QNNExecutionProvider"]  # as if this build included it
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
     provider_works.cache_clear()
     with pytest.warns(UserWarning, match="not in available"):
@@ -373,7 +373,7 @@ def test_a_provider_that_does_not_start_here_is_the_cpu_s_work(monkeypatch):
     provider_works.cache_clear()
 
 
-def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):
+def test_export_falls_back_to_float32_after_all_int8_attempts_and_reports_it(spiked, tmp_path, monkeypatch):
     monkeypatch.setattr("dlref.export.attempts.KEPT_FLOAT", ())
     manifest = made(*spiked, TARGETS["x86-64"], tmp_path / "bundle")
     assert manifest["precision"] == "float32"
@@ -383,7 +383,7 @@ def test_in_the_end_it_is_float32_and_says_so(spiked, tmp_path, monkeypatch):
     assert ": float32, CPUExecutionProvider" in (tmp_path / "bundle/report.md").read_text()
 
 
-def test_what_is_not_faster_is_refused_at_once(tmp_path, monkeypatch):
+def test_int8_that_is_not_faster_falls_back_to_float32_without_further_attempts(tmp_path, monkeypatch):
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [2.0, 2.0])
     monkeypatch.setattr("dlref.export.attempts.can_time", lambda target: True)
     task, data = NETWORKS["lenet5"]()
@@ -393,7 +393,7 @@ def test_what_is_not_faster_is_refused_at_once(tmp_path, monkeypatch):
     assert (last["precision"], manifest["precision"]) == ("float32", "float32")
 
 
-def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch):
+def test_speed_is_not_judged_on_a_machine_unlike_the_target(tmp_path, monkeypatch):
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [2.0, 2.0])
     task, data = NETWORKS["lenet5"]()
     target = replace(TARGETS["arm64"], machines=("abacus",), gate=100.0)
@@ -402,10 +402,10 @@ def test_the_clock_has_no_say_where_the_machine_is_another(tmp_path, monkeypatch
     assert manifest["measurement"]["contenders"] == {}
     assert "says nothing about this device" in (tmp_path / "bundle/report.md").read_text()
     assert can_time(TARGETS["cpu"])
-    assert not can_time(TARGETS["qualcomm"])  # whose processor executes nothing here
+    assert not can_time(TARGETS["qualcomm"])  # its processor executes nothing on this machine
 
 
-def test_what_onnxruntime_cannot_convert_falls_back_too(tmp_path, monkeypatch):
+def test_export_falls_back_to_float32_if_onnxruntime_cannot_convert_the_graph(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no such\nscheme")
 
@@ -417,7 +417,7 @@ def test_what_onnxruntime_cannot_convert_falls_back_too(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == manifest
 
 
-def test_calibration_sees_training_data_and_no_other(tmp_path, monkeypatch):
+def test_calibration_uses_only_training_data(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("dlref.export.attempts.convert", lambda *arguments: seen.append(arguments) or real(*arguments))
     from dlref.export.convert import convert as real

@@ -1,4 +1,4 @@
-"""Known ways in which an export goes wrong without a word, planted, and caught by verification."""
+"""Known bugs that spoil an export without an error, planted here and caught by verification."""
 
 import os
 from dataclasses import replace
@@ -24,7 +24,7 @@ CPU = TARGETS["cpu"]
 
 
 class Reader(nn.Module):
-    """An image as a sequence of rows: a recurrent or attending layer, its mean over time, a head."""
+    """Read an image as a sequence of rows: a recurrent or attention layer, its mean over time, a head."""
 
     def __init__(self, layer, features):
         super().__init__()
@@ -50,12 +50,12 @@ class Attention(nn.Module):
 
 
 class ReadingTask(ImageClassifier):
-    """Classifies by a `Reader`; `axes` of the image are dynamic."""
+    """An image classifier with a `Reader`; `axes` names the dynamic axes of the image."""
 
     axes = ("batch",)
 
     def deployable(self, batch):
-        """A graph whose time is the image's height."""
+        """Return a graph whose time axis is the image's height."""
         image = batch[0].permute(0, 2, 3, 1).contiguous()
         graph = Graph(
             module=self.network.eval(),
@@ -76,7 +76,7 @@ def reading(layer, features, axes=("batch",)):
 
 
 def planted(monkeypatch, change):
-    """What the exporter wrote, changed on its way to the disk."""
+    """Apply a change to the ONNX model that the exporter writes."""
 
     def write(graph, path, target):
         program = write_onnx(graph, path, target)
@@ -93,7 +93,7 @@ def made(task, folder, target=CPU):
 
 
 class Frozen(nn.Module):
-    """A network that runs at any length, and works at one."""
+    """A network that runs at any length but is correct at only one."""
 
     def __init__(self, network, length):
         super().__init__()
@@ -103,23 +103,23 @@ class Frozen(nn.Module):
         return self.network(F.pad(image, (0, 0, 0, 0, 0, self.length))[:, : self.length])
 
 
-def test_a_bidirectional_lstm_whose_time_froze_at_the_example_s_length(tmp_path, monkeypatch):
-    """pytorch#191855: the file says that time is free, and runs at any, as if each were the example's."""
+def test_an_lstm_frozen_at_the_examples_length_is_refused_if_its_length_is_dynamic(tmp_path, monkeypatch):
+    """pytorch#191855: the file declares a dynamic length and accepts any, but treats each as the example's."""
     task = reading(nn.LSTM(32, 6, batch_first=True, bidirectional=True), 12)
-    made(task, tmp_path / "honest")  # a time that is fixed and says so
+    made(task, tmp_path / "honest")  # the length is declared as fixed
 
     def freeze(graph, path, target):
         return write_onnx(replace(graph, module=Frozen(graph.module, 32)), path, target)
 
     monkeypatch.setattr("dlref.export.attempts.write_onnx", freeze)
-    made(task, tmp_path / "frozen")  # right as long as nothing else is declared
+    made(task, tmp_path / "frozen")  # correct, since the length is still declared as fixed
     task.axes = ("batch", "height")
     with pytest.raises(UserError, match=r"classify at .*'height': 5.* differs from PyTorch"):
         made(task, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_gru_exported_without_linear_before_reset(tmp_path, monkeypatch):
+def test_a_gru_exported_without_linear_before_reset_is_refused(tmp_path, monkeypatch):
     """PyTorch applies the reset gate after the recurrent product; ONNX's default is before it."""
     task = reading(nn.GRU(32, 6, batch_first=True), 6)
     made(task, tmp_path / "honest")
@@ -138,8 +138,8 @@ def test_a_gru_exported_without_linear_before_reset(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("factor", "target"), [(1.01, "cpu"), (0.999, "cpu"), (255.0, "cpu"), (0.999, "x86-64"), (0.999, "cuda")]
 )
-def test_a_wrong_normalisation_constant(factor, target, tmp_path, monkeypatch):
-    """Also where the bundle would be of a lower precision, whose metric alone might forgive it."""
+def test_a_wrong_normalisation_constant_is_refused_at_every_precision(factor, target, tmp_path, monkeypatch):
+    """At lower precision, the metric alone might tolerate the error."""
 
     def blunder(model):
         (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == "preprocess.scale"]
@@ -152,7 +152,7 @@ def test_a_wrong_normalisation_constant(factor, target, tmp_path, monkeypatch):
 
 @pytest.fixture
 def attending(monkeypatch):
-    """A task whose graph holds the Attention operator, and a target that quantises it dynamically."""
+    """A task whose graph contains the Attention operator, and a target that quantises it dynamically."""
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [1.0, 2.0])
     target = replace(TARGETS["x86-64"], opset=23, ir_version=11, gate=100.0)
     return reading(Attention(), 32), target
@@ -162,16 +162,16 @@ def operators(bundle):
     return {f"{node.domain}.{node.op_type}" for node in onnx.load(bundle / "classify.onnx").graph.node}
 
 
-def test_attention_survives_dynamic_quantisation(attending, tmp_path):
+def test_the_attention_operator_is_kept_by_dynamic_quantisation(attending, tmp_path):
     task, target = attending
     manifest = made(task, tmp_path / "bundle", target)
     assert manifest["precision"] == "int8"
     assert {".Attention", ".MatMulInteger"} <= operators(tmp_path / "bundle")
 
 
-def test_quantize_dynamic_left_alone_writes_an_operator_that_nothing_runs(attending, tmp_path, monkeypatch):
-    """And what is said of it holds no path of this machine."""
-    monkeypatch.setattr("dlref.export.convert.DYNAMIC", None)  # whatever it takes
+def test_unrestricted_dynamic_quantisation_writes_an_unusable_operator_and_is_refused(attending, tmp_path, monkeypatch):
+    """The reason, recorded in the bundle, contains no path of this machine."""
+    monkeypatch.setattr("dlref.export.convert.DYNAMIC", None)  # every operator it supports
     task, target = attending
     manifest = made(task, tmp_path / "bundle", target)
     assert manifest["precision"] == "float32"
@@ -180,24 +180,24 @@ def test_quantize_dynamic_left_alone_writes_an_operator_that_nothing_runs(attend
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "bundle").iterdir())
 
 
-def test_lstms_are_quantised_and_grus_stay_float(tmp_path, monkeypatch):
+def test_lstms_are_quantised_and_grus_stay_in_float(tmp_path, monkeypatch):
     monkeypatch.setattr("dlref.export.measure.Contenders.latencies", lambda *_: [1.0, 2.0])
     target = replace(TARGETS["x86-64"], gate=100.0)
     made(reading(nn.LSTM(32, 6, batch_first=True), 6), tmp_path / "lstm", target)
     assert "com.microsoft.DynamicQuantizeLSTM" in operators(tmp_path / "lstm")
     made(reading(nn.GRU(32, 6, batch_first=True), 6), tmp_path / "gru", target)
-    assert {".GRU", ".MatMulInteger"} <= operators(tmp_path / "gru")  # the head's product alone
+    assert {".GRU", ".MatMulInteger"} <= operators(tmp_path / "gru")  # only the head's product is quantised
 
 
-def test_recurrent_layers_are_never_in_half_precision(tmp_path):
+def test_a_graph_with_recurrent_layers_is_not_converted_to_float16(tmp_path):
     manifest = made(reading(nn.LSTM(32, 6, batch_first=True), 6), tmp_path / "bundle", TARGETS["cuda"])
     refused, held = manifest["verification"]["attempts"]
     assert refused["refused"].endswith("recurrent layers stay float32; expected a graph without them")
     assert held["precision"] == manifest["precision"] == "float32"
 
 
-def test_a_graph_that_ends_onnxruntime_does_not_end_the_export(tmp_path, monkeypatch):
-    """The process that opens a bundle for the first time dies of a signal."""
+def test_a_graph_that_crashes_onnxruntime_does_not_crash_the_export(tmp_path, monkeypatch):
+    """The process that first opens the bundle is killed by a signal."""
     dies = "import os, signal, sys\nif 'once' in sys.orig_argv: os.kill(os.getpid(), signal.SIGSEGV)\n"
     (tmp_path / "sitecustomize.py").write_text(dies)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -209,7 +209,7 @@ def test_a_graph_that_ends_onnxruntime_does_not_end_the_export(tmp_path, monkeyp
 
 
 class GruAlone(nn.Module):
-    """Nothing but a GRU of three cells."""
+    """A GRU of three cells and no other layer."""
 
     def __init__(self):
         super().__init__()
@@ -219,7 +219,7 @@ class GruAlone(nn.Module):
         return self.gru((image[..., 0].float() - 127) / 64)[0].mean(dim=1).softmax(dim=-1)
 
 
-def test_what_holds_nothing_to_quantise_is_not_called_int8(tmp_path):
+def test_a_graph_without_quantisable_nodes_is_not_called_int8(tmp_path):
     task = reading(None, 1)
     task.network = GruAlone()
     manifest = made(task, tmp_path / "bundle", replace(TARGETS["arm64"], gate=100.0))
