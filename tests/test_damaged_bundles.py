@@ -1,4 +1,4 @@
-"""Bundles that were damaged on the way or made to do harm: one line, exit code 2, nothing answered."""
+"""Bundles damaged in transfer or built to do harm: each ends in one line, exit status 2, no prediction."""
 
 import json
 import os
@@ -18,17 +18,17 @@ GRAPH = "classify.onnx"
 
 
 def manifest(**changes):
-    """The manifest says something else."""
+    """Change entries of the manifest."""
     return lambda folder: write_manifest(folder, **changes)
 
 
 def text(content):
-    """The manifest is not what JSON's readers expect."""
+    """Replace the manifest's text."""
     return lambda folder: (folder / "manifest.json").write_bytes(content)
 
 
 def graph(change, hashed=True):
-    """Other bytes in the graph's file; `hashed`: by someone who also wrote the manifest."""
+    """Change the bytes of the graph's file and, if `hashed`, its hash in the manifest."""
 
     def damage(folder):
         path = folder / GRAPH
@@ -40,7 +40,7 @@ def graph(change, hashed=True):
 
 
 def model(change):
-    """Another graph, by someone who also wrote the manifest."""
+    """Change the graph and its hash in the manifest."""
 
     def damage(folder):
         loaded = onnx.load(folder / GRAPH, load_external_data=False)
@@ -58,7 +58,7 @@ def flip(content):
 
 
 def external(location):
-    """A weight whose bytes lie elsewhere."""
+    """Store the bytes of a weight at an external location."""
 
     def change(loaded):
         weight = next(tensor for tensor in loaded.graph.initializer if tensor.name == "white")
@@ -88,7 +88,7 @@ def huge_constant(loaded):
 
 
 def last_node(*nodes):
-    """`nodes` make probability from what was it."""
+    """Let `nodes` compute the output probability from its earlier value."""
 
     def change(loaded):
         loaded.graph.node[-1].output[0] = "before"
@@ -115,7 +115,7 @@ def empty_input(loaded):
 
 
 def other_input(folder):
-    """Graph and manifest agree, and are not image classification."""
+    """Rename the input in graph and manifest: they agree, but do not describe image classification."""
     model(rename("image", "picture"))(folder)
     inputs = [{**SIGNATURE["inputs"][0], "name": "picture"}]
     write_manifest(folder, graphs={"classify": {**SIGNATURE, "inputs": inputs}})
@@ -172,7 +172,7 @@ def no_manifest(folder):
 
 
 def endless_manifest(folder):
-    os.truncate(folder / "manifest.json", 1 << 40)  # sparse: it takes no room
+    os.truncate(folder / "manifest.json", 1 << 40)  # sparse: takes no disk space
 
 
 def endless_graph(folder):
@@ -199,7 +199,7 @@ def junk_as_ort(folder):
 
 
 DAMAGE = {
-    # on the way
+    # damaged in transfer
     "truncated graph": (graph(lambda b: b[:-10], hashed=False), "SHA-256 differs"),
     "empty graph": (graph(lambda b: b"", hashed=False), "SHA-256 differs"),
     "one bit of the graph": (graph(flip, hashed=False), "SHA-256 differs"),
@@ -212,7 +212,7 @@ DAMAGE = {
     "manifest that is a list": (text(b"[]"), "not a manifest"),
     "manifest that is empty braces": (text(b"{}"), "not a manifest"),
     "manifest that is no text": (text(b"\xff\xfe\x00"), "expected JSON"),
-    # of another version or kind
+    # of another version or kind, or malformed
     "a later format": (manifest(format=2), "format 2"),
     "a format that is text": (manifest(format="1"), "not a manifest"),
     "an unknown kind": (manifest(kind="object-location"), "unknown"),
@@ -254,7 +254,7 @@ DAMAGE = {
     "a file name with an escape": (manifest(files={"a\x1bb": "0"}), r"'a\x1bb' is missing"),
     "a crop beyond the image": (manifest(metadata={**METADATA, "crop": 1e9}), "expected metadata crop, multi_label"),
     "one label for two classes": (manifest(metadata={**METADATA, "labels": ["one"]}), "expected 1 classes"),
-    # made to do harm
+    # built to do harm
     "a file above the bundle": (manifest(files={"../secret": "0"}), "plain name"),
     "a file of the system": (manifest(files={"/etc/passwd": "0"}), "plain name"),
     "a file by backslashes": (manifest(files={"..\\secret": "0"}), "plain name"),
@@ -296,7 +296,7 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_it_is_refused_in_one_line(name, bundle, picture, capsys):
+def test_a_damaged_bundle_is_refused_in_one_line(name, bundle, picture, capsys):
     damage, message = DAMAGE[name]
     (bundle.parent / "secret").write_text("secret")
     (bundle.parent / "secret.bin").write_bytes(bytes(4))
@@ -310,12 +310,12 @@ def test_it_is_refused_in_one_line(name, bundle, picture, capsys):
     assert '"label"' not in printed.out
 
 
-def test_the_bundle_itself_is_not(bundle, picture, capsys):
+def test_the_undamaged_bundle_is_accepted(bundle, picture, capsys):
     assert main([str(bundle), str(picture)]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == "dark"
 
 
-def test_an_input_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
+def test_an_input_with_too_many_elements_is_refused(tmp_path, monkeypatch):
     runner = load(make_bundle(tmp_path / "bundle"))
     monkeypatch.setattr("dlref.runtime.bundle.LARGEST_INPUT", 10)
     assert runner(np.zeros((2, 5), np.uint8))["label"] == "dark"
@@ -323,7 +323,7 @@ def test_an_input_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
         runner(np.zeros((3, 4), np.uint8))
 
 
-def test_the_hash_is_checked_before_anything_is_opened(tmp_path, monkeypatch):
+def test_the_hash_is_checked_before_a_graph_is_opened(tmp_path, monkeypatch):
     bundle = make_bundle(tmp_path / "bundle")
     graph(flip, hashed=False)(bundle)
     monkeypatch.setattr("dlref.runtime.bundle.OnnxGraph", None)

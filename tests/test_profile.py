@@ -1,4 +1,4 @@
-"""Where the time of a step goes: parts that add up, what bounds a run, a trace that opens."""
+"""The profile of training steps: parts that add up, the bottleneck of a run, a readable trace."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ EMA = ("--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging")
 
 @pytest.fixture
 def profiles(monkeypatch):
-    """The profilers of the fits to come, which note by their own clock when batches are asked for."""
+    """The profilers of the following fits, which also record when each batch is requested."""
     made = []
 
     class Noted(StepProfile):
@@ -72,7 +72,7 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
         2 + 67 * statistics.fmean(findings.free) / 600
     )  # best.ckpt and last.ckpt
     assert findings.busy is None
-    assert "log" not in vars(made.trainer.lightning_module)  # it is Lightning's again
+    assert "log" not in vars(made.trainer.lightning_module)  # Lightning's own method is restored
 
     report, printed = (run / "profile.md").read_text(), capsys.readouterr().out
     for name in (*PARTS, "step", "checkpoint"):
@@ -96,15 +96,15 @@ def test_the_parts_of_a_step_add_up_to_its_time(profiles, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("every", "validations"), [(1, 1.0), (4, 0.25), (None, 2.0)])
-def test_checkpoints_of_an_epoch_are_those_of_its_validations_and_of_minutes(every, validations):
+def test_checkpoints_per_epoch_count_validations_and_elapsed_minutes(every, validations):
     steps = [{"forward": 1.0}] * (WARM_UP + COUNTED)
     trainer = SimpleNamespace(num_training_batches=60, accumulate_grad_batches=2, check_val_every_n_epoch=every)
-    trainer.val_check_batch = 60 if every else 30  # without a number of epochs batches are counted through
+    trainer.val_check_batch = 60 if every else 30  # without a number of epochs, batches are counted across epochs
     made = SimpleNamespace(steps=steps, free=0, saves=[], minutes=1, trainer=trainer, _busy=lambda mean: None)
     assert StepProfile.findings(made).checkpoints == pytest.approx(2 * validations + 30 / 60)
 
 
-def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
+def test_a_slow_loader_is_reported_as_the_bottleneck(profiles, monkeypatch, tmp_path):
     make = SeededBatches.__getitem__
     monkeypatch.setattr(SeededBatches, "__getitem__", lambda self, step: time.sleep(0.03) or make(self, step))
     assert profile("--run", "mine") == 0
@@ -114,7 +114,7 @@ def test_a_slow_loader_is_told(profiles, monkeypatch, tmp_path):
     assert ADVICE["data"] in (tmp_path / "mine" / "profile.md").read_text()
 
 
-def test_a_slow_callback_is_told_and_slow_validation_is_of_no_step(profiles, monkeypatch):
+def test_a_slow_callback_is_the_bottleneck_and_validation_does_not_count_in_a_step(profiles, monkeypatch):
     end = StopOnNonFiniteLoss.on_train_batch_end
     monkeypatch.setattr(dlref.training.profile, "COUNTED", 20)
     monkeypatch.setitem(dlref.training.profile.PRESET, "max_steps", WARM_UP + 21)
@@ -130,7 +130,7 @@ def test_a_slow_callback_is_told_and_slow_validation_is_of_no_step(profiles, mon
     assert findings.epoch == 8
 
 
-def test_nothing_waits_for_a_gpu_in_the_first_half(profiles, monkeypatch):
+def test_no_step_in_the_first_half_waits_for_the_gpu(profiles, monkeypatch):
     waits = Counter()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.update([len(profiles[0].steps)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
@@ -140,7 +140,7 @@ def test_nothing_waits_for_a_gpu_in_the_first_half(profiles, monkeypatch):
     half = WARM_UP + COUNTED // 2
     free, parts = ([waits[step] for step in steps] for steps in (range(WARM_UP, half - 1), range(half, half + 20)))
     assert not any(free)
-    assert waits[WARM_UP - 1] == waits[half - 1] == 1  # for what was launched before
+    assert waits[WARM_UP - 1] == waits[half - 1] == 1  # for kernels launched before
     assert min(parts) > 8
     findings = profiles[0].findings()
     assert len(findings.free) == len(findings.steps) == COUNTED // 2
@@ -155,7 +155,7 @@ def test_on_a_gpu_steps_are_also_timed_without_waiting(profiles):
     assert 0 < findings.busy <= 1
 
 
-def test_a_run_that_ends_too_soon_is_no_profile(monkeypatch, capsys):
+def test_a_run_that_is_too_short_for_a_profile_ends_in_an_error(monkeypatch, capsys):
     monkeypatch.setattr(dlref.training.profile, "WARM_UP", 100)
     assert profile("--run", "mine") == 2
     assert "error: the run ended after 56 steps; expected more than 100" in capsys.readouterr().err
@@ -170,17 +170,17 @@ def test_a_run_that_ends_too_soon_is_no_profile(monkeypatch, capsys):
         ("--trainer.profiler", "simple"),
     ],
 )
-def test_a_profile_is_a_run_of_its_own(other, value, tmp_path, capsys):
+def test_profile_cannot_be_combined_with_other_kinds_of_runs(other, value, tmp_path, capsys):
     assert profile(other, value) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert error == f"error: --profile with {other.replace('--trainer', 'trainer')}; expected one without the other"
     assert list(tmp_path.iterdir()) == []
 
 
-# No profile
+# Runs without a profile
 
 
-def test_without_a_profiler_nothing_is_wrapped_around_a_step(monkeypatch):
+def test_without_a_profiler_no_call_is_wrapped(monkeypatch):
     def wrap(*_):
         raise AssertionError("a call was wrapped")
 
@@ -188,18 +188,18 @@ def test_without_a_profiler_nothing_is_wrapped_around_a_step(monkeypatch):
     assert fit("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--final_test", "false") == 0
 
 
-def test_a_profiler_of_lightnings_is_used(caplog):
+def test_one_of_lightnings_profilers_can_be_used(caplog):
     short = ["--trainer.limit_train_batches", "3", "--final_test", "false"]
     assert fit("--trainer.max_epochs", "1", "--trainer.profiler", "simple", *short) == 0
     assert "FIT Profiler Report" in caplog.text
 
 
-# By the clock's hand
+# With a fake clock
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is moved by hand."""
+    """A clock that the test advances."""
 
     class Clock:
         now = 0.0
@@ -212,10 +212,10 @@ def clock(monkeypatch):
     return made
 
 
-def test_a_part_has_no_time_of_what_is_inside_of_it(clock, tmp_path):
+def test_nested_actions_do_not_count_towards_the_enclosing_part(clock, tmp_path):
     profiler = StepProfile(tmp_path, 10)
     inside = {
-        "[LightningModule]Task.optimizer_step": 4,  # and all that follows is inside of it
+        "[LightningModule]Task.optimizer_step": 4,  # the following actions are nested in it
         "[Strategy]Single.training_step": 8,
         "[Logging]log": 16,
     }
@@ -255,7 +255,7 @@ def test_a_part_has_no_time_of_what_is_inside_of_it(clock, tmp_path):
         ("[LightningModule]ImageClassifier.on_before_zero_grad", None),
     ],
 )
-def test_actions_belong_to_parts(action, part):
+def test_part_of_assigns_each_profiler_action_to_its_part(action, part):
     assert part_of(action, ("[Callback]Progress.",)) == part
 
 
@@ -275,10 +275,10 @@ def test_actions_belong_to_parts(action, part):
         ({"checkpoint": 0.35, "data": 0.25}, None, "checkpoint"),
     ],
 )
-def test_what_bounds_a_run(shares, busy, what):
+def test_bound_names_the_bottleneck_of_a_run(shares, busy, what):
     assert bound(dict.fromkeys((*PARTS, "checkpoint"), 0.0) | shares, busy) == what
 
 
-def test_kernels_that_overlap_are_counted_once():
+def test_overlapping_kernels_are_counted_once():
     assert covered([(0, 4), (5, 6), (1, 2), (3, 5.5), (8, 9)]) == 7
     assert covered([]) == 0

@@ -1,6 +1,6 @@
-"""Nothing is lost: whole checkpoints, SIGTERM, losses that are no number, one fit a folder, three batches by heart.
+"""Reliable training: intact checkpoints, SIGTERM, non-finite losses, one fit per folder, overfitting three batches.
 
-The modules of `tests/faults` do the same many times and for all families; docs/reliability.md has their tallies.
+The modules of `tests/faults` repeat these tests many times and for all families; docs/reliability.md has the results.
 """
 
 import csv
@@ -47,7 +47,7 @@ def fit(**options):
 
 @pytest.fixture
 def during(monkeypatch):
-    """Do something in a hook of a fit."""
+    """Return a function that makes the following fits run an action in a hook."""
 
     def when(hook, action):
         monkeypatch.setattr(dlref.cli, "Preflight", families.during(hook, action))
@@ -65,14 +65,14 @@ def sealed(tmp_path):
     return path
 
 
-def test_a_sealed_file_is_one_of_torch_save(sealed):
+def test_torch_load_reads_a_sealed_file(sealed):
     assert damage(sealed) is None
     assert len(seal_of(sealed)) == SIZE
     for options in ({}, {"mmap": True}):
         assert torch.equal(torch.load(sealed, weights_only=True, **options)["weights"], torch.arange(1000.0))
 
 
-def test_any_bit_that_turns_is_found(sealed):
+def test_a_flipped_bit_in_a_sealed_file_is_detected(sealed):
     whole = sealed.read_bytes()
     for place in range(0, len(whole) - SIZE, 97):
         sealed.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -82,13 +82,13 @@ def test_any_bit_that_turns_is_found(sealed):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1, -SIZE, -SIZE + 1])
-def test_any_cut_is_found(kept, sealed):
+def test_a_truncated_sealed_file_is_detected(kept, sealed):
     whole = sealed.read_bytes()[:kept]
     sealed.write_bytes(whole)
     assert damage(sealed) == f"cut off after {len(whole)} bytes"
 
 
-def test_files_of_others_have_no_seal(tmp_path):
+def test_a_file_saved_without_a_seal_is_read(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "theirs.pt")
     assert torch.equal(read(tmp_path / "theirs.pt")["weight"], torch.ones(3))
     (tmp_path / "seal.pt").write_bytes(b"\ndlref sha256 ")
@@ -97,7 +97,7 @@ def test_files_of_others_have_no_seal(tmp_path):
 
 
 class Full(BytesIO):
-    """A disk with room for 1000 bytes."""
+    """A file on a disk with room for 1000 bytes."""
 
     name = "last.ckpt.part"
 
@@ -107,7 +107,7 @@ class Full(BytesIO):
         return super().write(data)
 
 
-def test_what_is_no_trouble_with_the_disk_is_not_told_as_one(tmp_path, monkeypatch):
+def test_an_error_unrelated_to_the_disk_is_raised_unchanged_while_saving(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -117,16 +117,14 @@ def test_what_is_no_trouble_with_the_disk_is_not_told_as_one(tmp_path, monkeypat
     assert not any(tmp_path.iterdir())
 
 
-def test_what_torch_makes_of_a_full_disk_is_told_as_such():
+def test_the_writer_keeps_the_no_space_error_that_torch_replaces_with_its_own():
     hashed = HashingWriter(Full())
     with pytest.raises(RuntimeError):
         torch.save({"weights": torch.ones(10_000)}, hashed)
     assert (hashed.error.errno, hashed.error.filename) == (errno.ENOSPC, "last.ckpt.part")
 
 
-def test_a_checkpoint_that_finds_no_room_says_so_with_its_own_error(tmp_path, monkeypatch):
-    """Not by torch.save's words of it."""
-
+def test_a_full_disk_is_reported_as_no_space_instead_of_by_torchs_error(tmp_path, monkeypatch):
     def full(_, writer):
         with pytest.raises(OSError, match="No space left"):
             writer.write(bytes(2000))
@@ -139,7 +137,7 @@ def test_a_checkpoint_that_finds_no_room_says_so_with_its_own_error(tmp_path, mo
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "last.ckpt.part")
 
 
-def test_nothing_is_left_of_a_checkpoint_that_finds_no_room(sealed, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_partial_file(sealed, monkeypatch):
     before = sealed.read_bytes()
     monkeypatch.setattr(HashingWriter, "write", refuse)
     with pytest.raises(OSError, match="No space left"):
@@ -153,7 +151,7 @@ def refuse(hashed, data):
     raise hashed.error
 
 
-def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
+def test_previous_ckpt_is_used_if_last_ckpt_is_damaged_or_missing(tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     last, previous = folder / "last.ckpt", folder / "previous.ckpt"
     write_sealed({"step": 1}, last)
@@ -164,7 +162,7 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
     assert checkpoint_of(tmp_path, "last") == previous
     whole = previous.read_bytes()
     previous.write_bytes(whole[:-50])
-    assert checkpoint_of(tmp_path, "last") == last  # to be refused by its own name
+    assert checkpoint_of(tmp_path, "last") == last  # so that the error names last.ckpt
     previous.write_bytes(whole)
     last.unlink()
     assert checkpoint_of(tmp_path, "last") == previous
@@ -174,8 +172,8 @@ def test_the_one_before_is_used_where_the_last_is_damaged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", ["outside", "run/../outside", "run/link/own", "local://{}/outside", "run"])
-def test_no_checkpoint_is_removed_outside_of_the_run(path, tmp_path, monkeypatch):
-    """A checkpoint names what a callback of the config's is to remove."""
+def test_no_checkpoint_outside_the_runs_folder_is_removed(path, tmp_path, monkeypatch):
+    """A loaded checkpoint contains the paths that the config's callbacks remove."""
     monkeypatch.chdir(tmp_path)
     for name in ("outside/own", "run"):
         (tmp_path / name).mkdir(parents=True)
@@ -185,7 +183,7 @@ def test_no_checkpoint_is_removed_outside_of_the_run(path, tmp_path, monkeypatch
     assert (tmp_path / "outside/own").exists()
 
 
-def test_a_callback_s_checkpoints_are_removed_by_whatever_path_the_run_has(tmp_path, monkeypatch):
+def test_a_callbacks_checkpoint_is_removed_if_the_run_has_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for epoch in range(2):
@@ -200,7 +198,7 @@ def test_a_callback_s_checkpoints_are_removed_by_whatever_path_the_run_has(tmp_p
 
 @pytest.fixture
 def saving(monkeypatch):
-    """A last.ckpt that is to be saved every ten minutes, its trainer, the clock, and when it was saved."""
+    """A `Last` that saves every ten minutes, its trainer, the clock, and the times at which it saved."""
     now, saved = [1000.0], []
     monkeypatch.setattr("dlref.training.checkpoints.time.monotonic", lambda: now[0])
     trainer = SimpleNamespace(
@@ -220,7 +218,7 @@ def saving(monkeypatch):
     return last, trainer, now, saved
 
 
-def test_minutes_count_from_one_checkpoint_to_the_next(saving):
+def test_the_interval_counts_from_one_checkpoint_to_the_next(saving):
     last, trainer, now, saved = saving
     for seconds in (599, 600, 1199, 1200):
         now[0] = 1000.0 + seconds
@@ -229,7 +227,7 @@ def test_minutes_count_from_one_checkpoint_to_the_next(saving):
     assert saved == [1600.0, 2200.0]
 
 
-def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
+def test_last_ckpt_is_not_saved_between_a_step_and_its_validation(saving):
     last, trainer, now, saved = saving
     for step in (4, 5):
         now[0] = 2000.0 + step
@@ -239,7 +237,7 @@ def test_no_step_is_saved_before_the_validation_that_follows_it(saving):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_run_goes_on_by_its_own_seed_and_with_its_average(capsys):
+def test_resuming_with_another_seed_or_without_weight_averaging_is_refused(capsys):
     short = {"trainer.limit_train_batches": 2, "final_test": "false", "model.init_args.lr_scheduler": "null"}
     average = {"trainer.callbacks+": "dlref.tasks.EMA"}
     assert fit(**short, **average, run="mine", seed_everything=5) == 0
@@ -250,7 +248,7 @@ def test_a_run_goes_on_by_its_own_seed_and_with_its_average(capsys):
     assert "trainer.callbacks: no weight averaging" in capsys.readouterr().err
 
 
-def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp_path):
+def test_after_a_complete_epoch_a_resumed_run_starts_at_the_first_batch(monkeypatch, tmp_path):
     monkeypatch.setattr("dlref.training.checkpoints.listen", lambda *_: None)
     last, told = Last(minutes=10), []
     last.taken = last.batches = 6
@@ -265,7 +263,7 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
     )
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
-    for last.batches in (12, 3):  # of which the six were a half, or two epochs: a schedule counts steps
+    for last.batches in (12, 3):  # batch 6 was half an epoch or the end of two: schedules count steps
         with pytest.raises(UserError, match=f"the checkpoint is at batch 6 of {last.batches}, but an epoch now has 6"):
             last.on_train_start(trainer, None)
 
@@ -273,7 +271,7 @@ def test_after_a_whole_epoch_the_next_begins_at_its_first_batch(monkeypatch, tmp
 # SIGTERM
 
 
-def test_sigterm_keeps_the_step_and_the_run_goes_on_to_the_same(during, tmp_path, capsys):
+def test_a_run_stopped_by_sigterm_resumes_to_identical_results(during, tmp_path, capsys):
     assert fit(run="whole") == 0
     before = signal.getsignal(signal.SIGTERM)
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 7 and tell())
@@ -289,15 +287,15 @@ def tell():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_in_validation_waits_for_its_end(during, tmp_path):
+def test_sigterm_during_validation_takes_effect_at_its_end(during, tmp_path):
     during("on_validation_batch_start", lambda self, trainer, *_: trainer.global_step == 6 and tell())
     assert fit(run="told") == os.EX_TEMPFAIL
     assert state_of(tmp_path / "told")["global_step"] == 6
-    assert "0.1" in (tmp_path / "told/metrics.csv").read_text().splitlines()[-1]  # what validation found
+    assert "0.1" in (tmp_path / "told/metrics.csv").read_text().splitlines()[-1]  # the validation metrics
 
 
-@pytest.mark.parametrize("step", ["validation_step", "test_step"])  # of the sanity check, of the final test
-def test_sigterm_where_nothing_is_kept_ends_a_fit_at_once(step, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("step", ["validation_step", "test_step"])  # in the sanity check, in the final test
+def test_sigterm_in_the_sanity_check_or_final_test_ends_a_fit_at_once(step, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
     assert fit(run="told", final_test="true") == os.EX_TEMPFAIL
@@ -307,7 +305,7 @@ def test_sigterm_where_nothing_is_kept_ends_a_fit_at_once(step, tmp_path, monkey
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys):
+def test_sigterm_ends_validate_test_and_predict_at_once(tmp_path, monkeypatch, capsys):
     assert fit(run="mine", trainer__max_epochs=1, trainer__limit_train_batches=1) == 0
     for command, step in (("validate", "validation_step"), ("test", "test_step"), ("predict", "predict_step")):
         monkeypatch.setattr(ImageClassifier, step, lambda *_: tell())
@@ -315,7 +313,7 @@ def test_sigterm_ends_what_does_not_train_at_once(tmp_path, monkeypatch, capsys)
         assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
 
 
-def test_the_processes_of_other_devices_end_with_the_one_that_started_them(monkeypatch):
+def test_sigterm_is_passed_on_to_the_processes_of_other_devices(monkeypatch):
     killed = []
     launcher = SimpleNamespace(kill=killed.append)
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), received_sigterm=False)
@@ -325,8 +323,8 @@ def test_the_processes_of_other_devices_end_with_the_one_that_started_them(monke
     assert killed == [signal.SIGTERM]
 
 
-def test_sigterm_while_the_loaders_begin_leaves_the_earlier_run(tmp_path, monkeypatch):
-    """Where no sanity check comes: Lightning's handler has it, and only notes it."""
+def test_sigterm_while_loaders_start_leaves_the_earlier_run_unchanged(tmp_path, monkeypatch):
+    """Without a sanity check, Lightning's handler receives the signal and only records it."""
     assert fit(run="mine", trainer__limit_train_batches=1) == 0
     earlier = (tmp_path / "mine/metrics.csv").read_bytes()
     begin = TrainLoader.__iter__
@@ -337,8 +335,8 @@ def test_sigterm_while_the_loaders_begin_leaves_the_earlier_run(tmp_path, monkey
     assert (tmp_path / "mine/checkpoints/best.ckpt").is_file()
 
 
-def test_one_line_says_that_another_process_is_gone(monkeypatch, capsys):
-    """Gloo's and NCCL's errors; no other error of torch's is one."""
+def test_gloo_and_nccl_errors_for_a_lost_process_are_reported_in_one_line(monkeypatch, capsys):
+    """Other errors of torch are raised unchanged."""
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
     for error in (RuntimeError(gloo), dist.DistBackendError("NCCL error: ncclRemoteError: a peer has gone")):
         monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
@@ -362,19 +360,19 @@ def raising(error):
     return raise_it
 
 
-# Mixed images and averaged weights; two workers; accumulated gradients and dropout.
+# These use mixed images and averaged weights; two workers; accumulated gradients and dropout.
 UNLIKE = ("image classification", "semantic segmentation", "language modelling")
 OTHERS = ("object detection", "forecasting", "translation")
 
 
 @pytest.mark.parametrize("families", [UNLIKE, pytest.param(OTHERS, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_goes_on_to_the_same(families, command):
+def test_a_killed_run_resumes_to_identical_results(families, command):
     done = command("-m", "tests.faults.resume", "--kills", "1", *families)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("1 equal") == len(families)
 
 
-def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path):
+def test_a_damaged_last_ckpt_does_not_replace_an_intact_previous_ckpt(tmp_path):
     last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     write_sealed({"step": 1}, previous)
     last.write_bytes(b"damaged")
@@ -386,17 +384,17 @@ def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path):
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_one_process_that_is_told_to_end_ends_all(others):
+def test_sigterm_in_one_process_stops_all_processes(others):
     last = Last(minutes=10)
     last.sigterm_received = True
     strategy = SimpleNamespace(reduce_boolean_decision=lambda told, all: told and (others or not all))
     assert last.agreed(SimpleNamespace(strategy=strategy))
 
 
-# Numerical trouble
+# Non-finite losses and full disks
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(during, tmp_path, capsys):
+def test_a_non_finite_loss_ends_the_run_and_saves_its_batch(during, tmp_path, capsys):
     seen = {}
 
     def spoil(self, trainer, task, batch, batch_idx):
@@ -412,12 +410,12 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(during, tmp_path, 
     assert "train/loss is not finite in step 9 (epoch 1, batch 2, learning rate 0.00" in error[0]
     assert "mine/not_finite.pt" in error[0]
     kept = read(tmp_path / "mine" / "not_finite.pt")
-    assert all(map(torch.equal, kept["inputs"], seen[1, 2]))  # augmentation and all
+    assert all(map(torch.equal, kept["inputs"], seen[1, 2]))  # with its augmentation
     assert state_of(tmp_path / "mine")["global_step"] == 6
     assert torch.isfinite(state_of(tmp_path / "mine")["state_dict"]["network.f6.weight"]).all()
 
 
-def test_a_loss_is_looked_at_no_more_often_than_it_is_logged(monkeypatch):
+def test_losses_are_checked_only_at_the_logging_interval_and_before_checkpoints(monkeypatch):
     looks = []
     monkeypatch.setattr(
         StopOnNonFiniteLoss, "look", lambda self, trainer: looks.append(trainer.global_step) or self.seen.clear()
@@ -426,7 +424,7 @@ def test_a_loss_is_looked_at_no_more_often_than_it_is_logged(monkeypatch):
     assert looks == [5, 10, 12, 12, 12]  # at the last batch, and before best.ckpt and last.ckpt
 
 
-def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
+def test_no_process_saves_a_checkpoint_after_a_non_finite_loss(tmp_path):
     finite = StopOnNonFiniteLoss()
     finite.on_train_start(None, None)
     finite.losses.append(torch.tensor(torch.nan))
@@ -436,7 +434,7 @@ def test_no_process_keeps_a_step_whose_loss_was_no_number(tmp_path):
     second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False, strategy=strategy)
     with pytest.raises(UserError, match="not finite in step 1"):
         finite.on_save_checkpoint(second, None, {})
-    assert waited == ["not_finite.pt"]  # for the first, which keeps the batch
+    assert waited == ["not_finite.pt"]  # for the first process, which saves the batch
 
 
 def test_the_last_of_several_configs_names_the_run():
@@ -453,21 +451,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_no_room_is_one_line(number, monkeypatch, capsys):
-    """The disk's, the user's share of it, or what its file system lets a file have."""
+def test_running_out_of_space_ends_in_a_one_line_error(number, monkeypatch, capsys):
+    """The disk is full, the user's quota is used up, or the file system's limit on file size is reached."""
     monkeypatch.setattr(dlref.cli, "TrainCLI", raising(OSError(number, os.strerror(number), "last.ckpt")))
     assert train([]) == 2
     expected = f"error: last.ckpt: {os.strerror(number)}; expected free space; earlier checkpoints are intact\n"
     assert capsys.readouterr().err == expected
 
 
-def test_other_errors_of_a_disk_are_no_lack_of_room(monkeypatch):
+def test_other_disk_errors_are_not_reported_as_lack_of_space(monkeypatch):
     monkeypatch.setattr(dlref.cli, "TrainCLI", raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         train([])
 
 
-def test_the_batch_of_a_fit_that_failed_at_once_is_no_run(tmp_path):
+def test_a_leftover_not_finite_pt_does_not_count_as_a_run_and_is_removed(tmp_path):
     run = tmp_path / "mine"
     claim = Claim(run, resume=False, overwrite=False)
     (run / "not_finite.pt").write_bytes(b"a batch")
@@ -476,10 +474,10 @@ def test_the_batch_of_a_fit_that_failed_at_once_is_no_run(tmp_path):
     again = Claim(run, resume=False, overwrite=False)  # not refused
     again.commit()
     again.lock.release()
-    assert not (run / "not_finite.pt").exists()  # it was not this one's
+    assert not (run / "not_finite.pt").exists()  # it belonged to the earlier fit
 
 
-def test_no_process_waits_for_a_first_one_that_cannot_keep_the_batch(tmp_path, monkeypatch):
+def test_no_process_waits_for_a_first_process_that_cannot_save_the_batch(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -494,7 +492,7 @@ def test_no_process_waits_for_a_first_one_that_cannot_keep_the_batch(tmp_path, m
     assert waited == ["not_finite.pt"]
 
 
-def test_debug_learns_three_batches_by_heart_and_writes_nothing(tmp_path, capsys):
+def test_debug_overfits_three_batches_and_writes_nothing(tmp_path, capsys):
     assert train(["fit", "--config", DIGITS, "--debug", "true", "--trainer.enable_progress_bar", "false"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("debug: ")]
     first, last = (float(line.split()[i].strip(",")) for i in (2, 4))
@@ -506,7 +504,7 @@ def test_debug_learns_three_batches_by_heart_and_writes_nothing(tmp_path, capsys
 # Several fits, several processes
 
 
-def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
+def test_resuming_with_another_optimiser_is_refused(tmp_path, capsys):
     assert fit(run="mine") == 0
     before = (tmp_path / "mine/config.yaml").read_text()
     for key, value, complaint in (
@@ -522,7 +520,7 @@ def test_a_run_does_not_go_on_with_another_optimiser(tmp_path, capsys):
         assert (tmp_path / "mine/config.yaml").read_text() == before
 
 
-def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(during, tmp_path, monkeypatch, capsys):
+def test_slurm_requeueing_is_off_and_a_checkpoint_it_left_is_refused(during, tmp_path, monkeypatch, capsys):
     names = {
         "NTASKS": 1,
         "JOB_NAME": "train",
@@ -540,7 +538,7 @@ def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(durin
     (environment,) = seen
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun, as the job of a queue
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun in a SLURM job
     assert fit(run="more") == 0
     assert isinstance(seen[1], TorchElasticEnvironment)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
@@ -549,17 +547,17 @@ def test_a_queue_s_signal_leaves_no_checkpoint_that_takes_the_place_of_all(durin
     assert "hpc_ckpt_1.ckpt: Lightning would load it whatever --ckpt_path is" in capsys.readouterr().err
 
 
-def test_two_fits_do_not_share_a_folder(tmp_path, capsys):
+def test_two_fits_cannot_write_to_the_same_folder(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     with FileLock(tmp_path / "mine" / ".lock"):
         assert fit(run="mine") == 2
         assert fit(run="mine", overwrite="true") == 2
     assert capsys.readouterr().err.count("mine: another fit is writing there; expected --run with another folder") == 2
     assert fit(run="mine") == 0
-    assert fit(run="mine", overwrite="true") == 0  # the first has let it go
+    assert fit(run="mine", overwrite="true") == 0  # the lock has been released
 
 
-def test_a_second_fit_that_starts_meanwhile_is_refused(during, tmp_path, capsys):
+def test_a_second_fit_started_during_the_first_is_refused(during, tmp_path, capsys):
     statuses = []
 
     def start_another(self, trainer, *_):
@@ -574,7 +572,7 @@ def test_a_second_fit_that_starts_meanwhile_is_refused(during, tmp_path, capsys)
     assert state_of(tmp_path / "mine")["global_step"] == 12
 
 
-def test_two_processes_train_as_one(command, tmp_path):
+def test_training_with_two_processes_gives_the_losses_of_one(command, tmp_path):
     write_text_file(tmp_path)
     assert train([str(word) for word in arguments("language modelling", tmp_path / "one", 1)]) == 0
     done = command("train.py", *arguments("language modelling", tmp_path / "two", 2), cwd=tmp_path)
@@ -584,10 +582,10 @@ def test_two_processes_train_as_one(command, tmp_path):
     assert state_of(tmp_path / "two")["global_step"] == 8
 
 
-# What fresh eyes found
+# Found in review
 
 
-def test_a_run_that_was_told_to_end_in_its_last_step_is_tested_when_it_goes_on(during, tmp_path):
+def test_a_run_stopped_by_sigterm_in_its_last_step_is_tested_when_resumed(during, tmp_path):
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 11 and tell())
     assert fit(run="mine") == os.EX_TEMPFAIL
     assert fit(run="mine", ckpt_path="last", final_test="true") == 0
@@ -595,7 +593,7 @@ def test_a_run_that_was_told_to_end_in_its_last_step_is_tested_when_it_goes_on(d
     assert (tmp_path / "mine" / "figures").is_dir()
 
 
-def test_sigterm_before_the_first_step_leaves_the_earlier_run(during, tmp_path):
+def test_sigterm_before_the_first_step_leaves_the_earlier_run_unchanged(during, tmp_path):
     assert fit(run="mine") == 0
     before = state_of(tmp_path / "mine")
     during("on_sanity_check_start", lambda *_: tell())
@@ -603,7 +601,7 @@ def test_sigterm_before_the_first_step_leaves_the_earlier_run(during, tmp_path):
     assert equal(state_of(tmp_path / "mine"), before)
 
 
-def test_what_a_killed_fit_had_set_aside_comes_back(tmp_path, capsys):
+def test_files_set_aside_by_a_killed_fit_are_restored(tmp_path, capsys):
     assert fit(run="mine") == 0
     before = state_of(tmp_path / "mine")
     aside = tmp_path / "mine" / ".earlier.1"
@@ -611,7 +609,7 @@ def test_what_a_killed_fit_had_set_aside_comes_back(tmp_path, capsys):
     for name in ("checkpoints", "config.yaml", "metrics.csv"):
         (tmp_path / "mine" / name).rename(aside / name)
     (tmp_path / "mine" / "metrics.csv").touch()
-    (tmp_path / "mine" / "test.json").touch()  # not reached when it was killed
+    (tmp_path / "mine" / "test.json").touch()  # the fit was killed before setting it aside
     assert fit(run="mine") == 2
     assert "already holds a run" in capsys.readouterr().err
     assert equal(state_of(tmp_path / "mine"), before)
@@ -621,7 +619,7 @@ def test_what_a_killed_fit_had_set_aside_comes_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_run_goes_on_in_an_epoch_without_validation(epoch, during, tmp_path):
+def test_a_run_stopped_in_an_epoch_without_validation_resumes_to_identical_results(epoch, during, tmp_path):
     options = {"trainer__check_val_every_n_epoch": 2, "trainer__max_epochs": 3}
     assert fit(run="whole", **options) == 0
     assert state_of(tmp_path / "whole")["global_step"] == 18
@@ -632,12 +630,12 @@ def test_a_run_goes_on_in_an_epoch_without_validation(epoch, during, tmp_path):
     assert equal(state_of(tmp_path / "told"), state_of(tmp_path / "whole"))
 
 
-def test_a_run_that_ends_between_validations_keeps_its_last_step(tmp_path):
+def test_a_run_that_ends_between_validations_saves_its_last_step(tmp_path):
     assert fit(run="mine", trainer__max_steps=4, trainer__max_epochs=1) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 4
 
 
-def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
+def test_validation_between_two_optimiser_steps_is_refused(capsys):
     assert fit(trainer__accumulate_grad_batches=4, trainer__val_check_interval=3) == 2
     assert "validation every 3 batches, an optimiser step every 4" in capsys.readouterr().err
 
@@ -714,22 +712,22 @@ def test_validation_between_two_steps_of_the_optimiser_is_refused(capsys):
         ),
     ],
 )
-def test_what_cannot_be_trained_with_is_one_line(options, words, tmp_path, capsys):
+def test_unsupported_training_options_are_refused_in_one_line(options, words, tmp_path, capsys):
     assert fit(**{"trainer.accumulate_grad_batches": 4} | options) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert words in error
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_that_may_stop_early_goes_on(tmp_path):
-    """Lightning would judge a second time at the end of the epoch, where a run that goes on knows no metric."""
+def test_a_run_with_early_stopping_can_be_resumed(tmp_path):
+    """Lightning would check again at the end of the epoch, when a resumed run has no metric."""
     stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/loss"}
     assert fit(run="mine", trainer__max_epochs=1, **stopping) == 0
     assert fit(run="mine", trainer__max_epochs=2, ckpt_path="last", **stopping) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 12
 
 
-def test_a_run_that_goes_on_from_its_best_knows_that_it_was_validated(tmp_path, capsys):
+def test_resuming_from_best_ckpt_keeps_best_ckpt_without_a_new_validation(tmp_path, capsys):
     assert fit(run="mine", trainer__max_epochs=1) == 0
     best = (tmp_path / "mine/checkpoints/best.ckpt").read_bytes()
     further = {"trainer__max_epochs": 2, "trainer__check_val_every_n_epoch": 3}
@@ -738,7 +736,7 @@ def test_a_run_that_goes_on_from_its_best_knows_that_it_was_validated(tmp_path, 
     assert (tmp_path / "mine/checkpoints/best.ckpt").read_bytes() == best
 
 
-def test_the_config_that_a_fit_repeats_stays_readable_to_its_other_processes(tmp_path):
+def test_replacing_a_run_keeps_config_yaml_readable_for_the_fits_other_processes(tmp_path):
     (tmp_path / "config.yaml").write_text("best: null")
     claim = Claim(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "config.yaml").read_text() == "best: null"
@@ -747,7 +745,7 @@ def test_the_config_that_a_fit_repeats_stays_readable_to_its_other_processes(tmp
     assert (tmp_path / "config.yaml").read_text() == "best: null"
 
 
-def test_a_config_that_is_a_link_stays_one_and_what_it_leads_to_as_it_was(tmp_path):
+def test_a_linked_config_is_restored_as_a_link_and_its_target_unchanged(tmp_path):
     (tmp_path / "shared.yaml").write_text("best: null")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").symlink_to(tmp_path / "shared.yaml")
@@ -758,7 +756,7 @@ def test_a_config_that_is_a_link_stays_one_and_what_it_leads_to_as_it_was(tmp_pa
     assert (tmp_path / "shared.yaml").read_text() == "best: null"
 
 
-def test_where_there_is_no_room_for_a_copy_of_the_config_the_run_is_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_while_copying_the_config_leaves_the_run_unchanged(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("best: null")
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr("shutil.copy", raising(OSError(errno.ENOSPC, "No space left on device")))
@@ -768,22 +766,22 @@ def test_where_there_is_no_room_for_a_copy_of_the_config_the_run_is_as_it_was(tm
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.yaml", "checkpoints"}
 
 
-def test_a_run_that_stops_in_an_epoch_without_validation_is_kept(during, tmp_path, capsys):
+def test_a_run_stopped_before_its_first_validation_copies_last_ckpt_to_best_ckpt(during, tmp_path, capsys):
     during("on_train_batch_end", lambda self, trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 4))
     assert fit(run="mine", trainer__check_val_every_n_epoch=5) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 4
     assert "training ended before its first validation: best.ckpt is a copy of last.ckpt" in capsys.readouterr().err
 
 
-def test_checkpoints_of_a_config_s_own_are_written_and_leave_the_run_to_be_tested(tmp_path):
-    """Also by the metric that the run's best one goes by."""
+def test_a_run_with_its_own_model_checkpoint_callback_can_be_trained_and_tested(tmp_path):
+    """Even if the callback monitors the same metric as best.ckpt."""
     callback = {"trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint", "trainer.callbacks.mode": "max"}
     assert fit(run="mine", **callback, **{"trainer.callbacks.monitor": "val/accuracy"}) == 0
     assert len(list((tmp_path / "mine").rglob("*.ckpt"))) > 3
     assert train(["test", "--config", "mine/config.yaml"]) == 0
 
 
-def test_a_checkpoint_of_another_run_is_no_leave_to_replace_one(tmp_path, capsys):
+def test_resuming_from_another_runs_checkpoint_does_not_replace_a_run(tmp_path, capsys):
     for name in ("theirs", "mine"):
         assert fit(run=name) == 0
     before = state_of(tmp_path / "mine")
@@ -795,38 +793,38 @@ def test_a_checkpoint_of_another_run_is_no_leave_to_replace_one(tmp_path, capsys
     assert state_of(tmp_path / "new")["global_step"] == 18
 
 
-def test_a_config_that_a_user_wrote_is_not_a_run_that_began(tmp_path, capsys):
+def test_a_users_config_yaml_is_not_replaced_unless_a_killed_fit_left_a_lock(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     written = f"# Mine.\n{Path(DIGITS).read_text()}"
     (tmp_path / "mine/config.yaml").write_text(written)
-    for _ in range(2):  # the first leaves no sign of a fit
+    for _ in range(2):  # the first attempt leaves no trace of a fit
         assert train(["fit", "--config", "mine/config.yaml"]) == 2
         assert "mine already holds a run (config.yaml); expected --run with another folder" in capsys.readouterr().err
         assert (tmp_path / "mine/config.yaml").read_text() == written
-    (tmp_path / "mine/.lock").touch()  # that of a fit which was killed before it trained
+    (tmp_path / "mine/.lock").touch()  # as left by a fit that was killed before training
     assert fit(run="mine", best__metric="none") == 2
     assert fit(run="mine") == 0
 
 
-def test_a_run_whose_checkpoints_lie_on_another_disk_goes_on(tmp_path):
+def test_a_run_whose_checkpoints_folder_is_a_symlink_can_be_resumed(tmp_path):
     assert fit(run="mine") == 0
     (tmp_path / "mine/checkpoints").rename(tmp_path / "disk")
     (tmp_path / "mine/checkpoints").symlink_to(tmp_path / "disk")
     assert fit(run="mine", ckpt_path="last", trainer__max_epochs=3) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 18
-    (tmp_path / "disk/epoch=1.ckpt").touch()  # of a config's own ModelCheckpoint
+    (tmp_path / "disk/epoch=1.ckpt").touch()  # written by a config's own ModelCheckpoint
     SealedCheckpointIO(tmp_path / "mine", None).remove_checkpoint(tmp_path / "mine/checkpoints/epoch=1.ckpt")
     assert not (tmp_path / "disk/epoch=1.ckpt").exists()
 
 
-def test_a_place_in_an_epoch_of_another_length_is_refused(during, capsys):
+def test_resuming_within_an_epoch_of_another_length_is_refused(during, capsys):
     during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 2 and tell())
     assert fit(run="mine") == os.EX_TEMPFAIL
     assert fit(run="mine", ckpt_path="last", trainer__limit_train_batches=5) == 2
     assert "the checkpoint is at batch 3 of 6, but an epoch now has 5" in capsys.readouterr().err
 
 
-def test_what_a_schedule_counts_on_stays_as_it_was(capsys):
+def test_resuming_with_another_schedule_or_gradient_accumulation_is_refused(capsys):
     assert fit(run="mine") == 0
     capsys.readouterr()
     more = {"run": "mine", "ckpt_path": "last", "trainer__max_epochs": 3}
@@ -839,8 +837,8 @@ def test_what_a_schedule_counts_on_stays_as_it_was(capsys):
 
 
 @pytest.mark.parametrize("torn", ["1", "1,", "1,8", "1,x,,,", "1,6,,0.3\r\n1,7,,0.2\r\n"])
-def test_a_run_that_goes_on_keeps_the_whole_rows_of_the_steps_before_it(torn, tmp_path):
-    """The process that was killed may have torn the last one, or have gone on to later steps, which come again."""
+def test_a_resumed_run_keeps_only_the_complete_rows_of_earlier_steps(torn, tmp_path):
+    """A killed process may have torn the last row, or logged later steps, which the resumed run repeats."""
     whole = "epoch,step,train/loss,val/loss\r\n0,0,0.9,\r\n0,5,,0.5\r\n"
     (tmp_path / "metrics.csv").write_text(whole + torn, newline="")
     metrics_file(tmp_path, before=6)
@@ -849,7 +847,7 @@ def test_a_run_that_goes_on_keeps_the_whole_rows_of_the_steps_before_it(torn, tm
     assert kept == list(csv.DictReader(whole.splitlines()))
 
 
-def test_checkpoints_of_others_end_in_one_line(tmp_path, capsys):
+def test_incomplete_or_foreign_checkpoints_are_refused(tmp_path, capsys):
     assert fit(run="mine") == 0
     kept = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     for others in (
@@ -864,7 +862,7 @@ def test_checkpoints_of_others_end_in_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.endswith("that train.py wrote\n")
 
 
-def test_a_nan_that_is_found_when_validation_comes_keeps_the_batch_as_it_was(during, tmp_path):
+def test_a_nan_found_at_validation_saves_the_batch_that_caused_it(during, tmp_path):
     seen = []
 
     def spoil(self, trainer, task, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""The programs of docs/edge.md, as they stand there."""
+"""The example programs of docs/edge.md, run unchanged."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def program(language: str) -> str:
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with a bundle for the web, a picture, and what the bundle answers."""
+    """A folder with a bundle for the web and an image, and the runner's prediction for the image."""
     export(classifier().eval(), Pixels(), TARGETS["web"], tmp_path / "bundles/NAME", contenders=())
     picture = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
@@ -40,7 +40,7 @@ def place(tmp_path):
     return tmp_path, load(tmp_path / "bundles/NAME")(picture)
 
 
-def test_the_program_in_python_answers_as_the_runner(place):
+def test_the_python_program_in_the_docs_predicts_like_the_runner(place):
     folder, answer = place
     run = subprocess.run(
         [sys.executable, "-c", program("python")], cwd=folder, capture_output=True, text=True, check=True
@@ -51,7 +51,7 @@ def test_the_program_in_python_answers_as_the_runner(place):
 
 
 @pytest.mark.slow  # fetches onnxruntime-web
-def test_the_program_in_javascript_answers_as_the_runner(place):
+def test_the_javascript_program_in_the_docs_predicts_like_the_runner(place):
     folder, answer = place
     npm = shutil.which("npm")
     assert npm, "npm and node have to be installed"
