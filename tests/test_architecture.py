@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, and what works without torch."""
+"""The packages of dlref: which may import which, and what works without torch."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Each room, the rooms of dlref it may import, and the packages that are not the standard library's.
+# For each package of dlref: the packages of dlref and the third-party packages (None: any) that it may import.
 ROOMS = {
     "runtime": ({"runtime"}, {"numpy", "onnxruntime", "PIL", "tokenizers", "matplotlib"}),
     "models": ({"models"}, {"torch", "torchvision.ops", "jaxtyping"}),
@@ -20,7 +20,7 @@ ROOMS = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file names in an import, inside functions too."""
+    """Return every module that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / "dlref" / roo
 
 
 @pytest.mark.parametrize(("room", "path"), FILES, ids=lambda value: getattr(value, "name", value))
-def test_a_room_imports_only_what_its_arrows_allow(room, path):
+def test_each_package_imports_only_what_it_may(room, path):
     rooms, packages = ROOMS[room]
     for name in imports_of(path):
         top, *rest = name.split(".")
@@ -45,19 +45,19 @@ def test_a_room_imports_only_what_its_arrows_allow(room, path):
             assert any(f"{name}.".startswith(f"{package}.") for package in packages), f"{path} imports {name}"
 
 
-def test_the_commands_and_the_front_door_do_not_reach_into_models_or_runners():
+def test_the_commands_cli_and_config_do_not_import_models_or_runners():
     for name in ("train.py", "export.py", "dlref/cli.py", "dlref/config.py"):
         reached = {i.split(".")[1] for i in imports_of(ROOT / name) if i.startswith("dlref.")}
         assert reached <= {"cli", "config", "training", "tasks", "data", "export", "runtime"}
         assert not {i for i in imports_of(ROOT / name) if i.startswith("dlref.runtime.runners")}
 
 
-def test_every_room_was_looked_at():
+def test_the_import_rules_cover_every_package():
     assert {path.name for path in (ROOT / "dlref").iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", ["dlref", "dlref.runtime", "dlref.runtime.runners.image_classification"])
-def test_importing_the_edge_side_imports_no_torch(module):
+def test_importing_the_runtime_does_not_import_torch_or_onnx(module):
     code = f"import sys, {module}; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'onnx')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

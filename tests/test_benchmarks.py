@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, page and command; that both sides of the overhead do the same; that headers are true."""
+"""The benchmarks' arithmetic, page and command; equal work on both sides of a row; scores in config headers."""
 
 import itertools
 import json
@@ -48,15 +48,15 @@ def test_a_ratio_says_how_many_times_better():
     assert Row([4.0, 9.0], [], "s").values == [4.0, 9.0]
 
 
-def test_a_row_beside_a_peer_has_a_unit():
+def test_a_row_with_a_peer_needs_a_unit():
     with pytest.raises(ValueError, match="without a unit"):
         Row([1.0], [2.0])
 
 
-def test_a_ratio_is_of_pairs():
+def test_ratios_are_computed_from_the_two_figures_of_each_turn():
     with pytest.raises(ValueError, match="argument 2 is longer"):
         _ = Row([1.0], [1.0, 2.0], "s").values
-    assert Row([1.0, 10.0, 1.0], [2.0, 20.0, 2.0], "s").median == 2  # whatever a turn did to both
+    assert Row([1.0, 10.0, 1.0], [2.0, 20.0, 2.0], "s").median == 2  # a slow turn slows both
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,18 @@ def test_a_ratio_is_of_pairs():
         (Row([1.1], [], "s"), None),
     ],
 )
-def test_goals(row, met):
+def test_met_compares_a_row_with_its_goal(row, met):
     assert row.met is met
 
 
-def test_turns_leave_the_first_out():
+def test_the_first_turn_is_not_counted():
     seen = []
     seconds = in_turns("turns", {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, turns=2)
     assert seen == ["a", "b"] * 3
     assert [len(found) for found in seconds.values()] == [2, 2]
 
 
-def test_a_package_that_is_not_there():
+def test_needs_raises_not_here_for_a_missing_package():
     needs("torch")
     with pytest.raises(NotHere, match="no_such_package is not installed"):
         needs("no_such_package")
@@ -89,14 +89,14 @@ def test_a_package_that_is_not_there():
 # The page
 
 
-def test_figures_have_three_digits():
+def test_figures_have_three_significant_digits_or_are_whole_numbers():
     assert [figure(value, "s") for value in (0.00123, 0.5, 1.5, 12345.0)] == ["1.23 ms", "500 ms", "1.5 s", "12,345 s"]
     assert spread([2.0, 1.0, 3.0], "×") == "2× (1 to 3)"
     assert spread([0.4, 0.3, 2.0], "s") == "400 ms (300 to 2,000)"
     assert spread([0.98765], "") == "0.988"
 
 
-def test_what_was_measured_is_read_as_it_was_written(tmp_path):
+def test_records_are_read_back_as_written_and_appear_on_the_page(tmp_path):
     records = {"edge-lenet5": recorded(1.0, 2.0, peer=(3.0, 8.0), unit="s", beside="PyTorch", goal=">= 2")}
     records["gpu-resnet50"] = Record("gpu", not_run="it needs a GPU")
     write(tmp_path, records)
@@ -107,22 +107,22 @@ def test_what_was_measured_is_read_as_it_was_written(tmp_path):
     assert "- [1] a machine; torch 1; 2026-01-01" in text
 
 
-def test_a_picture_of_bundles_has_what_is_known(tmp_path):
-    """A bundle in float32 is its own float32 graph; what a machine could not measure leaves a gap, not an error."""
+def test_the_chart_of_bundles_shows_the_known_figures_and_leaves_gaps(tmp_path):
+    """A float32 bundle is also its own float32 graph; a figure that could not be measured leaves a gap."""
     rows = {
         "an answer, beside PyTorch eager": Row([1.0, 3.0], [4.0, 4.0], "s", "PyTorch eager (bundle: float32)", ">= 2"),
         "an answer, beside PyTorch compiled": Row([1.0, 3.0], [3.0, 3.0], "s", "PyTorch compiled (bundle: float32)"),
     }
     known = Record("edge", rows, where=WHERE)
     times = [pictures.middle(known, "an answer", contender) for contender in pictures.CONTENDERS]
-    assert math.isnan(times.pop(1))  # of the other wheel
+    assert math.isnan(times.pop(1))  # PyTorch's CPU wheel was not measured
     assert times == [4, 3, 2, 2]
     assert all(math.isnan(pictures.middle(known, "peak memory", contender)) for contender in pictures.CONTENDERS)
     pictures.draw(tmp_path, {"edge-lenet5": known})
     assert [file.name for file in (tmp_path / "images").iterdir()] == ["edge.png"]
 
 
-def test_a_bundle_in_float32_is_not_beside_itself(monkeypatch):
+def test_a_float32_bundle_is_not_compared_with_itself(monkeypatch):
     figures = dict.fromkeys(edge.FIGURES, 1.0)
     contenders = dict.fromkeys(("bundle", *edge.PEERS), figures)
     for precision, rows in (("float32", 5 + 3 + 3), ("int8", 5 + 3 + 3 + 4)):
@@ -131,7 +131,7 @@ def test_a_bundle_in_float32_is_not_beside_itself(monkeypatch):
 
 
 @pytest.mark.parametrize(("now", "inside"), [(1.5, True), (0.96, True), (2.09, True), (0.94, False), (2.11, False)])
-def test_within_the_spread(now, inside):
+def test_a_figure_reproduces_within_the_recorded_spread_and_a_margin_of_5_percent(now, inside):
     assert within(recorded(1.0, 2.0, 1.7, unit="s"), recorded(now, unit="s")) == {"what": inside}
 
 
@@ -139,21 +139,21 @@ def test_within_the_spread(now, inside):
     ("scores", "now", "inside"),
     [
         ([0.997, 0.992], 0.988, True),
-        ([0.997, 0.992], 0.98, False),  # within 5%, and five times as many mistakes
+        ([0.997, 0.992], 0.98, False),  # within 5%, but with several times as many mistakes
         ([0.0073], 0.0076, True),
         ([0.0073], 0.0078, False),
     ],
 )
-def test_a_score_is_within_by_a_share_and_by_a_number(scores, now, inside):
+def test_a_score_reproduces_within_a_relative_and_an_absolute_margin(scores, now, inside):
     stated, found = (Record("configs", {"score": Row(values)}) for values in (scores, [now]))
     assert within(stated, found) == {"score": inside}
 
 
-def test_a_row_that_is_gone_is_not_within():
+def test_a_missing_row_does_not_reproduce():
     assert within(recorded(1.0), Record("edge", {}, where=WHERE)) == {"what": False}
 
 
-def test_the_page_is_what_the_figures_say():
+def test_the_benchmarks_page_matches_the_recorded_figures():
     records = read(ROOT / "docs")
     assert page(records) == (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert set(records) <= set(measure.modules())
@@ -164,7 +164,7 @@ def test_the_page_is_what_the_figures_say():
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What benchmarks are to find, by name."""
+    """The records that benchmarks return, by name."""
     found = {}
     monkeypatch.setattr(command, "measured", found.get)
     return found
@@ -176,12 +176,12 @@ def run(monkeypatch, capsys, *words) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_names_are_of_one_module_each():
+def test_benchmark_names_are_unique_across_modules():
     names = [name for module in measure.MODULES for name in import_module(f"benchmarks.{module}").BENCHMARKS]
     assert len(names) == len(set(names))
 
 
-def test_what_is_measured_is_kept_beside_the_rest(tmp_path, monkeypatch, capsys, answers):
+def test_a_new_record_is_kept_with_the_earlier_ones(tmp_path, monkeypatch, capsys, answers):
     answers |= {"edge-lenet5": recorded(1.0, peer=(2.0,), unit="s", goal=">= 2"), "edge-resnet18": recorded(2.0)}
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[0] == 0
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-resnet18")[0] == 0
@@ -189,7 +189,7 @@ def test_what_is_measured_is_kept_beside_the_rest(tmp_path, monkeypatch, capsys,
     assert [file.name for file in (tmp_path / "images").iterdir()] == ["benchmarks.png"]
 
 
-def test_a_module_by_itself_is_all_of_its_benchmarks(tmp_path, monkeypatch, answers):
+def test_a_module_run_by_itself_runs_the_named_benchmarks_or_all_of_its_own(tmp_path, monkeypatch, answers):
     names = list(import_module("benchmarks.segmentation").BENCHMARKS)
     answers |= dict.fromkeys(names, recorded(1.0))
     for asked in (names[1:], names):
@@ -200,7 +200,7 @@ def test_a_module_by_itself_is_all_of_its_benchmarks(tmp_path, monkeypatch, answ
         assert list(read(tmp_path)) == asked
 
 
-def test_a_machine_that_cannot_leaves_the_figures_of_one_that_could(tmp_path, monkeypatch, capsys, answers):
+def test_a_machine_that_cannot_run_a_benchmark_keeps_the_earlier_figures(tmp_path, monkeypatch, capsys, answers):
     answers["gpu-resnet50"] = recorded(1.0)
     run(monkeypatch, capsys, "--docs", tmp_path, "gpu-resnet50")
     answers["gpu-resnet50"] = Record("gpu", not_run="it needs a GPU")
@@ -210,14 +210,16 @@ def test_a_machine_that_cannot_leaves_the_figures_of_one_that_could(tmp_path, mo
     assert read(tmp_path)["gpu-resnet50"].rows["what"].own == [1.0]
 
 
-def test_one_that_fails_is_told_by_the_status(tmp_path, monkeypatch, capsys, answers):
+def test_a_failing_benchmark_sets_the_exit_status(tmp_path, monkeypatch, capsys, answers):
     answers |= {"edge-lenet5": Record("edge", not_run="it failed with status 1"), "edge-resnet18": recorded(2.0)}
     assert run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5", "edge-resnet18")[0] == 1
     assert read(tmp_path)["edge-resnet18"].rows
 
 
 @pytest.mark.parametrize(("now", "status", "word"), [(1.5, 0, "within"), (3.0, 1, "OUTSIDE")])
-def test_reproduce(tmp_path, monkeypatch, capsys, answers, now, status, word):
+def test_reproduce_reports_whether_figures_are_within_and_changes_no_file(
+    tmp_path, monkeypatch, capsys, answers, now, status, word
+):
     write(tmp_path, {"edge-lenet5": recorded(1.0, 2.0)})
     before = (tmp_path / "benchmarks.json").read_bytes()
     answers["edge-lenet5"] = recorded(now)
@@ -227,21 +229,21 @@ def test_reproduce(tmp_path, monkeypatch, capsys, answers, now, status, word):
 
 
 @pytest.mark.parametrize("words", [["no-such"], ["reproduce", "edge-lenet5"], ["reproduce", "no-such"]])
-def test_names_that_are_none(tmp_path, monkeypatch, capsys, words):
+def test_unknown_benchmark_names_are_refused(tmp_path, monkeypatch, capsys, words):
     status, _, told = run(monkeypatch, capsys, "--docs", tmp_path, *words)
     assert status == 2
     assert told.count("error: ") == 1
 
 
 @pytest.mark.parametrize("name", gpu.BENCHMARKS)
-def test_without_a_gpu_its_rows_say_so(name, monkeypatch):
+def test_gpu_benchmarks_are_not_run_without_a_gpu(name, monkeypatch):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(measure.logging, "disable", lambda level: None)
     assert measure.measure(name).not_run == "it needs a GPU"
 
 
-def test_speed_is_of_the_steps_that_count(monkeypatch):
-    """By a clock that goes on by one at each look, two a step; what comes after the last turn is not timed."""
+def test_speed_leaves_out_the_warm_up_and_steps_after_the_last_turn(monkeypatch):
+    """The fake clock advances by one at each of two readings per step."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "WARMUP", 2)
     ticks = iter(range(1000))
@@ -251,13 +253,13 @@ def test_speed_is_of_the_steps_that_count(monkeypatch):
         speed.on_train_batch_start(trainer, None, None, index)
         speed.on_train_batch_end(trainer, None, None, None, index)
         assert trainer.should_stop is (index >= 9)
-    assert speed.seconds == [7 / 4, 7 / 4]  # from the look before the first step of a turn to that after the fourth
+    assert speed.seconds == [7 / 4, 7 / 4]  # from the reading before the first step of a turn to that after the fourth
     assert speed.without == [3 / 4, 3 / 4]
     assert speed.mean() == 7 / 4
 
 
-def test_operations_of_a_step_are_those_of_its_products(monkeypatch):
-    """LeNet-5's, forward and twice as many backward, but for the gradient of the pictures."""
+def test_operations_counts_the_products_of_a_training_step(monkeypatch):
+    """LeNet-5: forward, and twice as many backward, except for the gradient of the images."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     facts = {"labels": list("0123456789"), "multi_label": False, "crop": None}
     found = gpu.operations("lenet5_mnist", lambda n: (torch.zeros(n, 1, 28, 28).byte(), torch.arange(n)), facts, 64)
@@ -277,8 +279,8 @@ def test_the_bare_loop_compiles_as_the_trainer_does(compiled, monkeypatch, unche
     assert seen == [{"mode": "reduce-overhead" if compiled == "graphs" else None}]
 
 
-def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
-    """Each alone, and both in turns, over the ends of epochs."""
+def test_the_bare_loop_trains_to_the_same_weights_as_the_trainer(unchecked):
+    """Each alone and both in turns, across the ends of epochs."""
     said, clock, epoch = overhead.options("lenet5_digits"), overhead.Clock(), ("--data.init_args.batch_size", "200")
     alone, other, trained, bare = (overhead.made("lenet5_digits", epoch) for _ in range(4))
     list(itertools.islice(overhead.bare_steps(*alone, 12, said, overhead.Clock()), 12))
@@ -292,14 +294,14 @@ def test_the_bare_loop_trains_to_the_trainer_s_weights(unchecked):
             assert torch.equal(value, expected[name]), name
 
 
-def test_rates_are_of_equal_parts():
+def test_rates_are_computed_over_parts_of_equal_length():
     clock = overhead.Clock()
     clock.seconds = [1.0, 3.0, 0.5, 0.5, 9.0]
     assert clock.rates(2) == [0.5, 2.0]
 
 
-def test_rows_have_dlref_on_its_own_side(monkeypatch):
-    """Of rates, dlref's 6 beside 1 and 2."""
+def test_rows_of_rates_have_dlref_on_the_own_side(monkeypatch):
+    """dlref's rate is 6, its peers' are 1 and 2."""
     rates = {"dlref": 6.0, "GluonTS, data cached": 2.0, "GluonTS, defaults": 1.0}
     rates |= {translation.DEFAULTS: 1.0, translation.WITHOUT: 2.0}
     monkeypatch.setattr(forecasting, "made", lambda make: None)
@@ -313,8 +315,8 @@ def test_rows_have_dlref_on_its_own_side(monkeypatch):
         assert [row.values for row in rows.values()] == [[6], [3]]
 
 
-def test_a_technique_is_on_dlref_s_side(monkeypatch):
-    """A step takes a second with it, two without; the Trainer adds one second as it is, three when told otherwise."""
+def test_rows_of_techniques_have_the_technique_on_the_own_side(monkeypatch):
+    """A step takes one second with the technique, two without; the Trainer adds one second, or three if `slow`."""
 
     def steps(task, data, count, said, clock):
         while True:
@@ -334,8 +336,8 @@ def test_a_technique_is_on_dlref_s_side(monkeypatch):
 
 
 @pytest.mark.parametrize("benchmark", [techniques.averaging, techniques.searching])
-def test_both_sides_of_a_technique_come_to_the_same(benchmark, monkeypatch):
-    """Of averages it is made sure."""
+def test_averaging_and_searching_run_both_sides_and_compare_their_times(benchmark, monkeypatch):
+    """`averaging` itself checks that both sides compute the same average."""
     monkeypatch.setattr(techniques, "DEVICE", "cpu")
 
     def once(title, calls, device="cpu"):
@@ -361,8 +363,8 @@ def test_the_first_epoch_is_not_timed(monkeypatch):
 # Configs
 
 
-def test_headers_say_what_was_measured():
-    """The first figure of `Score:` is the first seed's, in as many digits as it has."""
+def test_scores_in_config_headers_match_the_recorded_figures():
+    """The first number after `Score:` is the score of the first seed, rounded to the digits given."""
     scores = 0
     for name, record in read(ROOT / "docs").items():
         if record.module != "configs" or not record.rows:
@@ -376,7 +378,7 @@ def test_headers_say_what_was_measured():
     assert scores
 
 
-def test_data_lies_in_the_folder_of_the_config_s_name(tmp_path, monkeypatch):
+def test_roots_finds_the_data_of_a_config_in_the_benchmarks_data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DLREF_DATA", str(tmp_path))
     assert configs.roots("lenet5_digits") == []
     with pytest.raises(NotHere, match="mnist"):
@@ -385,7 +387,7 @@ def test_data_lies_in_the_folder_of_the_config_s_name(tmp_path, monkeypatch):
     assert configs.roots("lenet5_mnist") == ["--data.init_args.root", str(tmp_path / "mnist")]
 
 
-def test_rows_survive_json():
+def test_rows_are_unchanged_by_json():
     row = Row([1.0], [2.0], "s", "x", ">= 1")
     assert Row(**json.loads(json.dumps(asdict(row)))) == row
 
@@ -393,15 +395,15 @@ def test_rows_survive_json():
 # A loss by nanoGPT's estimator
 
 
-def test_both_losses_of_a_split_are_those_of_its_pairs_of_tokens():
+def test_the_whole_loss_and_nanogpts_estimate_are_those_of_a_bigram_table():
     drawn = torch.Generator().manual_seed(0)
     tokens, table = torch.randint(5, (60,), generator=drawn), torch.randn(5, 5, generator=drawn)
-    nats = -table.log_softmax(-1)[tokens[:-1], tokens[1:]]  # of each token by the one before
+    nats = -table.log_softmax(-1)[tokens[:-1], tokens[1:]]  # loss of each token, given the one before
     windows = Windows(tokens, 8)
     whole = nanogpt_loss.loss(table.__getitem__, [windows[torch.arange(len(windows)) * 8]])
     assert whole == pytest.approx(nats.mean().item(), rel=1e-5)
     data = SimpleNamespace(splits={"val": windows}, context_length=8, batch_size=4)
     found = nanogpt_loss.estimates(table.__getitem__, data, 500, drawn)
-    anywhere = nats.unfold(0, 8, 1)  # windows that begin at each place
+    anywhere = nats.unfold(0, 8, 1)  # windows that begin at every token
     assert sum(found) / len(found) == pytest.approx(anywhere.mean().item(), abs=0.01)
     assert len(set(found)) == len(found)

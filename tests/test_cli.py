@@ -1,4 +1,4 @@
-"""What a person types: one line for a mistake, nothing written; runs that are kept, replaced and resumed."""
+"""The command line: mistakes end in one line and write nothing; runs are kept, replaced and resumed."""
 
 import csv
 import importlib
@@ -36,7 +36,7 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def _undrawn(elsewhere, monkeypatch):
-    def blank(figure, path):  # figures are drawn, and looked at, where their families are tested
+    def blank(figure, path):  # figures are drawn and checked in the tests of their families
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
@@ -108,7 +108,7 @@ MISTAKES = {
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_2_and_writes_nothing(mistake, tmp_path, capsys):
+def test_a_mistake_ends_in_one_line_with_status_2_and_writes_nothing(mistake, tmp_path, capsys):
     arguments, message = MISTAKES[mistake]
     assert fit(*arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -119,12 +119,12 @@ def test_a_mistake_is_one_line_and_2_and_writes_nothing(mistake, tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_fit_leaves_a_folder_and_an_earlier_run_as_they_were(tmp_path, capsys):
+def test_a_refused_fit_leaves_an_empty_folder_and_an_earlier_run_unchanged(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert fit("--run", "empty", "--model.init_args.weights", "gone.pt") == 2
     assert list((tmp_path / "empty").iterdir()) == []
     assert fit("--run", "mine") == 0
-    (tmp_path / "mine" / ".lock").unlink()  # of no meaning but to a fit that runs
+    (tmp_path / "mine" / ".lock").unlink()  # only matters while a fit runs
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     assert fit("--run", "mine", "--overwrite", "true", "--model.init_args.weights", "gone.pt") == 2
     assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
@@ -134,7 +134,7 @@ def test_a_refused_fit_leaves_a_folder_and_an_earlier_run_as_they_were(tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
 
 
-def test_files_in_the_way_and_files_that_are_something_else(tmp_path, capsys):
+def test_unusable_run_folders_configs_and_checkpoints_are_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert fit("--run", "file/run") == 2
     assert "file: a file; expected a folder" in capsys.readouterr().err
@@ -149,14 +149,14 @@ def test_files_in_the_way_and_files_that_are_something_else(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_folder_one_stands_in_can_be_a_run(tmp_path):
+def test_the_current_folder_can_be_the_run_folder(tmp_path):
     assert fit("--run", ".", "--final_test", "false") == 0
     assert fit("--run", ".", "--overwrite", "true", "--final_test", "false") == 0
     assert (tmp_path / "checkpoints/best.ckpt").is_file()
     assert not list(tmp_path.glob(".earlier*"))
 
 
-def test_a_dry_run_leaves_nothing_that_stands_in_the_way(tmp_path):
+def test_a_dry_run_does_not_block_a_later_fit_in_the_same_folder(tmp_path):
     assert fit("--run", "mine", "--trainer.fast_dev_run", "true") == 0
     assert not (tmp_path / "mine/checkpoints").exists()
     assert fit("--run", "mine", "--final_test", "false") == 0
@@ -165,8 +165,8 @@ def test_a_dry_run_leaves_nothing_that_stands_in_the_way(tmp_path):
 AVERAGE = '{"class_path": "dlref.tasks.EMA", "init_args": {"decay": 0.9}}'
 
 
-def test_a_fit_tests_the_checkpoint_that_test_does(tmp_path):
-    """The best, not the last (here the one of most loss is asked for), and of the weights their average."""
+def test_fit_and_the_test_command_test_the_same_checkpoint(tmp_path):
+    """Both test the averaged weights of best.ckpt, here the one with the largest loss, and not last.ckpt."""
     worst = ["--best.metric", "val/loss", "--best.mode", "max", "--trainer.callbacks+", AVERAGE]
     worst += ["--trainer.limit_train_batches", "20"]
     assert fit("--run", "mine", *worst) == 0
@@ -182,11 +182,11 @@ def test_a_fit_tests_the_checkpoint_that_test_does(tmp_path):
     assert json.loads((tmp_path / "mine/test.json").read_text()) != by_fit
 
 
-def test_a_resumed_run_moves_and_still_tests_its_best(tmp_path):
+def test_a_resumed_run_can_be_moved_and_still_tests_its_best_checkpoint(tmp_path):
     torch.save(LeNet5(10, activation="relu").state_dict(), tmp_path / "start.pt")
     start = ["--model.init_args.weights", "start.pt"]
     assert fit("--run", "mine", "--final_test", "false", *start) == 0
-    (tmp_path / "start.pt").unlink()  # was needed once
+    (tmp_path / "start.pt").unlink()  # needed only at the start
     assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", *start) == 0
     by_fit = json.loads((tmp_path / "mine/test.json").read_text())
     (tmp_path / "mine").rename(tmp_path / "moved")
@@ -195,8 +195,8 @@ def test_a_resumed_run_moves_and_still_tests_its_best(tmp_path):
     assert json.loads((tmp_path / "moved/test.json").read_text()) == by_fit
 
 
-def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
-    """By a best that is the worst: what trains on does not reach it again."""
+def test_a_moved_run_keeps_its_best_checkpoint_when_resumed(tmp_path):
+    """Here the best checkpoint has the largest loss, which further training does not reach again."""
     largest = ["--best.metric", "val/loss", "--best.mode", "max", "--final_test", "false"]
     assert fit("--run", "mine", *largest) == 0
     (tmp_path / "mine").rename(tmp_path / "moved")
@@ -206,7 +206,7 @@ def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
     assert fit(*resumed, "--trainer.max_epochs", "3") == 0
     assert torch.load(best, weights_only=True)["epoch"] == first == 0
     other = ["--run", "other", "--ckpt_path", "moved/checkpoints/last.ckpt", *largest]
-    assert fit(*other, "--trainer.max_epochs", "4") == 0  # where no best one is yet, another comes
+    assert fit(*other, "--trainer.max_epochs", "4") == 0  # a new run has no best checkpoint yet
     assert torch.load(tmp_path / "other/checkpoints/best.ckpt", weights_only=True)["epoch"] == 3
 
 
@@ -219,8 +219,8 @@ def test_a_run_that_moved_keeps_its_best_when_it_goes_on(tmp_path):
         ([0.5, -math.inf, 0.7], 1),
     ],
 )
-def test_the_best_is_the_newest_while_no_score_is_a_number(scores, kept, tmp_path, monkeypatch):
-    values = iter(scores[:1] + scores)  # the first batch is tried beforehand
+def test_best_ckpt_is_the_newest_checkpoint_until_a_score_is_finite(scores, kept, tmp_path, monkeypatch):
+    values = iter(scores[:1] + scores)  # one more for the check before training
     monkeypatch.setattr(ImageClassifier, "on_validation_epoch_end", lambda self: self.log("val/told", next(values)))
     best = ["--best.metric", "val/told", "--best.mode", "min", "--final_test", "false"]
     with pytest.warns(UserWarning, match=r"^val/told is (nan|-?inf); expected a number, to choose best\.ckpt by$"):
@@ -228,7 +228,7 @@ def test_the_best_is_the_newest_while_no_score_is_a_number(scores, kept, tmp_pat
     assert torch.load(tmp_path / "mine/checkpoints/best.ckpt", weights_only=True)["epoch"] + 1 == kept
 
 
-def test_a_score_that_is_no_number_is_null(tmp_path, monkeypatch):
+def test_a_nan_score_is_null_in_test_json(tmp_path, monkeypatch):
     ends = ImageClassifier.on_test_epoch_end
     monkeypatch.setattr(
         ImageClassifier, "on_test_epoch_end", lambda self: (ends(self), self.log("test/told", math.nan))
@@ -237,14 +237,14 @@ def test_a_score_that_is_no_number_is_null(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "mine/test.json").read_text(), parse_constant=pytest.fail)["told"] is None
 
 
-def test_a_config_that_is_not_there(capsys, tmp_path):
+def test_a_missing_config_or_checkpoint_is_refused(capsys, tmp_path):
     assert train(["fit", "--config", "gone.yaml"]) == 2
     assert capsys.readouterr().err.strip().endswith(f"File does not exist: '{tmp_path}/gone.yaml'")
     assert train(["test", "--config", DIGITS]) == 2
     assert "runs/lenet5_digits/checkpoints/best.ckpt: no checkpoint" in capsys.readouterr().err
 
 
-def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
+def test_best_ckpt_is_a_copy_of_last_ckpt_until_the_first_validation(tmp_path, capsys):
     best, last = (tmp_path / "mine/checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
     coarse = ["--run", "mine", "--trainer.check_val_every_n_epoch", "3"]
     for end in (["--trainer.max_steps", "2"], ["--ckpt_path", "last", "--final_test", "false"]):
@@ -255,12 +255,12 @@ def test_the_best_of_a_run_without_a_validation_is_its_last(tmp_path, capsys):
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
     assert "no validation" not in capsys.readouterr().err
     steps = [torch.load(path, weights_only=True)["global_step"] for path in (best, last)]
-    assert steps == [9, 12]  # a validated one is better
+    assert steps == [9, 12]  # a validated checkpoint replaces the copy
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "5", "--final_test", "false") == 0
-    assert torch.load(best, weights_only=True)["global_step"] == 9  # which the run remembers
+    assert torch.load(best, weights_only=True)["global_step"] == 9  # its score is remembered
 
 
-def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, capsys):
+def test_testing_a_run_killed_before_its_first_validation_is_refused(tmp_path, capsys):
     assert fit("--run", "mine", "--final_test", "false") == 0
     (tmp_path / "mine/checkpoints/best.ckpt").unlink()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
@@ -270,7 +270,7 @@ def test_a_run_that_was_killed_before_its_first_validation_says_so(tmp_path, cap
     )
 
 
-def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsys):
+def test_a_moved_run_has_all_its_files_and_test_and_validate_reproduce_its_scores(tmp_path, capsys):
     assert fit("--model.init_args.network.init_args.activation", "tanh") == 0
     run = tmp_path / "runs" / "lenet5_digits"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if "tfevents" not in path.name}
@@ -286,7 +286,7 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     first = json.loads((run / "test.json").read_text())
     assert first.keys() >= {"accuracy", "top5_accuracy", "f1", "roc_auc"}
     (run / "test.json").unlink()
-    moved = run.rename(tmp_path / "moved")  # a run's folder is all there is to it
+    moved = run.rename(tmp_path / "moved")  # a run consists of its folder alone
     assert train(["test", "--config", str(moved / "config.yaml")]) == 0
     assert json.loads((moved / "test.json").read_text()) == first
 
@@ -304,8 +304,8 @@ def test_a_run_has_its_files_and_tests_to_the_same_numbers_again(tmp_path, capsy
     assert shown == pytest.approx(max(logged))
 
 
-def test_a_refused_fit_says_why_where_its_lock_cannot_be_removed(tmp_path, monkeypatch, capsys):
-    """As on Windows while it is held: there filelock removes it."""
+def test_a_refused_fit_reports_the_reason_even_if_its_lock_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    """On Windows a held lock cannot be removed; filelock removes it there."""
     unlink = Path.unlink
 
     def held(path, **options):
@@ -318,21 +318,21 @@ def test_a_refused_fit_says_why_where_its_lock_cannot_be_removed(tmp_path, monke
     assert "val/nonsense" in capsys.readouterr().err
 
 
-def test_a_package_that_a_callback_lacks_is_one_line(monkeypatch, capsys):
+def test_a_package_missing_for_a_callback_is_reported_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("dlref.cli.TrainCLI", lambda _: importlib.import_module("no_such_package"))
     assert train([]) == 2
     assert capsys.readouterr().err == "error: No module named 'no_such_package'\n"
 
 
-def test_a_system_whose_text_is_not_utf_8_is_told(tmp_path, monkeypatch, capsys):
-    """Configs would be read in its encoding, and exported in another."""
+def test_a_system_with_a_text_encoding_other_than_utf8_is_refused(tmp_path, monkeypatch, capsys):
+    """Otherwise, configs would be read in that encoding and exported in another."""
     monkeypatch.setattr("locale.getpreferredencoding", lambda _: "cp1252")
     assert train(["fit", "--config", DIGITS, "--run", str(tmp_path / "mine")]) == 2
     assert capsys.readouterr().err == "error: this system's text encoding is cp1252; expected UTF-8: set PYTHONUTF8=1\n"
     assert not (tmp_path / "mine").exists()
 
 
-def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
+def test_an_earlier_run_is_replaced_only_with_overwrite(tmp_path, capsys):
     assert fit("--run", "mine", "--final_test", "false") == 0
     weights = (tmp_path / "mine/checkpoints/last.ckpt").read_bytes()
     assert not (tmp_path / "mine/test.json").exists()
@@ -346,8 +346,8 @@ def test_an_earlier_run_is_neither_overwritten_nor_lost(tmp_path, capsys):
     assert not yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["overwrite"]
 
 
-def test_one_batch_is_one_whatever_was_imported_before():
-    """Of two equal unions typing gives the first that anybody has made."""
+def test_numbers_of_batches_are_parsed_as_int_before_float_whatever_was_imported_before():
+    """`typing` caches the first of two equal unions."""
     annotations = {"batches": float | int | None, "share": float | int, "name": str | None}
     whole_numbers_first(annotations)
     assert [get_args(annotations[name])[:2] for name in ("batches", "share")] == [(int, float)] * 2
@@ -356,7 +356,7 @@ def test_one_batch_is_one_whatever_was_imported_before():
     assert {get_args(kind)[0] for name, kind in known.items() if name.startswith(("limit_", "overfit_"))} == {int}
 
 
-def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
+def test_a_folder_that_already_holds_figures_is_not_taken_over(tmp_path, capsys):
     (tmp_path / "mine/figures").mkdir(parents=True)
     (tmp_path / "mine/figures/thesis.png").touch()
     assert fit("--run", "mine") == 2
@@ -365,8 +365,8 @@ def test_a_fit_takes_nothing_that_is_there_for_its_own(tmp_path, capsys):
     assert (tmp_path / "mine/figures/thesis.png").exists()
 
 
-def test_nothing_of_a_run_is_left_where_another_takes_its_place(tmp_path):
-    """Scores and predictions of weights that are gone would be taken for the new run's."""
+def test_replacing_a_run_removes_all_its_files_and_no_others(tmp_path):
+    """Scores and predictions of the earlier weights would be mistaken for the new run's."""
     mine = ("config.yaml", "metrics.csv", "test.json", "predictions.jsonl", "profile.md", "events.out.tfevents.1")
     for name in ("notes.txt", *mine):
         (tmp_path / name).touch()
@@ -374,12 +374,12 @@ def test_nothing_of_a_run_is_left_where_another_takes_its_place(tmp_path):
         (tmp_path / name).mkdir()
     claim = Claim(tmp_path, resume=False, overwrite=True)
     claim.commit()
-    left = {".lock", "notes.txt", "config.yaml"}  # the last is written anew
+    left = {".lock", "notes.txt", "config.yaml"}  # config.yaml is written anew
     assert {path.name for path in tmp_path.iterdir()} == left
     claim.leave()
 
 
-def test_another_program_s_log_is_not_taken_for_a_run_s(tmp_path, capsys):
+def test_a_folder_with_another_programs_tensorboard_log_is_not_taken_over(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/events.out.tfevents.1.mine").touch()
     assert fit("--run", "mine") == 2
@@ -387,7 +387,7 @@ def test_another_program_s_log_is_not_taken_for_a_run_s(tmp_path, capsys):
     assert (tmp_path / "mine/events.out.tfevents.1.mine").exists()
 
 
-def test_a_fit_that_fails_before_it_begins_gives_back_the_earlier_run(tmp_path, monkeypatch):
+def test_a_fit_that_fails_before_training_restores_the_earlier_run(tmp_path, monkeypatch):
     assert fit("--run", "mine", "--final_test", "false") == 0
     (tmp_path / "mine/.lock").unlink()
     before = sorted(tmp_path.rglob("*"))
@@ -401,25 +401,25 @@ def test_a_fit_that_fails_before_it_begins_gives_back_the_earlier_run(tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_resuming_continues_the_metrics_and_the_schedule(tmp_path, monkeypatch):
+def test_resuming_continues_the_metrics_and_the_step_count(tmp_path, monkeypatch):
     logger, purged = dlref.cli.TensorBoardLogger, []
     monkeypatch.setattr(
         "dlref.cli.TensorBoardLogger", lambda *a, **k: purged.append(k["purge_step"]) or logger(*a, **k)
     )
     assert fit("--run", "mine", "--final_test", "false") == 0
     before = rows(tmp_path / "mine/metrics.csv")
-    bar = ["--trainer.enable_progress_bar", "true"]  # which has no loss to show before the first step
+    bar = ["--trainer.enable_progress_bar", "true"]  # the bar has no loss to show before the first step
     assert fit("--run", "mine", "--ckpt_path", "last", "--trainer.max_epochs", "3", "--final_test", "false", *bar) == 0
-    assert purged == [None, 6]  # events of steps that come again, of a process that was killed, are not shown twice
+    assert purged == [None, 6]  # events of steps that a resumed run repeats after a kill are not shown twice
     after = rows(tmp_path / "mine/metrics.csv")
     assert [row["step"] for row in after][: len(before)] == [row["step"] for row in before]
     assert len(after) > len(before)
-    assert any(row["train/loss"] for row in before)  # of epochs shorter than from one logging to the next, too
+    assert any(row["train/loss"] for row in before)  # also if an epoch is shorter than the logging interval
     state = torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 9
 
 
-def test_what_a_constructor_misses_is_one_line_for_export_too(monkeypatch):
+def test_a_package_missing_for_a_constructor_is_a_user_error_of_build(monkeypatch):
     def missing(self, options):
         raise ModuleNotFoundError("No module named 'tensorboardX'")
 
@@ -429,7 +429,9 @@ def test_what_a_constructor_misses_is_one_line_for_export_too(monkeypatch):
 
 
 @pytest.mark.parametrize(("local_rank", "status"), [(None, 75), ("0", 75), ("1", 0)])
-def test_the_first_process_of_a_machine_tells_that_a_run_was_told_to_end(local_rank, status, monkeypatch, tmp_path):
+def test_only_the_first_process_of_a_machine_exits_with_the_status_of_an_interrupted_run(
+    local_rank, status, monkeypatch, tmp_path
+):
     def told(*_, **__):
         raise Interrupted(tmp_path / "last.ckpt", 7)
 
@@ -440,7 +442,7 @@ def test_the_first_process_of_a_machine_tells_that_a_run_was_told_to_end(local_r
     assert train(["fit"]) == status
 
 
-def test_a_config_may_hold_what_several_commands_are_told(tmp_path):
+def test_one_config_may_hold_sections_for_several_commands(tmp_path):
     one = yaml.safe_load(Path(DIGITS).read_text())
     (tmp_path / "both.yaml").write_text(yaml.safe_dump({"fit": one, "test": one}))
     assert train(["--config", "both.yaml", "fit", "--run", "mine", "--trainer.fast_dev_run", "true"]) == 0
@@ -464,7 +466,7 @@ def test_a_reloaded_run_holds_the_trained_weights_exactly(tmp_path):
     assert data.batch_size == 7
 
 
-def test_a_default_optimiser_does_not_leak_into_another(monkeypatch):
+def test_options_of_the_default_optimiser_do_not_leak_into_another_optimiser(monkeypatch):
     seen = {}
     monkeypatch.setattr(TrainCLI, "_run_subcommand", lambda self, name: seen.update(task=self.model))
     config = yaml.safe_load(Path(DIGITS).read_text())
@@ -480,7 +482,9 @@ def test_a_default_optimiser_does_not_leak_into_another(monkeypatch):
     ("precision", "capability", "told"),
     [("bf16-mixed", "AVX2", True), ("bf16-mixed", "AVX512", False), ("32-true", "AVX2", False)],
 )
-def test_who_trains_in_bfloat16_on_a_processor_without_is_told(precision, capability, told, monkeypatch, capsys):
+def test_training_in_bfloat16_on_a_processor_without_it_prints_a_warning(
+    precision, capability, told, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     how = ["--trainer.precision", precision, "--trainer.accelerator", "cpu"]
     how += ["--final_test", "false", "--trainer.enable_model_summary", "false"]
@@ -488,7 +492,7 @@ def test_who_trains_in_bfloat16_on_a_processor_without_is_told(precision, capabi
     assert ("emulates bfloat16, which is many times slower than 32-true" in capsys.readouterr().err) is told
 
 
-def test_a_fit_prints_the_parts_of_its_network_and_how_many_parameters_are_frozen(capsys):
+def test_fit_prints_the_networks_layers_and_the_number_of_frozen_parameters(capsys):
     how = ["--model.init_args.freeze", "c1", "--final_test", "false", "--trainer.max_epochs", "1"]
     assert fit(*how) == 0
     printed = capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_a_run_that_is_too_short_for_a_profile_ends_in_an_error(monkeypatch, cap
         ("--trainer.profiler", "simple"),
     ],
 )
-def test_profile_cannot_be_combined_with_other_kinds_of_runs(other, value, tmp_path, capsys):
+def test_profile_cannot_be_combined_with_conflicting_options(other, value, tmp_path, capsys):
     assert profile(other, value) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert error == f"error: --profile with {other.replace('--trainer', 'trainer')}; expected one without the other"

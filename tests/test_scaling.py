@@ -1,4 +1,4 @@
-"""The counts behind docs/scaling.md, where they can be read off."""
+"""The counts behind docs/scaling.md, compared with values derived by hand or counted by torch."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def stack(rows: int) -> Case:
     return Case(network, lambda: network(inputs).sum())
 
 
-def test_what_layers_keep_is_counted_once():
+def test_activations_shared_by_layers_are_counted_once():
     # 3 numbers a row for the first matrix, 5 that ReLU and the second matrix share; no weights.
     assert kept(stack(7)) == 4 * 7 * (3 + 5)
 
 
-def test_a_view_keeps_all_of_its_storage():
+def test_a_view_counts_with_its_whole_storage():
     network, inputs = nn.Linear(3, 1), torch.randn(10, 3)
     assert kept(Case(network, lambda: network(inputs[:2]).sum())) == 4 * 10 * 3
 
@@ -46,81 +46,81 @@ def test_the_slope_of_a_power_is_its_exponent(power):
     assert page.slope(sizes, [3 * x**power for x in sizes]) == pytest.approx(power)
 
 
-def test_small_sizes_have_no_part_in_the_slope():
+def test_small_sizes_do_not_affect_the_slope():
     assert page.slope([1, 2, 4, 8, 16], [70, 80, 4, 8, 16]) == pytest.approx(1)
 
 
-def test_the_formula_counts_the_operations_of_gpt():
+def test_gpt_flops_match_the_counted_operations():
     torch.manual_seed(0)
     case = cases.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=256, written_out=True)
-    # The fused kernel computes the scores once more on the way back, and is not counted on a CPU.
+    # The fused kernel computes the scores again in the backward pass, and is not counted on a CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         case.step()
     assert cases.gpt_flops(2 * 128, 128, 2, 128, 256) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_the_formula_counts_what_gpt_keeps():
+def test_gpt_bytes_match_the_bytes_kept_for_the_backward_pass():
     for choices in ({}, {"whole": True}, {"written_out": True}):
         case = cases.gpt(2, 128, "cpu", layers=2, width=128, vocabulary=512, **choices)
         assert cases.gpt_bytes(2 * 128, 128, 2, 128, 512, **choices) == pytest.approx(kept(case), rel=0.1)
 
 
-def test_twice_the_batch_keeps_twice_as_much():
+def test_kept_bytes_grow_linearly_with_the_batch():
     network = ResNet(18)
     one, two, three = (kept(cases.images(network, batch, 64, "cpu")) for batch in (1, 2, 3))
     assert three - two == two - one
-    # What does not grow: a mean and a deviation for each channel of a norm, and over how much the loss is a mean.
+    # Constant: a mean and a deviation for each channel of a norm, and the number of samples that the loss averages.
     channels = sum(layer.num_features for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
     assert 2 * one - two == 4 * (2 * channels + 1)
     assert one == pytest.approx(cases.map_bytes(18, 64), rel=0.2)
 
 
-def test_maps_and_operations_grow_with_the_picture():
+def test_feature_maps_grow_with_the_image_and_operations_match_the_paper():
     assert cases.map_bytes(18, 128) == 4 * cases.map_bytes(18, 64)
     assert cases.forward_flops(50, 224) == pytest.approx(2 * 4.1, rel=0.02)  # table 1 of the paper has 3.8
 
 
-def test_loss_in_parts_keeps_no_logits():
+def test_the_loss_in_parts_keeps_no_logits():
     plain, parts = (cases.gpt(4, 64, "cpu", 1, 64, 4096, whole=whole) for whole in (True, False))
     logits, gradient = 4 * 4 * 64 * 4096, 4 * 4096 * 64
     hidden = 4 * 4 * 64 * 64
     assert kept(plain) - kept(parts) == pytest.approx(logits - gradient, abs=2 * hidden)
 
 
-def test_no_weights_of_the_attention_are_kept():
+def test_fused_attention_keeps_no_attention_weights():
     one, two = (kept(cases.gpt(1, context, "cpu", 1, 64, 64)) for context in (256, 512))
     assert two < 2 * one
     written_out = kept(cases.gpt(1, 512, "cpu", 1, 64, 64, written_out=True))
     assert written_out - two == pytest.approx(4 * 512**2, rel=0.1)
 
 
-def test_frozen_layers_keep_nothing():
+def test_frozen_layers_keep_no_activations():
     network = ResNet(18)
     whole = kept(cases.images(network, 2, 64, "cpu"))
     freeze(network, "conv1|bn1|layer[123]")
     assert kept(cases.images(network, 2, 64, "cpu")) < whole / 5
 
 
-def test_adam_holds_sixteen_bytes_a_parameter():
+def test_training_with_adam_holds_16_bytes_per_parameter():
     case = cases.with_adam(stack(2))
     case.step()
     assert case.stands() == 16 * sum(p.numel() for p in case.network.parameters())
 
 
-def test_a_hundred_times_the_series_are_a_hundred_times_the_bytes():
+def test_ten_times_the_series_take_ten_times_the_bytes_and_no_more_activations():
     few, many = (cases.many_series(number, "cpu", batch=4) for number in (100, 1000))
     assert many.stands() == pytest.approx(10 * few.stands(), rel=0.001)
     many.step()
     assert kept(many) == pytest.approx(kept(few), rel=0.01)
 
 
-def test_attention_of_sentences_keeps_products_of_lengths():
+def test_seq2seq_bytes_match_the_bytes_kept_with_each_attention():
     for attention in ("general", "mlp"):
         case = cases.seq2seq(2, 64, "cpu", attention)
         assert 2 * cases.seq2seq_bytes(64, attention) == pytest.approx(kept(case), rel=0.15)
 
 
-def test_every_sweep_begins():
+def test_every_sweep_runs_at_its_smallest_size():
     for name, sweep in sweeps.sweeps("cpu").items():
         assert 4 <= len(sweep.sizes) <= 6, name
         assert sweep.sizes == sorted(sweep.sizes)
@@ -160,16 +160,16 @@ def test_a_sweep_is_measured_drawn_and_written(tmp_path):
         page.put_between("no marks", "")
 
 
-def test_lists_of_numbers_are_lines():
+def test_each_list_of_numbers_is_written_on_one_line():
     assert page.lines_of({"a": [[1, 2], [3.5]]}) == '{\n "a": [\n  [1, 2],\n  [3.5]\n ]\n}\n'
 
 
-def test_less_precision_keeps_less():
+def test_lower_precision_keeps_fewer_bytes():
     case = cases.gpt(4, 128, "cpu", 2, 64, 256)
     assert kept(cases.halved(case, "cpu")) < 0.9 * kept(case)
 
 
-def test_both_losses_are_the_same():
+def test_the_loss_in_parts_with_attention_written_out_equals_the_whole_loss():
     torch.manual_seed(0)
     whole = cases.gpt(2, 32, "cpu", 1, 64, 128, whole=True)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""No training step waits for the GPU: shown without one by tensors that are said to be there, and on one by torch."""
+"""No training step waits for the GPU: checked by fake CUDA tensors without a GPU, and by torch on a GPU."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.progress import Progress
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SMALL = {  # the embedded config of each family, with little data: a processor may have to imitate bfloat16
+SMALL = {  # one config of each family, with little data since a CPU may have to emulate bfloat16
     "lenet5_digits": ["--data.init_args.flip", "true", "--data.init_args.cutout", "4"],
     "ssd_digit_scenes": [
         *("--data.init_args.train", "40", "--data.init_args.held_out", "2", "--data.init_args.batch_size", "2"),
@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        """Run an operation, and look at where its tensors are."""
+        """Run an operation and record it if it is a blocking copy between devices."""
         answer = operation(*arguments, **(options or {}))
         tensors = [t for t in tree_leaves((arguments, options, answer)) if isinstance(t, torch.Tensor)]
         apart = len({tensor.device.type for tensor in tensors}) > 1
@@ -60,7 +60,7 @@ class Waits(TorchDispatchMode):
 
 
 def faked(mode: FakeTensorMode, thing: nn.Module) -> None:
-    """Parameters and buffers without values, on a GPU that need not be there."""
+    """Replace parameters and buffers by fake tensors on a GPU that need not exist."""
     for module in thing.modules():
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
@@ -69,7 +69,7 @@ def faked(mode: FakeTensorMode, thing: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_a_step_waits_for_nothing(config, unchecked):
+def test_a_training_step_has_no_blocking_copy(config, unchecked):
     task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
     data.prepare_data()
     data.setup("fit")
@@ -88,7 +88,7 @@ def test_a_step_waits_for_nothing(config, unchecked):
     assert not waits.found
 
 
-def test_what_waits_is_found():
+def test_blocking_copies_are_detected():
     with FakeTensorMode(), Waits() as waits:
         there = torch.zeros(3, device="cuda")
         torch.zeros(3).to("cuda", non_blocking=True)
@@ -99,7 +99,7 @@ def test_what_waits_is_found():
 
 
 class Strict(Callback):
-    """In steps that are not logged, and between them, what waits for the GPU is an error; the first ones compile."""
+    """Make waiting for the GPU an error in and between steps that are not logged, except the first, which compile."""
 
     def on_train_batch_end(self, trainer, task, outputs, batch, index):
         torch.cuda.set_sync_debug_mode("default" if trainer.global_step % LOGGED == 0 else self.mode(trainer))
@@ -115,7 +115,7 @@ LOGGED, STEPS = 4, 12
 
 
 def trained(config, folder, callbacks, **options):
-    """The task of a config after some steps with all that a config may ask for."""
+    """Train a config's task for some steps with all features that a config may request; return task and trainer."""
     seed_everything(0, verbose=False)
     task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
     trainer = Trainer(
@@ -139,7 +139,7 @@ def trained(config, folder, callbacks, **options):
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, unchecked):
+def test_validation_and_training_end_use_averaged_weights_with_fused_steps_in_bfloat16(config, tmp_path, unchecked):
     seen = {}
     keep = LambdaCallback(
         on_train_batch_end=lambda trainer, task, *_: seen.setdefault("now", first(task)),
@@ -148,8 +148,8 @@ def test_a_fused_optimiser_clips_and_is_averaged_in_bfloat16(config, tmp_path, u
     options = {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     task, trainer = trained(config, tmp_path, [keep], **options)
     assert trainer.global_step == 2
-    assert not torch.equal(seen["now"], seen["averaged"])  # validation sees half of two steps
-    torch.testing.assert_close(first(task), seen["averaged"])  # and so does what comes after training
+    assert not torch.equal(seen["now"], seen["averaged"])  # validation uses the averaged weights
+    torch.testing.assert_close(first(task), seen["averaged"])  # and so does the task after training
 
 
 def first(task) -> torch.Tensor:
@@ -158,14 +158,14 @@ def first(task) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", SMALL)
-def test_a_gpu_is_not_waited_for(config, tmp_path, unchecked):
+def test_training_on_a_gpu_does_not_wait_for_it(config, tmp_path, unchecked):
     options = {"limit_train_batches": STEPS, "limit_val_batches": 0, "log_every_n_steps": LOGGED}
     _, trainer = trained(config, tmp_path, [Strict()], accelerator="gpu", **options)
     assert trainer.global_step == STEPS
 
 
 class Asked(Progress):
-    """Counts how often the bar asks for what stands behind it."""
+    """Counts how often the bar requests its metrics."""
 
     times = 0
 
@@ -175,7 +175,7 @@ class Asked(Progress):
 
 
 class Losses(Callback):
-    """Keeps the loss of every step, where it is."""
+    """Keeps the loss of every step, on its device."""
 
     def on_train_start(self, trainer, task):
         self.seen = []
@@ -185,7 +185,7 @@ class Losses(Callback):
 
 
 class Values(TorchDispatchMode):
-    """Counts how often a tensor is asked for its value."""
+    """Counts how often a tensor's value is read."""
 
     asked = 0
 
@@ -195,7 +195,7 @@ class Values(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsys):
+def test_losses_are_read_and_logged_only_at_the_logging_interval(tmp_path, unchecked, capsys):
     seed_everything(0, verbose=False)
     task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
     bar, losses, log = Asked(), Losses(), CSVLogger(tmp_path)
@@ -211,7 +211,7 @@ def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsy
     )
     with Values() as values:
         trainer.fit(task, datamodule=data)
-    assert bar.times < 10  # of 40 steps four, and what Lightning asks at the ends of epochs
+    assert bar.times < 10  # four times in 40 steps, and by Lightning at the ends of epochs
     assert values.asked < 30  # by bar and loggers
     with open(log.experiment.metrics_file_path, newline="") as file:
         rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
@@ -219,7 +219,7 @@ def test_losses_are_asked_for_and_logged_now_and_then(tmp_path, unchecked, capsy
     assert [loss for _, loss in rows] == pytest.approx([losses.seen[step].item() for step, _ in rows], rel=1e-5)
 
 
-def test_a_step_on_a_processor_looks_for_no_gpu(monkeypatch):
+def test_an_optimiser_step_on_a_cpu_does_not_look_for_a_gpu(monkeypatch):
     found = []
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as importing Lightning does
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found.append("look") or 0)
@@ -234,8 +234,8 @@ def test_a_step_on_a_processor_looks_for_no_gpu(monkeypatch):
     assert not found
 
 
-def test_noting_a_hook_searches_no_parameters(monkeypatch, unchecked):
-    """Lightning notes the hook that it is in, and the one before, around each: some forty times a step."""
+def test_recording_the_current_hook_does_not_search_the_tasks_parameters(monkeypatch, unchecked):
+    """Lightning sets the current hook before and after each hook, about forty times a step."""
     task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
     searched, noted, of_torch = [], set(), nn.Module.__setattr__
 
@@ -255,8 +255,8 @@ def test_noting_a_hook_searches_no_parameters(monkeypatch, unchecked):
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(15, [9, 14]), (None, [9, 19, 29, 32])])
-def test_what_is_logged_is_of_its_step(ends, steps, tmp_path, unchecked):
-    """Where a callback ends the run, and at the end of an epoch, for what watches train/loss."""
+def test_each_logged_loss_is_that_of_its_step(ends, steps, tmp_path, unchecked):
+    """Also if a callback ends the run, and at the end of an epoch for callbacks that monitor train/loss."""
     seed_everything(0, verbose=False)
     task, data = build(CONFIGS / "lenet5_digits.yaml", SMALL["lenet5_digits"])
 
