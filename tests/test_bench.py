@@ -361,7 +361,7 @@ def test_the_report_states_that_the_machine_was_busy():
 
 
 def contenders(tmp_path, monkeypatch, waits):
-    """Return contenders and their runs to come, which wait for a core for the shares of time in `waits`."""
+    """Return contenders and their next runs, which wait for a core for the shares of time in `waits`."""
     monkeypatch.setattr("dlref.export.measure.TURNS", 3)
     runs = [{"latency_ms": float(i), "waited": share} for i, share in enumerate(waits)]
     found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path)

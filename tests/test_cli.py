@@ -257,7 +257,7 @@ def test_best_ckpt_is_a_copy_of_last_ckpt_until_the_first_validation(tmp_path, c
     steps = [torch.load(path, weights_only=True)["global_step"] for path in (best, last)]
     assert steps == [9, 12]  # a validated checkpoint replaces the copy
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "5", "--final_test", "false") == 0
-    assert torch.load(best, weights_only=True)["global_step"] == 9  # its score is remembered
+    assert torch.load(best, weights_only=True)["global_step"] == 9  # the run remembers that it was validated
 
 
 def test_testing_a_run_killed_before_its_first_validation_is_refused(tmp_path, capsys):
