@@ -1,4 +1,4 @@
-"""The readers of boxes against whole, broken and arbitrary annotations."""
+"""Readers of boxes, given good, broken and arbitrary annotations."""
 
 import io
 import json
@@ -33,7 +33,7 @@ quick = settings(
     database=None,
 )
 
-# One set in four formats. `two.png` has a cat and a dog, `none.jpg` nothing and `one.png` a cat that fills it.
+# One set in four formats. `two.png` has a cat and a dog, `none.jpg` nothing and `one.png` a cat that fills the picture.
 
 SIZES = {"two.png": (40, 30), "none.jpg": (30, 40), "one.png": (20, 10)}
 
@@ -48,7 +48,7 @@ def voc_object(name: str, box: str, difficult: int) -> str:
     sides = "".join(
         f"<{side}>{at}</{side}>" for side, at in zip(("xmin", "ymin", "xmax", "ymax"), box.split(), strict=True)
     )
-    # A part of the object, as VOC's persons have a head: no object of its own.
+    # A part, such as the head of a person in VOC, is not an object of its own.
     part = "<part><name>head</name><bndbox><xmin>0</xmin></bndbox></part>"
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{sides}</bndbox>{part}</object>\n"
 
@@ -128,7 +128,7 @@ def write(root: Path, kind: str) -> Path:
 
 
 def mutate(root: Path, file: str, old: str | None, new: str | bytes | None) -> None:
-    """Replace the first `old` in a file; None for `old` is the whole file, None for `new` its end."""
+    """Replace the first `old`, or if it is None the whole content, of a file; if `new` is None, delete the file."""
     path = root / file
     if new is None:
         path.unlink()
@@ -141,7 +141,7 @@ def mutate(root: Path, file: str, old: str | None, new: str | bytes | None) -> N
 
 
 def well_formed_or_none(function, *arguments, **options):
-    """The call's answer, checked, or None where it refuses."""
+    """Check and return the result of a call, or return None if the call refuses its input."""
     listing = answer_or_none(function, *arguments, **options)
     if listing is None:
         return None
@@ -159,7 +159,7 @@ def well_formed_or_none(function, *arguments, **options):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_good_set(tmp_path, kind):
+def test_a_good_set_is_read_in_every_format(tmp_path, kind):
     listing = READERS[kind](write(tmp_path, kind))
     assert [picture.path for picture in listing.pictures] == [str(tmp_path / "JPEGImages" / name) for name in SIZES]
     two, none, one = listing.pictures
@@ -184,7 +184,7 @@ def test_given_classes_set_the_order_of_names(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["sagemaker", "manifest"])
-def test_given_classes_are_what_class_ids_stand_for(tmp_path, kind):
+def test_class_ids_index_the_given_classes(tmp_path, kind):
     root = write(tmp_path, kind)
     listing = READERS[kind](root, classes=["cat", "dog", "bird"])
     assert listing.classes == ["cat", "dog", "bird"]
@@ -215,7 +215,7 @@ def test_a_class_id_that_no_name_belongs_to_is_refused(tmp_path, kind):
     assert "annotations[0]: class 3; expected one of [0, 1]" in message
 
 
-def test_voc_without_what_may_be_missing(tmp_path):
+def test_voc_is_read_without_its_optional_fields(tmp_path):
     root = write(tmp_path, "voc")
     mutate(root, "Annotations/one.xml", "<filename>one.png</filename>\n", "")
     mutate(root, "Annotations/one.xml", "<size><width>20</width><height>10</height><depth>3</depth></size>", "")
@@ -227,7 +227,7 @@ def test_voc_without_what_may_be_missing(tmp_path):
     assert picture.ignored.tolist() == [False]
 
 
-def test_coco_without_what_may_be_missing(tmp_path):
+def test_coco_is_read_without_its_optional_fields(tmp_path):
     content = json.loads(json.dumps(COCO))
     for entry in content["images"] + content["annotations"]:
         for name in ("width", "height", "iscrowd"):
@@ -239,7 +239,7 @@ def test_coco_without_what_may_be_missing(tmp_path):
     assert [len(picture.boxes) for picture in READERS["coco"](root).pictures] == [2, 0, 1]
 
 
-def test_manifest_beside_its_pictures_and_with_two_attributes(tmp_path):
+def test_a_manifest_next_to_its_pictures_and_with_two_attributes_is_read(tmp_path):
     root = write(tmp_path, "manifest")
     text = GOOD["manifest"]["a.manifest"].replace('"pets":', '"other": 1, "pets":')
     (root / "JPEGImages/b.manifest").write_text(text)
@@ -249,7 +249,7 @@ def test_manifest_beside_its_pictures_and_with_two_attributes(tmp_path):
     assert listing.pictures[0].path == str(root / "JPEGImages/two.png")
 
 
-def test_boxes_are_judged_as_float32(tmp_path):
+def test_boxes_are_checked_as_float32(tmp_path):
     root = write(tmp_path, "coco")
     mutate(root, "coco.json", "[0, 0, 20, 10]", "[0, 0, 20.000000000000004, 10]")
     assert READERS["coco"](root).pictures[2].boxes.tolist() == [[0, 0, 20, 10]]
@@ -261,10 +261,10 @@ def test_boxes_are_judged_as_float32(tmp_path):
 
 @pytest.mark.parametrize("terminal", ["1", "0"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, kind, terminal, monkeypatch, capsys):
+def test_progress_is_shown_only_on_stderr_and_only_on_a_terminal(tmp_path, kind, terminal, monkeypatch, capsys):
     root = write(tmp_path, kind)
     monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
-    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich goes by
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # read by rich
     monkeypatch.setenv("TERM", "xterm")
     assert len(READERS[kind](root).pictures) == 3
     shown = capsys.readouterr()
@@ -273,7 +273,7 @@ def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, kind, terminal,
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "mpo", "png", "webp", "gif"])
-def test_size_is_that_of_the_picture_as_it_is_read(tmp_path, suffix):
+def test_the_expected_size_is_that_of_the_upright_picture(tmp_path, suffix):
     root = write(tmp_path, "manifest")
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -290,16 +290,16 @@ def test_size_is_that_of_the_picture_as_it_is_read(tmp_path, suffix):
         assert f"size {height} x {width}; expected {width} x {height}" in error_of(READERS["manifest"], root)
 
 
-def test_broken_exif_turns_nothing(tmp_path):
+def test_broken_exif_does_not_turn_a_picture(tmp_path):
     root = write(tmp_path, "coco")
     for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0", b"nonsense"):
         Image.new("RGB", (40, 30)).save(root / "JPEGImages/two.png", exif=exif)
         assert len(READERS["coco"](root).pictures) == 3
 
 
-# Boxes that can be mended
+# Boxes that can be repaired
 
-BAD_BOXES = [  # in one.png, 20 × 10: x1 y1 x2 y2, what clip makes of it, the complaint
+BAD_BOXES = [  # x1 y1 x2 y2 in one.png (20 × 10), the clipped box, the complaint
     ((-1, -2, 21, 12), [0, 0, 20, 10], "outside the picture; expected it within 0, 0, 20, 10"),
     ((19, 0, 20.5, 10), [19, 0, 20, 10], "outside the picture"),
     ((20, 0, 22, 10), None, "outside the picture"),
@@ -313,7 +313,7 @@ BAD_BOXES = [  # in one.png, 20 × 10: x1 y1 x2 y2, what clip makes of it, the c
 
 
 def mended(kind: str, root: Path, on_bad_box: str, counted: str):
-    """What is read of the set, with a warning that counts the bad boxes."""
+    """Read the set; check that a single warning counts the bad boxes."""
     source = {"voc": "train.txt", "coco": "coco.json", "sagemaker": "json", "manifest": "a.manifest"}[kind]
     message = f"{root}/{source}: boxes that stick out of their picture or have no area: {counted}"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as told:
@@ -322,7 +322,7 @@ def mended(kind: str, root: Path, on_bad_box: str, counted: str):
     return listing
 
 
-def test_pictures_without_a_json_file_are_counted(tmp_path):
+def test_pictures_without_a_json_file_are_counted_in_a_warning(tmp_path):
     root = write(tmp_path, "sagemaker")
     first, *_ = sorted((root / "json").iterdir())
     entry = json.loads(first.read_text())
@@ -338,7 +338,7 @@ def test_pictures_without_a_json_file_are_counted(tmp_path):
 
 
 def read_aloud(read, *args, **kwargs):
-    """What is read, and how many boxes the only warning counts; "" where there is none."""
+    """Return the listing and the count at the end of the only warning, or "" if there is no warning."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         listing = read(*args, **kwargs)
@@ -347,7 +347,7 @@ def read_aloud(read, *args, **kwargs):
 
 
 def put_box(root: Path, kind: str, corners) -> None:
-    """Give one.png this box instead of its own."""
+    """Replace the box of one.png."""
     x1, y1, x2, y2 = (float(value) for value in corners)
     x, y, width, height = (json.dumps(value) for value in (x1, y1, x2 - x1, y2 - y1))
     if kind == "voc":
@@ -362,7 +362,7 @@ def put_box(root: Path, kind: str, corners) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("corners", "clipped", "complaint"), BAD_BOXES)
-def test_bad_box(tmp_path, kind, corners, clipped, complaint):
+def test_a_bad_box_is_refused_skipped_or_clipped(tmp_path, kind, corners, clipped, complaint):
     root = write(tmp_path, kind)
     put_box(root, kind, corners)
     place = {
@@ -384,21 +384,21 @@ def test_bad_box(tmp_path, kind, corners, clipped, complaint):
         assert listing.pictures[0].labels.tolist() == [1, 0]
 
 
-def test_box_of_a_number_beyond_every_float(tmp_path):
+def test_a_coordinate_too_large_for_a_float_is_refused_or_skipped(tmp_path):
     root = write(tmp_path, "coco")
     mutate(root, "coco.json", "[0, 0, 20, 10]", f"[0, 0, {10**400}, 10]")
     assert "annotations[1]: box inf, inf, inf, inf: not finite; expected" in error_of(READERS["coco"], root)
     mended("coco", root, "clip", "1 skipped")
 
 
-def test_labels_stay_with_their_boxes_where_some_are_left_out(tmp_path):
+def test_labels_stay_with_their_boxes_when_some_boxes_are_left_out(tmp_path):
     boxes = ["1 1 1 5", "2 2 50 9", "3 3 4 4", "-9 0 -2 9", "5 -5 6 6"]
     objects = [voc_object(name, box, i % 2) for i, (name, box) in enumerate(zip("abcde", boxes, strict=True))]
     root = write(tmp_path, "voc")
     mutate(root, "Annotations/two.xml", None, voc("two.png", *objects))
     mutate(root, "train.txt", None, "two")
     clip = mended("voc", root, "clip", "2 skipped, 2 clipped")
-    assert clip.classes == list("abcde")  # of the boxes that were left out too
+    assert clip.classes == list("abcde")  # includes the classes of boxes that were left out
     assert clip.pictures[0].boxes.tolist() == [[2, 2, 40, 9], [3, 3, 4, 4], [5, 0, 6, 6]]
     assert clip.pictures[0].labels.tolist() == [1, 2, 4]
     assert clip.pictures[0].ignored.tolist() == [True, False, False]
@@ -407,7 +407,7 @@ def test_labels_stay_with_their_boxes_where_some_are_left_out(tmp_path):
     assert "on_bad_box: 'mend'; expected one of error, clip, skip" in error_of(READERS["voc"], root, on_bad_box="mend")
 
 
-# Broken sets: format, file, what stands there, what replaces it, and the complaint
+# Broken sets: format, file, old text, new text, and the complaint
 
 TWO, ONE = "Annotations/two.xml", "Annotations/one.xml"
 BROKEN = [
@@ -632,14 +632,14 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("kind", "file", "old", "new", "complaint"), BROKEN, ids=range(len(BROKEN)))
-def test_broken_set(tmp_path, kind, file, old, new, complaint):
+def test_a_broken_set_is_refused_and_the_message_says_where(tmp_path, kind, file, old, new, complaint):
     root = write(tmp_path, kind)
     mutate(root, file, old, new)
-    for on_bad_box in ("error", "clip", "skip"):  # none of them mends what is no matter of a box's place
+    for on_bad_box in ("error", "clip", "skip"):  # no mode repairs anything but coordinates
         assert complaint.replace("{root}", str(root)) in error_of(READERS[kind], root, on_bad_box=on_bad_box)
 
 
-def test_unknown_names_where_classes_are_given(tmp_path):
+def test_names_outside_the_given_classes_are_refused(tmp_path):
     root = write(tmp_path, "voc")
     message = error_of(READERS["voc"], root, classes=["dog"])
     assert f"{root}/Annotations/two.xml: object 2: class 'cat'; expected one of ['dog']" in message
@@ -648,7 +648,7 @@ def test_unknown_names_where_classes_are_given(tmp_path):
     assert f"{root}/coco.json: categories[1]: name 'cat'; expected one of ['dog']" in message
 
 
-def test_sets_without_classes_or_records(tmp_path):
+def test_sets_without_classes_or_records_are_refused(tmp_path):
     root = write(tmp_path, "voc")
     mutate(root, "train.txt", None, "none")
     assert "train.txt: no objects; expected at least one, to know the classes" in error_of(READERS["voc"], root)
@@ -665,17 +665,17 @@ def test_sets_without_classes_or_records(tmp_path):
     assert "none: No such file" in error_of(read_sagemaker, root, root / "none")
 
 
-def test_xml_nested_deeply_or_of_a_bogus_encoding(tmp_path):
+def test_xml_that_is_deeply_nested_or_declares_a_bogus_encoding_is_read(tmp_path):
     root = write(tmp_path, "voc")
     deep = "<a>" * 200_000 + "</a>" * 200_000
     mutate(root, TWO, "<size>", f"{deep}<size>")
     assert len(READERS["voc"](root).pictures[0].boxes) == 2
     mutate(root, TWO, deep, "")
-    mutate(root, TWO, "<annotation>", '<?xml version="1.0" encoding="bogus"?><annotation>')  # it is UTF-8 all the same
+    mutate(root, TWO, "<annotation>", '<?xml version="1.0" encoding="bogus"?><annotation>')  # UTF-8 regardless
     assert len(READERS["voc"](root).pictures[0].boxes) == 2
 
 
-def test_header_of_a_picture_too_large_to_be_one(tmp_path):
+def test_a_picture_whose_header_claims_a_huge_size_is_refused(tmp_path):
     root = write(tmp_path, "coco")
     chunk = b"IHDR" + struct.pack(">2I5B", 2**30, 2**30, 8, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -703,7 +703,7 @@ json_values = st.recursive(
     | st.text(st.sampled_from("<>/&;![]?=\"'{}:,0aé\n\\")).map(str.encode),
     mode=modes,
 )
-def test_arbitrary_bytes(tmp_path, kind, file, content, mode):
+def test_arbitrary_bytes_are_read_or_refused(tmp_path, kind, file, content, mode):
     root = write(tmp_path, kind)
     mutate(root, file, None, content)
     well_formed_or_none(READERS[kind], root, on_bad_box=mode)
@@ -714,7 +714,7 @@ def test_arbitrary_bytes(tmp_path, kind, file, content, mode):
 @pytest.mark.parametrize("kind", FORMATS)
 @quick
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9), which=st.integers(0, 3), mode=modes)
-def test_mutated_bytes(tmp_path, kind, at, new, cut, which, mode):
+def test_mutated_bytes_are_read_or_refused(tmp_path, kind, at, new, cut, which, mode):
     root = write(tmp_path, kind)
     path = root / list(GOOD[kind])[which % len(GOOD[kind])]
     content = path.read_bytes()
@@ -724,7 +724,7 @@ def test_mutated_bytes(tmp_path, kind, at, new, cut, which, mode):
 
 
 def nodes_of(value) -> list[tuple]:
-    """Return the holder and key of every value inside."""
+    """Return the container and key of every nested value."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [])
     return [node for key, inner in items for node in [(value, key), *nodes_of(inner)]]
 
@@ -734,7 +734,7 @@ def nodes_of(value) -> list[tuple]:
 @pytest.mark.parametrize("kind", ["coco", "sagemaker", "manifest"])
 @quick
 @given(at=st.integers(0, 10_000), new=json_values, mode=modes)
-def test_arbitrary_value_anywhere(tmp_path, kind, at, new, mode):
+def test_an_arbitrary_json_value_anywhere_is_read_or_refused(tmp_path, kind, at, new, mode):
     root = write(tmp_path, kind)
     file, text = next(iter(GOOD[kind].items()))
     first, *rest = text.splitlines()
@@ -752,7 +752,7 @@ numbers = st.integers(-5, 25) | st.integers() | st.floats() | st.floats(-1, 21, 
 @pytest.mark.parametrize("kind", ["voc", "coco"])
 @quick
 @given(corners=st.tuples(numbers, numbers, numbers, numbers))
-def test_any_box_is_good_or_refused_or_mended(tmp_path, kind, corners):
+def test_any_box_is_read_or_else_refused_skipped_or_clipped(tmp_path, kind, corners):
     root = write(tmp_path, kind)
     put_box(root, kind, corners)
     good = well_formed_or_none(READERS[kind], root)
@@ -787,7 +787,7 @@ def hold_out(listing, share: float):
     return splits["train"], splits["val"]
 
 
-def test_hold_out():
+def test_hold_out_is_reproducible_and_keeps_the_order():
     listing = listing_of(50)
     kept, held_out = hold_out(listing, 0.2)
     assert (len(kept.pictures), len(held_out.pictures)) == (40, 10)
@@ -796,11 +796,11 @@ def test_hold_out():
         assert part.classes == ["cat"]
         assert paths_of(part) == sorted(paths_of(part), key=lambda path: int(path.split(".")[0]))
     assert paths_of(hold_out(listing, 0.2)[1]) == paths_of(held_out)
-    # Written down: another release of NumPy must not hold out others.
+    # Hard-coded, because every release of NumPy must hold out the same pictures.
     assert paths_of(hold_out(listing_of(8), 0.4)[1]) == ["1.jpg", "2.jpg", "6.jpg"]
 
 
-def test_hold_out_messages():
+def test_held_out_shares_that_leave_a_part_empty_are_refused():
     for share in (0, 0.04, 1, 0.96, -1, 2, float("nan"), float("inf")):
         message = f"--data.init_args.held_out: {share} of 10 pictures; expected at least one in each part"
         assert error_of(hold_out, listing_of(10), share) == message
@@ -813,7 +813,7 @@ REAL = os.environ.get("DLREF_DATA")
 
 
 @pytest.mark.skipif(not REAL, reason="needs DLREF_DATA, the folder of the real data sets")
-def test_real_bccd():
+def test_the_real_bccd_set_is_read():
     root = Path(REAL) / "bccd"
     pictures, boxes = [], 0
     for name, bad in (

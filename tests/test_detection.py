@@ -1,4 +1,4 @@
-"""Object detection: networks and weights, batches whose boxes follow the pixels, the task, the runner, the bundle."""
+"""Object detection: networks and weights, augmented batches, the task, the runner, the bundle."""
 
 import json
 import math
@@ -43,7 +43,7 @@ RED, BLUE = (200, 30, 30), (30, 30, 200)
 
 
 class Corners(nn.Module):
-    """The smallest detector: four default boxes, a quarter of the image each, whose colour is their class."""
+    """The smallest detector: four default boxes, one for each quarter of the image, classified by colour."""
 
     class_layers = ()
     size = 8
@@ -60,7 +60,7 @@ class Corners(nn.Module):
 
 
 def painted(size=8):
-    """A grey picture, red in its first quarter and blue in its last: (H, W, C)."""
+    """Return a grey picture (H, W, C) whose first quarter is red and whose last quarter is blue."""
     image = np.full((size, size, 3), 128, dtype=np.uint8)
     image[: size // 2, : size // 2], image[size // 2 :, size // 2 :] = RED, BLUE
     return image
@@ -76,7 +76,7 @@ def detector(network=None, labels=("red", "blue"), **options):
 
 
 def sighted():
-    """A detector of red and blue quarters, by hand: grey is neither."""
+    """Return a detector with hand-set weights that finds red and blue quarters in grey pictures."""
     task = detector().eval()
     with torch.no_grad():
         weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]])
@@ -86,7 +86,7 @@ def sighted():
 
 
 class Painted(DigitScenes):
-    """Painted pictures in the place of scenes."""
+    """A data module of painted pictures instead of digit scenes."""
 
     def __init__(self, n=6, **options):
         super().__init__(image_size=8, batch_size=4, zoom_out=1, crop=False, photometric=False, **options)
@@ -103,19 +103,19 @@ class Painted(DigitScenes):
 # Networks and their weights
 
 
-def test_parameters_are_the_published_count():
+def test_ssd300_vgg16_has_the_published_parameter_count():
     assert sum(p.numel() for p in SSDVGG16(90).parameters()) == 35_641_826
 
 
 @pytest.mark.parametrize(
     ("depth", "count"), [(11, 132_863_336), (13, 133_047_848), (16, 138_357_544), (19, 143_667_240)]
 )
-def test_vgg_has_the_published_count(depth, count):
+def test_vgg_has_the_published_parameter_count(depth, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in VGG(depth).parameters()) == count
 
 
-def test_vgg_is_torchvision_s():
+def test_vgg_outputs_match_torchvision():
     theirs, own = published.vgg11(num_classes=3).eval(), VGG(11, 3).eval()
     own.load_state_dict(theirs.state_dict())
     images = torch.randn(1, 3, 64, 96)
@@ -133,7 +133,7 @@ def test_vgg_is_torchvision_s():
         (lambda: SSDResNet(18, 3, 96), [12, 6, 3, 2, 1], 866),
     ],
 )
-def test_maps_default_boxes_and_heads_agree(network, sides, boxes):
+def test_maps_default_boxes_and_heads_have_matching_shapes(network, sides, boxes):
     with torch.device("meta"):
         network = network().eval()
         images = torch.rand(1, 3, network.size, network.size)
@@ -144,8 +144,8 @@ def test_maps_default_boxes_and_heads_agree(network, sides, boxes):
     assert network.anchors.shape == (boxes, 4)
 
 
-def test_scales_of_the_default_boxes_are_the_config_s():
-    """The first cell of each map begins with a square of that side and of the mean with the next."""
+def test_default_boxes_have_the_scales_of_the_config():
+    """Each map starts with two squares: one of its scale, one of the geometric mean of its scale and the next."""
     scales = [0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05]
     config = yaml.safe_load((ROOT / "configs/ssd300_vgg16_voc.yaml").read_text(encoding="utf-8"))
     assert config["model"]["init_args"]["network"]["init_args"]["scales"] == scales
@@ -163,7 +163,7 @@ def test_scales_of_the_default_boxes_are_the_config_s():
             SSDResNet(18, 3, 300, refused)
 
 
-def test_default_boxes_are_torchvision_s():
+def test_default_boxes_match_torchvision():
     layout = LAYOUTS[300]
     published = DefaultBoxGenerator(list(map(list, layout.ratios)), scales=layout.scales, steps=layout.steps)
     maps = [torch.zeros(1, 1, side, side) for side in layout.maps]
@@ -171,14 +171,14 @@ def test_default_boxes_are_torchvision_s():
     torch.testing.assert_close(box_convert(layout.boxes(300), "cxcywh", "xyxy"), theirs / 300)
 
 
-def test_sizes_that_no_layout_has_are_refused(unchecked):
+def test_sizes_without_a_layout_are_refused(unchecked):
     with pytest.raises(ValueError, match="for 400 pixels: expected 300 or 512"):
         SSDVGG16(3, 400)
     with pytest.raises(ValueError, match="for 400 pixels: expected one of 96, 300, 512"):
         SSDResNet(18, 3, 400)
 
 
-def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
+def test_published_vgg_weights_load_into_the_base(tmp_path, caplog):
     theirs = published.vgg16(init_weights=False)  # drawn once, not twice
     torch.save(theirs.state_dict(), tmp_path / "vgg16.pth")
     network = SSDVGG16(3)
@@ -193,7 +193,7 @@ def test_a_published_vgg_becomes_the_base(tmp_path, caplog):
     assert "loaded into the base" in caplog.text
 
 
-def test_fc7_is_every_fourth_value_of_a_published_vgg_s():
+def test_fc7_takes_every_fourth_value_of_a_published_vgg():
     network = SSDVGG16(3)
     row, column = torch.arange(4096.0)[:, None], torch.arange(4096.0)
     linear = {"classifier.0.weight": torch.zeros(4096, 25088), "classifier.3.weight": row * 4096 + column}
@@ -204,21 +204,21 @@ def test_fc7_is_every_fourth_value_of_a_published_vgg_s():
     assert torch.equal(own["backbone.extra.0.7.3.bias"], column[::4])
 
 
-def test_crops_are_of_the_authors_sizes_and_overlaps():
+def test_crops_have_the_sizes_and_overlaps_of_the_ssd_authors():
     crop = DigitScenes(zoom_out=1).train_transform().transforms[0]
     assert (crop.min_scale, crop.max_scale) == (0.3, 1.0)
     assert (crop.min_aspect_ratio, crop.max_aspect_ratio) == (0.5, 2.0)
     assert crop.options == [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
 
 
-def test_the_first_map_of_a_vgg_begins_with_a_norm_of_20():
-    """Section 3.1: what conv4_3 answers is larger than what the deeper maps do."""
+def test_the_first_vgg_map_has_an_initial_norm_of_20():
+    """Section 3.1: the features of conv4_3 are larger than those of the deeper maps."""
     with torch.no_grad():
         first = SSDVGG16(3).backbone(torch.randn(1, 3, 300, 300))[0]
     torch.testing.assert_close(first.norm(dim=1), torch.full((1, 38, 38), 20.0))
 
 
-def test_layers_that_no_classifier_has_begin_as_xavier_says():
+def test_new_layers_have_xavier_initialisation():
     network = SSDResNet(18, 10, 96)
     layers = [network.backbone.extra[0][0], network.head["classification_head"].module_list[1]]
     for layer in layers:
@@ -229,7 +229,7 @@ def test_layers_that_no_classifier_has_begin_as_xavier_says():
     assert not layers[1].bias.any()
 
 
-def test_a_published_resnet_becomes_the_base(tmp_path):
+def test_published_resnet_weights_load_into_the_base(tmp_path):
     theirs = ResNet(18)
     kept = {name: tensor for name, tensor in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(kept, tmp_path / "resnet18.pth")  # as published
@@ -241,24 +241,24 @@ def test_a_published_resnet_becomes_the_base(tmp_path):
     with pytest.raises(UserError, match=r"resnet34\.pth: \d+ tensors do not fit SSDResNet"):
         load_weights(network, tmp_path / "resnet34.pth")
     with pytest.raises(UserError, match=r"resnet18\.pth: \d+ tensors do not fit SSDResNet"):
-        load_weights(SSDResNet(34, 3, 96), tmp_path / "resnet18.pth")  # would leave the deeper layers as they are
+        load_weights(SSDResNet(34, 3, 96), tmp_path / "resnet18.pth")  # would leave the deeper layers untrained
 
 
 @pytest.mark.parametrize("network", [lambda: SSDVGG16(3), lambda: SSDResNet(18, 3, 96), Corners])
-def test_weights_of_something_else_are_refused_in_one_line(tmp_path, network):
+def test_weights_of_an_unrelated_network_are_refused(tmp_path, network):
     torch.save({"features.conv0.weight": torch.zeros(3), "classifier.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: \d+ tensors do not fit"):
         load_weights(network(), tmp_path / "other.pth")
 
 
-def test_a_vgg_with_other_linear_layers_is_refused_in_one_line(tmp_path):
+def test_a_vgg_with_other_linear_layers_is_refused(tmp_path):
     linear = {f"classifier.{i}.weight": torch.zeros(512, 512) for i in (0, 3)}
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3), **linear}, tmp_path / "small.pth")
     with pytest.raises(UserError, match=r"small\.pth: \d+ tensors do not fit SSDVGG16"):
         load_weights(SSDVGG16(3), tmp_path / "small.pth")
 
 
-def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
+def test_weights_for_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
     trained, network = SSDResNet(18, 10, 96), SSDResNet(18, 3, 96)
     torch.save(trained.state_dict(), tmp_path / "ssd.pth")
     fresh = load_weights(network, tmp_path / "ssd.pth")
@@ -272,7 +272,7 @@ def test_other_classes_get_new_class_heads_and_keep_the_rest(tmp_path, caplog):
 
 
 def framed(tmp_path, count=1):
-    """A VOC folder of noisy pictures of 60×40, each with a red box that can be found again in the pixels."""
+    """Write a VOC folder of noisy 60×40 pictures, each with a box around a red area that the pixels show."""
     rng = np.random.default_rng(0)
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
@@ -293,7 +293,7 @@ def framed(tmp_path, count=1):
 
 
 def coco(root, annotations, place="train"):
-    """A COCO file of one picture and two classes."""
+    """Write a COCO file of one picture and two classes; return the options of its data module."""
     (root / "annotations").mkdir()
     (root / place).mkdir(parents=True)
     Image.new("RGB", (60, 40)).save(root / place / "a.png")
@@ -308,14 +308,14 @@ def coco(root, annotations, place="train"):
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
 @pytest.mark.parametrize("crowds", [0, 1])
-def test_what_has_no_box_is_told(tmp_path, crowds):
+def test_a_training_set_without_boxes_is_refused(tmp_path, crowds):
     crowd = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 1}
     with pytest.raises(UserError, match="train: no box in any of the pictures"):
         COCOBoxes(**coco(tmp_path, [crowd] * crowds)).setup()
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
-def test_coco_s_pictures_may_lie_elsewhere(tmp_path):
+def test_coco_pictures_can_be_in_another_folder(tmp_path):
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 0}
     data = COCOBoxes(**coco(tmp_path, [box], "images/train"), pictures="images/{}")
     with pytest.warns(UserWarning, match="train: no box of blue"):
@@ -347,12 +347,12 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
             torch.testing.assert_close(box, found, atol=0.03, rtol=0)
             seen.append(box)
     seen = torch.stack(seen)
-    assert len(seen) > 24  # a crop has to overlap an object
+    assert len(seen) > 24  # a crop must overlap an object
     assert (seen[:, 2] - seen[:, 0]).min() < 0.25  # zoomed out: 25 of 60 columns are 0.42
     assert (seen[:, 2] - seen[:, 0]).max() > 0.5  # cropped
 
 
-def test_crops_and_mirror_images_are_options_of_their_own():
+def test_crop_and_flip_are_independent_options():
     for flip, name in ((True, "RandomHorizontalFlip"), (False, "Cropped")):
         steps = DigitScenes(zoom_out=1, crop=not flip, flip=flip).train_transform().transforms
         assert [type(step).__name__ for step in steps] == [
@@ -364,8 +364,8 @@ def test_crops_and_mirror_images_are_options_of_their_own():
 
 
 @pytest.mark.parametrize("size", [(1, 9), (3, 200), (200, 3), (4, 4)])
-def test_a_picture_as_thin_as_a_line_can_be_cropped(size):
-    """torchvision takes parts from 0.3 of a side on, which of 3 pixels are none."""
+def test_very_thin_pictures_can_be_cropped(size):
+    """torchvision crops down to 0.3 of a side: for a side of 3 pixels, less than one pixel."""
     crop = DigitScenes(zoom_out=1, flip=False).train_transform()
     height, width = size
     for seed in range(40):
@@ -376,8 +376,8 @@ def test_a_picture_as_thin_as_a_line_can_be_cropped(size):
         assert len(crop(sample)["boxes"]) == 1
 
 
-def test_boxes_up_to_the_border_stay_at_every_size():
-    """In float32 598 times 300 / 598 is 300.00003, beyond the picture."""
+def test_boxes_that_reach_the_border_survive_resizing():
+    """In float32, 598 times 300 / 598 is 300.00003, which is outside the picture."""
     resized = DigitScenes(image_size=300, zoom_out=1, crop=False, flip=False).train_transform()
     sample = {
         "image": tv_tensors.Image(torch.zeros(3, 598, 598, dtype=torch.uint8)),
@@ -388,7 +388,7 @@ def test_boxes_up_to_the_border_stay_at_every_size():
     assert resized(sample)["boxes"][0, 2:].tolist() == [300, 300]
 
 
-def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():
+def test_zoom_out_pads_with_the_imagenet_mean():
     assert DigitScenes(zoom_out=3).train_transform().transforms[1].side_range == (1.0, 3)
     zoom = DigitScenes(zoom_out=4).train_transform().transforms[1]
     zoom.p = 1.0
@@ -398,7 +398,7 @@ def test_the_mean_of_imagenet_surrounds_what_is_zoomed_out():
     assert set(map(tuple, pixels)) == {(0, 0, 0), (123, 117, 104)}
 
 
-def test_large_pictures_are_made_smaller_before_they_are_zoomed_out():
+def test_large_pictures_are_shrunk_before_zooming_out():
     shrunk = DigitScenes(image_size=8).train_transform().transforms[0]
     for (height, width), shape in (((64, 96), (3, 32, 48)), ((32, 96), (3, 32, 96))):
         image = tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8))
@@ -408,7 +408,7 @@ def test_large_pictures_are_made_smaller_before_they_are_zoomed_out():
         assert found["boxes"].tolist() == [[0, 0, 48 * shape[2] / width, 16 * shape[1] / height]]
 
 
-def test_evaluation_sees_whole_pictures(tmp_path):
+def test_evaluation_uses_whole_pictures(tmp_path):
     data = VOCBoxes(framed(tmp_path, 10), train="ImageSets/Main/train.txt", image_size=120, batch_size=2, num_workers=0)
     data.setup()
     _, targets = next(iter(data.val_dataloader()))
@@ -417,7 +417,7 @@ def test_evaluation_sees_whole_pictures(tmp_path):
     assert data.sources() == data.splits["val"].paths
 
 
-def test_scenes_need_no_file_and_every_split_has_its_own():
+def test_digit_scenes_are_generated_without_files_and_differ_by_split():
     data = DigitScenes(train=20, held_out=10, batch_size=5, zoom_out=1, crop=False)
     data.setup()
     images, targets = next(iter(data.val_dataloader()))
@@ -432,7 +432,7 @@ def test_scenes_need_no_file_and_every_split_has_its_own():
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
-def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys):
+def test_sagemaker_manifest_and_coco_lists_are_read_and_test_defaults_to_val(tmp_path, capsys):
     for i, name in enumerate("abc"):
         (tmp_path / "train").mkdir(exist_ok=True)
         Image.fromarray(painted(20 + i)).save(tmp_path / f"train/{name}.png")
@@ -465,12 +465,12 @@ def test_lists_of_every_form_and_a_default_for_what_is_missing(tmp_path, capsys)
         assert len(data.splits["val"]) == len(data.splits["test"]) == 3
         _, targets = data.splits["val"][0]
         torch.testing.assert_close(targets["boxes"][0], torch.tensor([1.0, 2, 6, 8]) / 20)
-    # The crowd is passed over in evaluation, and training does not see it.
+    # Evaluation ignores the crowd; training leaves it out.
     assert targets["ignored"].tolist() == [False, True]
     assert (data.splits["train"][0][1]["labels"] >= 0).tolist() == [True, False]
 
 
-def test_every_split_has_the_classes_of_training(monkeypatch):
+def test_every_split_uses_the_classes_of_the_training_split(monkeypatch):
     asked = {}
 
     def read(self, path, classes):
@@ -497,14 +497,14 @@ def test_every_split_has_the_classes_of_training(monkeypatch):
         ({"held_out": 0.0}, "--data.init_args.held_out: 0.0 of 4 pictures; expected at least one in each part"),
     ],
 )
-def test_what_is_asked_of_the_data_is_checked(tmp_path, options, message):
+def test_invalid_data_options_are_refused(tmp_path, options, message):
     data = VOCBoxes(**{"root": framed(tmp_path, 4), "train": "ImageSets/Main/train.txt", **options})
     with pytest.raises(UserError) as caught:
         data.setup()
     assert message in str(caught.value)
 
 
-def test_boxes_that_were_mended_are_counted_aloud(tmp_path):
+def test_repaired_boxes_are_counted_in_a_warning(tmp_path):
     path = framed(tmp_path, 4) / "Annotations/2.xml"
     path.write_text(path.read_text().replace("<xmax>45</xmax>", "<xmax>75</xmax>"))
     data = VOCBoxes(tmp_path, train="ImageSets/Main/train.txt", on_bad_box="clip", held_out=0.25)
@@ -512,13 +512,13 @@ def test_boxes_that_were_mended_are_counted_aloud(tmp_path):
         data.setup()
 
 
-def test_light_changes_each_image_alone_and_keeps_greys_grey():
+def test_photometric_changes_differ_by_image_and_keep_greys_grey():
     images = torch.full((64, 3, 4, 4), 100, dtype=torch.uint8)
     changed = photometric(images)
     assert changed.dtype == torch.uint8
-    assert (changed.int().amax(1) - changed.int().amin(1)).max() <= 1  # saturation and hue turn around the greys
+    assert (changed.int().amax(1) - changed.int().amin(1)).max() <= 1  # saturation and hue leave greys unchanged
     levels = changed[:, 0, 0, 0].tolist()
-    assert 8 < sum(level == 100 for level in levels) < 56  # neither brightness nor contrast: a quarter
+    assert 8 < sum(level == 100 for level in levels) < 56  # a quarter change neither brightness nor contrast
     assert min(levels) < 80
     assert max(levels) > 120
     colours = photometric(
@@ -527,14 +527,14 @@ def test_light_changes_each_image_alone_and_keeps_greys_grey():
     assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
 
 
-def test_where_there_is_no_box_to_find_the_metric_is_no_number(monkeypatch):
+def test_the_metric_is_nan_when_there_is_no_box_to_find(monkeypatch):
     task = detector()
     for found, expected in ((-1.0, math.nan), (0.25, 0.25)):
         monkeypatch.setattr(task, "scores", lambda runner, batches, found=found: {"map": found})
         assert task.evaluate(None, []) == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_validation_without_boxes_has_no_score():
+def test_validation_without_boxes_logs_nan_scores():
     task, logged = detector(), {}
     task.val_map, task.log_dict = average_precision(), lambda values, **_: logged.update(values)
     none = {"boxes": torch.zeros(1, 1, 4), "labels": torch.full((1, 1), PADDED), "sizes": torch.tensor([[8, 8]])}
@@ -546,7 +546,7 @@ def test_a_validation_without_boxes_has_no_score():
     assert logged.keys() == {"val/map", "val/map_50"}
 
 
-def test_the_light_of_training_pictures_alone_is_changed():
+def test_photometric_changes_apply_only_in_training():
     data = Painted()
     data.photometric = True
     batch = (torch.full((16, 3, 8, 8), 100, dtype=torch.uint8), None)
@@ -555,13 +555,13 @@ def test_the_light_of_training_pictures_alone_is_changed():
         assert data.on_after_batch_transfer(batch, 0)[0].eq(100).all() != training
 
 
-def test_light_moves_by_32_levels_that_contrast_scales():
+def test_brightness_shifts_by_up_to_32_levels_and_contrast_scales_the_shift():
     black, white = (photometric(torch.full((512, 3, 1, 1), level, dtype=torch.uint8)) for level in (0, 255))
     assert 33 < black.max() <= 48
     assert white.min() >= 100
 
 
-def test_light_is_brightness_saturation_contrast_and_a_turn_around_the_greys(monkeypatch):
+def test_photometric_is_brightness_saturation_contrast_and_a_hue_rotation(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(high))
     colour = torch.tensor([100, 60, 50], dtype=torch.uint8)
@@ -576,8 +576,8 @@ def test_light_is_brightness_saturation_contrast_and_a_turn_around_the_greys(mon
 # The task
 
 
-def test_average_precision_by_hand():
-    """Two objects, one found: the precision is 1 to a recall of one half, so 51 of 101 places have it."""
+def test_average_precision_matches_values_computed_by_hand():
+    """One of two objects is found: the precision is 1 up to a recall of 0.5, that is at 51 of 101 recall levels."""
     targets = {
         "boxes": torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]]),
         "labels": torch.tensor([[0, 0]]),
@@ -611,8 +611,8 @@ def fit(tmp_path, task, data, **options):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
-    """With a box that is not learnt they are as if it were not there."""
+def test_evaluation_losses_leave_out_ignored_boxes_unless_training_keeps_them(kept):
+    """An ignored box that training does not learn from does not change the losses of an evaluation."""
     task = detector().eval()
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(keep_ignored=kept))
     boxes = torch.tensor([[[0.0, 0, 1, 1], [0.5, 0.5, 1, 1]]])
@@ -625,8 +625,8 @@ def test_losses_of_an_evaluation_are_of_what_training_learns(kept):
     assert found["positives"] != task.losses(heads, without if kept else targets)["positives"]
 
 
-def test_losses_are_means_over_as_many_default_boxes_as_they_say():
-    """Both parts weigh alike; by the number batches and devices are put together."""
+def test_losses_sum_both_parts_and_are_logged_with_the_number_of_positives():
+    """Both parts have the same weight. The number weights the means when batches and devices are combined."""
     task, said = detector(), []
     task.trainer = SimpleNamespace(datamodule=SimpleNamespace(keep_ignored=True))
     task.val_map = average_precision()
@@ -646,7 +646,7 @@ def test_losses_are_means_over_as_many_default_boxes_as_they_say():
 
 
 @torch.no_grad()
-def test_each_validation_begins_anew():
+def test_each_validation_resets_the_metric():
     task, logged = sighted(), []
     task.val_map, task.log_eval_loss = average_precision(), lambda *_: None
     task.log_dict = lambda values, **_: logged.append(values["val/map"].item())
@@ -659,13 +659,13 @@ def test_each_validation_begins_anew():
     assert logged[0] == logged[2] > logged[1]
 
 
-def test_what_a_config_leaves_out_is_as_ssd_s_authors_have_it():
+def test_defaults_are_those_of_the_ssd_authors():
     task, data = detector(), VOCBoxes(root="voc", train="VOC2007/ImageSets/Main/train.txt")
     assert (task.overlap_threshold, task.detect.overlap, task.detect.score, task.detect.most) == (0.5, 0.45, 0.01, 200)
     assert (data.zoom_out, data.crop, data.flip, data.photometric) == (4, True, True, True)
 
 
-def test_average_precisions_of_a_class_are_of_objects_of_any_size():
+def test_per_class_average_precision_covers_objects_of_all_sizes():
     task, logged = detector(), {}
     task.test_map, task.log_dict = average_precision(extended_summary=True), logged.update
     boxes, sizes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 0.51, 0.51]]]), torch.tensor([[400, 400]])
@@ -676,7 +676,7 @@ def test_average_precisions_of_a_class_are_of_objects_of_any_size():
     assert logged["test/ap_red"] == logged["test/ap50_red"] == pytest.approx(51 / 101)
 
 
-def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
+def test_a_detector_trains_tests_predicts_and_draws(tmp_path):
     task, data = detector(optimizer=lambda p: torch.optim.Adam(p, lr=0.05)), Painted()
     trainer = fit(tmp_path, task, data, max_epochs=20)
     (results,) = trainer.test(task, datamodule=data, verbose=False)
@@ -704,7 +704,7 @@ def test_a_detector_learns_tests_predicts_and_draws(tmp_path):
         ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network rejects an image of 8×8 pixels and 1 channels"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(options, message):
+def test_options_that_do_not_fit_together_are_refused(options, message):
     task = ObjectDetector(
         **{"network": Corners(), "preprocess": ImagePreprocess(8, **PLAIN), "optimizer": sgd}
         | {k: v for k, v in options.items() if k != "labels"}
@@ -715,7 +715,7 @@ def test_what_does_not_fit_together_is_refused(options, message):
     assert message in str(caught.value)
 
 
-def test_a_default_box_matches_where_it_overlaps_enough():
+def test_a_default_box_matches_when_its_overlap_reaches_the_threshold():
     targets = {"boxes": torch.tensor([[[0.0, 0.0, 0.7, 0.7]]]), "labels": torch.tensor([[0]])}
     found = []
     for threshold in (0.1, 0.9):
@@ -725,7 +725,7 @@ def test_a_default_box_matches_where_it_overlaps_enough():
     assert found == [3, 1]
 
 
-def test_pictures_of_another_size_than_the_network_s_are_refused():
+def test_an_image_size_that_differs_from_the_networks_is_refused():
     task, data = detector(), Painted()
     data.setup()
     task.take_facts(data)
@@ -737,7 +737,7 @@ def test_pictures_of_another_size_than_the_network_s_are_refused():
 # The runner
 
 
-def test_an_answer_can_be_read_off_and_drawn(tmp_path):
+def test_the_runner_returns_labelled_boxes_in_pixels_and_draws_them(tmp_path):
     task = sighted()
     deployable = task.deployable((torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}))
     runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
@@ -756,7 +756,7 @@ def test_an_answer_can_be_read_off_and_drawn(tmp_path):
     assert drawn.shape == (256, 256, 3)
     changed = (drawn != painted(256)).any(axis=2)
     assert changed[128:, 128].all()  # the left edge of the second box
-    assert not changed[20:100, 140:250].any()  # where there is no object
+    assert not changed[20:100, 140:250].any()  # no object is here
     (red, blue) = (drawn[half, x].tolist() for half, x in ((64, 0), (192, 128)))
     assert red != blue
     doubtful = [{"label": "red", "score": score, "box": [140, 20, 250, 100]} for score in (0.29, 0.31)]
@@ -774,7 +774,7 @@ def test_the_best_detection_is_drawn_on_top():
     np.testing.assert_array_equal(both[200, 60:180], best[200, 60:180])
 
 
-def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
+def test_a_fixed_size_graph_gives_boxes_in_pixels_of_the_picture():
     task = sighted()
     graph = task.deployable((torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {})).graphs["detect"]
     fixed = SimpleNamespace(shape={"image": [1, 8, 8, 3]})
@@ -807,7 +807,7 @@ def test_a_device_with_fixed_sizes_answers_in_pixels_of_the_picture():
         ({"count": None}, "returns no count"),
     ],
 )
-def test_what_no_detector_answers_is_one_line(change, message):
+def test_invalid_detector_outputs_are_refused(change, message):
     good = {
         "boxes": np.zeros((1, 2, 4), np.float32),
         "scores": np.zeros((1, 2), np.float32),
@@ -840,12 +840,12 @@ def exported(tmp_path_factory):
     return task, data, folder, export(task, data, TARGETS["cpu"], folder)
 
 
-def test_a_bundle_detects_what_pytorch_does(exported):
+def test_bundle_detections_match_pytorch(exported):
     task, data, folder, manifest = exported
     verification = manifest["verification"]
     assert {row["shape"]["image"][0] for row in verification["parity"]} == {1, 2, 5}
     assert verification["metric"]["pytorch"] == pytest.approx(verification["metric"]["bundle"], abs=2e-3)
-    assert verification["metric"]["rows"] == 6 * 200  # a random network finds as much as it may
+    assert verification["metric"]["rows"] == 6 * 200  # a random network returns as many detections as are allowed
     assert "compared as sets" in (folder / "report.md").read_text()
     graph = task.deployable(next(iter(data.val_dataloader()))).graphs["detect"]
     runner = load(folder)
@@ -861,7 +861,7 @@ def test_a_bundle_detects_what_pytorch_does(exported):
             assert (labels == expected["labels"][i, :n]).mean() > 0.98
 
 
-def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeypatch):
+def test_the_command_draws_overlays_and_prints_other_forms(exported, tmp_path, capsys, monkeypatch):
     folder = exported[2]
     for name in ("one", "two"):
         Image.fromarray(painted(50)).save(tmp_path / f"{name}.png")
@@ -893,7 +893,7 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeyp
         assert message in capsys.readouterr().err
     assert main([str(folder), one, "--overlay", str(tmp_path / "folder")]) == 0
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["one.png"]
-    (tmp_path / "same").mkdir()  # as on a disk that takes one.png for One.PNG
+    (tmp_path / "same").mkdir()  # as on a case-insensitive file system
     (tmp_path / "same/one.png").hardlink_to(tmp_path / "one.png")
     assert main([str(folder), one, "--overlay", str(tmp_path / "same")]) == 2
     assert "would be overwritten" in capsys.readouterr().err
@@ -907,7 +907,7 @@ def test_commands_draw_and_speak_other_forms(exported, tmp_path, capsys, monkeyp
     assert "two inputs would be written to one.png" in capsys.readouterr().err
 
 
-def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path):
+def test_box_decoding_stays_float_when_the_network_is_quantised(exported, tmp_path):
     task, data, *_ = exported
     served, target = task.deployable(next(iter(data.val_dataloader()))).graphs["detect"], TARGETS["arm64"]
     source, path = tmp_path / "detect.onnx", tmp_path / "int8.onnx"
@@ -918,7 +918,7 @@ def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path)
     writers = {output: node for node in graph.node for output in node.output}
     (suppression,) = (node for node in graph.node if node.op_type == "NonMaxSuppression")
     waiting, decoding = list(suppression.input), []
-    while waiting:  # from suppression back to the heads
+    while waiting:  # go back from suppression to the heads
         node = writers.get(waiting.pop())
         if node is not None and node.op_type != "DequantizeLinear":
             decoding.append(node.op_type)
@@ -931,7 +931,7 @@ def test_decoding_stays_float_where_the_network_is_quantised(exported, tmp_path)
 # Configs
 
 
-def test_configs_of_the_family_are_there():
+def test_the_detection_configs_exist_and_use_a_single_size():
     names = {path.stem for path in (ROOT / "configs").glob("ssd*.yaml")}
     assert names >= {  # and others may be added
         "ssd_digit_scenes",
@@ -941,7 +941,7 @@ def test_configs_of_the_family_are_there():
         "ssd512_vgg16_voc",
         "ssd300_resnet50_coco",
     }
-    for name in names:  # one size everywhere in a config
+    for name in names:  # all sizes in a config are equal
         config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         sizes = {model["network"]["init_args"]["size"], model["preprocess"]["init_args"]["size"]}
@@ -949,8 +949,8 @@ def test_configs_of_the_family_are_there():
 
 
 @pytest.mark.parametrize(("objects", "found"), [(5, 3), (10, 6), (10, 3), (7, 4)])
-def test_average_precision_counts_the_recall_that_is_reached(objects, found):
-    """Nothing but right detections: the share of 101 recalls from 0 to 1 that are reached, the last one among them."""
+def test_average_precision_includes_the_last_recall_that_is_reached(objects, found):
+    """If all detections are correct, it is the share of the 101 recall levels reached, including the last."""
     boxes = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(objects)])
     metric = average_precision()
     metric.update(
@@ -961,8 +961,8 @@ def test_average_precision_counts_the_recall_that_is_reached(objects, found):
 
 
 @pytest.mark.parametrize("size", [(427, 640), (333, 500), (1080, 1919)])
-def test_areas_of_exactly_a_limit_of_coco_stay_so(size):
-    """Boxes are shares of the picture: in float32 a square of 32 or 96 pixels becomes one of a little more or less."""
+def test_areas_at_cocos_size_limits_stay_exact(size):
+    """Boxes are relative to the picture, so in float32 the side of a square of 32 or 96 pixels is slightly off."""
     corners = torch.arange(0, 200, 7)
     for side in (32, 96):
         boxes = torch.stack([corners, corners, corners + side, corners + side], 1) / torch.tensor([*size[::-1]] * 2)

@@ -1,4 +1,4 @@
-"""The readers of masks against whole, broken and arbitrary sets."""
+"""Readers of masks, given good, broken and arbitrary sets."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def png(values: np.ndarray) -> bytes:
 
 def palette_png(values: np.ndarray, **options) -> bytes:
     image = Image.frombytes("P", values.shape[::-1], values.tobytes())
-    image.putpalette([(37 * i + 90) % 256 for i in range(768)])  # no colour's level is its index
+    image.putpalette([(37 * i + 90) % 256 for i in range(768)])  # no colour's level equals its index
     return encode(image, **options)
 
 
@@ -93,7 +93,7 @@ def with_map(root: Path, content, **options):
 
 
 def well_formed_or_none(function, *arguments, **options):
-    """The call's answer, checked, or None where it refuses."""
+    """Check and return the result of a call, or return None if the call refuses its input."""
     listing = answer_or_none(function, *arguments, **options)
     if listing is None:
         return None
@@ -111,7 +111,7 @@ def well_formed_or_none(function, *arguments, **options):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_good_set(tmp_path, kind):
+def test_a_good_set_is_read_by_every_reader(tmp_path, kind):
     listing = well_formed_or_none(READERS[kind], write(tmp_path))
     assert listing.images == [f"{tmp_path}/{IMAGES}{name}.jpg" for name in "ab"]
     assert listing.masks == [f"{tmp_path}/{MASKS}{name}.png" for name in "ab"]
@@ -126,16 +126,16 @@ def test_good_set(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_given_classes(tmp_path, kind):
+def test_given_classes_name_the_values_and_limit_them(tmp_path, kind):
     listing = READERS[kind](write(tmp_path), classes=["sky", "road", "car", "kite"])
     assert listing.classes == ["sky", "road", "car", "kite"]
-    assert listing.pixels.sum(axis=0).tolist() == [*PIXELS, 0]  # a class without pixels is no mistake here
+    assert listing.pixels.sum(axis=0).tolist() == [*PIXELS, 0]  # a class without pixels is not an error here
     assert listing.table[:5].tolist() == [0, 1, 2, 3, VOID]
     message = error_of(READERS[kind], tmp_path, classes=["sky", "road"])
     assert f"{tmp_path}/{MASKS}a.png: value 2 in 2 pixels; expected 0 to 1, or 255 for void" in message
 
 
-def test_paths_relative_to_where_one_is(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(write(tmp_path))
     assert read_mask_list("train.txt").masks[0] == f"./{MASKS}a.png"
     assert read_voc_masks("ImageSets/Segmentation/train.txt").images[0] == f"{IMAGES}a.jpg"
@@ -143,7 +143,7 @@ def test_paths_relative_to_where_one_is(tmp_path, monkeypatch):
     assert read_voc_masks("train.txt").images[0] == f"../../{IMAGES}a.jpg"
 
 
-def test_folders_of_many_kinds_of_pictures(tmp_path):
+def test_folders_pair_many_kinds_of_pictures_with_their_masks(tmp_path):
     mask = SET[f"{MASKS}a.png"]
     files = {f"i/{name}": PICTURE for name in ("c.JPG", "b.jpeg", "a.b.jpg", ".hidden", "ü.jpg")}
     files |= {f"m/{name}.png": mask for name in ("a.b", "b", "c")} | {"m/ü.PNG": mask, "m/.hidden": b""}
@@ -155,7 +155,7 @@ def test_folders_of_many_kinds_of_pictures(tmp_path):
     assert [Path(path).stem for path in listing.masks] == ["a.b", "b", "c", "d", "ü"]
 
 
-DEPTHS = {  # eight values a row as the file stores them, and what they are
+DEPTHS = {  # depth, colour type, a row of eight values as stored, and the values
     "bilevel": (1, 0, b"\x00\xa5", [1, 0, 1, 0, 0, 1, 0, 1]),
     "2-bit grey": (2, 0, b"\x00\x1b\xe4", [0, 1, 2, 3, 3, 2, 1, 0]),
     "4-bit grey": (4, 0, b"\x00\x01\x23\xba\x98", [0, 1, 2, 3, 11, 10, 9, 8]),
@@ -165,7 +165,7 @@ DEPTHS = {  # eight values a row as the file stores them, and what they are
 
 
 @pytest.mark.parametrize(("depth", "colour", "row", "values"), DEPTHS.values(), ids=DEPTHS)
-def test_values_of_few_bits_are_those_stored(tmp_path, depth, colour, row, values):
+def test_masks_of_few_bits_keep_the_stored_values(tmp_path, depth, colour, row, values):
     palette = [chunk(b"PLTE", bytes(range(200, 152, -1)))] if colour == 3 else []
     mask = raw_png(8, 6, depth, colour, row * 6, *palette)
     root = write(tmp_path, **{f"{MASKS}a.png": mask, f"{MASKS}b.png": mask})
@@ -173,15 +173,17 @@ def test_values_of_few_bits_are_those_stored(tmp_path, depth, colour, row, value
     assert READERS["list"](root).pixels.sum(axis=0).tolist() == [12 * values.count(i) for i in range(max(values) + 1)]
 
 
-def test_bilevel_transparent_and_animated_masks(tmp_path):
+def test_bilevel_transparent_and_animated_masks_are_read(tmp_path):
     bilevel = encode(Image.fromarray(A == 1))
-    animated = raw_png(8, 6, 8, 0, b"".join(b"\0" + row.tobytes() for row in B), chunk(b"acTL", bytes(8)))  # or says so
+    animated = raw_png(
+        8, 6, 8, 0, b"".join(b"\0" + row.tobytes() for row in B), chunk(b"acTL", bytes(8))
+    )  # or claims to be
     for other in (palette_png(B, transparency=0), animated):
         root = write(tmp_path, **{f"{MASKS}a.png": bilevel, f"{MASKS}b.png": other})
         assert well_formed_or_none(READERS["list"], root).pixels.sum(axis=0).tolist() == [36 + 24, 12, 20]
 
 
-def test_void(tmp_path):
+def test_the_given_void_value_is_void_in_addition_to_255(tmp_path):
     listing = well_formed_or_none(READERS["list"], write(tmp_path), void=2)
     assert listing.classes == ["0", "1"]
     assert listing.pixels.sum(axis=0).tolist() == PIXELS[:2]
@@ -191,14 +193,14 @@ def test_void(tmp_path):
     assert "a.png: value 2 in 2 pixels; expected 0 to 1, or 7 or 255 for void" in message
 
 
-def test_label_map_with_scale(tmp_path):
+def test_a_label_map_with_scale_divides_the_values(tmp_path):
     root = write(tmp_path)
     listing = with_map(root, {"scale": "2"})
     assert listing.pixels.sum(axis=0).tolist() == [PIXELS[0] + PIXELS[1], PIXELS[2]]
     assert listing.table[:4].tolist() == [0, 0, 1, 1]
     assert listing.table[255] == VOID
     assert with_map(root, {"scale": 1}).pixels.sum(axis=0).tolist() == PIXELS
-    listing = with_map(root, {"scale": 127}, classes=["x", "y", "z"])  # 255 // 127 is a class of these
+    listing = with_map(root, {"scale": 127}, classes=["x", "y", "z"])  # 255 // 127 is one of these classes
     assert listing.pixels.sum(axis=0).tolist() == [sum(PIXELS), 0, 96 - sum(PIXELS)]
     listing = with_map(root, {"scale": 127}, classes=["x", "y"], void=0)
     assert listing.pixels.sum(axis=0).tolist() == [sum(PIXELS[1:]), 0]
@@ -207,7 +209,7 @@ def test_label_map_with_scale(tmp_path):
     assert f"{MASKS}b.png: value 90 in 48 pixels, class 30 by the label map; expected 0 to 1, or 255 for" in message
 
 
-def test_a_scale_makes_255_a_class_next_to_the_highest_that_is_there(tmp_path):
+def test_a_scaled_255_is_a_class_only_if_it_follows_the_highest_class_present(tmp_path):
     quarters = np.repeat(np.array([0, 85, 170, 255], np.uint8), 12).reshape(6, 8)
     root = write(tmp_path, **{f"{MASKS}a.png": png(quarters), f"{MASKS}b.png": png(quarters)})
     assert with_map(root, {"scale": 85}).pixels.sum(axis=0).tolist() == [24, 24, 24, 24]
@@ -218,7 +220,7 @@ def test_a_scale_makes_255_a_class_next_to_the_highest_that_is_there(tmp_path):
     assert with_map(root, {"scale": 255}).pixels.sum(axis=0).tolist() == [48, 48]
 
 
-def test_label_map_with_map(tmp_path):
+def test_a_label_map_with_map_assigns_values_to_classes(tmp_path):
     root = write(tmp_path)
     listing = well_formed_or_none(with_map, root, {"map": {"1": 0, "0": "2", "2": 1}})
     assert listing.pixels.sum(axis=0).tolist() == [PIXELS[2], PIXELS[0], PIXELS[1]]
@@ -234,7 +236,7 @@ def test_label_map_with_map(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_mask_of_a_turned_picture_is_upright(tmp_path, orientation):
+def test_the_mask_of_a_turned_picture_must_be_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     size = (8, 6) if orientation < 5 else (6, 8)
@@ -247,9 +249,9 @@ def test_mask_of_a_turned_picture_is_upright(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("terminal", ["1", "0"])
-def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, terminal, monkeypatch, capsys):
+def test_progress_is_shown_only_on_stderr_and_only_on_a_terminal(tmp_path, terminal, monkeypatch, capsys):
     monkeypatch.setattr("dlref.data.images.SHOW_PROGRESS_ABOVE", 0)
-    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich goes by
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # read by rich
     monkeypatch.setenv("TERM", "xterm")
     assert len(READERS["list"](write(tmp_path)).images) == 2
     shown = capsys.readouterr()
@@ -257,7 +259,7 @@ def test_progress_is_shown_on_a_terminal_s_stderr_only(tmp_path, terminal, monke
     assert "Reading masks" in shown.err if terminal == "1" else shown.err == ""
 
 
-def test_first_broken_mask_is_named_and_warnings_are_left_alone(tmp_path):
+def test_the_first_broken_mask_is_named_and_warning_filters_stay_unchanged(tmp_path):
     files = {f"i/{i:02}.jpg": PICTURE for i in range(30)} | {f"m/{i:02}.png": png(A) for i in range(30)}
     root = write(tmp_path, **files | {"m/07.png": png(A * 50), "m/08.png": b"", "i/09.jpg": b""})
     filters = list(warnings.filters)
@@ -267,23 +269,23 @@ def test_first_broken_mask_is_named_and_warnings_are_left_alone(tmp_path):
         assert warnings.filters == filters
 
 
-def test_error_of_a_worker_is_one_line(tmp_path):
+def test_an_error_from_a_data_loader_worker_keeps_its_one_line_message(tmp_path):
     path = tmp_path / "a.png"
     try:
         read_mask(str(path), np.arange(256, dtype=np.uint8))
     except UnreadableImage:
-        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")  # what a DataLoader raises again
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")  # as in a DataLoader
     assert error_of(wrapper.reraise) == f"{path}: no such file; expected a mask as PNG"
     path.write_bytes(encode(Image.new("RGB", (8, 6))))
     with pytest.raises(UnreadableImage, match=r"/a.png: RGB colours; expected class ids in one channel"):
         read_mask(str(path), np.arange(256, dtype=np.uint8))
 
 
-# Broken sets: reader, the file that is broken, its content (None: there is none), and the complaint
+# Broken sets: reader, broken file, its content (None: the file is missing), and the complaint
 
 TRAIN, VOC, MASK = "train.txt", "ImageSets/Segmentation/train.txt", f"{MASKS}a.png"
 WHOLE = SET[MASK]
-FLIPPED = WHOLE[:-20] + bytes([WHOLE[-20] ^ 1]) + WHOLE[-19:]  # a bit of its pixels
+FLIPPED = WHOLE[:-20] + bytes([WHOLE[-20] ^ 1]) + WHOLE[-19:]  # one bit of the pixels is flipped
 BOMB = raw_png(10_000, 9_000, 1, 0, bytes(9_000 * 1_251))
 UNREADABLE = "cannot be decoded; expected a mask as PNG"
 CHANNEL = '; expected class ids in one channel (mode L or P); docs/semantic-segmentation.md, "Coloured masks", shows'
@@ -342,7 +344,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("kind", "file", "content", "complaint"), BROKEN, ids=range(len(BROKEN)))
-def test_broken_set(tmp_path, kind, file, content, complaint):
+def test_a_broken_set_is_refused_and_the_message_names_the_file(tmp_path, kind, file, content, complaint):
     root = write(tmp_path, **{} if content is None else {file: content})
     if content is None:
         (root / file).unlink()
@@ -351,7 +353,7 @@ def test_broken_set(tmp_path, kind, file, content, complaint):
     assert Path(file).stem.split("\n")[0] in message
 
 
-def test_folders_that_are_empty_or_missing_or_do_not_match(tmp_path):
+def test_folders_that_are_empty_missing_or_mismatched_are_refused(tmp_path):
     root = write(tmp_path)
     (root / "empty").mkdir()
     (root / "empty/.hidden").touch()
@@ -366,7 +368,7 @@ def test_folders_that_are_empty_or_missing_or_do_not_match(tmp_path):
     assert message == f"{images}/c.jpg: no mask of the same name in {masks}, nor for 2 more; expected one for each file"
 
 
-def test_masks_of_one_class_or_none(tmp_path):
+def test_masks_of_fewer_than_two_classes_are_refused_except_with_vocs_classes(tmp_path):
     for value, count in ((0, 1), (255, 0)):
         root = write(tmp_path, **{f"{MASKS}{name}.png": png(A * 0 + np.uint8(value)) for name in "ab"})
         assert error_of(READERS["list"], root) == f"{root}/train.txt: {count} classes; expected 2 to 254"
@@ -400,13 +402,13 @@ BROKEN_MAPS = [
 
 
 @pytest.mark.parametrize(("content", "complaint"), BROKEN_MAPS, ids=range(len(BROKEN_MAPS)))
-def test_broken_label_map(tmp_path, content, complaint):
+def test_a_broken_label_map_is_refused(tmp_path, content, complaint):
     message = error_of(with_map, write(tmp_path), content, void=11)
     assert message.startswith(f"{tmp_path}/map.json{complaint}")
     assert complaint != ": scale " or message.endswith("; expected a whole number from 1 to 255")
 
 
-def test_broken_options(tmp_path):
+def test_invalid_options_are_refused(tmp_path):
     root = write(tmp_path)
     for void in (-1, 256, True, 1.0):
         assert error_of(READERS["list"], root, void=void) == f"void: {void}; expected 0 to 255"
@@ -428,7 +430,7 @@ arbitrary = st.binary() | st.text(st.sampled_from('{}[]":,0123é\n\\ab./ ')).map
 @pytest.mark.parametrize(("kind", "file"), [("list", TRAIN), ("voc", VOC), ("list", MASK), ("list", f"{IMAGES}a.jpg")])
 @quick
 @given(content=arbitrary)
-def test_arbitrary_bytes(tmp_path, kind, file, content):
+def test_arbitrary_bytes_are_read_or_refused(tmp_path, kind, file, content):
     well_formed_or_none(READERS[kind], write(tmp_path, **{file: content}))
 
 
@@ -443,14 +445,14 @@ values = st.none() | st.booleans() | st.integers(-1, 256) | st.integers(0, 2).ma
     void=st.integers(-1, 256),
     classes=st.none() | st.integers(0, 4).map(lambda count: list("abcd")[:count]),
 )
-def test_arbitrary_label_map(tmp_path, content, void, classes):
+def test_an_arbitrary_label_map_is_read_or_refused(tmp_path, content, void, classes):
     well_formed_or_none(with_map, write(tmp_path), content, void=void, classes=classes)
 
 
 @pytest.mark.parametrize("file", [TRAIN, MASK, f"{MASKS}b.png"])
 @quick
 @given(at=st.integers(0, 10_000), new=st.binary(max_size=2), cut=st.integers(0, 9))
-def test_mutated_bytes(tmp_path, file, at, new, cut):
+def test_mutated_bytes_are_read_or_refused(tmp_path, file, at, new, cut):
     at %= len(SET[file])
     content = SET[file][:at] + new + SET[file][at + cut :]
     well_formed_or_none(READERS["list"], write(tmp_path, **{file: content}))
@@ -466,7 +468,7 @@ names = [b"acTL", b"fcTL", b"fdAT", b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"zTXt",
     more=st.lists(st.builds(chunk, st.sampled_from(names), st.binary(max_size=30)), max_size=3),
     interlace=st.integers(0, 2),
 )
-def test_arbitrary_png_with_the_right_checksums(tmp_path, header, rows, more, interlace):
+def test_an_arbitrary_png_with_valid_checksums_is_read_or_refused(tmp_path, header, rows, more, interlace):
     mask = raw_png(*header, rows, *more, interlace=interlace)
     well_formed_or_none(READERS["list"], write(tmp_path, **{MASK: mask}))
 
@@ -477,7 +479,7 @@ REAL = os.environ.get("DLREF_DATA")
 
 
 @pytest.mark.skipif(not REAL, reason="needs DLREF_DATA, the folder of the real data sets")
-def test_real_camvid():
+def test_the_real_camvid_set_is_read():
     for name, count in (("train", 367), ("val", 101), ("test", 233)):
         listing = read_mask_list(Path(REAL) / f"camvid/{name}.txt", [str(i) for i in range(11)], void=11)
         assert listing.sizes == [(360, 480)] * count

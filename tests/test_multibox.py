@@ -1,4 +1,4 @@
-"""Matching, loss and detections: by hand, and against torchvision's SSD."""
+"""Matching, loss and detections against values computed by hand and against torchvision's SSD."""
 
 import math
 
@@ -28,7 +28,7 @@ def some_boxes(*shape):
 def torchvision_ssd():
     torch.manual_seed(0)
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).eval()
-    with torch.no_grad():  # its random heads are certain of everything
+    with torch.no_grad():  # unscaled random heads saturate the predictions
         for parameter in network.head.parameters():
             parameter.mul_(0.1)
     return network
@@ -42,7 +42,7 @@ def anchors():
 # Offsets
 
 
-def test_offsets_by_hand():
+def test_offsets_match_values_computed_by_hand():
     anchor = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
     box = torch.tensor([[0.42, 0.4, 0.62, 0.8]])  # centre 0.52, 0.6; sides 0.2, 0.4
     torch.testing.assert_close(encode(box, anchor), torch.tensor([[1.0, 2.5, 0.0, 0.0]]))
@@ -50,7 +50,7 @@ def test_offsets_by_hand():
     torch.testing.assert_close(encode(wide, anchor), torch.tensor([[0.0, 0.0, math.log(2) / 0.2, 0.0]]))
 
 
-def test_offsets_are_torchvision_s_and_decoding_undoes_them(anchors):
+def test_offsets_match_torchvision_and_decoding_inverts_them(anchors):
     boxes = some_boxes(len(anchors))
     coder = published.BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
     offsets = encode(boxes, anchors)
@@ -59,12 +59,12 @@ def test_offsets_are_torchvision_s_and_decoding_undoes_them(anchors):
     torch.testing.assert_close(decode(offsets, anchors), boxes, atol=1e-5, rtol=0)
 
 
-def test_no_offset_decodes_to_infinity():
+def test_huge_offsets_decode_to_a_finite_box():
     box = decode(torch.tensor([[0.0, 0.0, 1e6, 1e6]]), torch.tensor([[0.5, 0.5, 0.1, 0.1]]))
     torch.testing.assert_close(box, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
 
 
-def test_a_box_that_rounding_made_a_line_has_finite_offsets():
+def test_a_box_without_width_has_finite_offsets():
     line = encode(torch.tensor([[0.4, 0.4, 0.4, 0.6]]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
     assert line.isfinite().all()
 
@@ -72,36 +72,38 @@ def test_a_box_that_rounding_made_a_line_has_finite_offsets():
 # Matching
 
 
-def test_matching_by_hand():
+def test_matches_are_those_found_by_hand():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.55, 0.0, 1.0, 0.4], NO_BOX]])
     labels = torch.tensor([[3, 1, -1]])
     # The first box is the first quarter. The second overlaps the second quarter by 0.18 of 0.25.
     assert match(boxes, labels, QUARTERS, 0.5).tolist() == [[0, 1, -1, -1]]
-    assert match(boxes, labels, QUARTERS, 0.8).tolist() == [[0, 1, -1, -1]]  # its best one, below the threshold or not
+    assert match(boxes, labels, QUARTERS, 0.8).tolist() == [
+        [0, 1, -1, -1]
+    ]  # the best default box matches below the threshold too
 
 
-def test_a_box_that_overlaps_little_still_gets_its_best_default_box():
+def test_a_box_with_little_overlap_still_gets_its_best_default_box():
     tiny = torch.tensor([[[0.8, 0.8, 0.85, 0.85]]])
     assert match(tiny, torch.tensor([[0]]), QUARTERS, 0.5).tolist() == [[-1, -1, -1, 0]]
 
 
-def test_an_overlap_of_just_the_threshold_is_enough():
+def test_an_overlap_equal_to_the_threshold_matches():
     quarter_and_its_half = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.25, 0.25, 0.5, 0.25]])
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5]]])
     assert match(boxes, torch.tensor([[0]]), quarter_and_its_half, 0.5).tolist() == [[0, 0]]
 
 
-def test_of_two_boxes_with_one_best_default_box_the_later_gets_it():
+def test_the_later_of_two_boxes_gets_the_default_box_that_is_best_for_both():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4], NO_BOX]])
     assert match(boxes, torch.tensor([[0, 0, -1]]), QUARTERS, 0.5).tolist() == [[1, -1, -1, -1]]
 
 
-def test_padding_matches_nothing_even_where_it_lies_on_a_default_box():
+def test_padding_matches_nothing_even_on_a_default_box():
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5]], [[0.0, 0.0, 0.5, 0.5]]])
     assert match(boxes, torch.tensor([[-1], [0]]), QUARTERS, 0.5).tolist() == [[-1] * 4, [0, -1, -1, -1]]
 
 
-def test_matching_is_torchvision_s(anchors):
+def test_matches_are_those_of_torchvision(anchors):
     boxes = some_boxes(4, 6)
     labels = torch.randint(0, 5, (4, 6))
     corners = box_convert(anchors, "cxcywh", "xyxy")
@@ -115,21 +117,21 @@ def test_matching_is_torchvision_s(anchors):
 # Loss
 
 
-def test_loss_by_hand():
-    """One box on the first quarter, four default boxes: one positive, three negatives, all counted."""
+def test_the_loss_matches_a_value_computed_by_hand():
+    """A box on the first of four default boxes gives one positive and three negatives, and all four count."""
     boxes, labels = torch.tensor([[[0.0, 0.0, 0.5, 0.5]]]), torch.tensor([[1]])
     offsets = torch.zeros(1, 4, 4)
     offsets[0, 0] = torch.tensor([0.5, -2.0, 0.0, 0.0])  # 0.5 * 0.25 + (2 - 0.5)
     logits = torch.zeros(1, 4, 3)
-    logits[0, 0, 2] = math.log(2)  # the right class has 2 of 4
-    logits[0, 1, 0] = math.log(6)  # the background has 6 of 8
+    logits[0, 0, 2] = math.log(2)  # the right class has a probability of 2 / 4
+    logits[0, 1, 0] = math.log(6)  # the background has a probability of 6 / 8
     matched = match(boxes, labels, QUARTERS, 0.5)
     localisation, confidence = multibox_loss(offsets, logits, boxes, labels, QUARTERS, matched)
     torch.testing.assert_close(localisation, torch.tensor(0.125 + 1.5))
     torch.testing.assert_close(confidence, torch.tensor(math.log(2) + math.log(8 / 6) + 2 * math.log(3)))
 
 
-def test_an_image_without_boxes_teaches_its_three_hardest_negatives():
+def test_an_image_without_boxes_trains_on_its_three_hardest_negatives():
     boxes, labels = torch.zeros(1, 2, 4), torch.full((1, 2), -1)
     logits = torch.zeros(1, 4, 2, requires_grad=True)
     with torch.no_grad():
@@ -142,7 +144,7 @@ def test_an_image_without_boxes_teaches_its_three_hardest_negatives():
     assert (logits.grad.abs().sum(-1) > 0).tolist() == [[True, False, True, True]]
 
 
-def test_loss_is_torchvision_s_on_the_same_matches(torchvision_ssd, anchors):
+def test_the_loss_matches_torchvision_for_the_same_matches(torchvision_ssd, anchors):
     boxes, labels = some_boxes(3, 5), torch.randint(0, 90, (3, 5))
     offsets, logits = torch.randn(3, len(anchors), 4), torch.randn(3, len(anchors), 91)
     matched = match(boxes, labels, anchors, 0.5)
@@ -158,7 +160,7 @@ def test_loss_is_torchvision_s_on_the_same_matches(torchvision_ssd, anchors):
     torch.testing.assert_close(confidence, expected["classification"], rtol=1e-5, atol=1e-5)
 
 
-def test_the_loss_of_half_precision_is_that_of_the_same_numbers(anchors):
+def test_the_loss_of_bfloat16_inputs_equals_that_of_the_same_values_in_float32(anchors):
     boxes, labels = some_boxes(1, 3), torch.randint(0, 20, (1, 3))
     offsets, logits = torch.randn(1, len(anchors), 4).bfloat16(), 10 * torch.randn(1, len(anchors), 21).bfloat16()
     rest = boxes, labels, anchors, match(boxes, labels, anchors, 0.5)
@@ -166,7 +168,7 @@ def test_the_loss_of_half_precision_is_that_of_the_same_numbers(anchors):
     torch.testing.assert_close(found, multibox_loss(offsets.float(), logits.float(), *rest))
 
 
-def test_padding_changes_no_loss(anchors):
+def test_padding_does_not_change_the_loss(anchors):
     boxes, labels = some_boxes(2, 3), torch.randint(0, 4, (2, 3))
     offsets, logits = torch.randn(2, len(anchors), 4), torch.randn(2, len(anchors), 5)
     wide, more = F.pad(boxes, (0, 0, 0, 4)), F.pad(labels, (0, 4), value=-1)
@@ -177,8 +179,8 @@ def test_padding_changes_no_loss(anchors):
     torch.testing.assert_close(*losses)
 
 
-def test_the_step_never_waits_for_the_device_and_has_finite_gradients():
-    """It can be traced without values: nothing in matching and loss reads one, and no shape depends on the data."""
+def test_matching_and_loss_need_no_device_synchronisation_and_have_finite_gradients():
+    """Tracing without values works: no code reads a value and no shape depends on the data."""
 
     def step(offsets, logits, boxes, labels):
         return sum(multibox_loss(offsets, logits, boxes, labels, QUARTERS, match(boxes, labels, QUARTERS, 0.5)))
@@ -204,7 +206,7 @@ def published_detections(torchvision_ssd, offsets, logits, anchors):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_detections_are_torchvision_s(torchvision_ssd, anchors, trained):
+def test_detections_match_torchvision(torchvision_ssd, anchors, trained):
     offsets, logits = torch.randn(2, len(anchors), 4) / 2, torch.randn(2, len(anchors), 91)
     if trained:  # few boxes stand out from the background
         logits[..., 0] += 12
@@ -222,8 +224,8 @@ def test_detections_are_torchvision_s(torchvision_ssd, anchors, trained):
         assert not scores[i, n:].any()
 
 
-def test_suppression_by_hand():
-    """Of two boxes that overlap by 0.6 the worse goes, unless it is of another class; what overlaps less stays."""
+def test_suppression_keeps_the_better_of_two_overlapping_boxes_of_a_class():
+    """The worse of two boxes of a class that overlap by 0.6 goes; boxes of other classes or less overlap stay."""
     anchors = torch.tensor(
         [[0.25, 0.25, 0.4, 0.4], [0.35, 0.25, 0.4, 0.4], [0.25, 0.75, 0.4, 0.4], [0.25, 0.8, 0.4, 0.4]]
     )
@@ -233,20 +235,20 @@ def test_suppression_by_hand():
     logits[..., 0] = 0
     boxes, scores, labels, count = Detections(0.1, 0.45, 5)(torch.zeros(1, 4, 4), logits, anchors)
     assert count.tolist() == [3]
-    assert labels.tolist() == [[0, 0, 1, 0]]  # as many places as candidates
+    assert labels.tolist() == [[0, 0, 1, 0]]  # four rows for four candidates
     torch.testing.assert_close(
         scores[0], torch.tensor([3.0, 1.0, 0.5, -99.0]).sigmoid() * torch.tensor([1, 1, 1, 0]), atol=1e-3, rtol=0
     )
     torch.testing.assert_close(boxes[0, :3], box_convert(anchors[[0, 2, 3]], "cxcywh", "xyxy"))
 
 
-def test_what_is_suppressed_is_no_detection_where_any_score_will_do():
+def test_suppressed_boxes_are_not_counted_with_a_score_threshold_of_zero():
     logits = torch.tensor([[[0.0, 5.0], [0.0, 4.0], [0.0, 3.0]]])
     *_, count = Detections(0.0, 0.5, 3)(torch.zeros(1, 3, 4), logits, QUARTERS[:1].expand(3, 4))
     assert count.tolist() == [1]
 
 
-def test_an_answer_does_not_hang_on_the_place_in_the_batch(anchors):
+def test_detections_do_not_depend_on_the_position_in_the_batch(anchors):
     offsets, logits = torch.randn(1, len(anchors), 4) / 2, torch.randn(1, len(anchors), 21)
     detect = Detections(0.01, 0.45, 200)
     alone = detect(offsets, logits, anchors)
@@ -259,7 +261,7 @@ def test_an_answer_does_not_hang_on_the_place_in_the_batch(anchors):
         assert torch.equal(one[0], several[6])
 
 
-def test_an_image_without_detections_has_none():
+def test_an_image_without_detections_has_a_count_of_zero():
     logits = torch.zeros(2, 4, 3)
     logits[0, :, 0] = 20
     *_, count = Detections(0.01, 0.45, 10)(torch.zeros(2, 4, 4), logits, QUARTERS)
@@ -267,7 +269,7 @@ def test_an_image_without_detections_has_none():
     assert count[1] > 0
 
 
-def test_the_whole_network_detects_what_torchvision_s_does(torchvision_ssd):
+def test_detections_of_the_whole_network_match_torchvision(torchvision_ssd):
     network = SSDVGG16(90).eval()
     network.load_state_dict(torchvision_ssd.state_dict())
     images = torch.rand(2, 3, 300, 300)
@@ -279,7 +281,7 @@ def test_the_whole_network_detects_what_torchvision_s_does(torchvision_ssd):
         assert count[i] == len(found["scores"]) > 0
         n = count[i]
         torch.testing.assert_close(scores[i, :n], found["scores"], atol=1e-4, rtol=0)
-        # Those whose scores a rounding apart puts into another order are the same detections.
+        # Rounding may swap detections of almost equal scores, so compare them regardless of order.
         own = torch.cat([boxes[i, :n] * 300, scores[i, :n, None], labels[i, :n, None] + 1], 1)
         theirs = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None]], 1)
         apart = (own[:, None] - theirs).abs().amax(2)

@@ -30,13 +30,13 @@ def objects(scenes: Scenes):
 
 
 def extent(inside: torch.Tensor) -> list[int]:
-    """Return x1 y1 x2 y2 around what is true in (H, W), the last two exclusive."""
+    """Return x1 y1 x2 y2 around the true values of (H, W); x2 and y2 are exclusive."""
     rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 def meet(a: list[int], b: list[int]) -> int:
-    """Return the area in both boxes."""
+    """Return the area of the boxes' intersection."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
@@ -44,7 +44,7 @@ def area(box: list[int]) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def test_types_and_shapes_are_those_promised(scenes):
+def test_scenes_have_the_documented_types_and_shapes(scenes):
     promised = (
         (torch.uint8, (COUNT, 3, SIZE, SIZE)),
         (torch.float32, (COUNT, MOST, 4)),
@@ -54,7 +54,7 @@ def test_types_and_shapes_are_those_promised(scenes):
     assert [(tensor.dtype, tuple(tensor.shape)) for tensor in scenes] == list(promised)
 
 
-def test_a_box_is_the_extent_of_its_digit_where_no_other_is_near(scenes):
+def test_a_box_is_the_extent_of_its_digit_when_no_other_digit_is_near(scenes):
     checked = 0
     for boxes, labels, mask in objects(scenes):
         for i, (x1, y1, x2, y2) in enumerate(boxes):
@@ -69,7 +69,7 @@ def test_a_box_is_the_extent_of_its_digit_where_no_other_is_near(scenes):
     assert checked > COUNT / 2
 
 
-def test_a_single_digit_is_all_of_the_mask(pools):
+def test_the_mask_of_a_single_digit_has_the_extent_of_its_box(pools):
     alone = make_scenes(*pools["test"], 40, 48, seed=0, most=1)
     counts = [len(boxes) for boxes, _, _ in objects(alone)]
     assert max(counts) == 1
@@ -79,7 +79,7 @@ def test_a_single_digit_is_all_of_the_mask(pools):
         assert sorted({*labels}) == [value - 1 for value in mask.unique().tolist() if value]
 
 
-def test_masks_hold_the_classes_present_inside_their_boxes(scenes):
+def test_mask_classes_are_those_of_the_boxes_and_stay_inside_them(scenes):
     for boxes, labels, mask in objects(scenes):
         assert {value - 1 for value in mask.unique().tolist() if value} == set(labels)
         inside = torch.zeros(10, SIZE, SIZE, dtype=torch.bool)
@@ -90,7 +90,7 @@ def test_masks_hold_the_classes_present_inside_their_boxes(scenes):
 
 
 def test_a_later_digit_covers_an_earlier_one(pools):
-    """Of the last digit drawn, nothing is covered: its class reaches all four sides of its box."""
+    """The digit drawn last is not covered: its class reaches all four sides of its box."""
     crowded = make_scenes(*pools["train"], 60, SIZE, seed=5)
     touching = 0
     for boxes, labels, mask in objects(crowded):
@@ -103,7 +103,7 @@ def test_a_later_digit_covers_an_earlier_one(pools):
     assert touching > 10
 
 
-def test_boxes_are_inside_and_not_small(scenes):
+def test_boxes_are_inside_the_scene_and_not_too_small(scenes):
     for boxes, _, _ in objects(scenes):
         for x1, y1, x2, y2 in boxes:
             assert 0 <= x1 < x2 <= SIZE
@@ -111,7 +111,7 @@ def test_boxes_are_inside_and_not_small(scenes):
             assert y2 - y1 >= 0.1 * SIZE
 
 
-def test_beyond_the_count_are_zeros_and_minus_ones(scenes):
+def test_boxes_are_padded_with_zeros_and_labels_with_minus_one(scenes):
     there = scenes.labels >= 0
     assert there.any()
     assert not there.all()
@@ -120,14 +120,14 @@ def test_beyond_the_count_are_zeros_and_minus_ones(scenes):
     assert not (there[:, 1:] & ~there[:, :-1]).any()  # no gaps
 
 
-def test_some_scenes_are_empty_and_none_has_too_many(scenes):
+def test_some_scenes_are_empty_and_none_has_too_many_digits(scenes):
     counts = (scenes.labels >= 0).sum(1)
     assert 0 < int((counts == 0).sum()) < 3 * EMPTY * COUNT
     assert int(counts.max()) == MOST
     assert not scenes.masks[counts == 0].any()
 
 
-def test_overlaps_occur_and_stay_within_the_bound(scenes):
+def test_boxes_overlap_but_never_beyond_the_limit(scenes):
     shares = [
         meet(a, b) / min(area(a), area(b))
         for boxes, _, _ in objects(scenes)
@@ -137,8 +137,8 @@ def test_overlaps_occur_and_stay_within_the_bound(scenes):
     assert OVERLAP / 2 < max(shares) <= OVERLAP
 
 
-def test_digits_contrast_with_what_is_around_them(scenes):
-    """In luma, on average over a digit alone in its box; measured on the finished scenes."""
+def test_digits_contrast_with_their_surroundings(scenes):
+    """Compare the mean luma inside and around each digit that is alone in its box, in the finished scenes."""
     luma = (scenes.images.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     contrasts = []
     for (boxes, _, mask), levels in zip(objects(scenes), luma, strict=True):
@@ -147,7 +147,7 @@ def test_digits_contrast_with_what_is_around_them(scenes):
                 continue
             x1, y1, x2, y2 = box
             ink = mask[y1:y2, x1:x2] > 0
-            if not ink.all():  # a one may fill its box
+            if not ink.all():  # a 1 may fill its box
                 part = levels[y1:y2, x1:x2]
                 contrasts.append(float((part[ink].mean() - part[~ink].mean()).abs()))
     assert len(contrasts) > 100
@@ -155,7 +155,7 @@ def test_digits_contrast_with_what_is_around_them(scenes):
     assert np.median(contrasts) > 40
 
 
-def test_the_same_seed_draws_the_same_scenes_and_another_seed_others(pools, scenes):
+def test_the_same_seed_gives_the_same_scenes_and_another_seed_different_ones(pools, scenes):
     assert same(make_scenes(*pools["train"], COUNT, SIZE, seed=3, most=MOST), scenes)
     other = make_scenes(*pools["train"], COUNT, SIZE, seed=4, most=MOST)
     assert not any(torch.equal(x, y) for x, y in zip(other, scenes, strict=True))
@@ -166,7 +166,7 @@ def test_fewer_scenes_are_the_first_ones(pools, scenes):
     assert same(few, Scenes(*(tensor[:7] for tensor in scenes)))
 
 
-def test_torchs_random_numbers_are_neither_used_nor_moved(pools):
+def test_torchs_random_state_is_neither_used_nor_changed(pools):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = make_scenes(*pools["val"], 5, 32, seed=0)
@@ -182,7 +182,7 @@ def test_only_the_pools_digits_are_drawn(pools):
     assert sevens.masks.unique().tolist() == [0, 8]
 
 
-def test_all_classes_are_drawn(scenes):
+def test_digits_of_all_classes_are_drawn(scenes):
     assert scenes.labels.unique().tolist() == list(range(-1, 10))
 
 

@@ -42,7 +42,7 @@ LABELS = ["background", "red", "blue"]
 
 
 class Colours(nn.Module):
-    """The smallest network: a pixel's class is its colour, at an `1 / stride` of the resolution."""
+    """The smallest network: it classifies pixels by colour, at `1 / stride` of the resolution."""
 
     class_layers = ("conv",)
 
@@ -63,7 +63,7 @@ def segmenter(network=None, labels=LABELS, **options):
 
 
 def sighted(**options):
-    """One that tells red and blue from grey, by hand."""
+    """Return a segmenter with hand-set weights that tells red and blue from grey."""
     task = segmenter(**options).eval()
     with torch.no_grad():
         weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, -0.5], [-0.5, -0.5, 1.0]])
@@ -73,7 +73,7 @@ def sighted(**options):
 
 
 def painted(height, width, seed=0):
-    """A picture (H, W, 3) of blocks of three colours and its mask (H, W)."""
+    """Return a picture (H, W, 3) of blocks of three colours and its mask (H, W)."""
     blocks = np.random.default_rng(seed).integers(0, 3, (4, 5), dtype=np.uint8)
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 5 // width
     mask = blocks[rows][:, columns]
@@ -81,7 +81,7 @@ def painted(height, width, seed=0):
 
 
 def folders(root, **counts):
-    """Pictures of blocks, 40 × 60 pixels, in SageMaker's folders."""
+    """Write pictures of blocks, 40 × 60 pixels, and their masks to SageMaker's folders."""
     for split, count in counts.items():
         for name in (split, f"{split}_annotation"):
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def test_masks_follow_their_pixels_through_augmentation(tmp_path):
     assert len(scales) > 3
 
 
-def test_evaluation_sees_pictures_as_they_are(tmp_path):
+def test_evaluation_uses_unchanged_pictures_and_masks(tmp_path):
     data = masked(folders(tmp_path, train=4, validation=3), val="validation")
     data.setup()
     images, masks = next(iter(data.val_dataloader()))
@@ -129,7 +129,7 @@ def test_evaluation_sees_pictures_as_they_are(tmp_path):
     assert data.sources() == [str(tmp_path / f"validation/{i}.png") for i in range(3)]
 
 
-def test_pictures_of_several_sizes_are_evaluated_alone(tmp_path):
+def test_pictures_of_different_sizes_are_evaluated_one_at_a_time(tmp_path):
     folders(tmp_path, train=4, validation=2)
     Image.new("RGB", (33, 21)).save(tmp_path / "validation/small.png")
     Image.new("L", (33, 21)).save(tmp_path / "validation_annotation/small.png")
@@ -138,7 +138,7 @@ def test_pictures_of_several_sizes_are_evaluated_alone(tmp_path):
     assert [tuple(images.shape) for images, _ in data.val_dataloader()] == [(1, 3, 40, 60)] * 2 + [(1, 3, 21, 33)]
 
 
-def test_a_share_is_held_out_and_workers_read_the_rest(tmp_path):
+def test_a_reproducible_share_is_held_out_and_workers_read_the_rest(tmp_path):
     data = masked(folders(tmp_path, train=10), held_out=0.2, num_workers=1)
     data.setup()
     again = masked(tmp_path, held_out=0.2)
@@ -151,7 +151,7 @@ def test_a_share_is_held_out_and_workers_read_the_rest(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
-def test_lists_and_voc_and_label_maps(tmp_path):
+def test_mask_lists_folders_label_maps_and_voc_are_read(tmp_path):
     folders(tmp_path, train=4, val=2)
     for split, count in (("train", 4), ("val", 2)):
         lines = [f"{split}/{i}.png {split}_annotation/{i}.png\n" for i in range(count)]
@@ -188,14 +188,14 @@ def test_lists_and_voc_and_label_maps(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["background", "thing"], None])
-def test_masks_in_black_and_white_are_told_apart_from_void(tmp_path, names):
+def test_black_and_white_masks_need_a_label_map(tmp_path, names):
     for split in ("train", "val"):
         folders(tmp_path, **{split: 2})
         for path in (tmp_path / f"{split}_annotation").iterdir():
             Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
     data = masked(tmp_path, val="val", class_names=names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the class without a pixel
+        warnings.simplefilter("ignore")  # about a class without pixels
         with pytest.raises(UserError, match="255 is void, unless a label_map"):
             data.setup()
     (tmp_path / "map.json").write_text('{"map": {"0": 0, "1": 255}}')
@@ -219,13 +219,13 @@ def test_masks_in_black_and_white_are_told_apart_from_void(tmp_path, names):
         ({"class_names": ["only", "two"]}, "expected 0 to 1"),
     ],
 )
-def test_what_is_asked_of_the_data_is_checked(tmp_path, options, message):
+def test_invalid_data_options_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message) as caught:
         masked(folders(tmp_path, train=4), **options).setup()
     assert "\n" not in str(caught.value)
 
 
-def test_scenes_need_no_file_and_every_split_has_its_own():
+def test_digit_scenes_are_generated_without_files_and_differ_by_split():
     data = DigitSceneMasks(train=6, held_out=4, image_size=64, batch_size=2)
     data.setup()
     images, masks = next(iter(data.val_dataloader()))
@@ -236,13 +236,13 @@ def test_scenes_need_no_file_and_every_split_has_its_own():
     assert not torch.equal(data.splits["train"][0][0], data.splits["val"][0][0])
 
 
-def test_scales_are_factors_of_the_shorter_side(tmp_path):
+def test_scales_multiply_the_base_size(tmp_path):
     resize, *_ = masked(tmp_path, base_size=40, scales=(0.5, 2.0)).train_transform().transforms
-    assert (resize.min_size, resize.max_size) == (20, 81)  # the latter is not drawn
+    assert (resize.min_size, resize.max_size) == (20, 81)  # max_size is exclusive
 
 
 @pytest.mark.parametrize("module", [DigitSceneMasks, DigitScenes])
-def test_the_digits_of_a_split_are_in_no_other(module, monkeypatch):
+def test_no_two_splits_share_a_digit(module, monkeypatch):
     pools = []
 
     def recorded(digits, *rest):
@@ -258,7 +258,7 @@ def test_the_digits_of_a_split_are_in_no_other(module, monkeypatch):
 # Loss and metrics
 
 
-def test_the_loss_is_torch_s_over_the_pixels_that_count():
+def test_the_loss_matches_torchs_cross_entropy_without_void_pixels():
     logits, masks = torch.randn(2, 3, 4, 6), torch.randint(0, 3, (2, 8, 12), dtype=torch.uint8)
     masks[0, :3] = VOID
     large = F.interpolate(logits, (8, 12), mode="bilinear", align_corners=False)
@@ -267,7 +267,7 @@ def test_the_loss_is_torch_s_over_the_pixels_that_count():
         torch.testing.assert_close(pixel_loss(logits, masks, weights), expected)
 
 
-def test_a_batch_without_pixels_that_count_teaches_nothing_and_breaks_nothing():
+def test_a_batch_of_void_pixels_has_zero_loss_and_zero_gradients():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = pixel_loss(logits, torch.full((1, 4, 4), VOID, dtype=torch.uint8), torch.ones(3))
     loss.backward()
@@ -276,8 +276,8 @@ def test_a_batch_without_pixels_that_count_teaches_nothing_and_breaks_nothing():
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
-def test_losses_are_means_over_as_much_as_they_say(weights):
-    """Over the pixels that count, or what their classes weigh: so batches and devices are put together."""
+def test_losses_are_logged_with_the_weight_of_the_pixels_they_average(weights):
+    """The number of counted pixels, or the sum of their class weights, is used to combine batches and devices."""
     task, said = segmenter(Colours(auxiliary=True), class_weights=weights, auxiliary_weight=0.25), []
     task.val_confusion = Confusion(3)
     task.log_train_loss = lambda loss, count: said.append((loss, count)) or loss
@@ -295,7 +295,7 @@ def test_losses_are_means_over_as_much_as_they_say(weights):
     assert float(over) == float(also_over) == float(expected)
 
 
-def test_auxiliary_heads_are_weighed():
+def test_the_auxiliary_loss_is_weighted_in_training_and_left_out_of_validation():
     task = segmenter(Colours(auxiliary=True), auxiliary_weight=0.25)
     images, masks = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8)
     head, auxiliary = task(images)
@@ -308,7 +308,7 @@ def test_auxiliary_heads_are_weighed():
     torch.testing.assert_close(seen["val"], pixel_loss(head, masks, None))
 
 
-def test_each_validation_begins_anew_and_weighs_classes_as_training_does():
+def test_each_validation_resets_the_metric_and_uses_the_class_weights():
     task, logged, losses = segmenter(class_weights=[0.5, 2.0, 1.0]).eval(), [], []
     task.val_confusion, task.log_eval_loss = Confusion(3), lambda stage, loss, count: losses.append(loss)
     task.log_dict = lambda values, **_: logged.append(values["val/pixel_accuracy"].item())
@@ -321,15 +321,18 @@ def test_each_validation_begins_anew_and_weighs_classes_as_training_does():
     torch.testing.assert_close(losses[0], F.cross_entropy(task(images)[0], found.long(), task.class_weights))
 
 
-def test_auxiliary_heads_weigh_as_pspnet_s_does_where_nothing_else_is_said():
+def test_the_default_auxiliary_weight_is_that_of_pspnet():
     assert segmenter().auxiliary_weight == 0.4
 
 
-def test_scores_are_scikit_learn_s_and_torchmetrics():
+def test_scores_match_scikit_learn_and_torchmetrics():
     found = torch.randint(0, 5, (3, 20, 30))
-    masks = torch.randint(0, 4, (3, 20, 30), dtype=torch.uint8)  # class 4 is found and never there
+    masks = torch.randint(0, 4, (3, 20, 30), dtype=torch.uint8)  # class 4 is predicted but never true
     masks[torch.rand(masks.shape) < 0.2] = VOID
-    confusion, jaccard = Confusion(6), MulticlassJaccardIndex(6, ignore_index=VOID)  # class 5 is neither
+    confusion, jaccard = (
+        Confusion(6),
+        MulticlassJaccardIndex(6, ignore_index=VOID),
+    )  # class 5 is neither predicted nor true
     for picture, mask in zip(found.split(1), masks.split(1), strict=True):
         confusion.update(picture, mask)
         jaccard.update(picture, mask.long())
@@ -344,14 +347,14 @@ def test_scores_are_scikit_learn_s_and_torchmetrics():
     assert values["pixel_accuracy"].item() == pytest.approx((masks == found)[counted].double().mean().item())
 
 
-def test_where_no_pixel_counts_the_metric_is_no_number():
-    """An export would hold a zero against a zero."""
+def test_scores_without_counted_pixels_are_nan():
+    """With zeros, an export would compare 0 with 0."""
     _, values = scores(torch.zeros(3, 3, dtype=torch.long))
     assert all(value.isnan() for value in values.values())
 
 
-def test_a_step_and_the_metric_never_wait_for_the_device(unchecked):
-    """Tensors without values: a branch on one, or a shape that depends on them, cannot be."""
+def test_the_loss_and_the_metric_need_no_device_synchronisation(unchecked):
+    """Fake tensors have no values, so a branch or a shape that depends on a value raises an error."""
     confusion = Confusion(3)
     theirs = MulticlassJaccardIndex(3, ignore_index=VOID, validate_args=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -359,12 +362,12 @@ def test_a_step_and_the_metric_never_wait_for_the_device(unchecked):
         confusion.update(classes_of(logits, masks.shape[1:]), masks)
         assert pixel_loss(logits, masks, torch.ones(3)).shape == ()
         assert confusion.compute().shape == (3, 3)
-        with pytest.raises(DynamicOutputShapeException):  # as torchmetrics has it
+        with pytest.raises(DynamicOutputShapeException):  # as in torchmetrics
             theirs.update(logits.argmax(dim=1), masks[:, :4, :4])
 
 
 @pytest.mark.gpu
-def test_the_metric_never_waits_for_a_gpu():
+def test_updating_the_metric_does_not_synchronise_with_the_gpu():
     confusion = Confusion(11).cuda()
     found, masks = torch.randint(0, 11, (2, 64, 64)).cuda(), torch.randint(0, 11, (2, 64, 64)).byte().cuda()
     try:
@@ -375,21 +378,21 @@ def test_the_metric_never_waits_for_a_gpu():
     assert confusion.compute().sum() == 2 * 64 * 64
 
 
-def test_logits_of_the_image_s_size_are_left_alone():
+def test_logits_of_the_images_size_are_not_resized():
     logits = torch.randn(1, 2, 5, 7)
     assert torch.equal(enlarged(logits, torch.Size([5, 7])), logits)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (8, 12)])
 def test_logits_are_enlarged_in_float32(size):
-    """Between two of bfloat16 there is little."""
+    """bfloat16 is too coarse for interpolated values."""
     logits = torch.randn(1, 2, 4, 6).bfloat16()
     found = enlarged(logits, torch.Size(size))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, enlarged(logits.float(), torch.Size(size)), rtol=0, atol=0)
 
 
-def test_a_class_that_only_what_is_held_out_has_is_told(tmp_path):
+def test_a_class_found_only_in_held_out_pictures_causes_a_warning(tmp_path):
     folders(tmp_path, train=10)
     masks = sorted((tmp_path / "train_annotation").iterdir())
     for path in masks:
@@ -408,7 +411,7 @@ def test_a_class_that_only_what_is_held_out_has_is_told(tmp_path):
 # The task
 
 
-def test_a_segmenter_learns_tests_predicts_and_draws(tmp_path):
+def test_a_segmenter_trains_tests_predicts_and_draws(tmp_path):
     data = masked(folders(tmp_path / "data", train=8, validation=4), val="validation", photometric=False)
     task = segmenter(Colours(), optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
     trainer = fit(tmp_path, task, data, max_epochs=12)
@@ -428,7 +431,7 @@ def test_a_segmenter_learns_tests_predicts_and_draws(tmp_path):
 
 
 class Halved(torch.nn.Conv2d):
-    """A network that wants pictures of even sides, as one that enlarges what it has made half as large."""
+    """A network that accepts only even image sizes, because it halves its input and enlarges it again."""
 
     def __init__(self):
         super().__init__(3, 3, 1)
@@ -438,7 +441,7 @@ class Halved(torch.nn.Conv2d):
         return super().forward(images + halved.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
+def test_a_training_batch_of_one_is_refused_by_batch_norms_over_pooled_features(tmp_path):
     data = masked(folders(tmp_path / "data", train=4, validation=1), val="validation", batch_size=1)
     with pytest.raises(UserError, match=r"a batch of 1: Expected more than 1 value .*; expected a larger batch_size"):
         fit(tmp_path, segmenter(DeepLabV3(18, 3, output_stride=16)), data, max_epochs=1)
@@ -460,7 +463,7 @@ def test_a_single_picture_is_too_small_a_batch_for_pooled_norms(tmp_path):
         ({"network": FCNResNet(18, 3)}, None),
     ],
 )
-def test_what_does_not_fit_together_is_refused(options, message):
+def test_options_that_do_not_fit_together_are_refused(options, message):
     if message is None:
         segmenter(**options).check()
         return
@@ -477,7 +480,7 @@ def deployed(task, height=8, width=8):
     return task.deployable(batch)
 
 
-def test_an_answer_can_be_read_off_and_drawn():
+def test_the_runner_returns_a_mask_with_class_shares_and_draws_it():
     deployable = deployed(sighted())
     runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
     picture, mask = painted(200, 301)
@@ -496,8 +499,8 @@ def test_an_answer_can_be_read_off_and_drawn():
     assert (np.abs(drawn[mask[60:] == 1] - expected) <= 1).all()
 
 
-def test_classes_are_named_from_a_hundredth_of_a_picture_on():
-    """All but the background, the largest first, in their colours."""
+def test_drawings_name_classes_that_cover_a_hundredth_of_the_picture():
+    """The background is not named; the others are listed in their colours, the largest first."""
     task = sighted()
     task.facts["labels"] = ["background", *LABELS[1:]]
     deployable = deployed(task)
@@ -518,7 +521,7 @@ def test_classes_are_named_from_a_hundredth_of_a_picture_on():
     assert both[-1] == one
 
 
-def test_a_device_with_fixed_sizes_answers_at_the_size_of_the_picture():
+def test_a_fixed_size_graph_gives_masks_of_the_pictures_size():
     graph = deployed(sighted()).graphs["segment"]
     shape = {"image": [1, 20, 30, 3]}
 
@@ -534,7 +537,7 @@ def test_a_device_with_fixed_sizes_answers_at_the_size_of_the_picture():
         assert (found["mask"] == mask).mean() > 0.9
 
 
-def test_a_mask_that_is_enlarged_has_no_class_in_between():
+def test_an_enlarged_mask_has_no_interpolated_classes():
     shape = {"image": [1, 4, 4, 3]}
     mask = np.tile(np.uint8([0, 0, 2, 2]), (1, 4, 1))
     fixed = type("Fixed", (), {"shape": shape, "__call__": lambda self, image: {"mask": mask}})()
@@ -553,7 +556,7 @@ def test_a_mask_that_is_enlarged_has_no_class_in_between():
         (None, "returns no mask"),
     ],
 )
-def test_what_no_segmenter_answers_is_one_line(mask, message):
+def test_invalid_segmenter_outputs_are_refused(mask, message):
     shape = {"image": ["batch", "height", "width", 3]}
     segment = type("Graph", (), {"shape": shape, "__call__": lambda self, image: {"mask": mask}})()
     runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
@@ -564,7 +567,7 @@ def test_what_no_segmenter_answers_is_one_line(mask, message):
 @pytest.mark.parametrize(
     "metadata", [{}, {"labels": [], "channels": 3}, {"labels": LABELS, "channels": 2}, {"labels": [1], "channels": 1}]
 )
-def test_a_bundle_of_something_else_is_refused(metadata):
+def test_a_bundle_of_another_task_is_refused(metadata):
     with pytest.raises(UserError, match="not semantic segmentation; expected a graph segment"):
         make_runner("semantic-segmentation", deployed(sighted()).graphs, metadata)
 
@@ -573,7 +576,7 @@ def test_a_bundle_of_something_else_is_refused(metadata):
     "probability",
     [np.zeros((1, 3, 4, 5)), np.zeros((1, 2, 4, 5), np.float32), np.full((1, 3, 4, 5), np.nan, np.float32)],
 )
-def test_probabilities_are_those_of_each_pixel(probability):
+def test_invalid_probability_outputs_are_refused(probability):
     shape = {"image": ["batch", "height", "width", 3]}
     segment = type("Graph", (), {"shape": shape, "__call__": lambda self, image: {"probability": probability}})()
     runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
@@ -586,7 +589,7 @@ def write_pictures(*given):
         pass
 
 
-def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
+def test_predicted_pictures_are_laid_out_like_their_inputs(tmp_path):
     picture = Image.new("L", (2, 2))
     names = [str(tmp_path / f"data/{name}.jpg") for name in ("one/0", "two/0", "two/1")]
     write_pictures(tmp_path / "predictions", names, [picture] * 3)
@@ -599,11 +602,13 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
     links = [tmp_path / "links" / name for name in ("a.jpg", "b.jpg")]
     for link in links:
         link.symlink_to(blobs / "x.jpg")
-    write_pictures(tmp_path / "predictions", list(map(str, links)), [picture] * 2)  # as they are linked, both to one
+    write_pictures(
+        tmp_path / "predictions", list(map(str, links)), [picture] * 2
+    )  # named after the links, not after their common target
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["a.png", "b.png"]
     (tmp_path / "predictions.part").mkdir()
-    picture.save(tmp_path / "predictions.part/2.png")  # of a process that was killed
-    write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # of data that is in no files
+    picture.save(tmp_path / "predictions.part/2.png")  # left by a process that was killed
+    write_pictures(tmp_path / "predictions", ["0", "1"], [picture] * 2)  # for data that is not in files
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["0.png", "1.png"]
     with pytest.raises(UserError, match=r"two inputs would be written to 0\.png; expected names that differ"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/0.png"], [picture] * 2)
@@ -613,8 +618,8 @@ def test_pictures_of_predictions_lie_as_their_inputs_do(tmp_path):
 
 
 @pytest.mark.parametrize("refused", ["pictures", "rows"])
-def test_pictures_and_rows_are_of_one_network(tmp_path, monkeypatch, refused):
-    """A disk may have room for one of both."""
+def test_a_failed_prediction_keeps_the_previous_pictures_and_rows(tmp_path, monkeypatch, refused):
+    """For example, the disk may have room for only one of the two."""
     (tmp_path / "predictions.jsonl").write_text("of before")
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions/0.png").write_text("of before")
@@ -630,7 +635,7 @@ def test_pictures_and_rows_are_of_one_network(tmp_path, monkeypatch, refused):
         assert (tmp_path / name).read_text() == "of before"
 
 
-def test_pictures_of_the_figure_are_from_all_over_the_split(tmp_path):
+def test_the_figure_shows_pictures_from_the_whole_split(tmp_path):
     data = masked(folders(tmp_path / "data", train=2, validation=30), val="validation", batch_size=2)
     task = sighted()
     fit(tmp_path, task, data, max_epochs=0).test(task, datamodule=data, verbose=False)
@@ -648,7 +653,7 @@ NETWORKS = {
 
 
 def small_vgg(classes):
-    """FCN-8s whose fc6 and fc7 are thin, for time, and whose scores are not zero."""
+    """Return FCN-8s with thin fc6 and fc7, to save time, and with scores that are not zero."""
     network = thin_fcn(classes)
     nn.init.normal_(network.score_fr.weight, std=0.5)
     for score in (network.score_pool3, network.score_pool4):
@@ -657,7 +662,7 @@ def small_vgg(classes):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_leaves_with_free_sizes(name, tmp_path):
+def test_every_network_is_exported_with_dynamic_sizes(name, tmp_path):
     torch.manual_seed(0)
     task = segmenter(NETWORKS[name](), ["background", *"0123456789"], probabilities=name == "pspnet").eval()
     images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
@@ -669,7 +674,7 @@ def test_every_network_leaves_with_free_sizes(name, tmp_path):
     assert [row["shape"]["image"] for row in rows] == [[1, 64, 64, 3], [2, 33, 73, 3], [3, 69, 35, 3]]
     assert exported.shape == {"image": ["batch", "height", "width", 3]}
     runner = make_runner(served.kind, {"segment": exported}, served.metadata)
-    for height, width in ((1, 1), (7, 150), (97, 41)):  # sizes that nothing was verified at
+    for height, width in ((1, 1), (7, 150), (97, 41)):  # sizes that the verification does not use
         images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
         found, expected = runner.masks(images), graph(image=images)
         assert found.shape == (2, height, width)
@@ -680,7 +685,7 @@ def test_every_network_leaves_with_free_sizes(name, tmp_path):
         np.testing.assert_allclose(probability.sum(axis=0), 1, atol=1e-5)
 
 
-def test_commands_write_masks_and_overlays(tmp_path, capsys):
+def test_the_command_writes_masks_and_overlays(tmp_path, capsys):
     data = masked(folders(tmp_path / "data", train=4, validation=2), val="validation")
     export(sighted(), data, TARGETS["cpu"], tmp_path / "bundle")
     one, two = (str(tmp_path / f"data/validation/{i}.png") for i in (0, 1))
@@ -704,7 +709,7 @@ def test_commands_write_masks_and_overlays(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
+def test_pixels_flipped_by_rounding_are_counted_and_too_many_are_refused():
     expected = np.zeros((2, 100, 100), np.uint8)
 
     def compared(flipped, tolerance=1e-4):
@@ -727,7 +732,7 @@ def test_pixels_that_a_rounding_flips_are_counted_and_too_many_refused():
 # Configs
 
 
-def test_configs_of_the_family_are_there():
+def test_the_segmentation_configs_exist_and_have_a_class_name_per_class():
     names = {
         "fcn_digit_scenes",
         "fcn8s_vgg16_camvid",

@@ -22,7 +22,7 @@ def count(network):
 
 
 def stirred(network):
-    """With statistics and affine weights that are not those of a new batch norm."""
+    """Give batch norms random statistics and affine weights, unlike those of new ones."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -38,7 +38,7 @@ def fcn_resnet50():
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
-def test_outputs_are_torchvision_s_with_shared_weights(name):
+def test_outputs_match_torchvision_with_the_same_weights(name):
     torch.manual_seed(0)
     make = getattr(segmentation, name)
     theirs = stirred(make(weights=None, weights_backbone=None, num_classes=5, aux_loss=True))
@@ -54,8 +54,8 @@ def test_outputs_are_torchvision_s_with_shared_weights(name):
 
 
 @pytest.mark.parametrize(("own", "name"), [(FCNResNet, "fcn_resnet50"), (DeepLabV3, "deeplabv3_resnet50")])
-def test_what_is_dropped_is_what_torchvision_drops(own, name):
-    """From the same seed the same units go, in both heads."""
+def test_dropout_drops_the_same_units_as_torchvision(own, name):
+    """With the same seed, both heads drop the same units."""
     torch.manual_seed(0)
     theirs = stirred(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=5, aux_loss=True))
     own = own(50, 5).eval()
@@ -72,7 +72,7 @@ def test_what_is_dropped_is_what_torchvision_drops(own, name):
     torch.testing.assert_close(ours, found[1], atol=1e-4, rtol=0)
 
 
-def test_pspnet_drops_a_tenth_before_the_classes():
+def test_pspnet_has_dropout_of_a_tenth_before_the_last_layer():
     with torch.device("meta"):
         network = PSPNet(18, 5)
     for head in (network.classifier, network.aux_classifier):
@@ -89,7 +89,7 @@ def test_pspnet_drops_a_tenth_before_the_classes():
         (DeepLabV3, "deeplabv3_resnet101", 60_996_202),
     ],
 )
-def test_parameters_and_keys_are_torchvision_s(network, name, parameters):
+def test_parameters_and_keys_match_torchvision(network, name, parameters):
     with torch.device("meta"):
         theirs = getattr(segmentation, name)(weights=None, weights_backbone=None, aux_loss=True)
         own = network(int(name[-3:].lstrip("t")))
@@ -106,8 +106,8 @@ def test_an_auxiliary_head_can_be_left_out():
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_dilation_computes_between_what_strides_leave_out(depth):
-    """With the same weights every fourth pixel is what it was, up to the border, for any size."""
+def test_dilated_maps_equal_strided_ones_at_every_fourth_pixel(depth):
+    """With the same weights, these pixels do not change, for any size and up to the border."""
     plain, dilated = ResNet(depth), ResNet(depth, replace_stride_with_dilation=(False, True, True))
     dilated.load_state_dict(stirred(plain).state_dict())
     images = torch.randn(1, 3, 97, 131)
@@ -117,13 +117,13 @@ def test_dilation_computes_between_what_strides_leave_out(depth):
     torch.testing.assert_close(fine[..., ::4, ::4], coarse, atol=1e-5 * coarse.max().item(), rtol=0)
 
 
-def test_dilation_of_the_small_resnets():
+def test_dilated_maps_of_a_small_resnet_equal_strided_ones_at_every_second_pixel():
     plain, dilated = CifarResNet(20), CifarResNet(20, replace_stride_with_dilation=(False, True))
     dilated.load_state_dict(stirred(plain).state_dict())
     images = torch.randn(1, 3, 21, 35)
     with torch.no_grad():
         (*_, coarse), (*_, fine) = plain.stages(images), dilated.eval().stages(images)
-    # The padded shortcuts take every other pixel where there is a stride, so here too all stay in place.
+    # The padded shortcuts subsample with the stride, so pixels stay in place here too.
     torch.testing.assert_close(fine[..., ::2, ::2], coarse, atol=1e-5, rtol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_dilation_of_the_small_resnets():
     ],
 )
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (51, 33), (1, 1)])
-def test_logits_of_any_size(network, stride, height, width):
+def test_logits_have_the_image_size_divided_by_the_stride_and_rounded_up(network, stride, height, width):
     with torch.no_grad():
         logits = network().eval()(torch.randn(1, 3, height, width))
     logits = logits[0] if isinstance(logits, tuple) else logits
@@ -149,8 +149,8 @@ def test_logits_of_any_size(network, stride, height, width):
 
 
 @pytest.mark.parametrize(("stride", "rates"), [(16, {6, 12, 18}), (8, {12, 24, 36})])
-def test_the_pyramid_s_rates_are_the_paper_s(stride, rates):
-    """Chen et al. 2017, section 3.3: doubled where the output stride is 8."""
+def test_the_pyramid_has_the_papers_rates(stride, rates):
+    """Chen et al. 2017, section 3.3: doubled when the output stride is 8."""
     convolutions = [m for m in DeepLabV3(18, 3, output_stride=stride).classifier[0].modules() if type(m) is nn.Conv2d]
     assert {m.dilation[0] for m in convolutions if m.kernel_size == (3, 3)} == rates
 
@@ -166,7 +166,7 @@ def test_the_pyramid_s_rates_are_the_paper_s(stride, rates):
         (lambda: FCNResNet(20), "no ResNet of depth 20"),
     ],
 )
-def test_what_no_network_is_made_with(unchecked, network, message):
+def test_invalid_depths_and_strides_are_refused(unchecked, network, message):
     with pytest.raises(ValueError, match=message):
         network()
 
@@ -176,12 +176,12 @@ def test_what_no_network_is_made_with(unchecked, network, message):
 
 @pytest.mark.parametrize("size", [(1, 1), (6, 6), (5, 13), (60, 45)])
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
-def test_averages_are_adaptive_pooling(bins, size):
+def test_averages_match_adaptive_pooling(bins, size):
     x = torch.randn(2, 4, *size)
     torch.testing.assert_close(averages(x, bins), F.adaptive_avg_pool2d(x, bins), atol=1e-6, rtol=1e-5)
 
 
-def test_averages_are_of_float32_under_autocast():
+def test_averages_are_computed_in_float32_under_autocast():
     x, pooling, seen = torch.randn(2, 8, 60, 45), PyramidPooling(8), []
     for level in pooling.levels:
         level.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
@@ -191,7 +191,7 @@ def test_averages_are_of_float32_under_autocast():
         torch.testing.assert_close(found, F.adaptive_avg_pool2d(x, bins), atol=1e-6, rtol=1e-5)
 
 
-def test_pspnet_has_the_paper_s_parts():
+def test_pspnet_has_the_parameter_count_of_the_papers_parts():
     """ResNet-50, four 1x1 convolutions to 512, a 3x3 from 4096 to 512, and the heads, each norm with two vectors."""
     with torch.device("meta"):
         network, base = PSPNet(50, 21), ResNet(50)
@@ -201,8 +201,8 @@ def test_pspnet_has_the_paper_s_parts():
     assert count(network) == trunk + pyramid + heads == 48_957_802
 
 
-def test_the_pyramid_sees_the_whole_image_and_its_parts():
-    """Constant maps stay constant at every level; a change in a corner reaches the far end by the coarse levels."""
+def test_only_the_coarsest_pyramid_level_sees_the_whole_image():
+    """A change in one corner reaches the opposite corner only through the level with a single bin."""
     network = stirred(PSPNet(18, 3))
     maps = torch.rand(1, 512, 12, 12)
     changed = maps.clone()
@@ -221,7 +221,7 @@ def test_the_pyramid_sees_the_whole_image_and_its_parts():
 
 @contextmanager
 def thin(layer):
-    """Such layers made here have 8 channels where VGG-16's fc6 and fc7 have 4,096, for time."""
+    """To save time, make layers of this type with 8 channels instead of the 4,096 of VGG-16's fc6 and fc7."""
 
     class Thin(layer):
         def __init__(self, *channels, **options):
@@ -241,21 +241,21 @@ def vgg():
     torch.manual_seed(0)
     with thin(nn.Linear):
         network = published.vgg16().eval()
-    nn.init.normal_(network.classifier[3].weight)  # of so few channels torchvision's make next to nothing
+    nn.init.normal_(network.classifier[3].weight)  # torchvision's weights give tiny outputs with few channels
     return network
 
 
 @pytest.mark.parametrize("stride", [2, 8, 16, 32])
-def test_transposed_convolutions_begin_as_interpolation(stride):
+def test_transposed_convolutions_are_initialised_to_bilinear_interpolation(stride):
     x = torch.randn(1, 3, 5, 7)
     expected = F.interpolate(x, scale_factor=stride, mode="bilinear", align_corners=False)
-    inside = (..., slice(stride, -stride), slice(stride, -stride))  # beyond the border they see zeros
+    inside = (..., slice(stride, -stride), slice(stride, -stride))  # beyond the border, the convolution sees zeros
     torch.testing.assert_close(bilinear(3, stride)(x)[inside], expected[inside])
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
-def test_fcn_on_vgg_is_torchvision_s_vgg_with_scores_added_up(vgg, stride):
-    """The paper's figure 3 put together from torchvision's layers and interpolation."""
+def test_fcn_on_vgg_matches_torchvisions_vgg_with_summed_scores(vgg, stride):
+    """Build the paper's figure 3 from torchvision's layers and interpolation."""
     network = thin_fcn(3, stride).eval()
     network.load_state_dict(network.state_dict() | network.of_base(vgg.state_dict()))
     for name in ("score_fr", "score_pool4", "score_pool3"):
@@ -282,7 +282,7 @@ def test_fcn_on_vgg_is_torchvision_s_vgg_with_scores_added_up(vgg, stride):
     torch.testing.assert_close(found[..., 56:-56, 56:-56], expected[..., 56:-56, 56:-56], atol=1e-5, rtol=1e-4)
 
 
-def test_fcn_8s_has_the_paper_s_parameters():
+def test_fcn_8s_has_the_papers_parameter_count():
     with torch.device("meta"):
         network = FCNVGG16(21)
     assert count(network) == 134_489_759  # table 1: 134M
@@ -291,12 +291,12 @@ def test_fcn_8s_has_the_paper_s_parameters():
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
 @pytest.mark.parametrize("size", [(64, 96), (71, 33), (1, 1)])
-def test_fcn_on_vgg_answers_each_pixel(stride, size):
+def test_fcn_on_vgg_returns_logits_for_each_pixel(stride, size):
     with torch.device("meta"):
         assert FCNVGG16(2, stride)(torch.empty(1, 3, *size)).shape == (1, 2, *size)
 
 
-def test_scores_begin_at_zero_and_learn():
+def test_scores_start_at_zero_and_receive_gradients():
     network = thin_fcn(2)
     logits = network(torch.randn(1, 3, 32, 32))
     assert not logits.any()
@@ -305,7 +305,7 @@ def test_scores_begin_at_zero_and_learn():
     assert network.score_pool3.weight.grad.any()
 
 
-def test_a_published_vgg_becomes_the_base(vgg, tmp_path):
+def test_published_vgg_weights_load_into_the_base(vgg, tmp_path):
     torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
     network = thin_fcn(3)
     fresh = load_weights(network, tmp_path / "vgg16.pth")
@@ -313,8 +313,8 @@ def test_a_published_vgg_becomes_the_base(vgg, tmp_path):
     torch.testing.assert_close(network.fc6.weight.flatten(1), vgg.classifier[0].weight)
 
 
-def test_weights_of_another_stride(tmp_path):
-    """The paper goes from FCN-32s over FCN-16s to FCN-8s; the other way leaves layers over, and none goes unsaid."""
+def test_weights_of_a_coarser_fcn_load_and_those_of_a_finer_one_are_refused(tmp_path):
+    """The paper goes from FCN-32s through FCN-16s to FCN-8s; the other direction would leave layers unused."""
     torch.save(thin_fcn(2, 32).state_dict(), tmp_path / "32.pth")
     torch.save(thin_fcn(2, 8).state_dict(), tmp_path / "8.pth")
     torch.save({**thin_fcn(2, 8).state_dict(), "extra": torch.zeros(1)}, tmp_path / "extra.pth")
@@ -337,7 +337,7 @@ def test_a_vgg_with_another_classifier_is_refused(vgg, tmp_path):
 
 
 @pytest.mark.parametrize("network", [FCNResNet, PSPNet, DeepLabV3])
-def test_a_published_resnet_becomes_the_backbone(network, tmp_path):
+def test_published_resnet_weights_load_into_the_backbone(network, tmp_path):
     theirs = published.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     own = network(18, 3)
@@ -348,7 +348,7 @@ def test_a_published_resnet_becomes_the_backbone(network, tmp_path):
         load_weights(network(34, 3), tmp_path / "resnet18.pth")
 
 
-def test_other_classes_replace_the_last_layers_of_published_weights(fcn_resnet50, tmp_path, caplog):
+def test_published_weights_for_other_classes_get_new_last_layers(fcn_resnet50, tmp_path, caplog):
     torch.save(fcn_resnet50.state_dict(), tmp_path / "fcn.pth")
     network = FCNResNet(50, 3)
     fresh = load_weights(network, tmp_path / "fcn.pth")
@@ -360,6 +360,6 @@ def test_other_classes_replace_the_last_layers_of_published_weights(fcn_resnet50
         load_weights(DeepLabV3(50, 3), tmp_path / "fcn.pth")
 
 
-def test_pyramid_pooling_is_computed_in_the_network_s_precision():
+def test_a_pspnet_in_bfloat16_returns_bfloat16_logits():
     images = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
     assert PSPNet(18, 3).eval().bfloat16()(images)[0].dtype == torch.bfloat16
