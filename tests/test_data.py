@@ -1,4 +1,4 @@
-"""The data modules of image classification, on tiny files made here and, behind DLREF_DATA, on real ones."""
+"""The data modules of image classification, on tiny generated files and, if DLREF_DATA is set, on real ones."""
 
 import gzip
 import hashlib
@@ -46,7 +46,7 @@ def setup(module, stage=None):
 
 
 def write_idx(folder, train=40, test=12, zipped=True):
-    """Write MNIST's files with 4 × 5 images; the first two pixels tell the number of the record."""
+    """Write MNIST's files with 4 × 5 images; the first two pixels encode the number of the record."""
     folder.mkdir(parents=True, exist_ok=True)
     for count, (images_name, labels_name) in ((train, NAMES[:2]), (test, NAMES[2:])):
         number = np.arange(count)
@@ -102,7 +102,7 @@ def image_numbers(split):
 
 
 def coordinates(batch: int, height: int, width: int) -> torch.Tensor:
-    """Return images whose two channels are row and column, both from 1, so that a crop shows its place."""
+    """Return images whose two channels are row and column, counted from 1, so that a crop reveals its position."""
     rows = torch.arange(1, height + 1).view(1, height, 1).expand(batch, height, width)
     columns = torch.arange(1, width + 1).view(1, 1, width).expand(batch, height, width)
     return torch.stack([rows, columns], 1).to(torch.uint8)
@@ -118,7 +118,7 @@ def test_crop_moves_each_image_by_its_own_offset():
     assert cropped.is_contiguous()
     offsets = set()
     for crop in cropped:
-        # Row 2 and column 2 are inside the original whatever the offset, which they therefore show.
+        # Row 2 and column 2 are inside the original at any offset, so they reveal the offset.
         top, left = crop[0, 2, 2].item() - 3, crop[1, 2, 2].item() - 3
         expected = torch.zeros(2, height, width, dtype=torch.uint8)
         for y in range(height):
@@ -156,8 +156,8 @@ def test_erase_blackens_one_square_around_a_pixel(size):
     assert (images == 9).all()
 
 
-def test_the_centre_of_what_is_erased_is_any_pixel_alike():
-    """A square of 4 begins 2 before it: at two of the places the near border cuts it, at one the far one."""
+def test_the_centre_of_the_erased_square_is_uniform_over_the_pixels():
+    """A square of 4 begins 2 pixels before its centre: the near border cuts it at two centres, the far one at one."""
     torch.manual_seed(0)
     erased = random_erase(torch.full((20_000, 1, 8, 10), 9, dtype=torch.uint8), 4)[:, 0] == 0
     for axis, length in ((1, 8), (2, 10)):
@@ -171,7 +171,7 @@ def test_the_centre_of_what_is_erased_is_any_pixel_alike():
         assert at_end.float().mean().item() == pytest.approx(1 / length, abs=0.015)
 
 
-def test_augmentation_repeats_with_the_seed():
+def test_augmentation_is_reproducible_with_the_same_seed():
     def augment():
         torch.manual_seed(3)
         return random_erase(random_flip(random_crop(coordinates(20, 8, 8), 2)), 3)
@@ -203,7 +203,7 @@ def test_only_training_batches_are_augmented():
     ],
     ids=["pad_crop", "flip", "cutout"],
 )
-def test_each_option_does_its_own_augmentation(option, augment):
+def test_each_option_enables_its_own_augmentation(option, augment):
     module = Digits(**option)
     module.trainer = SimpleNamespace(training=True)
     images = torch.randint(1, 256, (64, 1, 8, 8), dtype=torch.uint8)
@@ -214,7 +214,7 @@ def test_each_option_does_its_own_augmentation(option, augment):
     assert not torch.equal(augmented, images)
 
 
-def test_trivial_augment_is_there_when_asked_for():
+def test_trivial_augment_is_applied_only_if_requested():
     names = [type(step).__name__ for step in ImageFolder("x", trivial_augment=True).train_transform().transforms]
     assert names == ["RandomResizedCrop", "RandomHorizontalFlip", "TrivialAugmentWide"]
     assert len(ImageFolder("x").train_transform().transforms) == 2
@@ -229,7 +229,7 @@ def test_sources_name_the_test_images(folders):
 # In memory
 
 
-def test_digits():
+def test_digits_are_split_and_batched():
     module = setup(Digits())
     assert module.labels == list("0123456789")
     assert not module.multi_label
@@ -251,7 +251,7 @@ def test_digits():
     torch.testing.assert_close(next(iter(module.predict_dataloader())), next(iter(module.test_dataloader())))
 
 
-def test_shuffling_follows_the_seed_and_the_splits_do_not(tmp_path):
+def test_shuffling_depends_on_the_seed_but_the_splits_do_not(tmp_path):
     write_idx(tmp_path)
 
     def run(seed):
@@ -266,7 +266,7 @@ def test_shuffling_follows_the_seed_and_the_splits_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_mnist(tmp_path, zipped):
+def test_mnist_is_read_split_and_batched(tmp_path, zipped):
     module = setup(MNIST(write_idx(tmp_path, train=300, zipped=zipped), validation=50, batch_size=64), "fit")
     train, val, test = (image_numbers(module.splits[name]) for name in ("train", "val", "test"))
     assert sorted(train + val) == list(range(300))
@@ -282,7 +282,7 @@ def test_mnist(tmp_path, zipped):
     assert len(next(iter(setup(MNIST(tmp_path, validation=50, batch_size=999)).train_dataloader()))[1]) == 250
 
 
-def test_setup_reads_once(tmp_path):
+def test_setup_reads_the_files_only_once(tmp_path):
     module = setup(MNIST(write_idx(tmp_path), validation=8), "fit")
     before = module.splits["train"].images.data_ptr()
     for name in NAMES:
@@ -292,7 +292,7 @@ def test_setup_reads_once(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
-def test_a_class_id_that_is_none_is_refused(wrong):
+def test_a_class_id_out_of_range_is_refused(wrong):
     class Ten(Digits):
         def read(self):
             labels, splits = super().read()
@@ -304,7 +304,7 @@ def test_a_class_id_that_is_none_is_refused(wrong):
     assert one_line(caught.value) == f"val: label {wrong} of image 7; expected 0 to 9"
 
 
-def test_user_errors_of_published_sets(tmp_path):
+def test_missing_files_and_invalid_options_of_published_sets_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         setup(MNIST(tmp_path / "none"))
     expected = f"{tmp_path}/none/train-images-idx3-ubyte.gz: no such file; expected it there, or "
@@ -344,10 +344,10 @@ def test_mnist_download_tries_the_mirrors_in_order(tmp_path, web, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [".", "cifar-10-batches-bin"])
-def test_cifar_binary(tmp_path, folder):
+def test_cifars_binary_files_are_read(tmp_path, folder):
     write_cifar(tmp_path / folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of arrays that cannot be written to
+        warnings.simplefilter("error")  # torch warns about read-only arrays
         module = setup(CIFAR10(tmp_path, validation=5, batch_size=4))
     assert {name: len(split) for name, split in module.splits.items()} == {"train": 15, "val": 5, "test": 4}
     assert module.labels == [f"class{i}" for i in range(10)]
@@ -357,7 +357,7 @@ def test_cifar_binary(tmp_path, folder):
     assert targets.tolist() == [0, 1, 2, 3]
 
 
-def test_cifar_download(tmp_path, web, monkeypatch):
+def test_cifar_is_downloaded_once(tmp_path, web, monkeypatch):
     folder, address = web
     write_cifar(tmp_path / "source" / "cifar-10-batches-bin")
     archive = folder / "cifar.tar.gz"
@@ -375,7 +375,7 @@ def test_cifar_download(tmp_path, web, monkeypatch):
     ]
 
 
-def test_cifar_folders(tmp_path):
+def test_cifars_image_folders_are_read(tmp_path):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "ant") for i in range(3)]
     write_images(tmp_path / "CIFAR-10-images", *names, size=(6, 7))
     module = setup(CIFAR10(tmp_path, validation=2))
@@ -384,7 +384,7 @@ def test_cifar_folders(tmp_path):
     images, targets = next(iter(module.test_dataloader()))
     assert images.shape == (6, 3, 6, 7)
     assert targets.tolist() == [0, 0, 0, 1, 1, 1]
-    assert images[:, 0, 0, 0].tolist() == [90, 100, 110, 60, 70, 80]  # the classes sorted, not as written
+    assert images[:, 0, 0, 0].tolist() == [90, 100, 110, 60, 70, 80]  # sorted by class, not in the order of writing
     write_images(tmp_path / "CIFAR-10-images", "test/cat/9.png", size=(7, 7))
     with pytest.raises(UserError) as caught:
         setup(CIFAR10(tmp_path, validation=2))
@@ -392,7 +392,7 @@ def test_cifar_folders(tmp_path):
 
 
 class Probe(LightningModule):
-    """Counts what reaches each step."""
+    """Records whether the images that reach each step are black."""
 
     def __init__(self):
         super().__init__()
@@ -417,10 +417,10 @@ class Probe(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")  # Lightning's, for 0
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")  # by Lightning, for 0
 @pytest.mark.parametrize("validation", [8, 0])
-def test_with_a_trainer(tmp_path, validation):
-    # A square of twice the image's side blackens all of it: training alone must be augmented.
+def test_a_trainer_augments_only_training_batches(tmp_path, validation):
+    # A square of twice the image's side blackens the whole image; only training images must be black.
     module = MNIST(write_idx(tmp_path), validation=validation, batch_size=8, cutout=10)
     trainer = Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -432,7 +432,7 @@ def test_with_a_trainer(tmp_path, validation):
         trainer.test(probe, module)
     steps = 2 * ((40 - validation) // 8)
     assert probe.black["train"] == [True] * steps
-    assert probe.black["val"] == [False] * (3 if validation else 0)  # one of them the sanity check
+    assert probe.black["val"] == [False] * (3 if validation else 0)  # one of them in the sanity check
     assert probe.black["test"] == [False] * 2
 
 
@@ -459,7 +459,7 @@ def check_batches(module, train, test):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_image_folder(folders, capsys, num_workers):
+def test_an_image_folder_is_read_and_batched(folders, capsys, num_workers):
     module = setup(ImageFolder(folders, **SMALL | {"trivial_augment": True, "num_workers": num_workers}), "fit")
     assert module.labels == ["ant", "cat"]
     assert not module.multi_label
@@ -469,7 +469,7 @@ def test_image_folder(folders, capsys, num_workers):
     assert torch.cat(images)[:, 0, 8, 8].tolist() == [70, 80, 60]
 
 
-def test_image_folder_takes_its_test_split_or_says_so(folders, caplog):
+def test_image_folder_logs_when_it_tests_on_the_validation_images(folders, caplog):
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     module = setup(ImageFolder(folders, **SMALL))
     assert module.splits["test"].paths == module.splits["val"].paths
@@ -480,14 +480,14 @@ def test_image_folder_takes_its_test_split_or_says_so(folders, caplog):
     assert len(setup(ImageFolder(folders, **SMALL)).splits["test"]) == 1
 
 
-def test_image_folder_reports_what_it_leaves_out(folders):
+def test_image_folder_warns_about_the_files_it_skips(folders):
     (folders / "train" / "cat" / "notes.txt").touch()
     (folders / "train" / ".DS_Store").touch()
     with pytest.warns(UserWarning, match=r"files that are not JPEG, PNG, GIF or WebP: 1 \.txt: .*cat/notes\.txt$"):
         setup(ImageFolder(folders, **SMALL))
 
 
-def test_image_folder_errors(folders, tmp_path):
+def test_image_folder_refuses_small_sizes_unknown_classes_and_missing_folders(folders, tmp_path):
     with pytest.raises(UserError) as caught:
         setup(ImageFolder(folders, **SMALL | {"resize": 8}))
     assert one_line(caught.value) == "--data.init_args.resize: 8; expected at least 16"
@@ -501,7 +501,7 @@ def test_image_folder_errors(folders, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_undecodable_image_is_named(folders, num_workers):
+def test_an_image_that_cannot_be_decoded_is_named(folders, num_workers):
     module = setup(ImageFolder(folders, **SMALL | {"num_workers": num_workers}))
     path = folders / "val" / "ant" / "1.jpg"
     path.write_bytes(path.read_bytes()[:200])
@@ -510,7 +510,7 @@ def test_undecodable_image_is_named(folders, num_workers):
     assert one_line(caught.value) == f"{path}: cannot be decoded; expected a JPEG, PNG, GIF or WebP image"
 
 
-def test_read_image(tmp_path):
+def test_read_image_refuses_broken_files_and_reads_16_bit_gif_and_turned_images(tmp_path):
     with pytest.raises(UserError) as caught:
         read_image(str(tmp_path / "none.jpg"))
     assert f"{tmp_path}/none.jpg: no such file" in one_line(caught.value)
@@ -539,7 +539,7 @@ def test_read_image(tmp_path):
     assert read_image(str(tmp_path / "turned.jpg")).shape == (3, 4, 3)
 
 
-def test_evaluation_keeps_the_aspect_and_takes_the_centre(tmp_path):
+def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(tmp_path):
     gradient = torch.arange(60, dtype=torch.uint8).expand(3, 40, 60)
     transform = ImageFolder(tmp_path, image_size=16, resize=20).eval_transform()
     expected = F.center_crop(F.resize(gradient, [20, 30], antialias=True), [16, 16])
@@ -547,7 +547,7 @@ def test_evaluation_keeps_the_aspect_and_takes_the_centre(tmp_path):
     assert 25 < transform(gradient).float().mean() < 35
 
 
-def test_image_list(folders):
+def test_an_image_list_is_read(folders):
     (folders / "train.lst").write_text("0\t1\ttrain/cat/0.png\n1\t0\ttrain/ant/0.png\n2\t1.0\ttrain/cat/1.jpg\n")
     (folders / "val.lst").write_text("0\t1\tval/cat/0.png\n")
     module = setup(ImageList(folders, folders / "train.lst", folders / "val.lst", class_names=["a", "c"], **SMALL))
@@ -560,7 +560,7 @@ def test_image_list(folders):
     assert one_line(caught.value) == f"{folders}/val.lst:1: label 2; expected ids from 0 to 1"
 
 
-def test_image_list_multi_label(folders):
+def test_a_multi_label_image_list_is_read(folders):
     (folders / "train.lst").write_text("0\t1\t1\t0\ttrain/cat/0.png\n1\t0\t0\t1\ttrain/ant/0.png\n")
     (folders / "val.lst").write_text("0\t0\t0\t0\tval/cat/0.png\n")
     module = setup(ImageList(folders, folders / "train.lst", folders / "val.lst", **SMALL))
@@ -577,7 +577,7 @@ def test_image_list_multi_label(folders):
         setup(ImageList(folders, folders / "train.lst", folders / "val.lst", folders / "test.lst", **SMALL))
 
 
-def test_image_manifest(folders):
+def test_an_image_manifest_is_read(folders):
     def entry(path, label, name):
         return json.dumps({"source-ref": path, "pet": label, "pet-metadata": {"class-name": name}}) + "\n"
 
@@ -606,7 +606,7 @@ def test_image_manifest(folders):
 
 @pytest.mark.parametrize("place", [60, 200, -30])
 def test_a_damaged_png_is_named(tmp_path, place):
-    """Of pixels, of a checksum: torchvision's own decoder ends the process."""
+    """The damage is in the pixels or a checksum. torchvision's own decoder would end the process."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     content = bytearray((tmp_path / "a.png").read_bytes())
@@ -616,7 +616,7 @@ def test_a_damaged_png_is_named(tmp_path, place):
         read_image(str(tmp_path / "a.png"))
 
 
-def test_classes_without_an_image_and_names_that_are_alike_are_told(folders):
+def test_classes_without_images_cause_a_warning_and_duplicate_names_are_refused(folders):
     (folders / "train.lst").write_text("0\t1\ttrain/cat/0.png\n1\t2\ttrain/ant/0.png\n")
     (folders / "val.lst").write_text("0\t1\tval/cat/0.png\n")
     lists = {"root": folders, "train": folders / "train.lst", "val": folders / "val.lst"}
@@ -626,7 +626,7 @@ def test_classes_without_an_image_and_names_that_are_alike_are_told(folders):
         setup(ImageList(**lists, class_names=["ant", "cat", "ant"], **SMALL))
 
 
-def test_a_class_without_a_name_takes_none_that_another_has(folders):
+def test_a_generated_class_name_does_not_repeat_a_given_one(folders):
     entry = {"source-ref": "train/cat/0.png", "grade": 2, "grade-metadata": {"class-name": "1"}}
     (folders / "all.manifest").write_text(json.dumps(entry) + "\n")
     with pytest.warns(UserWarning, match="no image of 0, class 1|are among those of train"):
@@ -661,7 +661,7 @@ GIVEN = {"prediction_length": "4", "context_length": "6", "paths": "[some/where]
 
 
 @pytest.mark.parametrize("name", data.__all__)
-def test_jsonargparse_resolves_every_module(name):
+def test_jsonargparse_instantiates_every_data_module(name):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     options = ["--data", f"dlref.data.{name}", "--data.init_args.batch_size", "7"]
@@ -684,7 +684,7 @@ real = pytest.mark.skipif(not REAL, reason="needs DLREF_DATA, the folder of the 
     ("module", "folder", "first_counts"),
     [(MNIST, "mnist", [980, 1135, 1032]), (FashionMNIST, "fashion-mnist", [1000, 1000, 1000])],
 )
-def test_real_mnist(module, folder, first_counts):
+def test_the_real_mnist_sets_are_read(module, folder, first_counts):
     module = setup(module(os.path.join(REAL, folder)))
     assert {name: len(split) for name, split in module.splits.items()} == {
         "train": 55000,
@@ -698,7 +698,7 @@ def test_real_mnist(module, folder, first_counts):
 
 
 @real
-def test_real_cifar(tmp_path):
+def test_the_real_cifar10_set_is_read(tmp_path):
     root = pathlib.Path(REAL) / "cifar10"
     if (root / "cifar10_jpg.tar.gz").is_file():
         with tarfile.open(root / "cifar10_jpg.tar.gz") as tar:

@@ -1,4 +1,4 @@
-"""Batches that follow from the seed, the epoch and their number alone."""
+"""Batches that depend only on the seed, the epoch and their number."""
 
 import gc
 import os
@@ -51,7 +51,7 @@ class Data(SplitData):
 
 def epoch_of(train, number):
     train.sampler.set_epoch(number)
-    return [(batch, torch.rand(3)) for batch in train]  # the second is what a step draws
+    return [(batch, torch.rand(3)) for batch in train]  # the second stands for the random numbers of a step
 
 
 def same(one, other):
@@ -60,7 +60,7 @@ def same(one, other):
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Be one of several processes."""
+    """Act as one of several processes."""
 
     def be(rank, count):
         monkeypatch.setattr(loader, "processes", lambda: (rank, count))
@@ -69,7 +69,7 @@ def devices(monkeypatch):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_an_epoch_does_not_hang_on_what_came_before(order):
+def test_an_epoch_does_not_depend_on_earlier_epochs_or_the_random_state(order):
     train = Data(order).train_dataloader()
     first, second = epoch_of(train, 0), epoch_of(train, 1)
     assert len(first) == len(train)
@@ -80,23 +80,23 @@ def test_an_epoch_does_not_hang_on_what_came_before(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_it_goes_on_from_any_batch_however_many_processes_there_are(order, num_workers):
+def test_an_epoch_resumes_after_the_batches_taken_with_or_without_workers(order, num_workers):
     whole = epoch_of(Data(order).train_dataloader(), 3)
     train = Data(order, num_workers).train_dataloader()
     train.load_state_dict({"taken": 2})
     assert same(epoch_of(train, 3), whole[2:])
     assert train.state_dict() == {"taken": len(whole)}
-    assert same(epoch_of(train, 3), whole)  # once: the next epoch is a whole one
+    assert same(epoch_of(train, 3), whole)  # only once: the next epoch is complete
 
 
 class Parents(Dataset):
-    """Who started the process that makes a sample."""
+    """Samples that name the parent of the process that makes them."""
 
     def __getitem__(self, sample):
         return os.getppid()
 
 
-def test_workers_are_children_of_the_process_that_trains():
+def test_workers_are_children_of_the_training_process():
     data = Data("shuffled", 2)
     data.splits = {"train": Parents(), "val": Parents()}
     data.samples = lambda split: torch.arange(3)
@@ -105,7 +105,7 @@ def test_workers_are_children_of_the_process_that_trains():
 
 
 class Unreachable:
-    """Garbage that only a collector finds, and that tells which process did."""
+    """Cyclic garbage that records which process collects it."""
 
     def __init__(self, folder):
         self.folder, self.me = folder, self
@@ -115,15 +115,15 @@ class Unreachable:
 
 
 class Collecting(Dataset):
-    """Samples in whose making garbage is collected."""
+    """Samples that trigger a garbage collection."""
 
     def __getitem__(self, sample):
         gc.collect()
         return os.getpid()
 
 
-def test_workers_do_not_collect_what_they_inherit(tmp_path):
-    """A session of onnxruntime waits for its threads, which no fork copies."""
+def test_workers_do_not_collect_inherited_garbage(tmp_path):
+    """Deleting an ONNX Runtime session waits for its threads, which a fork does not copy."""
     data = Data("shuffled", 2)
     data.splits = {"train": Collecting(), "val": Collecting()}
     data.samples = lambda split: torch.arange(4)
@@ -138,20 +138,20 @@ def test_workers_do_not_collect_what_they_inherit(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
-def test_a_batch_can_be_had_once_more():
+def test_a_single_batch_can_be_recreated_with_its_random_state():
     train = Data().train_dataloader()
     whole = epoch_of(train, 2)
     assert torch.equal(train.batch(4), whole[4][0])
     assert torch.equal(torch.rand(3), whole[4][1])
 
 
-def test_runs_of_other_seeds_are_others(monkeypatch):
+def test_another_seed_gives_other_batches(monkeypatch):
     first = epoch_of(Data().train_dataloader(), 0)
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     assert not same(epoch_of(Data().train_dataloader(), 0), first)
 
 
-def test_all_epochs_are_the_first_where_that_is_asked():
+def test_repeat_first_epoch_repeats_the_first_epoch():
     data = Data()
     first = epoch_of(data.train_dataloader(), 0)
     data.repeat_first_epoch = True
@@ -160,20 +160,20 @@ def test_all_epochs_are_the_first_where_that_is_asked():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("count", [2, 3])
-def test_devices_share_each_batch(order, count, devices):
+def test_devices_divide_each_batch_between_them(order, count, devices):
     shares = []
     for rank in range(count):
         devices(rank, count)
         shares.append([batch[:, 0].tolist() for batch, _ in epoch_of(Data(order).train_dataloader(), 0)])
     devices(0, 1)
     data = Data(order)
-    data.order = lambda _: ORDERS[order](count)  # the batches of all devices, by one
+    data.order = lambda _: ORDERS[order](count)  # one device draws the batches of all
     whole = [batch[:, 0].tolist() for batch, _ in epoch_of(data.train_dataloader(), 0)]
     assert [sorted(chain(*parts)) for parts in zip(*shares, strict=True)] == list(map(sorted, whole))
     assert all(parts for share in shares for parts in share)
 
 
-def test_what_devices_draw_for_a_batch_and_beside_it_is_their_own(devices):
+def test_devices_draw_different_random_numbers_in_batches_and_steps(devices):
     drawn = []
     for rank in range(2):
         devices(rank, 2)
@@ -183,7 +183,7 @@ def test_what_devices_draw_for_a_batch_and_beside_it_is_their_own(devices):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
-def test_devices_evaluate_each_sample_once(count, devices):
+def test_devices_evaluate_each_sample_exactly_once(count, devices):
     seen = []
     for rank in range(count):
         devices(rank, count)
@@ -191,13 +191,13 @@ def test_devices_evaluate_each_sample_once(count, devices):
         assert all(len(batch) <= 6 for batch in batches)
         seen.append([int(row[0]) for batch in batches for row in batch])
     assert all(seen)
-    assert count > 7 or len({-(-len(share) // 6) for share in seen}) == 1  # as many batches for each
+    assert count > 7 or len({-(-len(share) // 6) for share in seen}) == 1  # the same number of batches for each
     assert sorted(chain(*seen)) == list(range(50))
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_devices_evaluate_as_many_batches_from_two_samples_a_batch_on(count, devices, monkeypatch):
-    """Those that share a network wait for each other; batches of one may differ in number, and stay of one."""
+def test_devices_evaluate_equally_many_batches_unless_the_batch_size_is_one(count, devices, monkeypatch):
+    """Devices that share a network wait for each other. Batches of one are never enlarged to make numbers equal."""
     for size in (1, 2):
         monkeypatch.setattr(Data, "eval_batch_size", lambda self, split, size=size: size)
         numbers = []
@@ -209,7 +209,7 @@ def test_devices_evaluate_as_many_batches_from_two_samples_a_batch_on(count, dev
         assert size == 1 or len(set(numbers)) == 1
 
 
-def test_more_devices_than_samples(devices):
+def test_more_devices_than_samples_are_refused(devices):
     devices(0, 51)
     with pytest.raises(UserError, match="val: 50 samples for 51 devices"):
         Data().val_dataloader()
@@ -219,7 +219,7 @@ def test_more_devices_than_samples(devices):
         SplitData.order(data, 51)
 
 
-def test_sentences_that_are_longer_than_a_batch_are_enough_for_all_devices():
+def test_batches_of_overlong_sentences_have_a_sentence_for_every_device():
     lengths = torch.full((7,), 100)
     batches = TokenBatches(lengths, lengths, 60, devices=2).draw(torch.Generator())
     assert [len(batch) for batch in batches] in ([2, 2, 3], [2, 3, 2], [3, 2, 2])

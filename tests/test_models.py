@@ -1,4 +1,4 @@
-"""Networks against their papers' numbers and against torchvision's, with the same weights."""
+"""Networks compared with the numbers of their papers and, with the same weights, with torchvision's."""
 
 import math
 from functools import partial
@@ -35,7 +35,7 @@ def count(module: nn.Module) -> int:
 
 
 def randomise_batch_norms(network: nn.Module) -> nn.Module:
-    """Statistics and weights away from 0 and 1, so that swapping or losing any of them shows."""
+    """Move statistics and weights away from 0 and 1, so that a swapped or lost one is noticed."""
     for m in network.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.running_mean, std=0.1)
@@ -46,7 +46,7 @@ def randomise_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def assert_same(actual, expected):
-    assert expected.std() > 1e-3  # equal constants would say nothing
+    assert expected.std() > 1e-3  # equal constants would prove nothing
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_resnet_equals_torchvision(depth):
     with torch.no_grad():
         assert_same(ours.eval()(x), theirs.eval()(x))
         assert_same(ours.train()(x), theirs.train()(x))
-    for key, statistics in theirs.named_buffers():  # the batch in training mode moved them
+    for key, statistics in theirs.named_buffers():  # updated by the batch in training mode
         torch.testing.assert_close(ours.get_buffer(key), statistics)
 
 
@@ -87,8 +87,8 @@ def test_alexnet_equals_torchvision():
     ],
     ids=["alexnet", "vgg11", "googlenet"],
 )
-def test_what_is_dropped_is_what_torchvision_drops(ours, theirs):
-    """The defaults, in the same places: from the same seed the same units go."""
+def test_dropout_drops_the_same_units_as_torchvision(ours, theirs):
+    """With the default rates and the same seed, the same units are dropped in the same places."""
     ours, theirs = ours(num_classes=7), theirs(num_classes=7)
     ours.load_state_dict(theirs.state_dict())
     x, found = torch.randn(2, 3, 96, 96), []
@@ -96,7 +96,7 @@ def test_what_is_dropped_is_what_torchvision_drops(ours, theirs):
         torch.manual_seed(1)
         with torch.no_grad():
             found.append(network(x))
-    if isinstance(found[1], tuple):  # whose heads have another order
+    if isinstance(found[1], tuple):  # torchvision's heads are in another order
         found[1] = (found[1].logits, found[1].aux_logits1, found[1].aux_logits2)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
@@ -120,7 +120,7 @@ def test_googlenet_equals_torchvision(training):
     assert_same(aux2, expected.aux_logits2)
 
 
-def test_googlenet_init_is_truncated():
+def test_googlenet_weights_are_initialised_from_a_truncated_normal():
     network = GoogLeNet(num_classes=10)
     for m in network.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
@@ -129,7 +129,7 @@ def test_googlenet_init_is_truncated():
     assert std == pytest.approx(0.0088, rel=0.01)  # 0.88 of 0.01: the tails are cut
 
 
-def test_vgg_init_is_torchvision_s():
+def test_vgg_weights_are_initialised_as_in_torchvision():
     convolution, linear = VGG(11, 7).features[18], VGG(11, 7).classifier[3]
     assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.02)
     assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -138,14 +138,14 @@ def test_vgg_init_is_torchvision_s():
 
 
 @pytest.mark.parametrize("depth", [34, 101, 152])
-def test_deeper_resnets_have_torchvision_s_weights(depth):
+def test_deeper_resnets_have_the_weight_names_and_shapes_of_torchvision(depth):
     with torch.device("meta"):
         theirs, ours = TORCHVISION_RESNETS[depth](), ResNet(depth)
     shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (ours, theirs)]
     assert shapes[0] == shapes[1]
 
 
-def test_resnet200_count():
+def test_resnet200_has_torchvisions_parameter_count():
     bottleneck = torchvision.models.resnet.Bottleneck
     with torch.device("meta"):
         theirs = torchvision.models.resnet.ResNet(bottleneck, [3, 24, 36, 3])
@@ -155,14 +155,14 @@ def test_resnet200_count():
 
 
 class ShortcutA(nn.Module):
-    """Option A as fb.resnet.torch writes it: 1x1 average pooling, then the maps beside as many zeros."""
+    """Option A as in fb.resnet.torch: 1x1 average pooling, then as many zero channels appended."""
 
     def forward(self, x):
         x = F.avg_pool2d(x, 1, stride=2)
         return torch.cat([x, torch.zeros_like(x)], dim=1)
 
 
-def test_cifar_resnet_equals_torchvisions_blocks():
+def test_cifar_resnet_equals_a_network_of_torchvisions_blocks():
     ours = randomise_batch_norms(CifarResNet(20))
     block = torchvision.models.resnet.BasicBlock
     layer1 = nn.Sequential(block(16, 16), block(16, 16), block(16, 16))
@@ -181,17 +181,17 @@ def test_cifar_resnet_equals_torchvisions_blocks():
             assert_same(ours(x), fc(maps.mean(dim=(2, 3))))
 
 
-def test_resnet_init_is_kaiming_fan_out():
+def test_resnet_weights_have_kaiming_initialisation_with_fan_out():
     for weight in (ResNet(18, 10).layer4[0].conv1.weight, CifarResNet(20).layer3[0].conv1.weight):
         fan_out = weight.shape[0] * 3 * 3
-        assert weight.shape[0] == 2 * weight.shape[1]  # the other way to count differs
+        assert weight.shape[0] == 2 * weight.shape[1]  # so fan-in would give another value
         assert weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.02)
 
 
 # --- against the papers' numbers ---------------------------------------------------------------------------
 
 
-def test_lenet_layers():
+def test_lenet_layers_have_the_expected_parameter_counts():
     network = LeNet5()
     layers = {name: count(module) for name, module in network.named_children() if count(module)}
     # LeCun et al., 1998, section II.B gives C1, C5 and F6; its C3, with table I's connections, has 1,516.
@@ -200,8 +200,8 @@ def test_lenet_layers():
     assert network(torch.randn(2, 1, 32, 32)).shape == (2, 10)
 
 
-def test_lenet_by_hand():
-    """Figure 2 with averages written as means over 2x2 windows, and C5 as the dot product it is at 32x32."""
+def test_lenet_matches_a_computation_by_hand():
+    """Compute figure 2 with means over 2x2 windows and C5 as a dot product, which it is at 32x32."""
     network = LeNet5()
     x = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
@@ -233,7 +233,7 @@ def cifar_resnet_count(n: int) -> int:
         (110, 1_727_962, 1.7),
     ],
 )
-def test_cifar_resnet_count(depth, exact, paper):
+def test_cifar_resnets_have_the_papers_parameter_counts_and_depths(depth, exact, paper):
     network = CifarResNet(depth)
     assert count(network) == exact == cifar_resnet_count((depth - 2) // 6)
     digits = 1 if depth == 110 else 2  # as many as table 6 prints
@@ -241,7 +241,7 @@ def test_cifar_resnet_count(depth, exact, paper):
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules()) == depth
 
 
-def test_padded_shortcut_values():
+def test_padded_shortcut_subsamples_and_pads_with_zero_channels():
     x = torch.arange(2 * 4 * 4, dtype=torch.float32).reshape(1, 2, 4, 4)
     y = PaddedShortcut(2, 5, stride=2)(x)
     assert y[0, 0].tolist() == [[0, 2], [8, 10]]
@@ -252,8 +252,8 @@ def test_padded_shortcut_values():
     assert kinds == [nn.Identity] * 3 + [PaddedShortcut, nn.Identity, nn.Identity] * 2
 
 
-def test_a_silent_block_passes_its_shortcut():
-    """With F(x) = 0 the network's maps are its first ones, subsampled twice: the shortcuts are in the sum."""
+def test_blocks_with_zero_weights_pass_their_shortcut_through():
+    """With F(x) = 0, only the shortcuts remain: the last maps are the first ones, subsampled twice."""
     network = CifarResNet(20).eval()
     for name, p in network.named_parameters():
         if name.startswith("layer"):
@@ -266,7 +266,7 @@ def test_a_silent_block_passes_its_shortcut():
     assert not maps[:, 16:].any()
 
 
-def test_stems():
+def test_the_cifar_stem_keeps_the_resolution_and_has_a_smaller_convolution():
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert ResNet(18, 10).stages(x)[-1].shape == (1, 512, 2, 2)
@@ -276,7 +276,7 @@ def test_stems():
     assert saved == 64 * 3 * (7 * 7 - 3 * 3)
 
 
-# --- what every network promises ---------------------------------------------------------------------------
+# --- properties of every network ---------------------------------------------------------------------------
 
 NETWORKS = {
     "lenet5": lambda **kw: LeNet5(**{"in_channels": 3, **kw}),
@@ -290,7 +290,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_head_names_all_that_depends_on_num_classes(name):
+def test_class_layers_are_the_layers_that_depend_on_num_classes(name):
     with torch.device("meta"):
         few, many = (NETWORKS[name](num_classes=k) for k in (7, 9))
     shapes = {key: p.shape for key, p in few.named_parameters()}
@@ -300,7 +300,7 @@ def test_head_names_all_that_depends_on_num_classes(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_forward_on_meta(name, channels):
+def test_logits_have_one_column_per_class_for_one_and_three_channels(name, channels):
     size = 32 if name == "lenet5" else 224
     with torch.device("meta"):
         network = NETWORKS[name](num_classes=7, in_channels=channels)
@@ -311,7 +311,7 @@ def test_forward_on_meta(name, channels):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", ["lenet5", "resnet18_cifar"])
-def test_every_activation_trains(name, activation):
+def test_every_activation_gives_finite_gradients(name, activation):
     if name == "lenet5":
         network = LeNet5(in_channels=3, activation=activation)
     else:
@@ -327,7 +327,7 @@ def test_every_activation_trains(name, activation):
 
 @pytest.mark.parametrize("name", ["alexnet", "googlenet", "resnet50_cifar", "cifar_resnet20"])
 @pytest.mark.parametrize("activation", ["prelu", "maxout"])
-def test_learned_activations_are_one_per_layer(name, activation):
+def test_each_layer_has_its_own_learned_activation(name, activation):
     with torch.device("meta"):
         plain = count(NETWORKS[name](num_classes=10))
         network = NETWORKS[name](num_classes=10, activation=activation)
@@ -337,7 +337,7 @@ def test_learned_activations_are_one_per_layer(name, activation):
 
 
 @pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20"])
-def test_overfits_one_batch(name):
+def test_networks_overfit_one_batch(name):
     network = NETWORKS[name](num_classes=10)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -352,7 +352,7 @@ def test_overfits_one_batch(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_channels_last_gives_the_same(name):
+def test_channels_last_gives_the_same_outputs(name):
     network = randomise_batch_norms(NETWORKS[name](num_classes=10)).eval()
     x = torch.randn(2, 3, *((32, 32) if name == "lenet5" else (64, 64)))
     with torch.no_grad():
@@ -369,7 +369,7 @@ def test_maxout_keeps_channels_last():
 
 @pytest.mark.parametrize("activation", ["relu", "maxout", "step"])
 @pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20"])
-def test_exports_with_a_dynamic_batch(name, activation):
+def test_networks_can_be_exported_with_a_dynamic_batch(name, activation):
     network = randomise_batch_norms(NETWORKS[name](num_classes=10, activation=activation)).eval()
     batch = torch.export.Dim("B")
     program = torch.export.export(network, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
@@ -379,8 +379,8 @@ def test_exports_with_a_dynamic_batch(name, activation):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18"])  # its blocks and stem are in others
-def test_compiles_in_place_without_graph_breaks(name):
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet18"])  # others cover its blocks and stem
+def test_networks_compile_in_place_without_graph_breaks(name):
     network = randomise_batch_norms(NETWORKS[name](num_classes=10)).eval()
     keys = network.state_dict().keys()
     x = torch.randn(2, 3, *((32, 32) if name == "lenet5" else (64, 64)))
@@ -406,12 +406,12 @@ def test_compiles_in_place_without_graph_breaks(name):
         (lambda: make_activation("softmax"), "for the output only"),
     ],
 )
-def test_bad_arguments_say_what_is_expected(build, message):
+def test_invalid_arguments_are_refused_with_the_expected_values(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_annotations_are_enforced():
+def test_shape_annotations_are_checked():
     with pytest.raises(jaxtyping.TypeCheckError):
         CifarResNet(20)(torch.randn(3, 32, 32))
     with pytest.raises(jaxtyping.TypeCheckError):
@@ -420,7 +420,7 @@ def test_annotations_are_enforced():
 
 # --- activations -------------------------------------------------------------------------------------------
 
-# name: value and derivative in closed form, at any x but a kink
+# name: value and derivative in closed form, at any x except a kink
 CLOSED_FORMS = {
     "identity": (lambda x: x, lambda x: 1),
     "step": (lambda x: float(x > 0), lambda x: 0),
@@ -443,7 +443,7 @@ def test_every_activation_has_a_closed_form_here():
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_values_and_derivatives(name):
+def test_activations_have_the_values_and_derivatives_of_their_closed_forms(name):
     value, derivative = CLOSED_FORMS[name]
     points = [-3.0, -1.0, -0.1, 0.1, 0.5, 1.0, 3.0]
     x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
@@ -455,7 +455,7 @@ def test_activation_values_and_derivatives(name):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_leaves_its_input_alone(name):
+def test_activations_do_not_change_their_input(name):
     x = torch.linspace(-2, 2, 9)
     before = x.clone()
     make_activation(name)(x)
@@ -466,7 +466,7 @@ def test_step_at_zero_is_zero():
     assert make_activation("step")(torch.zeros(1)).item() == 0
 
 
-def test_maxout_by_hand():
+def test_maxout_matches_values_computed_by_hand():
     maxout = Maxout(pieces=3)
     with torch.no_grad():
         maxout.weight.copy_(torch.tensor([-1.0, 0.0, 2.0]))
@@ -476,7 +476,7 @@ def test_maxout_by_hand():
     assert y.tolist() == [2, 1, 5]  # -x, 1 and 2x - 1 in turn
     y.sum().backward()
     assert x.grad.tolist() == [-1, 0, 2]
-    assert maxout.weight.grad.tolist() == [-2, 0, 3]  # each line learns from the input it wins
+    assert maxout.weight.grad.tolist() == [-2, 0, 3]  # each piece learns from the input that it wins
     assert maxout.bias.grad.tolist() == [1, 1, 1]
 
 

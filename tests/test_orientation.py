@@ -1,4 +1,4 @@
-"""Pictures that lie on their side: training, a device and the readers of boxes and masks turn them alike."""
+"""Pictures with an orientation: training, a device and the readers of boxes and masks turn them the same way."""
 
 import os
 import struct
@@ -21,24 +21,24 @@ XMP = (
 
 
 def exif_of(orientation, order=">", kind="H"):
-    """EXIF with nothing but an orientation, in one of both byte orders, of a type that is short or long."""
+    """Return EXIF data with only an orientation, in either byte order, stored as a short or a long."""
     value = struct.pack(f"{order}{kind}", orientation).ljust(4, b"\0")
     entry = struct.pack(f"{order}HHI", 0x112, {"H": 3, "I": 4}[kind], 1) + value
     return {">": b"MM", "<": b"II"}[order] + struct.pack(f"{order}HIH", 42, 8, 1) + entry + bytes(4)
 
 
 def app1(*contents):
-    """JPEG's segments for EXIF and XMP."""
+    """Return the JPEG segments for EXIF and XMP."""
     return b"".join(b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content for content in contents)
 
 
 def chunk(kind, content):
-    """A PNG's."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def packets(name, plain):
-    """A file that says of itself in one way or another that it is to be turned."""
+    """Return the content of a file that stores its orientation in the way that `name` stands for."""
     exif, xmp = b"Exif\0\0" + exif_of(6), b"http://ns.adobe.com/xap/1.0/\0" + XMP.format(1).encode()
     raw = f"\nexif\n{len(exif):8}\n{exif.hex()}\n".encode()
     xmp_of_png = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.format(6).encode()
@@ -55,7 +55,7 @@ def packets(name, plain):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "webp.jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, orientation):
+def test_training_and_the_device_turn_a_photograph_the_same_way(tmp_path, name, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     corners = np.zeros((16, 24, 3), np.uint8)
@@ -66,7 +66,7 @@ def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, ori
     training = read_image(str(path)).permute(1, 2, 0).numpy()
     assert training.shape == device.shape
     assert np.abs(training.astype(int) - device).mean() < 4
-    with Image.open(path) as image:  # as Pillow itself turns it, which is how it is looked at and labelled
+    with Image.open(path) as image:  # turned by Pillow, as viewers and labelling tools show it
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     np.testing.assert_array_equal(device, expected)
     assert picture_size(str(path)) == expected.shape[1::-1]
@@ -75,8 +75,8 @@ def test_training_and_a_device_see_a_photograph_turned_alike(tmp_path, name, ori
 @pytest.mark.parametrize(
     "name", ["xmp_alone.jpg", "xmp_first.jpg", "long.jpg", "little.jpg", "raw.png", "late.png", "xmp.png", "xmp.webp"]
 )
-def test_wherever_a_picture_says_that_it_lies_on_its_side_it_is_turned(tmp_path, name):
-    """In training, on a device, and where boxes and masks are held against its size."""
+def test_a_picture_is_turned_wherever_its_file_stores_the_orientation(tmp_path, name):
+    """In training, on a device, and when boxes and masks are compared with its size."""
     path = tmp_path / name
     picture = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
     if name == "xmp.webp":
@@ -90,18 +90,18 @@ def test_wherever_a_picture_says_that_it_lies_on_its_side_it_is_turned(tmp_path,
     assert picture_size(str(path)) == (16, 24)
 
 
-def test_broken_exif_turns_nothing(tmp_path):
+def test_broken_exif_does_not_turn_a_picture(tmp_path):
     Image.new("RGB", (24, 16)).save(tmp_path / "a.jpg")
     plain = (tmp_path / "a.jpg").read_bytes()
     for exif in (b"nonsense", exif_of(6)[:12], exif_of(9)):
         (tmp_path / "a.jpg").write_bytes(plain[:2] + app1(b"Exif\0\0" + exif) + plain[2:])
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of which there is none in training
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns on a device; training is silent
             assert on_a_device(tmp_path / "a.jpg", 3).shape == (16, 24, 3)
             assert read_image(str(tmp_path / "a.jpg")).shape == (3, 16, 24)
             assert picture_size(str(tmp_path / "a.jpg")) == (24, 16)
 
 
-def test_a_name_need_not_be_utf_8(tmp_path):
+def test_a_file_name_need_not_be_utf_8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9.jpg")
     Image.new("RGB", (24, 16)).save(path)
     assert read_image(path).shape == (3, 16, 24)
@@ -109,8 +109,8 @@ def test_a_name_need_not_be_utf_8(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
-def test_a_line_of_pixels_is_turned_too(tmp_path, name, size):
-    """numpy takes a view with steps backwards for contiguous where there is one step; torch refuses it."""
+def test_a_single_line_of_pixels_is_turned_as_well(tmp_path, name, size):
+    """NumPy considers a view with a negative stride contiguous if that axis has length 1; torch refuses it."""
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation

@@ -1,4 +1,4 @@
-"""The path from a config to answers at the edge: every config, and the commands of the README."""
+"""The path from a config to predictions at the edge: every config, and the commands of the README."""
 
 import json
 import os
@@ -29,10 +29,10 @@ from dlref.runtime.text import SPECIAL
 from tests.faults.bad_input import export as export_py
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-EMBEDDED = ["lenet5_digits"]  # what needs no files
+EMBEDDED = ["lenet5_digits"]  # needs no files
 FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
 
-# What a device has: everything but torch and what comes with training.
+# A device has neither torch nor the other packages that training needs.
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "torchvision", "lightning", "onnx", "onnxscript", "torchmetrics", "sklearn", "matplotlib"):
@@ -58,7 +58,7 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
 
     monkeypatch.setattr(TrainCLI, "_run_subcommand", build_only)
     arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
-    with torch.device("meta"):  # no weights are drawn: shapes are checked, and no values but class weights
+    with torch.device("meta"):  # no weights are drawn: only shapes and class weights are checked
         assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"].to_empty(device="cpu")
     for tensor in chain(task.parameters(), task.buffers()):
@@ -77,13 +77,13 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
     letters = [chr(256 + i) for i in range(min(network.get("vocabulary", 0), 300) - 4)]
     facts |= {"vocabulary": {"kind": "character", "exact": True, "tokens": [*SPECIAL, *letters]}}
     task.remember({name: facts[name] for name in task.fact_names})
-    task._device = torch.device("cuda")  # as Lightning has it in setup, when everything is on the CPU still
+    task._device = torch.device("cuda")  # as Lightning sets it in setup, while everything is still on the CPU
     task.check()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=by_name)
-def test_a_config_s_header_says_what_a_user_has_to_know(config):
+def test_a_configs_header_gives_the_command_data_time_and_score(config):
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
     started = f"python train.py fit --config configs/{config.name}"
@@ -92,7 +92,7 @@ def test_a_config_s_header_says_what_a_user_has_to_know(config):
         assert word in text, f"{config.name} has no line {word}"
 
 
-def test_export_says_how_much_better_a_bundle_is_and_no_times_of_a_busy_machine():
+def test_export_reports_gains_over_pytorch_but_no_times_of_a_busy_machine():
     gains = runpy.run_path(ROOT / "export.py")["gains"]
     bundle = {"latency_ms": 2.0, "first_answer_s": 0.1, "peak_rss_mb": 100.0, "installed_mb": None, "waited": None}
     eager = {"latency_ms": 5.0, "first_answer_s": 2.0, "peak_rss_mb": 800.0, "installed_mb": 4000.0, "waited": 0.0}
@@ -103,7 +103,7 @@ def test_export_says_how_much_better_a_bundle_is_and_no_times_of_a_busy_machine(
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monkeypatch, capsys):
+def test_fit_test_predict_export_and_inference_without_torch_agree(name, command, tmp_path, monkeypatch, capsys):
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     fitted = command("train.py", "fit", "--config", f"configs/{name}.yaml", "--run", run, *FEW_STEPS)
     assert fitted.returncode == 0, fitted.stderr
@@ -112,7 +112,7 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
     assert train(["test", "--config", f"{run}/config.yaml"]) == 0
     assert train(["predict", "--config", f"{run}/config.yaml"]) == 0
     capsys.readouterr()
-    unmeasured = partial(bundles.export, contenders=())  # test_bench measures, and in CI the README's command
+    unmeasured = partial(bundles.export, contenders=())  # measured by test_bench and, in CI, by the README's command
     monkeypatch.setattr(bundles, "export", unmeasured)
     assert export_py([str(run), "--target", "cpu", "--output", str(bundle)]) == 0
     assert f"{bundle}: float32, accuracy" in capsys.readouterr().out
@@ -144,9 +144,9 @@ def test_fit_test_export_and_answers_without_torch(name, command, tmp_path, monk
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Fit, test, predict and export, in this process and without the measurement: all but the start-up of a user's.
+    """Fit, test, predict and export as a user does, but in this process and without the measurement.
 
-    Gives the scores of the test, the bundle's manifest, the rows of the predictions and the names of the figures.
+    Return the scores of the test, the bundle's manifest, the rows of the predictions and the names of the figures.
     """
 
     def run(name: str, config: str) -> tuple[dict, dict, list[dict], set[str]]:
@@ -181,8 +181,8 @@ trainer: {max_epochs: 8, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_pictures_are_cut_the_same_way_in_the_test_and_at_the_edge(trained, tmp_path):
-    """The class is a ring at the very border of what evaluation keeps: a second crop would lose it."""
+def test_own_pictures_are_cropped_the_same_way_in_the_test_and_at_the_edge(trained, tmp_path):
+    """The class is a ring at the border of the crop that evaluation keeps: a second crop would remove it."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 16), ("test", 16)):
         for number in range(count):
@@ -225,11 +225,11 @@ trainer: {max_epochs: 1, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_boxes_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
+def test_own_boxes_give_the_same_predictions_in_the_test_and_at_the_edge(command, trained, tmp_path):
     """From VOC's files to a device without torch, in pictures that are not square.
 
-    Four steps find nothing yet, but PyTorch on resized pictures, its boxes scaled, has to answer what the graph does on
-    the pictures as they are.
+    Four steps are too few to find objects, but PyTorch's boxes in resized pictures, scaled back, must equal those that
+    the graph finds in the original pictures.
     """
     framed(tmp_path / "boxes", 40)
     scores, manifest, rows, figures = trained("boxes", BOXES)
@@ -280,8 +280,8 @@ trainer: {max_epochs: 10, enable_progress_bar: false, log_every_n_steps: 1}
 """
 
 
-def test_own_masks_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path):
-    """From SageMaker's folders to a device without torch, in pictures that are not square, of sizes it has not seen."""
+def test_own_masks_give_the_same_predictions_in_the_test_and_at_the_edge(command, trained, tmp_path):
+    """From SageMaker's folders to a device without torch, in pictures that are not square, of unseen sizes."""
     folders(tmp_path / "data", train=16, validation=4)
     scores, manifest, rows, figures = trained("masks", MASKS)
     test = manifest["verification"]["test"]
@@ -338,7 +338,7 @@ trainer:
 """
 
 
-def test_own_series_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
+def test_own_series_give_the_same_predictions_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
     """From SageMaker's JSON Lines to a device without torch, with a category, a dynamic feature and missing values."""
     generator = np.random.default_rng(0)
     records = []
@@ -406,8 +406,8 @@ trainer:
 """
 
 
-def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
-    """From parallel files, cut into byte pairs, to a device without torch: a text, lines, a request, a beam."""
+def test_own_texts_give_the_same_predictions_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
+    """From parallel files, split into byte pairs, to a device without torch: a text, lines, a request, a beam."""
     german, english = ("eins", "zwei", "drei", "vier"), ("one", "two", "three", "four")
     for split in ("train", "val", "test"):
         for ending, words in (("de", german), ("en", english)):
@@ -453,7 +453,7 @@ def test_own_texts_get_the_same_answers_in_the_test_and_at_the_edge(command, tra
 
 
 def refuses(arguments, complaint, capsys):
-    """One line that complains, and the exit code 2."""
+    """Check that the command prints one line with the complaint and exits with code 2."""
     capsys.readouterr()
     assert runtime(arguments) == 2, arguments
     (line,) = capsys.readouterr().err.splitlines()
@@ -482,8 +482,8 @@ trainer:
 """
 
 
-def test_own_stories_go_on_alike_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
-    """From text files, cut into byte pairs, to a device without torch: prompts, a request, a text while generated."""
+def test_own_stories_give_the_same_continuations_in_the_test_and_at_the_edge(command, trained, tmp_path, capsys):
+    """From text files, split into byte pairs, to a device without torch: prompts, a request, a streamed text."""
     (tmp_path / "texts").mkdir()
     generator = np.random.default_rng(0)
     for i in range(8):
@@ -541,7 +541,7 @@ def digits_of_the_test_split():
         (["runs/x", "--target", "cpu", "--output", "b"], "runs/x/checkpoints/best.ckpt: no checkpoint"),
     ],
 )
-def test_export_says_what_it_needs(tmp_path, monkeypatch, capsys, arguments, message):
+def test_export_refuses_invalid_arguments_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert export_py(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

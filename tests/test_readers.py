@@ -1,4 +1,4 @@
-"""The readers of dlref.data against whole, broken and arbitrary files."""
+"""Readers of dlref.data, given good, broken and arbitrary files."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ A_CLASS = "expected a class name"
 
 @quick
 @given(array=hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, max_side=6)), zipped=st.booleans())
-def test_idx_round_trip(tmp_path, array, zipped):
+def test_an_idx_array_is_read_back_unchanged(tmp_path, array, zipped):
     path = tmp_path / ("a.gz" if zipped else "a")
     path.write_bytes(gzip.compress(idx_bytes(array), 1) if zipped else idx_bytes(array))
     np.testing.assert_array_equal(read_idx(path, array.ndim), array)
@@ -46,7 +46,7 @@ def test_idx_round_trip(tmp_path, array, zipped):
 
 @quick
 @given(content=st.binary(max_size=64), zipped=st.booleans(), named=st.booleans())
-def test_idx_arbitrary_bytes(tmp_path, content, zipped, named):
+def test_arbitrary_bytes_in_an_idx_file_are_read_or_refused(tmp_path, content, zipped, named):
     path = tmp_path / ("a.gz" if named else "a")
     path.write_bytes(gzip.compress(content, 1) if zipped else content)
     answer_or_none(read_idx, path, 3)
@@ -54,7 +54,7 @@ def test_idx_arbitrary_bytes(tmp_path, content, zipped, named):
 
 @quick
 @given(at=st.integers(0, 200), value=st.integers(0, 255), cut=st.integers(0, 200), zipped=st.booleans())
-def test_idx_mutated(tmp_path, at, value, cut, zipped):
+def test_a_mutated_idx_file_is_read_or_refused(tmp_path, at, value, cut, zipped):
     content = idx_bytes(np.arange(2 * 5 * 6, dtype=np.uint8).reshape(2, 5, 6))
     content = bytearray(gzip.compress(content) if zipped else content)
     content[at % len(content)] = value
@@ -66,13 +66,13 @@ def test_idx_mutated(tmp_path, at, value, cut, zipped):
 
 @quick
 @given(sizes=st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3), content=st.binary(max_size=20))
-def test_idx_header_claims_anything(tmp_path, sizes, content):
+def test_an_idx_header_with_arbitrary_sizes_is_read_or_refused(tmp_path, sizes, content):
     path = tmp_path / "a"
     path.write_bytes(struct.pack(">4I", 0x0803, *sizes) + content)
     answer_or_none(read_idx, path, 3)
 
 
-def test_idx_messages(tmp_path):
+def test_a_broken_idx_file_is_refused_with_the_reason(tmp_path):
     path = tmp_path / "train-labels-idx1-ubyte"
     path.write_bytes(idx_bytes(np.zeros((2, 3, 3), np.uint8)))
     assert error_of(read_idx, path, 1) == f"{path}: magic number 2051; expected 2049 (labels, idx1)"
@@ -88,7 +88,7 @@ def test_idx_messages(tmp_path):
     assert "b.gz: unreadable (" in error_of(read_idx, tmp_path / "b.gz", 3)
 
 
-def test_idx_pair_messages(tmp_path):
+def test_idx_files_that_do_not_form_a_valid_pair_are_refused(tmp_path):
     images, labels = tmp_path / "images", tmp_path / "labels"
     images.write_bytes(idx_bytes(np.zeros((2, 3, 3), np.uint8)))
     labels.write_bytes(idx_bytes(np.zeros(3, np.uint8)))
@@ -102,7 +102,7 @@ def test_idx_pair_messages(tmp_path):
 # CIFAR-10
 
 
-def test_cifar_batch_planes(tmp_path):
+def test_a_cifar_batch_is_read_as_colour_planes(tmp_path):
     red = np.arange(1024) % 251
     record = np.concatenate([[7], red, red + 1, red + 2]).astype(np.uint8)
     (tmp_path / "b.bin").write_bytes(record.tobytes() * 2)
@@ -118,14 +118,14 @@ def test_cifar_batch_planes(tmp_path):
     content=st.binary(max_size=100),
     length=st.sampled_from([0, 1, RECORD - 1, RECORD, 2 * RECORD, 2 * RECORD + 1]),
 )
-def test_cifar_arbitrary_bytes(tmp_path, content, length):
+def test_arbitrary_bytes_in_cifar_files_are_read_or_refused(tmp_path, content, length):
     path = tmp_path / "b.bin"
     path.write_bytes((content + bytes(length))[: max(length, len(content))])
     answer_or_none(read_cifar_batch, path)
     answer_or_none(read_class_names, path)
 
 
-def test_cifar_messages(tmp_path):
+def test_broken_cifar_files_are_refused_with_the_reason(tmp_path):
     path = tmp_path / "b.bin"
     path.write_bytes(b"\x0a" + bytes(RECORD - 1))
     assert error_of(read_cifar_batch, path) == f"{path}: label 10 of image 0; expected 0 to 9"
@@ -138,7 +138,7 @@ def test_cifar_messages(tmp_path):
 # .lst
 
 
-def test_lst_single_label(tmp_path):
+def test_an_lst_file_with_class_ids_is_read(tmp_path):
     path = tmp_path / "a.lst"
     path.write_text("5\t1\tdogs/1.jpg\r\n\n1000\t0.000000\tcats/ü 1.jpg\n22\t3\tx.png")
     listing = read_lst(path, "data")
@@ -150,7 +150,7 @@ def test_lst_single_label(tmp_path):
     assert read_lst(path, "data", list("abcd")).classes == list("abcd")
 
 
-def test_lst_multi_label(tmp_path):
+def test_an_lst_file_with_multi_hot_labels_is_read(tmp_path):
     path = tmp_path / "a.lst"
     path.write_text("0\t1\t0.0\t1\ta.jpg\n1\t0\t0\t0\tb.jpg\n")
     listing = read_lst(path, tmp_path)
@@ -176,13 +176,13 @@ def test_lst_multi_label(tmp_path):
         ("0\t4000000\ta.jpg\n", f":1: label needs 4000001 classes; expected 1 to {MAX_CLASSES}"),
     ],
 )
-def test_lst_messages(tmp_path, text, message):
+def test_a_broken_lst_file_is_refused_with_the_reason(tmp_path, text, message):
     path = tmp_path / "a.lst"
     path.write_text(text, newline="")
     assert error_of(read_lst, path, ".") == f"{path}{message}"
 
 
-def test_lst_against_classes(tmp_path):
+def test_lst_labels_outside_the_given_classes_and_unreadable_files_are_refused(tmp_path):
     path = tmp_path / "a.lst"
     path.write_text("0\t2\ta.jpg\n")
     assert error_of(read_lst, path, ".", ["cat", "dog"]) == f"{path}:1: label 2; expected ids from 0 to 1"
@@ -193,7 +193,7 @@ def test_lst_against_classes(tmp_path):
 
 @quick
 @given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("\t\n01.")) | st.binary())
-def test_lst_arbitrary(tmp_path, text):
+def test_an_arbitrary_lst_file_is_read_or_refused(tmp_path, text):
     path = tmp_path / "a.lst"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     answer_or_none(read_lst, path, ".")
@@ -201,7 +201,7 @@ def test_lst_arbitrary(tmp_path, text):
 
 @quick
 @given(labels=st.lists(st.text("01239. -e\t", min_size=1, max_size=12), min_size=1, max_size=4))
-def test_lst_arbitrary_labels(tmp_path, labels):
+def test_arbitrary_lst_labels_are_read_or_refused(tmp_path, labels):
     path = tmp_path / "a.lst"
     path.write_text("".join(f"{i}\t{label}\t{i}.jpg\n" for i, label in enumerate(labels)))
     listing = answer_or_none(read_lst, path, ".")
@@ -216,7 +216,7 @@ def write_manifest(path, *entries):
     return path
 
 
-def test_manifest_as_ground_truth_writes_it(tmp_path):
+def test_a_manifest_as_written_by_ground_truth_is_read(tmp_path):
     path = write_manifest(
         tmp_path / "a.manifest",
         {"source-ref": "2.jpg", "sport": 1, "sport-metadata": {"class-name": "tennis", "confidence": 0.9}},
@@ -230,7 +230,7 @@ def test_manifest_as_ground_truth_writes_it(tmp_path):
     assert read_image_manifest(path, root="elsewhere").paths[0] == "elsewhere/2.jpg"
 
 
-def test_manifest_multi_hot_and_class_ids(tmp_path):
+def test_manifests_with_multi_hot_labels_or_lists_of_class_ids_are_read(tmp_path):
     names = {"class-map": {"0": "person", "1": "bicycle"}}
     hot = write_manifest(
         tmp_path / "hot",
@@ -283,18 +283,18 @@ def test_manifest_multi_hot_and_class_ids(tmp_path):
         ),
     ],
 )
-def test_manifest_messages(tmp_path, entry, message):
+def test_a_broken_manifest_entry_is_refused_with_the_reason(tmp_path, entry, message):
     first = {"source-ref": "a.jpg", "c": 0, "c-metadata": {"class-name": "cat"}}
     path = write_manifest(tmp_path / "a", first, entry)
     assert error_of(read_image_manifest, path).removeprefix(f"{path}:2: ").replace("'c'", "c") == message
 
 
-def test_a_folder_whose_name_is_no_text_is_no_class(tmp_path):
+def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
     os.makedirs(os.fsencode(tmp_path) + b"/caf\xe9")
     assert error_of(read_folder, tmp_path) == f"{tmp_path}: name 'caf\\udce9'; {A_CLASS}"
 
 
-def test_manifest_label_attribute(tmp_path):
+def test_the_label_attribute_selects_one_of_several_labels_in_a_manifest(tmp_path):
     path = write_manifest(tmp_path / "a", {"source-ref": "a.jpg", "x": 0, "y": 2})
     assert "attributes ['x', 'y']; expected one" in error_of(read_image_manifest, path)
     assert read_image_manifest(path, label_attribute="y").targets.tolist() == [2]
@@ -325,19 +325,19 @@ json_values = st.recursive(
         max_size=3,
     )
 )
-def test_manifest_arbitrary_values(tmp_path, entries):
+def test_arbitrary_manifest_values_are_read_or_refused(tmp_path, entries):
     listing = answer_or_none(read_image_manifest, write_manifest(tmp_path / "a", *entries))
     assert listing is None or len(listing.paths) == len(listing.targets)
 
 
 @quick
 @given(content=st.binary() | st.text(st.sampled_from('{}[]":,0aé\n\\')).map(str.encode))
-def test_manifest_arbitrary_bytes(tmp_path, content):
+def test_arbitrary_bytes_in_a_manifest_are_read_or_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     answer_or_none(read_image_manifest, tmp_path / "a")
 
 
-def test_manifest_nested_too_deeply(tmp_path):
+def test_a_manifest_nested_too_deeply_is_refused(tmp_path):
     (tmp_path / "a").write_text("[" * 100_000)
     assert "expected one JSON object" in error_of(read_image_manifest, tmp_path / "a")
 
@@ -345,7 +345,7 @@ def test_manifest_nested_too_deeply(tmp_path):
 # Class folders
 
 
-def test_folder(tmp_path):
+def test_class_folders_are_read_and_other_files_are_listed(tmp_path):
     for name in (
         "dog/b.JPG",
         "dog/a.png",
@@ -365,7 +365,7 @@ def test_folder(tmp_path):
     assert read_folder(tmp_path, ["ant", "cat", "dog"])[0].targets.tolist() == [1, 2, 2]
 
 
-def test_folder_messages(tmp_path):
+def test_missing_empty_and_unknown_class_folders_are_refused(tmp_path):
     assert "no folders; expected one for each class" in error_of(read_folder, tmp_path)
     assert "No such file" in error_of(read_folder, tmp_path / "train")
     (tmp_path / "cat").mkdir()
