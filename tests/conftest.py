@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes checked, one thread a worker, tiny data and a run made once."""
+"""Fixtures and settings shared by all tests, such as checks of shapes and one thread per worker."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 
 from jaxtyping import install_import_hook
 
-# Before anything imports them: the shapes in their signatures are checked while the tests run.
+# Must precede their first import: checks the shapes in their signatures while the tests run.
 SHAPED = ["distributions", "forecast_scores", "forecasting", "multibox", "optimizers", "preprocess"]
 SHAPED += ["semantic_segmentation", "translation", "language_modelling", "cross_entropy"]
 SHAPED += ["image_classification", "image_task", "object_detection"]
@@ -28,8 +28,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").propagate = False  # of all that is exported: it would drown what a failure shows
-logging.getLogger("lightning.pytorch").propagate = True  # to `caplog`, whoever imported it first
+logging.getLogger("torch.__trace").propagate = False  # logs every export, which would hide the output of failures
+logging.getLogger("lightning.pytorch").propagate = True  # to `caplog`, whichever module imported it first
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +46,7 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _measured_once():
-    """Two workers keep this machine busy: an export would measure everything again and again until they do not."""
+    """Measure once: an export would repeat its measurements until the other worker leaves the machine idle."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlref.export.measure.TURNS", 1)
         yield
@@ -54,7 +54,7 @@ def _measured_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def _translations_read_once():
-    """For each export torch parses the sources of its translations to ONNX anew: most of a small network's export."""
+    """Cache the translations to ONNX: parsing their sources takes most of the export of a small network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
@@ -62,26 +62,26 @@ def _translations_read_once():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Without the checks of annotations, as users run: what the code itself refuses comes to light."""
+    """Switch off the checks of annotations, as for users, so that the code's own checks are tested."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Train in a folder of the test's own."""
+    """Run in the test's own folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])  # Lightning warns of arguments beside those of a test's own
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # else Lightning warns about pytest's arguments
 
 
 @pytest.fixture
 def bundle(tmp_path):
-    """A bundle whose answer can be read off; see `handmade`."""
+    """A bundle whose prediction is known; see `handmade`."""
     return make_bundle(tmp_path / "bundle")
 
 
 @pytest.fixture
 def command():
-    """Run a program of this checkout in a process of its own, as a user would."""
+    """Run a program of this checkout in a separate process, as a user would."""
 
     def run(*arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         program = [str(argument) for argument in arguments]

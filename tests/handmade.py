@@ -1,4 +1,4 @@
-"""A bundle without any training or exporting."""
+"""A bundle made without training or exporting."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ METADATA = {"labels": LABELS, "channels": 1, "multi_label": False, "crop": None}
 
 
 def make_bundle(folder):
-    """A bundle whose answer can be read off: P(bright) is the mean of the pixels over 255."""
+    """Write a bundle whose prediction is known: P(bright) is the mean of the pixels divided by 255."""
     nodes = [
         helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
@@ -51,7 +51,7 @@ SIGNATURE = {
 
 
 def write_manifest(folder, **changes):
-    """A manifest that fits the files as they are, but for `changes`."""
+    """Write a manifest that matches the current files, except for `changes`."""
     manifest = {
         "format": 1,
         "kind": "image-classification",

@@ -1,4 +1,4 @@
-"""How a refusal reads: a UserError of one line, with what was expected."""
+"""Checks that a refusal is a UserError of one line that says what was expected."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from dlref.runtime.errors import UserError
 
 
 def one_line(error: UserError) -> str:
-    """The message of a proper one."""
+    """Check that the message of an error is one line with an expectation, and return it."""
     message = str(error)
     assert len(message.splitlines()) == 1, message
     assert "; expected " in message, message
@@ -14,14 +14,14 @@ def one_line(error: UserError) -> str:
 
 
 def error_of(function, *arguments, **options) -> str:
-    """The message of the UserError that the call must raise."""
+    """Return the message of the UserError that the call must raise."""
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
     return one_line(caught.value)
 
 
 def answer_or_none(function, *arguments, **options):
-    """The call's answer, or None where it raises a proper UserError; any other exception escapes."""
+    """Return the call's result, or None if it raises a well-formed UserError; other exceptions propagate."""
     try:
         return function(*arguments, **options)
     except UserError as error:

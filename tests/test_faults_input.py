@@ -1,7 +1,7 @@
-"""Malformed inputs through whole commands, and readers against arbitrary bytes: a part of both.
+"""A sample of the malformed inputs to whole commands, and of the arbitrary bytes given to readers.
 
-Of the corpus (`python -m tests.faults.bad_input`, all of it in about 4 minutes) every eighth case of each source that
-needs no bundle but one made by hand, and of the readers (`python -m tests.faults.fuzz`) 50 files each.
+It has every eighth case of each source in the corpus (`python -m tests.faults.bad_input`, about 4 minutes for all),
+except sources that need an exported bundle, and 50 files for each reader (`python -m tests.faults.fuzz`).
 """
 
 import pytest
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.filterwarnings("
 
 
 def some_cases():
-    """Every eighth of each source, from its first."""
+    """Yield every eighth case of each source, starting with the first."""
     cases = bad_input.every_case()
     for family, sources in bad_input.SOURCES.items():
         for name, source in sources.items():
@@ -26,11 +26,11 @@ def larder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", list(some_cases()), ids=str)
-def test_malformed_input_ends_in_one_line_and_leaves_nothing(larder, case):
+def test_malformed_input_is_refused_in_one_line_and_changes_no_files(larder, case):
     assert bad_input.faults(case, larder.outcome(case.family, case.source, case.breaker)) == {}
 
 
-def test_a_case_fails_where_nothing_is_broken(larder):
+def test_a_case_fails_every_check_if_nothing_is_broken(larder):
     case = next(case for case in bad_input.every_case() if case.source == "make tokens")
     outcome = larder.outcome(case.family, case.source, bad_input.nothing)
     assert set(bad_input.faults(case, outcome)) == set(bad_input.CHECKS)

@@ -1,4 +1,4 @@
-"""One runner for many threads; the whole of it is `python -m tests.faults.load`."""
+"""One runner shared by many threads; `python -m tests.faults.load` is the full test."""
 
 import time
 
@@ -32,26 +32,26 @@ def check(kind, runner, folder):
     assert (result.unequal, result.refused, result.malformed) == (0, 1, 1), result.example
 
 
-def test_threads_get_the_answers_of_a_bundle_that_each_gets_alone(bundle, tmp_path):
+def test_threads_that_share_a_bundle_get_the_predictions_of_a_single_thread(bundle, tmp_path):
     check("image-classification", load(bundle), tmp_path)
 
 
 @pytest.mark.parametrize("kind", DEPLOYED)
-def test_threads_get_the_answers_that_each_gets_alone(kind, tmp_path, unchecked):
-    """Over PyTorch, for the runner is what threads could disturb, and files for onnxruntime take longer to make."""
+def test_threads_that_share_a_runner_get_the_predictions_of_a_single_thread(kind, tmp_path, unchecked):
+    """The graphs run in PyTorch: only the runner could be disturbed by threads, and ONNX files take longer to make."""
     served = DEPLOYED[kind]()
     runner = make_runner(kind, served.graphs, served.metadata)
     runner.workers = 2 if runner.spreads else 1
     check(kind, runner, tmp_path)
 
 
-def test_a_buffer_that_threads_share_is_found(bundle, tmp_path):
+def test_a_buffer_shared_by_threads_is_detected(bundle, tmp_path):
     runner = load(bundle)
     answer = runner.answer
 
     def shared(items):
         runner.items = items
-        time.sleep(1e-4)  # the others' turn
+        time.sleep(1e-4)  # let the other threads run
         return answer(runner.items)
 
     runner.answer = shared
@@ -61,7 +61,7 @@ def test_a_buffer_that_threads_share_is_found(bundle, tmp_path):
     assert "in the place of" in result.example
 
 
-def test_an_error_that_comes_only_at_times_is_found(bundle, tmp_path):
+def test_an_intermittent_error_is_detected(bundle, tmp_path):
     runner = load(bundle)
     good, bad = sources("image-classification", runner, tmp_path)
     runner.calls, answer = 0, runner.answer
@@ -78,7 +78,7 @@ def test_an_error_that_comes_only_at_times_is_found(bundle, tmp_path):
     assert result.example.startswith("RuntimeError: gone in the place of {")
 
 
-def test_memory_that_is_kept_is_found(bundle, tmp_path):
+def test_a_memory_leak_is_detected(bundle, tmp_path):
     runner = load(bundle)
     kept, answer = [], runner.answer
 
@@ -106,8 +106,8 @@ class Failing:
         raise EPFail("out of memory")
 
 
-def test_a_provider_that_fails_is_an_error_and_exchanges_no_session(bundle, capsys):
-    """onnxruntime would print, drop the session that other threads are in, and answer from one on another provider."""
+def test_a_failing_provider_raises_an_error_instead_of_falling_back(bundle, capsys):
+    """onnxruntime would print a message, drop the session that other threads use and switch to another provider."""
     graph = OnnxGraph(bundle / "classify.onnx", CPU)
     graph.session._sess = Failing(graph.session._sess)
     with pytest.raises(UserError, match=r"classify.onnx: onnxruntime refuses the input \(out of memory\)"):

@@ -1,1 +1,1 @@
-"""What goes wrong on purpose: malformed inputs through the whole commands, and readers against arbitrary bytes."""
+"""Deliberate faults: malformed and malicious inputs, arbitrary bytes, killed runs, several devices and load."""

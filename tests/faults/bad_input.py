@@ -1,10 +1,10 @@
-"""A corpus of malformed inputs for six families, each through a whole command: `python -m tests.faults.bad_input`.
+"""A corpus of malformed inputs for six families, each given to a whole command: `python -m tests.faults.bad_input`.
 
-Every source is valid data and the command that takes it: a fit over a config of configs/ cut to nothing, the export of
-a run, or a bundle on a device. Every case breaks one thing in a copy of it and has to end as CONTRIBUTING.md says: exit
-code 2, a last line on stderr that begins with "error: " and is the only one, with the words that the case lists (the
-file, the line or record, the field), no traceback, and a folder whose files are the bytes that they were. Other lines
-before the error, such as Lightning's and warnings, are permitted.
+A source is valid data and the command that takes it: a minimal fit with a config of configs/, the export of a run, or a
+bundle on a device. A case breaks one thing in a copy of the data. The command must then end as described in
+CONTRIBUTING.md: exit code 2, no traceback, unchanged files, and a single line on stderr that begins with "error: ", is
+the last line and has the words listed by the case (the file, the line or record, the field). Other lines before the
+error, such as Lightning's and warnings, are permitted.
 """
 
 import argparse
@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def export(arguments: list[str]) -> int:
-    """`export.py`, which takes its arguments from the command line and the signal that ends it."""
+    """Run `export.py`, which reads sys.argv and sets its own handler of SIGTERM."""
     specification = importlib.util.spec_from_file_location("export", ROOT / "export.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -69,9 +69,9 @@ def export(arguments: list[str]) -> int:
 
 
 class Source(NamedTuple):
-    """What writes valid input into the folder that one is in, and the command that takes it there.
+    """A function that writes valid input into the current folder, and the command that takes it there.
 
-    `needs` says what has to lie there before: nothing, or the family's "run" or "bundle".
+    `needs` names what must exist there before: nothing, or the family's "run" or "bundle".
     """
 
     make: Callable[[], object]
@@ -81,7 +81,7 @@ class Source(NamedTuple):
 
 
 def options(prefix: str, values: dict) -> list[str]:
-    """Keys of a config as a command line has them."""
+    """Return keys of a config as command-line arguments."""
     words = [
         (f"--{prefix}.{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()
     ]
@@ -102,12 +102,12 @@ TINY = {"batch_size": 2}
 
 
 def settings(**limit: int) -> list[str]:
-    """Arguments of a fit of one step, whose length the limit says."""
+    """Return the arguments of a short fit; `limit` sets its length."""
     return [*options("trainer", SHORT | limit), "--final_test", "false", "--run", "run"]
 
 
 def fit(config: str, make: Callable[[], object], network: dict, data: dict, kind: str = "") -> Source:
-    """A fit of one step. `kind` is another data module than the config's."""
+    """Return the source for a fit of one step. `kind` names a data module other than the config's."""
     chosen = ["--data", f"dlref.data.{kind}"] if kind else []
     changes = options("model.init_args.network.init_args", network) + chosen + options("data.init_args", data)
     changes += options("model.init_args", {"compile_network": False, "weights": None})
@@ -118,11 +118,11 @@ def fit(config: str, make: Callable[[], object], network: dict, data: dict, kind
     )
 
 
-# Breakers: what is wrong with the files of the folder that one is in; they may return further arguments
+# Breakers: they break files of the current folder and may return further arguments
 
 
 def put(name: str, content: str | bytes) -> Callable[[], None]:
-    """Another file in the place of one, or beside the others."""
+    """Replace or add a file."""
 
     def breaker() -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def put(name: str, content: str | bytes) -> Callable[[], None]:
 
 
 def drop(*names: str) -> Callable[[], None]:
-    """Files or folders that are not there."""
+    """Remove files or folders."""
 
     def breaker() -> None:
         for name in names:
@@ -142,7 +142,7 @@ def drop(*names: str) -> Callable[[], None]:
 
 
 def cut(name: str, size: int) -> Callable[[], None]:
-    """A file that ends after so many bytes; below zero: so many bytes too early."""
+    """Truncate a file to `size` bytes or, if `size` is negative, by as many bytes."""
 
     def breaker() -> None:
         Path(name).write_bytes(Path(name).read_bytes()[:size])
@@ -151,7 +151,7 @@ def cut(name: str, size: int) -> Callable[[], None]:
 
 
 def add(name: str, content: bytes) -> Callable[[], None]:
-    """A file that goes on."""
+    """Append to a file."""
 
     def breaker() -> None:
         Path(name).write_bytes(Path(name).read_bytes() + content)
@@ -160,7 +160,7 @@ def add(name: str, content: bytes) -> Callable[[], None]:
 
 
 def swap(name: str, old: str | bytes, new: str | bytes) -> Callable[[], None]:
-    """Another text where one stands for the first time."""
+    """Replace the first occurrence of a text."""
     old, new = (part.encode() if isinstance(part, str) else part for part in (old, new))
 
     def breaker() -> None:
@@ -172,7 +172,7 @@ def swap(name: str, old: str | bytes, new: str | bytes) -> Callable[[], None]:
 
 
 def byte(name: str, place: int, value: int) -> Callable[[], None]:
-    """Another byte at a place."""
+    """Change the byte at a place."""
 
     def breaker() -> None:
         content = bytearray(Path(name).read_bytes())
@@ -184,7 +184,7 @@ def byte(name: str, place: int, value: int) -> Callable[[], None]:
 
 
 def line(name: str, number: int, content: str | bytes) -> Callable[[], None]:
-    """Another line in the place of one, counted from 1."""
+    """Replace a line, counted from 1."""
 
     def breaker() -> None:
         lines = Path(name).read_bytes().splitlines()
@@ -195,7 +195,7 @@ def line(name: str, number: int, content: str | bytes) -> Callable[[], None]:
 
 
 def edit(name: str, change: Callable[[dict], object], number: int = 1) -> Callable[[], None]:
-    """Another JSON object in the place of one: of a file, or of one of its lines."""
+    """Change the JSON object of a file or of one of its lines."""
 
     def breaker() -> None:
         text = Path(name).read_text(encoding="utf-8")
@@ -209,42 +209,42 @@ def edit(name: str, change: Callable[[dict], object], number: int = 1) -> Callab
 
 
 def field(name: str, key: str, value: object, number: int = 1) -> Callable[[], None]:
-    """Another value of a key of a JSON object."""
+    """Set a key of a JSON object."""
     return edit(name, lambda known: known.update({key: value}), number)
 
 
 def lack(name: str, key: str, number: int = 1) -> Callable[[], None]:
-    """A JSON object without a key."""
+    """Remove a key of a JSON object."""
     return edit(name, lambda known: known.pop(key), number)
 
 
 def say(*words: str) -> Callable[[], list[str]]:
-    """Files that are as they should be, and other arguments after those of the source."""
+    """Leave the files valid, but append arguments to those of the source."""
     return lambda: list(words)
 
 
 def ask(key: str, value: object) -> Callable[[], list[str]]:
-    """Another argument of the data module."""
+    """Set an argument of the data module."""
     return say(*options("data.init_args", {key: value}))
 
 
 def start(name: str) -> Callable[[], list[str]]:
-    """Weights to start from."""
+    """Set the weights to start from."""
     return say("--model.init_args.weights", name)
 
 
 def both(*breakers: Callable[[], list[str] | None]) -> Callable[[], list[str]]:
-    """Several things, which together are one mistake."""
+    """Combine several breakers, which together make one mistake."""
     return lambda: [word for breaker in breakers for word in breaker() or []]
 
 
 def picture(mode: str, size: tuple[int, int] = (8, 6), kind: str = "PNG") -> bytes:
-    """A picture of one colour."""
+    """Return a picture of one colour."""
     return masks.encode(Image.new(mode, size), kind)
 
 
 def rows(*objects: dict) -> str:
-    """JSON Lines."""
+    """Return objects as JSON Lines."""
     return "".join(json.dumps(one) + "\n" for one in objects)
 
 
@@ -252,7 +252,7 @@ def rows(*objects: dict) -> str:
 
 
 def class_folders() -> None:
-    """Two pictures of two classes in each split."""
+    """Write two pictures of each of two classes in each split."""
     for split in ("train", "val", "test"):
         write_images(Path(split), *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(2)), size=(20, 24))
 
@@ -261,7 +261,7 @@ PLACES = [(f"{name}/{i}.png", label) for label, name in enumerate(("cat", "dog")
 
 
 def image_lists() -> None:
-    """MXNet's lists of them."""
+    """Write the class folders and MXNet's lists of their pictures."""
     class_folders()
     for split in ("train", "val"):
         lines = [f"{i}\t{label}\t{split}/{place}\n" for i, (place, label) in enumerate(PLACES)]
@@ -269,7 +269,7 @@ def image_lists() -> None:
 
 
 def image_manifests() -> None:
-    """SageMaker's augmented manifests of them."""
+    """Write the class folders and SageMaker's augmented manifests of their pictures."""
     class_folders()
     for split in ("train", "val"):
         entries = [
@@ -280,7 +280,7 @@ def image_manifests() -> None:
 
 
 def own_config() -> None:
-    """A config of one's own."""
+    """Write a user's own config."""
     shutil.copy(ROOT / "configs/lenet5_digits.yaml", "mine.yaml")
 
 
@@ -317,14 +317,14 @@ CLASSIFICATION = {
 
 
 def voc_boxes() -> None:
-    """The pictures and annotations of VOC."""
+    """Write pictures and annotations as in VOC."""
     boxes.write(Path(), "voc")
     Path("ImageSets/Main").mkdir(parents=True)
     Path("train.txt").rename("ImageSets/Main/train.txt")
 
 
 def coco_boxes() -> None:
-    """The pictures and annotations of COCO."""
+    """Write pictures and annotations as in COCO."""
     boxes.write(Path(), "coco")
     Path("JPEGImages").rename("train")
     Path("annotations").mkdir()
@@ -332,20 +332,20 @@ def coco_boxes() -> None:
 
 
 def sagemaker_boxes() -> None:
-    """The pictures and annotations of SageMaker's channels."""
+    """Write pictures and annotations as in SageMaker's channels."""
     boxes.write(Path(), "sagemaker")
     Path("JPEGImages").rename("train")
     Path("json").rename("train_annotation")
 
 
 def box_manifest() -> None:
-    """An augmented manifest beside its pictures."""
+    """Write an augmented manifest next to its pictures."""
     boxes.write(Path(), "manifest")
     Path("a.manifest").rename("JPEGImages/train.manifest")
 
 
 def detect(config: str, make: Callable[[], None], listed: str, **data: object) -> Source:
-    """Training and validation pictures are the same."""
+    """Return the source for a fit whose training and validation pictures are the same."""
     kind, network = data.pop("kind", ""), {"depth": 18, "num_classes": 2, "size": 96}
     data = {
         "root": ".",
@@ -372,13 +372,13 @@ DETECTION = {
 
 
 def masked() -> None:
-    """Two pictures and their masks, as folders, as a list and as VOC's; and a label map."""
+    """Write two pictures and their masks, as folders, as a list and as in VOC, and a label map."""
     masks.write(Path())
     Path("map.json").write_text('{"map": {"0": 0, "1": 1, "2": 2}}')
 
 
 def segment(config: str, listed: str, classes: list[str] | None, **data: object) -> Source:
-    """Training and validation pictures are the same."""
+    """Return the source for a fit whose training and validation pictures are the same."""
     kind, network = data.pop("kind", ""), {"num_classes": len(classes or masks_of_voc)}
     if config != "fcn_digit_scenes":
         network["depth"] = 18
@@ -407,36 +407,36 @@ VALUES = [float(i % 24) for i in range(len(HOURS))]
 
 
 def series_of(category: int, more: int = 0) -> dict:
-    """A week of hours, with a category and a feature that is known so much longer."""
+    """Return an hourly series of a week, with a category and a feature that is known for `more` further hours."""
     promoted = [float(i % 2) for i in range(len(VALUES) + more)]
     return {"start": DAY, "target": VALUES, "cat": [category], "dynamic_feat": [promoted]}
 
 
 def json_series() -> None:
-    """SageMaker's channels as JSON Lines: to train from, and what is to come of the same series."""
+    """Write SageMaker's channels as JSON Lines: series for training, and the same series to predict."""
     Path("train.jsonl").write_text(rows(*map(series_of, range(3))))
     Path("predict.jsonl").write_text(rows(*(series_of(i, more=4) for i in range(3))))
 
 
 def parquet_series() -> None:
-    """The same as Parquet."""
+    """Write the series for training as Parquet."""
     columns = {key: [series_of(i)[key] for i in range(3)] for key in series_of(0)}
     Path("train.parquet").write_bytes(parquet(**columns))
 
 
 def wide_series() -> None:
-    """A column for each series."""
+    """Write a table with a column for each series."""
     Path("wide.txt").write_text("".join(f"{value},{value + 1},7\n" for value in VALUES))
 
 
 def dated_series() -> None:
-    """A date and two series."""
+    """Write a table with a date and two series."""
     lines = [f"{hour},{value},{value + 1}\n" for hour, value in zip(HOURS, VALUES, strict=True)]
     Path("dated.csv").write_text("date,oil,gas\n" + "".join(lines))
 
 
 def row_series() -> None:
-    """M4's tables: what each series begins with, and what follows."""
+    """Write tables as in M4: the beginning of each series, and the values that follow."""
     for name, values in (("train.csv", VALUES), ("test.csv", VALUES[:4])):
         header = ",".join(f"V{i}" for i in range(1, 2 + len(values)))
         lines = ["".join([key, *(f",{value}" for value in values)]) for key in ("H1", "H2", "H3")]
@@ -444,7 +444,7 @@ def row_series() -> None:
 
 
 def long_series() -> None:
-    """A row for each value."""
+    """Write a table with a row for each value."""
     lines = [f"{key},{hour},{value}\n" for key in "ab" for hour, value in zip(HOURS, VALUES, strict=True)]
     Path("long.csv").write_text("item_id,timestamp,target\n" + "".join(lines))
 
@@ -485,20 +485,20 @@ VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, "a", "b", 
 
 
 def parallel() -> None:
-    """Line by line the same sentences."""
+    """Write parallel files with a sentence on each line."""
     for split in ("train", "val", "test_2016_flickr"):
         for side, lines in SENTENCES.items():
             Path(f"{split}.{side}").write_text("\n".join(lines) + "\n")
 
 
 def tabs() -> None:
-    """A sentence, a tab and a sentence on each line."""
+    """Write files with a sentence, a tab and its translation on each line."""
     for name in ("train.tsv", "val.tsv"):
         Path(name).write_text("".join(f"{a}\t{b}\n" for a, b in zip(*SENTENCES.values(), strict=True)))
 
 
 def objects() -> None:
-    """An object with both on each line."""
+    """Write files with an object of a sentence and its translation on each line."""
     pairs = [{"source": a, "target": b} for a, b in zip(*SENTENCES.values(), strict=True)]
     for name in ("train.jsonl", "val.jsonl"):
         Path(name).write_text(rows(*pairs))
@@ -508,7 +508,7 @@ GOOD_RECORD = packed([4, 5], [5, 6])
 
 
 def records() -> None:
-    """SageMaker's records of tokens and their vocabularies."""
+    """Write SageMaker's records of tokens and their vocabularies."""
     for name in ("train.rec", "val.rec"):
         Path(name).write_bytes(recordio(*[GOOD_RECORD] * 8))
     for side in ("src", "trg"):
@@ -516,7 +516,7 @@ def records() -> None:
 
 
 SEQ2SEQ = {"source_vocabulary": 300, "target_vocabulary": 300, "hidden_size": 8, "embedding_size": 8}
-SEQ2SEQ |= {"encoder": "convolutional"}  # which is exported in a tenth of the time
+SEQ2SEQ |= {"encoder": "convolutional"}  # its export takes a tenth of the time
 TWO = {"train": "train.tsv", "val": "val.tsv", "test": None, "vocabulary_size": 300}
 TRANSLATION = {
     "parallel": fit("seq2seq_multi30k_de_en", parallel, SEQ2SEQ, {"root": ".", "vocabulary_size": 300, "longest": 20}),
@@ -535,22 +535,22 @@ TRANSLATION = {
 
 # Language modelling
 
-MODULES = 99  # of which each split draws some by their names
+MODULES = 99  # assigned to the splits by their names
 STORY = "The cat sat on the mat. A dog, fast, ran: 1 2 3!\n" * 30
 
 
 def text() -> None:
-    """One text."""
+    """Write a text."""
     Path("input.txt").write_text(STORY)
 
 
 def stories() -> None:
-    """A text on each line."""
+    """Write JSON Lines with a text on each line."""
     Path("train.jsonl").write_text(rows(*[{"text": STORY}] * 3))
 
 
 def tokenised() -> None:
-    """Files of tokens and their tokeniser; and the text that they are of."""
+    """Write a text, its tokeniser and files of tokens."""
     text()
     described = make_exact([STORY], "bpe", 300)
     Path("tokenizer.json").write_text(json.dumps(described))
@@ -559,7 +559,7 @@ def tokenised() -> None:
 
 
 def sources() -> None:
-    """Sources of Python: names that lie in each split."""
+    """Write Python modules with enough names for every split."""
     for i in range(MODULES):
         put(f"library/module{i}.py", STORY)()
 
@@ -584,7 +584,7 @@ LANGUAGE = {
 
 
 def nothing() -> None:
-    """All that a command takes is there already."""
+    """Write nothing: the command's input exists already."""
 
 
 EXPORT = Source(nothing, export, ["run", "--target", "cpu", "--output", "bundle"], needs="run")
@@ -592,38 +592,38 @@ TEST = Source(nothing, train, ["test", "--config", "run/config.yaml"], needs="ru
 
 
 def on_device(make: Callable[[], object], *inputs: str) -> Source:
-    """A bundle and what it is asked."""
+    """Return the source for a bundle and its inputs."""
     return Source(make, device, ["bundle", *inputs], needs="bundle")
 
 
 def pictured() -> None:
-    """A picture to ask about."""
+    """Write a picture to predict."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     put("picture.png", masks.encode(Image.fromarray(noise)))()
 
 
 def handmade() -> None:
-    """The bundle that needs no training."""
+    """Write a picture and the bundle that needs no training."""
     pictured()
     make_bundle(Path("bundle"))
 
 
 def asked_series() -> None:
-    """A series, a request and lines of series."""
+    """Write a series, a request and lines of series."""
     Path("series.json").write_text(json.dumps(series_of(1, more=4)))
     Path("request.json").write_text(json.dumps({"instances": [series_of(0, more=4), series_of(1, more=4)]}))
     Path("lines.jsonl").write_text(rows(*(series_of(i, more=4) for i in range(3))))
 
 
 def asked_sentences() -> None:
-    """Lines of text, a request and lines of requests."""
+    """Write lines of text, a request and lines of requests."""
     Path("lines.txt").write_text("eins zwei\ndrei vier\n")
     Path("request.json").write_text(json.dumps({"instances": [{"data": "eins"}, {"data": "zwei"}]}))
     Path("lines.jsonl").write_text(rows({"source": "eins"}, {"source": "zwei"}))
 
 
 def asked_prompts() -> None:
-    """Lines of requests, and a prompt."""
+    """Write lines of requests and a prompt."""
     asked = {"inputs": "The cat", "parameters": {"max_new_tokens": 3}}
     Path("lines.jsonl").write_text(rows(asked, asked))
     Path("prompt.txt").write_text("The cat")
@@ -659,28 +659,28 @@ SOURCES = {
     "translation": TRANSLATION,
     "language modelling": LANGUAGE,
 }
-# The source whose run is exported and tested, and makes the bundle.
+# The source whose run is tested, exported and made into the bundle.
 RUNS = dict(zip(SOURCES, ("idx", "voc", "list", "json", "parallel", "text"), strict=True))
 
 
-# Cases: family -> source -> a name, what is broken, and the words that the error has to have
+# Cases: family -> source -> a name, what is broken, and words that must be in the error
 
 Row = tuple
 MANIFEST, BEST, CONFIG = "bundle/manifest.json", "run/checkpoints/best.ckpt", "run/config.yaml"
 
 
 def saved(name: str, content: object) -> Callable[[], None]:
-    """A file of torch's."""
+    """Write a file with torch.save."""
     return lambda: torch.save(content, name)
 
 
 def hashed(name: str) -> Callable[[], None]:
-    """The hash of a changed file in the manifest, as someone has it who wrote both."""
+    """Put the hash of a changed file into the manifest, as if both had the same author."""
     return edit(MANIFEST, lambda known: known["files"].update({name: sha256(Path("bundle", name))}))
 
 
 def metadata(key: str, value: object = None) -> Callable[[], None]:
-    """Other metadata of a bundle; without a value, none."""
+    """Set a key of a bundle's metadata or, without a value, remove it."""
 
     def change(known: dict) -> None:
         known["metadata"].pop(key)
@@ -691,7 +691,7 @@ def metadata(key: str, value: object = None) -> Callable[[], None]:
 
 
 def damaged(graph: str, key: str, wrong: object) -> list[Row]:
-    """What can be wrong with every bundle; `wrong` is no value of its metadata's `key`."""
+    """Return the cases for every bundle; `wrong` is an invalid value for the `key` of its metadata."""
     file = f"bundle/{graph}.onnx"
     return [
         ("a graph cut off", cut(file, -10), f"{graph}.onnx", "SHA-256 differs"),
@@ -705,7 +705,7 @@ def damaged(graph: str, key: str, wrong: object) -> list[Row]:
 
 
 def pictures_at_the_edge() -> list[Row]:
-    """What can be wrong with a picture, where a device is asked about it."""
+    """Return the cases of a picture given to a device."""
     return [
         ("no such picture", drop("picture.png"), "picture.png", "not found"),
         ("an empty picture", put("picture.png", b""), "picture.png", "cannot be decoded"),
@@ -717,7 +717,7 @@ def pictures_at_the_edge() -> list[Row]:
     ]
 
 
-# A row is a line, or two.
+# A row takes one or two lines.
 # fmt: off
 CASES: dict[str, dict[str, list[Row]]] = {
     "image classification": {
@@ -1283,7 +1283,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
 
 
 class Case(NamedTuple):
-    """A row of the table and where it stands."""
+    """A row of the table, with its family and source."""
 
     family: str
     source: str
@@ -1296,7 +1296,7 @@ class Case(NamedTuple):
 
 
 def every_case() -> list[Case]:
-    """The table, row by row."""
+    """Return the rows of the table."""
     return [
         Case(family, source, name, breaker, tuple(words))
         for family, sources in CASES.items()
@@ -1309,7 +1309,7 @@ def every_case() -> list[Case]:
 
 
 class Outcome(NamedTuple):
-    """What a command did: its exit code, what it said on stderr, and what it changed of the files."""
+    """The exit code of a command, its output on stderr and the files that it changed."""
 
     code: object
     said: str
@@ -1318,7 +1318,7 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def captured() -> Iterator[Path]:
-    """A file with all that is written to stdout and stderr, by Python and by libraries under it."""
+    """Redirect stdout and stderr, of Python and of native libraries, and yield the file with stderr."""
     with tempfile.TemporaryDirectory() as folder:
         kept = [os.dup(descriptor) for descriptor in (1, 2)]
         with open(Path(folder, "out"), "w") as out, open(Path(folder, "err"), "w", buffering=1) as err:
@@ -1334,7 +1334,7 @@ def captured() -> Iterator[Path]:
 
 
 def call(command: Callable[[list[str]], int], arguments: list[str]) -> tuple[object, str]:
-    """The exit code of a command, and what it said on stderr. What Python would print of an exception is part of it."""
+    """Return the exit code of a command and its output on stderr, including the traceback of an exception."""
     before, sys.argv = sys.argv, ["command"]
     with captured() as err:
         try:
@@ -1343,7 +1343,7 @@ def call(command: Callable[[list[str]], int], arguments: list[str]) -> tuple[obj
             code = end.code
         except KeyboardInterrupt:
             raise
-        except BaseException:  # a panic of a library in Rust is no Exception
+        except BaseException:  # a panic of a Rust library is not an Exception
             traceback.print_exc()
             code = 1
         finally:
@@ -1352,23 +1352,23 @@ def call(command: Callable[[list[str]], int], arguments: list[str]) -> tuple[obj
 
 
 def screen() -> Console:
-    """The terminal, also while stderr is captured."""
+    """Return a console for the terminal that works while stderr is captured."""
     return Console(file=os.fdopen(os.dup(2), "w"))
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder below one, with its bytes."""
+    """Return every file in a folder with its bytes, and every subfolder."""
     return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
 
 
 class Larder:
-    """Valid inputs, each made once: of every source, and the run and the bundle of every family."""
+    """Valid inputs, each made once: those of every source, and the run and the bundle of every family."""
 
     def __init__(self, scratch: Path):
         self.scratch = scratch
 
     def good(self, family: str, name: str) -> Path:
-        """A folder with valid input for a source."""
+        """Return a folder with valid input for a source."""
         folder, source = self.scratch / family / name, SOURCES[family][name]
         if not folder.exists():
             if source.needs:
@@ -1380,7 +1380,7 @@ class Larder:
         return folder
 
     def trained(self, family: str, what: str) -> Path:
-        """A folder with the family's run and its data, or with its bundle alone."""
+        """Return a folder with the family's run and its data, or only with its bundle."""
         folder = self.scratch / family / f"its {what}"
         if folder.exists():
             return folder
@@ -1397,7 +1397,7 @@ class Larder:
         return folder
 
     def outcome(self, family: str, name: str, breaker: Callable[[], list[str] | None]) -> Outcome:
-        """What a source's command does in a copy of its folder that is broken."""
+        """Run a source's command in a broken copy of its folder and return the outcome."""
         source = SOURCES[family][name]
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             folder = Path(place, "work")
@@ -1412,7 +1412,7 @@ class Larder:
 
 
 def write_bundle(folder: Path) -> None:
-    """The bundle of the run in the folder that one is in, without verification and measurement, which take minutes."""
+    """Write the bundle of the run in the current folder, without verification and measurement, which take minutes."""
     task, data = load_run(Path("run"), [])
     data.setup("validate")
     data.setup("test")
@@ -1428,7 +1428,7 @@ CHECKS = ("exit 2", "one line", "named", "nothing left")
 
 
 def faults(case: Case, outcome: Outcome) -> dict[str, str]:
-    """Which of CHECKS a case fails, with what was found."""
+    """Return the CHECKS that a case fails, each with a description of the failure."""
     lines = outcome.said.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     last = lines[-1] if lines else ""
@@ -1445,13 +1445,13 @@ def faults(case: Case, outcome: Outcome) -> dict[str, str]:
 
 
 def valid(larder: Larder, family: str, name: str) -> str:
-    """What is wrong with a source as it is; nothing, for what its command refuses has to be what a case breaks."""
+    """Return the error of a command on valid input. It must be empty, else a case would not test what it breaks."""
     outcome = larder.outcome(family, name, nothing)
     return "" if outcome.code == 0 else outcome.said
 
 
 def main() -> int:
-    """Run the corpus, print a table of the families and what failed; 1 where anything did."""
+    """Run the corpus, print a table of the families and the failures; return 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.bad_input", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     asked = parser.parse_args()
@@ -1463,7 +1463,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bad_input.") as scratch:
         larder = Larder(Path(scratch))
         for family, name in track(used, "Valid inputs", **watched):
-            # An export of what is valid would verify and measure for a minute; the bundle shows that the run is whole.
+            # A valid export would verify and measure for a minute; the family's bundle shows that its run is valid.
             if SOURCES[family][name].command is not export and (said := valid(larder, family, name)):
                 refused[f"{family}: {name}"] = said
         for case in track(cases, "Cases", **watched):
@@ -1479,7 +1479,7 @@ def main() -> int:
 
 
 def tally(cases: list[Case], failed: dict[Case, dict[str, str]]) -> None:
-    """A table: for each family, how many cases hold each of CHECKS."""
+    """Print how many cases of each family pass each of CHECKS."""
     table = Table("family", "cases", *CHECKS, box=SIMPLE_HEAD)
     for family in [*CASES, "all"]:
         own = [case for case in cases if family in (case.family, "all")]

@@ -1,11 +1,12 @@
-"""One run on one process and on two, with the same batches: losses, scores, who writes; SIGTERM, torchrun and FSDP.
+"""The same run with one process and with two: losses, scores and file writes; SIGTERM, torchrun and FSDP.
 
     python -m tests.faults.devices [FAMILY...]
 
-Each family by its own commands, with what draws per device switched off: augmentation and dropout; batch norm, whose
-statistics are a device's, is frozen. Then: the losses of all steps are those of one process within 1e-4 of their size
-(sums are taken in another order), a checkpoint's test scores are equal on one and on two devices within 1e-5 (each
-sample counts once), and only the first process opens a file of the run to write it.
+Each family runs its own commands on the same batches. Augmentation and dropout, which draw random numbers per device,
+are switched off, and batch norm, whose statistics differ by device, is frozen. The losses of all steps must then equal
+those of one process within a relative 1e-4 (sums are taken in another order), the test scores of a checkpoint must be
+equal on one and on two devices within 1e-5 (each sample counts once), and only the first process may open a file of
+the run for writing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.progress import Progress
 
 from tests.faults.families import FAMILIES, QUIET, ROOT, equal, state_of, words, write_text_file
 
-LOSS, SCORE = 1e-4, 1e-5  # of its size
+LOSS, SCORE = 1e-4, 1e-5  # relative
 PLAIN = {
     "image classification": {
         "data.init_args.pad_crop": 0,
@@ -57,7 +58,7 @@ PLAIN = {
 BATCH = {"translation": 300, "language modelling": 2, "forecasting": 8}
 TWO = {"trainer.devices": 2, "trainer.accelerator": "cpu", "trainer.strategy": "ddp"}
 
-# In every process that Python starts here: which one opens what of the run for writing.
+# Runs in every Python process started here and records which processes open a file of the run for writing.
 WATCH = """
 import os, sys
 def watch(event, arguments):
@@ -70,7 +71,7 @@ sys.addaudithook(watch)
 
 
 def arguments(family: str, run: Path, devices: int) -> list[str]:
-    """A fit of so many devices that share batches of a size."""
+    """Return the arguments of a fit; the size of the whole batch does not depend on the number of devices."""
     config, options = FAMILIES[family]
     options = {**options, **PLAIN[family], **QUIET, "run": run}
     options.pop("trainer.callbacks+", None)
@@ -81,14 +82,14 @@ def arguments(family: str, run: Path, devices: int) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread a process; the watch in each."""
+    """Return an environment with one thread per process and the watch in each process."""
     (folder / "sitecustomize.py").write_text(WATCH)
     watched = {"WATCHED": str(folder / "two"), "WRITERS": str(folder / "writers")}
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{ROOT}", **watched}
 
 
 def run(folder: Path, *command: str) -> None:
-    """A command as a user types it; RuntimeError where it fails."""
+    """Run train.py with the arguments of a user; raise RuntimeError if it fails."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *command],
         cwd=folder, env=environment(folder), capture_output=True, text=True, check=False, timeout=600,
@@ -98,20 +99,20 @@ def run(folder: Path, *command: str) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of each step."""
+    """Return the loss of each step."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
 def furthest(one: list[float], other: list[float]) -> float:
-    """The largest difference of two rows of numbers, in shares of their size."""
+    """Return the largest relative difference between two lists of numbers."""
     if len(one) != len(other):
         return math.inf
     return max(abs(a - b) / max(abs(a), abs(b), 1e-3) for a, b in zip(one, other, strict=True))
 
 
 def compared(family: str, folder: Path) -> dict[str, object]:
-    """One run on one device and on two."""
+    """Compare a run on one device with a run on two."""
     for devices, name in ((1, "one"), (2, "two")):
         run(folder, *arguments(family, folder / name, devices))
     scores = []
@@ -132,7 +133,7 @@ def compared(family: str, folder: Path) -> dict[str, object]:
 
 
 def told(folder: Path) -> str:
-    """SIGTERM to the first of two processes; both end, and the run goes on to the same."""
+    """Send SIGTERM to the first of two processes; both must end, and the resumed run must end identically."""
     words_of = arguments("language modelling", folder / "two", 2)
     long = ["--trainer.limit_train_batches", "6", "--data.init_args.batches", "6", "--trainer.max_epochs", "60"]
     run(folder, *words_of, *long)
@@ -153,7 +154,7 @@ def told(folder: Path) -> str:
 
 
 def two_machines(folder: Path) -> str:
-    """torchrun twice, as on two machines, each with one process; the losses are those of two processes on one."""
+    """Run torchrun twice, as on two machines with a process each; the weights must equal those of one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -179,12 +180,12 @@ def two_machines(folder: Path) -> str:
 
 
 def sharded(folder: Path) -> str:
-    """FSDP: two processes, each with half of every parameter, have the losses of one, and the run goes on."""
-    adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}}  # Muon's products are of whole matrices
+    """Run FSDP with half of every parameter per process, and resume; losses must equal those of one process."""
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}}  # Muon multiplies whole matrices
     parts = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
     strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": parts}
     options = ["--data.init_args.batches", "4", "--model.init_args.optimizer", json.dumps(adamw)]
-    options += ["--model.init_args.lr_scheduler", "null"]  # which would follow the number of steps
+    options += ["--model.init_args.lr_scheduler", "null"]  # it would depend on the number of steps
     shard = ["--trainer.strategy", json.dumps(strategy)]
     run(folder, *arguments("language modelling", folder / "one", 1), *options)
     run(folder, *arguments("language modelling", folder / "two", 2), *options, *shard, "--trainer.max_steps", "5")
@@ -194,7 +195,7 @@ def sharded(folder: Path) -> str:
 
 
 def main() -> int:
-    """0 where devices make no difference."""
+    """Return 0 if the number of devices makes no difference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     families, failed = parser.parse_args().families, False

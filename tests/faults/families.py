@@ -1,4 +1,4 @@
-"""A config of each family, cut down to seconds, with all that is random in it switched on; and runs in processes."""
+"""A config of each family, reduced to seconds but with all randomness switched on; and runs in separate processes."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from dlref.cli import train
 
 ROOT = Path(__file__).parents[2]
 AVERAGE = '{"class_path": "dlref.tasks.EMA", "init_args": {"decay": 0.9}}'
-# Two steps for each of the optimiser's; the network's own dropout; files that two worker processes read.
+# Among them: two steps per step of the optimiser, dropout in the network, two worker processes that read the data.
 FAMILIES = {
     "image classification": (
         "lenet5_digits",
@@ -87,12 +87,12 @@ QUIET = {
 
 
 def words(options: dict[str, object]) -> list[str]:
-    """Options as they are typed."""
+    """Return options as command-line arguments."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def fit_words(family: str, run: Path, **more: object) -> list[str]:
-    """The arguments of a fit of a family, of three epochs."""
+    """Return the arguments of a fit of a family over three epochs."""
     config, options = FAMILIES[family]
     options = {**options, **QUIET, "trainer.log_every_n_steps": 1, "trainer.max_epochs": 3, "run": run}
     options |= {"final_test": "false", **more}
@@ -100,14 +100,14 @@ def fit_words(family: str, run: Path, **more: object) -> list[str]:
 
 
 def write_text_file(folder: Path) -> None:
-    """What the language model reads."""
+    """Write the text that the language model reads."""
     (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(300)))
 
 
 def in_a_process(arguments: list[str], folder: Path, before: Callable[[], None] = lambda: None) -> int:
-    """`train.py` with these arguments, in a copy of this process: the status it ends with, or minus its signal.
+    """Run `train.py` in a copy of this process; return its exit status, or minus the signal that ended it.
 
-    Forked, for what takes long is the start of Python; what it prints goes to a file.
+    The process is forked because starting Python would take long; its output goes to a file.
     """
     child = os.fork()
     if child == 0:
@@ -130,14 +130,14 @@ def in_a_process(arguments: list[str], folder: Path, before: Callable[[], None] 
 
 
 def state_of(run: Path, name: str = "last") -> dict:
-    """What a run came to: the weights, their average, the optimiser, the schedule."""
+    """Return the final state of a run: weights, averaged weights, optimiser and schedule."""
     kept = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
     names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
     return {name: kept[name] for name in names if name in kept}
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two states are the same to the last bit."""
+    """Return whether two states are identical to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -148,13 +148,13 @@ def equal(one: object, other: object) -> bool:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """What metrics.csv says."""
+    """Return the sorted rows of metrics.csv."""
     with (run / "metrics.csv").open(newline="") as file:
         return sorted(csv.DictReader(file), key=lambda row: (int(row["step"]), str(row)))
 
 
 def differing(run: Path, whole: Path) -> list[str]:
-    """What two runs came to that is not the same."""
+    """Return the names of the results in which two runs differ."""
     found = []
     for name in ("last", "best"):
         one, other = state_of(run, name), state_of(whole, name)
@@ -163,7 +163,7 @@ def differing(run: Path, whole: Path) -> list[str]:
 
 
 def at(hook: str, number: int, given: signal.Signals) -> None:
-    """From now on a fit of this process sends itself a signal when `hook` is called for the `number`th time."""
+    """Make fits of this process send themselves a signal when `hook` is called for the `number`th time."""
     calls = Counter()
 
     def count(*_: object) -> None:
@@ -175,7 +175,7 @@ def at(hook: str, number: int, given: signal.Signals) -> None:
 
 
 def during(hook: str, action: Callable[..., None]) -> type[dlref.cli.Preflight]:
-    """The callback of a fit that also does something in one of its hooks."""
+    """Return a fit's callback class with an additional action in one of its hooks."""
     own = getattr(dlref.cli.Preflight, hook)
 
     def both(*arguments: object) -> None:

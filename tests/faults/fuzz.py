@@ -1,9 +1,9 @@
-"""Readers against bytes that nobody meant: `python -m tests.faults.fuzz --examples 2000`.
+"""Readers given corrupted and arbitrary bytes: `python -m tests.faults.fuzz --examples 2000`.
 
-Hypothesis breaks one file of a valid set: bits flipped, parts left out, put in, put over or repeated, the file cut off;
-or the file is any bytes or any text. A reader may return a value or raise a UserError of one line that names one of its
-files or folders. Anything else is a finding, shown with the smallest file that Hypothesis comes to; there the search of
-this reader ends.
+Hypothesis breaks one file of a valid set: it flips bits, removes, inserts, overwrites or repeats parts, truncates the
+file, or replaces it by arbitrary bytes or text. A reader may return a value or raise a UserError of one line that names
+one of its files or folders. Anything else is a finding, shown with the smallest file that Hypothesis finds; it ends the
+search for this reader.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BOXES, MASK, PICTURE = "Annotations/two.xml", "SegmentationClass/a.png", "JPEGIm
 
 
 class Reader(NamedTuple):
-    """What writes a valid set, the file of it that is broken, and what reads the set."""
+    """A function that writes a valid set, the file to break, and a function that reads the set."""
 
     name: str
     make: Callable[[], object]
@@ -54,7 +54,7 @@ class Reader(NamedTuple):
 
 
 def packed(make: Callable[[], object], file: str) -> Callable[[], None]:
-    """A set one of whose files is gzipped."""
+    """Make a set with one of its files gzipped."""
 
     def packed_too() -> None:
         make()
@@ -64,7 +64,7 @@ def packed(make: Callable[[], object], file: str) -> Callable[[], None]:
 
 
 def checkpoint() -> None:
-    """A checkpoint of a tiny network, without a seal, which would hide from the reader what is behind it."""
+    """Write a checkpoint of a tiny network without a seal, which would detect every change before the reader."""
     state = {"state_dict": {"network.weight": torch.zeros(2)}, "facts": {"labels": ["a"]}, "global_step": 1}
     state |= {"optimizer": {}, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
     state["pytorch-lightning_version"] = "2.6.5"
@@ -72,12 +72,12 @@ def checkpoint() -> None:
 
 
 def digits() -> None:
-    """MNIST's files."""
+    """Write MNIST's files."""
     corpus.write_idx(Path(), train=4, test=2, zipped=False)
 
 
 def cifar_batch() -> None:
-    """CIFAR-10's files, of one picture each."""
+    """Write CIFAR-10's files with one picture each."""
     corpus.write_cifar(Path(), records=1)
 
 
@@ -188,7 +188,7 @@ READERS = {
 
 
 def flipped(content: bytes, place: int, new: bytes) -> bytes:
-    """Other bits where these are set."""
+    """Flip the bits that are set in `new`."""
     part = content[place : place + len(new)]
     return content[:place] + bytes(a ^ b for a, b in zip(part, new, strict=False)) + content[place + len(part) :]
 
@@ -210,7 +210,7 @@ CHANGE = st.tuples(
 
 
 def broken(content: bytes) -> st.SearchStrategy[bytes]:
-    """A file with a change, often one alone; or any bytes, or any text."""
+    """Return a strategy for files with one or more changes, arbitrary bytes or arbitrary text."""
 
     def changed(changes: list[tuple[str, int, bytes]]) -> bytes:
         result = content
@@ -224,7 +224,7 @@ def broken(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def outcome(reader: Reader, names: set[str]) -> str:
-    """ "valid", "refused", or what is wrong with how a reader ends."""
+    """Return "valid", "refused", or a description of what is wrong with the reader's behaviour."""
     try:
         with warnings.catch_warnings(action="ignore"):
             reader.read(reader.file)
@@ -237,7 +237,7 @@ def outcome(reader: Reader, names: set[str]) -> str:
         return "refused"
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         place = error.__traceback__
         while place.tb_next:
             place = place.tb_next
@@ -247,7 +247,7 @@ def outcome(reader: Reader, names: set[str]) -> str:
 
 
 def fuzz(reader: Reader, examples: int, number: int = 0) -> tuple[Counter, str]:
-    """How often a reader returned and refused, and a finding; "" where there is none."""
+    """Return how often a reader returned or refused, and a finding, or "" if there is none."""
     ends: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="fuzz.") as folder, chdir(folder):
         reader.make()
@@ -264,7 +264,7 @@ def fuzz(reader: Reader, examples: int, number: int = 0) -> tuple[Counter, str]:
             assert end in ("valid", "refused"), f"{end}; the file: {content[:300]!r}"
 
         try:
-            with captured():  # libraries of pictures print what they think of them
+            with captured():  # image libraries print their complaints
                 run()
         except AssertionError as error:
             return ends, str(error)
@@ -272,7 +272,7 @@ def fuzz(reader: Reader, examples: int, number: int = 0) -> tuple[Counter, str]:
 
 
 def main() -> int:
-    """Fuzz every reader, print a table and the findings; 1 where there are any."""
+    """Fuzz every reader, print a table and the findings; return 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=2000, help="files for each reader (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")

@@ -1,15 +1,15 @@
-"""One runner for many threads: each answer as it is alone, and memory that stays flat.
+"""One runner shared by many threads: predictions as in a single thread, and constant memory.
 
     python -m tests.faults.load [--requests 10000] [--threads 8] [BUNDLE...]
 
-Without BUNDLE a tiny one of each family is trained and exported first. Each bundle is opened once, in a process of its
-own that never had torch. Its inputs, of different sizes and lengths, some of them lists, are answered one at a time;
-then the threads ask for them in a mixed order, and each answer has to be the same to the last bit. One request in 100
-is malformed and has to raise the UserError that it raises alone.
+Without BUNDLE, a tiny bundle of each family is trained and exported first. Each bundle is opened once, in a separate
+process that never imported torch. Inputs of different sizes and lengths, some of them lists, are predicted one at a
+time; then the threads request them in random order, and each prediction must be identical to the last bit. One request
+in 100 is malformed and must raise the same UserError as on its own.
 
-Memory is the resident set, looked at after every 500 requests. It is flat where it grows by less than 3 MB over the
-second half of them: with 10,000 that is 0.6 kB of each. In the first half the allocator's arenas, of which each thread
-has one, come to their sizes. The exit code is 1 where anything is otherwise.
+Memory is the resident set, sampled after every 500 requests. It counts as flat if it grows by less than 3 MB over the
+second half of the requests: with 10,000 requests, by 0.6 kB for each. During the first half, the allocator's arenas,
+one per thread, reach their sizes. The exit code is 1 if any check fails.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from dlref.runtime.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 GROWTH = 3  # MB
-EVERY = 500  # requests, after which memory is looked at
-MALFORMED = 100  # one request in so many
+EVERY = 500  # requests between samples of the memory
+MALFORMED = 100  # one in this many requests is malformed
 INPUTS, LISTS = 45, 5
 LETTERS = list(string.ascii_letters + string.digits + " .-")
 REFUSED = "UserError: "
@@ -50,7 +50,7 @@ FEW = {
     **{"max_epochs": 1, "limit_train_batches": 3, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
     **{"precision": "32-true", "enable_progress_bar": False, "enable_model_summary": False},
 }
-TINY = {  # configs, and what makes their data and their answers small
+TINY = {  # configs, and the options that make their data and predictions small
     "lenet5_digits": {},
     "ssd_digit_scenes": {DATA: {"train": 32, "held_out": 8}},
     "fcn_digit_scenes": {DATA: {"train": 32, "held_out": 8, "image_size": 32}},
@@ -70,13 +70,13 @@ TINY = {  # configs, and what makes their data and their answers small
 
 
 class Written(NamedTuple):
-    """A prompt whose text is asked for piece by piece."""
+    """A prompt whose continuation is streamed."""
 
     prompt: str
 
 
 def pictures(runner: Runner, folder: Path) -> tuple[list, list]:
-    """Noise of any size, as arrays and as files."""
+    """Return noise images of various sizes, as arrays and as files."""
     generator, channels = np.random.default_rng(0), runner.metadata["channels"]
     good: list[Any] = [
         generator.integers(0, 256, (*size, channels), dtype=np.uint8) for size in generator.integers(8, 80, (INPUTS, 2))
@@ -89,7 +89,7 @@ def pictures(runner: Runner, folder: Path) -> tuple[list, list]:
 
 
 def series(runner: Runner, folder: Path) -> tuple[list, list]:
-    """Series of any length, alone and in requests for other paths."""
+    """Return series of various lengths, alone and in requests for sample paths."""
     generator, known = np.random.default_rng(0), runner.metadata
 
     def one(points: int) -> dict:
@@ -113,12 +113,12 @@ def series(runner: Runner, folder: Path) -> tuple[list, list]:
 
 
 def words(length: int, seed: int) -> str:
-    """Letters of a text; most tokenisers know some of them."""
+    """Return a text of random letters; most tokenisers know some of them."""
     return "".join(np.random.default_rng(seed).choice(LETTERS, length)) + "a"
 
 
 def sentences(runner: Runner, folder: Path) -> tuple[list, list]:
-    """Texts, alone and in SageMaker's requests."""
+    """Return texts, alone and in SageMaker's requests."""
     most = min(runner.longest, 60) - 2
     good: list[Any] = [words(1 + i * most // INPUTS, i) for i in range(INPUTS)]
     for i in range(0, INPUTS, 5):
@@ -127,7 +127,7 @@ def sentences(runner: Runner, folder: Path) -> tuple[list, list]:
 
 
 def prompts(runner: Runner, folder: Path) -> tuple[list, list]:
-    """Prompts, requests with settings, and texts that come piece by piece."""
+    """Return requests with settings, and prompts whose continuation is streamed."""
     good: list[Any] = [words(i, i) for i in range(INPUTS)]
     for i, text in enumerate(good):
         settings = {"max_new_tokens": 1 + i % 20, "top_k": i % 4, "temperature": i % 3, "stop": ["e"] * (i % 2)}
@@ -147,7 +147,7 @@ MAKERS: dict[str, Callable[[Runner, Path], tuple[list, list]]] = {
 
 
 def sources(kind: str, runner: Runner, folder: Path) -> tuple[list, list]:
-    """What a runner of a kind answers, and what it refuses; lists of several among both. Files go into `folder`."""
+    """Return valid and invalid inputs for a runner, both including lists; files are written to `folder`."""
     good, bad = MAKERS[kind](runner, folder)
     lists = [good[i : i + 2 + i // LISTS] for i in range(0, LISTS * LISTS, LISTS)]
     return good + lists, [*bad, [good[1], bad[0]]]
@@ -157,7 +157,7 @@ def sources(kind: str, runner: Runner, folder: Path) -> tuple[list, list]:
 
 
 class Result(NamedTuple):
-    """What came of requests; memory in MB, sample by sample; one answer that differs, if any does."""
+    """Counts of the outcomes of requests, samples of the memory in MB, and an example of a wrong outcome, if any."""
 
     requests: int
     threads: int
@@ -169,7 +169,7 @@ class Result(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it has to be."""
+        """Whether all checks hold."""
         return not self.unequal and self.refused == self.malformed and self.flat
 
     @property
@@ -179,14 +179,14 @@ class Result(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Memory after the first half."""
+        """Memory in MB after the first half."""
         return self.memory[(len(self.memory) - 1) // 2]
 
 
 def hammer(
     runner: Runner, good: list, bad: list, requests: int, threads: int, watched: Callable[[Iterable], Iterable] = iter
 ) -> Result:
-    """Ask a runner from several threads; `watched` passes the samples on and may show how far they are."""
+    """Send requests to a runner from several threads; `watched` wraps the loop over samples, to show progress."""
     asked = [*good, *bad]
     alone = [outcome(runner, source) for source in asked]
     if [told.startswith(REFUSED) for told in alone] != [False] * len(good) + [True] * len(bad):
@@ -209,7 +209,7 @@ def hammer(
 
 
 def mixed(good: int, bad: int, requests: int) -> tuple[np.ndarray, int]:
-    """Which source each request asks, the bad ones numbered behind the good ones, and how many are bad."""
+    """Return the source of each request, with bad sources numbered after good ones, and the number of bad requests."""
     generator, malformed = np.random.default_rng(0), requests // MALFORMED
     order = generator.integers(good, size=requests)
     order[generator.choice(requests, malformed, replace=False)] = generator.integers(good, good + bad, malformed)
@@ -217,21 +217,21 @@ def mixed(good: int, bad: int, requests: int) -> tuple[np.ndarray, int]:
 
 
 def outcome(runner: Runner, source: Any) -> str:
-    """An answer or an error as a text, equal only where all that was answered is."""
+    """Return a prediction or an error as text, which is equal only if all values are."""
     try:
         answer = list(runner.written(source.prompt)) if isinstance(source, Written) else runner(source)
-    except Exception as error:  # whatever a fault between threads raises is to be counted, not to stop the others
+    except Exception as error:  # count any error caused by threads, without stopping the others
         return f"{type(error).__name__}: {error}"
     return json.dumps(answer, default=lambda array: f"{array.dtype}{array.shape} {sha256(array)}")
 
 
 def sha256(array: np.ndarray) -> str:
-    """Of its values: masks have many."""
+    """Return the hash of an array's values; masks have too many to print."""
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def resident() -> float:
-    """The memory of this process, in MB."""
+    """Return the memory of this process, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -240,7 +240,7 @@ def resident() -> float:
 
 
 def make(name: str, folder: Path) -> Path:
-    """Train and export a config of TINY, in a process that may hold torch."""
+    """Train and export a config of TINY, in a process that may import torch."""
     from dlref.cli import load_run, train
     from dlref.export.bundle import export
     from dlref.export.targets import TARGETS
@@ -248,7 +248,7 @@ def make(name: str, folder: Path) -> Path:
     changes = TINY[name] | {"trainer": FEW}
     options = [f"--{part}.{key}={value}" for part, values in changes.items() for key, value in values.items()]
     config, run = f"{ROOT}/configs/{name}.yaml", folder / "run"
-    sys.argv = sys.argv[:1]  # the front door reads it too
+    sys.argv = sys.argv[:1]  # the command line reads it too
     if train(["fit", f"--config={config}", f"--run={run}", "--final_test=false", *options]):
         raise UserError(f"{config}: not trained; expected options that it has in TINY")
     export(*load_run(run, []), TARGETS["cpu"], folder / "bundle", contenders=())
@@ -256,7 +256,7 @@ def make(name: str, folder: Path) -> Path:
 
 
 def loaded(bundle: Path, requests: int, threads: int) -> tuple[str, Result]:
-    """The kind of a bundle, and what came of requests to it."""
+    """Return the kind of a bundle and the result of requests to it."""
     kind, runner = read_manifest(bundle)["kind"], load(bundle)
     with tempfile.TemporaryDirectory() as folder:
         good, bad = sources(kind, runner, Path(folder))
@@ -264,13 +264,13 @@ def loaded(bundle: Path, requests: int, threads: int) -> tuple[str, Result]:
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """Call a function in a process of its own."""
+    """Call a function in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def table(results: list[tuple[str, Result]]) -> Table:
-    """A row for each bundle."""
+    """Return a table with a row for each bundle."""
     titles = ("family", "requests", "threads", "unequal", "refused", "first MB", "half MB", "end MB", "")
     drawn = Table(*(Column(title, no_wrap=True) for title in titles), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for kind, one in results:
@@ -284,7 +284,7 @@ console = Console(stderr=True)
 
 
 def main() -> int:
-    """0, 1 where an answer differs, an error is another or memory grows, 2 where a bundle is refused."""
+    """Return 0, or 1 if a prediction or error differs or memory grows, or 2 if a bundle is refused."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE", help="(default: tiny ones, made here)")
     parser.add_argument("--requests", type=positive, default=10_000)

@@ -1,10 +1,10 @@
-"""Kill a fit with SIGKILL at random places, resume it, and compare with the run that nobody killed, bit for bit.
+"""Kill a fit with SIGKILL at random places, resume it and compare it with an uninterrupted run, bit for bit.
 
     python -m tests.faults.resume [--kills 20] [FAMILY...]
 
-Each family of a few steps (`families`), with augmentation, dropout, average weights, accumulated gradients or worker
-processes. Half of the runs keep last.ckpt after every step, the others only after validation. What has to be equal:
-weights, their average, optimiser and schedule of last.ckpt and of best.ckpt, and the rows of metrics.csv.
+Each family runs for a few steps (`families`), with augmentation, dropout, averaged weights, accumulated gradients or
+worker processes. Half of the runs save last.ckpt after every step, the others only after validation. The weights,
+averaged weights, optimiser and schedule of last.ckpt and best.ckpt must be equal, and the rows of metrics.csv.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HOOKS = (
 
 
 def killed(family: str, folder: Path, chance: random.Random, every_step: bool) -> str:
-    """One kill somewhere, and the resumption: how it went."""
+    """Kill a run at a random place, resume it and return the outcome."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     more = {"checkpoint_minutes": 0 if every_step else 10}
@@ -39,7 +39,7 @@ def killed(family: str, folder: Path, chance: random.Random, every_step: bool) -
     number = chance.randint(1, 18)
     status = in_a_process(fit_words(family, run, **more), folder, lambda: at(hook, number, signal.SIGKILL))
     if status == 0:
-        return "ended before"  # the hook is called less often
+        return "ended before"  # the hook is called fewer times than `number`
     if status != -signal.SIGKILL:
         return f"status {status}"
     resumes = (run / "checkpoints" / "last.ckpt").exists()
@@ -52,7 +52,7 @@ def killed(family: str, folder: Path, chance: random.Random, every_step: bool) -
 
 
 def tally(family: str, kills: int, seed: int = 0) -> Counter:
-    """How many of the kills left a run that came to the same."""
+    """Return the number of kills with each outcome."""
     counts, chance = Counter(), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,7 +70,7 @@ def tally(family: str, kills: int, seed: int = 0) -> Counter:
 
 
 def main() -> int:
-    """0 where every run that was killed came to the same."""
+    """Return 0 if every resumed run equals the uninterrupted one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--kills", type=int, default=20)

@@ -1,11 +1,11 @@
-"""What a spot instance meets: SIGTERM, checkpoints that are damaged, a disk that is full; each run goes on to the same.
+"""Faults of a spot instance (SIGTERM, damaged checkpoints, a full disk), after which each run resumes identically.
 
     python -m tests.faults.spot [--times 20]
 
-SIGTERM comes to fits of every family at random steps: last.ckpt has to be of that step (of the next step of the
-optimiser, or of the end of a validation that is due), the status 75, and the resumed run bit for bit that which nobody
-stopped. A last.ckpt is cut off, emptied, removed or has one bit turned: the one before it is used, one line says so.
-The disk is a small tmpfs in a name space of its own (`unshare`).
+Fits of every family get SIGTERM at random steps: last.ckpt must be of that step (or of the optimiser's next step, or of
+the end of a validation that is due), the exit status 75, and the resumed run identical to an uninterrupted one, bit for
+bit. A last.ckpt is truncated, emptied, removed or has one bit flipped: the previous checkpoint is used and one line
+says so. The full disk is a small tmpfs in a separate namespace (`unshare`).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dlref.training.run_folder import checkpoint_of
 from dlref.training.seal import damage
 from tests.faults.families import FAMILIES, at, differing, fit_words, in_a_process, write_text_file
 
-FAMILY = "image classification"  # where one will do
+FAMILY = "image classification"  # used if one family is enough
 STEPS = 6  # of an epoch, in all families
 
 
@@ -38,7 +38,7 @@ STEPS = 6  # of an epoch, in all families
 
 
 def told(family: str, folder: Path, number: int) -> str:
-    """SIGTERM in the step of a number, and the resumption: how it went."""
+    """Send SIGTERM in a given step, resume the run and return the outcome."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     status = in_a_process(fit_words(family, run), folder, lambda: at("on_train_batch_start", number, signal.SIGTERM))
@@ -55,7 +55,7 @@ def told(family: str, folder: Path, number: int) -> str:
 
 
 def sigterm(folder: Path, times: int, chance: random.Random) -> Counter:
-    """Each family so many times."""
+    """Interrupt each family `times` times and count the outcomes."""
     counts = Counter()
     for family in track(FAMILIES, "SIGTERM", transient=True):
         shutil.rmtree(folder / "whole", ignore_errors=True)
@@ -69,29 +69,29 @@ def sigterm(folder: Path, times: int, chance: random.Random) -> Counter:
 
 
 def cut(path: Path, chance: random.Random) -> None:
-    """Keep the beginning."""
+    """Truncate a file at a random place."""
     os.truncate(path, chance.randrange(1, path.stat().st_size - 100))
 
 
 def empty(path: Path, chance: random.Random) -> None:
-    """Keep nothing."""
+    """Empty a file."""
     os.truncate(path, 0)
 
 
 def turn(path: Path, chance: random.Random) -> None:
-    """Turn one bit of what is sealed."""
+    """Flip one bit of the sealed content."""
     data = bytearray(path.read_bytes())
     data[chance.randrange(len(data) - 80)] ^= 1 << chance.randrange(8)
     path.write_bytes(data)
 
 
 def remove(path: Path, chance: random.Random) -> None:
-    """As where the process was killed between two renames."""
+    """Remove a file, as if the process had been killed between two renames."""
     path.unlink()
 
 
 def damaged(folder: Path, times: int, chance: random.Random) -> Counter:
-    """Damages that are found, of each kind; of each one run that goes on."""
+    """Count how often each kind of damage is found; for each kind, resume one run."""
     whole, run = folder / "whole", folder / "run"
     shutil.rmtree(whole, ignore_errors=True)
     in_a_process(fit_words(FAMILY, whole), folder)
@@ -114,7 +114,7 @@ def damaged(folder: Path, times: int, chance: random.Random) -> Counter:
 
 
 def goes_on(run: Path, whole: Path, folder: Path) -> str:
-    """Resume a run, once: how it went."""
+    """Resume a run and return the outcome."""
     (folder / "output.txt").unlink()
     status = in_a_process(fit_words(FAMILY, run, checkpoint_minutes=0, ckpt_path="last"), folder)
     lines = [line for line in (folder / "output.txt").read_text().splitlines() if "using previous.ckpt" in line]
@@ -126,12 +126,12 @@ def goes_on(run: Path, whole: Path, folder: Path) -> str:
 
 
 def full(folder: Path, times: int, chance: random.Random) -> Counter:
-    """Fits on a disk that is too small for them; then it grows, and they go on."""
+    """Count the outcomes of fits on a disk that is too small, resumed after the disk has grown."""
     counts, disk = Counter(), folder / "disk"
     disk.mkdir()
     in_a_process(fit_words(FAMILY, folder / "whole"), folder)
     for _ in range(times):
-        size = chance.randint(800, 3000)  # KB; the run takes four checkpoints of 750, one of them in the making
+        size = chance.randint(800, 3000)  # KB; the run needs four checkpoints of 750, including one being written
         mounted("-t", "tmpfs", "-o", f"size={size}k", "none", str(disk))
         (folder / "output.txt").unlink()
         status = in_a_process(fit_words(FAMILY, disk / "run", checkpoint_minutes=0), folder)
@@ -152,16 +152,16 @@ def full(folder: Path, times: int, chance: random.Random) -> Counter:
 
 
 def mounted(*arguments: str) -> None:
-    """`mount` with these arguments."""
+    """Run `mount` with these arguments."""
     subprocess.run(["mount", *arguments], check=True)
 
 
 def own_mounts() -> bool:
-    """Leave the name space of mounts that others see, where the system lets us."""
+    """Enter a private namespace of mounts, if the system permits it; return whether it did."""
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
         root = os.getuid() == 0
-        private = 1 << 18 | 1 << 14  # MS_PRIVATE, MS_REC: what is mounted here stays here
+        private = 1 << 18 | 1 << 14  # MS_PRIVATE, MS_REC: mounts stay in this namespace
         return root and libc.unshare(0x00020000) == 0 and libc.mount(None, b"/", None, private, None) == 0
     return False
 
@@ -170,7 +170,7 @@ PARTS: dict[str, Callable[[Path, int, random.Random], Counter]] = {"SIGTERM": si
 
 
 def main() -> int:
-    """0 where nothing was lost."""
+    """Return 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=20, help="of each family, kind of damage, and size of disk")
     options = parser.parse_args()

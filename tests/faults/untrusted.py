@@ -1,13 +1,13 @@
-"""Files that somebody else made to do harm, through the commands as a person types them.
+"""Malicious files, given to the commands that a user types.
 
     python -m tests.faults.untrusted [WORD]
 
-Checkpoints, weights, configs, tokenisers, bundles and inputs: each attack tries to run code that touches a canary, to
-read a secret or to write outside of its own folder. WORD runs only those that have it in their names. The exit code is
-1 where anything got through, or where what is to notice it did not notice what was done on purpose.
+The files are checkpoints, weights, configs, tokenisers, bundles and inputs. Each attack tries to run code that touches
+a canary, to read a secret or to write outside its own folder. WORD runs only the attacks that have it in their names.
+The exit code is 1 if an attack succeeds, or if the watch misses a violation made on purpose.
 
-What runs in Python is seen by an audit hook. Native code raises no such event: that the secret was read shows in its
-time of access, and in what was answered or written.
+An audit hook sees what Python does. Native code raises no audit events: a read of the secret shows in its access time
+and in the output or the files written.
 """
 
 # ruff: noqa: E402 (three imports come after the path on which they are)
@@ -61,15 +61,15 @@ from dlref.runtime.__main__ import main as runtime
 from dlref.runtime.text import SPECIAL
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # whichever way this is started, it finds these
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # found however this module is started
 
 from handmade import LABELS, METADATA, make_bundle, write_manifest
 from test_damaged_bundles import DAMAGE
 
 import export
 
-SECRET, ESCAPE = "canary-5f1c0a7e", "\x1b]0;owned\x07"  # what must not leave its file, and what no terminal may get
-MODULE = "dlref_canary"  # installed like any package; whoever imports it runs code
+SECRET, ESCAPE = "canary-5f1c0a7e", "\x1b]0;owned\x07"  # must not leave its file; must not reach a terminal
+MODULE = "dlref_canary"  # importable like an installed package; importing it runs code
 SHORT = {
     **{"trainer.max_epochs": 1, "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 2},
     **{"trainer.enable_progress_bar": False, "trainer.enable_model_summary": False, "final_test": False},
@@ -81,7 +81,7 @@ CONFIG = ROOT / "configs" / "lenet5_digits.yaml"
 
 
 class Place(NamedTuple):
-    """Where an attack happens: its own `folder`, with a `run` to poison, and what lies outside of it."""
+    """The place of an attack: its own `folder`, with a `run` to poison, and a folder `outside` of it."""
 
     folder: Path
     run: Path
@@ -89,19 +89,19 @@ class Place(NamedTuple):
 
     @property
     def canary(self) -> Path:
-        """Touched by every payload."""
+        """The file touched by every payload."""
         return self.outside / "canary"
 
     @property
     def secret(self) -> Path:
-        """Valid as YAML and as text."""
+        """A file that is valid as YAML and as text."""
         return self.outside / "secret.yaml"
 
 
 class Attack(NamedTuple):
-    """`make` prepares the files and answers what is typed: the command and its arguments.
+    """An attack. `make` prepares its files and returns the command and its arguments.
 
-    `expected`: refused, in one line and with the exit code 2; or harmless, where the malicious part is ignored.
+    `expected` is "refused" (in one line, with the exit code 2) or "harmless" (the malicious part is ignored).
     """
 
     group: str
@@ -111,7 +111,7 @@ class Attack(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of an attack: how it ended, and each problem as (kind, what)."""
+    """The outcome of an attack: how it ended, and each problem as (kind, description)."""
 
     ended: str
     problems: list[tuple[str, str]]
@@ -127,13 +127,13 @@ KINDS = {
 
 # The watch
 
-LIBRARIES = {  # where Python and its packages, the system's settings, fonts and devices may be read
+LIBRARIES = {  # may be read: Python, its packages, the system's settings, fonts and devices
     *(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     *map(os.path.realpath, [*site.getsitepackages(), ROOT, "/proc", "/sys", "/dev", "/etc", "/usr/share", "/usr/lib"]),
-    *(os.path.realpath(path) for path in sys.path if path.endswith(".zip")),  # where Python would lie in one piece
+    *(os.path.realpath(path) for path in sys.path if path.endswith(".zip")),  # a zipped standard library
 }
 RUNS_CODE = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pickle.find_class"}
-# How jsonargparse's reader of type stubs asks Python for its own path; nothing in it comes from a config.
+# jsonargparse's reader of type stubs asks Python for its path this way; nothing in it comes from a config.
 ASKS_WHERE = [sys.executable, "-c", "import sys, json; print(json.dumps(sys.path))"]
 NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request"}
 CHANGES = {  # events, and which of their arguments are paths
@@ -145,16 +145,16 @@ CHANGES = {  # events, and which of their arguments are paths
 
 
 class Watch:
-    """What Python does between `on` and `off`, judged by where it does it."""
+    """An audit hook that records what Python does outside of the permitted folders during `on`."""
 
     def __init__(self):
         self.own: Path | None = None  # the one folder that may be changed; None: not watching
         self.problems: list[tuple[str, str]] = []
-        sys.addaudithook(self)  # for ever: none can be removed
+        sys.addaudithook(self)  # permanent: audit hooks cannot be removed
 
     @contextlib.contextmanager
     def on(self, own: Path) -> Iterator[list[tuple[str, str]]]:
-        """The problems seen while this is open."""
+        """Watch within this context; yield the list of problems."""
         self.problems, self.own = [], own
         try:
             yield self.problems
@@ -162,7 +162,7 @@ class Watch:
             self.own = None
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        own, self.own = self.own, None  # not what the judgement itself does
+        own, self.own = self.own, None  # ignore events of the check itself
         try:
             if own and (problem := judged(event, arguments, own)):
                 self.problems.append(problem)
@@ -171,7 +171,7 @@ class Watch:
 
 
 def judged(event: str, arguments: tuple, own: Path) -> tuple[str, str] | None:
-    """The kind of problem that an event is, and what happened; None where it is none."""
+    """Return the kind and description of the problem that an event is, or None if it is harmless."""
     if event in RUNS_CODE and arguments[1:2] != (ASKS_WHERE,):
         return "executed", f"{event} {arguments[:2]}"
     if event == "compile" and "canary" in str(arguments[0]):
@@ -192,7 +192,7 @@ def judged(event: str, arguments: tuple, own: Path) -> tuple[str, str] | None:
 
 
 def below(path: object, folders: set[str]) -> bool:
-    """Whether a path is one of the folders or in one of them; a descriptor was judged when it was opened."""
+    """Return whether a path is one of the folders or in one; a descriptor was checked when it was opened."""
     if isinstance(path, int):
         return True
     real = os.path.realpath(os.fsdecode(path))
@@ -209,7 +209,7 @@ SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM
 
 
 def queued() -> int:
-    """train.py, as a job of SLURM."""
+    """Run train.py as a SLURM job."""
     with mock.patch.dict(os.environ, SLURM):
         return train(sys.argv[1:])
 
@@ -218,7 +218,7 @@ DOORS = {"export": export.main, "runtime": lambda: runtime(sys.argv[1:]), "slurm
 
 
 def typed(words: list[str]) -> int:
-    """The exit code of a command: export, runtime, or one of train.py's."""
+    """Run a command (export, runtime, or a subcommand of train.py) and return its exit code."""
     handler = signal.getsignal(signal.SIGTERM)  # export.py sets its own
     try:
         with mock.patch.object(sys, "argv", [words[0], *(words[1:] if words[0] in DOORS else [])]):
@@ -230,7 +230,7 @@ def typed(words: list[str]) -> int:
 
 
 def at(folder: Path, base: Path | None) -> Place:
-    """A fresh place: a copy of the run that `base` holds, a secret, a module that is a canary, nothing else."""
+    """Make a place with only a copy of the run in `base`, a secret and a module that touches the canary."""
     place = Place(folder / "own", folder / "own" / "run", folder / "outside")
     place.folder.mkdir(parents=True)
     place.outside.mkdir()
@@ -242,9 +242,9 @@ def at(folder: Path, base: Path | None) -> Place:
 
 
 def watched(place: Place, command: Callable[[], object]) -> tuple[str, list[tuple[str, str]]]:
-    """Run a command in its place; what it printed to both streams, and all that it did wrong."""
+    """Run a command in its place; return what it printed to both streams, and the problems."""
     before = files(place.folder)
-    os.utime(place.secret, ns=(0, place.secret.stat().st_mtime_ns))  # a file is read when its time of access moves
+    os.utime(place.secret, ns=(0, place.secret.stat().st_mtime_ns))  # reading the file changes its access time
     outside = {path: path.stat().st_mtime_ns for path in place.outside.iterdir()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(place.folder))
@@ -272,7 +272,7 @@ def watched(place: Place, command: Callable[[], object]) -> tuple[str, list[tupl
 
 @contextlib.contextmanager
 def shown() -> Iterator[list[str]]:
-    """In the end, the one text that a terminal would have shown: of Python, of its loggers, and of native code."""
+    """Yield a list that at the end holds the text for the terminal: of Python, its loggers and native code."""
     text: list[str] = []
     streams, kept = {1: sys.stdout, 2: sys.stderr}, {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", newline="") as file:
@@ -294,14 +294,14 @@ def shown() -> Iterator[list[str]]:
 
 
 def files(folder: Path) -> dict[Path, int]:
-    """Every file below a folder, and when it changed."""
+    """Return every file in a folder with its time of modification."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
 
 
 def attacked(attack: Attack, folder: Path, base: Path) -> Outcome:
-    """Make the files of an attack, run it, and judge it."""
+    """Make the files of an attack, run it and return the outcome."""
     place = at(folder, base)
-    with warnings.catch_warnings(action="ignore"):  # of formats that are no longer written
+    with warnings.catch_warnings(action="ignore"):  # about outdated formats
         command, ended = attack.make(place), {}
 
     def run() -> None:
@@ -312,7 +312,7 @@ def attacked(attack: Attack, folder: Path, base: Path) -> Outcome:
 
     printed, problems = watched(place, run)
     code, errors = ended["code"], [line for line in printed.splitlines() if line.startswith("error: ")]
-    uncoloured = re.sub(r"\x1b\[[\d;]*m", "", printed)  # onnxruntime's log is in colours
+    uncoloured = re.sub(r"\x1b\[[\d;]*m", "", printed)  # onnxruntime's log is coloured
     if any(unicodedata.category(letter) == "Cc" and letter not in "\n\r\t" for letter in uncoloured):
         problems.append(("other", "a control character reached the terminal"))
     if code == 2 and len(errors) == 1 and "Traceback" not in printed:
@@ -325,7 +325,7 @@ def attacked(attack: Attack, folder: Path, base: Path) -> Outcome:
     return Outcome(how, list(dict.fromkeys(problems)))
 
 
-# Checkpoints: code in a pickle, in each place where one can hide
+# Checkpoints: code in a pickle, in every possible place
 
 CHECKPOINTS = Path("run", "checkpoints")
 TEST = ["test", "--config", "run/config.yaml"]
@@ -338,7 +338,7 @@ FIT = ["fit", "--config", str(CONFIG), "--run", "new", *SHORTLY]
 
 
 class Bomb:
-    """Calls a function when it is unpickled."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: object):
         self.call = function, arguments
@@ -348,12 +348,12 @@ class Bomb:
 
 
 def touches(place: Place) -> Bomb:
-    """The payload that most attacks have."""
+    """Return the payload of most attacks."""
     return Bomb(os.system, f"touch {place.canary}")
 
 
 def opens(place: Place) -> str:
-    """The payload as Python."""
+    """Return the payload as Python code."""
     return f"open({str(place.canary)!r}, 'w')"
 
 
@@ -385,18 +385,18 @@ GADGETS: dict[str, Callable[[Place], object]] = {
 
 
 def saved(value: object) -> bytes:
-    """What torch.save writes."""
+    """Return the bytes that torch.save writes."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
 
 
 def nested(bomb: object) -> list:
-    """Far down in containers that are allowed."""
+    """Hide a bomb deep in permitted containers."""
     return [OrderedDict(a=({"b": [torch.Size([1]), bomb]},))]
 
 
-# name -> how a checkpoint (a dict) and a bomb become what is saved, and the command that meets it
+# name -> a function of a checkpoint (a dict) and a bomb that returns the object to save, and the command that loads it
 PLACES: dict[str, tuple[Callable[[dict, object], object], list[str]]] = {
     "the top": (lambda state, bomb: bomb, TEST),
     "a weight": (lambda state, bomb: state | {"state_dict": state["state_dict"] | {"network.c1.weight": bomb}}, EXPORT),
@@ -417,17 +417,17 @@ PLACES: dict[str, tuple[Callable[[dict, object], object], list[str]]] = {
 
 
 def legacy(state: object, path: Path) -> None:
-    """As before torch 1.6."""
+    """Save in the format before torch 1.6."""
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
 def plain(state: object, path: Path) -> None:
-    """A pickle and nothing around it."""
+    """Save a bare pickle."""
     path.write_bytes(pickle.dumps(state))
 
 
 def ancient(state: object, path: Path) -> None:
-    """The tar of before torch 0.2, each of its parts a pickle (CVE-2025-32434)."""
+    """Save as the tar archive before torch 0.2, each part of it a pickle (CVE-2025-32434)."""
     with tarfile.open(path, "w") as tar:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             entry = tarfile.TarInfo(name)
@@ -437,7 +437,7 @@ def ancient(state: object, path: Path) -> None:
 
 
 def replaced(state: object, path: Path, more: str = "") -> None:
-    """A proper archive whose data.pkl is another, and with `more` a file of that name."""
+    """Save a valid archive with its data.pkl replaced and, with `more`, an additional file of that name."""
     torch.save({}, path)
     with zipfile.ZipFile(path) as old:
         entries = {entry.filename: old.read(entry) for entry in old.infolist()}
@@ -448,12 +448,12 @@ def replaced(state: object, path: Path, more: str = "") -> None:
 
 
 def scripted(state: object, path: Path) -> None:
-    """TorchScript: a program."""
+    """Save TorchScript, which is a program."""
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
 
 
 def objects(state: object, path: Path) -> None:
-    """NumPy's format with a pickle in it."""
+    """Save NumPy's format with a pickle in it."""
     with path.open("wb") as file:
         np.save(file, np.array([state], dtype=object), allow_pickle=True)
 
@@ -472,7 +472,7 @@ FORMATS: dict[str, Callable[[object, Path], None]] = {
 def poisoned(
     place: Place, bomb: object, into: str = "best", put: Callable = PLACES["the top"][0], save: Callable = torch.save
 ) -> Path:
-    """A checkpoint of the run with a bomb in it."""
+    """Put a bomb into a checkpoint of the run and return its path."""
     path = place.folder / CHECKPOINTS / f"{into}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = torch.load(path, weights_only=True) if path.exists() else {}
@@ -481,7 +481,7 @@ def poisoned(
 
 
 def checkpoint(command: list[str], bomb: Callable[[Place], object] = touches, **how: Any) -> Callable:
-    """A run whose checkpoint is poisoned, both of them where it is resumed."""
+    """Return a maker that poisons the checkpoint read by a command."""
 
     def make(place: Place) -> list[str]:
         poisoned(place, bomb(place), into="last" if command is RESUME else "best", **how)
@@ -491,46 +491,46 @@ def checkpoint(command: list[str], bomb: Callable[[Place], object] = touches, **
 
 
 def by_slurm(place: Place) -> list[str]:
-    """Where a queue of SLURM restarts a job, Lightning itself looks for a checkpoint in the run's folder."""
+    """Poison the checkpoint that Lightning itself looks for in the run's folder when SLURM restarts a job."""
     poisoned(place, touches(place)).replace(place.run / "hpc_ckpt_1.ckpt")
     return ["slurm", *FIT, "--run", "run", "--overwrite", "true"]
 
 
 def huge(place: Place) -> Bomb:
-    """A tensor of a trillion numbers over a storage of one."""
+    """Return a tensor of a trillion numbers in a storage of one number."""
     storage = torch.zeros(1).untyped_storage()
     typed_storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     return Bomb(torch._utils._rebuild_tensor_v2, typed_storage, 0, (1 << 40,), (1,), False, OrderedDict())
 
 
 def merged(change: dict, state: dict, bomb: object) -> dict:
-    """A checkpoint without a bomb, and with other parts."""
+    """Return a checkpoint without a bomb but with changed parts."""
     return state | change
 
 
 def weight(state: dict, value: object) -> dict:
-    """A checkpoint with another first weight."""
+    """Return a checkpoint with another first weight."""
     return PLACES["a weight"][0](state, value)
 
 
 def removing(state: dict, path: str) -> dict:
-    """A checkpoint whose best one so far is another file, to be removed when a better one comes."""
+    """Return a checkpoint that names `path` as its best one, to be removed when a better one is saved."""
     (known,) = (kept for name, kept in state["callbacks"].items() if name.startswith("BestCheckpoint"))
     worst = torch.tensor(-1.0)
     known |= {"best_k_models": {path: worst}, "best_model_path": path, "kth_best_model_path": path, "kth_value": worst}
     known["best_model_score"] = worst
-    del known["dirpath"]  # else Lightning looks whether the run has moved
+    del known["dirpath"]  # else Lightning checks whether the run has moved
     return state
 
 
 def module_outside(place: Place) -> str:
-    """Below the folder of checkpoints, by its letters."""
+    """Return a path outside that begins with the folder of checkpoints."""
     return f"{place.folder.resolve() / CHECKPOINTS}/../../../outside/{MODULE}.py"
 
 
 TWO = {"batches": torch.tensor([1, 2]), "accumulated": 1, "validated": True, "seed": 0}
 
-# What is no code, and not what a checkpoint holds either.
+# Values that are neither code nor valid in a checkpoint.
 MALFORMED: dict[str, tuple[dict[str, object], list[str]]] = {
     "facts that are a list": ({"facts": [1]}, TEST),
     "weights that are a list": ({"state_dict": [1]}, TEST),
@@ -548,7 +548,7 @@ MALFORMED: dict[str, tuple[dict[str, object], list[str]]] = {
 
 
 def checkpoints() -> Iterator[Attack]:
-    """Each gadget, place and format."""
+    """Yield an attack for each gadget, place and format."""
     doors = (TEST, EXPORT, RESUME, PREDICT, VALIDATE)
     for i, (name, gadget) in enumerate(GADGETS.items()):
         put = PLACES["containers"][0]
@@ -576,7 +576,7 @@ def checkpoints() -> Iterator[Attack]:
 
 
 def weights(name: str, write: Callable[[Place, Path], object]) -> Callable[[Place], list[str]]:
-    """A fit that starts from a file."""
+    """Return a maker of a fit that starts from a file of weights."""
 
     def make(place: Place) -> list[str]:
         write(place, place.folder / name)
@@ -586,26 +586,26 @@ def weights(name: str, write: Callable[[Place, Path], object]) -> Callable[[Plac
 
 
 def tensors(header: object, data: bytes = bytes(64), length: int | None = None) -> Callable[[Place, Path], object]:
-    """A file of safetensors, well formed or not."""
+    """Return a writer of a safetensors file, which may be malformed."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     content = struct.pack("<Q", len(text) if length is None else length) + text + data
     return lambda place, path: path.write_bytes(content)
 
 
 def tensor(shape: list[int], start: int, end: int, kind: str = "F32") -> dict:
-    """An entry of their header."""
+    """Return an entry of a safetensors header."""
     return {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
 
 
 def inflated(place: Place, path: Path) -> None:
-    """An archive that is a thousand times what its file is."""
+    """Write an archive that inflates to a thousand times its size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", bytes(64 << 20))
         file.writestr("archive/version", "3\n")
 
 
 def poisoned_run(place: Place) -> list[str]:
-    """Weights from the folder of a run."""
+    """Poison a run and fit with weights from its folder."""
     poisoned(place, touches(place))
     return [*FIT, "--model.init_args.weights", "run"]
 
@@ -626,7 +626,7 @@ HEADERS: dict[str, Callable[[Place, Path], object]] = {
 
 
 def weight_files() -> Iterator[Attack]:
-    """Each kind of file that weights are in."""
+    """Yield attacks for each format of weights."""
     for suffix in ("pt", "pth", "bin"):
         yield Attack(
             "weights",
@@ -650,7 +650,7 @@ def weight_files() -> Iterator[Attack]:
 
 
 def of(url: str) -> list[str]:
-    """The argument that names weights."""
+    """Return the option that names the weights."""
     return ["--model.init_args.weights", url]
 
 
@@ -666,12 +666,12 @@ def put(config: dict, key: str, value: object) -> None:
 
 
 def filled(text: str, place: Place) -> str:
-    """The places that an attack names."""
+    """Fill in the placeholders of an attack."""
     return text.replace("@OUTSIDE@", str(place.outside)).replace("@CANARY@", opens(place))
 
 
 def config(changes: dict[str, object], first: str = "") -> Callable[[Place], list[str]]:
-    """A config with some keys changed, and with some YAML before the others."""
+    """Return a maker of a config with some keys changed and with `first` as YAML at the top."""
 
     def make(place: Place) -> list[str]:
         changed = yaml.safe_load(CONFIG.read_text())
@@ -684,7 +684,7 @@ def config(changes: dict[str, object], first: str = "") -> Callable[[Place], lis
 
 
 def config_of_a_run(command: list[str], key: str, value: object) -> Callable[[Place], list[str]]:
-    """The config that a run wrote, changed by somebody."""
+    """Return a maker that changes a key in the config of a run."""
 
     def make(place: Place) -> list[str]:
         path = place.run / "config.yaml"
@@ -697,13 +697,13 @@ def config_of_a_run(command: list[str], key: str, value: object) -> Callable[[Pl
 
 
 def nested_config_of_a_run(place: Place) -> list[str]:
-    """Brackets in brackets."""
+    """Put deeply nested brackets into the config of a run."""
     (place.run / "config.yaml").write_text(f"model: {'[' * 5000}{']' * 5000}\n")
     return EXPORT
 
 
 def named(path: str, /, **arguments: object) -> dict:
-    """A class and its arguments, as a config has them."""
+    """Return a class and its arguments as in a config."""
     return {"class_path": path, "init_args": arguments}
 
 
@@ -711,7 +711,7 @@ NETWORK_KEY, OPTIMIZER, SCHEDULE = (f"model.init_args.{name}" for name in ("netw
 TOUCH = {"command": "touch @OUTSIDE@/canary"}
 BUILT = "lightning.pytorch."
 
-# Where a class or a function can be named, and what is named there: nothing of it is in the allow-list.
+# Places where a class or function can be named, each with one that is not in the allow-list.
 CLASSES: dict[str, dict[str, object]] = {
     "os.system, the model": {"model": named("os.system", **TOUCH)},
     "os.system, the network": {NETWORK_KEY: named("os.system", **TOUCH)},
@@ -757,16 +757,16 @@ CLASSES: dict[str, dict[str, object]] = {
 
 
 def called(path: str, /, **arguments: object) -> dict[str, object]:
-    """A function that is called while a callback is made, with arguments of the config's choice."""
+    """Return a config for a function that is called, with given arguments, while a callback is made."""
     return {"trainer.callbacks": [named(f"{BUILT}callbacks.LambdaCallback", on_fit_start=named(path, **arguments))]}
 
 
 def callback(name: str, /, **arguments: object) -> dict[str, object]:
-    """One of Lightning's."""
+    """Return a config for a callback of Lightning."""
     return {"trainer.callbacks": [named(f"{BUILT}callbacks.{name}", **arguments)]}
 
 
-# What is in the allow-list and can do harm all the same.
+# Classes and functions that are in the allow-list but can do harm.
 FETCHED = {"urls": ["file://@OUTSIDE@/secret.yaml"], "path": "@OUTSIDE@/new", "md5": "0" * 32}
 WITHIN: dict[str, dict[str, object]] = {
     "a download": called("dlref.data.download.fetch", **FETCHED),
@@ -810,7 +810,7 @@ WITHIN: dict[str, dict[str, object]] = {
     "the log of another program": {"trainer.default_root_dir": "@OUTSIDE@"},
 }
 
-# Other files and settings that a config refers to, and YAML's own ways.
+# References from a config to other files and settings, and features of YAML.
 REFERENCES: dict[str, tuple[dict[str, object], str]] = {
     "a config in the place of the model": ({"model": "@OUTSIDE@/secret.yaml"}, ""),
     "a config in the place of the network": ({NETWORK_KEY: "@OUTSIDE@/secret.yaml"}, ""),
@@ -838,7 +838,7 @@ REFERENCES: dict[str, tuple[dict[str, object], str]] = {
 
 
 def configs() -> Iterator[Attack]:
-    """Each of the tables, and the config that a run wrote."""
+    """Yield the attacks of the tables, and those on the config of a run."""
     for name, changes in (CLASSES | WITHIN).items():
         yield Attack("config", name, config(changes))
     for name, (changes, first) in REFERENCES.items():
@@ -866,7 +866,7 @@ BPE |= {"decoder": None, "truncation": None, "padding": None}
 
 
 def tokenizer(content: object) -> Callable[[Place], list[str]]:
-    """A fit on texts whose tokeniser comes from a file."""
+    """Return a maker of a fit on texts whose tokeniser is read from a file."""
 
     def make(place: Place) -> list[str]:
         (place.folder / "text.txt").write_text("a text to train from\n" * 50)
@@ -881,7 +881,7 @@ def tokenizer(content: object) -> Callable[[Place], list[str]]:
 
 
 def vocabulary(numbers: object) -> Callable[[Place], list[str]]:
-    """A fit on SageMaker's tokens, whose vocabularies are files."""
+    """Return a maker of a fit on SageMaker's tokens, whose vocabularies are read from files."""
 
     def make(place: Place) -> list[str]:
         for side in ("src", "trg"):
@@ -922,7 +922,7 @@ TOKENIZERS: dict[str, object] = {
 
 
 def tokenizers() -> Iterator[Attack]:
-    """Each table."""
+    """Yield the attacks by tokenisers and vocabularies."""
     for name, content in TOKENIZERS.items():
         yield Attack("tokeniser", name, tokenizer(content))
     ways = CHARACTERS | {"tokens": [*CHARACTERS["tokens"], ESCAPE, "../../outside/new"]}
@@ -936,11 +936,11 @@ def tokenizers() -> Iterator[Attack]:
         yield Attack("tokeniser", f"a vocabulary with {name}", vocabulary(numbers))
 
 
-# Bundles, and what they are asked
+# Bundles and their inputs
 
 
 def bundle(change: Callable[[Path], object], *more: str) -> Callable[[Place], list[str]]:
-    """A bundle that was changed, asked about a picture; see `handmade`."""
+    """Return a maker of a changed bundle that gets a picture; see `handmade`."""
 
     def make(place: Place) -> list[str]:
         change(make_bundle(place.folder / "bundle"))
@@ -951,7 +951,7 @@ def bundle(change: Callable[[Path], object], *more: str) -> Callable[[Place], li
 
 
 def graph(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], object]:
-    """Another graph, by someone who also wrote the manifest."""
+    """Return a function that changes the graph and writes a matching manifest."""
 
     def damage(folder: Path) -> None:
         model = onnx.load(folder / "classify.onnx")
@@ -963,12 +963,12 @@ def graph(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], objec
 
 
 def hard_link(folder: Path) -> None:
-    """A weight in a file that is the secret under another name (CVE-2026-34446)."""
+    """Add a file for a weight that is a hard link to the secret (CVE-2026-34446)."""
     os.link(folder.parent.parent / "outside" / "secret.yaml", folder / "weights.bin")
 
 
 def external(location: str) -> Callable[[onnx.ModelProto], object]:
-    """A weight whose bytes lie elsewhere."""
+    """Return a function that stores the bytes of a weight in another file."""
 
     def change(model: onnx.ModelProto) -> None:
         white = next(tensor for tensor in model.graph.initializer if tensor.name == "white")
@@ -980,22 +980,22 @@ def external(location: str) -> Callable[[onnx.ModelProto], object]:
 
 
 def strange_operator(model: onnx.ModelProto) -> None:
-    """An error of onnxruntime repeats its name."""
+    """Give an operator an escape as its name, which an error of onnxruntime repeats."""
     model.graph.node[0].op_type = model.graph.node[0].name = ESCAPE
 
 
 def strange_output(model: onnx.ModelProto) -> None:
-    """An error of ours repeats its name."""
+    """Give an output an escape as its name, which an error of dlref repeats."""
     model.graph.node[-1].output[0] = model.graph.output[0].name = ESCAPE
 
 
 def labelled(*labels: str) -> Callable[[Path], object]:
-    """Other names of the classes."""
+    """Return a function that renames the classes."""
     return lambda folder: write_manifest(folder, metadata=METADATA | {"labels": list(labels)})
 
 
 def language_bundle(place: Place, tokens: list[str]) -> None:
-    """A language model that writes its fifth token again and again."""
+    """Write a bundle of a language model that generates the first token after the special ones, repeatedly."""
     shapes = {"tokens": ["b", "t"], "back": ["b", "w"], "length": ["b"]}
     past = {"key_0": ["b", 1, "p", 1], "value_0": ["b", 1, "p", 1]}
     outputs = {"logits": ["b", "w", len(tokens)], "present": [1, 2, "b", 1, "t", 1]}
@@ -1035,7 +1035,7 @@ def language_bundle(place: Place, tokens: list[str]) -> None:
 
 
 def told(tokens: list[str], *asked: str) -> Callable[[Place], list[str]]:
-    """What a language model of somebody's is asked."""
+    """Return a maker of a language bundle with these tokens and its command line."""
 
     def make(place: Place) -> list[str]:
         language_bundle(place, [*SPECIAL, *tokens])
@@ -1046,7 +1046,7 @@ def told(tokens: list[str], *asked: str) -> Callable[[Place], list[str]]:
 
 
 def picture(content: bytes, name: str = "input.png") -> Callable[[Place], list[str]]:
-    """An input that is a file of somebody's."""
+    """Return a maker of a bundle that gets a malicious file as its input."""
 
     def make(place: Place) -> list[str]:
         make_bundle(place.folder / "bundle")
@@ -1057,7 +1057,7 @@ def picture(content: bytes, name: str = "input.png") -> Callable[[Place], list[s
 
 
 def listed(name: str) -> Callable[[Place], list[str]]:
-    """A manifest of pictures that names one elsewhere."""
+    """Return a maker of a fit on a manifest that names a picture elsewhere."""
 
     def make(place: Place) -> list[str]:
         (place.folder / "a.manifest").write_text(json.dumps({"source-ref": name, "class": 1}) + "\n")
@@ -1072,12 +1072,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A part of a PNG."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def bundles() -> Iterator[Attack]:
-    """The damaged ones of another test, and those that it has not."""
+    """Yield the damaged bundles of test_damaged_bundles, and others."""
     for name, (damage, _) in DAMAGE.items():
         yield Attack("bundle", name, bundle(damage))
     for name, change in {
@@ -1104,7 +1104,7 @@ def bundles() -> Iterator[Attack]:
 
 
 def inputs() -> Iterator[Attack]:
-    """What a device is given to answer for, and pictures that a list names."""
+    """Yield malicious inputs for a device, and lists that name pictures elsewhere."""
     yield Attack("input", "a request whose text is a file's name", told(["a"], "request.json"), "harmless")
     yield Attack("input", "PostScript", picture(POSTSCRIPT, "input.eps"))
     yield Attack("input", "PostScript that is called a PNG", picture(POSTSCRIPT))
@@ -1116,7 +1116,7 @@ def inputs() -> Iterator[Attack]:
 
 
 def honest() -> Iterator[Attack]:
-    """Nobody's attack: were these refused, so would the others be, whatever is in them."""
+    """Yield harmless files: if these were refused, refusing the malicious ones would prove nothing."""
     yield Attack("honest", "a checkpoint", lambda place: VALIDATE, "harmless")
     yield Attack("honest", "a checkpoint to go on from", lambda place: RESUME, "harmless")
     yield Attack("honest", "weights", weights("a.pt", in_torch), "harmless")
@@ -1128,12 +1128,12 @@ def honest() -> Iterator[Attack]:
 
 
 def in_torch(place: Place, path: Path) -> None:
-    """Weights as this project's tests have them."""
+    """Save weights with torch.save."""
     torch.save(LeNet5(10, activation="relu").state_dict(), path)
 
 
 def in_safetensors(place: Place, path: Path) -> None:
-    """Weights as others publish them."""
+    """Save weights as safetensors."""
     save_file(LeNet5(10, activation="relu").state_dict(), path)
 
 
@@ -1143,11 +1143,11 @@ ATTACKS = {
 }
 
 
-# The control: what is done on purpose has to be noticed
+# The control: violations made on purpose must be detected
 
 
 def make_base(folder: Path) -> Path:
-    """The run that attacks poison, trained here; the second time around, so that libraries have cached what they do."""
+    """Train the run that the attacks poison. This also fills the libraries' caches, so that attacks do not."""
     (folder / "cache").mkdir(parents=True)
     os.environ["MPLCONFIGDIR"] = str(folder / "cache")
     with shown():
@@ -1158,7 +1158,7 @@ def make_base(folder: Path) -> Path:
 
 
 def controls(place: Place) -> dict[str, tuple[str, Callable[[], object]]]:
-    """What has to be noticed: name -> its kind, and how it is done."""
+    """Return violations that must be detected: name -> the kind of problem, and a function that causes it."""
     return {
         "a checkpoint that is unpickled": (
             "executed",
@@ -1177,7 +1177,7 @@ def controls(place: Place) -> dict[str, tuple[str, Callable[[], object]]]:
 
 
 def missed(folder: Path) -> list[str]:
-    """The things done on purpose that were not noticed."""
+    """Return the names of the deliberate violations that were not detected."""
     names = controls(at(folder / "names", None))
     unseen = []
     for number, name in enumerate(names):
@@ -1190,7 +1190,7 @@ def missed(folder: Path) -> list[str]:
 
 
 def quietly(act: Callable[[], object]) -> None:
-    """Do it, whatever it says."""
+    """Call a function and ignore its errors."""
     with contextlib.suppress(Exception):
         act()
 
@@ -1199,7 +1199,7 @@ def quietly(act: Callable[[], object]) -> None:
 
 
 def main(word: str = "") -> int:
-    """0, or 1 where an attack got through or the watch is blind."""
+    """Return 0, or 1 if an attack succeeds or the watch misses a violation."""
     console, outcomes = Console(), {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve()
@@ -1210,14 +1210,14 @@ def main(word: str = "") -> int:
             shutil.rmtree(folder / str(number))
     console.print(tally(outcomes))
     for name, outcome in outcomes.items():
-        for kind, what in dict(reversed(outcome.problems)).items():  # the first of each kind
+        for kind, what in dict(reversed(outcome.problems)).items():  # only the first of each kind
             console.print(f"{name}: {KINDS[kind]}: {what!r}", markup=False, soft_wrap=True)
     console.print(f"done on purpose and not noticed: {', '.join(unseen) or 'nothing'}")
     return int(bool(unseen) or any(outcome.problems for outcome in outcomes.values()))
 
 
 def tally(outcomes: dict[str, Outcome]) -> Table:
-    """A row for each group."""
+    """Return a table with a row for each group."""
     table = Table(
         Column("group", no_wrap=True),
         "attacks",
