@@ -155,7 +155,7 @@ def well_formed_or_none(function, *arguments, **options):
     return listing
 
 
-# Whole sets
+# Good sets
 
 
 @pytest.mark.parametrize("kind", FORMATS)

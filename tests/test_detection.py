@@ -179,7 +179,7 @@ def test_sizes_without_a_layout_are_refused(unchecked):
 
 
 def test_published_vgg_weights_load_into_the_base(tmp_path, caplog):
-    theirs = published.vgg16(init_weights=False)  # drawn once, not twice
+    theirs = published.vgg16(init_weights=False)  # skips a second initialisation
     torch.save(theirs.state_dict(), tmp_path / "vgg16.pth")
     network = SSDVGG16(3)
     fresh = load_weights(network, tmp_path / "vgg16.pth")
@@ -857,7 +857,7 @@ def test_bundle_detections_match_pytorch(exported):
             n = expected["count"][i]
             np.testing.assert_allclose(scores, expected["scores"][i, :n], atol=1e-4)
             same = np.abs(boxes - expected["boxes"][i, :n]).max(axis=1) < 1e-2
-            assert same.mean() > 0.98  # neighbours of equal score may change places
+            assert same.mean() > 0.98  # detections of almost equal scores may swap places
             assert (labels == expected["labels"][i, :n]).mean() > 0.98
 
 
@@ -933,7 +933,7 @@ def test_box_decoding_stays_float_when_the_network_is_quantised(exported, tmp_pa
 
 def test_the_detection_configs_exist_and_use_a_single_size():
     names = {path.stem for path in (ROOT / "configs").glob("ssd*.yaml")}
-    assert names >= {  # and others may be added
+    assert names >= {  # others may be added
         "ssd_digit_scenes",
         "ssd300_vgg16_bccd",
         "ssd300_resnet50_bccd",

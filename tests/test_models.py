@@ -110,7 +110,7 @@ def test_googlenet_equals_torchvision(training):
     assert count(ours) == count(theirs) == 13_004_888
     ours.train(training)
     theirs.train(training)
-    theirs.training = True  # its own flag alone decides whether it returns the auxiliary logits
+    theirs.training = True  # only its own flag decides whether it returns the auxiliary logits
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         logits, aux1, aux2 = ours(x)

@@ -57,7 +57,7 @@ def test_a_config_parses_builds_and_fits_together(config, monkeypatch, tmp_path)
         cli.claim.roll_back()
 
     monkeypatch.setattr(TrainCLI, "_run_subcommand", build_only)
-    arguments = ["--trainer.precision", "32-true"]  # mixed precision warns where there is no GPU
+    arguments = ["--trainer.precision", "32-true"]  # mixed precision warns without a GPU
     with torch.device("meta"):  # no weights are drawn: only shapes and class weights are checked
         assert train(["fit", "--config", str(config), *arguments]) == 0
     task = built["task"].to_empty(device="cpu")

@@ -192,7 +192,7 @@ def test_averages_are_computed_in_float32_under_autocast():
 
 
 def test_pspnet_has_the_parameter_count_of_the_papers_parts():
-    """ResNet-50, four 1x1 convolutions to 512, a 3x3 from 4096 to 512, and the heads, each norm with two vectors."""
+    """ResNet-50, four 1x1 convolutions to 512, a 3x3 from 4096 to 512, and the heads, with two vectors per norm."""
     with torch.device("meta"):
         network, base = PSPNet(50, 21), ResNet(50)
     trunk = count(base) - (2048 * 1000 + 1000)

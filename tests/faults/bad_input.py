@@ -24,7 +24,7 @@ from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests import each other by name, as pytest has them
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests import each other by name, as under pytest
 
 import numpy as np
 import test_box_listings as boxes
