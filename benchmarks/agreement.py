@@ -1,7 +1,7 @@
 """Compare a run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
 
 For a classifier, PyTorch predicts for the loader's batches, as `train.py test` does, and the bundle predicts for
-separate images through the runner that a device uses. The output is how many labels differ, and how far apart
+the same images through the runner that a device uses. The output is how many labels differ, and how far apart
 probabilities are. For any other task it is the metric (for detection all that COCO reports) of PyTorch and of the
 bundle, both through that runner.
 """
@@ -18,7 +18,7 @@ from dlref.tasks.task import Task
 
 
 def labels(task: Task, batches, bundle: Path) -> list[str]:
-    """Compare a classifier's labels and probabilities, image by image."""
+    """Compare a classifier's labels and probabilities."""
     runner, names = load(bundle), task.facts["labels"]
     images_seen = differing = correct = 0
     error = 0.0

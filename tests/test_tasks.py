@@ -229,6 +229,14 @@ def test_auxiliary_heads_add_to_the_training_loss():
     torch.testing.assert_close(task.training_step((images, targets), 0), expected)
 
 
+def test_auxiliary_heads_do_not_add_to_the_validation_loss(tmp_path):
+    task = classifier(Linear(), auxiliary_weight=0.7)
+    (scores,) = trainer(tmp_path).validate(task, datamodule=Pixels(), verbose=False)
+    images, targets = Pixels().set.tensors
+    main, _ = task(images)
+    assert scores["val/loss"] == pytest.approx(F.cross_entropy(main, targets).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_mixup_and_cutmix_give_each_image_targets_that_sum_to_one(options, tmp_path):
     task = classifier(**options)

@@ -102,7 +102,7 @@ def check_class_ids(where: str | Path, labels: np.ndarray, classes: int) -> None
 
 
 def image_path(root: str | Path, name: Any, where: str) -> str:
-    """Return the path of an image below `root`. Raises UserError at `where` if `name` is not a valid name."""
+    """Return the path of an image, relative to `root` unless absolute. Raises UserError at `where` if not a path."""
     if not isinstance(name, str) or not is_line(name):
         raise UserError(f"{where}: image {shorten(name)}; expected a path")
     return os.path.join(root, name)

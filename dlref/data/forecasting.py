@@ -261,7 +261,8 @@ class SageMakerSeries(ForecastingData):
     Args:
         train: series to train on; each list in a record's `dynamic_feat` is as long as its target.
         test: the same series with the points to forecast at their ends, or others; by default, the ends of `train`.
-        predict: series to forecast, with `prediction_length` more values in `dynamic_feat`; by default, `test`.
+        predict: series to forecast beyond their ends, with `prediction_length` more values in `dynamic_feat`; by
+            default, those of `test` if they have no `dynamic_feat`.
         windows: further arguments of `ForecastingData`.
     """
 

@@ -219,7 +219,7 @@ class PythonSources(Texts):
         self.root = Path(root or sysconfig.get_paths()["stdlib"])
 
     def texts(self) -> dict[str, list[str]]:
-        """Read the files. Those not in UTF-8, such as Python's own tests of encodings, are counted and left out."""
+        """Read the files. Those that are not in UTF-8 or cannot be read are counted and left out."""
         found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         refused = 0
         for path in sorted(self.root.rglob("*.py")):

@@ -36,7 +36,7 @@ def read_sagemaker(
         images: the folder that `file` is relative to.
         annotations: the folder of the JSON files, which are read in the order of their names.
         classes: the class names of the training pictures, by class id; None: the names in `categories`, or the ids
-            if no file has names.
+            if no file has names. If any class has a name, a box of a class without one is an error.
         on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     names = dict(enumerate(classes or []))
@@ -76,7 +76,7 @@ def read_box_manifest(
         root: the folder that `source-ref` is relative to; None: the manifest's own folder.
         label_attribute: the key of the boxes; None: the only key besides `source-ref` and `*-metadata`.
         classes: the class names of the training pictures, by class id; None: the names in the metadata's `class-map`,
-            or the ids if no line has names.
+            or the ids if no line has names. If any class has a name, a box of a class without one is an error.
         on_bad_box: how to treat a box that has no area or is not within its picture.
     """
     root = Path(path).parent if root is None else root
