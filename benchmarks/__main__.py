@@ -9,8 +9,8 @@
 Each benchmark has a process of its own, and needs the machine for itself. Figures are saved after each of them.
 `reproduce` writes nothing. It returns 1 if a row is outside its spread, and 2 if a row cannot be compared.
 
-DLREF_DATA names the folder of the data sets, JOEYNMT_PYTHON an interpreter that has JoeyNMT. Without them, benchmarks
-that need them are skipped.
+DLREF_DATA names the folder of the data sets (default: data), JOEYNMT_PYTHON an interpreter that has JoeyNMT. Benchmarks
+whose data or interpreter is missing are skipped.
 """
 
 import argparse

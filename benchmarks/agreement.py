@@ -1,7 +1,7 @@
 """Compare a run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
 
-For a classifier, PyTorch predicts for the loader's batches, as `train.py test` does, and the bundle predicts for
-the same images through the runner that a device uses. The output is how many labels differ, and how far apart
+For a classifier, PyTorch predicts for the loader's batches, as `train.py test` does, and the bundle predicts through
+the runner that a device uses, which makes its own batches. The output is how many labels differ, and how far apart
 probabilities are. For any other task it is the metric (for detection all that COCO reports) of PyTorch and of the
 bundle, both through that runner.
 """

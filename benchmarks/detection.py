@@ -48,7 +48,7 @@ def heads(batch: int, boxes: int, trained: bool) -> tuple[Tensor, Tensor]:
 def detections(title: str, theirs: torch.nn.Module, own: SSDVGG16, trained: bool) -> Rows:
     """Time the decoding from the outputs of the heads to detections.
 
-    All sides must find the same number of detections, and for about as many candidates the same scores.
+    All sides must find the same number of detections; with 12 candidates per class, the scores must be the same too.
     """
     detect = Detections(0.01, 0.45, 200).to(DEVICE)
     offsets, logits = heads(DECODED, len(own.anchors), trained)

@@ -7,7 +7,7 @@ cache. A config's bundle is exported from the run that the config's own benchmar
 published sizes have random weights; their speed and memory are those of trained networks. "Model" is the size of the
 bundle's graphs or of PyTorch's weights, "installed" that of the packages needed for predictions. PyTorch is the default
 wheel, from `pip install torch`, whose CUDA libraries cost memory and disk on a machine without a GPU, too.
-TORCH_CPU_PYTHON names an interpreter that has the wheel without these libraries, numpy, onnxruntime and pillow. It is a
+TORCH_CPU_PYTHON names an interpreter that has numpy, onnxruntime, pillow and the wheel without these libraries. It is a
 contender of its own, whose speed is left out because its version may differ.
 """
 

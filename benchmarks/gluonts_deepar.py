@@ -1,4 +1,4 @@
-"""Score GluonTS's DeepAR on the data of a run, in the same way: `python -m benchmarks.gluonts_deepar RUN --seed 0`.
+"""Train GluonTS's DeepAR on a run's data and score it like the run: `python -m benchmarks.gluonts_deepar RUN --seed 0`.
 
 GluonTS trains on the same series (everything before the test windows, as it does not validate), with the same context
 length and with as many windows in as many steps as the run's config. Everything else is its default: two LSTM layers of

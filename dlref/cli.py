@@ -157,7 +157,7 @@ class TrainCLI(LightningCLI):
         scratch = command == "fit" and asked is None
         taken = SLURMEnvironment.detect() and (scratch or command != "fit")
         if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
-            raise UserError(f"{path}: Lightning would load it whatever --ckpt_path is; expected it in another folder")
+            raise UserError(f"{path}: Lightning would load it unasked under SLURM; expected it in another folder")
         return None if scratch else checkpoint_of(self.run, asked)
 
     def prepare_profile(self) -> None:
@@ -196,7 +196,7 @@ class TrainCLI(LightningCLI):
             *([Progress()] if given.enable_progress_bar is not False else []),
             *([NetworkSummary()] if given.enable_model_summary is not False else []),
         ]
-        kwargs |= {"default_root_dir": self.run, "plugins": [], "enable_model_summary": False}  # Lightning's table
+        kwargs |= {"default_root_dir": self.run, "plugins": [], "enable_model_summary": False}  # not Lightning's
         # When SLURM requeues a job, Lightning would write a checkpoint that it later prefers to all others.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]

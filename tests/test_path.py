@@ -446,7 +446,7 @@ def test_own_texts_give_the_same_predictions_in_the_test_and_at_the_edge(command
         refuses(arguments, complaint, capsys)
     assert runtime(["bundle", "eins zwei", "request.json", "--overlay", "maps"]) == 2
     drawn = capsys.readouterr()
-    assert "a request with several texts cannot be drawn" in drawn.err
+    assert "a request with instances cannot be drawn" in drawn.err
     second = json.loads(drawn.out.splitlines()[1])
     assert second["predictions"] == request["predictions"]
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["1.png"]

@@ -544,7 +544,7 @@ def test_slurm_requeueing_is_off_and_a_checkpoint_it_left_is_refused(during, tmp
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     (tmp_path / "mine/hpc_ckpt_1.ckpt").touch()
     assert train(["test", "--config", "mine/config.yaml"]) == 2
-    assert "hpc_ckpt_1.ckpt: Lightning would load it whatever --ckpt_path is" in capsys.readouterr().err
+    assert "hpc_ckpt_1.ckpt: Lightning would load it unasked under SLURM" in capsys.readouterr().err
 
 
 def test_two_fits_cannot_write_to_the_same_folder(tmp_path, capsys):

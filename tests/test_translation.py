@@ -641,7 +641,7 @@ def test_a_vocabulary_smaller_than_the_graphs_output_is_refused():
 def test_attention_of_a_single_text_is_drawn(runner):
     picture = runner.draw("abc", runner("abc"))
     assert np.asarray(picture.convert("L")).std() > 5
-    with pytest.raises(UserError, match="a request with several texts cannot be drawn"):
+    with pytest.raises(UserError, match="a request with instances cannot be drawn"):
         runner.draw("abc", runner({"instances": [{"data": "abc"}]}))
     nothing = {"attention": np.zeros((0, 4)), "source_tokens": np.arange(4), "tokens": np.zeros(0, int)}
     with pytest.raises(UserError, match="no output tokens; expected at least one"):

@@ -53,7 +53,7 @@ class Line:
     Attributes:
         name: in the legend; empty if a sweep has one line.
         case: size -> its step.
-        exponents: of time and of memory for large sizes, on paper; None: not measured.
+        exponents: of time and of memory for large sizes, on paper. None for time: not timed; for memory: no power law.
         time: the law of time on paper, if these sizes are not large enough for a power.
         memory: the law of memory.
     """

@@ -52,7 +52,7 @@ def tables(found: dict) -> str:
                 for of, large, values in pairs
             ]
             rows.append(f"| {title} | {span} | {sweep['paper']} | {' | '.join(exponents)} |")
-    rows += ["", "| the same step | | ms | memory, MB | share of the memory |", "|---|---|---|---|---|"]
+    rows += ["", "| the same step | | ms | memory, MB | share of the baseline's memory |", "|---|---|---|---|---|"]
     for title, ways in found["levers"].items():
         whole = next(iter(ways.values()))["bytes"]
         rows += [

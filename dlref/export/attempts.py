@@ -1,7 +1,7 @@
 """Find the precision of a bundle: the target's, or float32 if the target's loses too much or is not faster.
 
 Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused if the task's
-metric falls by more than the target's gate, or if the bundle is not faster than float32. If the metric falls too far,
+metric worsens by more than the target's gate, or if the bundle is not faster than float32. If it worsens too much,
 other ways to find the ranges are tried, then the worst nodes stay float. The last resort is a float32 bundle, whose
 report lists the refused attempts and the reasons.
 """
@@ -173,7 +173,7 @@ class Attempts:
         return attempt
 
     def too_much_lost(self, attempt: Attempt) -> str:
-        """Return why an attempt's metric is too low, or an empty string."""
+        """Return how many points of its metric an attempt loses, if more than the gate; otherwise an empty string."""
         if attempt.degradation <= self.target.gate:
             return ""
         name, pytorch, bundle = (attempt.metric[key] for key in ("name", "pytorch", "bundle"))

@@ -95,7 +95,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
     """Convert the float32 graph `source` by `plan` and write it to `path` as ONNX. Raises UserError.
 
     `unbounded` names inputs whose values may be arbitrarily large. Dynamic quantisation uses a single range per call,
-    so one large value would crush all others; layers that read these inputs stay float.
+    so one large value would leave the others too few levels; layers that read these inputs stay float.
     """
     if plan.precision == "float32":
         path.write_bytes(source.read_bytes())

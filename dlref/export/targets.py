@@ -106,7 +106,8 @@ TARGETS = {
             "phones: onnxruntime's own format, with a list of the operators that a small build needs",
             machines=ARM,
             precision="int8",
-            quantisation=Quantisation("QInt8", reduce_range=True),  # sums in an .ort file cannot be made exact
+            # An .ort file is fixed at export, too early for the option that makes sums exact.
+            quantisation=Quantisation("QInt8", reduce_range=True),
             file_format="ort",
             threads=2,  # the large cores
         ),

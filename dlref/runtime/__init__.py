@@ -44,7 +44,7 @@ def load(folder: str | Path, threads: int | None = None, provider: str | None = 
 
 
 def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None, int]:
-    """Return the threads of each graph (None: all) and how many batches run side by side, for a kind of bundle.
+    """Return, for a kind, the threads of each graph (None: all) and how many parts of a batch run side by side.
 
     Neither exceeds the number of cores, so that a mistyped number, or one from another machine, does no harm.
     """

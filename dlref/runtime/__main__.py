@@ -23,7 +23,7 @@ from dlref.runtime.arguments import Parser, positive
 from dlref.runtime.runner import BATCH, Runner, plain
 
 PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except tab and line feed
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # can move a terminal's cursor; not tab and line feed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the caller
         print("error: standard output is closed; expected somewhere to write to", file=sys.stderr)
         return 2
-    # Pillow's warnings: an image that is too large is refused, transparency is dropped, damaged EXIF turns nothing.
+    # Pillow's warnings: an image that is too large is refused, transparency is dropped, damaged EXIF is ignored.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status = command(arguments)

@@ -98,7 +98,7 @@ def plugin_devices(provider: str) -> list:
     if provider not in PLUGINS or find_spec(PLUGINS[provider]) is None:
         return []
     with REGISTERING:
-        if all(device.ep_name != provider for device in onnxruntime.get_ep_devices()):  # a program may have done so
+        if all(device.ep_name != provider for device in onnxruntime.get_ep_devices()):  # not registered by the caller
             register(provider)
     graphics = onnxruntime.OrtHardwareDeviceType.GPU  # QNN lists GPUs too, but not for this backend
     found = (device for device in onnxruntime.get_ep_devices() if device.ep_name == provider)

@@ -53,7 +53,8 @@ def beam_search(
     """Return the best hypothesis of each sentence in a beam of K; a beam of 1 is greedy.
 
     Hypotheses are ranked by their log-probability over ((5 + length) / 6)^length_penalty (Wu et al. 2016, equation 14).
-    Ended hypotheses stay in the beam. A sentence is finished when no open hypothesis can outrank the best of them.
+    Ended hypotheses keep their score and compete for the K places. A sentence is finished when no open hypothesis can
+    outrank its best ended one.
 
     Args:
         step: (token (b, K), state (Y, b, K, D), sentences (b,)) -> Next, for the b sentences that are still open.

@@ -146,7 +146,7 @@ def as_picture(image: np.ndarray) -> Image.Image:
 
 
 def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:
-    """Return the `outputs` of `graph` for `image` uint8 (B, H, W, C), resized if the graph has a fixed size.
+    """Run `graph` on `image` uint8 (B, H, W, C), resized if the graph's size is fixed, and return its `outputs`.
 
     A graph with a fixed batch runs on one image at a time. Raises UserError unless there is an output for each image.
     """

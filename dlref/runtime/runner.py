@@ -43,7 +43,7 @@ class Runner:
         raise NotImplementedError
 
     def size(self, item) -> int:
-        """Return the elements of an item, if there can be many."""
+        """Return the number of elements of an item; 0 if items are always small."""
         return 0
 
     def together(self, first, second) -> bool:

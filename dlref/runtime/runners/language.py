@@ -45,7 +45,7 @@ class Request(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, with room to grow: appending a token does not copy the earlier ones.
+    """Keys and values of the tokens read so far. Earlier ones are copied only when the room is full and has to grow.
 
     Args:
         shape: of the graph's inputs; key_0, value_0, ... determine the numbers of layers, heads and so on.

@@ -239,7 +239,7 @@ class Runner(Base):
     def draw(self, source: Any, answer: dict):
         """Draw the attention of the output tokens as a heat map (PIL). Raises UserError."""
         if "attention" not in answer:
-            raise UserError("a request with several texts cannot be drawn; expected one text")
+            raise UserError("a request with instances cannot be drawn; expected one text")
         source_tokens, tokens = (answer[key].tolist() for key in ("source_tokens", "tokens"))
         return heat_map(answer["attention"], self.source.pieces(source_tokens), self.target.pieces(tokens))
 
