@@ -4,10 +4,11 @@
 batch-norm statistics aside). State-dict keys are torchvision's where torchvision has the network and Hugging Face's for
 GPT-2, so published weights load directly.
 
-Every network lists in its class attribute `class_layers` the modules whose shape depends on the classes, categories or
-vocabulary. Transfer learning replaces these modules and no others. A network that can start from weights published in
-another form (a classifier's for its backbone, Hugging Face's for a GPT) has a method `of_base(state)`, which renames
-that state dict to this network's keys and drops the rest. It must provide every weight under the prefix `base`.
+Every network lists in its class attribute `class_layers` the modules that keep their fresh weights in transfer learning
+if their shapes differ from the file's or the file lacks them: heads, and embeddings of categories or tokens (none in
+GPT). A network that can start from weights published in another form (a classifier's for its backbone, Hugging Face's
+for a GPT) has a method `of_base(state)`, which returns that state dict under this network's keys, without the layers
+that it does not have. The returned dict must hold every weight under the prefix `base`; all others may stay fresh.
 """
 
 from dlref.models.activations import ActivationName, make_activation

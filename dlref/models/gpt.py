@@ -86,7 +86,8 @@ class GPT(nn.Module):
             width = n_embd if positions == "sinusoidal" else n_embd // n_head
             self.register_buffer("sinusoids", sinusoids(context_length, width), persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:  # GPT-2, section 2.3: weights of the N residual layers are scaled by 1 / sqrt(N)
+            # GPT-2, section 2.3: the N = 2 n_layer sub-layers add to the residual path, each scaled by 1 / sqrt(N).
+            if parameter.ndim > 1:
                 added = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer) if added else 0.02)
 
@@ -122,7 +123,11 @@ class GPT(nn.Module):
     def embed(
         self, tokens: Int[Tensor, "B T"], past: Past | None = None
     ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "..."] | None]:
-        """Return embeddings of `tokens` and positions, and for rotary positions their sines and cosines (else None)."""
+        """Return the embeddings of `tokens`, and what rotates queries and keys.
+
+        Learned and sinusoidal positions are added to the embeddings, and nothing rotates (None). Rotary positions are
+        not added; the second result is their sines and cosines.
+        """
         place = torch.arange(tokens.shape[1], device=tokens.device)
         if past is not None:
             # Rows with fewer new tokens are padded, possibly beyond the context; the padding's output is never read.

@@ -101,7 +101,7 @@ class Forecaster(Task):
 
     def check_outcomes(self, split: str, outcomes: Float[Tensor, "N"]) -> None:
         """Raise UserError if there is nothing to learn from or to evaluate on, or if a value has no likelihood."""
-        if not len(outcomes):  # only changes: there are always values
+        if not len(outcomes):  # possible for changes only: of values there is always at least one
             raise UserError(f"{split}: target: no two consecutive values; expected some, or difference false")
         if not self.distribution.supports(outcomes):
             what, name = "changes" if self.difference else "values", type(self.distribution).__name__
@@ -326,7 +326,7 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the increase in percent of the reference, as the metric has no bound; from 0 it is infinite."""
+        """Return the increase in percent of the reference, as the metric has no bound; any increase from 0 is infinite."""
         if not reference:
             return math.inf if score else 0.0
         return 100 * (score / reference - 1)

@@ -153,7 +153,7 @@ class LanguageModel(Task):
         self.evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the epoch and, on the first device unless sharded, a text sample to TensorBoard."""
+        """Log the scores and, in a fit, a text sample to TensorBoard, from the first device and unless sharded."""
         self.log_evaluation("val")
         samples = self.trainer.is_global_zero and self.device_mesh is None
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and samples:

@@ -23,7 +23,9 @@ VANISHED = 1e-7  # times the weights' norm; Debugger compares the gradient itsel
 EXPLODED = 1e4  # times the weights' norm; the largest ratio of the untrained networks here is ResNet-50's, 400
 LAYER = 0.5  # share of a layer's units, or of its outputs (Debugger's threshold_layer)
 ENOUGH = 32  # values of a unit in a batch; with fewer, a unit that is seldom active is often 0 throughout
-NEAR = 0.0005  # of the range, from a bound: there the slope is below 0.2% of its maximum; LeNet-5 has a share of 0.3
+# Distance from a bound, as a share of the range of tanh or sigmoid: closer, the slope is below 0.2% of its maximum. In
+# LeNet-5, 0.3 of the outputs are that close.
+NEAR = 0.0005
 LOOKS = 10  # without a lower loss (Debugger's num_steps)
 LOWER = 0.001  # share by which a loss must be lower to count as lower (Debugger's diff_percent)
 VALIDATIONS = 3  # in a row; one alone may be chance

@@ -24,7 +24,7 @@ SMALLEST = 1e-6  # ratio of a side to its default: rounding to fractions of the 
 LARGEST = math.log(1000 / 16)  # logarithm of that ratio: the exponential of more would overflow
 NEGATIVES = 3  # for each positive ("Hard negative mining")
 CANDIDATES = 1000  # pairs of default box and class in an image that suppression considers
-GRID = 1 << 16  # suppression compares corners rounded to this share of the image
+GRID = 1 << 16  # suppression compares corners rounded to 1 / GRID of the image
 
 
 def encode(boxes: Float[Tensor, "*B 4"], anchors: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
@@ -144,7 +144,7 @@ class Detections(nn.Module):
         placed = torch.where((scores > self.score)[..., None], placed, -placed.new_tensor([2, 2, 1, 1]))
         if torch.compiler.is_exporting():
             kept = nms(placed.flatten(0, 1), scores.flatten(), self.overlap)
-        else:  # the same for each image, without those: suppression takes quadratic time in its boxes
+        else:  # the same, image by image and without candidates below the threshold: its time is quadratic in boxes
             places, number = scores.shape[1], (scores > self.score).sum(dim=1).tolist()
             kept = torch.cat(
                 [nms(placed[i, :n], scores[i, :n], self.overlap) + places * i for i, n in enumerate(number)]

@@ -5,7 +5,7 @@ Each is built from the optimiser and the run's number of steps, so that a config
 that is resumed for longer. `CosineAnnealingLR` of `torch.optim.lr_scheduler` can be used in the same way, as its second
 argument is the number of steps. But a checkpoint stores that number, so a run resumed for longer has a rate of 0.
 
-`Steps` and `WarmupCosine` raise ValueError for shares of the run that are not from 0 to 1.
+`Steps` and `WarmupCosine` raise ValueError for shares that are not from 0 to 1.
 """
 
 import math

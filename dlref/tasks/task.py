@@ -33,7 +33,7 @@ class Task(LightningModule):
         lr_scheduler: built from the optimiser and the run's number of steps, stepped after every optimiser step.
         weights: initial weights: a .safetensors or .pt state dict, or the folder of a run.
         freeze: regular expression; network parameters whose names match it from their start are frozen, and
-            norm layers without trainable parameters keep their statistics.
+            norm layers whose parameters are all frozen keep their statistics.
         decay_vectors: whether to apply weight decay to biases and norms (parameters with one axis), too.
         compile_network: `torch.compile` the network in place. `graphs` also records its kernels as CUDA graphs, for
             small networks, whose kernels take longer to launch than to run.

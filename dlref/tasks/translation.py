@@ -50,8 +50,8 @@ class Translator(Task):
     Args:
         label_smoothing: share of the target's probability that is spread evenly over all tokens (Szegedy et al. 2016).
         scheduled_sampling: probability that an input token of the decoder is replaced by the network's own most likely
-            token (Bengio et al. 2015). It rises from 0 to this value over the training; all positions are replaced at
-            once, in two passes (Duckworth et al. 2019).
+            token (Bengio et al. 2015). It rises linearly from 0 to this value over the run. A first pass predicts the
+            own tokens of all positions at once, a second one trains on the mixture (Duckworth et al. 2019).
         beam: number of hypotheses that a test and a bundle keep; validation is greedy.
         length_penalty: see `beam_search`.
         metric: metric by which a bundle is judged.

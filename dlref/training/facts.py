@@ -31,7 +31,7 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
     """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
 
     Args:
-        layers: for each of these facts, the layer whose rows it names.
+        layers: name of a fact -> name of the layer whose rows stand for its entries (`Task.row_facts`).
         known: the facts of this data.
         weights: the run's folder or checkpoint.
         fresh: names of the tensors that were not loaded, such as those of layers for another number of tokens.

@@ -62,7 +62,7 @@ def checkpoint_of(run: Path, asked: str | None) -> Path:
 
 
 def intact(last: Path, previous: Path) -> Path:
-    """Return the last checkpoint; if it is damaged or missing, print a line and return the one before it."""
+    """Return the last checkpoint, or the one before it, with a printed line, if only that one is intact."""
     wrong = damage(last) if os.path.isfile(last) else "not found"
     if wrong is None or not os.path.isfile(previous) or damage(previous):
         return last

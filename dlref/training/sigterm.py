@@ -16,7 +16,8 @@ def listen(handler) -> None:
 class EndAtSigterm(Callback):
     """Replace Lightning's handler of SIGTERM, except in training that `Last` saves.
 
-    Lightning's handler waits for the other processes, while these may be waiting for this one elsewhere.
+    Lightning's waits for the other processes inside the signal handler. They may be waiting for this one elsewhere,
+    where it cannot arrive before the handler returns, so none would end.
     """
 
     def listen(self, trainer: Trainer, task: LightningModule) -> None:
