@@ -57,7 +57,7 @@ class Distribution:
 
 
 class StudentT(Distribution):
-    """Student's t with more than 2 degrees of freedom, so that it has a variance; location and width in units of scale."""
+    """Student's t with more than 2 degrees of freedom, so that it has a variance; location and width are in scales."""
 
     parameters = 3
     uniforms = 2
@@ -182,7 +182,7 @@ class Deterministic(Distribution):
         return raw.squeeze(-1) * scale, scale
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
-        """Return the log-likelihood of a Laplace distribution as wide as the scale: -|error| / scale, less a constant."""
+        """Return the log-likelihood of a Laplace distribution as wide as the scale: -|error| / scale and a constant."""
         value, scale = parameters
         return -(values - value).abs() / scale - (2 * scale).log()
 

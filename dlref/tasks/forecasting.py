@@ -326,7 +326,7 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the increase in percent of the reference, as the metric has no bound; any increase from 0 is infinite."""
+        """Return the increase in percent of the reference, as the metric has no bound; infinite for one from 0."""
         if not reference:
             return math.inf if score else 0.0
         return 100 * (score / reference - 1)
