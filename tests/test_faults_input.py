@@ -1,7 +1,6 @@
-"""A sample of the malformed inputs to whole commands, and of the arbitrary bytes given to readers.
+"""Malformed inputs to whole commands (`python -m tests.faults.bad_input`), and a sample of arbitrary bytes for readers.
 
-It has every eighth case of each source in the corpus (`python -m tests.faults.bad_input`, about 4 minutes for all),
-except sources that need an exported bundle, and 50 files for each reader (`python -m tests.faults.fuzz`).
+Each reader gets 50 files (`python -m tests.faults.fuzz` makes more).
 """
 
 import pytest
@@ -11,21 +10,12 @@ from tests.faults import bad_input, fuzz
 pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.filterwarnings("default")]
 
 
-def some_cases():
-    """Yield every eighth case of each source, starting with the first."""
-    cases = bad_input.every_case()
-    for family, sources in bad_input.SOURCES.items():
-        for name, source in sources.items():
-            if source.needs != "bundle":
-                yield from [case for case in cases if (case.family, case.source) == (family, name)][::8]
-
-
 @pytest.fixture(scope="module")
 def larder(tmp_path_factory):
     return bad_input.Larder(tmp_path_factory.mktemp("larder"))
 
 
-@pytest.mark.parametrize("case", list(some_cases()), ids=str)
+@pytest.mark.parametrize("case", bad_input.every_case(), ids=str)
 def test_malformed_input_is_refused_in_one_line_and_changes_no_files(larder, case):
     assert bad_input.faults(case, larder.outcome(case.family, case.source, case.breaker)) == {}
 

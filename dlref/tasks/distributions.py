@@ -57,7 +57,7 @@ class Distribution:
 
 
 class StudentT(Distribution):
-    """Student's t with more than 2 degrees of freedom, so that it has a variance; location and width are in scales."""
+    """Student's t with more than 2 degrees of freedom (finite variance), location and width in units of the scale."""
 
     parameters = 3
     uniforms = 2

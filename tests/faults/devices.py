@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from tests.faults.families import FAMILIES, QUIET, ROOT, equal, state_of, words, write_text_file
+from tests.faults.families import FAMILIES, QUIET, ROOT, equal, known_family, state_of, words, write_text_file
 
 LOSS, SCORE = 1e-4, 1e-5  # relative
 PLAIN = {
@@ -197,7 +197,7 @@ def sharded(folder: Path) -> str:
 def main() -> int:
     """Return 0 if the number of devices makes no difference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("families", nargs="*", type=known_family, default=list(FAMILIES), metavar="FAMILY")
     families, failed = parser.parse_args().families, False
     with Progress(transient=True) as progress:
         task = progress.add_task("families", total=len(families) + 3)

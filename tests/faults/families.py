@@ -1,5 +1,6 @@
 """A config of each family, reduced to seconds but with all randomness switched on; and runs in separate processes."""
 
+import argparse
 import contextlib
 import csv
 import os
@@ -84,6 +85,13 @@ QUIET = {
     "trainer.enable_model_summary": "false",
     "trainer.log_every_n_steps": 1,
 }
+
+
+def known_family(name: str) -> str:
+    """Return a name given on a command line if it is that of a family."""
+    if name not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"{name}; expected one of {', '.join(FAMILIES)}")
+    return name
 
 
 def words(options: dict[str, object]) -> list[str]:

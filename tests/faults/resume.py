@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from tests.faults.families import FAMILIES, at, differing, fit_words, in_a_process, write_text_file
+from tests.faults.families import FAMILIES, at, differing, fit_words, in_a_process, known_family, write_text_file
 
 HOOKS = (
     "on_train_batch_start",
@@ -72,7 +72,7 @@ def tally(family: str, kills: int, seed: int = 0) -> Counter:
 def main() -> int:
     """Return 0 if every resumed run equals the uninterrupted one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("families", nargs="*", type=known_family, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
