@@ -700,7 +700,7 @@ def test_a_detector_trains_tests_predicts_and_draws(tmp_path):
         ({"nms_threshold": -0.1}, "nms_threshold -0.1; expected 0 to 1"),
         ({"detections": 0}, "detections 0; expected 1 to 1000"),
         ({"detections": 1001}, "detections 1001; expected 1 to 1000"),
-        ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess gives 9 pixels; expected 8, the size of the network"),
+        ({"preprocess": ImagePreprocess(9, **PLAIN)}, "preprocess resizes to 9 pixels; expected 8, the network's size"),
         ({"preprocess": ImagePreprocess(8, [0.5], [0.5])}, "network rejects an image of 8×8 pixels and 1 channels"),
     ],
 )
