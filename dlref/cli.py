@@ -309,7 +309,7 @@ class TrainCLI(LightningCLI):
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """Run `train.py`; return 0, 2 with one line on stderr if the input is wrong, or 75 if told to end early."""
+    """Run `train.py`; return 0, 2 with one line on stderr if the input is wrong, or 75 if stopped by SIGTERM."""
     try:
         TrainCLI(arguments)
     except (Interrupted, SIGTERMException) as reason:

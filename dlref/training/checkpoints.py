@@ -32,7 +32,7 @@ UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder,
 
 
 class Interrupted(Exception):
-    """The process was told to end, and the run can resume from `path`."""
+    """The process was stopped by SIGTERM, and the run can resume from `path`."""
 
     def __init__(self, path: Path, step: int):
         super().__init__(f": {path} is at step {step}; --ckpt_path last resumes from there")
@@ -227,7 +227,7 @@ class Last(Checkpoint):
         trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
-        """Return whether any of the processes was told to end."""
+        """Return whether any of the processes has received SIGTERM."""
         return trainer.strategy.reduce_boolean_decision(self.sigterm_received, all=False)
 
     def due(self, trainer: Trainer) -> bool:

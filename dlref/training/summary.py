@@ -1,5 +1,7 @@
 """The table of a network's parts and their parameters, printed before training."""
 
+from collections.abc import Iterable
+
 from lightning import Callback, LightningModule, Trainer
 from rich import get_console
 from rich.table import Column, Table
@@ -20,13 +22,16 @@ class NetworkSummary(Callback):
 
 
 def network_table(network: nn.Module) -> Table:
-    """A row for each part of `network`, and their total; a parameter that two parts share counts once in the total."""
-    parameters = list(network.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    """Return a row for each part of `network`, and the total, in which a parameter shared by two parts counts once."""
+    frozen = count(parameter for parameter in network.parameters() if not parameter.requires_grad)
     caption = f"{frozen:,} of them frozen" if frozen else None
     table = Table("Part", Column("Type", footer=type(network).__name__), caption=caption, show_footer=True)
-    table.add_column("Parameters", f"{total:,}", justify="right")
+    table.add_column("Parameters", f"{count(network.parameters()):,}", justify="right")
     for name, part in network.named_children():
-        table.add_row(name, type(part).__name__, f"{sum(parameter.numel() for parameter in part.parameters()):,}")
+        table.add_row(name, type(part).__name__, f"{count(part.parameters()):,}")
     return table
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the number of elements of all parameters."""
+    return sum(parameter.numel() for parameter in parameters)
