@@ -346,6 +346,14 @@ def test_accuracy_averages_over_images_and_not_over_classes():
         assert found[name](probability, targets).item() == pytest.approx(expected)
 
 
+def test_the_top5_accuracy_is_its_own_although_a_first_batch_is_entirely_correct():
+    found = image_classification.test_metrics(8, False)
+    for targets in (torch.arange(8), (torch.arange(8) + 1) % 8):
+        found.update(8 * torch.eye(8).softmax(1) + torch.arange(8) / 100, targets)
+    values = found.compute()
+    assert (values["accuracy"], values["top5_accuracy"]) == (0.5, 0.75)
+
+
 def test_mean_loss_accepts_fractional_counts():
     mean = MeanLoss()
     mean.update(torch.tensor(2.0), torch.tensor(0.25))

@@ -227,7 +227,9 @@ def metrics(classes: int, multi_label: bool) -> MetricCollection:
     """Return the validation metrics. With several labels, accuracy counts images whose labels are all correct."""
     task = of_task(classes, multi_label)
     accuracy = ExactMatch(**task) if multi_label else Accuracy(average="micro", **task)
-    return MetricCollection({"accuracy": accuracy, "f1": F1Score(average="macro", **task)})
+    # Without groups: torchmetrics would merge metrics whose states agree after the first batch. If all its images are
+    # classified correctly, the top-5 accuracy would become the accuracy.
+    return MetricCollection({"accuracy": accuracy, "f1": F1Score(average="macro", **task)}, compute_groups=False)
 
 
 def test_metrics(classes: int, multi_label: bool) -> MetricCollection:
