@@ -189,8 +189,11 @@ def test_bytes_and_pil_images_are_read_like_the_file_they_come_from(tmp_path):
         for _ in range(2):  # it stays open
             np.testing.assert_array_equal(read_image(picture, 3), expected)
     for damaged in (b"\xff\xd8\xff\xe0", bytearray(4)):
-        with pytest.raises(UserError, match=r"^4 bytes: cannot be decoded; expected those of an image file$"):
+        with pytest.raises(UserError, match=r"^4 bytes: cannot be decoded; expected an image file$"):
             read_image(damaged, 3)
+    Image.new("F", (2, 2)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"^\d+ bytes: F pixels; expected 8 or 16 bits a channel$"):
+        read_image((tmp_path / "a.tif").read_bytes(), 3)
 
 
 @pytest.mark.parametrize(

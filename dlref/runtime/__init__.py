@@ -9,19 +9,21 @@ The manifest's `kind` names the module of `dlref.runtime.runners` whose `Runner`
 """
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from dlref.runtime.bundle import CPU, MANIFEST, open_graphs, read_manifest
 from dlref.runtime.errors import UserError
 from dlref.runtime.machine import cores
-from dlref.runtime.runner import whole_number
+from dlref.runtime.runner import Runner, whole_number
 
 __all__ = ["UserError", "kinds", "load", "make_runner", "runner_of", "sessions"]
 
 
-def load(folder: str | Path, threads: int | None = None, provider: str | None = None):
+def load(folder: str | Path, threads: int | None = None, provider: str | None = None) -> Runner:
     """Open a bundle, check every file against its hash, and return the runner of its kind.
 
     `threads` limits the number of cores (default: the target's, or all); `provider` is an execution provider of
@@ -55,7 +57,7 @@ def sessions(kind: str, threads: int | None, provider: str) -> tuple[int | None,
     return (given if threads or cores() != os.cpu_count() else None), 1
 
 
-def make_runner(kind: str, graphs: dict, metadata: dict):
+def make_runner(kind: str, graphs: Mapping[str, Any], metadata: dict[str, Any]) -> Runner:
     """Return the runner of `kind` over `graphs`: name -> callable from named arrays to a dict of named arrays.
 
     A runner does not know what executes its graphs, so the export step runs the same code over PyTorch.
@@ -70,7 +72,7 @@ def kinds() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in iter_modules(runners.__path__))
 
 
-def runner_of(kind: str) -> type:
+def runner_of(kind: str) -> type[Runner]:
     """Return the class that serves bundles of a kind. Raises UserError if this version does not support the kind."""
     if kind not in kinds():
         raise UserError(f"bundle kind {kind!r} is unknown to this version of dlref.runtime; upgrade dlref")

@@ -66,7 +66,7 @@ def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) 
     graphs = repeating(graphs, described)
     one = example(folder)
     answer(graphs, one)
-    figures = {"first_answer_s": time.monotonic() - started}
+    figures: dict[str, float | None] = {"first_answer_s": time.monotonic() - started}
     before = scheduled()
     times = clock(lambda: answer(graphs, one))
     ran, waited = (after - earlier for after, earlier in zip(scheduled(), before, strict=True))
@@ -166,7 +166,7 @@ def arrays(path: Path) -> Arrays:
 
 def batch_of(inputs: Arrays, graphs: dict) -> Arrays | None:
     """Repeat the example SEVERAL times along every axis called batch. Return None if a graph has no such axis."""
-    batch = {}
+    batch: Arrays = {}
     for graph, arrays in inputs.items():
         batch[graph] = {}
         for name, array in arrays.items():
@@ -225,7 +225,9 @@ def installed_mb(package: str) -> float | None:
             waiting += [other for other in stand_ins.get(name, ()) if other != name]  # none: for another system
             continue
         sizes[name] = sum(path.stat().st_size for file in found.files or () if (path := Path(file.locate())).is_file())
-        waiting += [re.match(r"[\w.-]+", line)[0] for line in found.requires or () if "extra ==" not in line]
+        waiting += [
+            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in found.requires or () if "extra ==" not in line
+        ]
     return sum(sizes.values()) / 1e6
 
 
@@ -236,8 +238,8 @@ def model_mb(folder: Path, files: list[str]) -> float:
 
 def main(arguments: list[str]) -> int:
     """Run the measured process. Arguments: FOLDER THREADS PROVIDER [once] STARTED."""
-    folder, threads, provider, *once, started = arguments
-    folder, manifest = Path(folder), {}
+    place, threads, provider, *once, started = arguments
+    folder, manifest = Path(place), {}
 
     def contender() -> Graphs:
         manifest.update(read_manifest(folder))

@@ -68,9 +68,9 @@ def beam_search(
     token = np.full((count, 1), BEGIN)
     total, length, ended = np.zeros((count, 1)), np.zeros((count, 1), int), np.zeros((count, 1), bool)
     trail: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    answers: list[Hypothesis | None] = [None] * count
+    answers: dict[int, Hypothesis] = {}
 
-    def norm(length: np.ndarray | int) -> np.ndarray | float:
+    def norm(length: np.ndarray) -> np.ndarray:
         return ((5 + length) / 6) ** length_penalty
 
     for time in range(longest):
@@ -88,9 +88,9 @@ def beam_search(
         length, ended = length[rows, parent] + ~before, before | (token == END)
         trail.append((open_, parent, token, found.attention))
         best = (total / norm(length)).max(axis=1, where=ended, initial=-np.inf)
-        hope = (total / norm(longest)).max(axis=1, where=~ended, initial=-np.inf)  # totals never grow
+        hope = (total / norm(np.array(longest))).max(axis=1, where=~ended, initial=-np.inf)  # totals never grow
         over = ended.any(axis=1) & (best >= hope) if time + 1 < longest else np.ones(len(open_), bool)
-        for row in np.flatnonzero(over):
+        for row in np.flatnonzero(over).tolist():
             # At the last step, open hypotheses count only if none has ended.
             value = np.where(ended[row] | ~ended[row].any(), total[row] / norm(length[row]), -np.inf)
             answers[open_[row]] = follow(trail, row, int(value.argmax()), total[row], ended[row])
@@ -98,7 +98,7 @@ def beam_search(
         open_, token, total, length, ended = (part[~over] for part in (open_, token, total, length, ended))
         if not len(open_):
             break
-    return answers
+    return [answers[i] for i in range(count)]
 
 
 def follow(trail: list, row: int, kept: int, total: np.ndarray, ended: np.ndarray) -> Hypothesis:

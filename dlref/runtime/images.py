@@ -12,12 +12,13 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.runner import Runner
 
 BYTES = (bytes, bytearray, memoryview)
+Source = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 # Without PostScript, for which pillow starts another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: int) -> np.ndarray:
+def read_image(source: Source, channels: int) -> np.ndarray:
     """Return one image as uint8 (H, W, C), with C = `channels` (1 grey, 3 RGB).
 
     `source` is a file that pillow can open, the bytes of such a file, a Pillow image, or a uint8 array (H, W),
@@ -26,6 +27,7 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
     """
     if isinstance(source, np.ndarray):
         return _as_hwc(source, channels)
+    name = f"{len(source)} bytes" if isinstance(source, BYTES) else source
     try:
         with _opened(source) as image:
             image.load()  # also turns a TIFF upright, and reads metadata at the end of a PNG
@@ -34,19 +36,18 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, channels: 
                 bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # 12 in some TIFFs
                 image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
             if image.mode[0] in "IF":
-                raise UserError(f"{source}: {image.mode} pixels; expected 8 or 16 bits a channel")
+                raise UserError(f"{name}: {image.mode} pixels; expected 8 or 16 bits a channel")
             if 0 in image.size:
-                raise UserError(f"{source}: {image.width}×{image.height} pixels; expected at least one")
+                raise UserError(f"{name}: {image.width}×{image.height} pixels; expected at least one")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             return np.ascontiguousarray(upright(pixels[:, :, None] if channels == 1 else pixels, side_up))
     except FileNotFoundError:
-        raise UserError(f"{source}: not found; expected an image file") from None
+        raise UserError(f"{name}: not found; expected an image file") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, pillow may raise any exception
-        if isinstance(source, BYTES):
-            raise UserError(f"{len(source)} bytes: cannot be decoded; expected those of an image file") from None
-        raise UserError(f"{source}: cannot be decoded ({error}); expected an image file") from None
+        reason = "" if isinstance(source, BYTES) else f" ({error})"  # which would name an object that holds the bytes
+        raise UserError(f"{name}: cannot be decoded{reason}; expected an image file") from None
 
 
 def orientation(image: Image.Image) -> int:
@@ -127,7 +128,7 @@ class ImageRunner(Runner):
             f"{shorten(', '.join(metadata['labels']), 400, placeholder='...')}."
         )
 
-    def read(self, source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
+    def read(self, source: Source) -> np.ndarray:
         """Read any source that `read_image` accepts -> uint8 (H, W, C)."""
         return read_image(source, self.metadata["channels"])
 

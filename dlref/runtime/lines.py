@@ -7,9 +7,10 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from dlref.runtime.errors import UserError, one_line
 
@@ -51,7 +52,7 @@ def decoded(text: bytes, where: str, expected: str = "text") -> str:
 
 
 @contextmanager
-def opened(path: str | Path, expected: str) -> Iterator[IO[bytes]]:
+def opened(path: str | Path, expected: str) -> Iterator[BufferedIOBase]:
     """Open a file, gzipped or not. Errors while it is read become UserErrors."""
     try:
         with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:

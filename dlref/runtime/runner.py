@@ -1,8 +1,9 @@
 """The base class of all runners: predicts for one input, a list, or a stream that a bad input does not stop."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ class Runner:
     # this is faster than several threads within each step.
     spreads = False
     workers = 1
+
+    def __init__(self, graphs: Mapping[str, Any], metadata: Mapping[str, Any]):
+        raise NotImplementedError
 
     @staticmethod
     def takes(metadata: dict) -> str:
@@ -73,16 +77,17 @@ class Runner:
 
     def __call__(self, source) -> dict | list[dict]:
         """Predict for one input, or for each in a list. Raises UserError for the first bad one."""
-        sources = source if isinstance(source, list) else [source]
-        answers = list(self.stream(sources))
-        for answer in answers:
+        answers = []
+        for answer in self.stream(source if isinstance(source, list) else [source]):
             if isinstance(answer, UserError):
                 raise answer
+            answers.append(answer)
         return answers if isinstance(source, list) else answers[0]
 
     def stream(self, sources: Iterable, batch_size: int = BATCH) -> Iterator[dict | UserError]:
         """Yield predictions one by one, in the order of `sources`. A bad input yields its UserError instead."""
-        waiting, room = [], 0
+        waiting: list = []
+        room = 0
         for source in sources:
             try:
                 item = self.read(source)
@@ -101,7 +106,7 @@ class Runner:
                 waiting, room = [], 0
         yield from self._answers(waiting)
 
-    def _answers(self, items: list) -> list[dict | UserError]:
+    def _answers(self, items: list) -> Sequence[dict | UserError]:
         """Predict for a batch. If it is refused, retry item by item, so that only the bad ones fail."""
         if not items:
             return []
@@ -125,7 +130,7 @@ def fixed_or(size: int | str, free: int) -> int:
     return size if isinstance(size, int) else free
 
 
-def whole_number(value: object) -> int | None:
+def whole_number(value: Any) -> int | None:
     """Return a whole number of Python's or numpy's as an int; None for anything else, including True and False."""
     try:
         return None if isinstance(value, bool) else operator.index(value)

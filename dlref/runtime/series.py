@@ -5,7 +5,7 @@ series.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndar
 # SageMaker's format
 
 
-def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Record:
+def parse_record(entry: Mapping[str, Any], where: str, frequency: Frequency) -> Record:
     """Parse a series in the format of SageMaker's DeepAR, `feat_static_real` as in GluonTS; see `dlref.data.series`."""
     for theirs, ours in OF_GLUONTS.items():
         if theirs in entry:
@@ -62,7 +62,7 @@ def parse_record(entry: dict[str, Any], where: str, frequency: Frequency) -> Rec
     return Record(where, start, values, *known)
 
 
-def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
+def _parse_cat(entry: Mapping[str, Any], where: str) -> Sequence[int]:
     cat = entry.get("cat")
     if cat is None:  # Parquet has None for a record without categories
         return ()
@@ -74,7 +74,7 @@ def _parse_cat(entry: dict[str, Any], where: str) -> Sequence[int]:
     return cat
 
 
-def _parse_dynamic(entry: dict[str, Any], where: str) -> np.ndarray:
+def _parse_dynamic(entry: Mapping[str, Any], where: str) -> np.ndarray:
     features = entry.get("dynamic_feat")
     features = [] if features is None else features
     if not isinstance(features, list) or not all(isinstance(values, list) for values in features):
@@ -90,7 +90,7 @@ def _parse_dynamic(entry: dict[str, Any], where: str) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _parse_static(entry: dict[str, Any], where: str) -> np.ndarray:
+def _parse_static(entry: Mapping[str, Any], where: str) -> np.ndarray:
     static = entry.get("feat_static_real")
     static = [] if static is None else static
     if not isinstance(static, list):
@@ -144,7 +144,7 @@ def features_at(frequency: Frequency, record: Record, steps: np.ndarray) -> np.n
     return np.concatenate([calendar, age, static, dynamic], axis=1, dtype=np.float32)
 
 
-def lag_indices(lags: Sequence[int], times: int) -> np.ndarray:
+def lag_indices(lags: Sequence[int] | np.ndarray, times: int) -> np.ndarray:
     """Return the indices of lagged values in a window, for its last `times` times, int64 (T, L).
 
     The window has max(lags) more values before these times.

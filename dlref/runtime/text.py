@@ -131,7 +131,7 @@ class BytePairs:
 
     def pieces(self, numbers: list[int]) -> list[str]:
         """Return each token in readable form."""
-        return [self.tokenizer.decode([n]) or self.tokenizer.id_to_token(n) for n in numbers]
+        return [self.tokenizer.decode([n]) or self.tokenizer.id_to_token(n) or "" for n in numbers]
 
     def decode(self, numbers: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
@@ -188,7 +188,7 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def make_tokenizer(described: Mapping[str, Any]) -> Words | Bytes | BytePairs:
+def make_tokenizer(described: Any) -> Words | Bytes | BytePairs:
     """Return the tokeniser that `described` specifies. Raises UserError if it is invalid."""
     kind, exact = (described.get(key) if isinstance(described, Mapping) else None for key in ("kind", "exact"))
     if kind == "byte":

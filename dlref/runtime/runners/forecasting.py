@@ -299,7 +299,7 @@ class Runner(Base):
         R. J. Beckman and W. J. Conover, 1979). This does not change the distribution of a path, but the mean and
         quantiles of the paths are nearer to those of very many.
         """
-        rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(values), seed))
+        rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(values).data, seed))
         uniform = rng.random((samples, self.horizon, self.metadata["uniforms"]), np.float32)
         strata = np.broadcast_to(np.arange(samples, dtype=np.float32)[:, None, None], uniform.shape)
         return np.minimum((rng.permuted(strata, axis=0) + uniform) / samples, BELOW_ONE, dtype=np.float32)

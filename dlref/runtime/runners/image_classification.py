@@ -1,11 +1,9 @@
 """The runner of image classification: images -> labels with their probabilities."""
 
-from pathlib import Path
-
 import numpy as np
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ImageRunner, ask, centre
+from dlref.runtime.images import ImageRunner, Source, ask, centre
 
 TOP = 5
 
@@ -24,8 +22,8 @@ class Runner(ImageRunner):
             raise UserError("not image classification; expected metadata crop, multi_label")
         self.classify = graphs["classify"]
 
-    def read(self, source: str | Path | np.ndarray) -> np.ndarray:
-        """Read an image file or a uint8 array -> uint8 (H, W, C), cropped as in evaluation."""
+    def read(self, source: Source) -> np.ndarray:
+        """Read any source that `read_image` accepts -> uint8 (H, W, C), cropped as in evaluation."""
         return centre(super().read(source), self.metadata["crop"])
 
     def answer(self, items: list[np.ndarray]) -> list[dict]:

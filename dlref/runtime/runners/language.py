@@ -235,7 +235,8 @@ class Runner(Base):
 
     def last(self, cache: Cache, unread: list[list[int]]) -> np.ndarray:
         """Read tokens of each text, several at a time -> logits (B, V) after the last one of each. The cache grows."""
-        found, width = None, self.decode.shape["tokens"][1]
+        found: Any = None
+        width = self.decode.shape["tokens"][1]
         step = fixed_or(width, READ)
         for start in range(0, max(map(len, unread)), step):
             parts = [tokens[start : start + step] for tokens in unread]

@@ -1,12 +1,10 @@
 """The runner of object detection: images -> labelled boxes in their pixels."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ImageRunner, as_picture, ask
+from dlref.runtime.images import ImageRunner, Source, as_picture, ask
 
 OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int64}
 SHOWN = 0.3  # lowest score of a box that is drawn
@@ -55,7 +53,7 @@ class Runner(ImageRunner):
         ]
         return {"prediction": rows}
 
-    def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
+    def draw(self, source: Source, answer: dict) -> Image.Image:
         """Draw the boxes with a score of at least SHOWN over the picture, with their labels and scores."""
         image = as_picture(self.read(source))
         pen, width = ImageDraw.Draw(image), max(1, round(min(image.size) / 200))

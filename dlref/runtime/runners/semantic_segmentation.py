@@ -1,12 +1,10 @@
 """The runner of semantic segmentation: images -> a class for each pixel."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ImageRunner, as_picture, ask
+from dlref.runtime.images import ImageRunner, Source, as_picture, ask
 
 BACKGROUND = "background"  # a class of this name is not painted over pictures
 PAINT = 0.6  # share of a class's colour in a pixel that is painted over
@@ -45,9 +43,9 @@ class Runner(ImageRunner):
         if list(masks.shape[1:]) != list(fixed):
             raise UserError(f"graph returns a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
         size = image.shape[2], image.shape[1]
-        return np.stack([Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks])
+        return np.stack([np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks])
 
-    def probability(self, source: str | Path | np.ndarray) -> np.ndarray:
+    def probability(self, source: Source) -> np.ndarray:
         """Return probabilities float32 (K, H, W) for one image. Raises UserError if the graph has none of that size."""
         image = self.read(source)
         probability = ask(self.segment, image[None], "probability")[0][0]
@@ -62,13 +60,13 @@ class Runner(ImageRunner):
         """Return the mask as an indexed picture of class ids, which viewers show in colours."""
         return picture(answer)
 
-    def draw(self, source: str | Path | np.ndarray, answer: dict) -> Image.Image:
+    def draw(self, source: Source, answer: dict) -> Image.Image:
         """Draw each class in its colour over the picture, with the names of the visible classes."""
         image, mask, labels = as_picture(self.read(source)), answer["mask"], self.metadata["labels"]
         covered = np.array([0 if label == BACKGROUND else 255 for label in labels], dtype=np.uint8)[mask]
         painted = Image.blend(image, picture(answer).convert("RGB"), PAINT)
         image = Image.composite(painted, image, Image.fromarray(covered))
-        pen, top = ImageDraw.Draw(image), 0
+        pen, top = ImageDraw.Draw(image), 0.0
         for label, part in sorted(answer["classes"].items(), key=lambda item: -item[1]):
             if part < NAMED or label == BACKGROUND:
                 continue

@@ -18,7 +18,7 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.lines import Line, is_object, only, parse_object, read_text, text_in
 from dlref.runtime.runner import Runner as Base
 from dlref.runtime.runner import fixed_or, whole_number
-from dlref.runtime.text import END, PAD, check_unicode, make_tokenizer
+from dlref.runtime.text import END, PAD, Bytes, check_unicode, make_tokenizer
 
 SENTENCES = 32  # at once
 LONGEST = 100_000  # tokens
@@ -76,9 +76,10 @@ class Runner(Base):
             raise UserError("not translation; expected graphs with inputs source, token and state")
         if len(graphs["encode"].shape["source"]) != 2 or len(graphs["step"].shape["token"]) != 2:
             raise UserError("not translation; expected inputs source and token of two axes")
-        self.source, self.target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
-        if not hasattr(self.target, "decode"):
+        source, target = (make_tokenizer(metadata[side]) for side in ("source", "target"))
+        if isinstance(target, Bytes):
             raise UserError("not translation; expected a target of words, characters or byte pairs")
+        self.source, self.target = source, target
         self.encode, self.step = graphs["encode"], graphs["step"]
         longest, widest = metadata["longest"], metadata["widest"]
         self.longest = min(longest, fixed_or(self.encode.shape["source"][1], longest))
