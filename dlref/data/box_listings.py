@@ -121,10 +121,10 @@ def _check_picture(record: Record, ids: dict[Hashable, int], on_bad_box: OnBadBo
         size = picture_size(record.path)
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from None
-    if any(told is not None and told != true for told, true in zip(record.size, size, strict=True)):
-        told = " x ".join(shorten(told).removesuffix(".0") for told in record.size)  # VOC's sizes are read as floats
+    if any(given is not None and given != true for given, true in zip(record.size, size, strict=True)):
+        given = " x ".join(shorten(side).removesuffix(".0") for side in record.size)  # VOC's sizes are read as floats
         true = f"{size[0]} x {size[1]}, as {record.path} has when shown"
-        raise UserError(f"{record.where}: size {told}; expected {true}")
+        raise UserError(f"{record.where}: size {given}; expected {true}")
     # Check boxes in float32, as they are returned: a sliver may then have no area, and float64 rounding cannot push a
     # box out of its picture.
     rounded = torch.tensor([found.box for found in record.objects], dtype=torch.float32).tolist()

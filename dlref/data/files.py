@@ -146,8 +146,8 @@ def picture_size(path: str) -> tuple[int, int]:
             width, height = image.size
             # Pillow decodes a whole PNG to find its orientation; most have none, so look for the marks first.
             content = Path(path).read_bytes() if image.format == "PNG" else b""
-            told = image.format != "PNG" or any(mark in content for mark in EXIF_OF_PNG)
-            turned = told and orientation(image) in SIDEWAYS
+            marked = image.format != "PNG" or any(mark in content for mark in EXIF_OF_PNG)
+            turned = marked and orientation(image) in SIDEWAYS
     except Exception:  # Pillow's readers raise many kinds of exceptions for a broken header
         wrong = "cannot be decoded" if os.path.isfile(path) else "no such file"
         raise UserError(f"{path}: {wrong}; expected a {FORMATS} image") from None

@@ -176,14 +176,14 @@ class Runner(Base):
 
         A request with `instances` gets `predictions`, with `matrix` if requested.
         """
-        found = iter(self.search([sentence.tokens for item in items for sentence in item.sentences]))
+        hypotheses = iter(self.search([sentence.tokens for item in items for sentence in item.sentences]))
         answers = []
         for item in items:
-            told = [self.told(sentence, next(found)) for sentence in item.sentences]
-            answers.append(told[0] if item.single else {"predictions": [as_sagemaker(one) for one in told]})
+            translations = [self.prediction(sentence, next(hypotheses)) for sentence in item.sentences]
+            answers.append(translations[0] if item.single else {"predictions": list(map(as_sagemaker, translations))})
         return answers
 
-    def told(self, sentence: Sentence, found: Hypothesis) -> dict:
+    def prediction(self, sentence: Sentence, found: Hypothesis) -> dict:
         """Convert a hypothesis to a prediction."""
         attention = found.attention[: len(found.tokens), : len(sentence.tokens)]
         answer = {"target": self.target.decode(found.tokens), "log_probability": found.log_probability}
