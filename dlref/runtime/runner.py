@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -75,7 +75,11 @@ class Runner:
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(function, parts))
 
-    def __call__(self, source) -> dict | list[dict]:
+    @overload
+    def __call__(self, source: list) -> list[dict]: ...
+    @overload
+    def __call__(self, source: Any) -> dict: ...
+    def __call__(self, source):
         """Predict for one input, or for each in a list. Raises UserError for the first bad one."""
         answers = []
         for answer in self.stream(source if isinstance(source, list) else [source]):
