@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlref.data.loader import sent
+
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601)
 TURN = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)  # cross product, grey axis
 
@@ -72,7 +74,7 @@ def photometric(images: Tensor) -> Tensor:
     brightness, contrast, saturation = draw(-32, 32, 0.0), draw(0.5, 1.5, 1.0), draw(0.5, 1.5, 1.0)
     angle = draw(-math.pi / 10, math.pi / 10, 0.0)
     same = torch.eye(3, device=device)
-    luma, turn = (part.to(device, non_blocking=True) for part in (LUMA.expand(3, 3), TURN))
+    luma, turn = (sent(part, device) for part in (LUMA.expand(3, 3), TURN))
     grey = torch.full((3, 3), 1 / 3, device=device)
     hue = angle.cos() * same + angle.sin() * turn + (1 - angle.cos()) * grey  # Rodrigues' formula
     colours = contrast * (hue @ (saturation * same + (1 - saturation) * luma))  # (B, 3, 3)

@@ -72,6 +72,15 @@ def seed_all(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy host memory to a device. A blocking copy would make every batch wait for the GPU to catch up.
+
+    An Apple GPU is waited for, as by Lightning: it may read the host memory only after it is freed or reused, and so
+    get other values (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 def processes() -> tuple[int, int]:
     """Return the rank of this process and the number of processes that train together."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dlref.data.loader import sent
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, opened, parse_object
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, check_unicode
@@ -195,7 +196,7 @@ class Ragged:
         """Return the rows with these numbers, padded with PAD."""
         device, length = self.tokens.device, self.lengths[number]
         place = torch.arange(int(length.max()), device=device)
-        begin, length = (part.to(device, non_blocking=True)[:, None] for part in (self.begin[number], length))
+        begin, length = (sent(part, device)[:, None] for part in (self.begin[number], length))
         there = place < length
         return self.tokens[torch.where(there, begin + place, 0)].long().where(there, PAD)
 

@@ -19,7 +19,7 @@ from dlref.data.files import SPLIT_SEED, check_class_ids
 from dlref.data.idx import read_idx_pair
 from dlref.data.image_classification import ImageClassificationData, list_folder
 from dlref.data.images import read_images
-from dlref.data.loader import check_at_least
+from dlref.data.loader import check_at_least, sent
 from dlref.runtime.errors import UserError
 
 
@@ -33,8 +33,7 @@ class ImageTensors(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
-        index = index.to(self.images.device, non_blocking=True)
+        index = sent(index, self.images.device)
         # On a CPU, images[index] takes twenty times as long.
         return self.images.index_select(0, index), self.targets[index]
 

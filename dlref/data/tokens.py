@@ -17,6 +17,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dlref.data.loader import sent
 from dlref.data.vocabulary import Exact, make_exact, read_exact, tokenizers_of_run
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import decoded, numbered, opened, parse_object
@@ -109,8 +110,7 @@ class Windows(Dataset):
 
     def __getitem__(self, starts: Int[Tensor, "B"]) -> Int[Tensor, "B U"]:
         device = self.tokens.device
-        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
-        places = starts.to(device, non_blocking=True)[:, None] + torch.arange(self.context_length + 1, device=device)
+        places = sent(starts, device)[:, None] + torch.arange(self.context_length + 1, device=device)
         last = len(self.tokens) - 1
         return self.tokens[places.clamp(max=last)].long().masked_fill(places > last, -1)
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dlref.data.loader import sent
 from dlref.data.series import Series
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.series import Record, features_at, forward_filled
@@ -166,8 +167,7 @@ class Windows(Dataset):
         return item, self.first[item] + self.stride * (number - self.stop[item] + self.count[item])
 
     def __getitem__(self, number: Int[Tensor, "B"]) -> Window:
-        # Non-blocking: a blocking copy from host memory would make every batch wait for the GPU to catch up.
-        item, end = self.ends(number.to(self.stop.device, non_blocking=True))
+        item, end = self.ends(sent(number, self.stop.device))
         window = self.store(item, end, self.steps, self.featured)
         if not self.horizon:
             return window
