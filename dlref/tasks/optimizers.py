@@ -25,7 +25,7 @@ def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     """
     tall = matrices.size(1) > matrices.size(2)
     wide = matrices.mT if tall else matrices
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     wide = wide.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
