@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dlref.cli import build
+from dlref.data.loader import sent
 from dlref.tasks import EMA
 from dlref.training.checkpoints import Last
 from dlref.training.devices import UnevenEvaluation, fast_steps
@@ -41,21 +43,24 @@ SMALL = {  # one config of each family, with little data since a CPU may have to
 }
 
 
-class Waits(TorchDispatchMode):
-    """Collect the copies between devices for which the host waits."""
+class Slow(TorchDispatchMode):
+    """Collect the copies between devices for which the host waits, and what a GPU computes in float64."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        """Run an operation and record it if it is a blocking copy between devices."""
+        """Run an operation; record it if it is a blocking copy between devices, or its result float64 on a GPU."""
         answer = operation(*arguments, **(options or {}))
         tensors = [t for t in tree_leaves((arguments, options, answer)) if isinstance(t, torch.Tensor)]
         apart = len({tensor.device.type for tensor in tensors}) > 1
         asked = (options or {}).get("non_blocking") or any(a is True for a in arguments[2:])
         if apart and "copy" in str(operation) and not asked:
             self.found.append(str(operation))
+        # A GPU is slow in float64, and an Apple GPU does not have it.
+        if any(t.dtype is torch.float64 and t.is_cuda for t in tree_leaves(answer) if isinstance(t, torch.Tensor)):
+            self.found.append(f"{operation}: float64")
         return answer
 
 
@@ -69,7 +74,7 @@ def faked(mode: FakeTensorMode, thing: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_a_training_step_has_no_blocking_copy(config, unchecked):
+def test_a_training_step_has_no_blocking_copy_and_no_float64(config, unchecked):
     task, data = build(CONFIGS / f"{config}.yaml", SMALL[config])
     data.prepare_data()
     data.setup("fit")
@@ -82,20 +87,29 @@ def test_a_training_step_has_no_blocking_copy(config, unchecked):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.backends.cudnn.flags(enabled=False):
         faked(mode, task)
         batch = tree_map(lambda t: mode.from_tensor(t).to("cuda") if isinstance(t, torch.Tensor) else t, batch)
-        with Waits() as waits:
+        with Slow() as slow:
             loss = task.train().training_step(data.on_after_batch_transfer(batch, 0), 0)
     assert loss.device.type == "cuda"
-    assert not waits.found
+    assert not slow.found
 
 
-def test_blocking_copies_are_detected():
-    with FakeTensorMode(), Waits() as waits:
+def test_blocking_copies_and_float64_are_detected():
+    with FakeTensorMode(), Slow() as slow:
         there = torch.zeros(3, device="cuda")
-        torch.zeros(3).to("cuda", non_blocking=True)
-        assert not waits.found
+        torch.zeros(3, dtype=torch.float64).float().to("cuda", non_blocking=True)
+        assert not slow.found
         there.cpu()
         torch.tensor([1.0, 2.0], device="cuda")
-        assert len(waits.found) == 2
+        assert len(slow.found) == 2
+        there.double()
+        assert len(slow.found) == 3
+
+
+@pytest.mark.parametrize(("device", "non_blocking"), [("cuda", True), ("mps", False)])
+def test_only_an_apple_gpu_is_waited_for_when_a_batch_is_sent(device, non_blocking):
+    tensor = Mock()
+    sent(tensor, torch.device(device))
+    tensor.to.assert_called_once_with(torch.device(device), non_blocking=non_blocking)
 
 
 class Strict(Callback):

@@ -75,8 +75,8 @@ def seed_all(seed: int) -> None:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy host memory to a device. A blocking copy would make every batch wait for the GPU to catch up.
 
-    An Apple GPU is waited for, as by Lightning: it may read the host memory only after it is freed or reused, and so
-    get other values (https://github.com/pytorch/pytorch/issues/189690).
+    An Apple GPU is waited for, as by Lightning: it may read host memory only after it is freed or reused, and so get
+    other values (https://github.com/pytorch/pytorch/issues/83015).
     """
     return tensor.to(device, non_blocking=device.type != "mps")
 
