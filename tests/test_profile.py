@@ -130,12 +130,13 @@ def test_a_slow_callback_is_the_bottleneck_and_validation_does_not_count_in_a_st
     assert findings.epoch == 8
 
 
-def test_no_step_in_the_first_half_waits_for_the_gpu(profiles, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_no_step_in_the_first_half_waits_for_the_gpu(device, profiles, monkeypatch):
     waits = Counter()
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.update([len(profiles[0].steps)]))
+    monkeypatch.setattr(getattr(torch, device), "synchronize", lambda: waits.update([len(profiles[0].steps)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
     monkeypatch.setattr(dlref.training.profile, "ON_CUDA", {ProfilerActivity.CPU})
-    monkeypatch.setattr(StepProfile, "on_cuda", lambda self: True)
+    monkeypatch.setattr(StepProfile, "device", lambda self: device)
     assert profile("--run", "mine", "--data.init_args.batch_size", "16") == 0
     half = WARM_UP + COUNTED // 2
     free, parts = ([waits[step] for step in steps] for steps in (range(WARM_UP, half - 1), range(half, half + 20)))
@@ -144,7 +145,8 @@ def test_no_step_in_the_first_half_waits_for_the_gpu(profiles, monkeypatch):
     assert min(parts) > 8
     findings = profiles[0].findings()
     assert len(findings.free) == len(findings.steps) == COUNTED // 2
-    assert "the GPU" in findings.lines()[0]
+    assert "waits for the GPU" in findings.lines()[0]
+    assert ("The GPU is busy" in findings.lines()[0]) == (device == "cuda")  # the trace shows only CUDA's kernels
 
 
 @pytest.mark.gpu

@@ -115,15 +115,16 @@ class StepProfile(Profiler):
         self.stack: list[tuple[str, Any]] = []  # the open parts, with their labels in the trace
         self.last = self.save_began = 0.0
         self.tracer, self.traced, self.tracing = None, 0, False
-        self.cuda, self.free, self.bars, self.replaced = False, 0, (), []
+        self.cuda, self.synchronize, self.free, self.bars, self.replaced = False, None, 0, (), []
 
     # Called by Lightning
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         """Prepare once devices and loggers are known. Logging is wrapped: Lightning has no action for it."""
         super().setup(stage, local_rank, log_dir)
-        self.cuda = self.on_cuda()
-        self.free = COUNTED // 2 if self.cuda else 0
+        device = self.device()
+        self.cuda, self.free = device == "cuda", 0 if device == "cpu" else COUNTED // 2
+        self.synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device)
         bars = [callback for callback in self.trainer.callbacks if isinstance(callback, ProgressBar)]
         self.bars = tuple(f"[Callback]{bar.state_key}." for bar in bars)
         for logger in self.trainer.loggers:
@@ -184,16 +185,16 @@ class StepProfile(Profiler):
 
     # Steps
 
-    def on_cuda(self) -> bool:
-        """Return whether the device is a CUDA GPU: calls only launch its work, which must be waited for."""
-        return self.trainer.strategy.root_device.type == "cuda"
+    def device(self) -> str:
+        """Return the type of the device: calls only launch a GPU's work, which must be waited for."""
+        return self.trainer.strategy.root_device.type
 
     def _current(self) -> str:
         return self.stack[-1][0] if self.stack else "loop"
 
     def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.synchronize is not None:
+            self.synchronize()
 
     def _border(self, of_a_part: bool) -> None:
         """Add the time since the last border to the current part."""

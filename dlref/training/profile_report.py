@@ -69,12 +69,13 @@ class Findings:
         """Return the text below the table."""
         mean, median = statistics.fmean(self.free), statistics.median(self.free)
         said = [f"A step takes {milli(mean)} on average, {milli(median)} in the median, over {len(self.free)} steps."]
-        if self.busy is not None:
-            said += [
+        if self.free != self.steps:
+            said.append(
                 f"In the table a step takes {milli(statistics.fmean(self.steps))}: there each part waits for the GPU, "
-                "so that its time can be told from the others'.",
-                f"The GPU is busy for {self.busy:.0%} of a step.",
-            ]
+                "so that its time can be told from the others'."
+            )
+        if self.busy is not None:
+            said.append(f"The GPU is busy for {self.busy:.0%} of a step.")
         said += [
             f"A checkpoint takes {milli(self.checkpoint)}. At most {self.checkpoints:.2g} are written in an epoch of "
             f"{self.epoch} steps: two after each validation, one every --checkpoint_minutes."
