@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -341,6 +342,18 @@ def test_numbered_output_names_do_not_collide_with_names_of_input_files(tmp_path
     names = ["lost.jpg", str(tmp_path / "1.jpg"), "a text"]
     found = [path.name for path in places_of(names, tmp_path / "out", "--output")]
     assert found == ["input-1.png", "1.png", "3.png"]
+
+
+@pytest.mark.parametrize(("system", "collide"), [("linux", False), ("darwin", True)])
+def test_output_names_that_differ_only_in_case_collide_on_a_mac(system, collide, tmp_path, monkeypatch):
+    names = [tmp_path / "x/A.jpg", tmp_path / "y/a.jpg"]
+    for name in names:
+        name.parent.mkdir()
+        name.touch()
+    monkeypatch.setattr("sys.platform", system)
+    refused = pytest.raises(UserError, match=r"two inputs would be written to a\.png; expected names that differ")
+    with refused if collide else nullcontext():
+        places_of(list(map(str, names)), tmp_path / "out", "--output")
 
 
 def test_save_uses_a_different_temporary_file_for_each_image(tmp_path):

@@ -1,6 +1,7 @@
 """Semantic segmentation: masks that follow the pixels, loss and metrics, the runner, the bundle."""
 
 import json
+import ntpath
 import sys
 import warnings
 from types import SimpleNamespace
@@ -615,6 +616,12 @@ def test_predicted_pictures_are_laid_out_like_their_inputs(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         write_pictures(tmp_path / "predictions", ["a/0.jpg", "a/1.png"], [picture])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blobs", "links", "predictions"]
+
+
+def test_pictures_of_inputs_on_several_drives_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.commonpath", lambda paths: ntpath.commonpath(["C:\\a", "D:\\b"]))
+    with pytest.raises(UserError, match="predictions: inputs on several drives; expected them on one"):
+        write_pictures(tmp_path / "predictions", ["a/0.jpg", "b/0.jpg"], [])
 
 
 @pytest.mark.parametrize("refused", ["pictures", "rows"])

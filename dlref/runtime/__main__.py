@@ -175,11 +175,13 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     known = set(stems)
     numbers = [f"input-{n}" if str(n) in known else str(n) for n in range(1, len(sources) + 1)]
     paths = [path] if single else [path / f"{stem or n}.png" for stem, n in zip(stems, numbers, strict=True)]
+    same = str.casefold if sys.platform == "darwin" else str  # on Windows, paths already compare without case
     names: set[Path] = set()
     for one in paths:
-        if one in names:
+        name = Path(same(str(one)))
+        if name in names:
             raise UserError(f"{option} {path}: two inputs would be written to {one.name}; expected names that differ")
-        names.add(one)
+        names.add(name)
     taken = {identity(one) for one in paths} - {None}
     for source in sources:
         if identity(source) in taken:

@@ -227,7 +227,10 @@ def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iter
 
     PNGs keep the paths of the inputs relative to the inputs' common folder. Raises UserError.
     """
-    common = os.path.commonpath([Path(name).parent.resolve() for name in names])
+    try:
+        common = os.path.commonpath([Path(name).parent.resolve() for name in names])
+    except ValueError:
+        raise UserError(f"{folder}: inputs on several drives; expected them on one") from None
     places = [Path(name).parent.resolve() / Path(name).name for name in names]  # of a link, not its target
     files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
     twice = next((file for file, count in Counter(files).items() if count > 1), None)
