@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dlref.runtime import UserError, kinds, load, runner_of
 from dlref.runtime.arguments import Parser, positive
+from dlref.runtime.machine import comparable
 from dlref.runtime.runner import BATCH, Runner, plain
 
 PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
@@ -175,13 +176,11 @@ def places_of(sources: list[str], path: Path, option: str) -> list[Path]:
     known = set(stems)
     numbers = [f"input-{n}" if str(n) in known else str(n) for n in range(1, len(sources) + 1)]
     paths = [path] if single else [path / f"{stem or n}.png" for stem, n in zip(stems, numbers, strict=True)]
-    same = str.casefold if sys.platform == "darwin" else str  # on Windows, paths already compare without case
     names: set[Path] = set()
     for one in paths:
-        name = Path(same(str(one)))
-        if name in names:
+        if comparable(one) in names:
             raise UserError(f"{option} {path}: two inputs would be written to {one.name}; expected names that differ")
-        names.add(name)
+        names.add(comparable(one))
     taken = {identity(one) for one in paths} - {None}
     for source in sources:
         if identity(source) in taken:
@@ -198,9 +197,9 @@ def check_places(written: dict[str, list[Path]], bundle: Path) -> None:
                 raise UserError(
                     f"{option} {path}: inside the bundle, which holds only its own files; expected another place"
                 )
-            if path in taken:
+            if comparable(path) in taken:
                 raise UserError(f"--output and --overlay are both {path}; expected two places")
-            taken.add(path)
+            taken.add(comparable(path))
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def saturates() -> bool:
     except Exception:  # a build without the operator: exact sums are correct on any processor
         return True
     return bool((y != 64 * 255 * 127).any())
+
+
+def comparable(path: Path) -> Path:
+    """Return a path that is equal for two spellings of one name: on a Mac, names that differ only in case.
+
+    On Windows, paths compare without case anyway.
+    """
+    return Path(str(path).casefold()) if sys.platform == "darwin" else path
 
 
 def processor() -> str:

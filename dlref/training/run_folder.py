@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dlref.runtime import UserError
+from dlref.runtime.machine import comparable
 from dlref.training.seal import damage
 
 OWN = (
@@ -233,7 +234,7 @@ def written_pictures(folder: Path, names: list[str], pictures: Iterable) -> Iter
         raise UserError(f"{folder}: inputs on several drives; expected them on one") from None
     places = [Path(name).parent.resolve() / Path(name).name for name in names]  # of a link, not its target
     files = [Path(os.path.relpath(place, common)).with_suffix(".png") for place in places]
-    twice = next((file for file, count in Counter(files).items() if count > 1), None)
+    twice = next((file for file, count in Counter(map(comparable, files)).items() if count > 1), None)
     if twice:
         raise UserError(f"{folder}: two inputs would be written to {twice}; expected names that differ")
     part = folder.with_name(f"{folder.name}.part")
