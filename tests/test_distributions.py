@@ -39,6 +39,21 @@ def test_log_likelihoods_match_scipy(distribution, theirs, values):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "raw", "expected"),
+    [
+        (StudentT(), [0.0, 0.5, 0.0], [2 + np.log(2), 2.0, 4 * np.log(2)]),
+        (Gaussian(), [0.5, 0.0], [2.0, 4 * np.log(2)]),
+        (Beta(), [0.0, 0.0], [np.log(2), np.log(2)]),
+        (Deterministic(), [0.5], [2.0, 4.0]),
+    ],
+)
+def test_parameters_at_a_scale_of_four_match_values_computed_by_hand(distribution, raw, expected):
+    """log(1 + exp(0)) = log 2."""
+    parameters = distribution.domain(torch.tensor([raw]), torch.tensor([4.0]))
+    assert torch.cat(parameters).tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_negative_binomial_has_the_mean_and_variance_of_the_paper():
     raw, scale = torch.zeros(2, 2), torch.tensor([4.0, 100.0])
     mean, shape = NegativeBinomial().domain(raw, scale)
