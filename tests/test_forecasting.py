@@ -365,6 +365,18 @@ def test_wql_of_a_point_forecast_equals_its_normalised_deviation():
     assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
 
 
+def test_evaluate_returns_the_normalised_deviation_of_a_runners_point_forecasts():
+    task, windows = forecaster(Deterministic()), [window_of(torch.rand(size, 10)) for size in (3, 2)]
+    windows[0].observed[1, -2] = False
+    found = task.evaluate(task.deployable(windows[0]).runner(), windows)
+    errors, targets = [], []
+    for window in windows:
+        target, there = window.values[:, -4:], window.observed[:, -4:]
+        errors += (task.paths(window)[:, 0] - target)[there].abs().tolist()
+        targets += target[there].tolist()
+    assert found == pytest.approx(sum(errors) / sum(targets), rel=1e-5)
+
+
 def test_degradation_from_a_loss_of_zero_is_infinite():
     task = forecaster()
     assert task.degradation(0.0, 0.0) == 0
@@ -1133,14 +1145,16 @@ def test_a_windows_truth_covers_the_forecast_times():
     torch.testing.assert_close(split[torch.tensor([1])].truth[0], split.store.truth[796:800])
 
 
-def test_only_counts_and_beta_draws_are_declared_as_discrete_outputs():
-    for distribution, jumps in (
-        (StudentT(), ()),
-        (Gaussian(), ()),
-        (NegativeBinomial(), ("value",)),
-        (Beta(), ("value",)),
+def test_counts_are_declared_as_whole_numbers_and_counts_and_beta_draws_as_discrete_outputs():
+    for distribution, jumps, whole in (
+        (StudentT(), (), False),
+        (Gaussian(), (), False),
+        (NegativeBinomial(), ("value",), True),
+        (Beta(), ("value",), False),
     ):
-        assert forecaster(distribution).deployable(window_of(torch.rand(2, 10))).graphs["step"].discrete == jumps
+        served = forecaster(distribution).deployable(window_of(torch.rand(2, 10)))
+        assert served.graphs["step"].discrete == jumps
+        assert served.metadata["whole_numbers"] is whole
 
 
 def test_the_step_graph_declares_one_call_per_forecast_time():
