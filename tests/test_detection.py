@@ -534,6 +534,15 @@ def test_the_metric_is_nan_when_there_is_no_box_to_find(monkeypatch):
         assert task.evaluate(None, []) == pytest.approx(expected, nan_ok=True)
 
 
+def test_evaluate_takes_a_runners_boxes_in_pixels_of_its_images():
+    boxes, none = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]]), torch.zeros(1, 2, dtype=torch.bool)
+    targets = {"boxes": boxes, "labels": torch.tensor([[0, 1]]), "ignored": none, "sizes": torch.tensor([[40, 80]])}
+    red = np.float32([[0, 0, 4, 4]]), np.float32([0.9]), np.int64([0])
+    runner = SimpleNamespace(detections=lambda image: [red])
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert detector().evaluate(runner, [(images, targets)]) == pytest.approx(0.5)  # red is found, blue is not
+
+
 def test_validation_without_boxes_logs_nan_scores():
     task, logged = detector(), {}
     task.val_map, task.log_dict = average_precision(), lambda values, **_: logged.update(values)
@@ -668,12 +677,13 @@ def test_defaults_are_those_of_the_ssd_authors():
 def test_per_class_average_precision_covers_objects_of_all_sizes():
     task, logged = detector(), {}
     task.test_map, task.log_dict = average_precision(extended_summary=True), logged.update
-    boxes, sizes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 0.51, 0.51]]]), torch.tensor([[400, 400]])
-    targets = {"boxes": boxes, "labels": torch.tensor([[0, 0]]), "ignored": torch.zeros(1, 2, dtype=torch.bool)}
-    found = [(boxes[0, :1].numpy(), np.float32([0.9]), np.int64([0]))]  # the large one
+    boxes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0.5, 0.5, 0.51, 0.51]]])
+    targets = {"boxes": boxes, "labels": torch.zeros(1, 3).long(), "ignored": torch.zeros(1, 3, dtype=torch.bool)}
+    found = [(boxes[0, :2].numpy(), np.float32([0.9, 0.8]), np.int64([0, 0]))]  # the large ones
+    sizes = torch.tensor([[400, 400]])
     task.test_map.update(predictions(found, sizes), truth(targets | {"sizes": sizes}))
     task.on_test_epoch_end()
-    assert logged["test/ap_red"] == logged["test/ap50_red"] == pytest.approx(51 / 101)
+    assert logged["test/ap_red"] == logged["test/ap50_red"] == pytest.approx(67 / 101)
 
 
 def test_a_detector_trains_tests_predicts_and_draws(tmp_path):
