@@ -94,19 +94,23 @@ def test_a_training_loss_is_counted_by_its_number_of_real_tokens():
 
 
 def judged(task, *pairs):
-    """Evaluate these pairs and return the mean loss of the evaluation so far."""
+    """Evaluate these pairs and return the mean loss and the accuracy of the evaluation so far."""
     task.translate, task.runner = lambda *_: {}, lambda *_: None
     task.evaluation_step(batch_of(*pairs), 1)
-    return task.nll.compute().item()
+    return task.nll.compute().item(), task.accuracy.compute().item()
 
 
-def test_padding_is_left_out_of_the_evaluation_loss():
+def test_padding_is_left_out_of_the_evaluation_loss_and_accuracy():
     task = translator()
+    torch.nn.init.constant_(task.network.output.bias[LETTERS["tokens"].index("z")], 9.0)  # predicts only z
     together, alone = judged(task, *PAIRS), []
     for pair in PAIRS:
         task.nll.reset()
+        task.accuracy.reset()
         alone.append(judged(task, pair))
-    assert together == pytest.approx(np.average(alone, weights=[len(target) + 1 for _, target in PAIRS]), rel=1e-5)
+    expected = np.average(alone, axis=0, weights=[len(target) + 1 for _, target in PAIRS])
+    assert together == pytest.approx(expected, rel=1e-5)
+    assert together[1] == pytest.approx(5 / 11)
 
 
 def test_the_loss_is_reset_between_evaluations(monkeypatch):
