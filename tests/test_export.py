@@ -736,12 +736,18 @@ def test_in_lower_precision_each_row_is_compared_with_its_nearest_match():
     [
         ([np.inf, 1, 1], [np.inf, np.nan, 1], 1),
         ([np.inf, 7, 1], [5, 7, np.inf], 2),
-        ([np.nan, 1, 1], [3, 1, 1 + 1e-9], 1),
+        ([np.nan, 1, 1], [3, 1 + 1e-4, 1 + 1e-6], 2),
     ],
 )
-def test_non_finite_elements_count_as_different_unless_they_are_equal(expected, actual, unlike):
+def test_elements_beyond_the_tolerance_or_not_finite_count_as_different_unless_they_are_equal(expected, actual, unlike):
     graph = Compared("draw", lambda: None, SimpleNamespace(shape={}), 1e-5, (), ("value",))
     assert graph.count_unlike(np.float32(actual), np.float32(expected)) == unlike
+
+
+def test_an_output_that_is_nan_in_pytorch_too_is_refused():
+    graph = Compared("decode", lambda: None, SimpleNamespace(shape={}), 1e-5)
+    with pytest.raises(Refused, match="differs from PyTorch by nan"):
+        graph.difference("logits", np.float32([1, np.nan]), np.float32([1, np.nan]))
 
 
 @pytest.mark.parametrize("actual", [[np.inf, np.nan], [np.inf, np.inf]])

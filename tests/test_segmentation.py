@@ -721,7 +721,7 @@ def test_pixels_flipped_by_rounding_are_counted_and_too_many_are_refused():
 
     def compared(flipped, tolerance=1e-4):
         actual = expected.copy()
-        actual.ravel()[:flipped] = 7
+        actual.ravel()[:flipped] = 1
         exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
         graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, discrete=["mask"])
         graph()
