@@ -217,6 +217,7 @@ def test_more_devices_than_samples_are_refused(devices):
     data.splits = {"train": range(50)}
     with pytest.raises(UserError, match="train: 50 samples for 51 devices"):
         SplitData.order(data, 51)
+    assert len(SplitData.order(data, 50)) == 1
 
 
 def test_batches_of_overlong_sentences_have_a_sentence_for_every_device():

@@ -150,6 +150,7 @@ BAD_RECORDS = [
     (recordio(packed([(1 << 32) + 5], [5], WIDE)), "record 1: source: token 4294967301; expected 1 or 4 to 6"),
     (recordio(packed([4], [-1])), "record 1: target: token -1"),
     (recordio(packed([4, 0], [5])), "record 1: source: token 0"),
+    (recordio(packed([4, 2], [5])), "record 1: source: token 2"),
     (recordio(packed([4], [5, 3])), "record 1: target: token 3"),
     (recordio(GOOD[:-1]), "record 1: broken; expected a protobuf Record"),
     (recordio(b"\xff" * 12), "record 1: broken"),
