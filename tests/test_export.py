@@ -561,7 +561,7 @@ def test_an_earlier_bundle_that_cannot_be_put_back_is_kept_and_its_place_reporte
 
 @pytest.mark.parametrize("ends", ["Softmax", "Clip"])
 def test_infinity_mask_nodes_end_at_a_softmax_or_clip(ends):
-    infinite = helper.make_tensor("infinite", TensorProto.FLOAT, [], [-np.inf])
+    infinite = helper.make_tensor("infinite", TensorProto.FLOAT, [2], [0.0, -np.inf])
     word = helper.make_tensor("word", TensorProto.STRING, [], [b"inf"])
     masked = helper.make_node("Where", ["seen", "x", "infinite"], ["masked"], "masked")
     ended = helper.make_node(ends, ["masked"], ["ended"], "ended")
