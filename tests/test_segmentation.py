@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision import tv_tensors
 
 from dlref.cli import TrainCLI
 from dlref.data import DigitSceneMasks, DigitScenes, MaskFolders, MaskLists, VOCMasks
@@ -240,6 +241,17 @@ def test_digit_scenes_are_generated_without_files_and_differ_by_split():
 def test_scales_multiply_the_base_size(tmp_path):
     resize, *_ = masked(tmp_path, base_size=40, scales=(0.5, 2.0)).train_transform().transforms
     assert (resize.min_size, resize.max_size) == (20, 81)  # max_size is exclusive
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.4])
+def test_a_resized_mask_is_not_shifted_against_its_picture(scale, tmp_path):
+    levels = torch.arange(120, dtype=torch.uint8).expand(120, 120)  # of picture and mask: the number of the column
+    options = {"base_size": 120, "scales": (scale, scale), "crop_size": round(120 * scale), "flip": False}
+    transform = masked(tmp_path, **options).train_transform()
+    for along, across in ((levels, -1), (levels.T, -2)):
+        image, mask = transform((tv_tensors.Image(along.expand(3, -1, -1)), tv_tensors.Mask(along)))
+        ahead = (image[0].float() - mask).movedim(across, 0)[3:-3] * scale  # in pixels; the border has no neighbours
+        assert ahead.mean().abs() < 0.1
 
 
 @pytest.mark.parametrize("module", [DigitSceneMasks, DigitScenes])

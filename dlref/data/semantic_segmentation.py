@@ -7,6 +7,7 @@ uses pictures at their own size, one at a time if the sizes differ. After `setup
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,6 +35,22 @@ from dlref.runtime.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 Pair = tuple[tv_tensors.Image, tv_tensors.Mask]
+
+
+class Resized(v2.RandomResize):
+    """A random resize of a picture and its mask that keeps the mask in place.
+
+    A pixel of the mask is the one whose centre is nearest, as in Pillow. torchvision takes the one to the upper left of
+    that point, which shifts masks by half a pixel to the lower right of their pictures.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize a picture or a mask (H, W) to the size in `params`."""
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        exact = v2.InterpolationMode.NEAREST_EXACT
+        resized = v2.functional.resize_image(inpt.as_subclass(Tensor)[None], params["size"], interpolation=exact)
+        return tv_tensors.Mask(resized[0])
 
 
 class MaskedPictures(Dataset):
@@ -142,7 +159,7 @@ class SegmentationData(AnnotatedPictures):
     def train_transform(self) -> v2.Transform:
         """Return the transform of training pictures and masks, except for changes of brightness and colours."""
         smallest, largest = (max(1, round(self.base_size * scale)) for scale in self.scales)
-        resize = v2.RandomResize(smallest, largest + 1, antialias=True)
+        resize = Resized(smallest, largest + 1, antialias=True)
         fill = {tv_tensors.Image: MEAN, tv_tensors.Mask: VOID}
         crop = v2.RandomCrop(self.crop_size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, *[v2.RandomHorizontalFlip()] * self.flip])
