@@ -82,7 +82,10 @@ class ImageClassifier(ImageTask):
         self.test_metrics = test_metrics(len(labels), multi_label).clone(prefix="test/")
 
     def loss(self, logits: Float[Tensor, "B K"], targets: Tensor) -> Tensor:
-        """Return the mean over the batch; `targets` are class indices (B,), or probabilities or labels (B, K)."""
+        """Return the mean over the batch, or a sum if all of its images have a weight of 0.
+
+        `targets` are class indices (B,), or probabilities or labels (B, K).
+        """
         if self.facts["multi_label"]:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
         options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
@@ -91,7 +94,7 @@ class ImageClassifier(ImageTask):
         # With weights and smoothing torch's own mean waits for the GPU.
         total = F.cross_entropy(logits.float(), targets, **options, reduction="sum")
         weight = self.counted(targets) * torch.ones_like(total)
-        return (total / or_one(weight)).where(weight > 0, 0)  # with smoothing, images of weight 0 add to the loss
+        return total / or_one(weight)
 
     def counted(self, targets: Tensor) -> Tensor | int:
         """Return the number of images that the loss is a mean over, or the sum of their class weights."""
@@ -109,7 +112,9 @@ class ImageClassifier(ImageTask):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        return self.log_train_loss(loss, self.counted(targets))
+        count = self.counted(targets)
+        # With smoothing, images of weight 0 add to the loss; without others, their sum would be a step of any length.
+        return self.log_train_loss(loss * (count > 0), count)
 
     def judge(self, stage: str, batch: Batch, metrics: MetricCollection) -> Float[Tensor, "B K"]:
         """Add a batch to the loss and the metrics of a stage; return its probabilities."""
