@@ -35,6 +35,7 @@ from dlref.runtime.lines import text_in
 from dlref.runtime.machine import cores
 from dlref.runtime.runner import BATCH
 from dlref.runtime.runners.image_classification import answers
+from dlref.tasks.image_classification import metrics
 
 
 def grey(value, height=4, width=6):
@@ -236,10 +237,13 @@ def test_the_error_for_an_unreadable_image_names_the_file(tmp_path):
             read_image(tmp_path / name, 1)
 
 
-def test_a_multi_label_prediction_returns_labels_with_probability_of_at_least_one_half():
+def test_a_multi_label_prediction_returns_the_labels_that_the_metrics_count():
     metadata = {"labels": ["a", "b", "c"], "multi_label": True}
-    (row,) = answers(np.array([[0.9, 0.2, 0.5]], np.float32), metadata)
-    assert row["labels"] == ["a", "c"]
+    probability = np.array([[0.9, 0.2, 0.5]], np.float32)
+    (row,) = answers(probability, metadata)
+    assert row["labels"] == ["a"]
+    accuracy = metrics(3, multi_label=True)["accuracy"]
+    assert accuracy(torch.from_numpy(probability), torch.tensor([[1, 0, 0]])) == 1
 
 
 def test_a_folder_as_input_is_expanded_to_its_files(bundle, tmp_path, capsys):

@@ -38,7 +38,8 @@ class Runner(ImageRunner):
 def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
     """Return plain values for each row of `probability` (B, K).
 
-    `top` lists the likeliest classes; if images can have several labels, `labels` lists those of at least 1/2.
+    `top` lists the likeliest classes; if images can have several labels, `labels` lists those above 1/2, which
+    the metrics count.
     """
     labels = metadata["labels"]
     if probability.ndim != 2 or probability.shape[1] != len(labels):
@@ -49,6 +50,6 @@ def answers(probability: np.ndarray, metadata: dict) -> list[dict]:
     for row in probability:
         order = np.argsort(-row, kind="stable")[:TOP]
         top = [{"label": labels[k], "probability": float(row[k])} for k in order]
-        several = {"labels": [labels[k] for k in np.flatnonzero(row >= 0.5)]} if metadata["multi_label"] else {}
+        several = {"labels": [labels[k] for k in np.flatnonzero(row > 0.5)]} if metadata["multi_label"] else {}
         rows.append({**top[0], **several, "top": top})
     return rows
