@@ -333,6 +333,17 @@ def test_pytorch_and_the_bundle_find_the_same_translations(exported, beam):
     assert answers[1][0]["target"] == answers[1][5]["target"]
 
 
+@pytest.mark.parametrize("beam", [1, 5])
+def test_a_translation_has_the_log_probability_that_its_tokens_have_in_one_call(beam):
+    task, batch = translator(), batch_of(*PAIRS)
+    found = task.runner(batch, beam).search([[token for token in row if token != PAD] for row in batch.source.tolist()])
+    for i, one in enumerate(found):
+        target = torch.tensor([[BEGIN, *one.tokens, *[END] * one.ended]])
+        alone = Batch(batch.source[i : i + 1], target, batch.number[i : i + 1])
+        nll = F.cross_entropy(task(alone, target[:, :-1])[0], target[0, 1:], reduction="sum")
+        assert one.log_probability == pytest.approx(-nll.item(), abs=1e-4)
+
+
 def test_the_step_graph_never_predicts_padding_or_the_begin_token():
     step = translator().deployable(batch_of(*PAIRS)).graphs["step"]
     answers = step(**{name: tensor.numpy() for name, tensor in step.inputs.items()})
