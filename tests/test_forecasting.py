@@ -365,6 +365,15 @@ def test_wql_of_a_point_forecast_equals_its_normalised_deviation():
     assert scores.compute()["wql"] == scores.compute()["nd"] == pytest.approx(0.25)
 
 
+def test_scores_by_time_ahead_divide_each_times_loss_by_its_own_values():
+    """Forecasts 1 above 4 and 1 below 5, 2 below 10; the pinball losses of all levels sum to 4.5 per unit."""
+    target, observed = torch.tensor([[4.0, 10.0], [5.0, 1e6]]), torch.tensor([[True, True], [True, False]])
+    forecasts, scores = torch.tensor([[5.0, 8.0], [4.0, 0.0]]), QuantileScores(2)
+    scores.update(forecasts[..., None].expand(2, 2, len(LEVELS)), target, observed)
+    assert scores.compute()["by_time"].tolist() == pytest.approx([2 / 9, 2 / 10])
+    assert scores.compute()["wql"].item() == pytest.approx(4 / 19)
+
+
 def test_evaluate_returns_the_normalised_deviation_of_a_runners_point_forecasts():
     task, windows = forecaster(Deterministic()), [window_of(torch.rand(size, 10)) for size in (3, 2)]
     windows[0].observed[1, -2] = False
