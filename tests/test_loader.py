@@ -182,6 +182,18 @@ def test_devices_draw_different_random_numbers_in_batches_and_steps(devices):
     assert not any(torch.equal(one, other) for one in drawn[0] for other in drawn[1])
 
 
+def test_each_batch_and_step_of_each_device_has_a_seed_of_its_own(devices, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(loader, "seed_all", seeds.append)
+    for rank in range(2):
+        devices(rank, 2)
+        train = Data().train_dataloader()
+        for epoch in range(3):
+            epoch_of(train, epoch)
+            seeds += [train.sampler.seed(loader.ORDER)] * (rank == 0)  # the devices draw the same order
+    assert len(seeds) == len(set(seeds)) == 3 * (1 + 2 * 2 * 4)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_devices_evaluate_each_sample_exactly_once(count, devices):
     seen = []
@@ -218,6 +230,9 @@ def test_more_devices_than_samples_are_refused(devices):
     with pytest.raises(UserError, match="train: 50 samples for 51 devices"):
         SplitData.order(data, 51)
     assert len(SplitData.order(data, 50)) == 1
+    data.splits = {"train": range(1)}
+    with pytest.raises(UserError, match="train: 1 samples for 2 devices"):
+        SplitData.order(data, 2)
 
 
 def test_batches_of_overlong_sentences_have_a_sentence_for_every_device():
