@@ -232,6 +232,8 @@ def test_gradient_rules_compare_gradient_norms_with_weight_norms():
     gradients = {"small": (1e-9, 1.0), "zero": (0.0, 1.0), "large": (1e3, 1.0), "unset": (5.0, 0.0)}
     assert vanishing_gradient(Seen(gradients)).startswith("small: gradient norm 1.0e-09, 1.0e-09 times")
     assert vanishing_gradient(Seen({"small": (1e-9, 1e-3), "zero": (0.0, 1.0)})) is None
+    smaller = vanishing_gradient(Seen({"small": (1e-8, 1.0), "smallest": (2e-9, 1.0), "less": (1e-9, 0.1)}))
+    assert smaller == "smallest: gradient norm 2.0e-09, 2.0e-09 times the weights'"
     assert exploding_gradient(Seen(gradients)) is None
     assert exploding_gradient(Seen({**gradients, "w": (2e5, 10.0)})).startswith("w: gradient norm 2.0e+05, 2.0e+04")
     assert exploding_gradient(Seen({**gradients, "w": (2e5, 100.0)})) is None
@@ -320,6 +322,9 @@ def test_overfitting_needs_a_lasting_rise_of_the_validation_loss_while_training_
     assert (
         overfitting(Seen(validations=better + [(0.7, loss) for _, loss in worse])) is None
     )  # both losses rise: no overfitting
+    lately = [(0.5, 1.05), (0.7, 1.1), (0.3, 1.2)]
+    assert overfitting(Seen(validations=better + lately))  # the last training loss is compared
+    assert overfitting(Seen(validations=better + lately[::-1][:2] + [(0.7, 1.1)])) is None
     assert (
         overfitting(Seen(validations=better + [(loss, 0.91) for loss, _ in worse])) is None
     )  # a rise within the margin
