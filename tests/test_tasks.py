@@ -39,7 +39,7 @@ from dlref.tasks.averaging import Average
 from dlref.tasks.image_classification import mixing, worst_mistakes
 from dlref.tasks.task import MeanLoss, freeze
 from dlref.training.devices import fast_steps
-from dlref.training.weights import load_weights
+from dlref.training.weights import load_weights, read_checkpoint
 
 GREY = {"mean": [0.5], "std": [0.25]}
 
@@ -734,6 +734,13 @@ def test_weight_average_weighs_each_update_by_its_age():
     assert average.module.weight.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_outside_0_to_1_is_refused(decay):
+    assert EMA(decay=0.0).decay == 0
+    with pytest.raises(ValueError, match=f"decay {decay}; expected 0 to below 1"):
+        EMA(decay=decay)
+
+
 @pytest.mark.parametrize(("said", "mode"), [(True, None), ("graphs", "reduce-overhead")])
 def test_compile_network_graphs_compiles_with_reduce_overhead(said, mode, monkeypatch, tmp_path):
     seen = []
@@ -873,6 +880,34 @@ def test_differing_weights_for_tied_parameters_are_refused(tmp_path):
         load_weights(network, tmp_path / "apart.pth")
     freeze(network, "output")
     assert not network.embed.weight.requires_grad
+
+
+def test_empty_tensors_are_not_taken_for_tied_ones(tmp_path):
+    """All empty tensors have the address 0."""
+    network = nn.ParameterDict({"one": torch.empty(0, 2), "other": torch.empty(0, 3)})
+    torch.save(network.state_dict(), tmp_path / "empty.pth")
+    assert load_weights(network, tmp_path / "empty.pth") == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_step": True},
+        {"optimizer_states": {}},
+        {"pytorch-lightning_version": None},
+        {"state_dict": {"a": torch.ones(1), 1: torch.ones(1)}},
+        None,
+    ],
+)
+def test_only_checkpoints_of_this_project_are_read_as_such(changes, tmp_path):
+    known = {"state_dict": {"a": torch.ones(1)}, "global_step": 3, "pytorch-lightning_version": "2.6"}
+    known |= {name: {} for name in ("facts", "optimizer", "loops", "callbacks")}
+    known |= {"optimizer_states": [], "lr_schedulers": []}
+    torch.save(known, tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt")["global_step"] == 3
+    torch.save([known] if changes is None else known | changes, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt: not a checkpoint of dlref; expected one that train\.py wrote"):
+        read_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_batch_norm_over_a_single_value_is_reported_in_one_line():
