@@ -24,7 +24,7 @@ from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
 from dlref.data.language import cut, split_of
 from dlref.data.make_tokens import main
 from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
-from dlref.data.vocabulary import make_exact
+from dlref.data.vocabulary import make_exact, tokenizers_of_run
 from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, first_sizes, trace_sizes, write_onnx
 from dlref.export.targets import TARGETS
@@ -186,6 +186,8 @@ def test_texts_are_whole_files_or_lines_of_jsonl(tmp_path):
         (f"{tmp_path}/one.txt", " öne\n"),
     ]
     assert [text for _, text in texts_of(f"{tmp_path}/three.jsonl.gz")] == ["x", ""]
+    (tmp_path / "FOUR.JSONL").write_text('{"text": "y"}\n')
+    assert [text for _, text in texts_of(f"{tmp_path}/FOUR.JSONL")] == ["y"]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +401,18 @@ def test_token_files_are_opened_as_uint16_and_read_in_windows(tmp_path):
     assert Windows(tokens, 3)[torch.tensor([5, 198])].tolist() == [[9, 10, 11, 12], [202, 203, IGNORE, IGNORE]]
 
 
+def test_tokens_of_up_to_65536_kinds_take_16_bits_and_others_32(tmp_path):
+    path = tmp_path / "train.bin"
+    for size, kind in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
+        ends = np.array([0, size - 1], kind)
+        ends.tofile(path)
+        assert open_tokens(path, range(size)).tolist() == ends.tolist()
+    for wrong in (-1, size):
+        np.array([0, 1, wrong, 2, wrong], np.int32).tofile(path)
+        with pytest.raises(UserError, match=f"token 2 is {wrong}; expected 0 to 65536"):
+            open_tokens(path, range(size))
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -503,6 +517,30 @@ def test_weights_of_a_run_require_its_vocabulary_which_its_folder_provides(tmp_p
     assert torch.equal(task.network.wte.weight, weights["network.wte.weight"])
     with pytest.raises(UserError, match="expected the folder of a run with vocabulary"):
         TextFiles("a.txt", root=str(tmp_path), tokenizer=str(tmp_path), context_length=16).setup()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"facts": {"vocabulary": BYTE}, "code": torch.nn.Linear(1, 1)},  # a pickle that names a class
+        {"facts": {"vocabulary": {"kind": "none"}}},
+        {"facts": {"other": BYTE}},
+    ],
+)
+def test_a_run_whose_checkpoint_holds_code_or_no_tokeniser_is_refused_as_tokeniser(state, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints/best.ckpt")
+    with pytest.raises(UserError, match=r"best\.ckpt: .*; expected the folder of a run with vocabulary"):
+        tokenizers_of_run(tmp_path, "vocabulary")
+
+
+def test_rows_of_weights_are_compared_only_with_the_same_kind_of_fact(tmp_path):
+    rows, fresh = {"vocabulary": "wte"}, ["wte.weight"]
+    torch.save({"wte.weight": torch.ones(2)}, tmp_path / "published.pt")
+    check_rows(rows, {"vocabulary": BYTE}, tmp_path / "published.pt", [])  # it has no facts
+    torch.save({"facts": {"vocabulary": 3}, "state_dict": {}}, tmp_path / "number.ckpt")
+    with pytest.raises(UserError, match="vocabulary of that run and of the data differ: 3 and "):
+        check_rows(rows, {"vocabulary": BYTE}, tmp_path / "number.ckpt", fresh)
 
 
 def test_uniform_predictions_have_the_known_bits_per_byte_and_perplexity():
