@@ -7,6 +7,7 @@ import os
 import pathlib
 import struct
 import tarfile
+import tempfile
 import threading
 import warnings
 from functools import partial
@@ -326,7 +327,8 @@ def test_mnist_download_tries_the_mirrors_in_order(tmp_path, web, monkeypatch):
     resources = [(f"{name}.gz", hashlib.md5((source / f"{name}.gz").read_bytes()).hexdigest()) for name in NAMES]
     (folder / "broken").mkdir()
     (folder / "broken" / resources[0][0]).write_bytes(b"not the file")
-    mirrors = [f"{address}/{name}/" for name in ("broken", "mirror")]
+    mirrors = [f"{address}/{name}/" for name in ("missing", "broken", "mirror")]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # which may be another disk
     monkeypatch.setattr(FashionMNIST, "published", SimpleNamespace(mirrors=mirrors, resources=resources))
     root = tmp_path / "new" / "root"
     module = setup(FashionMNIST(root, validation=8, download=True))
