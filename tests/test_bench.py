@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from handmade import SIGNATURE, write_manifest
+from handmade import METADATA, SIGNATURE, write_manifest
 from test_tasks import Pixels, classifier
 from torch import nn
 
 from dlref.export.bundle import export
 from dlref.export.graph import write_program
 from dlref.export.measure import CONTENDERS, Contenders, threads, weights_mb
-from dlref.export.report import graphs, held_up, measurement
+from dlref.export.report import graphs, held_up, measurement, report
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError, bench
 from dlref.runtime.__main__ import main
-from dlref.runtime.bundle import sha256
+from dlref.runtime.bundle import CPU, sha256
 from dlref.tasks.deployable import Graph
 
 FIGURES = {
@@ -358,6 +358,60 @@ def test_the_report_states_that_the_machine_was_busy():
     assert "bundle waited for a core 40% of the time: the machine was busy" in text
     assert "onnx-float32 waited" not in text
     assert not held_up(figures | {"waited": None})
+
+
+def test_the_report_has_every_number_of_the_manifest_in_its_place():
+    figures = {"latency_ms": 1.234, "latency_p95_ms": 2.346, "throughput": 812.4, "peak_rss_mb": 90.4, "waited": None}
+    figures |= {"anonymous_mb": None, "first_answer_s": 0.456, "model_mb": 1.5, "installed_mb": 120.4}
+    score = {"name": "accuracy", "split": "validation", "n": 48, "pytorch": 0.9, "bundle": 0.87654}
+    plan = {"precision": "int8", "calibration": "MinMax", "kept_float": {}, "refused": "3 points lost"}
+    kept = plan | {"calibration": "Entropy", "kept_float": {"classify": ["a", "b"]}, "refused": "slow"}
+    row = {"graph": "classify", "shape": {"image": [2, 8, 9, 1]}}
+    exact = {"precision": "float32", "max_abs_error": 3e-6, "flipped": 1, "rows": 40, "tolerance": 1e-4}
+    rough = {"precision": "int8", "max_abs_error": 0.25, "flipped": 0, "rows": 0, "tolerance": None}
+    known = {"max_abs_error": 1e-5, "flipped": 2, "rows": 400}
+    manifest = {
+        "kind": "image-classification",
+        "target": {"name": "arm64", "description": "a board", "provider": CPU, "opset": 20, "precision": "int8"},
+        "precision": "int8",
+        "graphs": {"classify": SIGNATURE},
+        "metadata": METADATA,
+        "versions": {"dlref": "1.0", "torch": "2.11"},
+        "verification": {
+            "provider": "this CPU",
+            "metric": score | known,
+            "test": score | {"split": "test", "n": 50, "max_abs_error": None, "flipped": 1, "rows": 300},
+            "parity": [row | exact, row | rough],
+            "attempts": [plan, kept, kept | {"kept_float": {"classify": ["a", "b"], "head": ["c"]}, "refused": ""}],
+        },
+        "measurement": {
+            "threads": 2,
+            "processor": "abacus",
+            "contenders": {"bundle": figures},
+            "not_run": {"pytorch-eager": "no torch", "onnx-float32": "gone", "pytorch-compiled": "no torch"},
+        },
+    }
+    text = report(manifest, {"classify.onnx": 1_500_000})
+    for line in (
+        f"a board: int8, {CPU}, opset 20.",
+        "| classify.onnx | 1.50 | image uint8 (batch, height, width, 1) | probability float32 (batch, 2) |",
+        "| accuracy | validation | 48 | 0.9000 | 0.8765 | 1.0e-05 |\n| accuracy | test | 50 | 0.9000 | 0.8765 | – |",
+        "Rounding changed 2 of 400 (validation) and 1 of 300 (test).",
+        "Tried for int8 and refused:\n\n- int8 MinMax: 3 points lost.\n- int8 Entropy with 2 nodes in float: slow.\n",
+        "Kept in float: a, b, c.\n",
+        "abacus, 2 threads;",
+        "| bundle | 1.23 | 2.35 | 812 | 90 | – | 0.46 | 1.50 | 120 |",
+        "Not run: pytorch-eager, pytorch-compiled (no torch).",
+        "Not run: onnx-float32 (gone).",
+        "Executed by this CPU.",
+        "| classify | float32 | image 2×8×9×1 | 3.0e-06, 1 of 40 differ | 1e-04 |",
+        "| classify | int8 | image 2×8×9×1 | 2.5e-01 | judged by the metric |",
+        "Made with dlref 1.0, torch 2.11.\n",
+    ):
+        assert line in text
+    plain = {"attempts": [plan | {"refused": ""}], "test": score | {"max_abs_error": None, "rows": None}}
+    text = report(manifest | {"verification": manifest["verification"] | plain}, {"classify.onnx": 1})
+    assert not any(words in text for words in ("Rounding changed", "refused:", "Kept in float"))
 
 
 def contenders(tmp_path, monkeypatch, waits):
