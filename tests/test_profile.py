@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT
 from lightning.pytorch.profilers import Profiler
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 import dlref.cli
@@ -20,7 +21,7 @@ from dlref.cli import train
 from dlref.data.loader import SeededBatches
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.profile import COUNTED, FETCH, WARM_UP, StepProfile, covered, part_of, total
-from dlref.training.profile_report import ADVICE, PARTS, bound
+from dlref.training.profile_report import ADVICE, PARTS, Findings, bound
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
@@ -102,6 +103,32 @@ def test_checkpoints_per_epoch_count_validations_and_elapsed_minutes(every, vali
     trainer.val_check_batch = 60 if every else 30  # without a number of epochs, batches are counted across epochs
     made = SimpleNamespace(steps=steps, free=0, saves=[], minutes=1, trainer=trainer, _busy=lambda mean: None)
     assert StepProfile.findings(made).checkpoints == pytest.approx(2 * validations + 30 / 60)
+
+
+def test_on_a_gpu_step_times_come_from_the_first_half_and_parts_from_the_second():
+    times = [9.0] * WARM_UP + [1.0] * (COUNTED // 2) + [3.0] * (COUNTED // 2) + [9.0]
+    trainer = SimpleNamespace(num_training_batches=60, accumulate_grad_batches=1, check_val_every_n_epoch=1)
+    trainer.val_check_batch = 60
+    made = SimpleNamespace(free=COUNTED // 2, saves=[1.0, 2.0, 9.0], minutes=1, trainer=trainer)
+    made._busy = lambda mean: mean
+    made.steps = [{"data": time / 4, "forward": time * 3 / 4, "checkpoint": 7.0} for time in times]
+    found = StepProfile.findings(made)
+    assert (found.free, found.steps) == ([1.0] * (COUNTED // 2), [3.0] * (COUNTED // 2))
+    assert {name: seconds for name, seconds in found.parts.items() if seconds} == {"data": 0.75, "forward": 2.25}
+    assert (found.checkpoint, found.checkpoints, found.epoch, found.busy) == (2.0, 2 + 60 * 1 / 60, 60, 1.0)
+
+
+def test_the_share_of_a_step_for_which_a_gpu_computes_counts_its_kernels_only():
+    def event(start, end, device=DeviceType.CUDA, annotation=False):
+        time_range = SimpleNamespace(start=start, end=end)  # in microseconds
+        return SimpleNamespace(time_range=time_range, device_type=device, is_user_annotation=annotation)
+
+    events = [event(0, 20_000), event(10_000, 30_000), event(40_000, 50_000)]
+    events += [event(0, 90_000, DeviceType.CPU), event(0, 90_000, annotation=True)]
+    made = SimpleNamespace(cuda=True, traced=5, tracer=SimpleNamespace(events=lambda: events))
+    assert StepProfile._busy(made, 0.01) == pytest.approx(0.04 / 5 / 0.01)
+    assert StepProfile._busy(made, 0.001) == 1
+    assert StepProfile._busy(SimpleNamespace(cuda=False, traced=5), 0.01) is None
 
 
 def test_a_slow_loader_is_reported_as_the_bottleneck(profiles, monkeypatch, tmp_path):
@@ -279,6 +306,27 @@ def test_part_of_assigns_each_profiler_action_to_its_part(action, part):
 )
 def test_bound_names_the_bottleneck_of_a_run(shares, busy, what):
     assert bound(dict.fromkeys((*PARTS, "checkpoint"), 0.0) | shares, busy) == what
+
+
+def test_the_report_gives_times_in_milliseconds_and_shares_of_a_step(capsys):
+    parts = dict.fromkeys(PARTS, 0.0) | {"data": 0.001, "forward": 0.004, "backward": 0.005}
+    findings = Findings(parts, [0.01, 0.012], [0.003, 0.004, 0.008], 2.0, checkpoints=2.5, epoch=1000, busy=0.6)
+    text = findings.markdown(["Where."])
+    for line in (
+        "| data | 1.000 | 10.0% |\n| forward | 4.000 | 40.0% |",
+        "| step | 10.000 | 100.0% |\n| checkpoint | 5.000 | 100.0% |",
+        "A step takes 5 ms on average, 4 ms in the median, over 3 steps. In the table a step takes 11 ms: ",
+        " The GPU is busy for 60% of a step. A checkpoint takes 2 s. At most 2.5 are written in an epoch of 1000 ",
+        f"\n\n{ADVICE['checkpoint']}\n\nWhere.\n",
+    ):
+        assert line in text
+    findings.print(["Where."])
+    printed = capsys.readouterr().out
+    assert ["│", "backward", "│", "5.000", "│", "50.0%", "│"] in map(str.split, printed.splitlines())
+    assert ADVICE["checkpoint"] in printed
+    plain = Findings(parts, [0.01], [0.01], 0.0, checkpoints=0.0, epoch=1, busy=None).lines()
+    assert plain[0].startswith("A step takes 10 ms on average, 10 ms in the median, over 1 steps. A checkpoint takes")
+    assert plain[1] == ADVICE["arithmetic"]
 
 
 def test_overlapping_kernels_are_counted_once():
