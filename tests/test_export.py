@@ -26,6 +26,7 @@ from dlref.export.convert import (
     nodes_beyond_float16,
     postprocessing_nodes,
     static_configuration,
+    without_round_trips,
     worst_nodes,
 )
 from dlref.export.graph import example_at, name_axes, trace_sizes, write_onnx, write_program
@@ -461,6 +462,16 @@ def test_an_output_path_that_cannot_be_accessed_is_refused_before_the_export(tmp
             pytest.fail("it was not refused before the work")
 
 
+@pytest.mark.parametrize("name", ["empty", "new", "new/folder/inside"])
+def test_a_bundle_may_be_written_to_an_empty_or_new_folder(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with bundles.staged(tmp_path / name) as place:
+        (place / "bundle").mkdir()
+        (place / "bundle" / "made").touch()
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["made"]
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", name.partition("/")[0]}  # nothing else is left
+
+
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not lose me")
     with pytest.raises(UserError, match="holds other files"):
@@ -507,6 +518,25 @@ def test_the_earlier_bundle_stays_if_the_new_one_cannot_replace_it(tmp_path, mon
         export(classifier().eval(), Pixels(), CPU, tmp_path / "bundle")
     assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == earlier
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_interrupted_replacement_puts_the_earlier_bundle_back(tmp_path, monkeypatch):
+    made, output, aside = (tmp_path / name for name in ("made", "output", "aside"))
+    for folder in (made, output):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self == made:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bundles.replace(made, output, aside)
+    assert (output / "output").is_file()
+    assert not aside.exists()
 
 
 def test_a_mount_point_as_output_is_refused_before_the_export(tmp_path, monkeypatch):
@@ -620,6 +650,24 @@ def test_nodes_whose_values_exceed_the_range_of_float16_stay_float32(tmp_path):
             (answer,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, feed)
         assert np.isfinite(answer).all() == finite
     np.testing.assert_allclose(graph(**feed)["y"], 0.8, rtol=1e-3)
+
+
+def test_only_casts_to_float16_and_back_are_left_out():
+    """A cast to an integer and back truncates, and one to float16 and on to an integer rounds."""
+    half, whole, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    pairs = {"round_trip": (half, single), "truncated": (whole, single), "rounded": (half, whole)}
+    nodes = []
+    for name, (first, second) in pairs.items():
+        nodes.append(onnx.helper.make_node("Cast", ["x"], [f"{name}_first"], to=first))
+        nodes.append(onnx.helper.make_node("Cast", [f"{name}_first"], [name], to=second))
+    nodes.append(onnx.helper.make_node("Add", ["truncated", "round_trip"], ["y"]))
+    graph = onnx.helper.make_graph(nodes, "casts", [], [])
+    without_round_trips(graph)
+    read = {node.output[0]: list(node.input) for node in graph.node}
+    assert read["round_trip"] == ["x"]
+    assert read["truncated"] == ["truncated_first"]
+    assert read["rounded"] == ["rounded_first"]
+    assert read["y"] == ["truncated", "round_trip"]
 
 
 @pytest.mark.parametrize(("value", "kept"), [(8000.0, 0), (8200.0, 1)])
