@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks.timer import Interval
 
 import dlref.cli
 from dlref.cli import TrainCLI, build, load_run, train
-from dlref.config import whole_numbers_first
+from dlref.config import enums_as_text, for_configs, whole_numbers_first
 from dlref.models import LeNet5
 from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
@@ -354,6 +357,35 @@ def test_numbers_of_batches_are_parsed_as_int_before_float_whatever_was_imported
     assert annotations["name"] == str | None
     known = Trainer.__init__.__annotations__
     assert {get_args(kind)[0] for name, kind in known.items() if name.startswith(("limit_", "overfit_"))} == {int}
+
+
+def test_enums_in_a_config_become_text():
+    """The callback Timer has such a default, and jsonargparse cannot write it to config.yaml."""
+    timer = Namespace(class_path="lightning.pytorch.callbacks.Timer", init_args=Namespace(interval=Interval.step))
+    enums_as_text(Namespace(trainer=Namespace(callbacks=[timer], max_epochs=2)))
+    assert type(timer.init_args.interval) is str
+    assert timer.init_args.interval == "step"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("torch.optim.SGD", True),
+        ("dlref.tasks.EMA", True),
+        ("dlref.tasks.averaging.Average", False),  # not exported
+        ("dlref.data.download.Path", False),
+        ("torch.nn.init.normal_", False),  # a function
+        ("torch.optim", False),
+        ("torch.serialization.Path", False),
+        ("lightning.pytorch.callbacks.spike.SpikeDetection", False),
+        ("own.Class", False),
+    ],
+)
+def test_only_exported_classes_of_a_few_packages_are_for_configs(path, allowed, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("class Class:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert for_configs(path) is allowed
+    assert "own" not in sys.modules  # importing it would run it
 
 
 def test_a_folder_that_already_holds_figures_is_not_taken_over(tmp_path, capsys):
