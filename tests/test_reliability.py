@@ -24,7 +24,7 @@ from dlref.cli import train
 from dlref.data.loader import TrainLoader
 from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
-from dlref.training.checkpoints import Last, SealedCheckpointIO
+from dlref.training.checkpoints import Interrupted, Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
@@ -86,6 +86,13 @@ def test_a_truncated_sealed_file_is_detected(kept, sealed):
     whole = sealed.read_bytes()[:kept]
     sealed.write_bytes(whole)
     assert damage(sealed) == f"cut off after {len(whole)} bytes"
+
+
+def test_a_sealed_file_takes_its_name_only_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    path, synced = tmp_path / "last.ckpt", []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((path.exists(), os.fstat(number).st_size)))
+    write_sealed({"weights": torch.arange(9.0)}, path)
+    assert synced == [(False, path.stat().st_size)]
 
 
 def test_a_file_saved_without_a_seal_is_read(tmp_path):
@@ -236,6 +243,27 @@ def test_last_ckpt_is_not_saved_between_a_step_and_its_validation(saving):
     assert saved == [2005.0]
 
 
+def test_the_last_step_of_a_fit_is_saved_in_an_epoch_without_validation(saving):
+    """In other epochs, validation would follow this batch, and the save would follow the validation."""
+    last, trainer, _, saved = saving
+    trainer.global_step = trainer.max_steps = 4
+    epoch_loop = SimpleNamespace(_should_check_val_epoch=lambda: False)
+    trainer.fit_loop = SimpleNamespace(total_batch_idx=3, epoch_loop=epoch_loop)
+    last.on_train_batch_end(trainer, None, None, None, 3)
+    assert saved == [1000.0]
+
+
+def test_sigterm_in_the_last_step_of_an_epoch_without_validation_ends_the_fit_there(saving):
+    last, trainer, _, saved = saving
+    last.kept, trainer.global_step, trainer.is_last_batch = 3, 4, True
+    last.on_sigterm()
+    last.on_train_epoch_end(trainer, None)
+    assert saved == [1000.0]
+    for ends in (lambda: last.on_train_batch_start(trainer, None, None, 0), lambda: last.on_train_end(trainer, None)):
+        with pytest.raises(Interrupted, match=r"last\.ckpt is at step 4"):
+            ends()
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_resuming_with_another_seed_or_without_weight_averaging_is_refused(capsys):
     short = {"trainer.limit_train_batches": 2, "final_test": "false", "model.init_args.lr_scheduler": "null"}
@@ -321,6 +349,14 @@ def test_sigterm_is_passed_on_to_the_processes_of_other_devices(monkeypatch):
     with pytest.raises(SIGTERMException):
         EndAtSigterm().on_test_start(trainer, None)
     assert killed == [signal.SIGTERM]
+
+
+def test_a_validation_ends_at_a_sigterm_that_lightning_received_unless_a_fit_saves_after_it():
+    trainer = SimpleNamespace(received_sigterm=True, state=SimpleNamespace(fn="validate"))
+    with pytest.raises(SIGTERMException):
+        EndAtSigterm().on_validation_start(trainer, None)
+    trainer.state.fn = "fit"
+    EndAtSigterm().on_validation_start(trainer, None)
 
 
 def test_sigterm_while_loaders_start_leaves_the_earlier_run_unchanged(tmp_path, monkeypatch):
@@ -439,6 +475,11 @@ def test_no_process_saves_a_checkpoint_after_a_non_finite_loss(tmp_path):
 
 def test_the_last_of_several_configs_names_the_run():
     assert run_folder(SimpleNamespace(run=None, config=["configs/a.yaml", "mine/b.yaml"])) == Path("runs/b")
+
+
+def test_a_run_without_a_name_is_refused():
+    with pytest.raises(UserError, match="no --config and no --run; expected one of them to name the run"):
+        run_folder(SimpleNamespace(run=None, config=None))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -754,6 +795,19 @@ def test_a_linked_config_is_restored_as_a_link_and_its_target_unchanged(tmp_path
     claim.roll_back()
     assert (tmp_path / "run/config.yaml").is_symlink()
     assert (tmp_path / "shared.yaml").read_text() == "best: null"
+
+
+def test_of_the_files_set_aside_by_a_killed_fit_checkpoints_are_restored_last(tmp_path, monkeypatch):
+    """If this fit is killed meanwhile, the next one restores the rest, unless there are checkpoints."""
+    run, rename, moved = tmp_path / "mine", Path.rename, []
+    (run / ".earlier.1" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.csv", "test.json"):
+        (run / ".earlier.1" / name).touch()
+    (run / ".lock").touch()
+    monkeypatch.setattr(Path, "rename", lambda self, place: moved.append(self.name) or rename(self, place))
+    Claim(run, resume=True, overwrite=False).roll_back()
+    assert sorted(moved) == ["checkpoints", "config.yaml", "metrics.csv", "test.json"]
+    assert moved[-1] == "checkpoints"
 
 
 def test_a_full_disk_while_copying_the_config_leaves_the_run_unchanged(tmp_path, monkeypatch):
