@@ -401,15 +401,22 @@ def test_token_files_are_opened_as_uint16_and_read_in_windows(tmp_path):
     assert Windows(tokens, 3)[torch.tensor([5, 198])].tolist() == [[9, 10, 11, 12], [202, 203, IGNORE, IGNORE]]
 
 
-def test_tokens_of_up_to_65536_kinds_take_16_bits_and_others_32(tmp_path):
+def test_the_tokeniser_of_bytes_does_not_depend_on_the_texts():
+    assert make_exact(["abc"], "byte", 300) == make_exact([], "byte", 0) == BYTE
+
+
+def test_tokens_of_up_to_65536_kinds_take_16_bits_and_others_32(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "BLOCK", 2)
     path = tmp_path / "train.bin"
     for size, kind in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
         ends = np.array([0, size - 1], kind)
         ends.tofile(path)
         assert open_tokens(path, range(size)).tolist() == ends.tolist()
-    for wrong in (-1, size):
-        np.array([0, 1, wrong, 2, wrong], np.int32).tofile(path)
-        with pytest.raises(UserError, match=f"token 2 is {wrong}; expected 0 to 65536"):
+    for wrong, place in ((-1, 0), (size, 0), (-1, 3), (size, 3)):
+        row = np.arange(6, dtype=np.int32)
+        row[[place, 5]] = wrong
+        row.tofile(path)
+        with pytest.raises(UserError, match=f"token {place} is {wrong}; expected 0 to 65536"):
             open_tokens(path, range(size))
 
 
