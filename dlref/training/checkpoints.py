@@ -201,7 +201,7 @@ class Last(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Save after best.ckpt is written: last.ckpt records the best score."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
         self.save(trainer)
         if self.agreed(trainer):
