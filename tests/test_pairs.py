@@ -185,6 +185,7 @@ def test_invalid_records_are_refused(tmp_path, data, complaint):
         (json.dumps({**VOCABULARY, "d": 9}), "8 tokens whose numbers have gaps or repeat; expected 0 to 7"),
         (json.dumps({"a": 0, "b": 1}), "begins with a b; expected <pad> <unk> <s> </s>"),
         (json.dumps({**VOCABULARY, "d": 6}), "have gaps or repeat"),
+        (json.dumps({**VOCABULARY, "\ud800": 7}), "vocab.src.json: tokeniser of kind 'word'"),  # half of a pair
     ],
 )
 def test_invalid_vocabularies_are_refused(tmp_path, text, complaint):
