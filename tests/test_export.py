@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.attempts import Attempt, Attempts
+from dlref.export.attempts import Attempt, Attempts, Recorder
 from dlref.export.convert import (
     SAMPLES,
     Plan,
@@ -413,6 +413,37 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
         )
     assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2]
     assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, 1, 3]
+
+
+def test_an_attempt_is_refused_as_too_slow_unless_it_is_faster_than_float32(monkeypatch):
+    monkeypatch.setattr("dlref.export.attempts.can_time", lambda target: True)
+    speed = {"int8": 3.0, "float32": 2.0}
+    contenders = SimpleNamespace(latencies=lambda *folders: [speed[folder.name] for folder in folders])
+    attempts = SimpleNamespace(target=CPU, contenders=contenders, bundle=lambda plan: Path("bundles", str(plan)))
+    attempt = Attempt(Plan("int8"), Path("bundles", "int8"))
+    refused = "3.000 ms per answer; expected less than float32's 2.000 ms"
+    assert (Attempts.not_faster(attempts, attempt), attempt.slower) == (refused, True)
+    speed["int8"] = 1.0
+    assert (Attempts.not_faster(attempts, attempt), attempt.slower) == ("", False)
+
+
+def test_inputs_are_recorded_one_sample_at_a_time_along_their_own_batch_axes():
+    def exported(**inputs):
+        return {"y": inputs["x"]}
+
+    exported.shape = None
+    graph = SimpleNamespace(dynamic_axes={"x": {0: "batch", 1: "time"}, "state": {1: "batch"}})
+    recorder = Recorder(graph, exported, enough=3)
+    inputs = {"x": np.arange(8).reshape(2, 4), "state": np.arange(6).reshape(3, 2), "noise": np.ones(5)}
+    assert recorder(**inputs)["y"] is inputs["x"]
+    assert not recorder.full
+    recorder(**inputs)
+    assert recorder.full
+    assert len(recorder.feeds) == 3
+    for feed, row in zip(recorder.feeds, (0, 1, 0), strict=True):
+        np.testing.assert_array_equal(feed["x"], inputs["x"][[row]])
+        np.testing.assert_array_equal(feed["state"], inputs["state"][:, [row]])
+        assert feed["noise"] is inputs["noise"]
 
 
 def test_a_refused_export_leaves_no_files_and_keeps_the_earlier_bundle(tmp_path, monkeypatch):
