@@ -1,7 +1,9 @@
 """Batches that depend only on the seed, the epoch and their number."""
 
 import gc
+import multiprocessing
 import os
+import subprocess
 import sys
 from itertools import chain
 
@@ -76,6 +78,19 @@ def test_an_epoch_does_not_depend_on_earlier_epochs_or_the_random_state(order):
     assert not same(first, second)
     torch.manual_seed(5)
     assert same(epoch_of(Data(order).train_dataloader(), 1), second)
+
+
+def test_workers_survive_sigterm_to_the_whole_run_and_end_at_their_parents():
+    earlier = set(multiprocessing.active_children())
+    batches = iter(Data(num_workers=2).train_dataloader())
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in earlier]
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)  # not by their parent
+    assert len(list(batches)) == 50 // 6 - 1
+    for worker in workers:
+        worker.terminate()
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 @pytest.mark.parametrize("order", ORDERS)

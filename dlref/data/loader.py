@@ -8,13 +8,16 @@ A data set of batches maps a tensor of B sample numbers to a batch. Shapes: N sa
 
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -250,7 +253,7 @@ class SplitData(LightningDataModule):
         # Python 3.14 would start each worker from scratch, which costs seconds and a gigabyte, and such workers outlive
         # a killed fit.
         start = "fork" if several and sys.platform == "linux" else None
-        known = {"num_workers": self.num_workers, "multiprocessing_context": start}
+        known = {"num_workers": self.num_workers, "multiprocessing_context": start, "worker_init_fn": heed_parent_only}
         return known | {"persistent_workers": several, "pin_memory": pinned}
 
     def val_dataloader(self) -> DataLoader:
@@ -264,6 +267,25 @@ class SplitData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Return the test samples in order."""
         return self.in_order("test")
+
+
+def heed_parent_only(worker: int) -> None:
+    """Let a worker process end only at a SIGTERM of its parent, where the platform tells the sender (not on a Mac).
+
+    `timeout`, systemd and SLURM send SIGTERM to all processes of a run; the workers are still needed for the last step.
+    Lightning's own function for new workers, which seeds numpy and random, is called here because it gives way to this.
+    """
+    pl_worker_init_function(worker)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for a SIGTERM of the parent, and end the process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def check_at_least(minimum: int, **arguments: int) -> None:
