@@ -228,11 +228,12 @@ class TrainCLI(LightningCLI):
         """Build a trainer that writes into the claimed folder."""
         best = self.options.best
         kwargs["plugins"] += [SealedCheckpointIO(self.run, self.checkpoint)]
+        self.last = Last(self.options.checkpoint_minutes)
         self.trainer_defaults["callbacks"] += [
             StopOnNonFiniteLoss(),
             UnevenEvaluation(),
             BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
-            Last(self.options.checkpoint_minutes),  # after BestCheckpoint: last.ckpt records the best score
+            self.last,  # after BestCheckpoint: last.ckpt records the best score
             Preflight(best.metric, self.claim, self.options.final_test),
         ]
         if self.profile:
@@ -259,7 +260,8 @@ class TrainCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
         with self.claim:
-            self.trainer.fit(model, datamodule=datamodule, **arguments)
+            with self.last.excusing_errors():
+                self.trainer.fit(model, datamodule=datamodule, **arguments)
             self.claim.commit()  # a complete run that is resumed has no first batch to commit it
             if self.options.final_test and self.trainer.state.finished:
                 # Only the weights: restoring callbacks too would overwrite EMA's average with its current weights.

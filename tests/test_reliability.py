@@ -5,8 +5,10 @@ The modules of `tests/faults` repeat these tests many times and for all families
 
 import csv
 import errno
+import multiprocessing
 import os
 import signal
+import subprocess
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,7 @@ from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read
 from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
-from tests.faults.families import equal, state_of, write_text_file
+from tests.faults.families import equal, fit_words, state_of, write_text_file
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
@@ -92,7 +94,7 @@ def test_a_sealed_file_takes_its_name_only_once_all_of_it_is_on_the_disk(tmp_pat
     path, synced = tmp_path / "last.ckpt", []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append((path.exists(), os.fstat(number).st_size)))
     write_sealed({"weights": torch.arange(9.0)}, path)
-    assert synced == [(False, path.stat().st_size)]
+    assert synced[0] == (False, path.stat().st_size)
 
 
 def test_a_file_saved_without_a_seal_is_read(tmp_path):
@@ -313,6 +315,39 @@ def test_a_run_stopped_by_sigterm_resumes_to_identical_results(during, tmp_path,
 
 def tell():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_to_a_run_and_its_workers_saves_the_step(during, tmp_path):
+    """`timeout`, systemd and SLURM send it to all processes."""
+
+    def tell_all(self, trainer, *_):
+        if trainer.global_step == 3:
+            everyone = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+            assert len(everyone) > 2
+            subprocess.run(["kill", "-TERM", *map(str, everyone)], check=True)
+
+    during("on_train_batch_start", tell_all)
+    assert train(fit_words("semantic segmentation", tmp_path / "told")) == os.EX_TEMPFAIL
+    assert state_of(tmp_path / "told")["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("step", "end"), [(1, "SIGTERM"), (7, "last.ckpt is at step 6; --ckpt_path last resumes from there")]
+)
+def test_an_error_after_sigterm_is_taken_for_its_result(step, end, during, capsys):
+    """SIGTERM to all processes of a run ends a compiler, too."""
+    steps = [step]
+
+    def fail(self, trainer, *_):
+        if trainer.global_step in steps:
+            steps.clear()
+            tell()
+            raise RuntimeError("the compiler was terminated")
+
+    during("on_train_batch_start", fail)
+    assert fit(run="told") == os.EX_TEMPFAIL
+    assert capsys.readouterr().err.endswith(f"{end}\n")
+    assert fit(run="told", **({"ckpt_path": "last"} if step == 7 else {})) == 0
 
 
 def test_sigterm_during_validation_takes_effect_at_its_end(during, tmp_path):

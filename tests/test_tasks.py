@@ -136,6 +136,18 @@ def test_logged_losses_are_means_over_all_devices(monkeypatch):
     assert loss.grad.item() == pytest.approx(2 / 4)  # DDP takes the mean of two gradients: a quarter for 1 of 4
 
 
+@pytest.mark.parametrize(("elsewhere", "gradient"), [(3.0, 2 / 3), (0.0, 0.0)])
+def test_a_share_without_items_is_a_sum_that_counts_if_another_device_has_items(elsewhere, gradient, monkeypatch):
+    task = classifier()
+    task.log = lambda *_: None
+    monkeypatch.setattr("dlref.tasks.task.is_distributed", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: sums.add_(torch.tensor([elsewhere, 6.0])))
+    loss = torch.tensor(4.0, requires_grad=True)
+    task.log_train_loss(loss, torch.tensor(0.0)).backward()
+    assert loss.grad.item() == pytest.approx(gradient)  # DDP halves it
+
+
 @pytest.mark.parametrize(("batches", "size"), [(11, 4), (3, 4), (12, 4), (40, 2), (1, 30), (5, 3)])
 def test_examples_drawn_in_figures_are_spread_over_the_whole_split(batches, size):
     task = classifier()

@@ -273,12 +273,11 @@ def heed_parent_only(worker: int) -> None:
     """Let a worker process end only at a SIGTERM of its parent, where the platform tells the sender (not on a Mac).
 
     `timeout`, systemd and SLURM send SIGTERM to all processes of a run; the workers are still needed for the last step.
-    Lightning's own function for new workers, which seeds numpy and random, is called here because it gives way to this.
     """
-    pl_worker_init_function(worker)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_with_parent, daemon=True).start()
+    pl_worker_init_function(worker)  # seeds numpy and random; Lightning sets it only for loaders without a function
 
 
 def end_with_parent() -> None:

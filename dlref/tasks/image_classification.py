@@ -112,9 +112,7 @@ class ImageClassifier(ImageTask):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        count = self.counted(targets)
-        # With smoothing, images of weight 0 add to the loss; without others, their sum would be a step of any length.
-        return self.log_train_loss(loss * (count > 0), count)
+        return self.log_train_loss(loss, self.counted(targets))
 
     def judge(self, stage: str, batch: Batch, metrics: MetricCollection) -> Float[Tensor, "B K"]:
         """Add a batch to the loss and the metrics of a stage; return its probabilities."""

@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dlref.runtime import UserError
@@ -122,6 +125,19 @@ class Last(Checkpoint):
     def on_sigterm(self, *_: Any) -> None:
         """Record a SIGTERM, which a spot instance receives two minutes before it ends."""
         self.sigterm_received = True
+
+    @contextmanager
+    def excusing_errors(self) -> Iterator[None]:
+        """After a SIGTERM, raise its exception in place of torch's errors.
+
+        SIGTERM may have ended other processes that the step needs, too, such as compilers.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.sigterm_received:
+                raise
+            raise (Interrupted(self.path, self.kept) if self.path.is_file() else SIGTERMException()) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
