@@ -148,20 +148,6 @@ def test_a_share_without_items_is_a_sum_that_counts_if_another_device_has_items(
     assert loss.grad.item() == pytest.approx(gradient)  # DDP halves it
 
 
-@pytest.mark.parametrize(("size", "batches"), [(16, 3), (20, 3), (1, 48), (20, 5)])  # 5: an epoch has only 3
-def test_accumulated_batches_train_like_one_batch(size, batches, tmp_path):
-    def trained(size, batches):
-        torch.manual_seed(0)
-        task, data = classifier(class_weights=[0.0, 1.0, 5.0], label_smoothing=0.1), Pixels()
-        data.train_dataloader = lambda: DataLoader(data.set, batch_size=size)
-        trainer(tmp_path, accumulate_grad_batches=batches, limit_val_batches=0, max_epochs=3).fit(task, data)
-        return nn.utils.parameters_to_vector(task.network.parameters())
-
-    torch.manual_seed(0)
-    moved = trained(48, 1) - nn.utils.parameters_to_vector(LeNet5(3).parameters())
-    assert (trained(size, batches) - trained(48, 1)).norm() < 1e-4 * moved.norm()
-
-
 @pytest.mark.parametrize(("batches", "size"), [(11, 4), (3, 4), (12, 4), (40, 2), (1, 30), (5, 3)])
 def test_examples_drawn_in_figures_are_spread_over_the_whole_split(batches, size):
     task = classifier()

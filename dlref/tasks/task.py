@@ -50,7 +50,6 @@ class Task(LightningModule):
     # The metric by which an exported bundle is compared with this task: a key of test.json.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a resumed run starts without one
-    accumulated = 1  # batches of a step, whose gradients are summed
     # The config's optimiser, as returned by `described`, and that of the run that is resumed.
     optimizer_asked: dict[str, object] | None = None
     optimizer_resumed: dict[str, object] | None = None
@@ -71,7 +70,6 @@ class Task(LightningModule):
         self.weights, self.freeze_pattern = weights, freeze
         self.decay_vectors, self.compile_network = decay_vectors, compile_network
         self.mean_loss = MeanLoss()
-        self.counts: list[Tensor] = []  # items of each batch since the last step, if a step has several batches
         self.facts: dict[str, object] = {}
         self.prepared = False
 
@@ -204,9 +202,7 @@ class Task(LightningModule):
             freeze(self.network, self.freeze_pattern)
 
     def on_train_start(self) -> None:
-        """Log at least once an epoch, however few steps it has; begin the first step."""
-        self.accumulated = self.trainer.accumulate_grad_batches
-        self.counts.clear()
+        """Log at least once an epoch, however few steps it has."""
         if math.isfinite(batches := self.trainer.num_training_batches):
             steps = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
             self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, steps)
@@ -255,25 +251,12 @@ class Task(LightningModule):
             everywhere = sums[0]
             values = dict(zip(values, sums[1:] / or_one(everywhere), strict=True))
             loss = loss * (or_one(count) * torch.distributed.get_world_size() / or_one(everywhere))
-        if self.accumulated > 1:  # weigh this batch by its items, relative to the first one, instead of equally
-            self.counts.append(everywhere * torch.ones_like(values["loss"]))
-            loss = loss * (or_one(self.counts[-1]) / or_one(self.counts[0]))
-        elif isinstance(everywhere, Tensor):
+        if isinstance(everywhere, Tensor):
             loss = loss * (everywhere > 0)
         self.train_loss = values["loss"]
         for name, value in values.items():
             self.log(f"train/{name}", value)  # not in the bar, for which Lightning would fetch it in every step
         return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the sum of accumulated gradients that of a mean over all items; Lightning divided it by the batches."""
-        if self.counts:
-            total = sum(self.counts)
-            factor = self.accumulated * or_one(self.counts[0]) / or_one(total) * (total > 0)
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-            self.counts.clear()
 
     def log_eval_loss(self, stage: str, loss: Tensor, count: Tensor | int) -> None:
         """Log the loss of an evaluation: the mean over all items, however they are divided into batches.
