@@ -260,7 +260,7 @@ class TrainCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, **arguments)
             return
         with self.claim:
-            with self.last.excusing_errors():
+            with self.last.excusing_errors(self.trainer):
                 self.trainer.fit(model, datamodule=datamodule, **arguments)
             self.claim.commit()  # a complete run that is resumed has no first batch to commit it
             if self.options.final_test and self.trainer.state.finished:

@@ -654,6 +654,16 @@ def test_losses_sum_both_parts_and_are_logged_with_the_number_of_positives():
     torch.testing.assert_close(evaluated, trained.detach())
 
 
+def test_pictures_without_boxes_train_on_their_hardest_negatives():
+    task = detector()
+    task.log = lambda *_: None
+    targets = {"boxes": torch.zeros(1, 1, 4), "labels": torch.tensor([[PADDED]])}
+    loss = task.training_step((torch.from_numpy(painted()).permute(2, 0, 1)[None], targets), 0)
+    loss.backward()
+    assert loss > 0
+    assert any(parameter.grad.any() for parameter in task.network.parameters())
+
+
 @torch.no_grad()
 def test_each_validation_resets_the_metric():
     task, logged = sighted(), []

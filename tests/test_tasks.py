@@ -136,8 +136,9 @@ def test_logged_losses_are_means_over_all_devices(monkeypatch):
     assert loss.grad.item() == pytest.approx(2 / 4)  # DDP takes the mean of two gradients: a quarter for 1 of 4
 
 
-@pytest.mark.parametrize(("elsewhere", "gradient"), [(3.0, 2 / 3), (0.0, 0.0)])
-def test_a_share_without_items_is_a_sum_that_counts_if_another_device_has_items(elsewhere, gradient, monkeypatch):
+@pytest.mark.parametrize(("elsewhere", "gradient"), [(3.0, 2 / 3), (0.0, 2.0)])
+def test_a_share_without_items_is_a_sum_that_is_divided_by_those_of_other_devices(elsewhere, gradient, monkeypatch):
+    """A batch of pictures without boxes still trains the detector on its hardest negatives."""
     task = classifier()
     task.log = lambda *_: None
     monkeypatch.setattr("dlref.tasks.task.is_distributed", lambda: True)

@@ -112,7 +112,10 @@ class ImageClassifier(ImageTask):
         loss = self.loss(logits, targets)
         for auxiliary_logits in auxiliary:
             loss = loss + self.auxiliary_weight * self.loss(auxiliary_logits, targets)
-        return self.log_train_loss(loss, self.counted(targets))
+        count = self.counted(targets)
+        if isinstance(count, Tensor):  # smoothing adds losses of weight 0: without others, a sum that is no mean
+            loss = loss * (count > 0)
+        return self.log_train_loss(loss, count)
 
     def judge(self, stage: str, batch: Batch, metrics: MetricCollection) -> Float[Tensor, "B K"]:
         """Add a batch to the loss and the metrics of a stage; return its probabilities."""

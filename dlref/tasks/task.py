@@ -239,20 +239,16 @@ class Task(LightningModule):
         Args:
             loss: mean over the `count` items of this device's share, or a sum if there are none. DDP averages the
                 devices' gradients, so without rescaling, an item would count less on a device that has more of them.
-                If no device has any, a sum (of smoothed labels whose classes have weight 0) trains nothing.
             parts: parts of the loss, logged by their names; means over the same items.
         """
         values = {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
-        everywhere = count
         if is_distributed():
             count = count * torch.ones_like(values["loss"])
             sums = torch.stack([count, *(value * or_one(count) for value in values.values())])
             torch.distributed.all_reduce(sums)
-            everywhere = sums[0]
-            values = dict(zip(values, sums[1:] / or_one(everywhere), strict=True))
-            loss = loss * (or_one(count) * torch.distributed.get_world_size() / or_one(everywhere))
-        if isinstance(everywhere, Tensor):
-            loss = loss * (everywhere > 0)
+            everywhere = or_one(sums[0])
+            values = dict(zip(values, sums[1:] / everywhere, strict=True))
+            loss = loss * (or_one(count) * torch.distributed.get_world_size() / everywhere)
         self.train_loss = values["loss"]
         for name, value in values.items():
             self.log(f"train/{name}", value)  # not in the bar, for which Lightning would fetch it in every step

@@ -127,17 +127,18 @@ class Last(Checkpoint):
         self.sigterm_received = True
 
     @contextmanager
-    def excusing_errors(self) -> Iterator[None]:
-        """After a SIGTERM, raise its exception in place of torch's errors.
+    def excusing_errors(self, trainer: Trainer) -> Iterator[None]:
+        """After a SIGTERM to a fit of one process, raise its exception in place of torch's errors.
 
-        SIGTERM may have ended other processes that the step needs, too, such as compilers.
+        SIGTERM may have ended other processes that the step needs, too, such as compilers. Of several processes that
+        train, one would leave the others waiting.
         """
         try:
             yield
         except RuntimeError as error:
-            if not self.sigterm_received:
-                raise
-            raise (Interrupted(self.path, self.kept) if self.path.is_file() else SIGTERMException()) from error
+            if self.sigterm_received and trainer.world_size == 1:
+                raise SIGTERMException(f" in a step that failed: {one_line(error)}") from error
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
