@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
+from dlref.runtime.errors import one_line, shortened
 from dlref.training.seal import write_sealed
 from dlref.training.sigterm import listen
 
@@ -137,7 +137,7 @@ class Last(Checkpoint):
             yield
         except RuntimeError as error:
             if self.sigterm_received and trainer.world_size == 1:
-                raise SIGTERMException(f" in a step that failed: {one_line(error)}") from error
+                raise SIGTERMException(f" in a step that failed: {shortened(one_line(error))}") from error
             raise
 
     def state_dict(self) -> dict[str, Any]:
