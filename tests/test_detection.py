@@ -359,7 +359,7 @@ def test_crop_and_flip_are_independent_options():
             name,
             "Resize",
             "ClampBoundingBoxes",
-            "SanitizeBoundingBoxes",
+            "Inside",
         ]
 
 
@@ -386,6 +386,50 @@ def test_boxes_that_reach_the_border_survive_resizing():
         "ignored": torch.tensor([False]),
     }
     assert resized(sample)["boxes"][0, 2:].tolist() == [300, 300]
+
+
+def sample_of(boxes, height, width, labels):
+    """Return a training sample with boxes in an empty picture."""
+    return {
+        "image": tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": torch.tensor(labels),
+        "ignored": torch.tensor([label % 2 == 0 for label in labels]),
+    }
+
+
+def test_objects_thinner_than_a_pixel_of_the_network_are_learnt():
+    """A pole of 3 of 1,200 columns is 0.75 of 300 columns wide: evaluation counts it, too."""
+    data = DigitScenes(image_size=300, zoom_out=1, crop=False, flip=False)
+    pole, bolt = [300.0, 100, 303, 700], [100.0, 100, 101, 101]
+    resized = data.train_transform()(sample_of([pole, bolt], 900, 1200, [3, 4]))
+    expected = data.eval_transform()(sample_of([pole, bolt], 900, 1200, [3, 4]))
+    torch.testing.assert_close(resized["boxes"], expected["boxes"])
+    assert resized["labels"].tolist() == [3, 4]
+    assert resized["ignored"].tolist() == [False, True]
+
+
+def test_a_crop_drops_the_objects_whose_centres_are_outside():
+    crop = DigitScenes(zoom_out=1, flip=False, image_size=100).train_transform()
+    left, right = [0.0, 0, 20, 90], [180.0, 0, 200, 90]
+    kept = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        sample = crop(sample_of([left, right], 90, 200, [1, 2]))
+        boxes, labels = sample["boxes"], sample["labels"].tolist()
+        assert len(boxes) == len(labels) == len(sample["ignored"])
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert sample["ignored"].tolist() == [label % 2 == 0 for label in labels]
+        kept.add(tuple(labels))
+    assert kept == {(1,), (2,), (1, 2)}
+
+
+def test_a_picture_without_objects_stays_whole():
+    crop = DigitScenes(zoom_out=1, flip=False, image_size=9).train_transform()
+    state = torch.get_rng_state()
+    sample = crop(sample_of(torch.zeros(0, 4), 90, 200, []))
+    assert sample["boxes"].shape == (0, 4)
+    assert torch.equal(torch.get_rng_state(), state)  # no crop was tried
 
 
 def test_zoom_out_pads_with_the_imagenet_mean():
@@ -776,6 +820,9 @@ def test_the_runner_returns_labelled_boxes_in_pixels_and_draws_them(tmp_path):
     assert drawn.shape == (256, 256, 3)
     changed = (drawn != painted(256)).any(axis=2)
     assert changed[128:, 128].all()  # the left edge of the second box
+    assert changed[128:, 255].all()  # the right edge, in the picture's last column
+    assert changed[255, 128:].all()
+    assert not changed[200, :128].any()
     assert not changed[20:100, 140:250].any()  # no object is here
     (red, blue) = (drawn[half, x].tolist() for half, x in ((64, 0), (192, 128)))
     assert red != blue
@@ -791,7 +838,7 @@ def test_the_best_detection_is_drawn_on_top():
         {"label": label, "score": score, "box": [40, 40, 200, 200]} for label, score in (("red", 0.9), ("blue", 0.8))
     ]
     both, best = (np.asarray(runner.draw(painted(256), {"objects": some})) for some in (found, found[:1]))
-    np.testing.assert_array_equal(both[200, 60:180], best[200, 60:180])
+    np.testing.assert_array_equal(both[199, 60:180], best[199, 60:180])
 
 
 def test_a_fixed_size_graph_gives_boxes_in_pixels_of_the_picture():

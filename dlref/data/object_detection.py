@@ -53,11 +53,30 @@ class Shrunk(nn.Module):
 
 
 class Cropped(v2.RandomIoUCrop):
-    """A random crop; a picture so thin that the smallest crop would have no pixel stays whole."""
+    """A random crop that overlaps an object; a picture so thin that the smallest crop would have no pixel stays whole.
+
+    So does a picture without objects, for which torchvision would try some 240 crops.
+    """
 
     def forward(self, sample: dict) -> dict:
-        """Crop the picture and its boxes."""
-        return super().forward(sample) if min(sample["image"].shape[-2:]) * self.min_scale >= 1 else sample
+        """Crop the picture and its boxes; the boxes of objects whose centres are outside are set to zeros."""
+        possible = len(sample["boxes"]) and min(sample["image"].shape[-2:]) * self.min_scale >= 1
+        return super().forward(sample) if possible else sample
+
+
+class Inside(nn.Module):
+    """Remove the boxes without area, which a crop leaves of objects outside.
+
+    torchvision's `SanitizeBoundingBoxes` would also remove thin objects, those narrower than a pixel of the network's
+    image, and train the network to call them background.
+    """
+
+    def forward(self, sample: dict) -> dict:
+        """Remove boxes, and what belongs to them."""
+        boxes = sample["boxes"]
+        there = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        kept = {name: sample[name][there] for name in ("labels", "ignored")}
+        return sample | kept | {"boxes": tv_tensors.wrap(boxes[there], like=boxes)}
 
 
 class Pictures(Dataset):
@@ -184,9 +203,8 @@ class ObjectDetectionData(AnnotatedPictures):
         if self.flip:
             transforms.append(v2.RandomHorizontalFlip())
         transforms.append(v2.Resize((self.image_size, self.image_size), antialias=True))
-        # Resizing in float32 can move a box at the border just outside (of 598 px: to 300.00003), and sanitising would
-        # then remove it: clamp first.
-        return v2.Compose([*transforms, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=of_boxes)])
+        # Resizing in float32 can move a box at the border just outside (of 598 px: to 300.00003).
+        return v2.Compose([*transforms, v2.ClampBoundingBoxes(), Inside()])
 
     def eval_transform(self) -> v2.Transform:
         """Return the transform of validation and test pictures."""
@@ -195,11 +213,6 @@ class ObjectDetectionData(AnnotatedPictures):
     def sources(self) -> list[str]:
         """Return the path of each test picture, in order."""
         return self.splits["test"].paths
-
-
-def of_boxes(sample: dict) -> tuple[Tensor, Tensor]:
-    """Return the targets that `SanitizeBoundingBoxes` must filter together with the boxes."""
-    return sample["labels"], sample["ignored"]
 
 
 class DigitScenes(ObjectDetectionData):

@@ -61,10 +61,11 @@ class Runner(ImageRunner):
             if found["score"] < SHOWN:
                 continue
             colour = COLOURS[self.metadata["labels"].index(found["label"]) % len(COLOURS)]
-            pen.rectangle(found["box"], outline=colour, width=width)
+            x1, y1, x2, y2 = found["box"]
+            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)  # Pillow's is closed
             text = f" {found['label']} {found['score']:.0%} "
             *_, right, bottom = pen.textbbox((0, 0), text)
-            x, y = found["box"][0], max(found["box"][1] - bottom, 0)
+            x, y = x1, max(y1 - bottom, 0)
             pen.rectangle((x, y, x + right, y + bottom), fill=colour)
             pen.text((x, y), text, fill="black")
         return image
