@@ -47,6 +47,17 @@ def test_gradients_do_not_vanish_in_float16():
     torch.testing.assert_close(ours * 20_000, theirs * 20_000, rtol=2e-2, atol=2e-2)
 
 
+def test_gradients_of_many_tokens_do_not_overflow_in_float16(monkeypatch):
+    """Their sum over the tokens of a batch is 94,000 here; a smaller scale of the loss would not help."""
+    monkeypatch.setitem(AT_ONCE, "cpu", AT_ONCE["cuda"])
+    hidden, weight = torch.full((20_000, 4), 5.0), torch.zeros(16, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        linear_cross_entropy(hidden, weight, torch.zeros(20_000, dtype=torch.long)).backward()
+    expected = torch.full((16, 4), 5 / 16)
+    expected[0] -= 5
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-2, atol=0)
+
+
 def test_loss_and_gradient_are_right_for_logits_whose_exponential_overflows():
     """exp(200) is too large for float32."""
     scores, targets = torch.tensor([[200.0, 0.0, 199.0], [-200.0, -201.0, -300.0]]), torch.tensor([2, 1])

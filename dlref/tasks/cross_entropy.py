@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Number of logits computed at once: few enough for a CPU's cache, enough to keep a GPU busy.
 AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 30}
+IN_FLOAT16 = 4096  # rows at once at most: over more, the sum of the gradients can exceed float16's largest number
 
 
 def nll_and_gradient(
@@ -55,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows, table = hidden.to(reduced), weight.to(reduced)
             of_rows, of_weight = torch.empty_like(rows), torch.zeros_like(weight)
             loss = weight.new_zeros(())
-            step = rows_at_once(len(weight), kind)
+            step = rows_at_once(len(weight), kind, reduced)
             for part, target, place in zip(*(x.split(step) for x in (rows, targets, of_rows)), strict=True):
                 losses, gradient = row_step(part @ table.T, target, weight.dtype)
                 loss += losses.sum()
@@ -72,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return each * of_rows, each * of_weight, None, None
 
 
-def rows_at_once(vocabulary: int, kind: str) -> int:
+def rows_at_once(vocabulary: int, kind: str, reduced: torch.dtype) -> int:
     """Return a power of two, so that the parts of batches of the usual sizes all have the same shape."""
-    return 1 << max(0, (AT_ONCE.get(kind, AT_ONCE["cpu"]) // vocabulary).bit_length() - 1)
+    rows = 1 << max(0, (AT_ONCE.get(kind, AT_ONCE["cpu"]) // vocabulary).bit_length() - 1)
+    return min(rows, IN_FLOAT16) if reduced is torch.float16 else rows
