@@ -1,5 +1,6 @@
 """Export a run for a device: `python export.py runs/NAME --target cpu --output bundles/NAME`."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,8 +28,8 @@ def main() -> int:
         options, overrides = parser.parse_known_args()
         if options.list_targets:
             print_targets()
-            return 0
-        export_run(options.run, options.target, options.output, overrides)
+        else:
+            export_run(options.run, options.target, options.output, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,6 +37,16 @@ def main() -> int:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def show(text: str) -> None:
+    """Print a text; a reader that has closed the pipe, such as head, is no error. Raises UserError on a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"standard output: {error.strerror}; expected room for a few lines") from None
 
 
 def print_targets() -> None:
@@ -46,8 +57,8 @@ def print_targets() -> None:
         shapes = "fixed" if target.static else "free"
         rows.append((target.name, target.precision, provider, f".{target.file_format}", shapes, target.description))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    show("\n".join(lines))
 
 
 def export_run(run: Path | None, target: str | None, output: Path | None, overrides: list[str]) -> None:
@@ -61,13 +72,13 @@ def export_run(run: Path | None, target: str | None, output: Path | None, overri
 
     manifest = export(*load_run(run, overrides), TARGETS[target], output)
     metric = manifest["verification"]["metric"]
-    print(
+    show(
         f"{output}: {manifest['precision']}, {metric['name']} {metric['bundle']:.4f} on {metric['n']} "
         f"{metric['split']} samples (PyTorch {metric['pytorch']:.4f})"
     )
     measured = manifest["measurement"]["contenders"]
     if {"bundle", "pytorch-eager"} <= measured.keys():
-        print(gains(measured["bundle"], measured["pytorch-eager"]))
+        show(gains(measured["bundle"], measured["pytorch-eager"]))
 
 
 def gains(bundle: dict, eager: dict) -> str:

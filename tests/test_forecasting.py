@@ -68,6 +68,7 @@ def window_of(values, observed=None, features=5, categories=0, context=6, horizo
         torch.rand(*values.shape, features),
         torch.zeros(len(values), categories, dtype=torch.long),
         torch.ones(len(values)),
+        known=torch.full((len(values),), LONGEST + 1 + context),
     )
 
 
@@ -287,12 +288,10 @@ def test_changes_beyond_float32_are_refused_without_a_warning():
 
 
 def test_baselines_of_counting_values():
-    values = torch.arange(1.0, 9)[None]
-    observed = torch.ones_like(values, dtype=torch.bool)
-    assert seasonal_naive(values, observed, 5, 3).tolist() == [[6, 7, 8, 6, 7]]
-    assert last_value(values, observed, 3, 3).tolist() == [[8, 8, 8]]
-    observed[0, :6] = False  # the series begins at its last two values
-    assert seasonal_naive(values, observed, 5, 3).tolist() == [[8, 7, 8, 8, 7]]
+    values = torch.arange(1.0, 9).repeat(2, 1)
+    known = torch.tensor([20, 2])  # of the second series, only the last two values
+    assert seasonal_naive(values, known, 5, 3).tolist() == [[6, 7, 8, 6, 7], [8, 7, 8, 8, 7]]
+    assert last_value(values, known, 3, 3).tolist() == [[8, 8, 8]] * 2
 
 
 def test_quantile_scores_match_scikit_learn_and_numpy():
@@ -856,6 +855,44 @@ def test_short_series_and_series_with_too_few_windows_are_counted_in_the_log(tmp
     ]
 
 
+def test_missing_values_before_a_series_make_no_difference(tmp_path):
+    """A table has blanks where one of its series begins later than the others."""
+    rows = [{"start": START, "target": list(range(400))}, {"start": "2024-01-17 12:00:00", "target": [9, 8, 7, 6, 5]}]
+    padded = [rows[0], {"start": START, "target": [None] * 396 + rows[1]["target"]}]
+    found = []
+    for name, lines in (("short", rows), ("padded", padded)):
+        path = tmp_path / f"{name}.json"
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        module = SageMakerSeries(str(path), val_windows=2, **{**SIZES, "prediction_length": 2})
+        module.setup()
+        found.append({split: windows.count.tolist() for split, windows in module.splits.items() if split != "predict"})
+        known = [int(known) for batch in module.test_dataloader() for known in batch.known]
+        assert known == [398, 3]
+    assert found[0] == found[1] == {"train": [392, 0], "val": [2, 1], "test": [1, 1]}
+
+
+def test_the_seasonal_naive_forecast_repeats_a_value_carried_over_a_gap(tmp_path):
+    """The window begins a season before the forecast, within the gap."""
+    target = [float(hour) for hour in range(4 * 1440)]
+    day = slice(3 * 1440 - 10, 3 * 1440)
+    target[day] = [None] * 10
+    path = tmp_path / "minutes.json"
+    path.write_text(json.dumps({"start": START, "target": target}) + "\n")
+    module = SageMakerSeries(str(path), **{**SIZES, "frequency": "1min", "prediction_length": 10})
+    module.setup()
+    (batch,) = module.test_dataloader()
+    forecast = seasonal_naive(batch.values[:, :-10], batch.known, 10, 1440)
+    assert forecast.tolist() == [[3.0 * 1440 - 11] * 10]
+
+
+@pytest.mark.parametrize("test", ["same.json", "./same.json"])
+def test_series_that_are_trained_on_and_tested_are_told(tmp_path, monkeypatch, test):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "same.json", 300, 300)
+    with pytest.warns(UserWarning, match="test: 1 of 1 files are among those of train"):
+        SageMakerSeries("same.json", test, **SIZES).setup()
+
+
 def test_categories_absent_from_training_are_listed_as_unseen(tmp_path):
     rows = [{"start": START, "target": [1.0] * 200, "cat": [cat, 0]} for cat in (0, 2)]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
@@ -1184,9 +1221,8 @@ def test_baselines_are_given_only_values_before_the_forecast(monkeypatch):
     monkeypatch.setitem(BASELINES, "last_value", lambda *known: seen.append(known) or last_value(*known))
     window = window_of(torch.rand(2, 10))
     judging("test", OWN, *BASELINES).judge("test", window)
-    ((values, observed, *_),) = seen
+    ((values, *_),) = seen
     assert torch.equal(values, window.values[:, :-4])
-    assert torch.equal(observed, window.observed[:, :-4])
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 from functools import partial
 from itertools import chain
@@ -555,3 +556,23 @@ def test_targets_are_listed(capsys):
     assert title.split() == ["target", "precision", "provider", "file", "shapes", "for"]
     assert [row.split()[0] for row in rows] == list(TARGETS)
     assert rows[list(TARGETS).index("qualcomm")].split()[:5] == ["qualcomm", "int16", "QNN", ".onnx", "fixed"]
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("opened", "code", "said"),
+    [(closed_pipe, 0, ""), (lambda: os.open("/dev/full", os.O_WRONLY), 2, "error: standard output: No space left")],
+)
+def test_an_output_that_takes_nothing_is_no_traceback(opened, code, said):
+    output = opened()
+    done = subprocess.run(
+        [sys.executable, "export.py", "--list-targets"], stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(output)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said))
+    assert done.stderr.startswith(said)

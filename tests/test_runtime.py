@@ -386,15 +386,27 @@ def test_a_16_bit_pgm_image_is_reduced_to_its_high_byte(tmp_path):
     assert read_image(tmp_path / "a.pgm", 1)[..., 0].tolist() == [[0, 0, 1, 255]]
 
 
+def grey_tiff(pixels, width, bits, white_is_zero=False):
+    """Return a TIFF file of one row."""
+    black, size = int(not white_is_zero), len(pixels)
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: black, 273: 8, 277: 1, 278: 1, 279: size}  # pixels from byte 8
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    head, padding = struct.pack("<2sHI", b"II", 42, 8 + size + size % 2), bytes(size % 2)
+    return head + pixels + padding + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
 def test_a_12_bit_tiff_image_is_reduced_to_its_high_eight_bits(tmp_path):
     values = [0, 15, 16, 0x7FF, 0x800, 0xFFF]  # two pixels in three bytes
     pixels = bytes.fromhex("".join(f"{value:03x}" for value in values))
-    tags = {256: 6, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}  # pixels start at byte 8
-    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(pixels) % 2)
-    padding = bytes(len(pixels) % 2)
-    (tmp_path / "a.tif").write_bytes(head + pixels + padding + struct.pack("<H", len(tags)) + directory + bytes(4))
+    (tmp_path / "a.tif").write_bytes(grey_tiff(pixels, len(values), bits=12))
     assert read_image(tmp_path / "a.tif", 1)[..., 0].tolist() == [[value >> 4 for value in values]]
+
+
+@pytest.mark.parametrize(("bits", "pixels"), [(8, b"\x00\x01\xff"), (16, b"\xff\x00\x00\x01\xff\xff")])
+def test_a_tiff_image_whose_zeros_are_white_is_not_read_as_its_negative(bits, pixels):
+    """As X-ray machines write it."""
+    assert read_image(grey_tiff(pixels, 3, bits, white_is_zero=True), 1)[..., 0].tolist() == [[255, 254, 0]]
+    assert read_image(grey_tiff(pixels, 3, bits), 1)[..., 0].tolist() == [[0, 1, 255]]
 
 
 def test_progress_is_shown_only_on_a_terminal(capsys, monkeypatch):

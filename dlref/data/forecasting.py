@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
 from dlref.data.series import (
     Series,
@@ -136,7 +137,7 @@ class ForecastingData(SplitData):
         steps = max(max(frequency.lags) + self.context_length + 1, frequency.season) + horizon
         times = steps, self.context_length + horizon
         self.splits = {
-            "train": Windows(store, *each_end(store.length - held, horizon), 1, *times),
+            "train": Windows(store, *each_end(store, store.length - held, horizon), 1, *times),
             "val": self.rolling(store, store.length - held + horizon * self.val_windows, self.val_windows, *times),
             "test": self.rolling(tested, tested.length, self.test_windows, *times),
         }
@@ -155,7 +156,7 @@ class ForecastingData(SplitData):
     def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int, featured: int) -> Windows:
         """Return consecutive, non-overlapping evaluation windows up to `last`; series too short for one get none."""
         horizon = self.prediction_length
-        whole = ((last - 1) // horizon).clamp(0, count)  # windows with a point before their forecast
+        whole = ((last - 1 - store.lead) // horizon).clamp(0, count)  # windows with a known point before their forecast
         return Windows(store, last - horizon * (whole - 1), whole, horizon, steps, featured, horizon)
 
     def report_short(self, split: str, windows: Windows, asked: int) -> None:
@@ -214,9 +215,9 @@ def first_points(series: Series, points: int | None) -> Series:
     return series._replace(target=target, offsets=offsets, dynamic=dynamic, dynamic_offsets=dynamic_offsets)
 
 
-def each_end(last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Return the first end of a window with a point before its forecast, and the number of ends up to `last`."""
-    first = torch.full_like(last, horizon + 1)
+def each_end(store: SeriesStore, last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """Return the first end of a window with a known point before its forecast, and the number of ends up to `last`."""
+    first = store.lead + horizon + 1
     return first, (last - first + 1).clamp(min=0)
 
 
@@ -272,6 +273,7 @@ class SageMakerSeries(ForecastingData):
 
     def read(self, frequency: Frequency) -> Channels:
         """Read the channels that are given."""
+        warn_of_shared({"train": [self.train], "val": (), "test": filter(None, [self.test])}, "files")
         train = read_json_lines(self.train, frequency)
         test = train if self.test is None else read_json_lines(self.test, frequency)
         return Channels(train, test, self.to_predict and read_json_lines(self.to_predict, frequency))

@@ -268,6 +268,7 @@ class TokenFiles(LanguageData):
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """Read the tokeniser and open the files of tokens."""
+        warn_of_shared({split: [name] for split, name in self.names.items()}, "files")
         path = self.root / self.asked
         if not path.is_file():
             raise UserError(f"{path}: not found; expected the tokeniser of these tokens")

@@ -184,6 +184,7 @@ class ParallelText(TranslationData):
 
     def read(self) -> dict[str, Pairs]:
         """Read the files."""
+        warn_of_shared({split: [name] for split, name in self.names_of.items()}, "files")
         return {split: read_parallel(*self.files(name)) for split, name in self.names_of.items()}
 
     def files(self, name: str) -> list[Path]:
@@ -241,6 +242,7 @@ class SageMakerTokens(TranslationData):
 
     def read(self) -> dict[str, Pairs]:
         """Read the vocabularies, then the records, whose tokens must be in them."""
+        warn_of_shared({split: [path] for split, path in self.paths.items()}, "files")
         self.read_vocabularies = tuple(read_vocabulary(self.vocab / f"vocab.{side}.json") for side in ("src", "trg"))
         sizes = tuple(len(described["tokens"]) for described in self.read_vocabularies)
         return {split: read_records(Path(path), sizes) for split, path in self.paths.items()}

@@ -25,8 +25,8 @@ class Window(NamedTuple):
     """A batch of windows. Times before a series begins or after it ends are not observed, and their values are 0.
 
     Windows for evaluation also have `seasonal_error`, the mean absolute difference of values a season apart over all
-    times before the forecast (0: none is known), and `truth`, the true quantiles of the times to forecast, if they are
-    known.
+    times before the forecast (0: none is known); `truth`, the true quantiles of the times to forecast, if they are
+    known; and `known`, the number of times from the first observed value of the series to the forecast.
     """
 
     values: Float[Tensor, "B T"]
@@ -35,6 +35,7 @@ class Window(NamedTuple):
     categories: Int[Tensor, "B G"]
     seasonal_error: Float[Tensor, "B"] | None = None
     truth: Float[Tensor, "B H Q"] | None = None
+    known: Int[Tensor, "B"] | None = None
 
 
 class SeriesStore(nn.Module):
@@ -62,6 +63,7 @@ class SeriesStore(nn.Module):
             "categories": series.cat,
             "begin": series.offsets[:-1],
             "length": np.diff(series.offsets),
+            "lead": leads(observed, series.offsets),
             "seasonal_errors": seasonal_errors(series, frequency.season),
         }
         for name, array in tensors.items():
@@ -111,6 +113,12 @@ def rows_at(tensor: Tensor, index: Int[Tensor, "B T"]) -> Tensor:
     return tensor.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
+def leads(observed: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the number of points before the first observed one of each series, (N,); all if none is observed."""
+    parts = np.split(observed, offsets[1:-1])
+    return np.array([part.argmax() if part.any() else len(part) for part in parts])
+
+
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
     """Return the features of each time of each series and of `future` more, float32 (P + N * future, F)."""
     parts = []
@@ -148,7 +156,7 @@ class Windows(Dataset):
         stride: distance from the end of a window to the end of the next.
         steps: T.
         featured: K.
-        horizon: H; windows for evaluation get their seasonal error, and the truth if it is known. 0: for training.
+        horizon: H, for windows that are evaluated; 0: for training.
     """
 
     def __init__(
@@ -171,8 +179,12 @@ class Windows(Dataset):
         window = self.store(item, end, self.steps, self.featured)
         if not self.horizon:
             return window
-        error = self.store.seasonal_error(item, end - self.horizon)
-        return window._replace(seasonal_error=error, truth=self.store.truth_of(item, end, self.horizon))
+        begin = end - self.horizon
+        return window._replace(
+            seasonal_error=self.store.seasonal_error(item, begin),
+            truth=self.store.truth_of(item, end, self.horizon),
+            known=begin - self.store.lead[item],
+        )
 
     def to(self, device: torch.device) -> "Windows":
         """Return the same windows on a device. The store, which several instances share, is moved in place."""

@@ -1,6 +1,7 @@
 """Dates and frequencies of time series, with the lags and calendar features that follow from them.
 
-Training and devices share this module. Lags and features are GluonTS's for the same frequency.
+Training and devices share this module. Lags and features are GluonTS's for the same frequency, except that a week's day
+of the month is that of its own date, GluonTS's that of its Sunday.
 
 T times, F features.
 """

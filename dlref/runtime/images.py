@@ -14,6 +14,7 @@ from dlref.runtime.runner import Runner
 BYTES = (bytes, bytearray, memoryview)
 Source = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation, which pillow applies to 8 bits only
 # Without PostScript, for which pillow starts another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -33,8 +34,7 @@ def read_image(source: Source, channels: int) -> np.ndarray:
             image.load()  # also turns a TIFF upright, and reads metadata at the end of a PNG
             side_up = orientation(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # the high byte
-                bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # 12 in some TIFFs
-                image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+                image = Image.fromarray(high_byte(image))
             if image.mode[0] in "IF":
                 raise UserError(f"{name}: {image.mode} pixels; expected 8 or 16 bits a channel")
             if 0 in image.size:
@@ -48,6 +48,14 @@ def read_image(source: Source, channels: int) -> np.ndarray:
     except Exception as error:  # for a damaged file, pillow may raise any exception
         reason = "" if isinstance(source, BYTES) else f" ({error})"  # which would name an object that holds the bytes
         raise UserError(f"{name}: cannot be decoded{reason}; expected an image file") from None
+
+
+def high_byte(image: Image.Image) -> np.ndarray:
+    """Return the high byte of each grey value of 12 or 16 bits, (H, W)."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]  # 12 in some
+    high = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    return ~high if tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO else high
 
 
 def orientation(image: Image.Image) -> int:

@@ -4,7 +4,7 @@ B windows, T time steps of context, S sample paths, H time steps to forecast, Q 
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -113,16 +113,23 @@ def crps(paths: Float[Tensor, "B S H"], target: Float[Tensor, "B H"]) -> Float[T
 
 
 def seasonal_naive(
-    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+    values: Float[Tensor, "B T"], known: Int[Tensor, "B"], horizon: int, season: int
 ) -> Float[Tensor, "B H"]:
-    """Repeat the last known season; where the series is shorter than a season, use the last value."""
-    begun = observed.cumsum(1) > 0
+    """Repeat the last known season; where the series is shorter than a season, use the last value.
+
+    Args:
+        values: the values before the forecast; a missing one is the last before it.
+        known: number of times from the first observed value of the series to the forecast.
+        horizon: H.
+        season: number of times in a season.
+    """
+    begun = torch.arange(-values.shape[1], 0, device=values.device) >= -known[:, None]
     last = values.where(begun, values[:, -1:])[:, -season:]
     return last[:, torch.arange(horizon, device=values.device) % season]
 
 
 def last_value(
-    values: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], horizon: int, season: int
+    values: Float[Tensor, "B T"], known: Int[Tensor, "B"], horizon: int, season: int
 ) -> Float[Tensor, "B H"]:
     """Repeat the last known value."""
     return values[:, -1:].expand(-1, horizon)

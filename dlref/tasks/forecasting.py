@@ -226,7 +226,7 @@ class Forecaster(Task):
         horizon, season = self.horizon, self.frequency.season
         for name in self.judged[1:]:
             if name in BASELINES:
-                forecast = BASELINES[name](batch.values[:, :-horizon], batch.observed[:, :-horizon], horizon, season)
+                forecast = BASELINES[name](batch.values[:, :-horizon], batch.known, horizon, season)
                 self.scores[name].update(forecast[:, None], target, observed, batch.seasonal_error)
             elif batch.truth is not None:
                 self.scores[name].update(batch.truth, target, observed)

@@ -118,7 +118,7 @@ class Runner(Base):
         return (
             "A text to continue, a file that holds one, or a request "
             '`{"inputs": text, "parameters": {"max_new_tokens": 50}}`. The model reads up to '
-            f"{context} tokens; of a longer text, only the last {context // 2}."
+            f"{context - 1} tokens after the one that begins a text; of a longer text, only the last {context // 2}."
         )
 
     def inputs(self, path: str) -> Iterator[tuple[str, str | Path | Line]]:
