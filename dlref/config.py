@@ -7,8 +7,10 @@ import codecs
 import inspect
 import locale
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from pydoc import locate
 
@@ -171,6 +173,10 @@ class Parser(LightningArgumentParser):
         """Raise UserError with the parser's message on one readable line."""
         raise UserError(readable(message)) from ex
 
+    def parse_args(self, args: list[str] | None = None, *others, **kwargs):
+        """Parse a command, whose options take precedence over its configs also where they are typed before them."""
+        return super().parse_args(configs_first(sys.argv[1:] if args is None else args), *others, **kwargs)
+
     def parse_path(self, path, *args, **kwargs):
         """Parse a config file, which is named in any error."""
         try:
@@ -185,6 +191,19 @@ class Parser(LightningArgumentParser):
         """Parse the text of a config; files that it names are not read as configs."""
         with no_other_configs():
             return super().parse_string(*args, **kwargs)
+
+
+def configs_first(words: list[str]) -> list[str]:
+    """Move the configs of a command to its front: jsonargparse lets each replace the values typed before it."""
+    if not words or words[0].startswith("-"):  # no subcommand, and so no config
+        return words
+    configs, others, following = [], [], iter(words[1:])
+    for word in following:
+        if word in ("--config", "-c"):
+            configs += [word, *islice(following, 1)]
+        else:
+            (configs if word.startswith("--config=") else others).append(word)
+    return [words[0], *configs, *others]
 
 
 def readable(message: str) -> str:

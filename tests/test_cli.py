@@ -50,6 +50,15 @@ def fit(*arguments):
     return train(["fit", "--config", DIGITS, *SHORT, *arguments])
 
 
+@pytest.mark.parametrize("config", [["--config", DIGITS], [f"--config={DIGITS}"], ["-c", DIGITS]])
+def test_options_typed_before_a_config_are_not_replaced_by_it(config):
+    before = ["--trainer.max_epochs", "1", "--data.init_args.batch_size", "9", "--seed_everything=3"]
+    assert train(["fit", *before, *config, *SHORT[2:], "--run", "r", "--final_test", "false"]) == 0
+    written = yaml.safe_load(Path("r/config.yaml").read_text())
+    assert (written["trainer"]["max_epochs"], written["seed_everything"]) == (1, 3)
+    assert written["data"]["init_args"]["batch_size"] == 9
+
+
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

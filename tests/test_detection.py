@@ -530,8 +530,8 @@ def test_every_split_uses_the_classes_of_the_training_split(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zoom_out": 0.5}, "zoom_out: 0.5; expected 1 to 100"),
-        ({"zoom_out": float("nan")}, "zoom_out: nan; expected 1 to 100"),
+        ({"zoom_out": 0.5}, "zoom_out: 0.5; expected 1 to below 100"),
+        ({"zoom_out": float("nan")}, "zoom_out: nan; expected 1 to below 100"),
         ({"val": []}, "an empty list of lists; expected at least one file"),
         ({"train": ["ImageSets/Main/train.txt"] * 2}, "0.png: in 2 of the lists"),
         ({"class_names": ["red", "red"]}, "expected names that differ"),

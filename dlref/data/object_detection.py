@@ -174,7 +174,7 @@ class ObjectDetectionData(AnnotatedPictures):
         check_at_least(1, batch_size=self.batch_size, image_size=self.image_size)
         check_at_least(0, num_workers=self.num_workers)
         if not 1 <= self.zoom_out < 100:
-            raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to 100")
+            raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to below 100")
         listings = self.list_splits()
         self.labels = listings["train"].classes
         learnt = (one.labels[self.keep_ignored | ~one.ignored] for one in listings["train"].pictures)

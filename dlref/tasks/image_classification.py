@@ -65,7 +65,7 @@ class ImageClassifier(ImageTask):
             raise UserError(f"the data has {classes} class; expected 2 or more")
         check_class_weights(self.class_weights, classes)
         if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.facts["multi_label"]):
-            raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to 1, and 0 with several labels")
+            raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to below 1, and 0 with several labels")
         if min(self.mixup, self.cutmix) < 0:
             raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
         check_classes(self.probe(self.preprocess.size)[0].shape[-1], classes)
