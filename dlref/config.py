@@ -6,6 +6,7 @@ A class named in a config is code that runs, so a config may name only a few cla
 import codecs
 import inspect
 import locale
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ PREFIXES = tuple(f"{path}." for path in ALLOWED_CLASS_PATHS)
 ALLOWED = ", ".join(ALLOWED_CLASS_PATHS)
 PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 LENGTHS = ("total_steps", "total_iters", "T_max", "T_0")  # schedules' names for the number of steps
+RESERVED = ("best", "last", "previous")  # names of checkpoints that a run writes itself
 # Fields allowed in a checkpoint's filename. Others are unsafe: {step:c} inserts a character by its number, such as /.
 FIELD = re.compile(r"\{([\w/]+)(:[.\d]{0,3}[defg]?)?\}")
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_CLASS_PATHS)
@@ -117,6 +119,8 @@ def check_part(part: dict) -> None:
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
+    if os.path.normpath(named) in RESERVED:
+        raise UserError(f"filename {name}: a checkpoint of the run itself; expected another name")
     if folder is not None or Path(named).anchor or ".." in Path(named).parts or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"

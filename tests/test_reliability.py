@@ -34,7 +34,7 @@ from dlref.training.sigterm import EndAtSigterm
 from dlref.training.weights import read
 from tests.faults import families
 from tests.faults.devices import arguments, furthest, losses
-from tests.faults.families import equal, fit_words, state_of, write_text_file
+from tests.faults.families import differing, equal, fit_words, state_of, write_text_file
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
@@ -216,9 +216,10 @@ def saving(monkeypatch):
         should_stop=False,
         world_size=1,
         loggers=[],
-        val_check_batch=4,
         is_last_batch=False,
-        fit_loop=SimpleNamespace(total_batch_idx=2),
+        fit_loop=SimpleNamespace(
+            _can_stop_early=True, _data_fetcher=None, epoch_loop=SimpleNamespace(_should_check_val_fx=lambda _: False)
+        ),
         strategy=SimpleNamespace(broadcast=lambda x: x, reduce_boolean_decision=lambda x, all: x),
         save_checkpoint=lambda path, weights_only: saved.append(now[0]),
     )
@@ -238,9 +239,9 @@ def test_the_interval_counts_from_one_checkpoint_to_the_next(saving):
 
 def test_last_ckpt_is_not_saved_between_a_step_and_its_validation(saving):
     last, trainer, now, saved = saving
+    trainer.fit_loop.epoch_loop._should_check_val_fx = lambda _: trainer.global_step == 4
     for step in (4, 5):
-        now[0] = 2000.0 + step
-        trainer.global_step, trainer.fit_loop.total_batch_idx = step, step - 1
+        now[0], trainer.global_step = 2000.0 + step, step
         last.on_train_batch_end(trainer, None, None, None, step - 1)
     assert saved == [2005.0]
 
@@ -249,8 +250,6 @@ def test_the_last_step_of_a_fit_is_saved_in_an_epoch_without_validation(saving):
     """In other epochs, validation would follow this batch, and the save would follow the validation."""
     last, trainer, _, saved = saving
     trainer.global_step = trainer.max_steps = 4
-    epoch_loop = SimpleNamespace(_should_check_val_epoch=lambda: False)
-    trainer.fit_loop = SimpleNamespace(total_batch_idx=3, epoch_loop=epoch_loop)
     last.on_train_batch_end(trainer, None, None, None, 3)
     assert saved == [1000.0]
 
@@ -287,6 +286,8 @@ def test_after_a_complete_epoch_a_resumed_run_starts_at_the_first_batch(monkeypa
         val_check_batch=6,
         check_val_every_n_epoch=1,
         global_step=6,
+        should_stop=False,
+        fit_loop=SimpleNamespace(restarted_on_epoch_end=False),
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
         train_dataloader=SimpleNamespace(load_state_dict=told.append, sampler=SimpleNamespace(run=0)),
@@ -594,6 +595,7 @@ def test_resuming_with_another_optimiser_is_refused(tmp_path, capsys):
         ("decay_vectors", "false", "numbers of parameters [5, 5], the checkpoint has [10]"),
         ("optimizer__init_args__lr", 0.5, "lr [0.5], the checkpoint has [0.003]"),
         ("optimizer__init_args__weight_decay", 0.5, "weight_decay [0.5], the checkpoint has [0.01]"),
+        ("optimizer__init_args__betas", "[0.5, 0.9]", "betas [(0.5, 0.9)], the checkpoint has [(0.9, 0.999)]"),
         ("optimizer", "torch.optim.Adam", "class Adam, the checkpoint has AdamW"),
     ):
         given = {f"model__init_args__{key}": value}
@@ -712,9 +714,37 @@ def test_a_run_stopped_in_an_epoch_without_validation_resumes_to_identical_resul
     assert equal(state_of(tmp_path / "told"), state_of(tmp_path / "whole"))
 
 
-def test_a_run_that_ends_between_validations_saves_its_last_step(tmp_path):
-    assert fit(run="mine", trainer__max_steps=4, trainer__max_epochs=1) == 0
-    assert state_of(tmp_path / "mine")["global_step"] == 4
+@pytest.mark.parametrize("step", [5, 6, 7])  # the sixth is the last of an epoch without validation
+def test_a_run_of_a_number_of_steps_resumes_to_identical_results(step, during, tmp_path):
+    """After a complete epoch, Lightning would go on in the same epoch."""
+    options = {"trainer__check_val_every_n_epoch": 2, "trainer__max_epochs": -1, "trainer__max_steps": 18}
+    assert fit(run="whole", **options) == 0
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == step - 1 and tell())
+    assert fit(run="told", **options) == os.EX_TEMPFAIL
+    assert state_of(tmp_path / "told")["global_step"] == step
+    during("on_train_start", lambda *_: None)
+    assert fit(run="told", ckpt_path="last", **options) == 0
+    assert differing(tmp_path / "told", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(6, 4), (4, 8), (4, 11)])
+def test_a_run_that_ends_between_validations_saves_its_last_step(interval, steps, tmp_path):
+    """Step 8 is the second of an epoch, whose validation follows the fourth."""
+    assert fit(run="mine", trainer__max_steps=steps, trainer__max_epochs=2, trainer__val_check_interval=interval) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == steps
+
+
+def test_a_run_that_early_stopping_ends_after_its_minimum_does_so_when_resumed(during, tmp_path):
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy"}
+    stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}  # at once
+    options = stopping | {"trainer.min_steps": 10, "trainer.max_epochs": 3}
+    assert fit(run="whole", **options) == 0
+    assert state_of(tmp_path / "whole")["global_step"] == 10
+    during("on_train_batch_start", lambda self, trainer, *_: trainer.global_step == 7 and tell())
+    assert fit(run="told", **options) == os.EX_TEMPFAIL
+    during("on_train_start", lambda *_: None)
+    assert fit(run="told", ckpt_path="last", **options) == 0
+    assert state_of(tmp_path / "told")["global_step"] == 10
 
 
 def test_validation_between_two_optimiser_steps_is_refused(capsys):
@@ -777,6 +807,24 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
             "StochasticWeightAveraging: a resumed run would train differently; expected none",
         ),
         ({"trainer.callbacks+": "lightning.pytorch.callbacks.BatchSizeFinder"}, "BatchSizeFinder: a resumed run"),
+        (
+            {
+                "trainer.callbacks+": "lightning.pytorch.callbacks.ModelPruning",
+                "trainer.callbacks.pruning_fn": "l1_unstructured",
+            },
+            "ModelPruning: a resumed run would train differently; expected none",
+        ),
+        (
+            {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "train/loss"},
+            "EarlyStopping: monitor train/loss, which a resumed run may not have logged yet; expected a metric of",
+        ),
+        (
+            {
+                "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "trainer.callbacks.filename": "best",
+            },
+            "filename best: a checkpoint of the run itself; expected another name",
+        ),
         ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),
         ({"trainer.check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch: 0; expected more"),
         ({"trainer.val_check_interval": 0}, "trainer.val_check_interval: 0; expected more"),

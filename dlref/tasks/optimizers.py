@@ -16,6 +16,8 @@ from dlref.runtime.errors import shortened
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: as steep as possible at 0, while all of (0, 1] approaches 1
 ITERATIONS = 5
+# Entries of a parameter group that are no settings of their own, or do not change what a step computes.
+NO_SETTINGS = {"params", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
 
 
 def orthogonal(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
@@ -137,19 +139,20 @@ class MuonAdamW(Optimizer):
 def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, object]:
     """Return the optimiser's settings, before any schedule, and the schedule's class, as plain values."""
     groups = optimizer.param_groups
+    settings = {name for group in groups for name in group} - NO_SETTINGS
     return {
         "class": type(optimizer).__name__,
         "numbers of parameters": [len(group["params"]) for group in groups],
         "lr": [float(group.get("initial_lr", group["lr"])) for group in groups],
-        "weight_decay": [float(group.get("weight_decay", 0)) for group in groups],
+        **{name: [group.get(name) for group in groups] for name in sorted(settings)},
         "lr_scheduler": schedule and type(schedule).__name__,
     }
 
 
 def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
-    """Refuse to resume with an optimiser other than the checkpoint's, whose learning rate would silently win."""
+    """Refuse to resume with an optimiser other than the checkpoint's, whose settings would silently win."""
     for what, value in asked.items():
-        if value != known.get(what):
+        if value != known.get(what, value):
             raise UserError(
                 f"optimizer: {what} {shortened(value)}, the checkpoint has {shortened(known.get(what))}; expected the "
                 "optimizer, lr_scheduler and freeze of the run's config.yaml, or model.init_args.weights for a run "

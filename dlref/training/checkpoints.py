@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -31,7 +33,13 @@ from dlref.training.seal import write_sealed
 from dlref.training.sigterm import listen
 
 # Callbacks that lose their state when a run resumes, or that train with settings found in no config.
-UNRESUMED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
+UNRESUMED = (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 
 
 class Interrupted(Exception):
@@ -119,6 +127,7 @@ class Last(Checkpoint):
     def __init__(self, minutes: float):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
+        self.stopping = False  # a callback has ended the run, but its min_steps or min_epochs are not reached
         self.taken, self.batches = 0, None  # batches taken and batches per epoch, in the resumed checkpoint
         self.accumulated = self.seed = None  # batches per step and the run's seed, likewise
 
@@ -141,9 +150,9 @@ class Last(Checkpoint):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
+        """Return the batches per epoch and per optimiser step, whether the run was validated, ends, and its seed."""
         known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
-        return known | {"seed": self.seed}
+        return known | {"stopping": self.stopping, "seed": self.seed}
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the run's position in its epoch. Raises UserError."""
@@ -158,6 +167,7 @@ class Last(Checkpoint):
             known = checkpoint["callbacks"][self.state_key]
             self.batches, self.accumulated = int(known["batches"]), int(known["accumulated"])
             self.validated, self.seed = bool(known["validated"]), int(known["seed"])
+            self.stopping = bool(known["stopping"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
@@ -167,6 +177,8 @@ class Last(Checkpoint):
         """Find the position in the epoch, and handle SIGTERM: save and end between two steps."""
         check_interval(trainer)
         self.find_place(trainer)
+        leave_finished_epoch(trainer.fit_loop)
+        trainer.should_stop = trainer.should_stop or self.stopping
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
@@ -205,8 +217,9 @@ class Last(Checkpoint):
     ) -> None:
         """Save if a save is due, only between two optimiser steps: accumulated gradients are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
-        stops = stops_here(trainer)
-        if not stops and (not stepped or validates_next(trainer, batch_idx)):
+        validates = validates_next(trainer)
+        stops = ends_here(trainer) and not validates
+        if validates or not (stepped or stops):
             return
         self.ending = self.agreed(trainer)
         if stops or self.ending or self.step == trainer.max_steps or self.due(trainer):
@@ -255,6 +268,7 @@ class Last(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write last.ckpt and the logs so far."""
+        self.stopping = trainer.should_stop and not trainer.fit_loop._can_stop_early
         trainer.save_checkpoint(self.path, weights_only=False)
         for logger in trainer.loggers:
             logger.save()
@@ -280,20 +294,33 @@ def make_resumable(callbacks: list[Callback]) -> None:
         if isinstance(callback, UNRESUMED):
             raise UserError(f"{type(callback).__name__}: a resumed run would train differently; expected none")
         if isinstance(callback, EarlyStopping):
+            if callback.monitor.startswith("train/"):
+                words = "which a resumed run may not have logged yet; expected a metric of validation"
+                raise UserError(f"EarlyStopping: monitor {callback.monitor}, {words}")
             if callback._check_on_train_epoch_end:
                 words = "a resumed run has no metrics at that time; expected false"
                 raise UserError(f"EarlyStopping: check_on_train_epoch_end true, {words}")
             callback._check_on_train_epoch_end = False  # after validation, before its checkpoint, and not again
 
 
-def stops_here(trainer: Trainer) -> bool:
-    """Return whether a fit ends with this batch, in the middle of an epoch and without validation."""
+def leave_finished_epoch(loop: _FitLoop) -> None:
+    """Begin the next epoch if the checkpoint is from the end of one without validation.
+
+    With `max_steps`, Lightning would train one more batch in the old epoch.
+    """
+    if loop.restarted_on_epoch_end and loop.epoch_loop.restarted_on_last:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.restarting = False
+
+
+def ends_here(trainer: Trainer) -> bool:
+    """Return whether a fit ends with this batch."""
+    stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return trainer.global_step == trainer.max_steps or stopped
+
+
+def validates_next(trainer: Trainer) -> bool:
+    """Return whether this batch is followed by a validation, or by the end of its epoch."""
     loop = trainer.fit_loop
-    ends = trainer.global_step == trainer.max_steps or (trainer.should_stop and loop._can_stop_early)
-    return ends and not trainer.is_last_batch and not loop.epoch_loop._should_check_val_epoch()
-
-
-def validates_next(trainer: Trainer, batch_idx: int) -> bool:
-    """Return whether validation may follow this batch."""
-    every = trainer.val_check_batch
-    return trainer.is_last_batch or any((i + 1) % every == 0 for i in (batch_idx, trainer.fit_loop.total_batch_idx))
+    return trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

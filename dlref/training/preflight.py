@@ -15,8 +15,7 @@ class Preflight(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Check that validation logs the monitored metrics, now rather than after an epoch. Raises UserError."""
-        stopping = [one for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
-        known = [one.monitor for one in stopping if not one.monitor.startswith("train/")]
+        known = [one.monitor for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
         for what, metric in [("best.metric", self.metric), *(("EarlyStopping: monitor", name) for name in known)]:
             if metric not in trainer.callback_metrics:
                 logged = ", ".join(sorted(trainer.callback_metrics))

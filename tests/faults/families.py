@@ -56,6 +56,7 @@ FAMILIES = {
             "model.init_args.network.init_args.num_cells": 8,
             "model.init_args.network.init_args.dropout": 0.2,
             "trainer.check_val_every_n_epoch": 2,
+            "trainer.max_steps": 18,
         },
     ),
     "translation": (
