@@ -36,7 +36,15 @@ from dlref.training.preflight import Preflight
 from dlref.training.profile import PRESET as PROFILE
 from dlref.training.profile import StepProfile, Unprofiled
 from dlref.training.progress import Progress
-from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text, written_pictures
+from dlref.training.run_folder import (
+    Claim,
+    check_writable,
+    checkpoint_of,
+    metrics_file,
+    run_folder,
+    write_text,
+    written_pictures,
+)
 from dlref.training.sigterm import EndAtSigterm
 from dlref.training.summary import NetworkSummary
 from dlref.training.weights import read_checkpoint
@@ -122,8 +130,8 @@ class TrainCLI(LightningCLI):
         if command == "fit":
             self.settle_fit()
         self.run, self.overwrite = run_folder(options), options.overwrite
-        if command in ("test", "predict") and os.path.isdir(self.run) and not os.access(self.run, os.W_OK):
-            raise UserError(f"{self.run}: not writable; expected a run's folder that {command} can write to")
+        if command in ("test", "predict"):
+            check_writable(self.run)
         self.settle_checkpoint(command)
         if options.debug:
             vars(options.trainer).update(PRESET)

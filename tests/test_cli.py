@@ -50,6 +50,18 @@ def fit(*arguments):
     return train(["fit", "--config", DIGITS, *SHORT, *arguments])
 
 
+@pytest.mark.parametrize(("command", "written"), [("test", "test.json"), ("predict", "predictions.jsonl")])
+def test_a_checkpoint_is_evaluated_into_another_folder(command, written, capsys):
+    assert fit("--run", "r", "--final_test", "false", "--trainer.max_epochs", "1") == 0
+    known = [command, "--config", "r/config.yaml", "--ckpt_path", "r/checkpoints/last.ckpt", "--run"]
+    assert train([*known, "new/place"]) == 0
+    assert Path("new/place", written).is_file()
+    assert not Path("r", written).exists()
+    capsys.readouterr()
+    assert train([*known, "r/config.yaml/place"]) == 2
+    assert "r/config.yaml/place: not writable; expected a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", [["--config", DIGITS], [f"--config={DIGITS}"], ["-c", DIGITS]])
 def test_options_typed_before_a_config_are_not_replaced_by_it(config):
     before = ["--trainer.max_epochs", "1", "--data.init_args.batch_size", "9", "--seed_everything=3"]

@@ -212,8 +212,16 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
     return logger
 
 
+def check_writable(run: Path) -> None:
+    """Raise UserError if nothing can be written to the folder, or if it does not exist and cannot be made."""
+    place = next(place for place in (run, *run.parents) if os.path.lexists(place))
+    if not (os.path.isdir(place) and os.access(place, os.W_OK)):
+        raise UserError(f"{run}: not writable; expected a folder that results can be written to")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all, in a folder that is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
