@@ -115,12 +115,13 @@ def for_configs(path: str) -> bool:
 
 def check_part(part: dict) -> None:
     """Raise UserError for a class that is not for configs, and for a place to write."""
-    path, folder, name = (part.get(key) for key in ("class_path", "dirpath", "filename"))
+    path, folder, name, last = (part.get(key) for key in ("class_path", "dirpath", "filename", "save_last"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
-    if os.path.normpath(named) in RESERVED:
-        raise UserError(f"filename {name}: a checkpoint of the run itself; expected another name")
+    if last or os.path.normpath(named) in RESERVED:
+        what = f"save_last {last}" if last else f"filename {name}"
+        raise UserError(f"{what}: the run itself writes {', '.join(RESERVED)}.ckpt; expected another name")
     if folder is not None or Path(named).anchor or ".." in Path(named).parts or "{" in named:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
@@ -199,14 +200,15 @@ class Parser(LightningArgumentParser):
 
 def configs_first(words: list[str]) -> list[str]:
     """Move the configs of a command to its front: jsonargparse lets each replace the values typed before it."""
-    if not words or words[0].startswith("-"):  # no subcommand, and so no config
+    if not words or words[0].startswith("-"):  # without a subcommand, or with options before it: as typed
         return words
     configs, others, following = [], [], iter(words[1:])
     for word in following:
         if word in ("--config", "-c"):
             configs += [word, *islice(following, 1)]
         else:
-            (configs if word.startswith("--config=") else others).append(word)
+            joined = word.startswith("--config=") or re.match(r"-c[^-]", word)
+            (configs if joined else others).append(word)
     return [words[0], *configs, *others]
 
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_is_evaluated_into_another_folder(command, written, capsys)
     assert "r/config.yaml/place: not writable; expected a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("config", [["--config", DIGITS], [f"--config={DIGITS}"], ["-c", DIGITS]])
+@pytest.mark.parametrize("config", [["--config", DIGITS], [f"--config={DIGITS}"], ["-c", DIGITS], [f"-c{DIGITS}"]])
 def test_options_typed_before_a_config_are_not_replaced_by_it(config):
     before = ["--trainer.max_epochs", "1", "--data.init_args.batch_size", "9", "--seed_everything=3"]
     assert train(["fit", *before, *config, *SHORT[2:], "--run", "r", "--final_test", "false"]) == 0

@@ -849,8 +849,8 @@ def test_short_series_and_series_with_too_few_windows_are_counted_in_the_log(tmp
     monkeypatch.setattr("dlref.data.forecasting.rank_zero_info", said.append)
     SageMakerSeries(jsonl(tmp_path / "a.json", 300, 11), test_windows=3, **SIZES).setup()
     assert said == [
-        "train: 1 of 2 series are too short for a window and left out",
-        "val: 1 of 2 series are too short for a window and left out",
+        "train: 1 of 2 series are too short for a window, from their first known value on, and left out",
+        "val: 1 of 2 series are too short for a window, from their first known value on, and left out",
         "test: 1 of 2 series have fewer than 3 windows",
     ]
 

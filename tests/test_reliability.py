@@ -747,6 +747,19 @@ def test_a_run_that_early_stopping_ends_after_its_minimum_does_so_when_resumed(d
     assert state_of(tmp_path / "told")["global_step"] == 10
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("least", "step"), [({"trainer.min_epochs": 2}, 12), ({"trainer.min_steps": 8}, 8)])
+@pytest.mark.parametrize("checkpoint", ["last", "mine/checkpoints/best.ckpt"])
+def test_a_run_ended_by_early_stopping_after_its_minimum_can_be_continued(least, step, checkpoint, tmp_path):
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy"}
+    stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}
+    kept = {"best.mode": "min", "run": "mine", "trainer.max_epochs": 3}
+    assert fit(**kept, **least, **stopping) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == step
+    assert fit(**kept, ckpt_path=checkpoint) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 18
+
+
 def test_validation_between_two_optimiser_steps_is_refused(capsys):
     assert fit(trainer__accumulate_grad_batches=4, trainer__val_check_interval=3) == 2
     assert "validation every 3 batches, an optimiser step every 4" in capsys.readouterr().err
@@ -823,7 +836,7 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
                 "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "trainer.callbacks.filename": "best",
             },
-            "filename best: a checkpoint of the run itself; expected another name",
+            "filename best: the run itself writes best, last, previous.ckpt; expected another name",
         ),
         ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),
         ({"trainer.check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch: 0; expected more"),

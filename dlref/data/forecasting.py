@@ -164,11 +164,13 @@ class ForecastingData(SplitData):
         short, fewer = int((windows.count <= 0).sum()), int(((windows.count > 0) & (windows.count < asked)).sum())
         if short == len(windows.count):
             raise UserError(
-                f"{split}: all {short} series are too short for a forecast of {self.prediction_length} steps in "
-                "addition to those held out; expected longer series, or fewer val_windows and test_windows"
+                f"{split}: all {short} series are too short, from their first known value on, for a forecast of "
+                f"{self.prediction_length} steps in addition to those held out; expected longer series, or fewer "
+                "val_windows and test_windows"
             )
         if short:
-            rank_zero_info(f"{split}: {short} of {len(windows.count)} series are too short for a window and left out")
+            words = "are too short for a window, from their first known value on, and left out"
+            rank_zero_info(f"{split}: {short} of {len(windows.count)} series {words}")
         if fewer:
             rank_zero_info(f"{split}: {fewer} of {len(windows.count)} series have fewer than {asked} windows")
 

@@ -127,7 +127,7 @@ class Last(Checkpoint):
     def __init__(self, minutes: float):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
-        self.stopping = False  # a callback has ended the run, but its min_steps or min_epochs are not reached
+        self.stopping = False  # whether early stopping had ended the resumed run, which still had min_steps to reach
         self.taken, self.batches = 0, None  # batches taken and batches per epoch, in the resumed checkpoint
         self.accumulated = self.seed = None  # batches per step and the run's seed, likewise
 
@@ -150,9 +150,16 @@ class Last(Checkpoint):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches per epoch and per optimiser step, whether the run was validated, ends, and its seed."""
+        """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
         known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
-        return known | {"stopping": self.stopping, "seed": self.seed}
+        return known | {"seed": self.seed}
+
+    def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Record whether early stopping has ended the run although its min_steps or min_epochs are not reached."""
+        loop = trainer.fit_loop
+        epochs = loop.epoch_progress.current.started - (not trainer.is_last_batch)
+        reached = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
+        checkpoint["callbacks"][self.state_key]["stopping"] = trainer.should_stop and not reached
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the run's position in its epoch. Raises UserError."""
@@ -167,7 +174,7 @@ class Last(Checkpoint):
             known = checkpoint["callbacks"][self.state_key]
             self.batches, self.accumulated = int(known["batches"]), int(known["accumulated"])
             self.validated, self.seed = bool(known["validated"]), int(known["seed"])
-            self.stopping = bool(known["stopping"])
+            self.stopping = bool(known.get("stopping"))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
@@ -178,7 +185,8 @@ class Last(Checkpoint):
         check_interval(trainer)
         self.find_place(trainer)
         leave_finished_epoch(trainer.fit_loop)
-        trainer.should_stop = trainer.should_stop or self.stopping
+        if self.stopping and any(isinstance(one, EarlyStopping) for one in trainer.callbacks):
+            trainer.should_stop = True
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
@@ -268,7 +276,6 @@ class Last(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write last.ckpt and the logs so far."""
-        self.stopping = trainer.should_stop and not trainer.fit_loop._can_stop_early
         trainer.save_checkpoint(self.path, weights_only=False)
         for logger in trainer.loggers:
             logger.save()
