@@ -214,7 +214,7 @@ def metrics_file(run: Path, before: int | None) -> CSVLogger:
 
 def check_writable(run: Path) -> None:
     """Raise UserError if nothing can be written to the folder, or if it does not exist and cannot be made."""
-    place = next(place for place in (run, *run.parents) if os.path.lexists(place))
+    place = next((place for place in (run, *run.parents) if os.path.lexists(place)), run)
     if not (os.path.isdir(place) and os.access(place, os.W_OK)):
         raise UserError(f"{run}: not writable; expected a folder that results can be written to")
 
