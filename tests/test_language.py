@@ -276,6 +276,8 @@ def test_separate_test_texts_and_token_files_are_used(tmp_path):
     for data in (texts, files):
         data.setup()
         assert [data.splits[split].tokens[-1].item() for split in ("train", "val", "test")] == [101, 102, 103]
+    with pytest.warns(UserWarning, match="^val: 1 of 1 files are among those of train$"):
+        TokenFiles(str(tmp_path), "a.bin", "a.bin", "c.bin", context_length=8).setup()
 
 
 def test_file_names_may_contain_brackets(tmp_path):

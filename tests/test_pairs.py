@@ -425,15 +425,33 @@ def test_separate_test_files_are_used(tmp_path):
 def test_sagemaker_token_files_are_read_and_batched(tmp_path):
     for side in ("src", "trg"):
         write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
-    path = str(write(tmp_path / "train.rec", recordio(packed([4, 5, 1], [6]), packed([5], [4, 4]))))
-    data = SageMakerTokens(path, path, str(tmp_path))
+    records = recordio(packed([4, 5, 1], [6]), packed([5], [4, 4]))
+    path, other = (str(write(tmp_path / name, records)) for name in ("train.rec", "val.rec"))
+    data = SageMakerTokens(path, other, str(tmp_path))
     data.setup()
     batch = next(iter(data.test_dataloader()))
     assert batch.source.tolist() == [[4, 5, 1, END], [5, END, PAD, PAD]]
     assert batch.references == ["c", "a a"]
     write(tmp_path / "vocab.trg.json", json.dumps({token: VOCABULARY[token] for token in [*SPECIAL, "a"]}))
     with pytest.raises(UserError, match=r"train\.rec: record 1: target: token 6; expected 1 or 4 to 4"):
-        SageMakerTokens(path, path, str(tmp_path)).setup()
+        SageMakerTokens(path, other, str(tmp_path)).setup()
+
+
+def test_files_that_are_trained_on_and_scored_are_told(tmp_path):
+    for name, text in (("train.de", "ja\n"), ("train.en", "yes\n")):
+        write(tmp_path / name, text)
+    for side in ("src", "trg"):
+        write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
+    records = str(write(tmp_path / "train.rec", recordio(packed([4], [4]))))
+    for data in (
+        ParallelText(str(tmp_path), "de", "en", val="train", test=None, tokenizer="character"),
+        SageMakerTokens(records, f"{tmp_path}/./train.rec", str(tmp_path)),
+    ):
+        with pytest.warns(UserWarning, match="among those of train") as told:
+            data.setup()
+        assert [str(one.message) for one in told] == [
+            f"{split}: 1 of 1 files are among those of train" for split in ("val", "test")
+        ]
 
 
 def test_dates_are_reproducible_and_no_day_is_in_two_splits():

@@ -234,7 +234,7 @@ def many_series(number: int, device: str, batch: int = 64, length: int = 100) ->
 
 def copies(store: SeriesStore, times: int, length: int) -> SeriesStore:
     """Repeat the same series many times: drawing a hundred thousand would take half a minute."""
-    for name in ("values", "observed", "features", "categories", "length"):
+    for name in ("values", "observed", "features", "categories", "length", "lead"):
         tensor = getattr(store, name)
         setattr(store, name, tensor.repeat(times, *[1] * (tensor.ndim - 1)))
     store.seasonal_errors = torch.cat([store.seasonal_errors[:1], store.seasonal_errors[1:].repeat(times)])
