@@ -1,6 +1,5 @@
 """Export a run for a device: `python export.py runs/NAME --target cpu --output bundles/NAME`."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from dlref.export.report import held_up
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError
-from dlref.runtime.arguments import Parser
+from dlref.runtime.arguments import Parser, discard_output
 
 TIMES = ("latency_ms", "first_answer_s")
 
@@ -44,7 +43,7 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        discard_output()
         if not isinstance(error, BrokenPipeError):
             raise UserError(f"standard output: {error.strerror}; expected room for a few lines") from None
 

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from dlref.runtime import UserError, kinds, load, runner_of
-from dlref.runtime.arguments import Parser, positive
+from dlref.runtime.arguments import Parser, discard_output, positive
 from dlref.runtime.machine import comparable
 from dlref.runtime.runner import BATCH, Runner, plain
 
@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
     except OSError as error:  # a full disk
         if error.filename is not None:  # not about standard output
             raise
         print(f"error: standard output: {error.strerror}; expected room for the answers", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 2
 
 

@@ -1,6 +1,8 @@
-"""Parsing of command lines."""
+"""What command lines share: parsing, and what to do with a standard output that takes nothing."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 
 from dlref.runtime.errors import UserError
@@ -42,3 +44,8 @@ def number(lowest: float, highest: float, kind: type = float) -> Callable[[str],
         return value
 
     return read
+
+
+def discard_output() -> None:
+    """Print nothing more to a standard output that takes nothing: Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
