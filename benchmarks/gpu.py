@@ -62,8 +62,8 @@ class Noise(SplitData):
     """
 
     def __init__(self, make: Callable[[int], Any], batch_size: int, steps: int, **facts: Any):
-        super().__init__()
-        self.make, self.batch_size, self.steps = make, batch_size, steps
+        super().__init__(batch_size)
+        self.make, self.steps = make, steps
         for name, value in facts.items():
             setattr(self, name, value)
 

@@ -44,8 +44,8 @@ class Data(SplitData):
     decoded_singly = True
 
     def __init__(self, order="shuffled", num_workers=0):
-        super().__init__()
-        self.batch_size, self.num_workers, self.kind = 6, num_workers, order
+        super().__init__(6, num_workers)
+        self.kind = order
         self.splits = {"train": Noisy(), "val": Noisy()}
 
     def order(self, devices):

@@ -13,7 +13,7 @@ MEAN = (123, 117, 104)  # of ImageNet, in levels: fills the area around a zoomed
 class AnnotatedPictures(SplitData):
     """Pictures with boxes or masks, decoded one by one; a subclass fills `splits`.
 
-    The constructor of a subclass takes and sets `batch_size`, `num_workers` and `photometric`.
+    The constructor of a subclass sets `photometric`.
     """
 
     labels: list[str]

@@ -85,12 +85,11 @@ class ForecastingData(SplitData):
         points: int | None = None,
         cardinality: Literal["auto"] | list[int] = "auto",
     ):
-        super().__init__()
+        super().__init__(batch_size)
         self.frequency, self.prediction_length, self.context_length = frequency, prediction_length, context_length
-        self.batch_size, self.batches, self.by_scale = batch_size, batches, by_scale
+        self.batches, self.by_scale = batches, by_scale
         self.val_windows, self.test_windows = val_windows, test_windows
         self.points, self.asked_cardinality = points, cardinality
-        self.splits: dict[str, Windows] = {}
 
     def read(self, frequency: Frequency) -> Channels:
         """Read the series."""

@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import Dataset
 
 from dlref.data.files import first_of
 from dlref.data.images import FORMATS
@@ -27,11 +26,6 @@ class ImageClassificationData(SplitData):
     labels: list[str]
     multi_label = False
     crop: float | None = None
-
-    def __init__(self, batch_size: int):
-        super().__init__()
-        self.batch_size = batch_size
-        self.splits: dict[str, Dataset] = {}
 
 
 def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:

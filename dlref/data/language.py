@@ -58,10 +58,8 @@ class LanguageData(SplitData):
     def __init__(
         self, context_length: int = 256, batch_size: int = 32, batches: int = 250, prompts: list[str] | None = None
     ):
-        super().__init__()
-        self.context_length, self.batch_size, self.batches = context_length, batch_size, batches
-        self.prompts = prompts
-        self.splits: dict[str, Windows] = {}
+        super().__init__(batch_size)
+        self.context_length, self.batches, self.prompts = context_length, batches, prompts
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """Return the tokeniser and the tokens of the splits `train`, `val` and `test`."""

@@ -187,14 +187,16 @@ class SplitData(LightningDataModule):
     """Data in the `splits` "train", "val" and "test", which the `setup` of a subclass fills.
 
     Training draws shuffled batches of `batch_size` samples, and evaluation takes up to `batch_size` samples at once,
-    unless a subclass overrides this.
+    unless a subclass overrides this. `num_workers` worker processes make the batches; 0: the training process does.
     """
 
-    splits: dict[str, Dataset]
-    batch_size: int
-    num_workers = 0  # worker processes that make batches; 0: the training process makes them
     decoded_singly = False  # whether a split returns single samples, which must be collated into batches
     repeat_first_epoch = False  # whether every epoch has the batches of the first
+
+    def __init__(self, batch_size: int, num_workers: int = 0):
+        super().__init__()
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.splits: dict[str, Dataset] = {}
 
     @property
     def device(self) -> torch.device:

@@ -158,10 +158,9 @@ class ObjectDetectionData(AnnotatedPictures):
         photometric: bool = True,
         num_workers: int = 4,
     ):
-        super().__init__()
-        self.batch_size, self.image_size, self.num_workers = batch_size, image_size, num_workers
-        self.zoom_out, self.crop, self.flip, self.photometric = zoom_out, crop, flip, photometric
-        self.splits: dict[str, Pictures] = {}
+        super().__init__(batch_size, num_workers)
+        self.image_size, self.photometric = image_size, photometric
+        self.zoom_out, self.crop, self.flip = zoom_out, crop, flip
 
     def list_splits(self) -> dict[str, BoxListing]:
         """List "train", "val" and "test", with the classes of "train"."""

@@ -133,11 +133,9 @@ class SegmentationData(AnnotatedPictures):
         photometric: bool = True,
         num_workers: int = 4,
     ):
-        super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
+        super().__init__(batch_size, num_workers)
         self.crop_size, self.base_size, self.scales = crop_size, base_size, scales
         self.flip, self.photometric = flip, photometric
-        self.splits: dict[str, MaskedPictures] = {}
 
     def make_splits(self) -> dict[str, MaskedPictures]:
         """Set `labels` and return "train", "val" and "test"."""

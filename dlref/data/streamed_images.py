@@ -55,11 +55,10 @@ class StreamedImages(ImageClassificationData):
         trivial_augment: bool = False,
         num_workers: int = 4,
     ):
-        super().__init__(batch_size)
+        super().__init__(batch_size, num_workers)
         self.image_size = image_size
         self.resize = resize
         self.trivial_augment = trivial_augment
-        self.num_workers = num_workers
 
     @property
     def crop(self) -> float:

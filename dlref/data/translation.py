@@ -46,10 +46,9 @@ class TranslationData(SplitData):
         longest: int = 100,
         too_long: Literal["error", "truncate"] = "error",
     ):
-        super().__init__()
+        super().__init__(batch_size)
         self.tokenizer, self.vocabulary_size, self.shared = tokenizer, vocabulary_size, shared
-        self.batch_size, self.longest, self.too_long = batch_size, longest, too_long
-        self.splits: dict[str, Corpus] = {}
+        self.longest, self.too_long = longest, too_long
 
     def read(self) -> dict[str, Pairs]:
         """Read the splits `train`, `val` and `test`."""
