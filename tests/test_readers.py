@@ -345,7 +345,7 @@ def test_a_manifest_nested_too_deeply_is_refused(tmp_path):
 # Class folders
 
 
-def test_class_folders_are_read_and_other_files_are_listed(tmp_path):
+def test_class_folders_are_read_and_other_files_are_told(tmp_path):
     for name in (
         "dog/b.JPG",
         "dog/a.png",
@@ -357,12 +357,14 @@ def test_class_folders_are_read_and_other_files_are_listed(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    listing, others = read_folder(tmp_path)
+    with pytest.warns(UserWarning, match=r"not .*: 1 \.md, 1 \.txt: ") as warned:
+        listing = read_folder(tmp_path)
     assert listing.paths == [str(tmp_path / name) for name in ("cat/c.webp", "dog/a.png", "dog/b.JPG")]
     assert listing.targets.tolist() == [0, 1, 1]
     assert listing.classes == ["cat", "dog"]
-    assert others == [str(tmp_path / name) for name in ("readme.md", "dog/notes.txt")]
-    assert read_folder(tmp_path, ["ant", "cat", "dog"])[0].targets.tolist() == [1, 2, 2]
+    assert str(warned[0].message).endswith(f": {tmp_path}/readme.md, {tmp_path}/dog/notes.txt")
+    with pytest.warns(UserWarning, match="left out"):
+        assert read_folder(tmp_path, ["ant", "cat", "dog"]).targets.tolist() == [1, 2, 2]
 
 
 def test_missing_empty_and_unknown_class_folders_are_refused(tmp_path):

@@ -9,14 +9,6 @@ evaluation keeps as a central square before resizing it to the size of a batch, 
 Small data sets are kept on the training device (`small_images`), large ones stream from disk (`streamed_images`).
 """
 
-from collections import Counter
-from pathlib import Path
-
-from lightning.pytorch.utilities import rank_zero_warn
-
-from dlref.data.files import first_of
-from dlref.data.images import FORMATS
-from dlref.data.listings import Listing, read_folder
 from dlref.data.loader import SplitData
 
 
@@ -26,13 +18,3 @@ class ImageClassificationData(SplitData):
     labels: list[str]
     multi_label = False
     crop: float | None = None
-
-
-def list_folder(folder: Path, classes: list[str] | None = None) -> Listing:
-    """List class folders, and issue one warning about the files in them that are not images."""
-    listing, others = read_folder(folder, classes)
-    if others:
-        kinds = Counter(Path(other).suffix.lower() or "without an extension" for other in others).most_common()
-        counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        rank_zero_warn(f"{folder}: left out files that are not {FORMATS}: {counted}: {first_of(others)}")
-    return listing

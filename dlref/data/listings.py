@@ -8,14 +8,16 @@ N images, K classes.
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dlref.data.files import check_name, image_path, read_lines, visible_entries
+from dlref.data.files import check_name, first_of, image_path, read_lines, visible_entries
 from dlref.data.images import FORMATS, SUFFIXES
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import parse_object
@@ -56,11 +58,10 @@ class Record(NamedTuple):
 # Class folders
 
 
-def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[Listing, list[str]]:
-    """List `folder/<class>/<image>`, classes and images sorted by name.
+def read_folder(folder: str | Path, classes: list[str] | None = None) -> Listing:
+    """List `folder/<class>/<image>`, classes and images sorted by name; warn about entries that are not images.
 
-    Returns:
-        The listing, and the paths of entries that are not images. Hidden files are in neither.
+    Hidden files are left out without a warning.
     """
     entries = visible_entries(folder)
     others = [entry.path for entry in entries if not entry.is_dir()]
@@ -79,7 +80,11 @@ def read_folder(folder: str | Path, classes: list[str] | None = None) -> tuple[L
         others += sorted({file.path for file in files} - set(images))
         paths += images
         targets += [classes.index(name)] * len(images)
-    return Listing(paths, torch.tensor(targets), classes), others
+    if others:
+        kinds = Counter(Path(other).suffix.lower() or "without an extension" for other in others).most_common()
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        rank_zero_warn(f"{folder}: left out files that are not {FORMATS}: {counted}: {first_of(others)}")
+    return Listing(paths, torch.tensor(targets), classes)
 
 
 # MXNet's .lst

@@ -17,8 +17,9 @@ from dlref.data.cifar import read_cifar_batch, read_class_names
 from dlref.data.download import fetch
 from dlref.data.files import SPLIT_SEED, check_class_ids
 from dlref.data.idx import read_idx_pair
-from dlref.data.image_classification import ImageClassificationData, list_folder
+from dlref.data.image_classification import ImageClassificationData
 from dlref.data.images import read_images
+from dlref.data.listings import read_folder
 from dlref.data.loader import check_at_least, sent
 from dlref.runtime.errors import UserError
 
@@ -232,8 +233,8 @@ class CIFAR10(PublishedImages):
             splits = self.split((images, targets), read_cifar_batch(folder / "test_batch.bin"))
             return read_class_names(folder / "batches.meta.txt"), splits
         if folder := self._image_folder():
-            train = list_folder(folder / "train")
-            test = list_folder(folder / "test", train.classes)
+            train = read_folder(folder / "train")
+            test = read_folder(folder / "test", train.classes)
             pairs = ((read_images(listing.paths), listing.targets) for listing in (train, test))
             return train.classes, self.split(*pairs)
         for folder in self._binary_folders():

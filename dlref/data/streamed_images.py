@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dlref.data.files import warn_of_shared
-from dlref.data.image_classification import ImageClassificationData, list_folder
+from dlref.data.image_classification import ImageClassificationData
 from dlref.data.images import read_image
-from dlref.data.listings import Listing, read_image_manifest, read_lst
+from dlref.data.listings import Listing, read_folder, read_image_manifest, read_lst
 from dlref.data.loader import check_at_least
 from dlref.runtime.errors import UserError
 
@@ -128,7 +128,7 @@ class ImageFolder(StreamedImages):
     def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
         """List the folder of a split."""
         folder = self.root / split
-        return None if split == "test" and not folder.is_dir() else list_folder(folder, classes)
+        return None if split == "test" and not folder.is_dir() else read_folder(folder, classes)
 
 
 class ImageList(StreamedImages):
