@@ -206,7 +206,7 @@ def windows(context: int, cells: int, batch: int, device: str) -> Case:
     values = torch.rand(batch, steps, device=device) + 1
     features = torch.rand(batch, context + HORIZON, 6, device=device)
     window = Window(values, values > 0, features, torch.zeros(batch, 1, dtype=torch.long, device=device))
-    return Case(task.network, lambda: task.loss(window))
+    return Case(task.network, lambda: task.loss(window)[0])
 
 
 def deepar_flops(times: float, cells: float, lags: int = 40, features: int = 6) -> float:
@@ -227,7 +227,7 @@ def many_series(number: int, device: str, batch: int = 64, length: int = 100) ->
     data = Windows(store, torch.full((number,), steps), every, 1, steps, 24 + HORIZON).to(torch.device(device))
 
     def loss() -> Tensor:
-        return task.loss(data[torch.randint(len(data), (batch,))])
+        return task.loss(data[torch.randint(len(data), (batch,))])[0]
 
     return Case(task.network, loss, stands=lambda: tensors_bytes(store.buffers()))
 

@@ -150,8 +150,8 @@ class Forecaster(Task):
         raw, _ = self.network(lagged, window.features, window.categories, scale[:, 0])
         return self.distribution.domain(raw.float(), scale.expand(-1, times))
 
-    def nll(self, window) -> tuple[Tensor, Tensor]:
-        """Return the summed negative log-likelihood of context and prediction, and the number of observed points.
+    def loss(self, window) -> tuple[Tensor, Tensor]:
+        """Return the mean negative log-likelihood of the observed points of context and prediction, and their number.
 
         The number is at least 1.
         """
@@ -160,12 +160,8 @@ class Forecaster(Task):
         times = parameters[0].shape[1]
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         likelihood = self.distribution.log_prob(values, parameters).where(observed, 0)
-        return -likelihood.sum(), observed.sum().clamp(min=1)
-
-    def loss(self, window) -> Tensor:
-        """Return the mean negative log-likelihood of the observed points of context and prediction."""
-        total, count = self.nll(window)
-        return total / count
+        count = observed.sum().clamp(min=1)
+        return -likelihood.sum() / count, count
 
     def past(self, window) -> Past:
         """Return the inputs of a runner for these windows, without the values to forecast."""
@@ -184,8 +180,7 @@ class Forecaster(Task):
 
     def training_step(self, batch, batch_index: int) -> Tensor:
         """Return the negative log-likelihood."""
-        total, count = self.nll(batch)
-        return self.log_train_loss(total / count, count)
+        return self.log_train_loss(*self.loss(batch))
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Update the scores."""
@@ -219,8 +214,7 @@ class Forecaster(Task):
 
     def judge(self, stage: str, batch) -> Float[Tensor, "B S H"]:
         """Add a batch to the loss and to the scores of the model and the baselines; return the sample paths."""
-        total, count = self.nll(batch)
-        self.log_eval_loss(stage, total / count, count)
+        self.log_eval_loss(stage, *self.loss(batch))
         paths, (target, observed) = self.paths(batch), self.outcome(batch)
         self.scores[OWN].update(paths, target, observed, batch.seasonal_error)
         horizon, season = self.horizon, self.frequency.season
