@@ -147,13 +147,14 @@ class ObjectDetector(ImageTask):
     def on_test_epoch_end(self) -> None:
         """Log the scores except COCO's -1, which means nothing to count; the curves are only for the figure."""
         values = computed(self.test_map)
-        self.precision = curves_at_half(values["precision"].cpu(), values["classes"], len(self.facts["labels"]))
         log = {name: values[name] for name in SUMMARY if values[name] >= 0}
-        precision = values["precision"][..., 0, -1].cpu()  # (overlaps, recalls, classes), objects of any size
-        for place, k in enumerate(values["classes"].flatten().tolist()):
-            ap = precision[:, :, place].mean(dim=1)
+        self.precision = {}  # of each class that has objects, at 101 recalls from 0 to 1 and an overlap of one half
+        by_class = values["precision"][..., 0, -1].cpu().unbind(2)  # (overlaps, recalls), objects of any size
+        for k, precision in zip(values["classes"].flatten().tolist(), by_class, strict=True):
+            ap, label = precision.mean(dim=1), self.facts["labels"][k]
             if ap[AT_HALF] >= 0:
-                log[f"ap_{self.facts['labels'][k]}"], log[f"ap50_{self.facts['labels'][k]}"] = ap.mean(), ap[AT_HALF]
+                log[f"ap_{label}"], log[f"ap50_{label}"] = ap.mean(), ap[AT_HALF]
+                self.precision[k] = precision[AT_HALF].numpy()
         self.log_dict({f"test/{name}": value for name, value in log.items()})
         self.test_map.reset()
 
@@ -284,10 +285,3 @@ def truth(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def pixels(boxes: Float[Tensor, "n 4"], size: Int[Tensor, "2"]) -> Float[Tensor, "n 4"]:
     """Convert fractions of an image to pixels; `size` is height and width."""
     return boxes * size.flip(0).repeat(2)
-
-
-def curves_at_half(precision: Tensor, classes: Tensor, count: int) -> dict[int, np.ndarray]:
-    """Return the precision of each class that has objects, at 101 recalls from 0 to 1 and an overlap of one half."""
-    rows = precision[AT_HALF, :, :, 0, -1]
-    places = {k: place for place, k in enumerate(classes.flatten().tolist()) if k < count}
-    return {k: rows[:, place].numpy() for k, place in places.items() if (rows[:, place] >= 0).all()}
