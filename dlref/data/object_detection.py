@@ -33,7 +33,6 @@ from dlref.runtime.errors import UserError
 # Shorter side of a shrunk picture, in sides of the network's image: even the smallest crop, 0.3 of a picture's sides,
 # has more pixels than that image.
 ENOUGH = 4
-Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Shrunk(nn.Module):

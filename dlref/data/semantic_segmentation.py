@@ -33,7 +33,6 @@ from dlref.data.scenes import Scenes, make_scenes
 from dlref.data.small_images import digit_pools
 from dlref.runtime.errors import UserError
 
-Batch = tuple[Tensor, Tensor]
 Pair = tuple[tv_tensors.Image, tv_tensors.Mask]
 
 
