@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
+from dlref.runtime.errors import one_line, shortened
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.losses import MeanLoss, or_one
 from dlref.tasks.optimizers import check_resumed, described
 from dlref.training.devices import is_distributed, scaler_of, scales_itself
-from dlref.training.facts import check_rows, merge_facts
+from dlref.training.facts import check_rows
 from dlref.training.weights import freeze, load_weights, read_checkpoint
 
 
@@ -149,7 +149,12 @@ class Task(LightningModule):
 
     def remember(self, facts: dict[str, object]) -> None:
         """Add `facts` to the known facts. Raises UserError if they contradict each other."""
-        merge_facts(self.facts, facts)
+        for name, value in facts.items():
+            if (known := self.facts.setdefault(name, value)) != value:
+                raise UserError(
+                    f"{name} of the data and of the checkpoint differ: {shortened(value)} and {shortened(known)}; "
+                    "expected the same, in the same order"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Store the facts with the weights, and the description of the optimiser."""

@@ -1,4 +1,4 @@
-"""The facts of a run's data, saved with its weights, and checks that other data and weights agree with them."""
+"""The facts of a run's data, saved with its weights, and the check that other weights agree with them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +15,6 @@ def read_facts(path: Path) -> Facts:
     """Read the facts of a run from its folder or a checkpoint; other weights have none. Raises UserError."""
     state = read(path)
     return state["facts"] if isinstance(state, dict) and isinstance(state.get("facts"), dict) else {}
-
-
-def merge_facts(known: Facts, facts: Facts) -> None:
-    """Add `facts` to those `known`. Raises UserError if they contradict each other."""
-    for name, value in facts.items():
-        if known.setdefault(name, value) != value:
-            raise UserError(
-                f"{name} of the data and of the checkpoint differ: {shortened(value)} and {shortened(known[name])}; "
-                "expected the same, in the same order"
-            )
 
 
 def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: list[str]) -> None:
