@@ -6,6 +6,7 @@ vocabulary, W best next tokens of a hypothesis, D hidden size, Y rows of the dec
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -76,13 +77,11 @@ class Translator(Task):
         self.beam, self.length_penalty, self.metric = beam, length_penalty, metric
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
         self.translated: dict[int, Translated] = {}
-        self.tokenizers: dict[str, object] = {}
 
-    def tokenizer(self, side: Literal["source", "target"]):
-        """Return the data's tokeniser for a side."""
-        if side not in self.tokenizers:
-            self.tokenizers[side] = make_tokenizer(self.facts[f"{side}_vocabulary"])
-        return self.tokenizers[side]
+    @cached_property
+    def tokenizers(self) -> dict:
+        """The tokenisers of the data, for "source" and "target"."""
+        return {side: make_tokenizer(self.facts[f"{side}_vocabulary"]) for side in ("source", "target")}
 
     def take_facts(self, datamodule) -> None:
         """Also take `too_long`, which does not concern the weights, so that a test may choose another value."""
@@ -91,7 +90,7 @@ class Translator(Task):
 
     def check(self) -> None:
         """Run the largest tokens through the network: one that is too small would fail in the middle of an epoch."""
-        source, target = (len(self.tokenizer(side)) for side in ("source", "target"))
+        source, target = map(len, self.tokenizers.values())
         if not 1 <= self.beam <= min(WIDEST, target - 2):
             raise UserError(f"beam: {self.beam}; expected 1 to {min(WIDEST, target - 2)}")
         if not 0 <= self.length_penalty <= 10:
@@ -129,7 +128,7 @@ class Translator(Task):
     def forward(self, batch, before: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Return the logits of the next token at each position, without those that pad the vocabulary."""
         lengths = (batch.source != PAD).sum(1)
-        return self.network(batch.source, lengths, before)[..., : len(self.tokenizer("target"))]
+        return self.network(batch.source, lengths, before)[..., : len(self.tokenizers["target"])]
 
     def mixed(self, batch, before: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         """Return `before` with some tokens replaced by the network's own predictions."""
@@ -148,7 +147,7 @@ class Translator(Task):
     def translate(self, runner: Runner, batch) -> dict[int, Translated]:
         """Return a runner's translations of a batch, by the number of each sentence."""
         tokens = [[token for token in row if token != PAD] for row in batch.source.tolist()]
-        decode, found = self.tokenizer("target").decode, runner.search(tokens)
+        decode, found = self.tokenizers["target"].decode, runner.search(tokens)
         texts = [decode(one.tokens) for one in found]
         rows = zip(batch.number.tolist(), batch.sources, batch.references, found, texts, tokens, strict=True)
         return {number: Translated(*known) for number, *known in rows}
@@ -249,7 +248,7 @@ class Translator(Task):
         token = torch.full((len(source), self.beam), BEGIN, device=source.device)
         token[:, 1:] = batch.target[:EXAMPLES, 1:2]
         return Graph(
-            _Step(self.network, len(self.tokenizer("target"))),
+            _Step(self.network, len(self.tokenizers["target"])),
             {
                 "token": token,
                 "state": state[:, :, None].repeat(1, 1, self.beam, 1),
@@ -272,7 +271,7 @@ class Translator(Task):
     def evaluate(self, runner: Runner, batches: Iterable) -> float:
         """Return the metric of a runner's texts over `batches`."""
         texts, references = [], []
-        decode = self.tokenizer("target").decode
+        decode = self.tokenizers["target"].decode
         for batch in batches:
             if not batch.references:  # training batches, which only calibrate
                 batch = batch._replace(
@@ -292,7 +291,7 @@ class Translator(Task):
         from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
         everything = list(self.translated.values())
-        pieces = [self.tokenizer(side).pieces for side in ("source", "target")]
+        pieces = [tokenizer.pieces for tokenizer in self.tokenizers.values()]
         short = [one for one in everything if len(one.tokens) <= LARGEST_MAP]
         maps = []
         for one in spread(short, SHOWN):
