@@ -55,8 +55,7 @@ def _class_curves(
     The legend calls the areas `area` and gives them to `digits` decimals; with more than SHOWN classes it names those
     with the smallest areas. `line` styles the curves.
     """
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _grid(1, 1, width=6.5, height=5)
     weakest = sorted(by_class, key=lambda k: by_class[k][2])[:SHOWN]
     for k, (x, y, size) in by_class.items():
         label = f"{literal(labels[k])}  {size:.{digits}f}" if k in weakest else None
@@ -81,8 +80,8 @@ def curves(path: Path, metrics: Path) -> None:
             series.setdefault(name, {})[stage] = points
     if not series:
         return
-    figure = Figure(figsize=(4.5 * len(series), 3.4), layout="constrained")
-    for axes, (name, stages) in zip(np.atleast_1d(figure.subplots(1, len(series))), series.items(), strict=True):
+    figure, grid = _grid(len(series), len(series), width=4.5, height=3.4)
+    for axes, (name, stages) in zip(grid, series.items(), strict=True):
         for stage, colour in (("train", "tab:blue"), ("val", "tab:orange")):
             if stage in stages:
                 style = {"marker": "o", "markersize": 3} if len(stages[stage]) < 60 else {}
@@ -251,8 +250,7 @@ def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
 
 def calibration(path: Path, levels: tuple[float, ...], covered: Tensor) -> None:
     """Plot the share of values at or below each quantile (Q,) against its level."""
-    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _grid(1, 1, width=4.6, height=4.4)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
     axes.plot(levels, covered.numpy(), marker="o", color="tab:blue", label="this model")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the quantile", ylabel="share of values at or below it")
@@ -264,8 +262,7 @@ def calibration(path: Path, levels: tuple[float, ...], covered: Tensor) -> None:
 
 def by_time(path: Path, losses: dict[str, Tensor]) -> None:
     """Plot the weighted quantile loss (H,) of several forecasts over the steps ahead."""
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _grid(1, 1, width=6.5, height=4)
     for i, (name, loss) in enumerate(losses.items()):
         style = {"color": f"C{i}", "linewidth": 2 if name == "this model" else 1}
         axes.plot(np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
@@ -303,8 +300,7 @@ def heads(path: Path, layers: list[np.ndarray], pieces: list[str]) -> None:
 def by_position(path: Path, nats: Tensor) -> None:
     """Plot the loss of a token over the number of tokens read, with the mean of each octave."""
     seen = np.arange(len(nats)) + 1
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _grid(1, 1, width=5.5, height=3.6)
     axes.plot(seen, nats.numpy(), color="tab:blue", alpha=0.35, linewidth=1, label="each position")
     edges = [2**i for i in range(len(nats).bit_length())]
     for low, high in zip(edges, [*edges[1:], len(nats) + 1], strict=True):
@@ -337,8 +333,7 @@ def by_length(path: Path, lengths: list[int], texts: list[str], references: list
             names.append(f"{min(lengths[i] for i in inside)}–{longest}")
             values.append(score([texts[i] for i in inside], [references[i] for i in inside]))
             counts.append(len(inside))
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _grid(1, 1, width=6.5, height=4)
     bars = axes.bar(range(len(names)), values, color="tab:blue")
     axes.bar_label(bars, [f"{value:.1f}\n({count})" for value, count in zip(values, counts, strict=True)], fontsize=8)
     axes.set_xticks(range(len(names)), names)
