@@ -15,6 +15,7 @@ from torch import Tensor
 from dlref.runtime.attention import boxes_for_missing_glyphs, draw_attention, literal
 from dlref.runtime.runners.object_detection import SHOWN as SURE
 from dlref.runtime.runners.semantic_segmentation import BACKGROUND, PAINT, PALETTE
+from dlref.training.run_folder import write_text
 
 COLUMNS = 5  # of the grid of mistakes
 SHOWN = 12  # classes named in a legend; more would hide the curves
@@ -317,8 +318,7 @@ def continuations(path: Path, rows: list[tuple[str, str]]) -> None:
     """Write prompts and their continuations as Markdown."""
     fence = "~~~~~~"
     parts = [f"{fence}\n{prompt}\n{fence}\n\ncontinues as\n\n{fence}\n{text}\n{fence}\n" for prompt, text in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("# Prompts of the test split\n\n" + "\n---\n\n".join(parts), encoding="utf-8")
+    write_text(path, "# Prompts of the test split\n\n" + "\n---\n\n".join(parts))
 
 
 def by_length(path: Path, lengths: list[int], texts: list[str], references: list[str], score: Callable) -> None:
@@ -345,11 +345,10 @@ def by_length(path: Path, lengths: list[int], texts: list[str], references: list
 
 def samples(path: Path, rows: list[tuple[str, str, str]], notes: list[str]) -> None:
     """Write `notes` and a Markdown table of source, reference and output of some sentences."""
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def cell(text: str) -> str:
         return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
 
     lines = [*notes, "", "| source | reference | output |", "|---|---|---|"]
     lines += [f"| {' | '.join(map(cell, row))} |" for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, record_function
 from dlref.runtime import UserError
 from dlref.runtime.machine import processor
 from dlref.training.profile_report import PARTS, Findings
+from dlref.training.run_folder import write_text
 
 WARM_UP, COUNTED, TRACED = 10, 40, 5  # steps; the first compile, tune and fill caches
 PRESET = {
@@ -180,7 +181,7 @@ class StepProfile(Profiler):
         if self.tracer is not None:
             self.tracer.export_chrome_trace(str(self.run / "trace.json.gz"))
         where = self._where()
-        (self.run / "profile.md").write_text(findings.markdown(where), encoding="utf-8")
+        write_text(self.run / "profile.md", findings.markdown(where))
         findings.print([*where, f"All of this is in {self.run / 'profile.md'}."])
 
     # Steps
