@@ -31,6 +31,7 @@ from dlref.data.series import (
     read_long,
     read_rows,
     read_wide,
+    to_series,
 )
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows
@@ -111,7 +112,7 @@ class ForecastingData(SplitData):
         if self.points and (not together or channels.predict is not None):
             words = "expected none, since test or predict are separate series"
             raise UserError(f"--data.init_args.points: {self.points}; {words}")
-        train = first_points(channels.train, self.points)
+        train = channels.train if self.points is None else first_points(channels.train, self.points)
         test = train if together else channels.test
         self.cardinality = check(train, self.asked_cardinality)
         values = zip(self.cardinality, train.cat.T.tolist(), strict=True)
@@ -201,19 +202,10 @@ class ForecastingData(SplitData):
         return self.names
 
 
-def first_points(series: Series, points: int | None) -> Series:
-    """Return the first `points` of each series, or all of them if it is None."""
-    if points is None:
-        return series
-
-    def cut(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        counts = np.diff(offsets)
-        kept = np.arange(len(values)) - np.repeat(offsets[:-1], counts) < points
-        return values[kept], np.cumsum([0, *np.minimum(counts, points)])
-
-    target, offsets = cut(series.target, series.offsets)
-    dynamic, dynamic_offsets = cut(series.dynamic, series.dynamic_offsets)
-    return series._replace(target=target, offsets=offsets, dynamic=dynamic, dynamic_offsets=dynamic_offsets)
+def first_points(series: Series, points: int) -> Series:
+    """Return the first `points` of each series."""
+    cut = [one._replace(target=one.target[:points], dynamic=one.dynamic[:points]) for one in series.records()]
+    return to_series(cut)
 
 
 def each_end(store: SeriesStore, last: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
@@ -341,10 +333,10 @@ class DatedSeries(TableSeries):
         if not self.paths:
             raise UserError("--data.init_args.paths: none; expected at least one file")
         tables = [read_dated(path, frequency) for path in self.paths]
-        if len(tables) > 1:
-            named = zip(names_of(self.paths), tables, strict=True)
-            tables = [table._replace(names=[f"{file}: {name}" for name in table.names]) for file, table in named]
-        return joined(tables)
+        if len(tables) == 1:
+            return tables[0]
+        named = zip(names_of(self.paths), tables, strict=True)
+        return to_series([one._replace(name=f"{file}: {one.name}") for file, table in named for one in table.records()])
 
 
 def names_of(paths: list[str]) -> list[str]:
@@ -375,20 +367,14 @@ class RowSeries(TableSeries):
 
     def table(self, frequency: Frequency) -> Series:
         """Read both tables and join the two parts of each series."""
-        train, test = (read_rows(path, self.start, frequency) for path in (self.train, self.test))
-        place = {name: i for i, name in enumerate(test.names)}
-        unlike = sorted(place.keys() ^ set(train.names))
+        train, test = (read_rows(path, self.start, frequency).records() for path in (self.train, self.test))
+        after = {one.name: one.target for one in test}
+        unlike = sorted(after.keys() ^ {one.name for one in train})
         if unlike:
             raise UserError(
                 f"{self.test}: series {unlike[0]} is in only one of the files; expected those of {self.train}"
             )
-        after = np.split(test.target, test.offsets[1:-1])
-        whole = [
-            np.concatenate([values, after[place[name]]])
-            for name, values in zip(train.names, np.split(train.target, train.offsets[1:-1]), strict=True)
-        ]
-        offsets = np.cumsum([0, *map(len, whole)])
-        return train._replace(target=np.concatenate(whole), offsets=offsets)
+        return to_series([one._replace(target=np.concatenate([one.target, after[one.name]])) for one in train])
 
 
 class LongSeries(TableSeries):
@@ -416,15 +402,3 @@ class LongSeries(TableSeries):
     def table(self, frequency: Frequency) -> Series:
         """Read the table."""
         return read_long(self.path, frequency, *self.columns)
-
-
-def joined(tables: list[Series]) -> Series:
-    """Return the series of several tables, which have no dynamic features, as one."""
-    target = np.concatenate([table.target for table in tables])
-    lengths = np.concatenate([np.diff(table.offsets) for table in tables])
-    rest = {field: np.concatenate([getattr(table, field) for table in tables]) for field in ("start", "cat", "static")}
-    offsets = np.cumsum([0, *lengths])
-    names = [name for table in tables for name in table.names]
-    return tables[0]._replace(
-        target=target, offsets=offsets, dynamic_offsets=np.zeros(len(offsets), np.int64), names=names, **rest
-    )

@@ -59,6 +59,12 @@ class Series(NamedTuple):
     static: np.ndarray
     names: list[str]
 
+    def records(self) -> list[Record]:
+        """Return the series one by one."""
+        targets = np.split(self.target, self.offsets[1:-1])
+        dynamics = np.split(self.dynamic, self.dynamic_offsets[1:-1])
+        return list(map(Record, self.names, self.start, targets, self.cat, dynamics, self.static))
+
 
 class Points(NamedTuple):
     """Rows of a table: the line number of each, its time in seconds since 1970, its value or values."""
@@ -352,6 +358,11 @@ def _to_series(path: str | Path, records: list[Record]) -> Series:
         for field, count, expected in counts:
             if count != expected:
                 raise UserError(f"{record.name}: {field}: {count} of them; expected {expected}, as {first.name} has")
+    return to_series(records)
+
+
+def to_series(records: list[Record]) -> Series:
+    """Concatenate series, which must have equally many categories and features."""
     return Series(
         target=np.concatenate([record.target for record in records]),
         offsets=_offsets([record.target for record in records]),

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from dlref.data.loader import sent
 from dlref.data.series import Series
 from dlref.runtime.calendar import Frequency
-from dlref.runtime.series import Record, features_at, forward_filled
+from dlref.runtime.series import features_at, forward_filled
 
 
 class Window(NamedTuple):
@@ -122,14 +122,11 @@ def leads(observed: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
     """Return the features of each time of each series and of `future` more, float32 (P + N * future, F)."""
     parts = []
-    for i, start in enumerate(series.start):
-        target = series.target[series.offsets[i] : series.offsets[i + 1]]
-        steps = np.arange(len(target) + future)
-        dynamic = series.dynamic[series.dynamic_offsets[i] : series.dynamic_offsets[i + 1]]
-        if series.dynamic.shape[1] and len(dynamic) < len(steps):
-            raise ValueError(f"{series.names[i]}: dynamic features of {len(dynamic)} times; expected {len(steps)}")
-        record = Record(series.names[i], start, target, dynamic=dynamic, static=series.static[i])
-        parts.append(features_at(frequency, record, steps))
+    for one in series.records():
+        steps = np.arange(len(one.target) + future)
+        if one.dynamic.shape[1] and len(one.dynamic) < len(steps):
+            raise ValueError(f"{one.name}: dynamic features of {len(one.dynamic)} times; expected {len(steps)}")
+        parts.append(features_at(frequency, one, steps))
     return np.concatenate(parts)
 
 
