@@ -7,7 +7,6 @@ in 32 bits, then the values, last dimension fastest. The published files are gzi
 import math
 import struct
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -22,26 +21,22 @@ CONTENTS = {1: "labels, idx1", 3: "images, idx3"}
 def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
     """Read an idx file of unsigned bytes with `dimensions` dimensions, gzipped if its name ends in .gz."""
     with opened(path, "a readable idx file") as file:
-        return _read(file, path, dimensions)
-
-
-def _read(file: BinaryIO, path: str | Path, dimensions: int) -> np.ndarray:
-    header = file.read(4 + 4 * dimensions)
-    if len(header) < 4 + 4 * dimensions:
-        raise UserError(f"{path}: {len(header)} bytes; expected a header of {4 + 4 * dimensions}")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
-    expected = 0x0800 + dimensions
-    if magic != expected:
-        contents = CONTENTS.get(dimensions, f"idx{dimensions}")
-        raise UserError(f"{path}: magic number {magic}; expected {expected} ({contents})")
-    size = math.prod(shape)
-    sizes = " x ".join(map(str, shape))
-    if size == 0:
-        raise UserError(f"{path}: sizes {sizes} in the header; expected at least one value")
-    # Read in chunks, so that memory use depends on the size of the file, not on the size its header claims.
-    values = bytearray()
-    while len(values) <= size and (chunk := file.read(CHUNK)):
-        values += chunk
+        header = file.read(4 + 4 * dimensions)
+        if len(header) < 4 + 4 * dimensions:
+            raise UserError(f"{path}: {len(header)} bytes; expected a header of {4 + 4 * dimensions}")
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
+        expected = 0x0800 + dimensions
+        if magic != expected:
+            contents = CONTENTS.get(dimensions, f"idx{dimensions}")
+            raise UserError(f"{path}: magic number {magic}; expected {expected} ({contents})")
+        size = math.prod(shape)
+        sizes = " x ".join(map(str, shape))
+        if size == 0:
+            raise UserError(f"{path}: sizes {sizes} in the header; expected at least one value")
+        # Read in chunks, so that memory use depends on the size of the file, not on the size its header claims.
+        values = bytearray()
+        while len(values) <= size and (chunk := file.read(CHUNK)):
+            values += chunk
     if len(values) != size:
         held = f"more than {size}" if len(values) > size else f"only {len(values)}"
         raise UserError(f"{path}: {held} bytes after the header; expected {sizes} = {size}")
