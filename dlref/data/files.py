@@ -124,18 +124,18 @@ def read_fields(path: str | Path, count: int, what: str) -> Iterator[tuple[str, 
 
 def read_json(path: str | Path, object_hook: Callable[[dict], Any] | None = None) -> dict[str, Any]:
     """Read one JSON object; `object_hook` is passed to json.loads. Raises UserError."""
-    text, where = read_text(path, "JSON", largest=None), str(path)
+    text = read_text(path, "JSON", largest=None)
     try:
         content = json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
         wrong = f"{error.msg} at column {error.colno}"
         raise UserError(f"{path}:{error.lineno}: {wrong}; expected one JSON object") from None
     except ValueError:  # a number with more digits than Python reads
-        raise UserError(f"{where}: a number too long to read; expected one JSON object") from None
+        raise UserError(f"{path}: a number too long to read; expected one JSON object") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply; expected one JSON object") from None
+        raise UserError(f"{path}: nested too deeply; expected one JSON object") from None
     if not isinstance(content, dict):
-        raise UserError(f"{where}: {shorten(content)}; expected one JSON object")
+        raise UserError(f"{path}: {shorten(content)}; expected one JSON object")
     return content
 
 

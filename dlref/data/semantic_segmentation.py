@@ -144,8 +144,7 @@ class SegmentationData(AnnotatedPictures):
         """List the pictures of all splits, once, and check their masks."""
         if self.splits:
             return
-        sizes = {"crop_size": self.crop_size, "base_size": self.base_size}
-        check_at_least(1, batch_size=self.batch_size, **sizes)
+        check_at_least(1, batch_size=self.batch_size, crop_size=self.crop_size, base_size=self.base_size)
         check_at_least(0, num_workers=self.num_workers)
         if not 0 < self.scales[0] <= self.scales[1] < 100:
             raise UserError(
