@@ -505,8 +505,8 @@ def test_losses_are_checked_only_at_the_logging_interval_and_before_checkpoints(
 def test_no_process_saves_a_checkpoint_after_a_non_finite_loss(tmp_path):
     finite = StopOnNonFiniteLoss()
     finite.on_train_start(None, None)
-    finite.losses.append(torch.tensor(torch.nan))
-    finite.seen.append({"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1})
+    where = {"step": 1, "epoch": 0, "batch": 0, "learning_rate": 0.1}
+    finite.seen.append((torch.tensor(torch.nan), where))
     waited = []
     strategy = SimpleNamespace(barrier=waited.append)
     second = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=False, strategy=strategy)

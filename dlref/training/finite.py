@@ -21,22 +21,19 @@ class StopOnNonFiniteLoss(Callback):
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Clear the unchecked losses."""
-        self.losses: list[torch.Tensor] = []
-        self.seen: list[dict[str, Any]] = []
+        self.seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss on its device, with the number of its batch."""
-        self.losses.append(task.train_loss)
-        self.seen.append(
-            {
-                "step": trainer.global_step,
-                "epoch": trainer.current_epoch,
-                "batch": batch_idx,
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            }
-        )
+        where = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        self.seen.append((task.train_loss, where))
         if trainer.is_last_batch or len(self.seen) >= trainer.log_every_n_steps:
             self.look(trainer)
 
@@ -46,11 +43,11 @@ class StopOnNonFiniteLoss(Callback):
 
     def look(self, trainer: Trainer) -> None:
         """Raise UserError if a loss since the last check is not finite."""
-        finite = torch.stack(self.losses).isfinite().tolist() if self.losses else []
-        seen, self.losses, self.seen = self.seen, [], []
+        seen, self.seen = self.seen, []
+        finite = torch.stack([loss for loss, _ in seen]).isfinite().tolist() if seen else []
         if all(finite):
             return
-        where, path = seen[finite.index(False)], Path(trainer.default_root_dir) / "not_finite.pt"
+        where, path = seen[finite.index(False)][1], Path(trainer.default_root_dir) / "not_finite.pt"
         try:
             if trainer.is_global_zero:
                 self.keep(trainer, where, path)
