@@ -48,7 +48,7 @@ def translator(too_long="error", longest=40, network=None, **task):
     return task.eval()
 
 
-def batch_of(*pairs, number=None):
+def batch_of(*pairs):
     """Return a batch of pairs of texts, like those of a data module."""
     tokens = {token: number for number, token in enumerate(LETTERS["tokens"])}
     sources = [[*(tokens[c] for c in source), END] for source, _ in pairs]

@@ -76,7 +76,7 @@ class Translator(Task):
         self.label_smoothing, self.scheduled_sampling = label_smoothing, scheduled_sampling
         self.beam, self.length_penalty, self.metric = beam, length_penalty, metric
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
-        self.translated: dict[int, Translated] = {}
+        self.translated: list[Translated] = []
 
     @cached_property
     def tokenizers(self) -> dict:
@@ -144,13 +144,13 @@ class Translator(Task):
         runner.beam = beam
         return runner
 
-    def translate(self, runner: Runner, batch) -> dict[int, Translated]:
-        """Return a runner's translations of a batch, by the number of each sentence."""
+    def translate(self, runner: Runner, batch) -> list[Translated]:
+        """Return a runner's translations of a batch."""
         tokens = [[token for token in row if token != PAD] for row in batch.source.tolist()]
         decode, found = self.tokenizers["target"].decode, runner.search(tokens)
         texts = [decode(one.tokens) for one in found]
-        rows = zip(batch.number.tolist(), batch.sources, batch.references, found, texts, tokens, strict=True)
-        return {number: Translated(*known) for number, *known in rows}
+        rows = zip(batch.sources, batch.references, found, texts, tokens, strict=True)
+        return [Translated(*known) for known in rows]
 
     # Lightning's steps
 
@@ -170,12 +170,12 @@ class Translator(Task):
         nll = F.cross_entropy(logits.transpose(1, 2), after, reduction="none")
         self.nll.update(nll, real.float())
         self.accuracy.update((logits.argmax(2) == after).float(), real.float())
-        self.translated |= self.translate(self.runner(batch, beam), batch)
+        self.translated += self.translate(self.runner(batch, beam), batch)
 
     def log_evaluation(self, stage: str) -> None:
         """Log all scores, over all devices."""
         loss = self.nll.compute()
-        everything = [one for part in gather_objects(self.translated) for one in part.values()]
+        everything = [one for part in gather_objects(self.translated) for one in part]
         texts, references = [one.text for one in everything], [one.reference for one in everything]
         values = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.accuracy.compute()}
         values |= {name: score(texts, references) for name, score in SCORES.items()}
@@ -185,7 +185,7 @@ class Translator(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Clear the translations of the epoch."""
-        self.translated = {}
+        self.translated = []
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -207,7 +207,7 @@ class Translator(Task):
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
         """Return predictions as the bundle's runner does."""
-        translated = self.translate(self.runner(batch, self.beam), batch).values()
+        translated = self.translate(self.runner(batch, self.beam), batch)
         return [{"target": one.text, "log_probability": one.found.log_probability} for one in translated]
 
     # The contract with the export step
@@ -277,7 +277,7 @@ class Translator(Task):
                 batch = batch._replace(
                     sources=[""] * len(batch.source), references=list(map(decode, batch.target.tolist()))
                 )
-            for one in self.translate(runner, batch).values():
+            for one in self.translate(runner, batch):
                 texts.append(one.text)
                 references.append(one.reference)
         return SCORES[self.metric](texts, references)
@@ -290,7 +290,7 @@ class Translator(Task):
         """Draw attention maps and BLEU by the length of the source, and write a table of samples."""
         from dlref.tasks import figures  # matplotlib is slow to import, and only needed here
 
-        everything = list(self.translated.values())
+        everything = self.translated
         pieces = [tokenizer.pieces for tokenizer in self.tokenizers.values()]
         short = [one for one in everything if len(one.tokens) <= LARGEST_MAP]
         maps = []
