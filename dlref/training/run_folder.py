@@ -101,9 +101,9 @@ class Claim:
                 f"{run} already holds a run ({', '.join(there)}); expected --run with another folder, --ckpt_path last "
                 "to resume it, or --overwrite to replace it"
             )
-        self.there = self.own() if resume else []
+        self.staying = self.own() if resume else []
         rewritten = (run / "config.yaml", run / "metrics.csv")  # even before training starts
-        self.before = {path: path.read_bytes() for path in rewritten if path in self.there}
+        self.before = {path: path.read_bytes() for path in rewritten if path in self.staying}
         self.aside = run / f".earlier.{os.getpid()}"
         for path in [] if resume else self.own():
             self.aside.mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ class Claim:
         """Unless training has started, remove the fit's files and put back those set aside."""
         if not self.refusable:
             return
-        remove(set(self.own()) - set(self.there))
+        remove(set(self.own()) - set(self.staying))
         for path, data in self.before.items():
             path.write_bytes(data)
         if self.aside.exists():
