@@ -51,8 +51,7 @@ def read_coco(
         if image not in records:
             raise UserError(f"{where}: image_id {image}; expected the id of one of the images")
         records[image].objects.append(found)
-    index = {name: i for i, name in enumerate(classes)}
-    ids = {key: index[name] for key, name in names.items()}
+    ids = {key: classes.index(name) for key, name in names.items()}
     return to_listing(annotations, list(records.values()), ids, classes, on_bad_box)
 
 
