@@ -320,7 +320,7 @@ def test_coco_pictures_can_be_in_another_folder(tmp_path):
     data = COCOBoxes(**coco(tmp_path, [box], "images/train"), pictures="images/{}")
     with pytest.warns(UserWarning, match="train: no box of blue"):
         data.setup()
-    assert data.splits["train"].paths[0].endswith("images/train/a.png")
+    assert data.splits["train"].names[0].endswith("images/train/a.png")
 
 
 def test_boxes_follow_their_pixels_through_augmentation(tmp_path):
@@ -458,7 +458,7 @@ def test_evaluation_uses_whole_pictures(tmp_path):
     _, targets = next(iter(data.val_dataloader()))
     torch.testing.assert_close(targets["boxes"][0, 0], torch.tensor([20 / 60, 10 / 40, 45 / 60, 30 / 40]))
     assert targets["sizes"].tolist() == [[40, 60]]
-    assert data.sources() == data.splits["val"].paths
+    assert data.sources() == data.splits["val"].names
 
 
 def test_digit_scenes_are_generated_without_files_and_differ_by_split():

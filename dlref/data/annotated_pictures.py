@@ -11,7 +11,7 @@ MEAN = (123, 117, 104)  # of ImageNet, in levels: fills the area around a zoomed
 
 
 class AnnotatedPictures(SplitData):
-    """Pictures with boxes or masks, decoded one by one; a subclass fills `splits`.
+    """Pictures with boxes or masks, decoded one by one; a subclass fills `splits` with data sets that have `names`.
 
     The constructor of a subclass sets `photometric`.
     """
@@ -26,3 +26,7 @@ class AnnotatedPictures(SplitData):
         if self.photometric and self.trainer is not None and self.trainer.training:
             images = photometric(images)
         return images, targets
+
+    def sources(self) -> list[str]:
+        """Return the path or the number of each test picture, in order."""
+        return self.splits["test"].names

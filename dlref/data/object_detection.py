@@ -82,7 +82,7 @@ class Pictures(Dataset):
     """Pictures with their boxes, decoded and transformed on access.
 
     Args:
-        pictures: paths, boxes in pixels, labels.
+        pictures: paths or numbers, boxes in pixels, labels.
         transform: maps a dict with `image`, `boxes`, `labels` and `ignored` to one with a square image.
         keep_ignored: whether to keep boxes that evaluation ignores.
     """
@@ -92,16 +92,16 @@ class Pictures(Dataset):
     def __init__(self, pictures: list[Picture], transform: Callable[[dict], dict], keep_ignored: bool = True):
         # Arrays: a worker that is not forked receives one open file per tensor, and open files are limited.
         self.objects = [tuple(part.numpy() for part in picture[1:]) for picture in pictures]
-        self.paths = [picture.path for picture in pictures]
+        self.names = [picture.path for picture in pictures]
         self.transform, self.keep_ignored = transform, keep_ignored
         self.places = max([1, *(len(picture.labels) for picture in pictures)])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         boxes, labels, ignored = map(torch.from_numpy, self.objects[index])
-        image = read_image(self.paths[index]) if self.images is None else self.images[index]
+        image = read_image(self.names[index]) if self.images is None else self.images[index]
         height, width = image.shape[-2:]
         kept = torch.ones_like(ignored) if self.keep_ignored else ~ignored
         sample = self.transform(
@@ -207,10 +207,6 @@ class ObjectDetectionData(AnnotatedPictures):
     def eval_transform(self) -> v2.Transform:
         """Return the transform of validation and test pictures."""
         return v2.Resize((self.image_size, self.image_size), antialias=True)
-
-    def sources(self) -> list[str]:
-        """Return the path of each test picture, in order."""
-        return self.splits["test"].paths
 
 
 class DigitScenes(ObjectDetectionData):

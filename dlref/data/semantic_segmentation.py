@@ -164,10 +164,6 @@ class SegmentationData(AnnotatedPictures):
         """Return `batch_size` if all pictures have one size, else 1: the network would see any padding."""
         return self.batch_size if len(set(self.splits[split].sizes)) == 1 else 1
 
-    def sources(self) -> list[str]:
-        """Return the name of each test picture, in order."""
-        return self.splits["test"].names
-
 
 class DigitSceneMasks(SegmentationData):
     """Scenes with scikit-learn's handwritten digits, drawn from a seed; see `scenes`. No file is needed.
