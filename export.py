@@ -1,5 +1,6 @@
 """Export a run for a device: `python export.py runs/NAME --target cpu --output bundles/NAME`."""
 
+import argparse
 import signal
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from dlref.export.report import held_up
 from dlref.export.targets import TARGETS
 from dlref.runtime import UserError
-from dlref.runtime.arguments import Parser, discard_output
+from dlref.runtime.arguments import Parser, discard_output, exit_code
 
 TIMES = ("latency_ms", "first_answer_s")
 
@@ -23,19 +24,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder to write the bundle to")
     parser.add_argument("--list-targets", action="store_true", help="print the targets and stop")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
-    try:
-        options, overrides = parser.parse_known_args()
-        if options.list_targets:
-            print_targets()
-        else:
-            export_run(options.run, options.target, options.output, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(*parser.parse_known_args()), "interrupted; nothing was written")
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Do what the options ask for. Raises UserError."""
+    if options.list_targets:
+        print_targets()
+    else:
+        export_run(options.run, options.target, options.output, overrides)
 
 
 def show(text: str) -> None:

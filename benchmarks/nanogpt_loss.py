@@ -19,7 +19,7 @@ from benchmarks.rows import watched
 from dlref.cli import load_run
 from dlref.data.language import LanguageData
 from dlref.runtime import UserError
-from dlref.runtime.arguments import Parser, positive
+from dlref.runtime.arguments import Parser, exit_code, positive
 from dlref.tasks import LanguageModel
 from dlref.tasks.language_modelling import IGNORE
 
@@ -53,12 +53,7 @@ def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--eval-iters", type=positive, default=200, help="batches of one estimate")
-    try:
-        report(*parser.parse_known_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: report(*parser.parse_known_args()))
 
 
 def report(options: argparse.Namespace, overrides: list[str]) -> None:

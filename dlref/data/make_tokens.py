@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
-from dlref.runtime.arguments import Parser, positive
+from dlref.runtime.arguments import Parser, exit_code, positive
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import make_tokenizer
 
@@ -56,17 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokenizer", default="bpe", help="byte, character, bpe, a file of tokenizers or a run's folder"
     )
     parser.add_argument("--vocabulary-size", type=positive, default=32768, help="number of tokens (default: 32768)")
-    try:
-        asked = parser.parse_args(arguments)
-        make(asked)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
-    return 0
+    return exit_code(lambda: make(parser.parse_args(arguments)))
 
 
 def make(asked: argparse.Namespace) -> None:
@@ -92,6 +82,7 @@ def make(asked: argparse.Namespace) -> None:
         if not there:
             with suppress(OSError):  # if it is not empty
                 asked.folder.rmdir()
+    print(f"train.bin, val.bin and tokenizer.json are in {asked.folder}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from dlref.runtime import UserError, kinds, load, runner_of
-from dlref.runtime.arguments import Parser, discard_output, positive
+from dlref.runtime.arguments import Parser, discard_output, exit_code, positive
 from dlref.runtime.machine import comparable
 from dlref.runtime.runner import BATCH, Runner, plain
 
@@ -38,16 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # Pillow's warnings: an image that is too large is refused, transparency is dropped, damaged EXIF is ignored.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        status = command(arguments)
+
+    def run() -> None:
+        command(arguments)
         sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+
+    try:
+        return exit_code(run)
     except BrokenPipeError:  # the reader, such as head, closed the pipe
         discard_output()
         return 0
@@ -103,12 +100,13 @@ def opened(options: argparse.Namespace, own: dict[str, object]) -> Runner:
     return runner
 
 
-def transform(arguments: list[str]) -> int:
+def transform(arguments: list[str]) -> None:
     """Predict for every input, in order. A bad input gets a record with its error, and the exit code is 2."""
     options, own = command_line(arguments)
     runner = opened(options, own)
     if options.prompt is not None:
-        return print_stream(runner.written(options.prompt))
+        print_stream(runner.written(options.prompt))
+        return
     if options.form and options.form not in runner.forms:
         raise UserError(f"--form {options.form}; expected {', '.join(runner.forms) or 'none'} with this bundle")
     if options.output and type(runner).picture is Runner.picture:
@@ -138,17 +136,15 @@ def transform(arguments: list[str]) -> int:
         print(line({"input": name, **plain(answer)}), flush=True)
     if bad:
         raise UserError(f"{bad[0]}" + f" ({len(bad)} of {len(sources)} inputs have no answer)" * (len(sources) > 1))
-    return 0
 
 
-def print_stream(pieces: Iterable[str]) -> int:
+def print_stream(pieces: Iterable[str]) -> None:
     """Print pieces of text as they arrive, escaping characters that the output cannot show."""
     for piece in pieces:
         piece = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], piece)
         known = piece.encode(sys.stdout.encoding or "ascii", "backslashreplace")
         print(known.decode(sys.stdout.encoding or "ascii"), end="", flush=True)
     print()
-    return 0
 
 
 def line(record: dict) -> str:
@@ -275,7 +271,7 @@ def progress(answers: Iterable, total: int) -> Iterator:
             print(f"\r[{bar:30}] {done}/{total}, {rate:.0f}/s", end="\n" if done == total else "", file=sys.stderr)
 
 
-def benchmark(arguments: list[str]) -> int:
+def benchmark(arguments: list[str]) -> None:
     """Print a bundle's speed, memory and sizes, and how far its outputs are from those at export, as JSON."""
     from dlref.runtime.bench import bench, difference
     from dlref.runtime.bundle import read_manifest
@@ -288,7 +284,6 @@ def benchmark(arguments: list[str]) -> int:
     found = {"difference": difference(options.bundle, provider)}
     asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads or cores()}
     print(json.dumps(asked | bench(options.bundle, threads, provider) | found, indent=2))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What command lines share: parsing, and what to do with a standard output that takes nothing."""
+"""What command lines share: parsing, exit codes, and what to do with a standard output that takes nothing."""
 
 import argparse
 import os
@@ -44,6 +44,19 @@ def number(lowest: float, highest: float, kind: type = float) -> Callable[[str],
         return value
 
     return read
+
+
+def exit_code(command: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Run a command. Return 0, or 2 for wrong input or 130 if interrupted, with one line on stderr."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"error: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def discard_output() -> None:
