@@ -735,7 +735,8 @@ def test_pixels_flipped_by_rounding_are_counted_and_too_many_are_refused():
         actual = expected.copy()
         actual.ravel()[:flipped] = 1
         exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
-        graph = Compared("segment", lambda: {"mask": expected}, exported, tolerance, discrete=["mask"])
+        discrete = SimpleNamespace(selected=(), discrete=["mask"])
+        graph = Compared("segment", discrete, lambda: {"mask": expected}, exported, tolerance)
         graph()
         graph.check_flips()
         return graph

@@ -278,23 +278,25 @@ class Attempts:
         loader, compared = self.loader(split), graphs
         if exact:
             compared = {
-                name: Compared(
-                    name, self.references[name], graphs[name], graph.tolerance, graph.selected, graph.discrete
-                )
+                name: Compared(name, graph, self.references[name], graphs[name], graph.tolerance)
                 for name, graph in self.deployable.graphs.items()
             }
         bundle = self.task.evaluate(self.deployable.runner(compared), watched(loader, f"the bundle on {split}"))
-        for graph in compared.values() if exact else ():
-            graph.check_flips()
-        return {
+        found = {
             "name": self.task.metric,
             "pytorch": self.pytorch[split],
             "bundle": bundle,
             "split": split,
             "n": len(loader.dataset),
-            "max_abs_error": max(graph.max_abs_error for graph in compared.values()) if exact else None,
-            "flipped": sum(graph.flipped for graph in compared.values()) if exact else None,
-            "rows": sum(graph.rows for graph in compared.values()) if exact else None,
+        }
+        if not exact:
+            return found | dict.fromkeys(("max_abs_error", "flipped", "rows"))
+        for graph in compared.values():
+            graph.check_flips()
+        return found | {
+            "max_abs_error": max(graph.max_abs_error for graph in compared.values()),
+            "flipped": sum(graph.flipped for graph in compared.values()),
+            "rows": sum(graph.rows for graph in compared.values()),
         }
 
     def verification(self, chosen: Attempt) -> dict:

@@ -54,18 +54,10 @@ class Compared:
     as a set of rows, discrete outputs such as argmax (`Graph.discrete`) by the number of elements that differ.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable,
-        exported: Callable,
-        tolerance: float,
-        selected: Sequence[str] = (),
-        discrete: Sequence[str] = (),
-    ):
+    def __init__(self, name: str, graph, reference: Callable, exported: Callable, tolerance: float):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
         self.shape, self.declared = exported.shape, getattr(exported, "declared", {})
-        self.selected, self.discrete = selected, discrete
+        self.selected, self.discrete = graph.selected, graph.discrete
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
 
@@ -199,7 +191,7 @@ def parity(name: str, graph, reference: Callable, exported: Callable, tolerance:
     for turn in range(1 if static else max(map(len, graph.sizes.values()), default=1)):
         sizes = {symbol: choices[turn % len(choices)] for symbol, choices in graph.sizes.items()}
         inputs = {key: tensor.numpy() for key, tensor in example_at(graph, sizes).items()}
-        compared = Compared(f"{name} at {sizes}", reference, exported, tolerance, graph.selected, graph.discrete)
+        compared = Compared(f"{name} at {sizes}", graph, reference, exported, tolerance)
         compared(**inputs)
         compared.check_flips()
         shape = {key: list(array.shape) for key, array in inputs.items()}
