@@ -277,7 +277,7 @@ class Skewed:
     """A graph that changes the outputs of another graph."""
 
     def __init__(self, graph, change):
-        self.graph, self.change, self.shape = graph, change, graph.shape
+        self.graph, self.change, self.shape, self.declared = graph, change, graph.shape, {}
 
     def __call__(self, **inputs):
         return {name: self.change(array) for name, array in self.graph(**inputs).items()}
@@ -791,7 +791,7 @@ def compared(actual, tolerance=1e-4):
     def exported(**inputs):
         return actual
 
-    exported.shape = {}
+    exported.shape = exported.declared = {}
     expected = rows()
     boxes = SimpleNamespace(selected=tuple(expected), discrete=())
     graph = Compared("detect", boxes, lambda **inputs: expected, exported, tolerance)
@@ -823,19 +823,19 @@ def test_in_lower_precision_each_row_is_compared_with_its_nearest_match():
     ],
 )
 def test_elements_beyond_the_tolerance_or_not_finite_count_as_different_unless_they_are_equal(expected, actual, unlike):
-    graph = Compared("draw", PLAIN, lambda: None, SimpleNamespace(shape={}), 1e-5)
+    graph = Compared("draw", PLAIN, lambda: None, SimpleNamespace(shape={}, declared={}), 1e-5)
     assert graph.count_unlike(np.float32(actual), np.float32(expected)) == unlike
 
 
 def test_an_output_that_is_nan_in_pytorch_too_is_refused():
-    graph = Compared("decode", PLAIN, lambda: None, SimpleNamespace(shape={}), 1e-5)
+    graph = Compared("decode", PLAIN, lambda: None, SimpleNamespace(shape={}, declared={}), 1e-5)
     with pytest.raises(Refused, match="differs from PyTorch by nan"):
         graph.difference("logits", np.float32([1, np.nan]), np.float32([1, np.nan]))
 
 
 @pytest.mark.parametrize("actual", [[np.inf, np.nan], [np.inf, np.inf]])
 def test_a_non_finite_element_is_refused_unless_pytorchs_is_infinite_too(actual):
-    graph = Compared("draw", PLAIN, lambda: None, SimpleNamespace(shape={}), np.inf)
+    graph = Compared("draw", PLAIN, lambda: None, SimpleNamespace(shape={}, declared={}), np.inf)
     graph.check_alike("value", np.float32([np.inf, 1]), np.float32([np.inf, 2]))
     with pytest.raises(Refused, match="not a finite number"):
         graph.check_alike("value", np.float32(actual), np.float32([np.inf, 1]))

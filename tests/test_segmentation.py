@@ -734,7 +734,7 @@ def test_pixels_flipped_by_rounding_are_counted_and_too_many_are_refused():
     def compared(flipped, tolerance=1e-4):
         actual = expected.copy()
         actual.ravel()[:flipped] = 1
-        exported = type("Graph", (), {"shape": {}, "__call__": lambda self: {"mask": actual}})()
+        exported = type("Graph", (), {"shape": {}, "declared": {}, "__call__": lambda self: {"mask": actual}})()
         discrete = SimpleNamespace(selected=(), discrete=["mask"])
         graph = Compared("segment", discrete, lambda: {"mask": expected}, exported, tolerance)
         graph()

@@ -8,6 +8,7 @@ import numpy as np
 
 from dlref.export.graph import example_at
 from dlref.runtime import UserError
+from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.errors import one_line
 
 REMEMBERED = 1 << 29  # bytes of PyTorch's outputs to cache
@@ -54,9 +55,9 @@ class Compared:
     as a set of rows, discrete outputs such as argmax (`Graph.discrete`) by the number of elements that differ.
     """
 
-    def __init__(self, name: str, graph, reference: Callable, exported: Callable, tolerance: float):
+    def __init__(self, name: str, graph, reference: Callable, exported: OnnxGraph, tolerance: float):
         self.name, self.reference, self.exported, self.tolerance = name, reference, exported, tolerance
-        self.shape, self.declared = exported.shape, getattr(exported, "declared", {})
+        self.shape, self.declared = exported.shape, exported.declared
         self.selected, self.discrete = graph.selected, graph.discrete
         self.max_abs_error = 0.0
         self.rows = self.flipped = 0
@@ -71,7 +72,7 @@ class Compared:
         try:
             actual = self.exported(**inputs)
         except UserError as error:
-            reason = str(error).removeprefix(f"{getattr(self.exported, 'path', '')}: ")  # a path in a temporary folder
+            reason = str(error).removeprefix(f"{self.exported.path}: ")  # a path in a temporary folder
             raise Refused(f"{self.name}: {reason}; expected the same outputs as PyTorch") from None
         self.check_declared(actual)
         for name, reference in expected.items():
@@ -182,7 +183,7 @@ def rows_of(answer: dict[str, np.ndarray], selected: Sequence[str]) -> np.ndarra
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
-def parity(name: str, graph, reference: Callable, exported: Callable, tolerance: float, static: bool) -> list[dict]:
+def parity(name: str, graph, reference: Callable, exported: OnnxGraph, tolerance: float, static: bool) -> list[dict]:
     """Compare a graph at every declared size, on the example inputs cut or repeated to it. Raises Refused.
 
     An exported graph with `static` axes is compared only at its own sizes.
