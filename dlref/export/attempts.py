@@ -155,17 +155,17 @@ class Attempts:
     def judged(self, plan: Plan) -> Attempt:
         """Build a bundle and check it against PyTorch. Raises Refused if even float32 fails."""
         exact = plan == FLOAT32
-        forgiven = any(graph.selected or graph.discrete for graph in self.deployable.graphs.values())
         attempt = Attempt(plan, self.place / "bundles" / str(plan))
         try:
             attempt.parity = self.exact if exact else self.exact + self.parity(plan)
             attempt.metric = self.metric(plan, "validation")
             degradation = self.task.degradation(attempt.metric["pytorch"], attempt.metric["bundle"])
             attempt.degradation = degradation if np.isfinite(degradation) else inf
+            lost = self.too_much_lost(attempt)
             if not exact:
-                attempt.refused = self.too_much_lost(attempt) or self.not_faster(attempt)
-            elif forgiven and self.too_much_lost(attempt):
-                raise Refused(self.too_much_lost(attempt))
+                attempt.refused = lost or self.not_faster(attempt)
+            elif lost and any(graph.selected or graph.discrete for graph in self.deployable.graphs.values()):
+                raise Refused(lost)
         except UserError as error:
             if exact:
                 raise
@@ -202,8 +202,8 @@ class Attempts:
             feeds = self.feeds.get(name, []) if plan.calibration else []
             convert(self.source(name), path, self.target, plan, feeds, graph.unbounded)
             place_in(folder, path, self.target)
-            if self.target.static and describe(path, "")["dynamic_axes"]:
-                raise UserError(f"{name}: axes {describe(path, '')['dynamic_axes']} are free; expected fixed ones")
+            if self.target.static and (free := describe(path, "")["dynamic_axes"]):
+                raise UserError(f"{name}: axes {free} are free; expected fixed ones")
         if plan.precision.startswith("int") and not any(
             is_quantised(self.converted(name, plan)) for name in self.references
         ):
@@ -232,16 +232,18 @@ class Attempts:
                 )
         return arrays
 
-    def keep_answers(self, plan: Plan) -> None:
-        """Save the bundle's outputs on this machine next to its example input, for comparison on a device.
+    def complete(self, plan: Plan, **results: dict) -> dict:
+        """Save the bundle's outputs for its example input, for comparison on a device, and its manifest; return that.
 
-        The bundle's manifest must be written again afterwards.
+        `results` are its verification and its measurement.
         """
         folder = self.bundle(plan)
         graphs, inputs = open_graphs(folder, read_manifest(folder), provider(self.target)), example(folder)
         answers = {name: graph(**inputs[name]) for name, graph in graphs.items()}
         named = {f"{name}/{output}": a for name, outputs in answers.items() for output, a in outputs.items()}
         np.savez(folder / ANSWERS, **named)
+        signatures = self.place / "converted" / str(plan)
+        return write_manifest(folder, self.deployable, self.target, plan.precision, signatures, **results)
 
     def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
         """Open the graphs of a bundle as a device does; float32 always on the CPU, since a GPU rounds differently."""

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dlref.export.attempts import Attempts
-from dlref.export.manifest import write_manifest
 from dlref.export.measure import CONTENDERS, provider
 from dlref.export.targets import Target
 from dlref.runtime import UserError, load
@@ -40,9 +39,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
         chosen = attempts.find_best()
         verification = attempts.verification(chosen)
         measurement = attempts.contenders.measurement(chosen.folder, contenders)
-        attempts.keep_answers(chosen.plan)
-        signatures, precision = place / "converted" / str(chosen.plan), chosen.plan.precision
-        manifest = write_manifest(chosen.folder, deployable, target, precision, signatures, verification, measurement)
+        manifest = attempts.complete(chosen.plan, verification=verification, measurement=measurement)
         load(chosen.folder, provider=provider(target))  # opens the written files as a device will
         chosen.folder.rename(place / BUNDLE)
     return manifest
