@@ -231,11 +231,6 @@ def installed_mb(package: str) -> float | None:
     return sum(sizes.values()) / 1e6
 
 
-def model_mb(folder: Path, files: list[str]) -> float:
-    """Return the megabytes of the graphs."""
-    return sum((folder / file).stat().st_size for file in files) / 1e6
-
-
 def main(arguments: list[str]) -> int:
     """Run the measured process. Arguments: FOLDER THREADS PROVIDER [once] STARTED."""
     place, threads, provider, *once, started = arguments
@@ -255,8 +250,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = [graph["file"] for graph in manifest["graphs"].values()]
-    print(json.dumps(figures | {"model_mb": model_mb(folder, files), "installed_mb": installed_mb("dlref")}))
+    size = sum((folder / graph["file"]).stat().st_size for graph in manifest["graphs"].values())
+    print(json.dumps(figures | {"model_mb": size / 1e6, "installed_mb": installed_mb("dlref")}))
     return 0
 
 
