@@ -20,7 +20,9 @@ from pathlib import Path
 
 from dlref.runtime import UserError, kinds, load, runner_of
 from dlref.runtime.arguments import Parser, discard_output, exit_code, positive
-from dlref.runtime.machine import comparable
+from dlref.runtime.bench import bench, difference
+from dlref.runtime.bundle import read_manifest
+from dlref.runtime.machine import comparable, cores
 from dlref.runtime.runner import BATCH, Runner, plain
 
 PICTURES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
@@ -273,10 +275,6 @@ def progress(answers: Iterable, total: int) -> Iterator:
 
 def benchmark(arguments: list[str]) -> None:
     """Print a bundle's speed, memory and sizes, and how far its outputs are from those at export, as JSON."""
-    from dlref.runtime.bench import bench, difference
-    from dlref.runtime.bundle import read_manifest
-    from dlref.runtime.machine import cores
-
     options = parser("Measure a bundle on this device, in a process of its own.", " bench").parse_args(arguments[1:])
     target = read_manifest(options.bundle)["target"]
     threads = min(options.threads or target.get("threads") or 0, cores())  # 0: all, as in `load`
