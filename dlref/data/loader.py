@@ -266,9 +266,7 @@ class SplitData(LightningDataModule):
         """Return the test samples in order."""
         return self.in_order("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """Return the test samples in order."""
-        return self.in_order("test")
+    predict_dataloader = test_dataloader
 
 
 def heed_parent_only(worker: int) -> None:
