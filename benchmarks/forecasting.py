@@ -42,7 +42,7 @@ INT8 = TARGETS["x86-64"]
 
 
 class Clock(Callback):
-    """Measures windows per second over all epochs except the first."""
+    """Measures the seconds of all epochs except the first."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

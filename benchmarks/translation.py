@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
-from benchmarks.forecasting import runners
+from benchmarks.forecasting import QUIET, Clock, runners
 from benchmarks.rows import NotHere, Row, Rows, figures_in_turns, in_turns, rest, run
 from dlref.data import ParallelText
 from dlref.data.pairs import Batch, Corpus, TokenBatches
@@ -66,18 +66,6 @@ def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
     return tuple([generator.integers(4, VOCABULARY, round(n)).tolist() for n in side] for side in sides)
 
 
-class Clock(Callback):
-    """Measures the seconds of the last epoch."""
-
-    def on_train_epoch_start(self, trainer: Trainer, task) -> None:
-        """Start the clock."""
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, task) -> None:
-        """Stop the clock."""
-        self.seconds = time.perf_counter() - self.start
-
-
 def write_files(folder: Path) -> int:
     """Write the files on which both programs train. Return their number of target tokens, including ends."""
     for split, count in (("train", FILES), ("val", 16), ("test", 16)):
@@ -93,10 +81,9 @@ def write_files(folder: Path) -> int:
 def run_dlref(folder: Path) -> float:
     """Return the seconds of the second epoch with Lightning's Trainer."""
     clock = Clock()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     options = {"max_epochs": 2, "callbacks": [clock], "gradient_clip_val": 1.0, "limit_val_batches": 0}
     data = ParallelText(str(folder), "de", "en", tokenizer="word", vocabulary_size=VOCABULARY, batch_size=BATCH)
-    trainer = Trainer(**options, **quiet, enable_checkpointing=False, default_root_dir=folder)
+    trainer = Trainer(**options, **QUIET, enable_checkpointing=False, default_root_dir=folder)
     trainer.fit(translator(alone=False), datamodule=data)
     return clock.seconds
 
