@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import read, roots
 from benchmarks.overhead import made, options, under_trainer
-from benchmarks.rows import DEVICE, NotHere, Row, Rows, in_turns, needs, run, watched
+from benchmarks.rows import DEVICE, NotHere, Row, Rows, finish, in_turns, needs, run, watched
 from dlref.data.loader import SplitData
 from dlref.data.small_images import ImageTensors, InMemoryImages
 from dlref.tasks import EMA
@@ -113,12 +113,6 @@ class Speed(Callback):
     def mean(self) -> float:
         """Return the seconds of a step."""
         return statistics.mean(self.seconds)
-
-
-def finish() -> None:
-    """Wait for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def wanted() -> None:

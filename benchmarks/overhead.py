@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich import reconfigure
 
 from benchmarks.configs import roots
-from benchmarks.rows import DEVICE, TURNS, Row, Rows, run
+from benchmarks.rows import DEVICE, TURNS, Row, Rows, finish, run
 from dlref.cli import build
 from dlref.tasks.task import Task
 from dlref.training.checkpoints import Last
@@ -66,8 +66,7 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs, batch, batch_index: int) -> None:
         """Read the clock once the device has finished."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        finish()
         if batch_index:
             self.seconds.append(time.perf_counter() - self.before)
         self.start()

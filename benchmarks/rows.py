@@ -113,8 +113,7 @@ def in_turns(
     def seconds(call: Callable) -> float:
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         return time.perf_counter() - start
 
     return figures_in_turns(title, {name: partial(seconds, call) for name, call in calls.items()}, turns)
@@ -132,6 +131,12 @@ def figures_in_turns(title: str, calls: dict[str, Callable[[], float]], turns: i
             if turn:
                 figures[name].append(figure)
     return figures
+
+
+def finish(device: str = DEVICE) -> None:
+    """Wait until the device has finished; a CPU always has."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def rest() -> None:
