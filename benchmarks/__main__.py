@@ -19,12 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from benchmarks.measure import modules
 from benchmarks.page import Record, Records, read, record, spread, within, write
 from benchmarks.pictures import draw
+from benchmarks.rows import watched
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -38,17 +36,12 @@ def measured(name: str) -> Record:
     return record(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def shown(names: list[str]):
-    """Return the names with a progress bar."""
-    return track(names, "benchmarks", console=Console(stderr=True))
-
-
 def measure(names: list[str], folder: Path) -> int:
     """Run benchmarks and add their records to the saved ones. Return 1 if one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     records, order = read(folder), list(modules())
     failed = False
-    for name in shown(names):
+    for name in watched(names, "benchmarks"):
         found = measured(name)
         failed |= found.not_run.startswith("it failed")
         if not (found.not_run and name in records and records[name].rows):  # keep rows from a machine that could run it
@@ -62,7 +55,7 @@ def measure(names: list[str], folder: Path) -> int:
 def reproduce(names: list[str], stated: Records) -> int:
     """Run benchmarks again and compare. Return 1 if a row is outside its spread, 2 if one cannot be compared."""
     outside = missing = False
-    for name in shown(names):
+    for name in watched(names, "benchmarks"):
         known = name in stated and stated[name].rows
         found = (
             measured(name) if known else Record("", not_run="docs/benchmarks.md has no figures of it to compare with")

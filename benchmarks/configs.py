@@ -18,7 +18,7 @@ import yaml
 from benchmarks.rows import NotHere, Row, Rows, data_file, run, watched
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "runs" / "benchmarks"
+CONFIGS, RUNS = ROOT / "configs", ROOT / "runs" / "benchmarks"
 SEEDS = (0, 1)
 ON_A_CPU = (  # at most an hour on two cores; the others need a GPU
     "deepar_ett_hourly",
@@ -42,7 +42,7 @@ ON_A_CPU = (  # at most an hour on two cores; the others need a GPU
 
 def read(config: str) -> dict:
     """Load a config."""
-    return yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))
 
 
 def roots(config: str) -> list[str]:
@@ -94,7 +94,7 @@ def results(config: str) -> Rows:
     return {f"{metric(config)} on the test split": Row(scores), "the command": Row(seconds, unit="s")}
 
 
-BENCHMARKS = {path.stem: partial(results, path.stem) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+BENCHMARKS = {path.stem: partial(results, path.stem) for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
 if __name__ == "__main__":

@@ -16,18 +16,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich import reconfigure
 
-from benchmarks.configs import roots
+from benchmarks.configs import CONFIGS, read, roots
 from benchmarks.rows import DEVICE, TURNS, Row, Rows, finish, run
 from dlref.cli import build
 from dlref.tasks.task import Task
@@ -38,7 +36,6 @@ from dlref.training.profile import Unprofiled
 from dlref.training.progress import Progress
 from dlref.training.sigterm import EndAtSigterm
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 WARMUP = 3  # steps before the clock starts
 PIECES = 6  # of a turn; after each of them the other loop continues
 STEPS = {  # steps of a turn, which then takes a few seconds
@@ -105,7 +102,7 @@ class InTurns(Clock):
 
 def options(config: str) -> dict:
     """Return the options of a config's Trainer that affect a step."""
-    trainer = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))["trainer"]
+    trainer = read(config)["trainer"]
     return {name: trainer[name] for name in KEPT if name in trainer}
 
 
