@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.gluonts_deepar import before_test, pasts
-from benchmarks.rows import Row, Rows, data_file, figures_in_turns, in_turns, needs, rest, run
+from benchmarks.rows import QUIET, Row, Rows, data_file, figures_in_turns, in_turns, needs, rest, run
 from dlref.data.forecasting import Channels, ForecastingData, RowSeries, SyntheticSeries, WideSeries
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
@@ -37,7 +37,6 @@ SIZES = {"batch_size": BATCH, "batches": BATCHES}
 MOST = 100  # most windows to forecast, spread over the test split
 TURNS, SINGLE = 5, 20  # fits, and forecasts of all series; forecasts of one series
 PATHS, LEVELS = 100, np.arange(1, 10) / 10
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 INT8 = TARGETS["x86-64"]
 
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import seed_everything
 
+from benchmarks.rows import QUIET
 from dlref.cli import load_run
 from dlref.data.forecasting import ForecastingData
 from dlref.runtime.calendar import Frequency
@@ -51,6 +52,18 @@ def before_test(data: ForecastingData, listed: list[dict]) -> list[dict]:
     return list(dict(zip(items[::-1], listed[::-1], strict=True)).values())
 
 
+def scored(data: ForecastingData, paths: torch.Tensor) -> dict[str, float]:
+    """Return the scores of sample paths (N, S, H) for the windows of the test split."""
+    horizon, place = data.prediction_length, 0
+    scores = SampleScores(horizon)
+    for window in data.test_dataloader():
+        count = len(window.values)
+        target, observed = window.values[:, -horizon:], window.observed[:, -horizon:]
+        scores.update(paths[place : place + count], target, observed, window.seasonal_error)
+        place += count
+    return {name: round(value.item(), 5) for name, value in scores.compute().items() if not value.ndim}
+
+
 def main() -> None:
     """Train, forecast and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,25 +76,17 @@ def main() -> None:
 
     _, data = load_run(options.run, overrides)
     data.setup()
-    horizon = data.prediction_length
     trainer = yaml.safe_load((options.run / "config.yaml").read_text())["trainer"]
     categories = {"num_feat_static_cat": len(data.cardinality), "cardinality": data.cardinality}
     past = pasts(data)
     seed_everything(options.seed, verbose=False)
     estimator = DeepAREstimator(
         freq=str(past[0]["start"].freqstr),
-        prediction_length=horizon,
+        prediction_length=data.prediction_length,
         context_length=data.context_length,
         batch_size=data.batch_size,
         num_batches_per_epoch=data.batches,
-        trainer_kwargs={
-            "max_epochs": trainer["max_epochs"],
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-            "default_root_dir": tempfile.mkdtemp(),
-        },
+        trainer_kwargs={**QUIET, "max_epochs": trainer["max_epochs"], "default_root_dir": tempfile.mkdtemp()},
         **(categories if data.cardinality else {}),
     )
     start = time.perf_counter()
@@ -90,15 +95,8 @@ def main() -> None:
     forecasts = predictor.predict(past, num_samples=100)
     paths = torch.from_numpy(np.stack([forecast.samples for forecast in forecasts]))
     ended = time.perf_counter()
-    scores, place = SampleScores(horizon), 0
-    for window in data.test_dataloader():
-        count = len(window.values)
-        target, observed = window.values[:, -horizon:], window.observed[:, -horizon:]
-        scores.update(paths[place : place + count], target, observed, window.seasonal_error)
-        place += count
-    values = {name: round(value.item(), 5) for name, value in scores.compute().items() if not value.ndim}
     print(
-        f"{options.run.name}, seed {options.seed}: {values}, trained in {trained - start:.0f} s, "
+        f"{options.run.name}, seed {options.seed}: {scored(data, paths)}, trained in {trained - start:.0f} s, "
         f"{len(paths)} forecasts in {ended - trained:.1f} s"
     )
 

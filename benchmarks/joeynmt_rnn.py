@@ -77,7 +77,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[1:], "parameters": sum(p.numel() for p in model.parameters())}))
+    print(json.dumps(seconds[1:]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 TURNS = 7
+# Options of a Trainer that shows and keeps nothing.
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -26,8 +26,8 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from benchmarks.forecasting import QUIET, Clock, runners
-from benchmarks.rows import NotHere, Row, Rows, figures_in_turns, in_turns, rest, run
+from benchmarks.forecasting import Clock, runners
+from benchmarks.rows import QUIET, NotHere, Row, Rows, figures_in_turns, in_turns, rest, run
 from dlref.data import ParallelText
 from dlref.data.pairs import Batch, Corpus, TokenBatches
 from dlref.models import Seq2Seq
@@ -187,7 +187,7 @@ def joeynmt(python: str, path: Path, input_feeding: bool) -> float:
     program = Path(__file__).with_name("joeynmt_rnn.py")
     command = [python, "-I", str(program), str(path), json.dumps(options)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return statistics.mean(json.loads(result.stdout.splitlines()[-1])["seconds"])
+    return statistics.mean(json.loads(result.stdout.splitlines()[-1]))
 
 
 def training() -> Rows:
