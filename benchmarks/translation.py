@@ -39,7 +39,6 @@ BATCH, BATCHES, SENTENCES, BEAM = 1536, 12, 128, 5
 PASSES, TURNS = 2, 5  # of the bare loop, and of both comparisons of training
 FILES = 2000  # sentences for training as users start it
 DEFAULTS, WITHOUT = "JoeyNMT, defaults", "JoeyNMT, without input feeding"
-TOKENS = "target tokens/s"
 SIDES = ("source", "target")
 
 
@@ -141,11 +140,13 @@ def programs() -> Rows:
             "dlref": lambda: tokens / run_dlref(folder),
         }
         rates = figures_in_turns("programs", calls, TURNS)
-    title = f"training as users start it, LSTMs of {SIZE}"
-    return {
-        title: Row(rates["dlref"], rates[DEFAULTS], TOKENS, DEFAULTS, ">= 2"),
-        f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT, ">= 2"),
-    }
+    return beside_joeynmt(f"training as users start it, LSTMs of {SIZE}", rates)
+
+
+def beside_joeynmt(title: str, rates: dict[str, list[float]]) -> Rows:
+    """Return rows of target tokens per second, compared with JoeyNMT with and without input feeding."""
+    peers = {title: DEFAULTS, f"{title}, no input feeding": WITHOUT}
+    return {title: Row(rates["dlref"], rates[peer], "target tokens/s", peer, ">= 2") for title, peer in peers.items()}
 
 
 def translator(alone: bool = True) -> Translator:
@@ -206,11 +207,7 @@ def training() -> Rows:
             "dlref": lambda: tokens / train(translator(), batches),
         }
         rates = figures_in_turns("training", calls, TURNS)
-    title = f"training by a bare loop, LSTMs of {SIZE}"
-    return {
-        title: Row(rates["dlref"], rates[DEFAULTS], TOKENS, DEFAULTS, ">= 2"),
-        f"{title}, no input feeding": Row(rates["dlref"], rates[WITHOUT], TOKENS, WITHOUT, ">= 2"),
-    }
+    return beside_joeynmt(f"training by a bare loop, LSTMs of {SIZE}", rates)
 
 
 def decoding() -> Rows:
