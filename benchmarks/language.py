@@ -25,7 +25,7 @@ from onnx import TensorProto, helper
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.rows import Row, Rows, in_turns, needs, rest, run, watched
+from benchmarks.rows import Row, Rows, figures_in_turns, in_turns, needs, rest, run
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
@@ -214,10 +214,8 @@ def late_tokens() -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             opened = {name: served(ours, Path(folder), name) for name in ("float32", "int8")}
             for place in PLACES:
-                found: dict[str, list[float]] = {name: [] for name in opened}
-                for _ in watched(range(LATE), title):
-                    for name, runner in opened.items():
-                        found[name].append(cost(runner, place))
+                costs = {name: partial(cost, runner, place) for name, runner in opened.items()}
+                found = figures_in_turns(title, costs, LATE)
                 row = Row(found["int8"], found["float32"], "s", "float32 graph")
                 rows[f"a token after {place} others, {title}, int8 graph"] = row
     return rows
