@@ -32,6 +32,7 @@ from dlref.export.measure import Contenders
 from dlref.export.targets import ARM, TARGETS, Target
 from dlref.models import LeNet5, ResNet
 from dlref.runtime import UserError
+from dlref.runtime.machine import saturates
 from dlref.tasks import ImageClassifier, ImagePreprocess
 from dlref.tasks.task import Task
 
@@ -96,8 +97,7 @@ def fitting() -> Target:
     """Return the target for this processor."""
     if platform.machine() in ARM:
         return TARGETS["arm64"]
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else "avx_vnni"
-    return TARGETS["x86-64" if "avx512_vnni" in flags or "avx_vnni" in flags else "x86-64-avx2"]
+    return TARGETS["x86-64-avx2" if saturates() else "x86-64"]
 
 
 def measured(built: Callable[[], tuple[Task, LightningDataModule]], target: Target, folder: Path) -> tuple[str, dict]:
