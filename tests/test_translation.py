@@ -58,7 +58,7 @@ def batch_of(*pairs):
         length = max(map(len, rows))
         return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
-    return Batch(padded(sources), padded(targets), torch.arange(len(pairs)), *zip(*pairs, strict=True))
+    return Batch(padded(sources), padded(targets), *zip(*pairs, strict=True))
 
 
 PAIRS = (("ab", "xyz"), ("abcdefg", "y"), ("c", "zzzz"))
@@ -339,7 +339,7 @@ def test_a_translation_has_the_log_probability_that_its_tokens_have_in_one_call(
     found = task.runner(batch, beam).search([[token for token in row if token != PAD] for row in batch.source.tolist()])
     for i, one in enumerate(found):
         target = torch.tensor([[BEGIN, *one.tokens, *[END] * one.ended]])
-        alone = Batch(batch.source[i : i + 1], target, batch.number[i : i + 1])
+        alone = Batch(batch.source[i : i + 1], target)
         nll = F.cross_entropy(task(alone, target[:, :-1])[0], target[0, 1:], reduction="sum")
         assert one.log_probability == pytest.approx(-nll.item(), abs=1e-4)
 

@@ -167,14 +167,12 @@ class Batch(NamedTuple):
     Attributes:
         source: (B, S), with an END after the last token of each source.
         target: (B, T), from BEGIN to END.
-        number: (B,), the numbers of the sentences in the split.
         sources: the sources as text, for evaluated splits only.
         references: the targets as text, for evaluated splits only.
     """
 
     source: Int[Tensor, "B S"]
     target: Int[Tensor, "B T"]
-    number: Int[Tensor, "B"]
     sources: Sequence[str] = ()
     references: Sequence[str] = ()
 
@@ -222,7 +220,7 @@ class Corpus(Dataset):
         return len(self.source.lengths)
 
     def __getitem__(self, number: Int[Tensor, "B"]) -> Batch:
-        batch = Batch(self.source(number), self.target(number), number)
+        batch = Batch(self.source(number), self.target(number))
         if self.texts is None:
             return batch
         sources, references = ([side[i] for i in number.tolist()] for side in self.texts)
