@@ -1,12 +1,12 @@
 """Compare a run and its bundle on the whole test split: `python -m benchmarks.agreement RUN BUNDLE`.
 
-For a classifier, PyTorch predicts for the loader's batches, as `train.py test` does, and the bundle predicts through
-the runner that a device uses, which makes its own batches. The output is how many labels differ, and how far apart
-probabilities are. For any other task it is the metric (for detection all that COCO reports) of PyTorch and of the
-bundle, both through that runner.
+For a classifier of one class per image, PyTorch and the runner that a device uses predict for the loader's batches,
+which are cropped already. The output is how many labels differ, and how far apart probabilities are. For any other task
+it is the metric (for detection all that COCO reports) of PyTorch and of the bundle, both through that runner.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from benchmarks.rows import watched
 from dlref.cli import load_run
 from dlref.runtime import load
+from dlref.runtime.arguments import Parser, exit_code
 from dlref.tasks.task import Task
 
 
@@ -25,7 +26,7 @@ def labels(task: Task, batches, bundle: Path) -> list[str]:
     for images, targets in watched(batches, "comparing"):
         with torch.no_grad():
             probability = task.probability(task(images)[0])
-        answers = runner([image.permute(1, 2, 0).numpy() for image in images])
+        answers = runner.answer([image.permute(1, 2, 0).numpy() for image in images])
         answered = torch.tensor([names.index(answer["label"]) for answer in answers])
         certainty = torch.tensor([answer["probability"] for answer in answers])
         images_seen += len(images)
@@ -49,20 +50,24 @@ def metrics(task: Task, batches, bundle: Path) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Compare and print a line or two."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    """Compare and print a line or two. Return the exit code."""
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("bundle", type=Path)
-    options, overrides = parser.parse_known_args()
+    return exit_code(lambda: compare(*parser.parse_known_args()))
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Compare a run with a bundle. Raises UserError."""
     task, data = load_run(options.run, overrides)
     data.prepare_data()
     data.setup("test")
     task.take_facts(data)
-    compare = labels if hasattr(task, "probability") else metrics
-    for line in compare(task, data.test_dataloader(), options.bundle):
+    found = labels if task.facts.get("multi_label") is False else metrics
+    for line in found(task, data.test_dataloader(), options.bundle):
         print(f"{options.run.name}, {line}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -49,7 +49,7 @@ def estimates(task: LanguageModel, data: LanguageData, eval_iters: int, generato
 
 
 def main() -> int:
-    """Evaluate both ways and print a line each. Return 2, with one line on stderr, for bad input."""
+    """Evaluate both ways and print a line each. Return the exit code."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--eval-iters", type=positive, default=200, help="batches of one estimate")

@@ -126,7 +126,8 @@ def section(module: str, records: Records, places: list[Where]) -> str:
 def cells(row: Row) -> list[str]:
     """Return the cells of a row: peer, both sides' figures, the ratio with its spread, and the goal."""
     own = spread(row.own, row.unit) if not row.peer else figure(statistics.median(row.own), row.unit)
-    goal = f"{row.goal.replace('>=', '≥').replace('<=', '≤')}: {'met' if row.met else 'not met'}" if row.goal else ""
+    goal = row.goal.replace(">=", "≥").replace("<=", "≤") + ("" if row.peer or not row.unit else f" {row.unit}")
+    goal = f"{goal}: {'met' if row.met else 'not met'}" if row.goal else ""
     if not row.peer:
         return ["", "", own, "", goal]
     return [row.beside, figure(statistics.median(row.peer), row.unit), own, f"**{spread(row.values, '×')}**", goal]
@@ -153,17 +154,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def within(stated: Record, found: Record) -> dict[str, bool]:
-    """Return, by the title of a row, whether the new figure lies within the stated spread or next to it."""
-    return {title: title in found.rows and near(row, found.rows[title].median) for title, row in stated.rows.items()}
-
-
 def near(row: Row, value: float) -> bool:
-    """Return whether a value lies between the least and the greatest, or beyond by at most a margin.
+    """Return whether a new value lies between the stated ones, or beyond by at most a margin.
 
     The margin is MARGIN of the value, and at most SCORE_MARGIN if there is no unit, as for a score. It is needed
     because a few turns do not show the whole spread.
     """
     least, greatest = min(row.values), max(row.values)
     most = math.inf if row.sign else SCORE_MARGIN
-    return least - min(MARGIN * least, most) <= value <= greatest + min(MARGIN * greatest, most)
+    return least - min(MARGIN * abs(least), most) <= value <= greatest + min(MARGIN * abs(greatest), most)

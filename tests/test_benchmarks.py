@@ -9,12 +9,15 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    agreement,
     configs,
     edge,
     forecasting,
@@ -26,9 +29,10 @@ from benchmarks import (
     techniques,
     translation,
 )
-from benchmarks.page import Record, Where, figure, page, read, spread, within, write
+from benchmarks.page import Record, Where, figure, near, page, read, spread, write
 from benchmarks.rows import NotHere, Row, in_turns, needs
 from dlref.data.tokens import Windows
+from dlref.runtime import make_runner
 
 ROOT = Path(__file__).parent.parent
 WHERE = Where("a machine", "torch 1", "2026-01-01")
@@ -132,7 +136,7 @@ def test_a_float32_bundle_is_not_compared_with_itself(monkeypatch):
 
 @pytest.mark.parametrize(("now", "inside"), [(1.5, True), (0.96, True), (2.09, True), (0.94, False), (2.11, False)])
 def test_a_figure_reproduces_within_the_recorded_spread_and_a_margin_of_5_percent(now, inside):
-    assert within(recorded(1.0, 2.0, 1.7, unit="s"), recorded(now, unit="s")) == {"what": inside}
+    assert near(Row([1.0, 2.0, 1.7], unit="s"), now) is inside
 
 
 @pytest.mark.parametrize(
@@ -145,12 +149,12 @@ def test_a_figure_reproduces_within_the_recorded_spread_and_a_margin_of_5_percen
     ],
 )
 def test_a_score_reproduces_within_a_relative_and_an_absolute_margin(scores, now, inside):
-    stated, found = (Record("configs", {"score": Row(values)}) for values in (scores, [now]))
-    assert within(stated, found) == {"score": inside}
+    assert near(Row(scores), now) is inside
 
 
-def test_a_missing_row_does_not_reproduce():
-    assert within(recorded(1.0), Record("edge", {}, where=WHERE)) == {"what": False}
+@pytest.mark.parametrize(("now", "inside"), [(-0.57, True), (-0.6, False)])
+def test_the_margin_widens_a_spread_below_zero(now, inside):
+    assert near(Row([-0.556, 1.0], unit="s"), now) is inside
 
 
 def test_the_benchmarks_page_matches_the_recorded_figures():
@@ -226,6 +230,25 @@ def test_reproduce_reports_whether_figures_are_within_and_changes_no_file(
     found, told, _ = run(monkeypatch, capsys, "--docs", tmp_path, "reproduce", "edge-lenet5")
     assert (found, word in told) == (status, True)
     assert (tmp_path / "benchmarks.json").read_bytes() == before
+
+
+def test_a_row_that_cannot_be_measured_again_is_not_compared(tmp_path, monkeypatch, capsys, answers):
+    stated = recorded(1.0)
+    stated.rows["beside the CPU wheel"] = Row([2.0])
+    write(tmp_path, {"edge-lenet5": stated})
+    answers["edge-lenet5"] = recorded(1.0)
+    status, told, wrong = run(monkeypatch, capsys, "--docs", tmp_path, "reproduce", "edge-lenet5")
+    assert (status, "within" in told, "OUTSIDE" in told) == (2, True, False)
+    assert "error: edge-lenet5: beside the CPU wheel: not measured this time" in wrong
+
+
+def test_removed_rows_are_told(tmp_path, monkeypatch, capsys, answers):
+    answers["edge-lenet5"] = recorded(1.0)
+    answers["edge-lenet5"].rows["beside the CPU wheel"] = Row([2.0])
+    assert "removed" not in run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[2]
+    answers["edge-lenet5"] = recorded(1.0)
+    told = run(monkeypatch, capsys, "--docs", tmp_path, "edge-lenet5")[2]
+    assert "edge-lenet5: beside the CPU wheel: removed, as it was not measured this time" in told
 
 
 @pytest.mark.parametrize("words", [["no-such"], ["reproduce", "edge-lenet5"], ["reproduce", "no-such"]])
@@ -407,3 +430,36 @@ def test_the_whole_loss_and_nanogpts_estimate_are_those_of_a_bigram_table():
     anywhere = nats.unfold(0, 8, 1)  # windows that begin at every token
     assert sum(found) / len(found) == pytest.approx(anywhere.mean().item(), abs=0.01)
     assert len(set(found)) == len(found)
+
+
+# Agreement
+
+
+class Framed(torch.nn.Module):
+    """Images are of class 1 if they are bright, whatever is around the centre."""
+
+    facts: ClassVar = {"labels": ["dark", "bright"], "multi_label": False, "crop": 0.5}
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        bright = images.float().mean((1, 2, 3)) / 255
+        return (torch.stack([1 - bright, bright], 1),)
+
+    def probability(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+def test_agreement_gives_the_bundle_the_images_that_pytorch_gets(monkeypatch):
+    task = Framed()
+    images = torch.full((3, 1, 8, 8), 255, dtype=torch.uint8)
+    images[:, :, 2:6, 2:6] = 0  # bright as a whole, and dark in its centre
+
+    def classify(image: np.ndarray) -> dict[str, np.ndarray]:
+        return {"probability": task(torch.from_numpy(image).permute(0, 3, 1, 2))[0].numpy()}
+
+    classify.shape = {"image": ("batch", "height", "width", 1)}
+    runner = make_runner("image-classification", {"classify": classify}, task.facts | {"channels": 1})
+    monkeypatch.setattr(agreement, "load", lambda bundle: runner)
+    (told,) = agreement.labels(task, [(images, torch.tensor([1, 1, 0]))], Path("bundle"))
+    assert told == (
+        "3 test images, bundle's accuracy 0.6667, 0 labels differ from PyTorch's, probabilities by 0.0e+00 at most"
+    )
