@@ -23,7 +23,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from dlref.config import Parser, check_fit, check_parts, check_trainer, enums_as_text, no_other_configs, readable
+from dlref.config import (
+    Parser,
+    check_evaluation,
+    check_fit,
+    check_parts,
+    check_trainer,
+    enums_as_text,
+    no_other_configs,
+    readable,
+)
 from dlref.runtime import UserError
 from dlref.runtime.errors import FULL, one_line
 from dlref.runtime.runner import plain
@@ -129,6 +138,8 @@ class TrainCLI(LightningCLI):
         self.records = self.profile = False
         if command == "fit":
             self.settle_fit()
+        else:
+            check_evaluation(options)
         self.run, self.overwrite = run_folder(options), options.overwrite
         if command in ("test", "predict"):
             check_writable(self.run)
@@ -278,7 +289,10 @@ class TrainCLI(LightningCLI):
 
     def validate(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Print the validation metrics."""
-        self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"])
+        if not self.trainer.validate(model, datamodule=datamodule, verbose=arguments["verbose"]):
+            raise UserError(
+                "nothing to validate on; expected a validation split, and trainer.limit_val_batches above 0"
+            )
 
     def test(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write test.json and the figures."""
@@ -345,6 +359,8 @@ def mendable(error: Exception) -> str | None:
             return f"{where}: {error.strerror}; expected free space; earlier checkpoints are intact"
         case ValueError() if "`val_check_interval`" in str(error):  # Lightning's error for an interval that is too long
             return f"trainer: {one_line(error)}"
+        case RuntimeError() if "in loading state_dict" in str(error):  # of a checkpoint to resume from
+            return str(UserError(f"{one_line(error)}; expected the network of the checkpoint's run"))
         case RuntimeError() if lost_another(error):
             return "another process has ended; its own error says why"
     return None

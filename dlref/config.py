@@ -165,6 +165,13 @@ def check_fit(options) -> None:
         check_schedule(schedule.class_path)
 
 
+def check_evaluation(options) -> None:
+    """Refuse options for a short fit: a result of a few batches would pass for that of a split. Raises UserError."""
+    for name, value in (("--debug", options.debug), ("trainer.fast_dev_run", options.trainer.fast_dev_run)):
+        if value:
+            raise UserError(f"{name}: {value}; expected it with fit only")
+
+
 class Parser(LightningArgumentParser):
     """A parser that raises errors as one line instead of printing a page of usage, and allows no abbreviations."""
 

@@ -143,6 +143,28 @@ def test_a_mistake_ends_in_one_line_with_status_2_and_writes_nothing(mistake, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--debug"], "--debug: True; expected it with fit only"),
+        (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run: True; expected it with fit only"),
+    ],
+)
+def test_a_few_batches_are_not_evaluated_in_place_of_a_split(command, arguments, message, capsys):
+    assert train([command, "--config", DIGITS, "--run", "mine", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_validating_nothing_is_refused(capsys):
+    assert fit("--run", "mine", "--trainer.max_epochs", "1", "--final_test", "false") == 0
+    known = ["validate", "--config", "mine/config.yaml"]
+    assert train(known) == 0
+    assert "val/accuracy" in capsys.readouterr().out
+    assert train([*known, "--trainer.limit_val_batches", "0"]) == 2
+    assert "error: nothing to validate on" in capsys.readouterr().err
+
+
 def test_a_refused_fit_leaves_an_empty_folder_and_an_earlier_run_unchanged(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert fit("--run", "empty", "--model.init_args.weights", "gone.pt") == 2

@@ -254,6 +254,17 @@ def test_manifests_with_multi_hot_labels_or_lists_of_class_ids_are_read(tmp_path
     assert listing.multi_label
 
 
+def test_multi_hot_labels_without_a_value_for_a_named_class_are_refused(tmp_path):
+    """Such as lists of class ids whose metadata have no type: read as one column, every dog would be no cat."""
+    names = {"class-map": {"0": "cat", "1": "dog"}}
+    path = write_manifest(
+        tmp_path / "m",
+        {"source-ref": "a.jpg", "c": [0], "c-metadata": names},
+        {"source-ref": "b.jpg", "c": [1], "c-metadata": names},
+    )
+    assert "m: class 1, 'dog': labels have 1 values; expected one for each class" in error_of(read_image_manifest, path)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -980,6 +980,21 @@ def test_resuming_within_an_epoch_of_another_length_is_refused(during, capsys):
     assert "the checkpoint is at batch 3 of 6, but an epoch now has 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_resuming_with_another_network_is_refused(averaged, tmp_path, capsys):
+    own = {"run": "mine"} | ({"trainer__callbacks+": "dlref.tasks.EMA"} if averaged else {})
+    assert fit(**own) == 0
+    before = (tmp_path / "mine/config.yaml").read_bytes()
+    network = "model__init_args__network"
+    other = {network: "dlref.models.CifarResNet", f"{network}__init_args__depth": 20}
+    other[f"{network}__init_args__in_channels"] = 1
+    assert fit(**own, **other, ckpt_path="last", trainer__max_epochs=3) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "Missing key(s)" in told
+    assert told.endswith("expected the network of the checkpoint's run")
+    assert (tmp_path / "mine/config.yaml").read_bytes() == before
+
+
 def test_resuming_with_another_schedule_or_gradient_accumulation_is_refused(capsys):
     assert fit(run="mine") == 0
     capsys.readouterr()

@@ -63,8 +63,10 @@ def test_hypotheses_of_a_sentence_do_not_affect_each_other(input_feeding):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("initial", ["last", "avg", "zero"])
+@pytest.mark.parametrize(
+    ("attention", "initial"),
+    [*product(ATTENTION, ["last", "avg"]), *product(ATTENTION[:3], ["zero"])],
+)
 def test_padding_changes_nothing(encoder, attention, initial):
     """A sentence alone and in a padded batch agrees within 1e-5, and the padding's content does not matter."""
     model = network(encoder=encoder, attention=attention, initial=initial, num_layers=2)
@@ -263,6 +265,7 @@ def test_input_feeding_passes_on_the_last_attentional_vector():
         ({"encoder": "cnn"}, "no encoder 'cnn'"),
         ({"attention": "luong"}, "no attention 'luong'"),
         ({"initial": "first"}, "no initial 'first'"),
+        ({"attention": "none", "initial": "zero"}, "initial zero with attention none"),
         ({"tied": True, "embedding_size": 4}, "embedding_size 4 with tied: expected hidden_size, 8"),
         ({"hidden_size": 7, "embedding_size": 7}, "expected an even number"),
     ],

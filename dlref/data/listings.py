@@ -221,6 +221,11 @@ def _to_listing(
         raise UserError(f"{source}: classes {shorten(given)}; expected names that differ")
     classes = classes or [names.get(i) or _number(i, given) for i in range(_count_classes(source, records))]
     kind, first, paths = type(records[0].label), {}, []
+    if kind is list and (without := [i for i in names if i >= len(classes)]):
+        raise UserError(
+            f"{source}: class {without[0]}, {shorten(names[without[0]])}: labels have {len(classes)} values; "
+            "expected one for each class, or lists of class ids whose metadata have a type ending in -multilabel"
+        )
     for line, path, label in records:
         where = f"{source}:{line}"
         if type(label) is not kind:

@@ -67,7 +67,8 @@ class Seq2Seq(nn.Module):
         dropout: dropout probability of the embeddings, between layers, and of the attentional vector.
 
     Raises:
-        ValueError: an option is not one of those listed, or sizes do not fit together.
+        ValueError: an option is not one of those listed, sizes do not fit together, or the decoder would get nothing of
+            the source.
     """
 
     class_layers = ("embed_source", "embed_target", "output")
@@ -97,6 +98,8 @@ class Seq2Seq(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"no {name} {value!r}: expected {', '.join(choices)}")
+        if (attention, initial) == ("none", "zero"):
+            raise ValueError("initial zero with attention none: expected one of them to give the source to the decoder")
         if tied and embedding_size != hidden_size:
             raise ValueError(f"embedding_size {embedding_size} with tied: expected hidden_size, {hidden_size}")
         if encoder == "bidirectional" and hidden_size % 2:
