@@ -87,15 +87,11 @@ class Contenders:
         self.python = python
         self.known: dict[Path, dict] = {}
 
-    def of_bundle(self, folder: Path, again: bool = False) -> dict:
-        """Return a bundle's figures, measured only once unless `again`. Raises UserError."""
-        if again or folder not in self.known:
-            self.known[folder] = self.measured(folder)
-        return self.known[folder]
-
     def measured(self, folder: Path) -> dict:
-        """Measure a bundle and return its figures."""
-        return bench(folder, min(self.target.threads, cores()), provider(self.target))  # 0: all, as in `load`
+        """Measure a bundle, and keep and return its figures. Raises UserError."""
+        given = min(self.target.threads, cores())  # 0: all, as in `load`
+        self.known[folder] = bench(folder, given, provider(self.target))
+        return self.known[folder]
 
     def latencies(self, one: Path, other: Path) -> list[float]:
         """Measure two bundles in turns and return the median latency of each in milliseconds. Raises UserError."""
@@ -132,10 +128,12 @@ class Contenders:
 
     def undisturbed(self, name: str, bundle: Path) -> dict:
         """Measure a contender, up to TURNS times if other programs hold it up; return the least disturbed figures."""
-        runs = []
+        folder, runs = bundle if name == "bundle" else self.float32, []
         while len(runs) < TURNS and (not runs or held_up(runs[-1])):
             if name.startswith("pytorch"):
                 runs.append(self.pytorch(name.removeprefix("pytorch-")))
+            elif not runs and folder in self.known:
+                runs.append(self.known[folder])
             else:
-                runs.append(self.of_bundle(bundle if name == "bundle" else self.float32, again=bool(runs)))
+                runs.append(self.measured(folder))
         return min(runs, key=lambda run: run["waited"] or 0)
