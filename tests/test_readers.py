@@ -142,7 +142,7 @@ def test_an_lst_file_with_class_ids_is_read(tmp_path):
     path = tmp_path / "a.lst"
     path.write_text("5\t1\tdogs/1.jpg\r\n\n1000\t0.000000\tcats/ü 1.jpg\n22\t3\tx.png")
     listing = read_lst(path, "data")
-    assert listing.paths == ["data/dogs/1.jpg", "data/cats/ü 1.jpg", "data/x.png"]
+    assert listing.images == ["data/dogs/1.jpg", "data/cats/ü 1.jpg", "data/x.png"]
     assert listing.targets.tolist() == [1, 0, 3]
     assert listing.targets.dtype == torch.int64
     assert listing.classes == ["0", "1", "2", "3"]
@@ -205,7 +205,7 @@ def test_arbitrary_lst_labels_are_read_or_refused(tmp_path, labels):
     path = tmp_path / "a.lst"
     path.write_text("".join(f"{i}\t{label}\t{i}.jpg\n" for i, label in enumerate(labels)))
     listing = answer_or_none(read_lst, path, ".")
-    assert listing is None or len(listing.paths) == len(listing.targets) == len(labels)
+    assert listing is None or len(listing.images) == len(listing.targets) == len(labels)
 
 
 # Augmented manifest
@@ -224,10 +224,10 @@ def test_a_manifest_as_written_by_ground_truth_is_read(tmp_path):
         {"source-ref": "3.jpg", "sport": "3"},
     )
     listing = read_image_manifest(path)
-    assert listing.paths == [str(tmp_path / name) for name in ("2.jpg", "sub/1.jpg", "3.jpg")]
+    assert listing.images == [str(tmp_path / name) for name in ("2.jpg", "sub/1.jpg", "3.jpg")]
     assert listing.targets.tolist() == [1, 0, 3]
     assert listing.classes == ["football", "tennis", "2", "3"]
-    assert read_image_manifest(path, root="elsewhere").paths[0] == "elsewhere/2.jpg"
+    assert read_image_manifest(path, root="elsewhere").images[0] == "elsewhere/2.jpg"
 
 
 def test_manifests_with_multi_hot_labels_or_lists_of_class_ids_are_read(tmp_path):
@@ -338,7 +338,7 @@ json_values = st.recursive(
 )
 def test_arbitrary_manifest_values_are_read_or_refused(tmp_path, entries):
     listing = answer_or_none(read_image_manifest, write_manifest(tmp_path / "a", *entries))
-    assert listing is None or len(listing.paths) == len(listing.targets)
+    assert listing is None or len(listing.images) == len(listing.targets)
 
 
 @quick
@@ -370,7 +370,7 @@ def test_class_folders_are_read_and_other_files_are_told(tmp_path):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"not .*: 1 \.md, 1 \.txt: ") as warned:
         listing = read_folder(tmp_path)
-    assert listing.paths == [str(tmp_path / name) for name in ("cat/c.webp", "dog/a.png", "dog/b.JPG")]
+    assert listing.images == [str(tmp_path / name) for name in ("cat/c.webp", "dog/a.png", "dog/b.JPG")]
     assert listing.targets.tolist() == [0, 1, 1]
     assert listing.classes == ["cat", "dog"]
     assert str(warned[0].message).endswith(f": {tmp_path}/readme.md, {tmp_path}/dog/notes.txt")

@@ -33,7 +33,11 @@ def held_out_indices(count: int, share: float) -> set[int]:
 
 
 def read_splits(
-    lists: Mapping[str, Any], read: Callable[[Any, list[str] | None], Any], classes: list[str] | None, share: float
+    lists: Mapping[str, Any],
+    read: Callable[[Any, list[str] | None], Any],
+    classes: list[str] | None = None,
+    share: float = 0.0,
+    what: str = "pictures",
 ) -> dict[str, Any]:
     """Read the pictures of "train", "val" and "test"; "val" and "test" use the classes of the training pictures.
 
@@ -43,6 +47,7 @@ def read_splits(
         read: returns a listing with `images`, `classes` and `take`.
         classes: the class names; None: those of the training pictures.
         share: share of the training pictures to hold out.
+        what: what messages call the pictures.
     """
     train = read(lists["train"], classes)
     splits = {name: read(lists[name], train.classes) for name in ("val", "test") if lists[name] is not None}
@@ -51,10 +56,10 @@ def read_splits(
         splits["val"] = train.take([i for i in places if i in out])
         train = train.take([i for i in places if i not in out])
     if "test" not in splits:
-        rank_zero_info("No test pictures are given: the validation pictures are also used for testing.")
+        rank_zero_info(f"No test {what} are given: the validation {what} are also used for testing.")
         splits["test"] = splits["val"]
     splits = {"train": train, **splits}
-    warn_of_shared({name: listing.images for name, listing in splits.items()}, "pictures")
+    warn_of_shared({name: listing.images for name, listing in splits.items()}, what)
     return splits
 
 

@@ -29,12 +29,12 @@ class Listing(NamedTuple):
     """Image files and their labels, in the order of their source.
 
     Attributes:
-        paths: N paths.
+        images: N paths.
         targets: class ids, int64 (N,); or, if an image may have several labels, multi-hot float32 (N, K).
         classes: K class names.
     """
 
-    paths: list[str]
+    images: list[str]
     targets: Tensor
     classes: list[str]
 

@@ -235,7 +235,7 @@ class CIFAR10(PublishedImages):
         if folder := self._image_folder():
             train = read_folder(folder / "train")
             test = read_folder(folder / "test", train.classes)
-            pairs = ((read_images(listing.paths), listing.targets) for listing in (train, test))
+            pairs = ((read_images(listing.images), listing.targets) for listing in (train, test))
             return train.classes, self.split(*pairs)
         for folder in self._binary_folders():
             missing = self._missing(folder)

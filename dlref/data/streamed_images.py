@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from dlref.data.files import warn_of_shared
+from dlref.data.files import read_splits
 from dlref.data.image_classification import ImageClassificationData
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_folder, read_image_manifest, read_lst
@@ -20,7 +20,7 @@ class ImageFiles(Dataset):
     """Image files, decoded and transformed on access."""
 
     def __init__(self, listing: Listing, transform: Callable[[Tensor], Tensor]):
-        self.paths, self.targets = listing.paths, listing.targets
+        self.paths, self.targets = listing.images, listing.targets
         self.transform = transform
 
     def __len__(self) -> int:
@@ -65,8 +65,8 @@ class StreamedImages(ImageClassificationData):
         """The share of the shorter side that evaluation keeps."""
         return self.image_size / self.resize
 
-    def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
-        """List "train", "val" or "test", with the classes of "train"; return None if there is no test split."""
+    def read(self, source: str | Path, classes: list[str] | None) -> Listing:
+        """List the images of a split."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
@@ -76,26 +76,20 @@ class StreamedImages(ImageClassificationData):
         check_at_least(1, batch_size=self.batch_size, image_size=self.image_size)
         check_at_least(self.image_size, resize=self.resize)
         check_at_least(0, num_workers=self.num_workers)
-        train = self.list_split("train", None)
-        val = self.list_split("val", train.classes)
-        test = self.list_split("test", train.classes)
-        if test is None:
-            rank_zero_info("No test images are given: the validation images are also used for testing.")
-            test = val
-        for listing in (val, test):
+        listings = read_splits(self.lists, self.read, what="images")
+        train = listings["train"]
+        for listing in listings.values():
             if listing.multi_label != train.multi_label:
                 forms = ("class ids", "multi-hot labels")
                 found, expected = forms[listing.multi_label], forms[train.multi_label]
-                raise UserError(f"{listing.paths[0]}: {found} in its list; expected {expected}, as in training")
+                raise UserError(f"{listing.images[0]}: {found} in its list; expected {expected}, as in training")
         self.labels, self.multi_label = train.classes, train.multi_label
         times = train.targets.sum(0) if train.multi_label else train.targets.bincount(minlength=len(self.labels))
         if without := [name for name, count in zip(self.labels, times, strict=True) if not count]:
             rank_zero_warn(f"train: no image of {', '.join(without)}")
-        warn_of_shared({"train": train.paths, "val": val.paths, "test": test.paths}, "images")
         self.splits = {
-            "train": ImageFiles(train, self.train_transform()),
-            "val": ImageFiles(val, self.eval_transform()),
-            "test": ImageFiles(test, self.eval_transform()),
+            name: ImageFiles(listing, self.train_transform() if name == "train" else self.eval_transform())
+            for name, listing in listings.items()
         }
 
     def sources(self) -> list[str]:
@@ -125,10 +119,15 @@ class ImageFolder(StreamedImages):
         super().__init__(**kwargs)
         self.root = Path(root)
 
-    def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
-        """List the folder of a split."""
-        folder = self.root / split
-        return None if split == "test" and not folder.is_dir() else read_folder(folder, classes)
+    @property
+    def lists(self) -> dict[str, Path | None]:
+        """The folder of each split."""
+        folders = {split: self.root / split for split in ("train", "val", "test")}
+        return folders if folders["test"].is_dir() else folders | {"test": None}
+
+    def read(self, source: Path, classes: list[str] | None) -> Listing:
+        """List a folder."""
+        return read_folder(source, classes)
 
 
 class ImageList(StreamedImages):
@@ -155,13 +154,12 @@ class ImageList(StreamedImages):
     ):
         super().__init__(**kwargs)
         self.root = root
-        self.files = {"train": train, "val": val, "test": test}
+        self.lists = {"train": train, "val": val, "test": test}
         self.class_names = class_names
 
-    def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
-        """Read the list of a split."""
-        file = self.files[split]
-        return None if file is None else read_lst(file, self.root, classes or self.class_names)
+    def read(self, source: str | Path, classes: list[str] | None) -> Listing:
+        """Read a list."""
+        return read_lst(source, self.root, classes or self.class_names)
 
 
 class ImageManifest(StreamedImages):
@@ -185,11 +183,10 @@ class ImageManifest(StreamedImages):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.files = {"train": train, "val": val, "test": test}
+        self.lists = {"train": train, "val": val, "test": test}
         self.root = root
         self.label_attribute = label_attribute
 
-    def list_split(self, split: str, classes: list[str] | None) -> Listing | None:
-        """Read the manifest of a split."""
-        file = self.files[split]
-        return None if file is None else read_image_manifest(file, self.root, self.label_attribute, classes)
+    def read(self, source: str | Path, classes: list[str] | None) -> Listing:
+        """Read a manifest."""
+        return read_image_manifest(source, self.root, self.label_attribute, classes)
