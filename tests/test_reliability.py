@@ -567,8 +567,7 @@ def test_no_process_waits_for_a_first_process_that_cannot_save_the_batch(tmp_pat
     monkeypatch.setattr(StopOnNonFiniteLoss, "keep", full)
     finite, waited = StopOnNonFiniteLoss(), []
     finite.on_train_start(None, None)
-    finite.losses.append(torch.tensor(torch.nan))
-    finite.seen.append({"step": 1})
+    finite.seen.append((torch.tensor(torch.nan), {"step": 1}))
     strategy = SimpleNamespace(barrier=waited.append)
     with pytest.raises(OSError, match="No space left"):
         finite.look(SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, strategy=strategy))
