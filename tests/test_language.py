@@ -557,7 +557,7 @@ def test_uniform_predictions_have_the_known_bits_per_byte_and_perplexity():
     task = model()
     nn.init.zeros_(task.network.wte.weight)
     task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
-    task.evaluation_step(batch_of("abc", "de"))
+    task.judge(batch_of("abc", "de"))
     found = task.nll.compute()
     assert found["bits_per_byte"] == pytest.approx(math.log2(260))
     assert found["loss"] == pytest.approx(math.log(260))
@@ -623,7 +623,7 @@ def test_an_evaluation_batch_does_not_make_training_compile_dynamic_sizes(monkey
     trained = SimpleNamespace(datamodule=SimpleNamespace(**task.facts), strategy=strategy, accumulate_grad_batches=1)
     task.trainer = trained
     task.setup("fit")
-    for size, step in ((2, task.evaluation_step), (5, lambda batch: task.training_step(batch, 0))):
+    for size, step in ((2, task.judge), (5, lambda batch: task.training_step(batch, 0))):
         before = len(seen)
         step(batch_of(*["abcdefghijklmnop"] * size))
         assert len(seen) > before
@@ -742,7 +742,7 @@ def test_the_runner_computes_the_same_bits_per_byte_as_the_task(exported):
     batch = batch_of("abcdefghijklmnopq", "xyz", "über")
     task.nll = TokenNLL(16, torch.tensor([len(spelling) for spelling in task.tokenizer.spelling]))
     with torch.no_grad():
-        task.evaluation_step(batch)
+        task.judge(batch)
     expected = task.nll.compute()["bits_per_byte"].item()
     for one in runners(served, path):
         assert task.evaluate(one, [batch]) == pytest.approx(expected, rel=1e-4)

@@ -96,7 +96,7 @@ def test_a_training_loss_is_counted_by_its_number_of_real_tokens():
 def judged(task, *pairs):
     """Evaluate these pairs and return the mean loss and the accuracy of the evaluation so far."""
     task.translate, task.runner = lambda *_: {}, lambda *_: None
-    task.evaluation_step(batch_of(*pairs), 1)
+    task.judge(batch_of(*pairs), 1)
     return task.nll.compute().item(), task.accuracy.compute().item()
 
 
@@ -125,7 +125,7 @@ def test_the_loss_is_reset_between_evaluations(monkeypatch):
 
 def test_validation_decodes_greedily_and_test_and_predict_use_the_beam():
     task, seen = translator(beam=3), []
-    task.evaluation_step = lambda batch, beam: seen.append(beam)
+    task.judge = lambda batch, beam: seen.append(beam)
     task.validation_step(None, 0)
     task.test_step(None, 0)
     task.runner, task.translate = lambda batch, beam: seen.append(beam), lambda *_: {}

@@ -127,7 +127,7 @@ class LanguageModel(Task):
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.network.output, after, self.nll_and_gradient)
         return self.log_train_loss(loss, len(after))
 
-    def evaluation_step(self, batch: Int[Tensor, "B U"]) -> None:
+    def judge(self, batch: Int[Tensor, "B U"]) -> None:
         """Add the nats of every token of a batch."""
         after = batch[:, 1:]
         logits = self(batch[:, :-1].clamp(min=0)).float()
@@ -150,7 +150,7 @@ class LanguageModel(Task):
 
     def validation_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Score every token."""
-        self.evaluation_step(batch)
+        self.judge(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores and, in a fit, a text sample to TensorBoard, from the first device and unless sharded."""
@@ -167,7 +167,7 @@ class LanguageModel(Task):
 
     def test_step(self, batch: Int[Tensor, "B U"], batch_index: int) -> None:
         """Score every token, and keep the first sentence for the attention figure."""
-        self.evaluation_step(batch)
+        self.judge(batch)
         self.sentence = self.sentence or batch[0, :-1][:SHOWN].clamp(min=0).tolist()
 
     def on_test_epoch_end(self) -> None:

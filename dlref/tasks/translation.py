@@ -163,7 +163,7 @@ class Translator(Task):
         loss = F.cross_entropy(logits, after.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing)
         return self.log_train_loss(loss, (after != PAD).sum())
 
-    def evaluation_step(self, batch, beam: int) -> None:
+    def judge(self, batch, beam: int) -> None:
         """Score the likelihood and accuracy of the true tokens, and translate without them."""
         logits, after = self(batch, batch.target[:, :-1]).float(), batch.target[:, 1:]
         real = after != PAD
@@ -191,7 +191,7 @@ class Translator(Task):
 
     def validation_step(self, batch, batch_index: int) -> None:
         """Translate greedily."""
-        self.evaluation_step(batch, beam=1)
+        self.judge(batch, beam=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the epoch."""
@@ -199,7 +199,7 @@ class Translator(Task):
 
     def test_step(self, batch, batch_index: int) -> None:
         """Translate by beam search."""
-        self.evaluation_step(batch, self.beam)
+        self.judge(batch, self.beam)
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the split."""
