@@ -221,11 +221,6 @@ def _to_listing(
         raise UserError(f"{source}: classes {shorten(given)}; expected names that differ")
     classes = classes or [names.get(i) or _number(i, given) for i in range(_count_classes(source, records))]
     kind, first, paths = type(records[0].label), {}, []
-    if kind is list and (without := [i for i in names if i >= len(classes)]):
-        raise UserError(
-            f"{source}: class {without[0]}, {shorten(names[without[0]])}: labels have {len(classes)} values; "
-            "expected one for each class, or lists of class ids whose metadata have a type ending in -multilabel"
-        )
     for line, path, label in records:
         where = f"{source}:{line}"
         if type(label) is not kind:
@@ -238,6 +233,11 @@ def _to_listing(
         before, other = first.setdefault(os.path.normpath(path), (line, label))
         if other != label:
             raise UserError(f"{where}: {path}: label {shorten(label)}; expected {shorten(other)}, as in line {before}")
+    if kind is list and (without := [i for i in names if i >= len(classes)]):
+        raise UserError(
+            f"{source}: class {without[0]}, {shorten(names[without[0]])}: labels have {len(classes)} values; "
+            "expected one for each class, or lists of class ids whose metadata have a type ending in -multilabel"
+        )
     labels = [record.label for record in records]
     targets = _multi_hot(labels, len(classes)) if kind is set else torch.tensor(labels)
     return Listing(paths, targets.float() if targets.ndim == 2 else targets, classes)

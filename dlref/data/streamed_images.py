@@ -1,6 +1,6 @@
 """Image classification data sets whose images are decoded by worker processes, batch by batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -46,6 +46,8 @@ class StreamedImages(ImageClassificationData):
     """
 
     decoded_singly = True
+    # What `read` reads for "train", "val" and "test"; None for "test": the validation images serve for both.
+    lists: Mapping[str, str | Path | None]
 
     def __init__(
         self,
