@@ -623,6 +623,19 @@ def test_forecasts_of_counts_are_whole_numbers(runner):
     assert (counts.paths(Past(*map(np.stack, zip(*pasts, strict=True))), 4) == 7).all()
 
 
+def test_forecasts_of_whole_changes_keep_the_fraction_of_the_level(runner):
+    """Such as a meter that counts up from 0.5."""
+
+    def encode(target, **_):
+        return {"scale": np.full(len(target), 0.3, np.float32), "state": np.zeros((1, len(target), 1), np.float32)}
+
+    whole = runner.metadata | {"whole_numbers": True, "differenced": True}
+    counts = make_runner("forecasting", {"encode": encode, "step": Sevens()}, whole)
+    past = counts.past(instance(target=[*instance()["target"][:-1], 1739.5]), "here")
+    (paths,) = counts.paths(Past(*(part[None] for part in past)), 4)
+    assert (paths == 1739.5 + 7 * np.arange(1, counts.horizon + 1)).all()
+
+
 def test_another_seed_draws_other_paths(runner):
     one, same, other = (
         runner({"instances": [instance()], "configuration": {"seed": seed}})["predictions"][0]["mean"]

@@ -91,6 +91,42 @@ def test_a_gpt2_tokeniser_file_is_read(tmp_path):
     assert ours.spelling[ours.end] == b""
 
 
+def unregistered(known):
+    """Make the end token an ordinary entry of the vocabulary, as in files made of GPT-2's vocab.json and merges.txt."""
+    (end,) = known.pop("added_tokens")
+    known["model"]["vocab"][end["content"]], known["added_tokens"] = end["id"], []
+
+
+def added_plainly(known):
+    """Register the end token without marking it as special."""
+    known["added_tokens"][0]["special"] = False
+
+
+@pytest.mark.parametrize("change", [unregistered, added_plainly])
+def test_an_end_token_that_is_not_special_has_no_bytes_either(tmp_path, change):
+    ours = make_tokenizer(tokenizer_of(str(changed_file(tmp_path, change)), [], 0))
+    assert ours.spelling[ours.end] == b""
+    assert ours.encode("A dog") == gpt2_like(tmp_path / "other.json").encode("A dog").ids
+
+
+def test_a_special_end_token_goes_before_an_ordinary_one(tmp_path):
+    def change(known):
+        known["model"]["vocab"]["</s>"] = known["added_tokens"][0]["id"]
+        known["added_tokens"][0]["id"] += 1
+
+    ours = make_tokenizer(tokenizer_of(str(changed_file(tmp_path, change)), [], 0))
+    assert ours.tokenizer.id_to_token(ours.end) == "<|endoftext|>"
+    assert ours.spelling[ours.end - 1] == b"</s>"
+
+
+def test_a_text_always_has_the_same_tokens_even_with_dropout_in_the_tokeniser_file(tmp_path):
+    def change(known):
+        known["model"]["dropout"] = 0.5
+
+    ours = make_tokenizer(tokenizer_of(str(changed_file(tmp_path, change)), [], 0))
+    assert len({tuple(ours.encode("The cat sat on the mat")) for _ in range(20)}) == 1
+
+
 def renamed(model, letter, other):
     """Remove one of the byte tokens from a model's vocabulary."""
     model["vocab"][other] = model["vocab"].pop(letter)
@@ -456,6 +492,16 @@ def test_make_tokens_reports_failures_in_one_line_and_leaves_no_files(tmp_path, 
     assert main(arguments) == 2
     assert "expected a folder to write to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_make_tokens_warns_of_texts_that_are_in_both_splits(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("abc")
+    both = ["--train", str(tmp_path / "*.txt"), "--val", str(tmp_path / "b.txt"), "--tokenizer", "byte"]
+    with pytest.warns(UserWarning, match="^val: 1 of 1 texts are among those of train"):
+        assert main([str(tmp_path / "out"), *both]) == 0
+    both[1] = str(tmp_path / "a.txt")
+    assert main([str(tmp_path / "out"), *both]) == 0
 
 
 def test_make_tokens_leaves_an_existing_output_folder_in_place_when_it_fails(tmp_path, capsys):

@@ -30,6 +30,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.attention import draw_attention, heat_map
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.decoding import beam_search
+from dlref.runtime.runner import plain
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
 from dlref.tasks import EMA, Translator
 from dlref.tasks.translation import WIDEST, bleu, chrf, exact_match
@@ -128,9 +129,17 @@ def test_validation_decodes_greedily_and_test_and_predict_use_the_beam():
     task.judge = lambda batch, beam: seen.append(beam)
     task.validation_step(None, 0)
     task.test_step(None, 0)
-    task.runner, task.translate = lambda batch, beam: seen.append(beam), lambda *_: {}
-    task.predict_step(None, 0)
+    task.runner = lambda batch, beam: seen.append(beam) or (lambda texts: [])
+    task.predict_step(batch_of(*PAIRS), 0)
     assert seen == [1, 3, 3]
+
+
+def test_predict_marks_cut_sources_and_outputs_without_an_end_like_the_bundle():
+    task = translator(too_long="truncate", longest=5)
+    torch.nn.init.constant_(task.network.output.bias[END], -100.0)  # never ends
+    found = task.predict_step(batch_of(("abcdefgh", "a"), ("ab", "a")), 0)
+    assert [(answer.get("truncated"), answer["ended"]) for answer in found] == [(True, False), (None, False)]
+    assert found == [plain(answer) for answer in task.runner(batch_of(("a", "a")), task.beam)(["abcdefgh", "ab"])]
 
 
 def test_the_evaluation_loss_ignores_label_smoothing():

@@ -30,16 +30,19 @@ def program(language: str) -> str:
     return code
 
 
-@pytest.fixture
-def place(tmp_path):
+@pytest.fixture(params=[None])
+def place(tmp_path, request):
     """A folder with a bundle for the web and an image, and the runner's prediction for the image."""
-    export(classifier().eval(), Pixels(), TARGETS["web"], tmp_path / "bundles/NAME", contenders=())
+    task, data = classifier().eval(), Pixels()
+    task.facts["crop"] = data.crop = request.param
+    export(task, data, TARGETS["web"], tmp_path / "bundles/NAME", contenders=())
     picture = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     (tmp_path / "picture.raw").write_bytes(picture.tobytes())
     return tmp_path, load(tmp_path / "bundles/NAME")(picture)
 
 
+@pytest.mark.parametrize("place", [None, 0.5], indirect=True)
 def test_the_python_program_in_the_docs_predicts_like_the_runner(place):
     folder, answer = place
     run = subprocess.run(

@@ -103,13 +103,17 @@ class BytePairs:
         self.tokenizer, self.exact = Tokenizer.from_str(model), exact
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        if getattr(self.tokenizer.model, "dropout", None):
+            self.tokenizer.model.dropout = None  # it leaves out merges at random: a text would have various tokens
         numbers = [self.tokenizer.token_to_id(token) for token in SPECIAL]
         if not exact and numbers != list(range(len(SPECIAL))):
             raise UserError(f"tokeniser of byte pairs: expected {' '.join(SPECIAL)} as its first tokens")
         ends = [number for token in self.ends if (number := self.tokenizer.token_to_id(token)) is not None]
         if not ends:
             raise UserError(f"tokeniser of byte pairs: no token that ends a text; expected {' or '.join(self.ends)}")
-        self.end = ends[0]
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = [number for number in ends if number in added and added[number].special]
+        self.end = (special or ends)[0]  # an ordinary token such as </s> may come from pages in HTML
         self.tokenizer.encode_special_tokens = True  # a special token's name in a text is plain text
 
     def __len__(self) -> int:
@@ -139,11 +143,11 @@ class BytePairs:
 
     @cached_property
     def spelling(self) -> list[bytes]:
-        """The bytes of each token; empty for special tokens. Raises UserError if a token is not made of bytes."""
+        """The bytes of each token; empty for special tokens and the end. Raises UserError for a token not of bytes."""
         added = self.tokenizer.get_added_tokens_decoder()
         names = {number: name for name, number in self.tokenizer.get_vocab().items()}
         try:
-            return [
+            found = [
                 added[number].content.encode() * (not added[number].special)
                 if number in added
                 else bytes(BYTES[letter] for letter in names[number])
@@ -151,6 +155,8 @@ class BytePairs:
             ]
         except KeyError as error:
             raise UserError(f"tokeniser of byte pairs: {error} in its vocabulary; expected GPT-2's bytes") from None
+        found[self.end] = b""  # even if it is not special: a text that contains it is refused
+        return found
 
 
 # Letters for bytes in a vocabulary of byte pairs; printable bytes stand for themselves (GPT-2, encoder.py).

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from dlref.models.seq2seq import Memory
 from dlref.runtime import UserError
 from dlref.runtime.decoding import Hypothesis
+from dlref.runtime.runner import plain
 from dlref.runtime.runners.translation import Runner
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
@@ -206,9 +207,8 @@ class Translator(Task):
         self.log_evaluation("test")
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
-        """Return predictions as the bundle's runner does."""
-        translated = self.translate(self.runner(batch, self.beam), batch)
-        return [{"target": one.text, "log_probability": one.found.log_probability} for one in translated]
+        """Return the predictions of the bundle's runner."""
+        return list(map(plain, self.runner(batch, self.beam)(list(batch.sources))))
 
     # The contract with the export step
 

@@ -35,7 +35,7 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
             raise UserError(
                 f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
                 f"{shortened(own)}; expected the same (for texts, set data.init_args.tokenizer to the run's folder), "
-                "or a different number of them"
+                f"or a different number of them and of rows of the network's {layer}"
             )
 
 

@@ -288,9 +288,9 @@ class Runner(Base):
             )
             paths[:, :, time], state = answer["value"], answer["next_state"]
         paths *= scale[:, None, None]
-        if self.metadata["differenced"]:
-            paths = past.last[:, None, None] + paths.cumsum(axis=2)
-        return np.rint(paths) if self.metadata["whole_numbers"] else paths
+        if self.metadata["whole_numbers"]:  # changes are, even if the level is not
+            paths = np.rint(paths)
+        return past.last[:, None, None] + paths.cumsum(axis=2) if self.metadata["differenced"] else paths
 
     def noise(self, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """Return uniform numbers float32 (S, H, U) for a series, which depend only on its values and a seed.

@@ -193,7 +193,8 @@ class Runner(Base):
             answer["ended"] = False
         if sentence.matrix:
             answer["matrix"] = attention.tolist()
-        tokens = {"tokens": np.array(found.tokens), "source_tokens": np.array(sentence.tokens)}
+        numbers = {"tokens": found.tokens, "source_tokens": sentence.tokens}
+        tokens = {name: np.array(given, np.int64) for name, given in numbers.items()}  # also if there are none
         return answer | tokens | {"attention": attention}
 
     def search(self, sources: list[list[int]]) -> list[Hypothesis]:
