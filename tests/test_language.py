@@ -109,7 +109,7 @@ def test_an_end_token_that_is_not_special_has_no_bytes_either(tmp_path, change):
     assert ours.encode("A dog") == gpt2_like(tmp_path / "other.json").encode("A dog").ids
 
 
-def test_a_special_end_token_goes_before_an_ordinary_one(tmp_path):
+def test_an_ordinary_token_of_html_does_not_end_texts(tmp_path):
     def change(known):
         known["model"]["vocab"]["</s>"] = known["added_tokens"][0]["id"]
         known["added_tokens"][0]["id"] += 1
@@ -117,6 +117,13 @@ def test_a_special_end_token_goes_before_an_ordinary_one(tmp_path):
     ours = make_tokenizer(tokenizer_of(str(changed_file(tmp_path, change)), [], 0))
     assert ours.tokenizer.id_to_token(ours.end) == "<|endoftext|>"
     assert ours.spelling[ours.end - 1] == b"</s>"
+
+    def without_special(known):
+        change(known)
+        unregistered(known)
+
+    ours = make_tokenizer(tokenizer_of(str(changed_file(tmp_path, without_special)), [], 0))
+    assert ours.tokenizer.id_to_token(ours.end) == "<|endoftext|>"
 
 
 def test_a_text_always_has_the_same_tokens_even_with_dropout_in_the_tokeniser_file(tmp_path):
@@ -498,7 +505,7 @@ def test_make_tokens_warns_of_texts_that_are_in_both_splits(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("abc")
     both = ["--train", str(tmp_path / "*.txt"), "--val", str(tmp_path / "b.txt"), "--tokenizer", "byte"]
-    with pytest.warns(UserWarning, match="^val: 1 of 1 texts are among those of train"):
+    with pytest.warns(UserWarning, match="^val: 1 of 1 files are among those of train"):
         assert main([str(tmp_path / "out"), *both]) == 0
     both[1] = str(tmp_path / "a.txt")
     assert main([str(tmp_path / "out"), *both]) == 0

@@ -129,17 +129,26 @@ def test_validation_decodes_greedily_and_test_and_predict_use_the_beam():
     task.judge = lambda batch, beam: seen.append(beam)
     task.validation_step(None, 0)
     task.test_step(None, 0)
-    task.runner = lambda batch, beam: seen.append(beam) or (lambda texts: [])
-    task.predict_step(batch_of(*PAIRS), 0)
+    task.runner, task.translate = lambda batch, beam: seen.append(beam), lambda *_: []
+    task.predict_step(None, 0)
     assert seen == [1, 3, 3]
 
 
 def test_predict_marks_cut_sources_and_outputs_without_an_end_like_the_bundle():
     task = translator(too_long="truncate", longest=5)
     torch.nn.init.constant_(task.network.output.bias[END], -100.0)  # never ends
-    found = task.predict_step(batch_of(("abcdefgh", "a"), ("ab", "a")), 0)
-    assert [(answer.get("truncated"), answer["ended"]) for answer in found] == [(True, False), (None, False)]
-    assert found == [plain(answer) for answer in task.runner(batch_of(("a", "a")), task.beam)(["abcdefgh", "ab"])]
+    batch = batch_of(("abcd", "a"), ("abcd", "a"), ("ab", "a"))
+    texts = ["abcdefgh", "abcd", "ab"]  # the first is cut, the second just fits
+    found = task.predict_step(batch._replace(sources=texts), 0)
+    assert [(one.get("truncated"), one["ended"]) for one in found] == [(True, False), (None, False), (None, False)]
+    assert found == [plain(answer) for answer in task.runner(batch, task.beam)(texts)]
+
+
+def test_an_empty_translation_has_whole_numbers_for_tokens():
+    task = translator()
+    torch.nn.init.constant_(task.network.output.bias[END], 100.0)  # ends at once
+    answer = task.runner(batch_of(*PAIRS), 1)("ab")
+    assert (answer["target"], answer["tokens"].dtype, answer["tokens"].shape) == ("", np.int64, (0,))
 
 
 def test_the_evaluation_loss_ignores_label_smoothing():

@@ -19,29 +19,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dlref.data.files import warn_of_shared
-from dlref.data.tokens import rows_of, texts_of, tokenizer_of, unknown_in
+from dlref.data.tokens import files_of, rows_of, texts_of, tokenizer_of, unknown_in
 from dlref.runtime.arguments import Parser, exit_code, positive
 from dlref.runtime.errors import UserError
 from dlref.runtime.text import make_tokenizer
 
 
-def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> list[str]:
-    """Write texts as tokens, print the number of tokens, and return the names of the texts."""
+def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
+    """Write texts as tokens and print the number of tokens."""
     count = unknown = 0
-    names = []
-
-    def contents() -> Iterator[str]:
-        for name, text in texts:
-            names.append(name)
-            yield text
-
     with path.open("wb") as file:
-        for row in rows_of(contents(), tokenizer):
+        for row in rows_of((text for _, text in texts), tokenizer):
             row.tofile(file)
             count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
     strange = f", {unknown} of them for characters that are not in the vocabulary" if unknown else ""
     print(f"{path.stem}: {count} tokens{strange}")
-    return names
 
 
 def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
@@ -80,11 +72,11 @@ def make(asked: argparse.Namespace) -> None:
             texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
             described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
             tokenizer = make_tokenizer(described)
-            names = {
-                split: write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), tokenizer)
-                for split, pattern in (("train", asked.train), ("val", asked.val))
-            }
-            warn_of_shared({"test": (), **names}, "texts")
+            patterns = {"train": asked.train, "val": asked.val}
+            for split, pattern in patterns.items():
+                write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), tokenizer)
+            files = {split: map(str, files_of(pattern)) for split, pattern in patterns.items()}
+            warn_of_shared({"test": (), **files}, "files")
             Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)

@@ -31,18 +31,23 @@ PIECE = 1 << 20  # characters encoded at once
 # Texts
 
 
-def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and texts of all files that match a pattern such as 'books/**/*.txt', in order.
-
-    A file is one text; in a .jsonl file, gzipped or not, each line is one, under `text`. Raises UserError; for an
-    undecodable byte, the message gives its offset in the file or in the line.
-    """
+def files_of(pattern: str) -> list[Path]:
+    """Return all files that match a pattern such as 'books/**/*.txt', in order. Raises UserError if there are none."""
     paths = [Path(pattern)]
     if not paths[0].is_file():  # a file name may contain brackets, too
         paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"{pattern}: no such file; expected the name of a text, or a pattern such as 'texts/**/*.txt'")
-    for path in paths:
+    return paths
+
+
+def texts_of(pattern: str) -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of all files that match a pattern, in order.
+
+    A file is one text; in a .jsonl file, gzipped or not, each line is one, under `text`. Raises UserError; for an
+    undecodable byte, the message gives its offset in the file or in the line.
+    """
+    for path in files_of(pattern):
         if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
             yield str(path), read_whole(path)
             continue

@@ -113,7 +113,7 @@ class BytePairs:
             raise UserError(f"tokeniser of byte pairs: no token that ends a text; expected {' or '.join(self.ends)}")
         added = self.tokenizer.get_added_tokens_decoder()
         special = [number for number in ends if number in added and added[number].special]
-        self.end = (special or ends)[0]  # an ordinary token such as </s> may come from pages in HTML
+        self.end = special[0] if special else ends[-1]  # an ordinary </s> may come from pages in HTML
         self.tokenizer.encode_special_tokens = True  # a special token's name in a text is plain text
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ class BytePairs:
             ]
         except KeyError as error:
             raise UserError(f"tokeniser of byte pairs: {error} in its vocabulary; expected GPT-2's bytes") from None
-        found[self.end] = b""  # even if it is not special: a text that contains it is refused
+        found[self.end] = b""  # even if it is not special: a text that is encoded with it is refused
         return found
 
 

@@ -20,7 +20,7 @@ from dlref.models.seq2seq import Memory
 from dlref.runtime import UserError
 from dlref.runtime.decoding import Hypothesis
 from dlref.runtime.runner import plain
-from dlref.runtime.runners.translation import Runner
+from dlref.runtime.runners.translation import Runner, Sentence
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.task import Task
@@ -207,8 +207,12 @@ class Translator(Task):
         self.log_evaluation("test")
 
     def predict_step(self, batch, batch_index: int) -> list[dict]:
-        """Return the predictions of the bundle's runner."""
-        return list(map(plain, self.runner(batch, self.beam)(list(batch.sources))))
+        """Return predictions as the bundle's runner does, of the data's own tokens."""
+        runner, longest, answers = self.runner(batch, self.beam), self.facts["longest"], []
+        for one in self.translate(runner, batch):
+            cut = len(one.tokens) == longest <= len(runner.source.encode(one.source))  # with END, only these can be
+            answers.append(plain(runner.prediction(Sentence(one.tokens, cut), one.found)))
+        return answers
 
     # The contract with the export step
 
