@@ -403,8 +403,8 @@ def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
     """Return the mean absolute value of the observed context, or of the last value if there is none; 1 if that is 0.
 
-    This is GluonTS's scale, which is 1e-10 if the context is 0, and the batch's mean scale if nothing is observed. The
-    paper's is 1 + the mean (section 3.3), which can be 0 if values are negative.
+    This is GluonTS's scale except in the last two cases: there it has the batch's mean scale if nothing is observed,
+    and 1e-10 instead of 0. The paper's is 1 + the mean (section 3.3), which can be 0 if values are negative.
     """
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
     mean = mean.where(observed.any(1), target[:, -1].abs())  # missing values repeat the last one
