@@ -31,7 +31,7 @@ from benchmarks.rows import DEVICE, TURNS, Row, Rows, finish, run
 from dlref.cli import build
 from dlref.tasks.task import Task
 from dlref.training.checkpoints import Last
-from dlref.training.devices import UnevenEvaluation, fast_steps
+from dlref.training.devices import fast_steps
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.profile import Unprofiled
 from dlref.training.progress import Progress
@@ -128,7 +128,6 @@ def under_trainer(
                 EndAtSigterm(),
                 bar(console_kwargs={"file": nowhere, "force_terminal": True}),
                 StopOnNonFiniteLoss(),
-                UnevenEvaluation(),
                 ModelCheckpoint(folder, "best", None, save_on_train_epoch_end=False),
                 Last(minutes=10),
                 clock,

@@ -28,6 +28,7 @@ from dlref.config import (
     check_evaluation,
     check_fit,
     check_parts,
+    check_sharding,
     check_trainer,
     enums_as_text,
     no_other_configs,
@@ -39,7 +40,7 @@ from dlref.runtime.runner import plain
 from dlref.tasks.task import Task
 from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO, make_resumable
 from dlref.training.debug import PRESET, Overfit
-from dlref.training.devices import UnevenEvaluation, fast_steps, lost_another, warn_of_slow_bfloat16
+from dlref.training.devices import fast_steps, lost_another, warn_of_slow_bfloat16
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.preflight import Preflight
 from dlref.training.profile import PRESET as PROFILE
@@ -159,6 +160,7 @@ class TrainCLI(LightningCLI):
         self.profile = options.profile
         if self.profile:
             self.prepare_profile()
+        check_sharding(options)
         if self.records and options.final_test and options.trainer.limit_test_batches == 0:
             raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
 
@@ -250,7 +252,6 @@ class TrainCLI(LightningCLI):
         self.last = Last(self.options.checkpoint_minutes)
         self.trainer_defaults["callbacks"] += [
             StopOnNonFiniteLoss(),
-            UnevenEvaluation(),
             BestCheckpoint(self.run / "checkpoints", best.metric, best.mode),
             self.last,  # after BestCheckpoint: last.ckpt records the best score
             Preflight(best.metric, self.claim, self.options.final_test),

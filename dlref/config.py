@@ -16,10 +16,12 @@ from pathlib import Path
 from pydoc import locate
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.enums import LightningEnum
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dlref.runtime import UserError
 
@@ -163,6 +165,25 @@ def check_fit(options) -> None:
         raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
     if schedule := options.model.init_args.get("lr_scheduler"):
         check_schedule(schedule.class_path)
+
+
+def check_sharding(options) -> None:
+    """Refuse parts of a fit that need the whole network, if each device holds a part of it. Raises UserError."""
+    strategy = options.trainer.strategy
+    if not isinstance(strategy, Namespace) or not issubclass(locate(strategy.class_path), ModelParallelStrategy):
+        return
+    task, callbacks = options.model.class_path, [one.class_path for one in options.trainer.callbacks or []]
+    wrong = [
+        *(path for path in [task] if locate(path).configure_model is LightningModule.configure_model),
+        *(path for path in callbacks if issubclass(locate(path), WeightAveraging)),
+        *(["--final_test true"] if options.final_test else []),
+        *(["save_distributed_checkpoint true"] if strategy.init_args.save_distributed_checkpoint else []),
+    ]
+    if wrong:
+        raise UserError(
+            f"trainer.strategy: {strategy.class_path} with {', '.join(wrong)}; expected a task that shards its network,"
+            " no weight averaging, no final test, and checkpoints in one file (save_distributed_checkpoint false)"
+        )
 
 
 def check_evaluation(options) -> None:

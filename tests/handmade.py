@@ -47,6 +47,7 @@ SIGNATURE = {
     "outputs": [{"name": "probability", "type": "float32", "shape": ["batch", 2]}],
     "dynamic_axes": {"image": {"0": "batch", "1": "height", "2": "width"}},
     "calls": 1,
+    "selected": [],
 }
 
 

@@ -107,7 +107,7 @@ def changed(folder, place, change):
 )
 def test_bench_reports_how_far_outputs_differ_from_the_recorded_answers(change, share, exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", change)
-    assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(share, rel=0.15)
+    assert bench.difference(folder, None, "CPUExecutionProvider") == pytest.approx(share, rel=0.15)
 
 
 def test_bench_reports_the_difference_of_the_output_that_differs_most(exported, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_bench_reports_the_difference_of_the_output_that_differs_most(exported, 
         return {"classify": answer}
 
     monkeypatch.setattr(bench, "open_graphs", with_sums)
-    assert bench.difference(folder, "CPUExecutionProvider") == pytest.approx(0.5 / 1.5, rel=1e-3)
+    assert bench.difference(folder, None, "CPUExecutionProvider") == pytest.approx(0.5 / 1.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_bench_reports_the_difference_of_the_output_that_differs_most(exported, 
 def test_recorded_answers_of_another_bundle_or_missing_answers_are_refused(answers, wrong, exported, tmp_path):
     folder = changed(exported[0], tmp_path / "bundle", lambda _: answers)
     with pytest.raises(UserError, match=rf"answers\.npz: {wrong}"):
-        bench.difference(folder, "CPUExecutionProvider")
+        bench.difference(folder, None, "CPUExecutionProvider")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,38 @@ def test_recorded_answers_of_another_bundle_or_missing_answers_are_refused(answe
 )
 def test_differing_returns_how_far_two_outputs_are_apart(found, known, share):
     assert bench.differing(np.array(found), np.array(known)) == share
+
+
+BOXES = np.array([[[10.0, 10, 50, 50, 0.9, 1], [200, 20, 260, 90, 0.8, 2], [5, 5, 9, 9, 0.5, 1], [0] * 6, [0] * 6]])
+
+
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [
+        (lambda rows: rows, 0),
+        (lambda rows: rows[:, [1, 0, 2, 3, 4]], 0),
+        (lambda rows: rows * (1 + 0.01 * (rows > 9)), 0.01 * 2 / 3),  # the third box has only small numbers
+        (lambda rows: rows * [[[1], [1], [0], [0], [0]]], 1 / 3),
+        (lambda rows: rows[:, [0, 1, 2, 0, 4]], 1 / 4),
+        (lambda rows: 10 * rows, 1),
+        (lambda rows: rows * np.nan, 1),
+        (lambda rows: 0 * rows, 1),
+    ],
+)
+def test_lists_of_boxes_differ_by_their_boxes_and_not_by_their_order(change, share):
+    assert bench.unmatched(change(BOXES), BOXES) == pytest.approx(share)
+
+
+def test_bench_compares_outputs_that_are_a_selection_in_any_order(exported, tmp_path, monkeypatch):
+    parts = {"boxes": BOXES[..., :4], "scores": BOXES[..., 4], "labels": BOXES[..., 5], "count": np.array([3])}
+    swapped = {name: array[:, [1, 0, 2, 3, 4]] if array.ndim > 1 else array for name, array in parts.items()}
+    folder = changed(exported[0], tmp_path / "bundle", lambda _: {f"classify/{name}": a for name, a in parts.items()})
+    monkeypatch.setattr(bench, "open_graphs", lambda *_: {"classify": lambda **_: swapped})
+    assert bench.difference(folder, None, "CPUExecutionProvider") > 0.5
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["graphs"]["classify"]["selected"] = list(parts)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert bench.difference(folder, None, "CPUExecutionProvider") == 0
 
 
 def test_bench_runs_without_torch_onnx_lightning_and_rich(exported):

@@ -1,6 +1,7 @@
 """Language modelling: texts as tokens, losses, parameter groups, graphs against PyTorch, generation at the edge."""
 
 import gzip
+import io
 import json
 import lzma
 import math
@@ -465,6 +466,13 @@ def test_tokens_of_up_to_65536_kinds_take_16_bits_and_others_32(tmp_path, monkey
             open_tokens(path, range(size))
 
 
+def saved(array):
+    """Return the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -472,6 +480,12 @@ def test_tokens_of_up_to_65536_kinds_take_16_bits_and_others_32(tmp_path, monkey
         (b"abc", "train.bin: 3 bytes; expected tokens of 2 bytes each"),
         (np.array([1, 2, 260, 3], np.uint16).tobytes(), "train.bin: token 2 is 260; expected 0 to 259"),
         (None, "train.bin: unreadable (No such file or directory)"),
+        (
+            saved(np.arange(4, 204, dtype=np.uint16)),
+            "a file of numpy.save; expected tokens of 16 bits and nothing",
+        ),
+        (np.arange(4, 204, dtype=np.int32).tobytes(), "train.bin: every second token is 0, as with 32 bits each"),
+        (np.arange(4, 204, dtype=np.int64).tobytes(), "train.bin: every second token is 0, as with 32 bits each"),
     ],
 )
 def test_a_broken_token_file_is_refused(tmp_path, content, complaint):

@@ -5,6 +5,7 @@ The modules of `tests/faults` repeat these tests many times and for all families
 
 import csv
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dlref.cli
 from dlref.cli import train
-from dlref.data.loader import TrainLoader
+from dlref.data.loader import Shuffled, StepSampler, TrainLoader
 from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
 from dlref.training.checkpoints import Interrupted, Last, SealedCheckpointIO
@@ -39,6 +40,7 @@ from tests.faults.families import differing, equal, fit_words, state_of, write_t
 pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+SHARDED = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": {"data_parallel_size": 2}}
 SHORT = {"trainer.max_epochs": "2", "trainer.limit_train_batches": "6", "trainer.enable_progress_bar": "false"}
 
 
@@ -290,7 +292,7 @@ def test_after_a_complete_epoch_a_resumed_run_starts_at_the_first_batch(monkeypa
         fit_loop=SimpleNamespace(restarted_on_epoch_end=False),
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
-        train_dataloader=SimpleNamespace(load_state_dict=told.append, sampler=SimpleNamespace(run=0)),
+        train_dataloader=SimpleNamespace(load_state_dict=told.append, sampler=StepSampler(Shuffled(6, 1))),
     )
     last.on_train_start(trainer, None)
     assert told == [{"taken": 0}]
@@ -852,6 +854,11 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
             },
             "trainer.strategy: spawn; expected ddp, which starts new processes",
         ),
+        (
+            {"trainer.strategy": json.dumps(SHARDED), "trainer.callbacks+": "dlref.tasks.EMA", "final_test": "true"},
+            f"{SHARDED['class_path']} with dlref.tasks.ImageClassifier, dlref.tasks.EMA, --final_test true, "
+            "save_distributed_checkpoint true; expected a task that shards its network",
+        ),
     ],
 )
 def test_unsupported_training_options_are_refused_in_one_line(options, words, tmp_path, capsys):
@@ -977,6 +984,16 @@ def test_resuming_within_an_epoch_of_another_length_is_refused(during, capsys):
     assert fit(run="mine") == os.EX_TEMPFAIL
     assert fit(run="mine", ckpt_path="last", trainer__limit_train_batches=5) == 2
     assert "the checkpoint is at batch 3 of 6, but an epoch now has 5" in capsys.readouterr().err
+
+
+def test_resuming_with_another_batch_size_is_refused_also_if_epochs_have_as_many_batches(tmp_path, capsys):
+    write_text_file(tmp_path)
+    words = [str(word) for word in arguments("language modelling", tmp_path / "mine", 1)]
+    assert train(words) == 0
+    words += ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    assert train([*words, "--data.init_args.batch_size", "8"]) == 2
+    expected = "batch_size times devices: 8, the checkpoint has 4; expected the same batch size and devices"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("averaged", [False, True])

@@ -19,7 +19,7 @@ from dlref.cli import build
 from dlref.data.loader import sent
 from dlref.tasks import EMA
 from dlref.training.checkpoints import Last
-from dlref.training.devices import UnevenEvaluation, fast_steps
+from dlref.training.devices import fast_steps
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.progress import Progress
 
@@ -138,7 +138,7 @@ def trained(config, folder, callbacks, **options):
         gradient_clip_val=1,
         precision="bf16-mixed",
         logger=False,
-        callbacks=[*callbacks, EMA(0.5), StopOnNonFiniteLoss(), UnevenEvaluation(), Last(10), Progress()],
+        callbacks=[*callbacks, EMA(0.5), StopOnNonFiniteLoss(), Last(10), Progress()],
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,

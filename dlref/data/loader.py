@@ -32,7 +32,12 @@ ORDER, SAMPLES, STEP = range(3)  # purposes of a seed: draw a batch's samples; d
 
 
 class Order(Protocol):
-    """The samples that make up the batches of an epoch. The devices share each batch."""
+    """The samples that make up the batches of an epoch, up to `batch_size` (or its tokens) in each.
+
+    The devices share each batch.
+    """
+
+    batch_size: int
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -123,7 +128,7 @@ class StepSampler(Sampler[tuple[int, Tensor]]):
         generator = torch.Generator().manual_seed(self.seed(ORDER))
         for number, samples in enumerate(self.order.draw(generator)):
             if number >= first:
-                yield self.seed(SAMPLES, number, self.rank), samples[self.rank :: self.devices]
+                yield self.seed(SAMPLES, number, self.rank), samples[self.rank :: self.devices].contiguous()
 
 
 class SeededBatches(Dataset):

@@ -235,7 +235,7 @@ class TokenBatches:
     """
 
     def __init__(self, source: Int[Tensor, "N"], target: Int[Tensor, "N"], tokens: int, devices: int = 1):
-        self.source, self.target = source, target
+        self.source, self.target, self.batch_size = source, target, tokens
         self.cuts = [0]
         widths = self.width(self.order(torch.arange(len(source))))
         for place, width in enumerate(widths.tolist()):

@@ -26,6 +26,7 @@ from dlref.runtime.text import UNKNOWN, check_unicode
 TRAINED = get_args(Exact)  # tokenisers that are made from the training text
 BLOCK = 1 << 24  # tokens processed at once
 PIECE = 1 << 20  # characters encoded at once
+HEAD = 64  # first tokens of a file, which show its layout
 
 
 # Texts
@@ -143,7 +144,7 @@ class RandomStarts:
 
 
 def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
-    """Return the tokens of a .bin file, memory-mapped, after checking their range. Raises UserError."""
+    """Return the tokens of a .bin file, memory-mapped, after checking layout and range. Raises UserError."""
     kind = np.dtype(width(tokenizer))
     try:
         size = path.stat().st_size
@@ -153,6 +154,7 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
         tokens = np.memmap(path, kind, mode="c")
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror}); expected a file of tokens") from None
+    check_layout(path, tokens[:HEAD])
     for start in range(0, len(tokens), BLOCK):
         block = tokens[start : start + BLOCK]
         if block.min() < 0 or block.max() >= len(tokenizer):
@@ -160,3 +162,14 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
             known = f"expected 0 to {len(tokenizer) - 1}, the tokens of its tokeniser"
             raise UserError(f"{path}: token {start + wrong} is {block[wrong]}; {known}")
     return torch.from_numpy(tokens)
+
+
+def check_layout(path: Path, head: Integer[np.ndarray, "N"]) -> None:
+    """Refuse a file whose first tokens look like another layout: in a large vocabulary, any bytes are tokens."""
+    bits, found = 8 * head.itemsize, None
+    if head.tobytes().startswith(b"\x93NUMPY"):
+        found = "a file of numpy.save"
+    elif len(head) == HEAD and not head[1::2].any():
+        found = f"every second token is 0, as with {2 * bits} bits each"
+    if found:
+        raise UserError(f"{path}: {found}; expected tokens of {bits} bits and nothing else, as from ndarray.tofile")

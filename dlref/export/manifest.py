@@ -33,7 +33,8 @@ def write_manifest(
         "target": asdict(target),
         "precision": precision,
         "graphs": {
-            name: describe(signatures / f"{name}.onnx", f"{name}.{target.file_format}") | {"calls": graph.calls}
+            name: describe(signatures / f"{name}.onnx", f"{name}.{target.file_format}")
+            | {"calls": graph.calls, "selected": list(graph.selected)}
             for name, graph in deployable.graphs.items()
         },
         "metadata": dict(deployable.metadata),

@@ -1,13 +1,14 @@
 """Verify that a bundle's outputs match PyTorch's; a bundle that fails is not written."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import inf
 
 import numpy as np
 
 from dlref.export.graph import example_at
 from dlref.runtime import UserError
+from dlref.runtime.bench import rows_of
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.errors import one_line
 
@@ -175,12 +176,6 @@ class Compared:
                 f"{self.tolerance:.0e}"
             )
         return float(error.max())
-
-
-def rows_of(answer: dict[str, np.ndarray], selected: Sequence[str]) -> np.ndarray:
-    """Join outputs (B, D) and (B, D, ...) side by side to (B, D, F). Outputs without a second axis are left out."""
-    parts = [answer[name].astype(np.float64) for name in selected if answer[name].ndim > 1]
-    return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
 def parity(name: str, graph, reference: Callable, exported: OnnxGraph, tolerance: float, static: bool) -> list[dict]:

@@ -279,7 +279,7 @@ def benchmark(arguments: list[str]) -> None:
     target = read_manifest(options.bundle)["target"]
     threads = min(options.threads or target.get("threads") or 0, cores())  # 0: all, as in `load`
     provider = options.provider or target["provider"]
-    found = {"difference": difference(options.bundle, provider)}
+    found = {"difference": difference(options.bundle, threads, provider)}
     asked = {"bundle": str(options.bundle), "provider": provider, "threads": threads or cores()}
     print(json.dumps(asked | bench(options.bundle, threads, provider) | found, indent=2))
 

@@ -18,13 +18,13 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dlref.runtime import sessions
-from dlref.runtime.bundle import LARGEST_FILE, open_graphs, read_manifest
+from dlref.runtime.bundle import LARGEST_FILE, OnnxGraph, open_graphs, read_manifest
 from dlref.runtime.errors import UserError, one_line
 
 EXAMPLE = "example.npz"  # the inputs of each graph, one row each, as GRAPH/INPUT
@@ -111,16 +111,29 @@ def clock(call: Callable[[], None]) -> list[float]:
     return times[WARMUP:]
 
 
-def difference(folder: Path, provider: str) -> float:
+def open_bundle(folder: Path, manifest: dict, threads: int | None, provider: str) -> dict[str, OnnxGraph]:
+    """Open the graphs of a bundle as `load` does. Raises UserError."""
+    each, _ = sessions(manifest["kind"], threads, provider)
+    return open_graphs(folder, manifest, provider, each)
+
+
+def difference(folder: Path, threads: int | None, provider: str) -> float:
     """Return the largest difference between the bundle's outputs here and at export. Raises UserError."""
-    path = folder / ANSWERS
-    graphs = open_graphs(folder, read_manifest(folder), provider)
+    path, manifest = folder / ANSWERS, read_manifest(folder)
+    graphs = open_bundle(folder, manifest, threads, provider)
     inputs, answers = arrays(folder / EXAMPLE), arrays(path)
+    shares = []
     try:
-        found = {name: graphs[name](**inputs[name]) for name in answers}
-        shares = [differing(found[name][output], known) for name in answers for output, known in answers[name].items()]
+        for name, known in answers.items():
+            found, chosen = graphs[name](**inputs[name]), manifest["graphs"][name].get("selected")
+            selected = [output for output in known if isinstance(chosen, list) and output in chosen]
+            shares += [differing(found[output], array) for output, array in known.items() if output not in selected]
+            if selected:
+                shares.append(unmatched(rows_of(found, selected), rows_of(known, selected)))
     except KeyError as error:
         raise UserError(f"{path}: {error} is not in this bundle; expected its graphs and outputs") from None
+    except ValueError as error:  # arrays of other shapes do not fit side by side
+        raise UserError(f"{path}: {one_line(error)}; expected the outputs of this bundle") from None
     if not shares:
         raise UserError(f"{path}: empty; expected the bundle's outputs at export")
     return max(shares)
@@ -141,6 +154,26 @@ def differing(found: np.ndarray, known: np.ndarray) -> float:
         return 1.0
     apart = np.abs(found[finite].astype(np.float64) - known[finite]).max(initial=0)
     return float(apart / np.abs(known[finite], dtype=np.float64).max(initial=1))
+
+
+def rows_of(answer: Mapping[str, np.ndarray], selected: Sequence[str]) -> np.ndarray:
+    """Join outputs (B, D) and (B, D, ...) side by side to (B, D, F). Outputs without a second axis are left out."""
+    parts = [answer[name].astype(np.float64) for name in selected if answer[name].ndim > 1]
+    return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
+
+
+def unmatched(found: np.ndarray, known: np.ndarray) -> float:
+    """Return how far apart two lists of rows (1, D, F) are in any order: rounding can swap boxes of equal scores.
+
+    It is the mean of the rows' differences from the most similar row of the other list, as `differing` computes them
+    but with at most 1 for each, and 1 for each row that one list has more than the other. Rows of zeros are padding.
+    """
+    wanted, given = (rows[0][rows[0].any(axis=1)] for rows in (known, found))
+    if not len(wanted) or not len(given):
+        return float(len(wanted) != len(given))
+    apart = np.abs(given[:, None] - wanted) / np.maximum(np.abs(wanted), 1)  # (given, wanted, F)
+    nearest = np.nan_to_num(apart.max(axis=2), nan=1).min(axis=0).clip(max=1)
+    return float((nearest.sum() + max(len(given) - len(wanted), 0)) / max(len(given), len(wanted)))
 
 
 def example(folder: Path) -> Arrays:
@@ -238,8 +271,7 @@ def main(arguments: list[str]) -> int:
 
     def contender() -> Graphs:
         manifest.update(read_manifest(folder))
-        each, _ = sessions(manifest["kind"], int(threads), provider)  # as `load` opens them
-        return open_graphs(folder, manifest, provider, each)
+        return open_bundle(folder, manifest, int(threads), provider)
 
     try:
         if once:

@@ -216,7 +216,8 @@ def _box(axes, box: list[float], width: int, height: int, colour: str, text: str
     left, top, right, bottom = box[0] * width, box[1] * height, box[2] * width, box[3] * height
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.5))
     style = {"facecolor": colour, "alpha": 0.8, "pad": 0.5, "linewidth": 0}
-    axes.text(left, top, text, fontsize=6, color="white", va="bottom", bbox=style, clip_on=True)
+    place = "bottom" if top > height / 20 else "top"  # above the box if there is room, else inside
+    axes.text(left, top, text, fontsize=6, color="white", va=place, bbox=style, clip_on=True)
 
 
 def precision_recall(path: Path, precision: dict[int, np.ndarray], labels: list[str]) -> None:

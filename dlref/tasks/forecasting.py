@@ -21,6 +21,7 @@ from dlref.runtime.series import lag_indices
 from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
+from dlref.tasks.losses import or_one
 from dlref.tasks.task import Task
 from dlref.training.devices import widest_float
 
@@ -153,15 +154,15 @@ class Forecaster(Task):
     def loss(self, window) -> tuple[Tensor, Tensor]:
         """Return the mean negative log-likelihood of the observed points of context and prediction, and their number.
 
-        The number is at least 1.
+        It is 0 if nothing is observed.
         """
         window = self.modelled(window)
         parameters = self(window)
         times = parameters[0].shape[1]
         values, observed = window.values[:, -times:], window.observed[:, -times:]
         likelihood = self.distribution.log_prob(values, parameters).where(observed, 0)
-        count = observed.sum().clamp(min=1)
-        return -likelihood.sum() / count, count
+        count = observed.sum()
+        return -likelihood.sum() / or_one(count), count
 
     def past(self, window) -> Past:
         """Return the inputs of a runner for these windows, without the values to forecast."""

@@ -129,7 +129,7 @@ class Last(Checkpoint):
         self.sigterm_received = self.ending = self.validated = False
         self.stopping = False  # whether early stopping had ended the resumed run, which still had min_steps to reach
         self.taken, self.batches = 0, None  # batches taken and batches per epoch, in the resumed checkpoint
-        self.accumulated = self.seed = None  # batches per step and the run's seed, likewise
+        self.size = self.accumulated = self.seed = None  # batch size of all devices, batches per step, seed, likewise
 
     def on_sigterm(self, *_: Any) -> None:
         """Record a SIGTERM, which a spot instance receives two minutes before it ends."""
@@ -150,9 +150,9 @@ class Last(Checkpoint):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches per epoch and per optimiser step, whether the run was validated, and its seed."""
-        known = {"batches": self.batches, "accumulated": self.accumulated, "validated": self.validated}
-        return known | {"seed": self.seed}
+        """Return the batches per epoch and per optimiser step, their size, whether the run was validated, its seed."""
+        known = {"batches": self.batches, "accumulated": self.accumulated, "size": self.size}
+        return known | {"validated": self.validated, "seed": self.seed}
 
     def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record whether early stopping has ended the run although its min_steps or min_epochs are not reached."""
@@ -175,6 +175,7 @@ class Last(Checkpoint):
             self.batches, self.accumulated = int(known["batches"]), int(known["accumulated"])
             self.validated, self.seed = bool(known["validated"]), int(known["seed"])
             self.stopping = bool(known.get("stopping"))
+            self.size = int(known["size"]) if "size" in known else None  # earlier checkpoints do not have it
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
@@ -195,11 +196,17 @@ class Last(Checkpoint):
     def find_place(self, trainer: Trainer) -> None:
         """Begin after the batches that the checkpoint's run took. Raises UserError if its steps were different."""
         batches, added = trainer.num_training_batches, trainer.accumulate_grad_batches
-        seed = trainer.train_dataloader.sampler.run
+        sampler = trainer.train_dataloader.sampler
+        size, seed = sampler.order.batch_size, sampler.run
         if self.batches not in (None, batches):  # also at an epoch's end: a schedule counts steps
             raise UserError(
                 f"the checkpoint is at batch {self.taken} of {self.batches}, but an epoch now has {batches}; expected "
                 "the same data, batch size and devices"
+            )
+        if self.size not in (None, size):  # where an epoch has a fixed number of batches
+            raise UserError(
+                f"batch_size times devices: {size}, the checkpoint has {self.size}; expected the same batch size and "
+                "devices"
             )
         if self.accumulated not in (None, added):
             raise UserError(
@@ -211,7 +218,7 @@ class Last(Checkpoint):
                 f"seed_everything: {seed}, the checkpoint has {self.seed}; expected the same, so that the run "
                 "continues as if it had not stopped"
             )
-        self.batches, self.accumulated, self.seed = batches, added, seed
+        self.batches, self.size, self.accumulated, self.seed = batches, size, added, seed
         # Lightning loses the position when a schedule asks for the number of steps.
         trainer.train_dataloader.load_state_dict({"taken": self.taken % batches})
 

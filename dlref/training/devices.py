@@ -5,8 +5,7 @@ import sys
 from typing import TypeVar
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from torch.nn.parallel import DistributedDataParallel
+from lightning import Trainer
 from torch.optim import Optimizer
 
 Mine = TypeVar("Mine")
@@ -64,23 +63,3 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 def lost_another(error: RuntimeError) -> bool:
     """Return whether a collective failed because another process has ended, by the messages of gloo and NCCL."""
     return ("/gloo/" in str(error) and "by peer" in str(error)) or "ncclRemoteError" in str(error)
-
-
-class UnevenEvaluation(Callback):
-    """Let devices evaluate shares of different lengths, all with the first device's statistics.
-
-    DDP sends the buffers of the first device to the others before every batch, in evaluation too, and waits forever if
-    one of them has no batch left. Sending them once is enough: only the first device's batch norm statistics are kept.
-    """
-
-    def on_validation_epoch_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Send the buffers now (those of the averaged weights, if any) rather than before each batch."""
-        if isinstance(trainer.model, DistributedDataParallel):
-            for buffer in task.buffers():
-                torch.distributed.broadcast(buffer, 0)
-            trainer.model.require_forward_param_sync = False
-
-    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """Let DDP send buffers again in training."""
-        if isinstance(trainer.model, DistributedDataParallel):
-            trainer.model.require_forward_param_sync = True
