@@ -67,7 +67,7 @@ warnings.filterwarnings("ignore", message=".*is smaller than the logging interva
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 # Errors of constructors that a user can fix.
-REFUSALS = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
+REFUSALS = (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException)
 
 
 @dataclass
@@ -265,7 +265,7 @@ class TrainCLI(LightningCLI):
             TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)
-        make_resumable(built.callbacks)
+        make_resumable(built)
         warn_of_slow_bfloat16(built)
         if self.profile:
             built.profiler.trainer = built
@@ -282,6 +282,8 @@ class TrainCLI(LightningCLI):
         with self.claim:
             with self.last.excusing_errors(self.trainer):
                 self.trainer.fit(model, datamodule=datamodule, **arguments)
+            if not self.trainer.global_step:
+                raise UserError("no step was trained; expected more time, trainer.max_time")
             self.claim.commit()  # a complete run that is resumed has no first batch to commit it
             if self.options.final_test and self.trainer.state.finished:
                 # Only the weights: restoring callbacks too would overwrite EMA's average with its current weights.

@@ -147,6 +147,9 @@ def check_trainer(options) -> None:
     copies = isinstance(method, str) and any(word in method for word in ("spawn", "fork", "notebook"))
     if copies:  # each copy of this process would hold the claim on its folder
         raise UserError(f"trainer.strategy: {method}; expected ddp, which starts new processes")
+    if options.use_distributed_sampler:
+        words = "expected false: the data modules share batches out between devices themselves"
+        raise UserError(f"trainer.use_distributed_sampler: true; {words}")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, which keeps weights, losses and metrics in float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")
@@ -161,6 +164,8 @@ def check_fit(options) -> None:
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning accepts values below 0
         if trainer[name] is not None and trainer[name] < 1:
             raise UserError(f"trainer.{name}: {trainer[name]}; expected more")
+    if (clip := trainer.gradient_clip_val) is not None and clip < 0:
+        raise UserError(f"trainer.gradient_clip_val: {clip}; expected 0 or more")
     if trainer.overfit_batches:
         raise UserError(f"trainer.overfit_batches: {trainer.overfit_batches}; expected none, see --debug")
     if schedule := options.model.init_args.get("lr_scheduler"):

@@ -468,10 +468,10 @@ def test_a_fit_that_fails_before_training_restores_the_earlier_run(tmp_path, mon
     before = sorted(tmp_path.rglob("*"))
 
     def fails(*_, **__):
-        raise RuntimeError("no such luck")
+        raise LookupError("no such luck")
 
     monkeypatch.setattr("dlref.cli.TensorBoardLogger", fails)
-    with pytest.raises(RuntimeError, match="no such luck"):
+    with pytest.raises(LookupError, match="no such luck"):
         fit("--run", "mine", "--overwrite", "true")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -40,6 +40,7 @@ from tests.faults.families import differing, equal, fit_words, state_of, write_t
 pytestmark = pytest.mark.usefixtures("elsewhere")
 DIGITS = str(ROOT / "configs" / "lenet5_digits.yaml")
 STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+SAVING = "lightning.pytorch.callbacks.ModelCheckpoint"
 SHARDED = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": {"data_parallel_size": 2}}
 SHORT = {"trainer.max_epochs": "2", "trainer.limit_train_batches": "6", "trainer.enable_progress_bar": "false"}
 
@@ -605,6 +606,22 @@ def test_resuming_with_another_optimiser_is_refused(tmp_path, capsys):
         assert (tmp_path / "mine/config.yaml").read_text() == before
 
 
+def test_resuming_with_another_freeze_of_as_many_parameters_is_refused(capsys):
+    assert fit(run="mine", model__init_args__freeze="c3") == 0
+    assert fit(run="mine", model__init_args__freeze="c1", ckpt_path="last", trainer__max_epochs=2) == 2
+    told = "frozen parameters ['c1.weight', 'c1.bias'], the checkpoint has ['c3.weight', 'c3.bias']; expected"
+    assert told in capsys.readouterr().err
+
+
+def test_resuming_with_another_length_or_setting_of_a_schedule_that_would_keep_its_own_is_refused(capsys):
+    cosine = {"model__init_args__lr_scheduler": "torch.optim.lr_scheduler.CosineAnnealingLR"}
+    assert fit(run="mine", trainer__max_epochs=2, **cosine) == 0
+    lowest = {"model__init_args__lr_scheduler.init_args.eta_min": 0.1}
+    for more, told in (({"trainer__max_epochs": 3}, "T_max 18"), ({"trainer__max_epochs": 2} | lowest, "eta_min 0.1")):
+        assert fit(run="mine", ckpt_path="last", **cosine, **more) == 2
+        assert f"optimizer: lr_scheduler's {told}, the checkpoint has " in capsys.readouterr().err
+
+
 def test_slurm_requeueing_is_off_and_a_checkpoint_it_left_is_refused(during, tmp_path, monkeypatch, capsys):
     names = {
         "NTASKS": 1,
@@ -834,11 +851,35 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
         ),
         (
             {
-                "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "trainer.callbacks+": SAVING,
                 "trainer.callbacks.filename": "best",
             },
             "filename best: the run itself writes best, last, previous.ckpt; expected another name",
         ),
+        (
+            {"trainer.callbacks+": SAVING, "trainer.callbacks.save_on_exception": "true"},
+            "ModelCheckpoint: save_on_exception, which can save between two optimiser steps; expected none",
+        ),
+        (
+            {"trainer.callbacks+": SAVING, "trainer.callbacks.train_time_interval": "00:00:10:00"},
+            "ModelCheckpoint: train_time_interval, which can save between two optimiser steps; expected none",
+        ),
+        (
+            {"trainer.callbacks+": SAVING, "trainer.callbacks.monitor": "val/nope"},
+            "ModelCheckpoint: monitor 'val/nope' is not logged in validation; expected one of val/accuracy",
+        ),
+        (
+            {"trainer.callbacks": '["dlref.tasks.EMA", "lightning.pytorch.callbacks.EMAWeightAveraging"]'},
+            "EMA, EMAWeightAveraging; expected one average of the weights",
+        ),
+        (
+            {"model.init_args.optimizer": "torch.optim.LBFGS"},
+            "LBFGS with trainer.accumulate_grad_batches 4; expected 1",
+        ),
+        ({"model.init_args.optimizer.init_args.foreach": "true"}, "optimizer or lr_scheduler: `fused` and `foreach`"),
+        ({"trainer.use_distributed_sampler": "true"}, "trainer.use_distributed_sampler: true; expected false"),
+        ({"trainer.gradient_clip_val": -1}, "trainer.gradient_clip_val: -1; expected 0 or more"),
+        ({"trainer.max_time": "00:00:00:00"}, "no step was trained; expected more time, trainer.max_time"),
         ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),
         ({"trainer.check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch: 0; expected more"),
         ({"trainer.val_check_interval": 0}, "trainer.val_check_interval: 0; expected more"),
@@ -874,6 +915,17 @@ def test_a_run_with_early_stopping_can_be_resumed(tmp_path):
     assert fit(run="mine", trainer__max_epochs=1, **stopping) == 0
     assert fit(run="mine", trainer__max_epochs=2, ckpt_path="last", **stopping) == 0
     assert state_of(tmp_path / "mine")["global_step"] == 12
+
+
+def test_a_run_ended_by_early_stopping_can_be_resumed_with_more_patience(tmp_path):
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/loss"}
+    stopping |= {"trainer.callbacks.min_delta": 1000}
+    assert fit(run="mine", trainer__max_epochs=9, **stopping, **{"trainer.callbacks.patience": 1}) == 0
+    assert state_of(tmp_path / "mine")["global_step"] == 12
+    assert (
+        fit(run="mine", trainer__max_epochs=9, ckpt_path="last", **stopping, **{"trainer.callbacks.patience": 4}) == 0
+    )
+    assert state_of(tmp_path / "mine")["global_step"] == 30
 
 
 def test_resuming_from_best_ckpt_keeps_best_ckpt_without_a_new_validation(tmp_path, capsys):

@@ -240,7 +240,14 @@ def postprocessing_nodes(graph: onnx.GraphProto) -> list[str]:
         if node.name not in before:
             before.add(node.name)
             waiting += [writers[name] for name in node.input if name in writers]
-    return [node.name for node in graph.node if node.name not in before and node.op_type not in FUSED]
+    after: list[str] = []
+    written: set[str] = set()
+    for node in graph.node:
+        fused = node.op_type in FUSED and node.input[0] not in written  # part of a layer with weights
+        if node.name not in before and not fused:
+            after.append(node.name)
+            written.update(node.output)
+    return after
 
 
 def infinity_mask_nodes(graph: onnx.GraphProto) -> list[str]:

@@ -136,16 +136,23 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def described(optimizer: Optimizer, schedule: LRScheduler | None) -> dict[str, object]:
-    """Return the optimiser's settings, before any schedule, and the schedule's class, as plain values."""
+def described(optimizer: Optimizer, schedule: LRScheduler | None, frozen: list[str]) -> dict[str, object]:
+    """Return the settings of optimiser and schedule before the first step, as plain values.
+
+    `frozen` names the parameters that are not trained. The settings of this project's schedules are not among the
+    values: a checkpoint does not restore them.
+    """
     groups = optimizer.param_groups
     settings = {name for group in groups for name in group} - NO_SETTINGS
+    state = {} if schedule is None else schedule.state_dict()
     return {
         "class": type(optimizer).__name__,
         "numbers of parameters": [len(group["params"]) for group in groups],
+        "frozen parameters": frozen,
         "lr": [float(group.get("initial_lr", group["lr"])) for group in groups],
         **{name: [group.get(name) for group in groups] for name in sorted(settings)},
         "lr_scheduler": schedule and type(schedule).__name__,
+        **{f"lr_scheduler's {name}": value for name, value in state.items() if isinstance(value, int | float)},
     }
 
 
@@ -155,6 +162,6 @@ def check_resumed(asked: dict[str, object], known: dict[str, object]) -> None:
         if value != known.get(what, value):
             raise UserError(
                 f"optimizer: {what} {shortened(value)}, the checkpoint has {shortened(known.get(what))}; expected the "
-                "optimizer, lr_scheduler and freeze of the run's config.yaml, or model.init_args.weights for a run "
-                "that begins with its weights"
+                "optimizer, lr_scheduler and freeze of the run's config.yaml (and its length, unless the schedule is "
+                "of dlref.tasks), or model.init_args.weights for a run that begins with its weights"
             )

@@ -3,9 +3,9 @@
 Each is built from the optimiser and the run's number of steps, so that a config specifies shares of the run
 ("divide by ten at a half and at three quarters") and stays correct when `--trainer.max_epochs` changes, even for a run
 that is resumed for longer. `CosineAnnealingLR` of `torch.optim.lr_scheduler` can be used in the same way, as its second
-argument is the number of steps. But a checkpoint stores that number, so a run resumed for longer has a rate of 0.
+argument is the number of steps. But a checkpoint restores that number, so such a run cannot be resumed for longer.
 
-`Steps` and `WarmupCosine` raise ValueError for shares that are not from 0 to 1.
+`Steps` and `WarmupCosine` raise ValueError for shares that are not from 0 to 1, `Polynomial` for a power below 0.
 """
 
 import math
@@ -56,6 +56,8 @@ class Polynomial(RunSchedule):
     """Decay to 0 as a power of the remaining share of the run (Chen et al. 2017, DeepLab, section 4.1.2: 0.9)."""
 
     def __init__(self, optimizer: Optimizer, total_steps: int, power: float = 1.0):
+        if power < 0:
+            raise ValueError(f"power {power}; expected 0 or more")
         super().__init__(optimizer, lambda step: max(1 - step / total_steps, 0.0) ** power)
 
 

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
@@ -292,9 +292,13 @@ class Task(LightningModule):
         try:
             optimizer = self.optimizer(self.parameter_groups(parameters))
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer, int(steps))
-        except ValueError as error:  # a negative learning rate, too few betas, ...
+        except (ValueError, RuntimeError, KeyError) as error:  # a negative learning rate, fused with foreach, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
-        self.optimizer_asked = described(optimizer, scheduler)
+        if isinstance(optimizer, LBFGS) and (batches := self.trainer.accumulate_grad_batches) != 1:
+            # Each of its evaluations would add its gradients to those before.
+            raise UserError(f"LBFGS with trainer.accumulate_grad_batches {batches}; expected 1")
+        frozen = [name for name, parameter in self.network.named_parameters() if not parameter.requires_grad]
+        self.optimizer_asked = described(optimizer, scheduler, frozen)
         if self.optimizer_resumed is not None:
             check_resumed(self.optimizer_asked, self.optimizer_resumed)
         if scales_itself(optimizer) and self.trainer.gradient_clip_val and scaler_of(self.trainer):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -176,6 +176,9 @@ class Last(Checkpoint):
             self.validated, self.seed = bool(known["validated"]), int(known["seed"])
             self.stopping = bool(known.get("stopping"))
             self.size = int(known["size"]) if "size" in known else None  # earlier checkpoints do not have it
+            for one in trainer.callbacks:
+                if isinstance(one, EarlyStopping) and one.state_key in checkpoint["callbacks"]:
+                    checkpoint["callbacks"][one.state_key]["patience"] = one.patience  # the config's, not the earlier
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
@@ -302,11 +305,16 @@ def check_interval(trainer: Trainer) -> None:
         )
 
 
-def make_resumable(callbacks: list[Callback]) -> None:
+def make_resumable(trainer: Trainer) -> None:
     """Refuse callbacks that would change a resumed run, and make early stopping check only after validation."""
-    for callback in callbacks:
+    averages = [type(one).__name__ for one in trainer.callbacks if isinstance(one, WeightAveraging)]
+    if len(averages) > 1:
+        raise UserError(f"trainer.callbacks: {', '.join(averages)}; expected one average of the weights")
+    for callback in trainer.callbacks:
         if isinstance(callback, UNRESUMED):
             raise UserError(f"{type(callback).__name__}: a resumed run would train differently; expected none")
+        if isinstance(callback, ModelCheckpoint):
+            check_saves(callback, trainer.accumulate_grad_batches)
         if isinstance(callback, EarlyStopping):
             if callback.monitor.startswith("train/"):
                 words = "which a resumed run may not have logged yet; expected a metric of validation"
@@ -315,6 +323,15 @@ def make_resumable(callbacks: list[Callback]) -> None:
                 words = "a resumed run has no metrics at that time; expected false"
                 raise UserError(f"EarlyStopping: check_on_train_epoch_end true, {words}")
             callback._check_on_train_epoch_end = False  # after validation, before its checkpoint, and not again
+
+
+def check_saves(callback: ModelCheckpoint, batches: int) -> None:
+    """Refuse a callback that can save between two optimiser steps, of `batches` each: such a run resumes elsewhere."""
+    timed = callback._train_time_interval is not None and batches > 1
+    for name, given in (("save_on_exception", callback.save_on_exception), ("train_time_interval", timed)):
+        if given:
+            words = "which can save between two optimiser steps; expected none, see --checkpoint_minutes"
+            raise UserError(f"ModelCheckpoint: {name}, {words}")
 
 
 def leave_finished_epoch(loop: _FitLoop) -> None:

@@ -1,7 +1,7 @@
 """The last checks of a fit before its first step."""
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from dlref.runtime import UserError
 from dlref.training.run_folder import Claim
@@ -15,9 +15,13 @@ class Preflight(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Check that validation logs the monitored metrics, now rather than after an epoch. Raises UserError."""
-        known = [one.monitor for one in trainer.callbacks if isinstance(one, EarlyStopping) and one.strict]
-        for what, metric in [("best.metric", self.metric), *(("EarlyStopping: monitor", name) for name in known)]:
-            if metric not in trainer.callback_metrics:
+        monitored = [("best.metric", self.metric)] + [
+            (f"{type(one).__name__}: monitor", one.monitor)
+            for one in trainer.callbacks
+            if (isinstance(one, EarlyStopping) and one.strict) or (isinstance(one, ModelCheckpoint) and one.monitor)
+        ]
+        for what, metric in monitored:
+            if not metric.startswith("train/") and metric not in trainer.callback_metrics:
                 logged = ", ".join(sorted(trainer.callback_metrics))
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
