@@ -177,10 +177,11 @@ def check_sharding(options) -> None:
     strategy = options.trainer.strategy
     if not isinstance(strategy, Namespace) or not issubclass(locate(strategy.class_path), ModelParallelStrategy):
         return
-    task, callbacks = options.model.class_path, [one.class_path for one in options.trainer.callbacks or []]
+    task, callbacks = options.model.class_path, options.trainer.callbacks or []
+    paths = [one.class_path for one in (callbacks if isinstance(callbacks, list) else [callbacks])]
     wrong = [
-        *(path for path in [task] if locate(path).configure_model is LightningModule.configure_model),
-        *(path for path in callbacks if issubclass(locate(path), WeightAveraging)),
+        *([task] if locate(task).configure_model is LightningModule.configure_model else []),
+        *(path for path in paths if issubclass(locate(path), WeightAveraging)),
         *(["--final_test true"] if options.final_test else []),
         *(["save_distributed_checkpoint true"] if strategy.init_args.save_distributed_checkpoint else []),
     ]

@@ -909,6 +909,12 @@ def test_unsupported_training_options_are_refused_in_one_line(options, words, tm
     assert not any(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_ones_own_can_monitor_the_step(tmp_path):
+    own = {"trainer.callbacks+": SAVING, "trainer.callbacks.monitor": "step", "trainer.callbacks.mode": "max"}
+    assert fit(run="mine", **own) == 0
+    assert len(list((tmp_path / "mine/checkpoints").glob("epoch=*.ckpt"))) == 1
+
+
 def test_a_run_with_early_stopping_can_be_resumed(tmp_path):
     """Lightning would check again at the end of the epoch, when a resumed run has no metric."""
     stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/loss"}

@@ -21,7 +21,8 @@ class Preflight(Callback):
             if (isinstance(one, EarlyStopping) and one.strict) or (isinstance(one, ModelCheckpoint) and one.monitor)
         ]
         for what, metric in monitored:
-            if not metric.startswith("train/") and metric not in trainer.callback_metrics:
+            counted = metric.startswith("train/") or metric in ("step", "epoch")  # known to ModelCheckpoint
+            if not counted and metric not in trainer.callback_metrics:
                 logged = ", ".join(sorted(trainer.callback_metrics))
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
