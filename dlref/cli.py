@@ -366,6 +366,8 @@ def mendable(error: Exception) -> str | None:
             return str(UserError(f"{one_line(error)}; expected the network of the checkpoint's run"))
         case RuntimeError() if lost_another(error):
             return "another process has ended; its own error says why"
+        case RuntimeError() if str(error).startswith("DataLoader worker (pid"):  # mostly for want of memory
+            return f"{one_line(error)}; expected data.init_args.num_workers processes to fit into memory"
     return None
 
 

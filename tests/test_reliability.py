@@ -416,13 +416,17 @@ def test_sigterm_while_loaders_start_leaves_the_earlier_run_unchanged(tmp_path, 
     assert (tmp_path / "mine/checkpoints/best.ckpt").is_file()
 
 
-def test_gloo_and_nccl_errors_for_a_lost_process_are_reported_in_one_line(monkeypatch, capsys):
+def test_errors_for_a_lost_process_or_worker_are_reported_in_one_line(monkeypatch, capsys):
     """Other errors of torch are raised unchanged."""
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
     for error in (RuntimeError(gloo), dist.DistBackendError("NCCL error: ncclRemoteError: a peer has gone")):
         monkeypatch.setattr(dlref.cli, "TrainCLI", raising(error))
         assert train([]) == 2
         assert capsys.readouterr().err == "error: another process has ended; its own error says why\n"
+    for what in ("(pid 7) is killed by signal: Killed. ", "(pid(s) 7, 8) exited unexpectedly"):
+        monkeypatch.setattr(dlref.cli, "TrainCLI", raising(RuntimeError(f"DataLoader worker {what}")))
+        assert train([]) == 2
+        assert "expected data.init_args.num_workers processes to fit into memory\n" in capsys.readouterr().err
     others = (
         "CUDA out of memory",
         "cannot read igloo.jpg",

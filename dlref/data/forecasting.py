@@ -130,8 +130,9 @@ class ForecastingData(SplitData):
         """Cut checked series into the windows of each split."""
         train, test, predict, truth = channels
         frequency, horizon, together = Frequency.parse(self.frequency), self.prediction_length, test is train
-        store = SeriesStore(train, frequency, truth=truth if together else None)
-        tested = store if together else SeriesStore(test, frequency, truth=truth)
+        ahead = horizon if predict is test else 0  # the same series are forecast beyond their ends
+        store = SeriesStore(train, frequency, ahead if together else 0, truth if together else None)
+        tested = store if together else SeriesStore(test, frequency, ahead, truth)
         held = horizon * (self.val_windows + self.test_windows * together)
         # One step more than the lags need, for a task that forecasts changes.
         steps = max(max(frequency.lags) + self.context_length + 1, frequency.season) + horizon
@@ -150,8 +151,8 @@ class ForecastingData(SplitData):
         self.starts = test.start
         self.names = [] if predict is None else predict.names
         if predict is not None:
-            future = SeriesStore(predict, frequency, future=horizon)
-            self.splits["predict"] = Windows(future, future.length + horizon, torch.ones_like(future.length), 1, *times)
+            beyond = tested if predict is test else SeriesStore(predict, frequency, horizon)
+            self.splits["predict"] = Windows(beyond, beyond.length + horizon, torch.ones_like(beyond.length), 1, *times)
 
     def rolling(self, store: SeriesStore, last: Tensor, count: int, steps: int, featured: int) -> Windows:
         """Return consecutive, non-overlapping evaluation windows up to `last`; series too short for one get none."""
