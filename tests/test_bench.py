@@ -170,6 +170,7 @@ BOXES = np.array([[[10.0, 10, 50, 50, 0.9, 1], [200, 20, 260, 90, 0.8, 2], [5, 5
         (lambda rows: rows, 0),
         (lambda rows: rows[:, [1, 0, 2, 3, 4]], 0),
         (lambda rows: rows * (1 + 0.01 * (rows > 9)), 0.01 * 2 / 3),  # the third box has only small numbers
+        (lambda rows: rows + 0.1 * (rows == 0.9), 0.1 / 3),  # of a number below 1
         (lambda rows: rows * [[[1], [1], [0], [0], [0]]], 1 / 3),
         (lambda rows: rows[:, [0, 1, 2, 0, 4]], 1 / 4),
         (lambda rows: 10 * rows, 1),

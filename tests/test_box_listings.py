@@ -303,10 +303,13 @@ BAD_BOXES = [  # x1 y1 x2 y2 in one.png (20 × 10), the clipped box, the complai
     ((-1, -2, 21, 12), [0, 0, 20, 10], "outside the picture; expected it within 0, 0, 20, 10"),
     ((19, 0, 20.5, 10), [19, 0, 20, 10], "outside the picture"),
     ((20, 0, 22, 10), None, "outside the picture"),
+    ((0, 10, 20, 12), None, "outside the picture"),
     ((-5, -5, -1, -1), None, "outside the picture"),
     ((4, 4, 4, 4), None, "no area; expected its second corner below and to the right of its first"),
     ((8, 0, 4, 10), None, "no area"),
     ((0, 5, 4, 4.5), None, "no area"),
+    ((0, 5, 4, 5), None, "no area"),
+    ((4, 0, 4, 5), None, "no area"),
     (("nan", 0, 4, 4), None, "not finite; expected four numbers"),
     ((0, 0, "inf", 4), None, "not finite"),
 ]

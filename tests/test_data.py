@@ -493,6 +493,9 @@ def test_image_folder_refuses_small_sizes_unknown_classes_and_missing_folders(fo
     with pytest.raises(UserError) as caught:
         setup(ImageFolder(folders, **SMALL | {"resize": 8}))
     assert one_line(caught.value) == "--data.init_args.resize: 8; expected at least 16"
+    for name, wrong, least in (("batch_size", 0, 1), ("image_size", 0, 1), ("num_workers", -1, 0)):
+        with pytest.raises(UserError, match=rf"^--data.init_args.{name}: {wrong}; expected at least {least}$"):
+            setup(ImageFolder(folders, **SMALL | {name: wrong}))
     write_images(folders, "val/dog/1.png")
     with pytest.raises(UserError) as caught:
         setup(ImageFolder(folders, **SMALL))
@@ -547,6 +550,25 @@ def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(tmp_path):
     expected = F.center_crop(F.resize(gradient, [20, 30], antialias=True), [16, 16])
     torch.testing.assert_close(transform(gradient), expected)
     assert 25 < transform(gradient).float().mean() < 35
+
+
+def test_only_training_images_are_cropped_and_mirrored_at_random(tmp_path):
+    rising = torch.arange(60, dtype=torch.uint8).expand(3, 40, 60).contiguous()
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        write_png(rising, str(tmp_path / split / "cat/0.png"))
+    splits = setup(ImageFolder(tmp_path, **SMALL)).splits
+    train, val, test = (torch.stack([splits[name][0][0] for _ in range(20)]) for name in ("train", "val", "test"))
+    assert len(train.unique(dim=0)) > 10
+    assert 0 < (train[:, 0, 0, 0] > train[:, 0, 0, -1]).sum() < 20
+    assert len(torch.cat([val, test]).unique(dim=0)) == 1
+
+
+def test_images_are_reduced_with_antialiasing(tmp_path):
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(128).expand(3, 256, 256)
+    module = ImageFolder(tmp_path, **SMALL)
+    for transform in (module.train_transform(), module.eval_transform()):
+        assert all((transform(stripes).float() - 127.5).abs().max() < 40 for _ in range(10))
 
 
 def test_an_image_list_is_read(folders):
@@ -624,6 +646,8 @@ def test_classes_without_images_cause_a_warning_and_duplicate_names_are_refused(
     lists = {"root": folders, "train": folders / "train.lst", "val": folders / "val.lst"}
     with pytest.warns(UserWarning, match="^train: no image of 0$"):
         setup(ImageList(**lists, **SMALL))
+    with pytest.warns(UserWarning, match="^train: no image of ant, dog$"):
+        setup(ImageList(**lists, class_names=["ant", "cat", "elk", "dog"], **SMALL))
     with pytest.raises(UserError, match=r"classes \['ant', 'cat', 'ant'\]; expected names that differ"):
         setup(ImageList(**lists, class_names=["ant", "cat", "ant"], **SMALL))
 

@@ -177,6 +177,13 @@ def test_a_recurrent_step_with_two_dynamic_axes_matches_pytorch(tmp_path):
     assert max(row["max_abs_error"] for row in rows) < 1e-5
 
 
+@pytest.mark.parametrize(("static", "shapes"), [(False, [[1, 5], [2, 11], [7, 5]]), (True, [[1, 5]])])
+def test_every_declared_size_is_compared_unless_the_shapes_are_fixed(static, shapes):
+    graph = recurrent(sizes={"batch": (1, 2, 7), "time": (5, 11)})
+    rows = parity("step", graph, graph, Skewed(graph, lambda array: array), graph.tolerance, static)
+    assert [row["shape"]["memory"][:2] for row in rows] == shapes
+
+
 def test_an_output_that_varies_but_is_declared_with_a_fixed_size_is_refused(tmp_path):
     graph = recurrent()
     write_onnx(graph, tmp_path / "step.onnx", CPU)
@@ -788,12 +795,12 @@ def one_row_else(array):
 PLAIN = SimpleNamespace(selected=(), discrete=())  # a graph none of whose outputs is a choice
 
 
-def compared(actual, tolerance=1e-4):
+def compared(actual, tolerance=1e-4, expected=None):
     def exported(**inputs):
         return actual
 
     exported.shape = exported.declared = {}
-    expected = rows()
+    expected = rows() if expected is None else expected
     boxes = SimpleNamespace(selected=tuple(expected), discrete=())
     graph = Compared("detect", boxes, lambda **inputs: expected, exported, tolerance)
     graph()
@@ -893,6 +900,14 @@ def longer(array):
 def test_surplus_rows_count_as_different():
     with pytest.raises(Refused, match=": 8 of 300 differ"):
         compared(changed(**dict.fromkeys(ROWS, longer), count=lambda n: n + 8 * (np.arange(10) == 0)))
+
+
+def test_all_rows_count_as_different_from_none():
+    none = changed(**dict.fromkeys((*ROWS, "count"), np.zeros_like))
+    with pytest.raises(Refused, match=": 300 of 300 differ"):
+        compared(none)
+    with pytest.raises(Refused, match=": 300 of 0 differ"):
+        compared(rows(), expected=none)
 
 
 @pytest.mark.parametrize(

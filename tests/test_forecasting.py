@@ -366,12 +366,12 @@ def test_wql_of_a_point_forecast_equals_its_normalised_deviation():
 
 
 def test_scores_by_time_ahead_divide_each_times_loss_by_its_own_values():
-    """Forecasts 1 above 4 and 1 below 5, 2 below 10; the pinball losses of all levels sum to 4.5 per unit."""
+    """Forecasts 2 above 4 and 1 below 5, 2 below 10; the pinball losses of all levels sum to 4.5 per unit."""
     target, observed = torch.tensor([[4.0, 10.0], [5.0, 1e6]]), torch.tensor([[True, True], [True, False]])
-    forecasts, scores = torch.tensor([[5.0, 8.0], [4.0, 0.0]]), QuantileScores(2)
+    forecasts, scores = torch.tensor([[6.0, 8.0], [4.0, 0.0]]), QuantileScores(2)
     scores.update(forecasts[..., None].expand(2, 2, len(LEVELS)), target, observed)
-    assert scores.compute()["by_time"].tolist() == pytest.approx([2 / 9, 2 / 10])
-    assert scores.compute()["wql"].item() == pytest.approx(4 / 19)
+    assert scores.compute()["by_time"].tolist() == pytest.approx([3 / 9, 2 / 10])
+    assert scores.compute()["wql"].item() == pytest.approx(5 / 19)
 
 
 def test_evaluate_returns_the_normalised_deviation_of_a_runners_point_forecasts():
@@ -513,6 +513,9 @@ def test_a_sagemaker_request_gets_a_sagemaker_response(runner):
     np.testing.assert_allclose(first["quantiles"]["0.50"], np.median(paths, 0), rtol=1e-5)
     assert list(first["quantiles"]) == ["0.1", "0.50"]
     json.dumps(answer)
+    for kind in configuration["output_types"]:
+        answer = runner({"instances": [instance()], "configuration": {"output_types": [kind]}})
+        assert [set(one) for one in answer["predictions"]] == [{kind}]
 
 
 def test_a_series_may_be_given_as_arrays_and_its_forecast_ignores_other_series(runner):
@@ -581,6 +584,7 @@ def test_requests_with_different_seeds_are_not_batched_together(runner):
     one, other = (runner.read({"instances": [instance()], "configuration": {"seed": seed}}) for seed in (0, 1))
     assert runner.together(one, one)
     assert not runner.together(one, other)
+    assert not runner.together(other, one)
 
 
 def test_num_samples_other_than_a_bundles_fixed_number_is_refused(runner):
@@ -781,6 +785,7 @@ def test_files_that_are_not_text_are_refused(runner, tmp_path, content):
         {"frequency": 1},
         {"cardinality": None},
         {"cardinality": ["a"]},
+        {"cardinality": [0]},
         {"unseen": []},
     ],
     ids=str,
@@ -790,6 +795,13 @@ def test_invalid_metadata_or_graphs_are_refused(runner, changes):
         make_runner("forecasting", {"encode": runner.encode, "step": runner.step}, runner.metadata | changes)
     with pytest.raises(UserError, match="not forecasting"):
         make_runner("forecasting", {"step": runner.step}, runner.metadata)
+
+
+def test_a_category_may_have_a_single_value(runner):
+    graphs = {"encode": runner.encode, "step": runner.step}
+    known = make_runner("forecasting", graphs, runner.metadata | {"cardinality": [1], "unseen": [[]]})
+    with pytest.raises(UserError, match=r"cat\[0\]: 2; expected 0 to 0, as in training"):
+        known.read(instance())
 
 
 # Data modules
@@ -849,6 +861,7 @@ def test_draws_follow_series_weights_and_by_scale_weighs_by_mean_absolute_value(
     assert len(numbers) == 20_000
     assert numbers.max() < 1010
     assert (numbers >= 1000).float().mean() == pytest.approx(0.75, abs=0.02)
+    assert np.bincount(numbers[numbers >= 1000] - 1000) / 15_000 == pytest.approx([0.1] * 10, abs=0.01)
     module = data(by_scale=True)
     module.setup()
     store = module.splits["train"].store
@@ -856,6 +869,14 @@ def test_draws_follow_series_weights_and_by_scale_weighs_by_mean_absolute_value(
         values = store.values.where(store.observed, torch.nan)[store.begin[i] :][:392]
         expected = values.abs().nanmean()
         assert module.weight[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_by_scale_never_draws_a_series_without_points_to_train_from(tmp_path):
+    module = SageMakerSeries(jsonl(tmp_path / "a.json", 300, 5), by_scale=True, **SIZES)
+    module.setup()
+    assert module.weight.tolist() == [146.5, 0]  # the mean of 1 to 292
+    numbers = torch.cat(list(module.order(1).draw(torch.Generator().manual_seed(0))))
+    assert numbers.max() < module.splits["train"].count[0]
 
 
 def test_short_series_and_series_with_too_few_windows_are_counted_in_the_log(tmp_path, monkeypatch):
@@ -916,7 +937,7 @@ def test_categories_absent_from_training_are_listed_as_unseen(tmp_path):
 
 
 def test_categories_without_a_training_window_cause_a_warning(tmp_path):
-    rows = [{"start": START, "target": [1.0] * points, "cat": [cat]} for cat, points in enumerate((300, 9, 300))]
+    rows = [{"start": START, "target": [1.0] * points, "cat": [cat]} for cat, points in enumerate((300, 9, 13))]
     (tmp_path / "a.json").write_text("\n".join(map(json.dumps, rows)))
     with pytest.warns(UserWarning, match=r"train: no window of a series with cat\[0\] in \[1\]: nothing is learnt"):
         SageMakerSeries(str(tmp_path / "a.json"), **SIZES).setup()
@@ -936,6 +957,17 @@ def test_separate_test_and_predict_files_are_used_for_their_splits(tmp_path):
     module.setup()
     assert ends_of(module, "predict") == [[312]]
     assert module.sources() == [f"{coming}:1"]
+
+
+def test_series_to_test_or_predict_are_checked_against_those_of_training(tmp_path):
+    fields = {"cat": 1, "dynamic_feat": [[1.0] * 300]}
+    train = jsonl(tmp_path / "train.json", 300, **fields)
+    same = jsonl(tmp_path / "same.json", 300, **fields)
+    other = jsonl(tmp_path / "other.json", 300, **fields | {"cat": 0})
+    with pytest.raises(UserError, match=r"other\.json:1: cat\[0\]: 0; expected one seen in training, \[1\]"):
+        SageMakerSeries(train, other, **SIZES).setup()
+    with pytest.raises(UserError, match=r"same\.json:1: dynamic_feat: 300 values; expected 304"):
+        SageMakerSeries(train, predict=same, **SIZES).setup()
 
 
 def test_the_same_values_in_all_table_formats_become_the_same_windows(tmp_path):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
 from dlref.data.language import cut, split_of
 from dlref.data.make_tokens import main
-from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of
+from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of, unknown_in
 from dlref.data.vocabulary import make_exact, tokenizers_of_run
 from dlref.export.convert import Plan, convert, is_quantised
 from dlref.export.graph import example_at, first_sizes, trace_sizes, write_onnx
@@ -33,7 +33,7 @@ from dlref.export.verify import Reference, parity
 from dlref.models import GPT
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
-from dlref.runtime.text import END, make_tokenizer
+from dlref.runtime.text import END, UNKNOWN, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
 from dlref.tasks.cross_entropy import nll_and_gradient
 from dlref.tasks.language_modelling import IGNORE, TokenNLL
@@ -324,9 +324,10 @@ def test_separate_test_texts_and_token_files_are_used(tmp_path):
         TokenFiles(str(tmp_path), "a.bin", "a.bin", "c.bin", context_length=8).setup()
 
 
-def test_file_names_may_contain_brackets(tmp_path):
+def test_file_names_may_contain_brackets_and_folders_are_left_out(tmp_path):
     (tmp_path / "[1]").mkdir()
     (tmp_path / "[1]/x[2].txt").write_text(SENTENCES)
+    (tmp_path / "[1]/folder.txt").mkdir()
     for pattern in ("x[2].txt", "*.txt"):
         data = TextFiles(pattern, root=str(tmp_path / "[1]"), tokenizer="byte", context_length=16)
         assert "".join(data.texts()["train"]) == SENTENCES[: int(0.9 * len(SENTENCES))]
@@ -349,6 +350,7 @@ def test_evaluation_windows_predict_each_token_once(tmp_path):
     after = batch[:, 1:]
     assert torch.equal(after[after != IGNORE], tokens[1:])
     assert torch.equal(batch[1:, 0], batch[:-1, -1])
+    assert [len(Windows(torch.arange(count), 16)) for count in (2, 17, 18)] == [1, 1, 2]
 
 
 def test_training_windows_are_parts_of_the_text(tmp_path):
@@ -377,6 +379,7 @@ def test_unknown_characters_cause_a_warning(tmp_path):
     told = "{}: 2 characters are not in the vocabulary"
     with pytest.warns(UserWarning, match=told.format("val")), pytest.warns(UserWarning, match=told.format("test")):
         module(tmp_path, val="b.txt", test="c.txt", tokenizer="character")
+    assert unknown_in(np.array([UNKNOWN]), make_tokenizer(BYTE)) == 0  # GPT-2 has a quotation mark there
 
 
 def test_gzip_and_xz_baselines_match_python(tmp_path):

@@ -148,6 +148,8 @@ def test_an_lst_file_with_class_ids_is_read(tmp_path):
     assert listing.classes == ["0", "1", "2", "3"]
     assert not listing.multi_label
     assert read_lst(path, "data", list("abcd")).classes == list("abcd")
+    path.write_text("0\t0\ta.jpg\n")
+    assert read_lst(path, "data").classes == ["0"]
 
 
 def test_an_lst_file_with_multi_hot_labels_is_read(tmp_path):
@@ -165,6 +167,7 @@ def test_an_lst_file_with_multi_hot_labels_is_read(tmp_path):
     [
         ("", ": no lines; expected an image on each"),
         ("0\t1\ta.jpg\n1 1 b.jpg\n", ":2: 1 tab-separated fields; expected index, label(s) and path"),
+        ("0\ta.jpg\n", ":1: 2 tab-separated fields; expected index, label(s) and path"),
         ("x\t1\ta.jpg\n", ":1: index 'x'; expected a whole number"),
         ("0\tcat\ta.jpg\n", ":1: label 1 is 'cat'; expected a class id, or 0 or 1"),
         ("0\t0.5\ta.jpg\n", ":1: label 1 is '0.5'; expected a class id, or 0 or 1"),
@@ -277,6 +280,7 @@ def test_multi_hot_labels_without_a_value_for_a_named_class_are_refused(tmp_path
         ({"source-ref": "a.jpg"}, "c None; expected a class id or a list of 0 and 1"),
         ({"source-ref": "a.jpg", "c": True}, "c True; expected a class id or a list of 0 and 1"),
         ({"source-ref": "a.jpg", "c": -1}, "c -1; expected a class id or a list of 0 and 1"),
+        ({"source-ref": "a.jpg", "c": [0.5, 1]}, "c [0.5, 1]; expected a class id or a list of 0 and 1"),
         ({"source-ref": "a.jpg", "c": [1, 0]}, "label [1, 0]; expected one like 0"),
         (
             {"source-ref": "a.jpg", "c": 10**30},

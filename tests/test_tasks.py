@@ -599,6 +599,7 @@ def test_bundle_metadata_gives_the_channel_count_of_the_data():
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save(LeNet5(3).state_dict(), tmp_path / "other.pt")
     torch.save({"a": "b"}, tmp_path / "text.pt")
+    torch.save(CifarResNet(20).state_dict() | {"epoch": 3}, tmp_path / "epoch.pt")
     torch.save({"facts": {}, "state_dict": {1: torch.ones(1)}}, tmp_path / "numbers.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")  # code in a pickle
     (tmp_path / "noise.pt").write_bytes(b"noise")
@@ -606,6 +607,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     for name, message in {
         "other.pt": "do not fit CifarResNet",
         "text.pt": "not a state dict",
+        "epoch.pt": "not a state dict",
         "numbers.pt": "not a state dict",
         "module.pt": "unreadable",
         "noise.pt": "unreadable",
@@ -748,10 +750,12 @@ def test_weight_average_weighs_each_update_by_its_age():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_outside_0_to_1_is_refused(decay):
+def test_a_decay_outside_0_to_1_and_updates_every_0_steps_are_refused(decay):
     assert EMA(decay=0.0).decay == 0
     with pytest.raises(ValueError, match=f"decay {decay}; expected 0 to below 1"):
         EMA(decay=decay)
+    with pytest.raises(ValueError, match="update_every_n_steps 0; expected 1 or more"):
+        EMA(update_every_n_steps=0)
 
 
 @pytest.mark.parametrize(("said", "mode"), [(True, None), ("graphs", "reduce-overhead")])
