@@ -68,6 +68,14 @@ def test_dropout_is_applied_by_the_recurrent_layers():
     assert DeepAR(4, 2, dropout=0.4).rnn.dropout.p == 0.4
 
 
+def test_the_distributions_parameters_stay_float32_under_autocast():
+    network = DeepAR(2, 3, cell="gru", num_layers=1, num_cells=4).eval()
+    given = torch.rand(2, 5, 2), torch.rand(2, 5, 3), torch.zeros(2, 0, dtype=torch.long), torch.ones(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        raw, _ = network(*given)
+    assert torch.equal(raw, network(*given)[0])
+
+
 def test_an_unknown_cell_is_refused(unchecked):
     with pytest.raises(ValueError, match="no cell 'rnn': expected lstm, gru"):
         DeepAR(4, 2, cell="rnn")

@@ -145,6 +145,7 @@ def described(optimizer: Optimizer, schedule: LRScheduler | None, frozen: list[s
     groups = optimizer.param_groups
     settings = {name for group in groups for name in group} - NO_SETTINGS
     state = {} if schedule is None else schedule.state_dict()
+    numbers = {name: value for name, value in state.items() if name[0] != "_" and isinstance(value, int | float)}
     return {
         "class": type(optimizer).__name__,
         "numbers of parameters": [len(group["params"]) for group in groups],
@@ -152,7 +153,7 @@ def described(optimizer: Optimizer, schedule: LRScheduler | None, frozen: list[s
         "lr": [float(group.get("initial_lr", group["lr"])) for group in groups],
         **{name: [group.get(name) for group in groups] for name in sorted(settings)},
         "lr_scheduler": schedule and type(schedule).__name__,
-        **{f"lr_scheduler's {name}": value for name, value in state.items() if isinstance(value, int | float)},
+        **{f"lr_scheduler's {name}": value for name, value in numbers.items()},
     }
 
 
