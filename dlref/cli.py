@@ -160,7 +160,7 @@ class TrainCLI(LightningCLI):
         self.profile = options.profile
         if self.profile:
             self.prepare_profile()
-        check_sharding(options)
+        check_sharding(options, self.records)
         if self.records and options.final_test and options.trainer.limit_test_batches == 0:
             raise UserError("trainer.limit_test_batches: 0; expected more, or --final_test false")
 

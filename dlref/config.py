@@ -172,8 +172,11 @@ def check_fit(options) -> None:
         check_schedule(schedule.class_path)
 
 
-def check_sharding(options) -> None:
-    """Refuse parts of a fit that need the whole network, if each device holds a part of it. Raises UserError."""
+def check_sharding(options, records: bool) -> None:
+    """Refuse parts of a fit that need the whole network, if each device holds a part of it. Raises UserError.
+
+    A fit that records nothing has no final test and no checkpoints.
+    """
     strategy = options.trainer.strategy
     if not isinstance(strategy, Namespace) or not issubclass(locate(strategy.class_path), ModelParallelStrategy):
         return
@@ -182,8 +185,8 @@ def check_sharding(options) -> None:
     wrong = [
         *([task] if locate(task).configure_model is LightningModule.configure_model else []),
         *(path for path in paths if issubclass(locate(path), WeightAveraging)),
-        *(["--final_test true"] if options.final_test else []),
-        *(["save_distributed_checkpoint true"] if strategy.init_args.save_distributed_checkpoint else []),
+        *(["--final_test true"] if records and options.final_test else []),
+        *(["save_distributed_checkpoint true"] if records and strategy.init_args.save_distributed_checkpoint else []),
     ]
     if wrong:
         raise UserError(

@@ -161,35 +161,55 @@ def test_differing_returns_how_far_two_outputs_are_apart(found, known, share):
     assert bench.differing(np.array(found), np.array(known)) == share
 
 
-BOXES = np.array([[[10.0, 10, 50, 50, 0.9, 1], [200, 20, 260, 90, 0.8, 2], [5, 5, 9, 9, 0.5, 1], [0] * 6, [0] * 6]])
+BOXES = {
+    "boxes": np.array([[[10.0, 10, 50, 50], [200, 20, 260, 90], [5, 5, 9, 9], [0] * 4, [0] * 4]]),
+    "scores": np.array([[0.9, 0.8, 0.5, 0, 0]]),
+    "labels": np.array([[1, 80, 1, 0, 0]]),
+    "count": np.array([3]),
+}
+
+
+def other(name, change):
+    return BOXES | {name: change(BOXES[name])}
+
+
+def in_order(*places):
+    return {name: array if array.ndim == 1 else array[:, list(places)] for name, array in BOXES.items()}
 
 
 @pytest.mark.parametrize(
-    ("change", "share"),
+    ("found", "share"),
     [
-        (lambda rows: rows, 0),
-        (lambda rows: rows[:, [1, 0, 2, 3, 4]], 0),
-        (lambda rows: rows * (1 + 0.01 * (rows > 9)), 0.01 * 2 / 3),  # the third box has only small numbers
-        (lambda rows: rows + 0.1 * (rows == 0.9), 0.1 / 3),  # of a number below 1
-        (lambda rows: rows * [[[1], [1], [0], [0], [0]]], 1 / 3),
-        (lambda rows: rows[:, [0, 1, 2, 0, 4]], 1 / 4),
-        (lambda rows: 10 * rows, 1),
-        (lambda rows: rows * np.nan, 1),
-        (lambda rows: 0 * rows, 1),
+        (BOXES, 0),
+        (in_order(1, 0, 2, 3, 4), 0),
+        (other("boxes", lambda boxes: boxes * (1 + 0.01 * (boxes > 9))), 0.01 * 2 / 3),  # the third has small numbers
+        (other("scores", lambda scores: scores + 0.1 * (scores == 0.9)), 0.1 / 3),  # of a number below 1
+        (other("labels", lambda labels: labels - (labels == 80)), 1 / 3),
+        (in_order(0, 1, 3, 3, 4), 1 / 3),
+        (in_order(0, 1, 2, 0, 4), 1 / 4),
+        (other("boxes", lambda boxes: 10 * boxes), 1),
+        (other("boxes", lambda boxes: boxes * np.nan), 1),
+        ({name: 0 * array for name, array in BOXES.items()}, 1),
     ],
 )
-def test_lists_of_boxes_differ_by_their_boxes_and_not_by_their_order(change, share):
-    assert bench.unmatched(change(BOXES), BOXES) == pytest.approx(share)
+def test_lists_of_boxes_differ_by_their_boxes_and_not_by_their_order(found, share):
+    assert bench.unmatched(found, BOXES, list(BOXES)) == pytest.approx(share)
+
+
+def test_a_missing_box_counts_even_beside_a_similar_one():
+    near = other("boxes", lambda boxes: boxes[:, [0, 0, 2, 3, 4]] + [[[0], [0.1], [0], [0], [0]]])
+    near |= {"labels": np.array([[1, 1, 1, 0, 0]]), "scores": np.array([[0.9, 0.9, 0.5, 0, 0]])}
+    fewer = {name: array if array.ndim == 1 else array[:, [0, 2, 3, 3, 4]] for name, array in near.items()}
+    assert bench.unmatched(fewer, near, list(BOXES)) == pytest.approx(1 / 3)
 
 
 def test_bench_compares_outputs_that_are_a_selection_in_any_order(exported, tmp_path, monkeypatch):
-    parts = {"boxes": BOXES[..., :4], "scores": BOXES[..., 4], "labels": BOXES[..., 5], "count": np.array([3])}
-    swapped = {name: array[:, [1, 0, 2, 3, 4]] if array.ndim > 1 else array for name, array in parts.items()}
-    folder = changed(exported[0], tmp_path / "bundle", lambda _: {f"classify/{name}": a for name, a in parts.items()})
+    folder = changed(exported[0], tmp_path / "bundle", lambda _: {f"classify/{name}": a for name, a in BOXES.items()})
+    swapped = in_order(1, 0, 2, 3, 4)
     monkeypatch.setattr(bench, "open_graphs", lambda *_: {"classify": lambda **_: swapped})
     assert bench.difference(folder, None, "CPUExecutionProvider") > 0.5
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["graphs"]["classify"]["selected"] = list(parts)
+    manifest["graphs"]["classify"]["selected"] = list(BOXES)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert bench.difference(folder, None, "CPUExecutionProvider") == 0
 

@@ -4,9 +4,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from dlref.data.loader import SplitData
@@ -56,7 +58,22 @@ def evaluate(rank: int, folder: Path, *alone: dict[str, torch.Tensor]) -> None:
     together = of_detections(mine), of_translations(mine)
     for one, other in zip(alone, together, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one), (one, other)
+    evaluate_unevenly(rank)
     dist.destroy_process_group()
+
+
+def evaluate_unevenly(rank: int) -> None:
+    """Evaluate 3 batches in one process and 2 in the other, all with the first one's statistics.
+
+    DDP sends buffers before the first batch only; before each, a process would wait for one that has no batch left.
+    """
+    network = DistributedDataParallel(nn.BatchNorm1d(2)).train()
+    network(torch.full((4, 2), 1.0 + rank))
+    network.eval()
+    with torch.no_grad():
+        for _ in range(3 - rank):
+            network(torch.ones(4, 2))
+    assert network.module.running_mean.tolist() == pytest.approx([0.1, 0.1])  # a tenth of the first one's mean, 1
 
 
 def test_two_processes_evaluate_each_sample_once_and_score_all_of_them(tmp_path):

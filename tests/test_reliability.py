@@ -869,6 +869,15 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
             "ModelCheckpoint: train_time_interval, which can save between two optimiser steps; expected none",
         ),
         (
+            {"trainer.callbacks+": SAVING, "trainer.callbacks.every_n_train_steps": 2},
+            "ModelCheckpoint: every_n_train_steps, which can save between two optimiser steps; expected none",
+        ),
+        ({"best.metric": "train/loss"}, "best.metric 'train/loss' is not logged in validation; expected one of"),
+        (
+            {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "step"},
+            "EarlyStopping: monitor 'step' is not logged in validation; expected one of",
+        ),
+        (
             {"trainer.callbacks+": SAVING, "trainer.callbacks.monitor": "val/nope"},
             "ModelCheckpoint: monitor 'val/nope' is not logged in validation; expected one of val/accuracy",
         ),

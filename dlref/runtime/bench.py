@@ -129,7 +129,7 @@ def difference(folder: Path, threads: int | None, provider: str) -> float:
             selected = [output for output in known if isinstance(chosen, list) and output in chosen]
             shares += [differing(found[output], array) for output, array in known.items() if output not in selected]
             if selected:
-                shares.append(unmatched(rows_of(found, selected), rows_of(known, selected)))
+                shares.append(unmatched(found, known, selected))
     except KeyError as error:
         raise UserError(f"{path}: {error} is not in this bundle; expected its graphs and outputs") from None
     except ValueError as error:  # arrays of other shapes do not fit side by side
@@ -162,18 +162,20 @@ def rows_of(answer: Mapping[str, np.ndarray], selected: Sequence[str]) -> np.nda
     return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
 
 
-def unmatched(found: np.ndarray, known: np.ndarray) -> float:
-    """Return how far apart two lists of rows (1, D, F) are in any order: rounding can swap boxes of equal scores.
+def unmatched(found: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray], selected: Sequence[str]) -> float:
+    """Return how far apart the rows (1, D, F) of `selected` are in any order: rounding can swap boxes of equal scores.
 
-    It is the mean of the rows' differences from the most similar row of the other list, as `differing` computes them
-    but with at most 1 for each, and 1 for each row that one list has more than the other. Rows of zeros are padding.
+    It is the mean of the rows' differences from the most similar row, as `differing` computes them but with at most 1
+    for each, and 1 for each row that one side has more than the other. Rows of zeros are padding.
     """
-    wanted, given = (rows[0][rows[0].any(axis=1)] for rows in (known, found))
+    given, wanted = (rows[0][rows[0].any(axis=1)] for rows in (rows_of(found, selected), rows_of(known, selected)))
+    whole = rows_of({name: np.full(known[name].shape, known[name].dtype.kind != "f") for name in selected}, selected)
     if not len(wanted) or not len(given):
         return float(len(wanted) != len(given))
-    apart = np.abs(given[:, None] - wanted) / np.maximum(np.abs(wanted), 1)  # (given, wanted, F)
-    nearest = np.nan_to_num(apart.max(axis=2), nan=1).min(axis=0).clip(max=1)
-    return float((nearest.sum() + max(len(given) - len(wanted), 0)) / max(len(given), len(wanted)))
+    size = np.where(whole[0, 0], 1, np.maximum(np.abs(wanted), 1))  # classes that differ do so by 1 or more
+    apart = (np.abs(given[:, None] - wanted) / size).max(axis=2)  # (given, wanted)
+    nearest = np.sort(np.nan_to_num(apart, nan=1).min(axis=0).clip(max=1))[: len(given)]
+    return float((nearest.sum() + abs(len(given) - len(wanted))) / max(len(given), len(wanted)))
 
 
 def example(folder: Path) -> Arrays:

@@ -178,7 +178,9 @@ class Last(Checkpoint):
             self.size = int(known["size"]) if "size" in known else None  # earlier checkpoints do not have it
             for one in trainer.callbacks:
                 if isinstance(one, EarlyStopping) and one.state_key in checkpoint["callbacks"]:
-                    checkpoint["callbacks"][one.state_key]["patience"] = one.patience  # the config's, not the earlier
+                    state = checkpoint["callbacks"][one.state_key]
+                    self.stopping = self.stopping and one.patience <= state["patience"]
+                    state["patience"] = one.patience  # the config's, not the earlier one
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
@@ -327,8 +329,12 @@ def make_resumable(trainer: Trainer) -> None:
 
 def check_saves(callback: ModelCheckpoint, batches: int) -> None:
     """Refuse a callback that can save between two optimiser steps, of `batches` each: such a run resumes elsewhere."""
-    timed = callback._train_time_interval is not None and batches > 1
-    for name, given in (("save_on_exception", callback.save_on_exception), ("train_time_interval", timed)):
+    accumulated = batches > 1
+    for name, given in (
+        ("save_on_exception", callback.save_on_exception),
+        ("train_time_interval", accumulated and callback._train_time_interval is not None),
+        ("every_n_train_steps", accumulated and callback._every_n_train_steps > 0),
+    ):
         if given:
             words = "which can save between two optimiser steps; expected none, see --checkpoint_minutes"
             raise UserError(f"ModelCheckpoint: {name}, {words}")

@@ -15,14 +15,15 @@ class Preflight(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Check that validation logs the monitored metrics, now rather than after an epoch. Raises UserError."""
-        monitored = [("best.metric", self.metric)] + [
-            (f"{type(one).__name__}: monitor", one.monitor)
-            for one in trainer.callbacks
-            if (isinstance(one, EarlyStopping) and one.strict) or (isinstance(one, ModelCheckpoint) and one.monitor)
-        ]
+        monitored = [("best.metric", self.metric)]
+        for one in trainer.callbacks:
+            if isinstance(one, EarlyStopping) and one.strict:
+                monitored.append(("EarlyStopping: monitor", one.monitor))
+            own = one.monitor if isinstance(one, ModelCheckpoint) else None
+            if own and not own.startswith("train/") and own not in ("step", "epoch"):
+                monitored.append(("ModelCheckpoint: monitor", own))
         for what, metric in monitored:
-            counted = metric.startswith("train/") or metric in ("step", "epoch")  # known to ModelCheckpoint
-            if not counted and metric not in trainer.callback_metrics:
+            if metric not in trainer.callback_metrics:
                 logged = ", ".join(sorted(trainer.callback_metrics))
                 raise UserError(f"{what} {metric!r} is not logged in validation; expected one of {logged}")
 
