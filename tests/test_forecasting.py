@@ -131,7 +131,7 @@ def test_missing_values_are_left_out_of_the_loss():
     likelihood = task.distribution.log_prob(window.values[:, -10:], parameters)
     expected = -likelihood[torch.tensor(observed)].mean()
     torch.testing.assert_close(loss.detach(), expected)
-    assert task.loss(window_of(torch.rand(1, 10), [[False] * 10]))[0] == 0
+    assert task.loss(window_of(torch.rand(1, 10), [[False] * 10])) == (0, 0)
 
 
 def test_training_step_logs_its_loss_with_the_number_of_observed_points():
@@ -957,6 +957,14 @@ def test_separate_test_and_predict_files_are_used_for_their_splits(tmp_path):
     module.setup()
     assert ends_of(module, "predict") == [[312]]
     assert module.sources() == [f"{coming}:1"]
+
+
+def test_series_to_test_and_to_predict_are_held_once_if_they_are_the_same(tmp_path):
+    module = SageMakerSeries(jsonl(tmp_path / "a.json", 300), **SIZES)
+    module.setup()
+    stores = {name: windows.store for name, windows in module.splits.items()}
+    assert len(stores) == 4
+    assert len(set(map(id, stores.values()))) == 1
 
 
 def test_series_to_test_or_predict_are_checked_against_those_of_training(tmp_path):

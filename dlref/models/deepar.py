@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dlref.models.precision import without_autocast
 from dlref.models.recurrent import CELLS, RecurrentLayers
 
 
@@ -80,15 +81,5 @@ class DeepAR(nn.Module):
         static = torch.cat([*embedded, scale.log()[:, None]], dim=1)
         static = static[:, None].expand(-1, lagged.shape[1], -1)
         outputs, after = self.rnn(torch.cat([lagged, features, static], dim=2), state)
-        return self.raw(outputs), after
-
-    def raw(self, outputs: Float[Tensor, "B T D"]) -> Float[Tensor, "B T P"]:
-        """Return the raw parameters, in the precision of the head's weights even under autocast.
-
-        bfloat16 would round a location to steps of up to 0.8% of the series' level.
-        """
-        kind = outputs.device.type
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self.head(outputs.to(self.head.weight.dtype))
-        return self.head(outputs)
+        with without_autocast(outputs):  # bfloat16 would round a location to steps of up to 0.8% of the series' level
+            return self.head(outputs.to(self.head.weight.dtype)), after

@@ -7,7 +7,6 @@ Legend of shapes: B batch, C channels (C2 = 2 C), H W height and width, K classe
 of the logits.
 """
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlref.models.fcn import FCN, dilated_resnet, head
+from dlref.models.precision import without_autocast
 
 BINS = (1, 2, 3, 6)
 
@@ -42,8 +42,7 @@ class PyramidPooling(nn.Module):
         size = x.shape[-2:]
         # PyTorch's pooling accumulates in float32, so these products do too, even under autocast. bfloat16 would round
         # even the factors 1/n.
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with without_autocast(x):
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             means = [averages(exact, bins) for bins in BINS]
         pooled = [level(mean.to(x.dtype)) for level, mean in zip(self.levels, means, strict=True)]

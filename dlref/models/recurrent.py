@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dlref.models.precision import without_autocast
+
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
@@ -56,10 +58,10 @@ def run_layer(layer: nn.Module, inputs: Tensor, state: Tensor | None = None) -> 
     The layer runs in the precision of its weights even under autocast. On a GPU, autocast would cast it to float16 even
     if bfloat16 was requested, and on a CPU without AVX-512, oneDNN has no LSTM in bfloat16.
     """
-    kind, precision = inputs.device.type, layer.weight_ih_l0.dtype
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return run_layer(layer, inputs.to(precision), None if state is None else state.to(precision))
-    lstm = isinstance(layer, nn.LSTM)
-    outputs, after = layer(inputs, (state[:1], state[1:]) if lstm and state is not None else state)
+    lstm, precision = isinstance(layer, nn.LSTM), layer.weight_ih_l0.dtype
+    before = None if state is None else state.to(precision)
+    if lstm and before is not None:
+        before = before[:1], before[1:]
+    with without_autocast(inputs):
+        outputs, after = layer(inputs.to(precision), before)
     return outputs, torch.cat(after) if lstm else after
