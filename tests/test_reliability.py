@@ -889,6 +889,18 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
             {"model.init_args.optimizer": "torch.optim.LBFGS"},
             "LBFGS with trainer.accumulate_grad_batches 4; expected 1",
         ),
+        (
+            {
+                "model.init_args.optimizer": "torch.optim.LBFGS",
+                "model.init_args.channels_last": "true",
+                "trainer.accumulate_grad_batches": 1,
+            },
+            "LBFGS with model.init_args.channels_last true; expected false",
+        ),
+        (
+            {"model.init_args.optimizer": "torch.optim.SparseAdam"},
+            "SparseAdam: it takes sparse gradients only, and these are dense; expected Adam",
+        ),
         ({"model.init_args.optimizer.init_args.foreach": "true"}, "optimizer or lr_scheduler: `fused` and `foreach`"),
         ({"trainer.use_distributed_sampler": "true"}, "trainer.use_distributed_sampler: true; expected false"),
         ({"trainer.gradient_clip_val": -1}, "trainer.gradient_clip_val: -1; expected 0 or more"),

@@ -1,4 +1,4 @@
-"""Muon with AdamW, and the check of a resumed run's optimiser."""
+"""Muon with AdamW, and the checks of a config's and a resumed run's optimiser."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
@@ -134,6 +134,17 @@ class MuonAdamW(Optimizer):
         if False in self.parts:
             self.parts[False].step()
         return loss
+
+
+def check_usable(optimizer: Optimizer, parameters: Iterable[Tensor], batches: int) -> None:
+    """Refuse an optimiser of torch that would fail in the first step, or with steps of several `batches`."""
+    if isinstance(optimizer, SparseAdam):
+        raise UserError("SparseAdam: it takes sparse gradients only, and these are dense; expected Adam")
+    if isinstance(optimizer, LBFGS):
+        if batches != 1:  # each of its evaluations would add its gradients to those before
+            raise UserError(f"LBFGS with trainer.accumulate_grad_batches {batches}; expected 1")
+        if not all(parameter.is_contiguous() for parameter in parameters):  # it flattens gradients without a copy
+            raise UserError("LBFGS with model.init_args.channels_last true; expected false")
 
 
 def described(optimizer: Optimizer, schedule: LRScheduler | None, frozen: list[str]) -> dict[str, object]:

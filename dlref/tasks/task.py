@@ -11,14 +11,14 @@ from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line, shortened
 from dlref.tasks.deployable import Deployable
 from dlref.tasks.losses import MeanLoss, or_one
-from dlref.tasks.optimizers import check_resumed, described
+from dlref.tasks.optimizers import check_resumed, check_usable, described
 from dlref.training.devices import is_distributed, scaler_of, scales_itself
 from dlref.training.facts import check_rows
 from dlref.training.weights import freeze, load_weights, read_checkpoint
@@ -294,9 +294,7 @@ class Task(LightningModule):
             scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer, int(steps))
         except (ValueError, RuntimeError, KeyError) as error:  # a negative learning rate, fused with foreach, ...
             raise UserError(f"optimizer or lr_scheduler: {one_line(error)}") from error
-        if isinstance(optimizer, LBFGS) and (batches := self.trainer.accumulate_grad_batches) != 1:
-            # Each of its evaluations would add its gradients to those before.
-            raise UserError(f"LBFGS with trainer.accumulate_grad_batches {batches}; expected 1")
+        check_usable(optimizer, parameters, self.trainer.accumulate_grad_batches)
         frozen = [name for name, parameter in self.network.named_parameters() if not parameter.requires_grad]
         self.optimizer_asked = described(optimizer, scheduler, frozen)
         if self.optimizer_resumed is not None:
