@@ -364,6 +364,8 @@ def mendable(error: Exception) -> str | None:
             return f"trainer: {one_line(error)}"
         case RuntimeError() if "in loading state_dict" in str(error):  # of a checkpoint to resume from
             return str(UserError(f"{one_line(error)}; expected the network of the checkpoint's run"))
+        case RuntimeError() if str(error).startswith("Early stopping conditioned on"):  # no sanity check was made
+            return one_line(error)
         case RuntimeError() if lost_another(error):
             return "another process has ended; its own error says why"
         case RuntimeError() if str(error).startswith("DataLoader worker (pid"):  # mostly for want of memory

@@ -940,6 +940,13 @@ def test_a_checkpoint_of_ones_own_can_monitor_the_step(tmp_path):
     assert len(list((tmp_path / "mine/checkpoints").glob("epoch=*.ckpt"))) == 1
 
 
+def test_early_stopping_on_an_unknown_metric_is_one_line_without_a_sanity_check_too(capsys):
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/nope"}
+    assert fit(**stopping, **{"trainer.num_sanity_val_steps": 0}) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "Early stopping conditioned on metric `val/nope` which is not available" in error
+
+
 def test_a_run_with_early_stopping_can_be_resumed(tmp_path):
     """Lightning would check again at the end of the epoch, when a resumed run has no metric."""
     stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/loss"}
