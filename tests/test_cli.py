@@ -121,7 +121,7 @@ MISTAKES = {
         ["--best.metric", "val/acurracy"],
         "expected one of val/accuracy, val/f1, val/loss",
     ),
-    "no validation": (["--trainer.limit_val_batches", "0"], "nothing to validate on"),
+    "no validation": (["--trainer.limit_val_batches", "0"], "split, and trainer.limit_val_batches above 0"),
     "a rate below zero": (["--model.init_args.optimizer.init_args.lr", "-1"], "Invalid learning rate"),
     "too much smoothing": (["--model.init_args.label_smoothing", "3"], "label_smoothing 3"),
     "a blend below zero": (["--model.init_args.mixup", "-1"], "mixup -1"),

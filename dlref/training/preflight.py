@@ -32,7 +32,8 @@ class Preflight(Callback):
         # A run that is resumed in an epoch without validation has not loaded that split yet.
         loaded = trainer.val_dataloaders is not None
         if not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
-            raise UserError("nothing to validate on, so best.ckpt cannot be chosen; expected a validation split")
+            words = "expected a validation split, and trainer.limit_val_batches above 0"
+            raise UserError(f"nothing to validate on, so best.ckpt cannot be chosen; {words}")
         if self.tests:
             count, share = len(trainer.datamodule.test_dataloader()), trainer.limit_test_batches
             if isinstance(share, float) and share * count < 1:
