@@ -265,6 +265,11 @@ def readable(message: str) -> str:
         (r".*module '(dlref(?:\.\w+)+)' has no attribute '(\w+)'.*", r"\1 has no \2; expected a class that it exports"),
         (r"<class '([^']*)'>", r"\1"),
         (r"Option ('[^']*') is not accepted", r"\1 is unknown; expected an argument of the class"),
+        (  # StepLR's step_size, for example: jsonargparse hides the arguments that the run passes itself
+            r"(lr_scheduler: '[^']*' is unknown); expected an argument of the class",
+            r"\1, or stands where the run passes its number of steps; expected another argument, or a schedule such as "
+            "CosineAnnealingLR and those of dlref.tasks",
+        ),
         (
             r"(Importing '\S+' is not allowed), denied by .* to allow it\.",
             rf"\1; expected a class of {ALLOWED}",

@@ -81,6 +81,13 @@ MISTAKES = {
         ["--model.init_args.learning_rte", "1"],
         "model: 'learning_rte' is unknown; expected an argument of the class",
     ),
+    "an argument of a schedule that takes no number of steps": (
+        [
+            *("--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.StepLR"),
+            *("--model.init_args.lr_scheduler.init_args.step_size", "5"),
+        ],
+        "lr_scheduler: 'step_size' is unknown, or stands where the run passes its number of steps; expected another",
+    ),
     "an unknown key of the network": (["--model.init_args.network.init_args.depht", "1"], "depht"),
     "an unknown top-level key": (["--frobnicate", "1"], "unrecognized arguments: --frobnicate"),
     "another choice": (["--best.mode", "most"], "best.mode: Expected one of ['min', 'max']. Got value: most"),
