@@ -198,6 +198,10 @@ def junk_as_ort(folder):
     (folder / GRAPH).unlink()
 
 
+def without(key):
+    return {name: value for name, value in METADATA.items() if name != key}
+
+
 DAMAGE = {
     # damaged in transfer
     "truncated graph": (graph(lambda b: b[:-10], hashed=False), "SHA-256 differs"),
@@ -237,6 +241,8 @@ DAMAGE = {
     "channels that are a list": (manifest(metadata={**METADATA, "channels": [1]}), "expected a graph classify"),
     "labels that are numbers": (manifest(metadata={**METADATA, "labels": [1, 2]}), "expected a graph classify"),
     "labels that are text": (manifest(metadata={**METADATA, "labels": "ab"}), "expected a graph classify"),
+    "no multi_label": (manifest(metadata=without("multi_label")), "expected metadata crop, multi_label"),
+    "no crop": (manifest(metadata=without("crop")), "expected metadata crop, multi_label"),
     "a crop that is text": (manifest(metadata={**METADATA, "crop": "0.8"}), "expected metadata crop, multi_label"),
     "a crop that is true": (manifest(metadata={**METADATA, "crop": True}), "expected metadata crop, multi_label"),
     "channels that are true": (manifest(metadata={**METADATA, "channels": True}), "expected a graph classify"),

@@ -826,6 +826,12 @@ def test_the_runner_returns_labelled_boxes_in_pixels_and_draws_them(tmp_path):
     assert not changed[20:100, 140:250].any()  # no object is here
     (red, blue) = (drawn[half, x].tolist() for half, x in ((64, 0), (192, 128)))
     assert red != blue
+    labelled = np.asarray(
+        runner.draw(painted(256), {"objects": [{"label": "red", "score": 1, "box": [9, 99, 19, 109]}]})
+    )
+    assert (labelled != painted(256)).any(axis=2)[91:99, 9:40].all()  # the label, above its box
+    thin = {"objects": [{"label": "red", "score": 0.9, "box": [140.2, 20, 140.6, 20.3]}]}  # less than a pixel
+    assert (np.asarray(runner.draw(painted(256), thin)) != painted(256)).any()
     doubtful = [{"label": "red", "score": score, "box": [140, 20, 250, 100]} for score in (0.29, 0.31)]
     for found, shown in zip(doubtful, (False, True), strict=True):
         assert (np.asarray(runner.draw(painted(256), {"objects": [found]})) != painted(256)).any() == shown
@@ -864,6 +870,7 @@ def test_a_fixed_size_graph_gives_boxes_in_pixels_of_the_picture():
     ("change", "message"),
     [
         ({"boxes": np.zeros((1, 2, 3), np.float32)}, "boxes float32"),
+        ({"boxes": np.zeros(1, np.float32)}, "boxes float32"),
         ({"scores": np.zeros((1, 2))}, "scores float64"),
         ({"scores": np.full((1, 2), np.nan, np.float32)}, "not finite"),
         ({"labels": np.full((1, 2), 2)}, "classes 2 to 2; expected 0 to 1"),

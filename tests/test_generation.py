@@ -36,7 +36,7 @@ def of_hugging_face(logits, chosen, before):
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 39, 99])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.001, 1.0, 3.0])
 def test_the_sampling_distribution_matches_transformers(top_k, top_p, temperature):
     chosen = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
     for seed in range(20):
@@ -246,6 +246,9 @@ def test_streamed_pieces_add_up_to_the_answer():
 def test_nll_of_each_token_in_a_window_matches_a_known_graph(batch):
     made, graph = runner(batch=batch)
     tokens = np.random.default_rng(0).integers(4, 260, (5, 12))
+    for row in tokens:
+        for t in (1, 2, 5, 8, 11):  # these are predicted
+            row[t] = follower(row[:t])
     found = made.nll(tokens)
     base = np.log(np.exp(1) + len(BYTES) - 1)
     for row, nats in zip(tokens, found, strict=True):

@@ -239,11 +239,18 @@ def test_the_error_for_an_unreadable_image_names_the_file(tmp_path):
 
 def test_a_multi_label_prediction_returns_the_labels_that_the_metrics_count():
     metadata = {"labels": ["a", "b", "c"], "multi_label": True}
-    probability = np.array([[0.9, 0.2, 0.5]], np.float32)
+    probability = np.array([[0.51, 0.2, 0.5]], np.float32)
     (row,) = answers(probability, metadata)
     assert row["labels"] == ["a"]
     accuracy = metrics(3, multi_label=True)["accuracy"]
     assert accuracy(torch.from_numpy(probability), torch.tensor([[1, 0, 0]])) == 1
+
+
+def test_the_five_likeliest_classes_are_listed_and_equal_ones_in_order():
+    probability = np.full((1, 1000), 0.5, np.float32)
+    probability[0, 7] = 1
+    (row,) = answers(probability, {"labels": list(map(str, range(1000))), "multi_label": False})
+    assert [one["label"] for one in row["top"]] == ["7", "0", "1", "2", "3"]
 
 
 def test_a_folder_as_input_is_expanded_to_its_files(bundle, tmp_path, capsys):

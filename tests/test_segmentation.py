@@ -502,11 +502,14 @@ def test_the_runner_returns_a_mask_with_class_shares_and_draws_it():
     assert (answer["width"], answer["height"]) == (301, 200)
     counts = np.bincount(mask.ravel(), minlength=3) / mask.size
     assert answer["classes"] == pytest.approx(dict(zip(LABELS, counts, strict=True)))
+    voc = {1: [128, 0, 0], 2: [0, 128, 0], 19: [128, 192, 0], 20: [0, 64, 128], 255: [224, 224, 192]}
+    assert PALETTE[list(voc)].tolist() == list(voc.values())
     indexed = runner.picture(answer)
     assert indexed.mode == "P"
     np.testing.assert_array_equal(np.asarray(indexed), mask)
     np.testing.assert_array_equal(np.asarray(indexed.convert("RGB")), PALETTE[mask])
-    drawn = np.asarray(runner.draw(picture, answer))[60:]  # below the names
+    names, drawn = np.split(np.asarray(runner.draw(picture, answer)), [60])
+    assert (names > 200).all(axis=2).any()  # white letters
     np.testing.assert_array_equal(drawn[mask[60:] == 0], picture[60:][mask[60:] == 0])
     expected = (0.4 * COLOURS[1] + 0.6 * PALETTE[1]).round()
     assert (np.abs(drawn[mask[60:] == 1] - expected) <= 1).all()
