@@ -27,7 +27,7 @@ from dlref.cli import train
 from dlref.data.loader import Shuffled, StepSampler, TrainLoader
 from dlref.runtime import UserError
 from dlref.tasks import ImageClassifier
-from dlref.training.checkpoints import Interrupted, Last, SealedCheckpointIO
+from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.run_folder import Claim, checkpoint_of, metrics_file, run_folder, write_text
 from dlref.training.seal import SIZE, HashingWriter, damage, seal_of, write_sealed
@@ -532,12 +532,13 @@ def test_a_run_without_a_name_is_refused():
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_text(tmp_path / "test.json", "before")
+    path = tmp_path / "results/of/test.json"  # in folders that are made
+    write_text(path, "before")
     monkeypatch.setattr("os.replace", raising(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        write_text(tmp_path / "test.json", "after")
-    assert (tmp_path / "test.json").read_text() == "before"
-    assert [path.name for path in tmp_path.iterdir()] == ["test.json"]
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -973,6 +974,16 @@ def test_resuming_from_best_ckpt_keeps_best_ckpt_without_a_new_validation(tmp_pa
     assert fit(run="mine", ckpt_path="best", **further) == 0
     assert "before its first validation" not in capsys.readouterr().err
     assert (tmp_path / "mine/checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_a_resumed_run_replaces_best_ckpt_only_by_a_better_one(tmp_path):
+    """Also if its folder has moved."""
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda found, **_: found))
+    earlier, resumed = (BestCheckpoint(tmp_path / name, "val/accuracy", "max") for name in ("earlier", "moved"))
+    earlier.best_model_score = torch.tensor(0.9)
+    resumed.load_state_dict(earlier.state_dict())
+    found = [bool(resumed.check_monitor_top_k(trainer, torch.tensor(score))) for score in (0.5, 0.95)]
+    assert found == [False, True]
 
 
 def test_replacing_a_run_keeps_config_yaml_readable_for_the_fits_other_processes(tmp_path):
