@@ -136,6 +136,7 @@ class Counting:
             assert not isinstance(fixed, int) or size == fixed
         self.calls.append(tokens.shape)
         rows, new = tokens.shape
+        assert self.shape["tokens"][0] in ("batch", rows)
         logits = np.zeros((rows, back.shape[1], len(BYTES)), np.float32)
         for row in range(rows):
             before = past["key_1"][row, 0, : length[row], 0].astype(int)
