@@ -647,9 +647,11 @@ def test_a_frozen_recurrent_layer_stays_in_training_mode():
 @pytest.mark.parametrize(("scaler", "fused", "limit"), [(None, True, 1.0), (1, False, 1.0), (1, True, None)])
 def test_a_fused_optimiser_with_clipping_and_loss_scaling_is_refused(scaler, fused, limit):
     task = classifier(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=fused))
-    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), gradient_clip_val=limit)
+    known = {"accumulate_grad_batches": 1, "gradient_clip_val": limit}
+    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), **known)
     task.configure_optimizers()
-    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=1), gradient_clip_val=1.0)
+    known["gradient_clip_val"] = 1.0
+    task.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=1), **known)
     task.optimizer = partial(torch.optim.AdamW, fused=True)
     with pytest.raises(UserError, match=r"a fused optimizer with trainer\.gradient_clip_val and 16-mixed"):
         task.configure_optimizers()
