@@ -443,6 +443,32 @@ def test_a_network_that_returns_a_dict_is_refused(unchecked):
         classifier(network=Named(3, 3)).check()
 
 
+class Headed(nn.Module):
+    """A classifier with an auxiliary head of another width, or one that loses the axis of a single image."""
+
+    def __init__(self, auxiliary=None):
+        super().__init__()
+        self.fc = nn.Linear(1024, 3)
+        self.auxiliary = auxiliary and nn.Linear(1024, auxiliary)
+
+    def forward(self, x):
+        logits = self.fc(x.flatten(1))
+        return (logits, self.auxiliary(x.flatten(1))) if self.auxiliary else logits.squeeze()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Headed(5), "network returns 5 classes, the data has 3"),
+        (Headed(2), "network returns 2 classes, the data has 3"),
+        (Headed(), r"network returns \[3\]; expected logits \(B, 3\)"),
+    ],
+)
+def test_every_head_must_have_a_logit_for_each_class_of_each_image(network, message):
+    with pytest.raises(UserError, match=message):
+        classifier(network=network).check()
+
+
 def test_probing_a_network_restores_its_mode_and_buffers():
     task = classifier(network=torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout().eval()))
     with task.probing("three numbers", "expected another"):

@@ -68,7 +68,10 @@ class ImageClassifier(ImageTask):
             raise UserError(f"label_smoothing {self.label_smoothing}; expected 0 to below 1, and 0 with several labels")
         if min(self.mixup, self.cutmix) < 0:
             raise UserError(f"mixup {self.mixup}, cutmix {self.cutmix}; expected 0 or more")
-        check_classes(self.probe(self.preprocess.size)[0].shape[-1], classes)
+        for logits in self.probe(self.preprocess.size):
+            if logits.ndim != 2:
+                raise UserError(f"network returns {list(logits.shape)}; expected logits (B, {classes})")
+            check_classes(logits.shape[1], classes)
 
     def setup(self, stage: str) -> None:
         """Create the metrics, once the classes are known."""
