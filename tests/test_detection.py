@@ -779,6 +779,20 @@ def test_options_that_do_not_fit_together_are_refused(options, message):
     assert message in str(caught.value)
 
 
+class Fewer(Corners):
+    """A detector that returns offsets for fewer boxes than it has anchors."""
+
+    def forward(self, x):
+        offsets, logits = super().forward(x)
+        return offsets[:, :3], logits
+
+
+def test_heads_must_have_a_row_for_each_anchor():
+    words = r"network returns \[1, 3, 4\] and \[1, 4, 3\]; expected offsets \(B, 4, 4\) and logits \(B, 4, 3\)"
+    with pytest.raises(UserError, match=words):
+        detector(Fewer()).check()
+
+
 def test_a_default_box_matches_when_its_overlap_reaches_the_threshold():
     targets = {"boxes": torch.tensor([[[0.0, 0.0, 0.7, 0.7]]]), "labels": torch.tensor([[0]])}
     found = []

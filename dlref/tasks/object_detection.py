@@ -83,7 +83,14 @@ class ObjectDetector(ImageTask):
         heads = self.probe(side)
         if len(heads) != 2:
             raise UserError(f"network returns {len(heads)} tensors; expected offsets (B, N, 4) and logits (B, N, K1)")
-        check_classes(heads[1].shape[-1] - 1, classes)  # the background is no class
+        (offsets, logits), boxes = heads, len(self.network.anchors)
+        check_classes(logits.shape[-1] - 1, classes)  # the background is no class
+        if offsets.shape != (1, boxes, 4) or logits.shape[:-1] != (1, boxes):
+            found = f"{list(offsets.shape)} and {list(logits.shape)}"
+            raise UserError(
+                f"network returns {found}; expected offsets (B, {boxes}, 4) and logits (B, {boxes}, {classes + 1}) for "
+                f"its {boxes} anchors"
+            )
 
     def setup(self, stage: str) -> None:
         """Create the metrics, once the classes are known."""
