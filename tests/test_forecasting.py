@@ -1089,7 +1089,31 @@ class Pairs(DeepAR):
 
 def test_a_network_whose_state_is_a_tuple_is_refused(tmp_path):
     task = Forecaster(StudentT(), network=Pairs(40, 6, [4]), optimizer=sgd)
-    with pytest.raises(UserError, match=r"network returns \[1, 1, 3\], tuple; expected parameters .* and a state"):
+    with pytest.raises(UserError, match=r"network returns \[2, 3, 3\], tuple; expected parameters .* and a state"):
+        fit(tmp_path, task, data(count=12))
+
+
+class TimeFirst(DeepAR):
+    """A network that takes time as the first axis, like torch's recurrent layers by default."""
+
+    def forward(self, lagged, features, categories, scale, state=None):
+        for layer in self.rnn.layers:
+            layer.batch_first = False
+        return super().forward(lagged, features, categories, scale, state)
+
+
+class Last(DeepAR):
+    """A network that returns the parameters of the last time alone, which would count for all times."""
+
+    def forward(self, *inputs):
+        answer, state = super().forward(*inputs)
+        return answer[:, -1:], state
+
+
+@pytest.mark.parametrize(("kind", "found"), [(TimeFirst, "[2, 3, 3], [4, 3, 40]"), (Last, "[2, 1, 3], [4, 2, 40]")])
+def test_a_network_that_confuses_series_and_times_is_refused(tmp_path, kind, found, unchecked):
+    task = Forecaster(StudentT(), network=kind(40, 6, [4]), optimizer=sgd)
+    with pytest.raises(UserError, match=re.escape(f"network returns {found}; expected parameters")):
         fit(tmp_path, task, data(count=12))
 
 

@@ -65,7 +65,7 @@ class Forecaster(Task):
         self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
 
     def check(self) -> None:
-        """Run a window of zeros through the network, so that one made for other series is refused before training."""
+        """Run windows of zeros through the network, so that one made for other series is refused before training."""
         cardinality = self.facts["cardinality"]
         features = len(self.frequency.cycles) + 1 + self.facts["static_features"] + self.facts["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters
@@ -75,10 +75,10 @@ class Forecaster(Task):
             f"expected model.init_args.network.init_args of lags: {lags}, features: {features}, "
             f"cardinality: {cardinality}, parameters: {parameters}"
         )
-        zeros = torch.zeros(1, 1, max(lags, features), device=self.network_device)
-        largest = torch.tensor([cardinality], device=self.network_device).reshape(1, -1).long() - 1
-        window = zeros[..., :lags], zeros[..., :features], largest, zeros[0, 0, :1] + 1
-        with self.probing("a window of this data", expected):
+        zeros = torch.zeros(2, 3, max(lags, features), device=self.network_device)  # sizes tell the axes apart
+        largest = torch.tensor([cardinality] * 2, device=self.network_device).reshape(2, -1).long() - 1
+        window = zeros[..., :lags], zeros[..., :features], largest, zeros[:, 0, 0] + 1
+        with self.probing("windows of this data", expected):
             answers = self.network(*window)
         state = state_in(answers)
         with self.probing("its own state", expected):
@@ -337,12 +337,14 @@ class Forecaster(Task):
 
 
 def state_in(answers: object) -> Tensor:
-    """Return the state (Y, 1, D) in a network's output for one window. Raises UserError if there is none."""
+    """Return the state (Y, 2, D) in a network's output for two windows of three steps. Raises UserError."""
     parts = answers if isinstance(answers, tuple) else (answers,)
     good = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
-    if not good or parts[1].shape[1] != 1:
+    if not good or parts[0].shape[:2] != (2, 3) or parts[1].shape[1] != 2:
         found = ", ".join(str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-        raise UserError(f"network returns {found}; expected parameters (B, T, P) and a state (Y, B, D), with B = 1")
+        raise UserError(
+            f"network returns {found}; expected parameters (B, T, P) and a state (Y, B, D) for B = 2, T = 3"
+        )
     return parts[1]
 
 
