@@ -267,9 +267,37 @@ class Few(Seq2Seq):
         return super().encode(source + torch.zeros(20, dtype=torch.long)[: source.shape[1]], lengths)
 
 
+class Conditioned(Seq2Seq):
+    """A decoder that reads the first state in each step (Cho et al. 2014), where only its own state is known."""
+
+    def step(self, token, state, memory):
+        return super().step(token, state + memory.state[:, :, None], memory)
+
+
+class Unpacked(Seq2Seq):
+    """A network whose encoder returns a plain tuple."""
+
+    def encode(self, source, lengths):
+        return tuple(super().encode(source, lengths))
+
+    def forward(self, source, lengths, target):
+        return self.decode(target, Memory(*self.encode(source, lengths)))
+
+
+class Unattending(Seq2Seq):
+    """A network whose attention lacks the axis of the hypotheses."""
+
+    def step(self, token, state, memory):
+        logits, after, attention = super().step(token, state, memory)
+        return logits, after, attention[:, 0]
+
+
 @pytest.mark.parametrize(
     ("network", "task", "complaint"),
     [
+        (Conditioned(64, 64, **SIZES), {}, "expected encode and step as docs/translation.md describes them"),
+        (Unpacked(64, 64, **SIZES), {}, "'tuple' object has no attribute 'values'"),
+        (Unattending(64, 64, **SIZES), {}, "next state and attention have other axes; expected encode and step"),
         (Seq2Seq(20, 64, **SIZES), {}, f"source_vocabulary: {SIZE}, target_vocabulary: {SIZE}"),
         (Seq2Seq(64, 20, **SIZES), {}, f"target_vocabulary: {SIZE}"),
         (torch.nn.Linear(3, 3), {}, "network rejects"),
@@ -281,7 +309,7 @@ class Few(Seq2Seq):
         (Seq2Seq(64, 64, **SIZES), {"scheduled_sampling": 30.0}, "scheduled_sampling: 30.0; expected a share"),
     ],
 )
-def test_a_network_or_option_that_does_not_fit_is_refused(network, task, complaint):
+def test_a_network_or_option_that_does_not_fit_is_refused(network, task, complaint, unchecked):
     task = Translator(network=network, optimizer=sgd, **task)
     facts = {"source_vocabulary": LETTERS, "target_vocabulary": LETTERS}
     task.remember({**facts, "longest": 9, "longest_answer": 9})

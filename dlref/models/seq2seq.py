@@ -37,13 +37,13 @@ class Memory(NamedTuple):
         values: (B, S, D), an annotation of each source token (Bahdanau et al., section 3.2).
         keys: (B, S, D), which queries are compared with.
         mask: (B, S), False for padding.
-        state: (Y, B, D), initial state of the decoder.
+        state: (Y, B, D), initial state of the decoder; None in `step`, which gets the state of each hypothesis.
     """
 
     values: Float[Tensor, "B S D"]
     keys: Float[Tensor, "B S D"]
     mask: Bool[Tensor, "B S"]
-    state: Float[Tensor, "Y B D"]
+    state: Float[Tensor, "Y B D"] | None
 
 
 class Seq2Seq(nn.Module):

@@ -130,7 +130,7 @@ class Task(LightningModule):
             with torch.no_grad():
                 self.network.eval()
                 yield
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"network rejects {what} ({one_line(error)}); {expected}") from error
         finally:
             for module, training in modes:  # a module kept in evaluation mode stays there

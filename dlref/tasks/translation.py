@@ -113,6 +113,20 @@ class Translator(Task):
             raise UserError(f"network returns {type(logits).__name__}; expected logits (B, T, V)")
         if logits.shape[-1] < target:
             raise UserError(f"network returns {logits.shape[-1]} tokens; {expected}")
+        self.check_step(one.repeat(2, 4), target)
+
+    def check_step(self, source: Int[Tensor, "B S"], target: int) -> None:
+        """Run one step of three hypotheses of each source: a wrong layout would fail only when texts are translated."""
+        wanted = "expected encode and step as docs/translation.md describes them"
+        with self.probing("a step of three hypotheses", wanted):
+            values, keys, state = _Encode(self.network)(source)
+            before = state[:, :, None].repeat(1, 1, 3, 1)
+            step = _Step(self.network, target)
+            best, _, after, attention = step(source[:, :3], before, values, keys, source)
+        found = [list(part.shape) for part in (best, after, attention)]
+        shapes = [[2, 3, step.widest], list(before.shape), [*before.shape[1:3], source.shape[1]]]
+        if found != shapes or state.shape[1] != 2:
+            raise UserError(f"network's state, {list(state.shape)}, next state and attention have other axes; {wanted}")
 
     def longest_verified(self) -> int:
         """Return the longest source, in tokens, at which export verifies the graphs; none is traced at this length."""
@@ -344,7 +358,7 @@ class _Step(nn.Module):
         keys: Float[Tensor, "B S D"],
         source: Int[Tensor, "B S"],
     ) -> tuple[Float[Tensor, "B K W"], Int[Tensor, "B K W"], Float[Tensor, "Y B K D"], Float[Tensor, "B K S"]]:
-        memory = Memory(values, keys, source != PAD, state[:, :, 0])
+        memory = Memory(values, keys, source != PAD, None)  # the first state is known to `encode` alone
         logits, after, attention = self.network.step(token, state, memory)
         scores = logits[..., : self.vocabulary].float().log_softmax(2) + self.never
         best, which = scores.topk(self.widest, dim=2)
