@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import re
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -698,6 +699,35 @@ def test_an_evaluation_batch_does_not_make_training_compile_dynamic_sizes(monkey
         step(batch_of(*["abcdefghijklmnop"] * size))
         assert len(seen) > before
         assert seen[-1] == {int}
+
+
+class Untied(GPT):
+    """A GPT with an output layer of its own, and on request with a bias."""
+
+    def __init__(self, *sizes, bias):
+        super().__init__(*sizes)
+        self.lm_head = nn.Linear(8, 300, bias=bias)
+
+    output = property(lambda self: self.lm_head.weight)
+
+    def logits(self, hidden):
+        return self.lm_head(hidden)
+
+
+def test_an_output_layer_of_its_own_is_not_a_hidden_matrix():
+    network = Untied(300, 16, 1, 2, 8, bias=False)
+    task = LanguageModel(network=network, optimizer=sgd)
+    hidden, tables, _ = task.parameter_groups(list(network.parameters()))
+    assert not any(parameter is network.output for parameter in hidden["params"])
+    assert any(parameter is network.output for parameter in tables["params"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_that_differ_from_those_of_the_training_loss_are_refused(bias):
+    task = LanguageModel(network=Untied(300, 16, 1, 2, 8, bias=bias), optimizer=sgd)
+    task.remember({"vocabulary": BYTE, "context_length": 16})
+    with pytest.raises(UserError, match="logits differ from its hidden states") if bias else nullcontext():
+        task.check()
 
 
 def test_hidden_matrices_embeddings_and_vectors_are_separate_parameter_groups():

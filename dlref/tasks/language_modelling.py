@@ -75,14 +75,21 @@ class LanguageModel(Task):
         )
         with self.probing("the tokens of this data", expected):
             last = torch.full((1, 1), vocabulary - 1, device=self.network_device)
-            logits = self.network.logits(self.network(last)[0])
+            hidden = 1000 * self.network(last)[0]  # large, to tell a bias or a bound from a linear layer
+            logits, linear = self.network.logits(hidden), F.linear(hidden, self.network.output)
+        if logits.shape != linear.shape or not torch.allclose(logits, linear, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                "network's logits differ from its hidden states times output, as training computes them; "
+                "expected logits without a bias, a scale or a bound"
+            )
         room, context = logits.shape[-1], self.network.context_length
         if room < vocabulary or context < length:
             raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Return the groups of hidden matrices, embedding tables and vectors."""
+        """Return the groups of hidden matrices, of embedding tables and the output layer, and of vectors."""
         tables = {id(table.weight) for table in self.network.modules() if isinstance(table, nn.Embedding)}
+        tables.add(id(self.network.output))  # a matrix of its own unless tied
         matrices = [p for p in parameters if p.ndim > 1]
         groups = [
             {"params": [p for p in matrices if id(p) not in tables], "hidden": True},
