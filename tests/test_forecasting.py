@@ -34,7 +34,7 @@ from dlref.runtime.calendar import Frequency
 from dlref.runtime.lines import Line
 from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
 from dlref.runtime.series import first_differences
-from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT
+from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT, figures
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
 from dlref.tasks.forecasting import OWN, scale_of
 from dlref.training.devices import widest_float
@@ -1200,6 +1200,20 @@ def test_a_prediction_length_of_one_is_tested_and_drawn(tmp_path):
     assert all(len(share) == 1 for share in task.by_time.values())
     task.draw(tmp_path / "figures")
     assert (tmp_path / "figures/by_time.png").is_file()
+
+
+def test_values_without_neighbours_are_dots_in_the_figures(tmp_path, monkeypatch):
+    """A line through one point has no length, and a fan over one step no width."""
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    nan, paths = math.nan, torch.arange(6.0).view(3, 2)
+    past, after = torch.tensor([1.0, nan, 3.0, 4.0, nan, 5.0]), torch.tensor([nan, 2.0])
+    figures.forecasts(tmp_path / "several.png", [(past, after, paths)])
+    figures.forecasts(tmp_path / "one.png", [(past, after[1:], paths[:, :1])])
+    figures.by_time(tmp_path / "by_time.png", {"this model": torch.tensor([0.5]), "last value": torch.tensor([0.7])})
+    dots = [[line.get_marker() == "." and line.get_markevery() for line in axes.get_lines()] for axes in drawn]
+    assert dots == [[[0, 5], False, [1], False], [[0, 5], [0], [0], False], [[0], [0]]]
+    assert all(fan.get_datalim(drawn[1].transData).width > 0 for fan in drawn[1].collections)
 
 
 def test_no_float64_tensor_is_moved_to_a_device_without_float64(monkeypatch):

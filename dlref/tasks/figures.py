@@ -43,6 +43,13 @@ def _grid(panels: int, columns: int, width: float, height: float, extra: float =
     return figure, axes[:panels]
 
 
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
+    """Plot a line with gaps where values are NaN, and a dot for a value without a neighbour to be joined to."""
+    there = np.pad(np.isfinite(y), 1)
+    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()
+    axes.plot(x, y, **style, **({"marker": ".", "markevery": alone} if alone else {}))
+
+
 def _class_curves(
     by_class: dict[int, tuple[np.ndarray, np.ndarray, float]],
     labels: list[str],
@@ -234,12 +241,13 @@ def forecasts(path: Path, shown: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     figure, grid = _grid(len(shown), 2, width=7, height=2.6, extra=0.4)
     for axes, (past, after, paths) in zip(grid, shown, strict=True):
         before, ahead = np.arange(-len(past), 0), np.arange(len(after))
-        axes.plot(before, past.numpy(), color="black", linewidth=1, label="past")
+        beside = ahead if len(ahead) > 1 else np.array([-0.3, 0.3])  # the fan of a single step needs a width
+        _line(axes, before, past.numpy(), color="black", linewidth=1, label="past")
         for low, high, colour in ((0.05, 0.95, "#deebf7"), (0.1, 0.9, "#c6dbef"), (0.25, 0.75, "#9ecae1")):
             edges = np.quantile(paths.numpy(), [low, high], axis=0)
-            axes.fill_between(ahead, *edges, color=colour, linewidth=0, label=f"{high - low:.0%} of the paths")
-        axes.plot(ahead, np.median(paths.numpy(), axis=0), color="tab:blue", linewidth=1.2, label="median")
-        axes.plot(ahead, after.numpy(), color="tab:red", linewidth=1, label="actual")
+            axes.fill_between(beside, *edges, color=colour, linewidth=0, label=f"{high - low:.0%} of the paths")
+        _line(axes, ahead, np.median(paths.numpy(), axis=0), color="tab:blue", linewidth=1.2, label="median")
+        _line(axes, ahead, after.numpy(), color="tab:red", linewidth=1, label="actual")
         axes.axvline(-0.5, color="grey", linewidth=0.6)
         axes.margins(x=0.01)
         axes.grid(alpha=0.3)
@@ -266,7 +274,7 @@ def by_time(path: Path, losses: dict[str, Tensor]) -> None:
     figure, (axes,) = _grid(1, 1, width=6.5, height=4)
     for i, (name, loss) in enumerate(losses.items()):
         style = {"color": f"C{i}", "linewidth": 2 if name == "this model" else 1}
-        axes.plot(np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
+        _line(axes, np.arange(1, len(loss) + 1), loss.numpy(), label=name, **style)
     axes.set(xlabel="steps ahead", ylabel="weighted quantile loss", ylim=(0, None))
     axes.set_title("Loss by forecast step")
     axes.grid(alpha=0.3)
