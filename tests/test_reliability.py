@@ -1147,7 +1147,7 @@ def test_incomplete_or_foreign_checkpoints_are_refused(tmp_path, capsys):
     ):
         torch.save({**kept, **others}, tmp_path / "mine/other.ckpt")
         assert fit(run="mine", ckpt_path="mine/other.ckpt", trainer__max_epochs=3) == 2
-        assert capsys.readouterr().err.endswith("that train.py wrote\n")
+        assert capsys.readouterr().err.endswith("for a new run that starts from the weights\n")
 
 
 def test_a_nan_found_at_validation_saves_the_batch_that_caused_it(during, tmp_path):

@@ -183,7 +183,8 @@ class Last(Checkpoint):
                     state["patience"] = one.patience  # the config's, not the earlier one
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py wrote"
+                f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py of this version "
+                "wrote, or model.init_args.weights for a new run that starts from the weights"
             ) from None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:

@@ -59,7 +59,10 @@ def read_checkpoint(path: Path) -> dict:
     state = read(path)
     parts = isinstance(state, dict) and all(type(state.get(key)) in kinds for key, kinds in PARTS.items())
     if not (parts and all(isinstance(name, str) for name in state["state_dict"])):
-        raise UserError(f"{path}: not a checkpoint of dlref; expected one that train.py wrote")
+        raise UserError(
+            f"{path}: not a checkpoint of this version of dlref; expected one that train.py wrote, or "
+            "model.init_args.weights for a new run that starts from the weights"
+        )
     return state
 
 
