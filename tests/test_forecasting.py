@@ -1089,7 +1089,7 @@ class Pairs(DeepAR):
 
 def test_a_network_whose_state_is_a_tuple_is_refused(tmp_path):
     task = Forecaster(StudentT(), network=Pairs(40, 6, [4]), optimizer=sgd)
-    with pytest.raises(UserError, match=r"network returns \[2, 3, 3\], tuple; expected parameters .* and a state"):
+    with pytest.raises(UserError, match=r"network returns \[13, 3, 3\], tuple; expected parameters .* and a state"):
         fit(tmp_path, task, data(count=12))
 
 
@@ -1110,9 +1110,24 @@ class Last(DeepAR):
         return answer[:, -1:], state
 
 
-@pytest.mark.parametrize(("kind", "found"), [(TimeFirst, "[2, 3, 3], [4, 3, 40]"), (Last, "[2, 1, 3], [4, 2, 40]")])
-def test_a_network_that_confuses_series_and_times_is_refused(tmp_path, kind, found, unchecked):
-    task = Forecaster(StudentT(), network=kind(40, 6, [4]), optimizer=sgd)
+class BatchFirst(DeepAR):
+    """A network that returns its state with the series as the first axis."""
+
+    def forward(self, lagged, features, categories, scale, state=None):
+        answer, state = super().forward(lagged, features, categories, scale, state)
+        return answer, state.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "found"),
+    [
+        (TimeFirst, 2, "[13, 3, 3], [4, 3, 40]"),
+        (Last, 2, "[13, 1, 3], [4, 13, 40]"),
+        (BatchFirst, 1, "[13, 3, 3], [13, 2, 40]"),
+    ],
+)
+def test_a_network_that_confuses_axes_is_refused(tmp_path, kind, layers, found, unchecked):
+    task = Forecaster(StudentT(), network=kind(40, 6, [4], num_layers=layers), optimizer=sgd)
     with pytest.raises(UserError, match=re.escape(f"network returns {found}; expected parameters")):
         fit(tmp_path, task, data(count=12))
 

@@ -722,11 +722,31 @@ def test_an_output_layer_of_its_own_is_not_a_hidden_matrix():
     assert any(parameter is network.output for parameter in tables["params"])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_logits_that_differ_from_those_of_the_training_loss_are_refused(bias):
-    task = LanguageModel(network=Untied(300, 16, 1, 2, 8, bias=bias), optimizer=sgd)
+class Bounded(GPT):
+    """A GPT whose logits are between -30 and 30."""
+
+    def logits(self, hidden):
+        return 30 * (super().logits(hidden) / 30).tanh()
+
+
+class Cut(GPT):
+    """A GPT that does not return the logits of its padding tokens."""
+
+    def logits(self, hidden):
+        return super().logits(hidden)[..., :262]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [(Untied, {"bias": False}, False), (Untied, {"bias": True}, True), (Bounded, {}, True), (Cut, {}, False)],
+)
+@pytest.mark.parametrize("deviation", [0.02, 1])
+def test_logits_that_differ_from_those_of_the_training_loss_are_refused(kind, options, refused, deviation):
+    network = kind(300, 16, 1, 2, 8, **options)
+    nn.init.normal_(network.output, std=deviation)
+    task = LanguageModel(network=network, optimizer=sgd)
     task.remember({"vocabulary": BYTE, "context_length": 16})
-    with pytest.raises(UserError, match="logits differ from its hidden states") if bias else nullcontext():
+    with pytest.raises(UserError, match="logits differ from its hidden states") if refused else nullcontext():
         task.check()
 
 

@@ -292,9 +292,22 @@ class Unattending(Seq2Seq):
         return logits, after, attention[:, 0]
 
 
+class BatchFirst(Seq2Seq):
+    """A network whose encoder returns the state with the sentences as the first axis."""
+
+    def encode(self, source, lengths):
+        memory = super().encode(source, lengths)
+        return memory._replace(state=memory.state.transpose(0, 1))
+
+    def forward(self, source, lengths, target):
+        memory = self.encode(source, lengths)
+        return self.decode(target, memory._replace(state=memory.state.transpose(0, 1)))
+
+
 @pytest.mark.parametrize(
     ("network", "task", "complaint"),
     [
+        (BatchFirst(64, 64, **SIZES), {}, "expected encode and step as docs/translation.md describes them"),
         (Conditioned(64, 64, **SIZES), {}, "expected encode and step as docs/translation.md describes them"),
         (Unpacked(64, 64, **SIZES), {}, "'tuple' object has no attribute 'values'"),
         (Unattending(64, 64, **SIZES), {}, "next state and attention have other axes; expected encode and step"),

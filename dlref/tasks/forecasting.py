@@ -22,7 +22,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.losses import or_one
-from dlref.tasks.task import Task
+from dlref.tasks.task import PROBED, Task
 from dlref.training.devices import widest_float
 
 SHOWN = 8  # series in the figure of forecasts
@@ -75,8 +75,8 @@ class Forecaster(Task):
             f"expected model.init_args.network.init_args of lags: {lags}, features: {features}, "
             f"cardinality: {cardinality}, parameters: {parameters}"
         )
-        zeros = torch.zeros(2, 3, max(lags, features), device=self.network_device)  # sizes tell the axes apart
-        largest = torch.tensor([cardinality] * 2, device=self.network_device).reshape(2, -1).long() - 1
+        zeros = torch.zeros(PROBED, 3, max(lags, features), device=self.network_device)
+        largest = torch.tensor([cardinality] * PROBED, device=self.network_device).reshape(PROBED, -1).long() - 1
         window = zeros[..., :lags], zeros[..., :features], largest, zeros[:, 0, 0] + 1
         with self.probing("windows of this data", expected):
             answers = self.network(*window)
@@ -337,14 +337,13 @@ class Forecaster(Task):
 
 
 def state_in(answers: object) -> Tensor:
-    """Return the state (Y, 2, D) in a network's output for two windows of three steps. Raises UserError."""
+    """Return the state (Y, B, D) in a network's output for `PROBED` windows of three steps. Raises UserError."""
     parts = answers if isinstance(answers, tuple) else (answers,)
     good = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
-    if not good or parts[0].shape[:2] != (2, 3) or parts[1].shape[1] != 2:
+    if not good or parts[0].shape[:2] != (PROBED, 3) or parts[1].shape[1] != PROBED:
         found = ", ".join(str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-        raise UserError(
-            f"network returns {found}; expected parameters (B, T, P) and a state (Y, B, D) for B = 2, T = 3"
-        )
+        wanted = f"parameters (B, T, P) and a state (Y, B, D) for B = {PROBED}, T = 3"
+        raise UserError(f"network returns {found}; expected {wanted}")
     return parts[1]
 
 

@@ -23,6 +23,8 @@ from dlref.training.devices import is_distributed, scaler_of, scales_itself
 from dlref.training.facts import check_rows
 from dlref.training.weights import freeze, load_weights, read_checkpoint
 
+PROBED = 13  # series or sentences of a trial call: hardly any other axis has this size, so exchanged axes show
+
 
 class Task(LightningModule):
     """A thin layer around a network: a subclass adds the loss, the metrics and the exported graphs.

@@ -23,7 +23,7 @@ from dlref.runtime.runner import plain
 from dlref.runtime.runners.translation import Runner, Sentence
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.task import Task
+from dlref.tasks.task import PROBED, Task
 from dlref.training.devices import gather_objects
 
 WIDEST = 16  # next tokens that a step returns, so the widest beam
@@ -113,7 +113,7 @@ class Translator(Task):
             raise UserError(f"network returns {type(logits).__name__}; expected logits (B, T, V)")
         if logits.shape[-1] < target:
             raise UserError(f"network returns {logits.shape[-1]} tokens; {expected}")
-        self.check_step(one.repeat(2, 4), target)
+        self.check_step(one.repeat(PROBED, 4), target)
 
     def check_step(self, source: Int[Tensor, "B S"], target: int) -> None:
         """Run one step of three hypotheses of each source: a wrong layout would fail only when texts are translated."""
@@ -124,8 +124,8 @@ class Translator(Task):
             step = _Step(self.network, target)
             best, _, after, attention = step(source[:, :3], before, values, keys, source)
         found = [list(part.shape) for part in (best, after, attention)]
-        shapes = [[2, 3, step.widest], list(before.shape), [*before.shape[1:3], source.shape[1]]]
-        if found != shapes or state.shape[1] != 2:
+        shapes = [[PROBED, 3, step.widest], list(before.shape), [*before.shape[1:3], source.shape[1]]]
+        if found != shapes or state.shape[1] != PROBED:
             raise UserError(f"network's state, {list(state.shape)}, next state and attention have other axes; {wanted}")
 
     def longest_verified(self) -> int:
