@@ -793,6 +793,13 @@ def test_heads_must_have_a_row_for_each_anchor():
         detector(Fewer()).check()
 
 
+def test_default_boxes_in_pixels_are_refused():
+    network = Corners()
+    network.anchors *= 8
+    with pytest.raises(UserError, match="anchors that do not overlap the image; expected each as centre"):
+        detector(network).check()
+
+
 def test_a_default_box_matches_when_its_overlap_reaches_the_threshold():
     targets = {"boxes": torch.tensor([[[0.0, 0.0, 0.7, 0.7]]]), "labels": torch.tensor([[0]])}
     found = []

@@ -336,6 +336,15 @@ def test_labels_with_special_meaning_to_matplotlib_are_drawn_literally(label, tm
     figures.mistakes(tmp_path / "mistakes.png", [(0.9, torch.zeros(1, 4, 4, dtype=torch.uint8), 0, 1)], [label, "b"])
 
 
+def test_the_legend_of_masks_names_what_is_painted(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    mask = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
+    pictures = [(torch.zeros(3, 2, 2, dtype=torch.uint8), mask, mask)]
+    figures.masks(tmp_path / "masks.png", pictures, ["background", "cat", "dog", "cow"])
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["cat", "dog"]
+
+
 def test_worst_mistakes_are_sorted_by_confidence(tmp_path):
     task = classifier()
     trainer(tmp_path).test(task, Pixels(), verbose=False)

@@ -206,7 +206,7 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
                 seen.update(np.unique(classes).tolist())
                 axes.imshow(_paint(classes, labels))
             axes.set_title(title, fontsize=9)
-    named = sorted(k for k in seen if k < len(labels))[:COLOURED]
+    named = [k for k in sorted(seen) if k < len(labels) and labels[k] != BACKGROUND][:COLOURED]
     handles = [Patch(color=PALETTE[k] / 255, label=literal(labels[k])) for k in named]
     figure.legend(handles=handles, loc="outside lower center", ncols=12, fontsize=8)
     _save(figure, path)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import box_area
+from torchvision.ops import box_area, box_convert, box_iou
 
 from dlref.runtime import UserError
 from dlref.runtime.runners.object_detection import answer
@@ -90,6 +90,12 @@ class ObjectDetector(ImageTask):
             raise UserError(
                 f"network returns {found}; expected offsets (B, {boxes}, 4) and logits (B, {boxes}, {classes + 1}) for "
                 f"its {boxes} anchors"
+            )
+        corners = box_convert(self.network.anchors, "cxcywh", "xyxy")
+        if not (box_iou(corners, corners.new_tensor([[0, 0, 1, 1]])) > 0).all():
+            raise UserError(
+                "network has anchors that do not overlap the image; expected each as centre, width and height in "
+                "fractions of the image"
             )
 
     def setup(self, stage: str) -> None:
