@@ -783,6 +783,19 @@ def test_a_run_ended_by_early_stopping_after_its_minimum_can_be_continued(least,
     assert state_of(tmp_path / "mine")["global_step"] == 18
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_once(tmp_path):
+    """The stop brings about a validation that the interval does not: after it, Lightning would log step 8 as 7."""
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy", "trainer.min_steps": 8}
+    stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}
+    kept = {"run": "mine", "trainer.max_epochs": 3, "trainer.log_every_n_steps": 1}
+    assert fit(**kept, **stopping) == 0
+    assert fit(**kept, ckpt_path="last") == 0
+    logged = families.rows(tmp_path / "mine")
+    assert [int(row["step"]) for row in logged if row["train/loss"]] == list(range(18))
+    assert [int(row["step"]) for row in logged if row["val/accuracy"]] == [5, 7, 11, 17]
+
+
 def test_validation_between_two_optimiser_steps_is_refused(capsys):
     assert fit(trainer__accumulate_grad_batches=4, trainer__val_check_interval=3) == 2
     assert "validation every 3 batches, an optimiser step every 4" in capsys.readouterr().err

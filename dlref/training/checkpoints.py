@@ -232,6 +232,8 @@ class Last(Checkpoint):
         """End here rather than after the previous step, so that its losses are logged."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
+        # Lightning's logged step, which is one too low after a validation that a stop, not the interval, brought about.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
