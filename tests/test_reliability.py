@@ -784,7 +784,7 @@ def test_a_run_ended_by_early_stopping_after_its_minimum_can_be_continued(least,
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_once(tmp_path):
+def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_once(tmp_path, capsys):
     """The stop brings about a validation that the interval does not: after it, Lightning would log step 8 as 7."""
     stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy", "trainer.min_steps": 8}
     stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}
@@ -794,6 +794,7 @@ def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_o
     logged = families.rows(tmp_path / "mine")
     assert [int(row["step"]) for row in logged if row["train/loss"]] == list(range(18))
     assert [int(row["step"]) for row in logged if row["val/accuracy"]] == [5, 7, 11, 17]
+    assert "training ended" not in capsys.readouterr().err  # its last step is validated
 
 
 def test_validation_between_two_optimiser_steps_is_refused(capsys):

@@ -128,6 +128,7 @@ class Last(Checkpoint):
         self.minutes = minutes
         self.sigterm_received = self.ending = self.validated = False
         self.stopping = False  # whether early stopping had ended the resumed run, which still had min_steps to reach
+        self.scored = 0  # step of the last validation, or at which this fit began
         self.taken, self.batches = 0, None  # batches taken and batches per epoch, in the resumed checkpoint
         self.size = self.accumulated = self.seed = None  # batch size of all devices, batches per step, seed, likewise
 
@@ -191,6 +192,7 @@ class Last(Checkpoint):
         """Find the position in the epoch, and handle SIGTERM: save and end between two steps."""
         check_interval(trainer)
         self.find_place(trainer)
+        self.scored = trainer.global_step
         leave_finished_epoch(trainer.fit_loop)
         if self.stopping and any(isinstance(one, EarlyStopping) for one in trainer.callbacks):
             trainer.should_stop = True
@@ -251,6 +253,7 @@ class Last(Checkpoint):
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Record the validation before best.ckpt is written, which stores this state too."""
         self.validated = self.validated or not trainer.sanity_checking
+        self.scored = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Save after best.ckpt is written: last.ckpt records the best score."""
@@ -267,7 +270,10 @@ class Last(Checkpoint):
             self.ending = self.agreed(trainer)
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        """End after a SIGTERM in the last step; without any validation, make the last checkpoint the best."""
+        """End after a SIGTERM in the last step; without any validation, make the last checkpoint the best.
+
+        Print a line if steps were not validated.
+        """
         if self.ending:
             raise Interrupted(self.path, self.kept)
         if trainer.is_global_zero and not self.validated and self.path.is_file():
@@ -277,6 +283,9 @@ class Last(Checkpoint):
             finally:
                 part.unlink(missing_ok=True)
             print("training ended before its first validation: best.ckpt is a copy of last.ckpt", file=sys.stderr)
+        elif trainer.is_global_zero and trainer.global_step > self.scored:
+            where = f"best.ckpt is of an earlier step than {trainer.global_step}, that of last.ckpt"
+            print(f"training ended after its last validation: {where}", file=sys.stderr)
         trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
