@@ -35,6 +35,7 @@ from dlref.runtime.lines import Line
 from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
 from dlref.runtime.series import first_differences
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT, figures
+from dlref.tasks.deployable import Graph
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
 from dlref.tasks.forecasting import OWN, scale_of
 from dlref.training.devices import widest_float
@@ -462,6 +463,20 @@ def test_int8_quantisation_changes_forecasts_little(exported, tmp_path):
     past.values[1, : -task.context] *= 1e4  # a series that dwarfs the other one must not cost it precision
     exact, found = (one.paths(past).mean(1)[0] for one in (runner, small))
     np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("target", "plan"), [("x86-64", "int8"), ("qualcomm", "int16"), ("cuda", "float16")])
+def test_no_calibrated_range_or_float16_is_chosen_for_the_values_of_series(target, plan, tmp_path):
+    """A network of convolutions: series ten times those of training would be cut off, and the metric not show it."""
+    inputs, axes = {"lagged": torch.rand(2, 3, 8)}, {"lagged": {0: "batch"}}
+    graph = Graph(nn.Conv1d(3, 4, 2), inputs, ["state"], axes, {"batch": (1, 2)}, unbounded=("lagged",))
+    write_onnx(graph, tmp_path / "encode.onnx", TARGETS[target])
+    plan = Plan(plan, None if plan == "float16" else "MinMax")
+    feeds = [{"lagged": inputs["lagged"][:1].numpy()}]
+    arguments = tmp_path / "encode.onnx", tmp_path / "small.onnx", TARGETS[target], plan, feeds
+    convert(*arguments)  # nothing else is in the way
+    with pytest.raises(UserError, match="encode: lagged may have any size"):
+        convert(*arguments, graph.unbounded)
 
 
 def served_operators(path):

@@ -94,8 +94,9 @@ def is_calibrated(path: Path, target: Target) -> bool:
 def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, unbounded: Sequence[str] = ()) -> None:
     """Convert the float32 graph `source` by `plan` and write it to `path` as ONNX. Raises UserError.
 
-    `unbounded` names inputs whose values may be arbitrarily large. Dynamic quantisation uses a single range per call,
-    so one large value would leave the others too few levels; layers that read these inputs stay float.
+    `unbounded` names inputs whose values may be arbitrarily large: neither calibrated ranges nor float16 hold them.
+    Dynamic quantisation uses a single range per call, so one large value would leave the others too few levels; layers
+    that read these inputs stay float.
     """
     if plan.precision == "float32":
         path.write_bytes(source.read_bytes())
@@ -105,6 +106,10 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
         whole = plan.precision == "float16" or target.quantisation.qnn  # the whole graph, not layer by layer
         if whole and any(node.op_type in RECURRENT for node in model.graph.node):
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
+        if unbounded and (whole or is_calibrated(source, target)):
+            raise UserError(
+                f"{source.stem}: {', '.join(unbounded)} may have any size; expected inputs of a known range"
+            )
         if plan.precision == "float16":
             save(in_float16(model, plan.kept.get(source.stem, ())), path)
             return

@@ -33,7 +33,8 @@ class Graph:
         discrete: outputs that can jump when a score changes in its last digit, such as the class of each pixel, or a
             count. All but a few elements must be within the tolerance.
         unbounded: inputs whose values may differ in size without bound within a call, such as those of several series.
-            Dynamic quantisation has one range per call, so the layers that read these inputs stay float.
+            Dynamic quantisation has one range per call, so the layers that read these inputs stay float; where ranges
+            come from calibration, or in float16, the whole graph does.
         calls: number of calls per prediction, for the measurement.
     """
 
