@@ -931,6 +931,22 @@ def test_example_inputs_can_be_built_for_all_declared_sizes(exported):
     assert F.one_hot(inputs["tokens"], 260).sum() == 12
 
 
+class Strict(GPT):
+    """A GPT that relies on what `Past` says of its length."""
+
+    def forward(self, tokens, past=None):
+        assert past is None or past.length.max() <= past.keys[0].shape[2]
+        return super().forward(tokens, past)
+
+
+def test_a_network_is_never_told_of_more_past_tokens_than_it_gets():
+    task = LanguageModel(network=Strict(300, 16, 1, 2, 8), optimizer=sgd)
+    task.remember({"vocabulary": BYTE, "context_length": 16})
+    (graph,) = task.deployable(batch_of(SENTENCES, SENTENCES[9:])).graphs.values()
+    for past in graph.sizes["past"]:
+        graph.module(*example_at(graph, {"batch": 3, "new": 4, "asked": 1, "past": past}).values())
+
+
 def test_training_windows_can_start_at_each_token_with_a_full_window_after_it(tmp_path):
     data = module(tmp_path)
     assert data.order(1).places == len(data.splits["train"].tokens) - 16
