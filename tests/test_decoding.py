@@ -1,4 +1,4 @@
-"""Beam search against exhaustive search, and on models with known answers."""
+"""Beam search against exhaustive search and a search with lists, and on models with known answers."""
 
 from itertools import product
 
@@ -58,15 +58,35 @@ def test_a_beam_that_keeps_everything_finds_the_best_sequence(penalty):
         assert one.ended
 
 
-def test_a_beam_of_one_takes_the_likeliest_token_at_each_step():
-    table = Table(6)
-    for sentence, one in enumerate(beam_search(table, table.start, 1, 1.0, 12)):
-        tokens, before, last = [], BEGIN, BEGIN
-        while len(tokens) < 12 and last != END:
-            choice = TOKENS[int(table.logits[sentence, before, last].argmax())]
-            tokens.append(choice)
-            before, last = last, choice
-        assert [*one.tokens, *[END] * one.ended] == tokens
+def searched(table, sentence, beam, penalty, longest):
+    """Return the tokens that a search with lists finds, and its number of steps."""
+
+    def rank(tokens, length=None):
+        return table.total(sentence, tokens) / ((5 + (length or len(tokens))) / 6) ** penalty
+
+    def finished():
+        return ended and rank(ended[0]) >= max((rank(tokens, longest) for tokens in going), default=-np.inf)
+
+    ended, going, time = [], [[]], 0
+    while time < longest and not finished():
+        longer = [[*tokens, token] for tokens in going for token in TOKENS]
+        kept = sorted(ended + longer, key=rank, reverse=True)[:beam]
+        ended, going = ([tokens for tokens in kept if (END in tokens) == done] for done in (True, False))
+        time += 1
+    return (ended or going)[0], time
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("beam", [1, 2, 3, 7])
+def test_a_beam_keeps_and_finishes_the_same_hypotheses_as_a_search_with_lists(beam, penalty):
+    def counted(token, state, sentences):
+        steps[sentences] += 1
+        return table(token, state, sentences)
+
+    table, steps = Table(15, seed=3), np.zeros(15, int)
+    for sentence, one in enumerate(beam_search(counted, table.start, beam, penalty, 9)):
+        tokens, time = searched(table, sentence, beam, penalty, 9)
+        assert ([*one.tokens, *[END] * one.ended], steps[sentence]) == (tokens, time)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5])
