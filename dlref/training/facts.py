@@ -1,11 +1,10 @@
 """The facts of a run's data, saved with its weights, and the check that other weights agree with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dlref.runtime import UserError
 from dlref.runtime.errors import shortened
-from dlref.runtime.text import make_tokenizer
 from dlref.training.weights import read
 
 Facts = dict[str, object]
@@ -18,7 +17,7 @@ def read_facts(path: Path) -> Facts:
 
 
 def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: list[str]) -> None:
-    """Refuse weights of a run whose embedding rows stand for other tokens or categories than this data's.
+    """Refuse weights of a run whose embedding rows, if loaded, stand for other tokens or categories than this data's.
 
     Args:
         layers: name of a fact -> name of the layer whose rows stand for its entries (`Task.row_facts`).
@@ -29,16 +28,9 @@ def check_rows(layers: Mapping[str, str], known: Facts, weights: Path, fresh: li
     facts = read_facts(weights) if layers else {}
     for name, layer in layers.items():
         theirs, own = facts.get(name, known[name]), known[name]
-        others = type(theirs) is type(own) and number_of(theirs) != number_of(own)
-        replaced = any(tensor.startswith(f"{layer}.") for tensor in fresh)
-        if theirs != own and not (replaced and others):
+        if theirs != own and not any(tensor.startswith(f"{layer}.") for tensor in fresh):
             raise UserError(
                 f"weights {weights}: {name} of that run and of the data differ: {shortened(theirs)} and "
                 f"{shortened(own)}; expected the same (for texts, set data.init_args.tokenizer to the run's folder), "
-                f"or a different number of them and of rows of the network's {layer}"
+                f"or a different number of rows of the network's {layer}, which are then new"
             )
-
-
-def number_of(fact: dict | Sequence) -> int:
-    """Return the number of tokens of a tokeniser, or of names in a list."""
-    return len(make_tokenizer(fact) if isinstance(fact, dict) else fact)
