@@ -149,6 +149,7 @@ def test_an_empty_translation_has_whole_numbers_for_tokens():
     torch.nn.init.constant_(task.network.output.bias[END], 100.0)  # ends at once
     answer = task.runner(batch_of(*PAIRS), 1)("ab")
     assert (answer["target"], answer["tokens"].dtype, answer["tokens"].shape) == ("", np.int64, (0,))
+    assert answer["attention"].shape == (0, 3)  # no row for the end
 
 
 def test_the_evaluation_loss_ignores_label_smoothing():
@@ -446,16 +447,25 @@ def test_each_sentence_keeps_its_own_memory():
     assert step.lengths[:2] == [[2, 4], [4]]
 
 
+def test_a_request_is_searched_32_sentences_of_similar_length_at_a_time():
+    served = translator(beam=1).deployable(batch_of(*PAIRS))
+    step = Ending(served.graphs["step"])
+    asked = {"instances": [{"data": text} for text in ("abc", "a")] * 20}
+    make_runner("translation", served.graphs | {"step": step}, served.metadata)(asked)
+    assert step.lengths[0] == [2] * 20 + [4] * 12
+
+
 def test_a_bundle_searches_with_the_beam_and_length_penalty_of_its_task(monkeypatch):
     def search(*arguments):
         seen.append(arguments[2:4])
         return beam_search(*arguments)
 
     seen = []
-    served = translator(beam=3, length_penalty=0.3).deployable(batch_of(*PAIRS))
     monkeypatch.setattr("dlref.runtime.runners.translation.beam_search", search)
-    make_runner("translation", served.graphs, served.metadata)("ab")
-    assert seen == [(3, 0.3)]
+    for penalty in (0.0, 0.3, 10.0):
+        served = translator(beam=3, length_penalty=penalty).deployable(batch_of(*PAIRS))
+        make_runner("translation", served.graphs, served.metadata)("ab")
+    assert seen == [(3, 0.0), (3, 0.3), (3, 10.0)]
 
 
 def test_translations_are_the_same_with_several_workers(exported):
@@ -508,7 +518,9 @@ def test_non_finite_outputs_are_refused(output, value, runner, monkeypatch):
 
     def broken(**inputs):
         answer = step(**inputs)
-        return answer | {output: np.full_like(answer[output], value)}
+        array = answer[output].copy()
+        array.flat[-1] = value  # a single element
+        return answer | {output: array}
 
     broken.shape = step.shape
     monkeypatch.setattr(runner, "step", broken)
@@ -556,6 +568,7 @@ def test_an_answer_holds_the_translation_its_tokens_and_attention(runner):
     # The untrained network never ends the translation, so it reaches the maximum length and is marked as not ended.
     assert answer["ended"] is False
     assert len(answer["tokens"]) == runner.longest_answer
+    assert runner.size(runner.read("abc")) == 4 * runner.beam * runner.longest_answer  # attention during the search
 
 
 def test_a_sagemaker_request_gets_a_sagemaker_response(runner, tmp_path):
@@ -704,11 +717,22 @@ def test_invalid_metadata_or_graphs_are_refused(changes):
         make_runner("translation", {"encode": served.graphs["encode"]}, served.metadata)
 
 
-def test_a_vocabulary_smaller_than_the_graphs_output_is_refused():
+@pytest.mark.parametrize(("name", "missing"), [("encode", "source"), ("step", "token"), ("step", "state")])
+def test_graphs_without_an_input_of_the_search_are_refused(name, missing):
     served = translator().deployable(batch_of(*PAIRS))
-    few = {"kind": "character", "tokens": LETTERS["tokens"][:5]}
+    graph = Fixed(served.graphs[name], {})
+    del graph.shape[missing]
+    with pytest.raises(UserError, match="expected graphs with inputs source, token and state"):
+        make_runner("translation", served.graphs | {name: graph}, served.metadata)
+
+
+def test_a_vocabulary_smaller_than_the_graphs_output_is_refused():
+    task = translator()
+    torch.nn.init.constant_(task.network.output.bias[SIZE - 1], 100.0)  # predicts only the last token
+    served = task.deployable(batch_of(*PAIRS))
+    few = {"kind": "character", "tokens": LETTERS["tokens"][:-1]}
     runner = make_runner("translation", served.graphs, dict(served.metadata) | {"target": few})
-    with pytest.raises(UserError, match="expected a target vocabulary of more than 5 tokens"):
+    with pytest.raises(UserError, match=f"expected a target vocabulary of more than {SIZE - 1} tokens"):
         runner("abc")
 
 
