@@ -316,6 +316,15 @@ def test_int8_that_loses_accuracy_is_refused_until_the_worst_nodes_stay_in_float
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_a_float16_bundle_keeps_the_nodes_in_float_whose_values_are_too_large(spiked, tmp_path):
+    """On a CPU its metric would not show them: few of its kernels compute in float16."""
+    manifest = made(*spiked, TARGETS["cuda"], tmp_path / "bundle")
+    (attempt,) = manifest["verification"]["attempts"]
+    kinds = {node.name: node.op_type for node in onnx.load(tmp_path / "bundle/classify.onnx").graph.node}
+    assert [kinds[name] for name in attempt["kept_float"]["classify"]] == ["Conv", "Relu"]
+    assert manifest["precision"] == "float16"
+
+
 def test_an_attempt_with_a_nan_score_is_refused_and_its_score_recorded_as_none(tmp_path, monkeypatch):
     task, data = NETWORKS["lenet5"]()
     # PyTorch on both splits, calibration, two attempts, and the second one on the test split.
