@@ -398,10 +398,14 @@ def test_the_manifest_records_how_often_one_prediction_calls_a_graph(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["graphs"]["classify"]["calls"] == 3
 
 
-def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slower(monkeypatch):
-    """Try three calibrations, then a twentieth of the nodes in float, then more nodes, which is slower: stop."""
+@pytest.mark.parametrize(("nodes", "kept"), [(20, [1, 3]), (4, [1, 2])])
+def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slower(nodes, kept, monkeypatch):
+    """Try three calibrations, then a twentieth of the nodes in float, then more nodes, which is slower: stop.
+
+    Of four nodes, a twentieth and 15% are one node, which is tried once.
+    """
     monkeypatch.setattr(
-        "dlref.export.attempts.worst_nodes", lambda source, converted, feeds: [str(i) for i in range(20)]
+        "dlref.export.attempts.worst_nodes", lambda source, converted, feeds: [str(i) for i in range(nodes)]
     )
     losses = iter([3.0, 1.0, 2.0, 0.9, 0.8])
     attempts = SimpleNamespace(
@@ -420,7 +424,7 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
             Attempt(plan, Path(), "refused", slower=len(plan.kept.get("classify", ())) > 1, degradation=next(losses))
         )
     assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2]
-    assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, 1, 3]
+    assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, *kept]
 
 
 def test_an_attempt_is_refused_as_too_slow_unless_it_is_faster_than_float32(monkeypatch):
@@ -698,7 +702,7 @@ def test_only_casts_to_float16_and_back_are_left_out():
     nodes = []
     for name, (first, second) in pairs.items():
         nodes.append(onnx.helper.make_node("Cast", ["x"], [f"{name}_first"], to=first))
-        nodes.append(onnx.helper.make_node("Cast", [f"{name}_first"], [name], to=second))
+        nodes.append(onnx.helper.make_node("Cast", [f"{name}_first"], [name], to=second, saturate=1))  # as FLOAT is 1
     nodes.append(onnx.helper.make_node("Add", ["truncated", "round_trip"], ["y"]))
     graph = onnx.helper.make_graph(nodes, "casts", [], [])
     without_round_trips(graph)
@@ -739,16 +743,17 @@ def test_each_calibration_method_reads_its_own_number_of_samples(method, tmp_pat
 
 
 def test_worst_nodes_starts_with_the_nodes_around_the_noisiest_activation(tmp_path, monkeypatch):
-    x, b = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xb")
-    nodes = [helper.make_node("Add", [before, before], [after], name=f"to {after}") for before, after in ("xa", "ab")]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [b])), tmp_path / "g.prepared.onnx")
+    x, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xc")
+    pairs = ("xa", "ab", "bc")
+    nodes = [helper.make_node("Add", [before, before], [after], name=f"to {after}") for before, after in pairs]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [c])), tmp_path / "g.prepared.onnx")
     decibels = {"a": {"qdq_err": 40.0}, "b": {"qdq_err": 5.0}}  # signal-to-noise ratio
     tools = "dlref.export.convert.qdq_loss_debug"
     monkeypatch.setattr(f"{tools}.modify_model_output_intermediate_tensors", lambda model, path: path.touch())
     monkeypatch.setattr(f"{tools}.compute_activation_error", lambda matching: decibels)
     for name in ("collect_activations", "create_activation_matching"):
         monkeypatch.setattr(f"{tools}.{name}", lambda *_: {})
-    assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to a"]
+    assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to c", "to a"]
 
 
 def test_data_whose_labels_differ_from_the_checkpoints_are_refused(tmp_path):
@@ -925,9 +930,10 @@ def test_a_selection_with_a_wrong_count_or_misplaced_padding_is_refused(actual):
         compared(actual)
 
 
-def test_a_float32_bundle_that_loses_accuracy_is_refused_if_its_outputs_are_a_selection(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["selected", "discrete"])
+def test_a_float32_bundle_that_loses_accuracy_is_refused_if_its_outputs_are_a_choice(kind, tmp_path, monkeypatch):
     task, data = classifier().eval(), Pixels()
-    monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch)))
+    monkeypatch.setattr(task, "deployable", lambda batch, own=task.deployable: chosen(own(batch), kind))
     scores = iter([0.9, 0.9, 0.8])  # PyTorch's on both splits come first
     monkeypatch.setattr(task, "evaluate", lambda runner, batches: next(scores))
     with pytest.raises(Refused, match=r"accuracy 0\.8000, PyTorch's 0\.9000: 10\.00 points lost"):
@@ -935,8 +941,8 @@ def test_a_float32_bundle_that_loses_accuracy_is_refused_if_its_outputs_are_a_se
     assert not (tmp_path / "bundle").exists()
 
 
-def chosen(deployable):
-    graphs = {name: replace(graph, selected=graph.outputs) for name, graph in deployable.graphs.items()}
+def chosen(deployable, kind):
+    graphs = {name: replace(graph, **{kind: graph.outputs}) for name, graph in deployable.graphs.items()}
     return replace(deployable, graphs=graphs)
 
 
