@@ -80,6 +80,18 @@ def test_the_loss_is_read_once_a_step_of_several_batches(tmp_path, clock):
     assert seen.shown[1:] == [seen.losses[i] for i in (1, 1, 3, 3, 5)]
 
 
+def test_the_bar_ends_at_the_last_batch_of_a_run_that_ends_in_an_epoch(tmp_path, clock):
+    clock(0)
+    (bar,) = (one for one in fit(tmp_path, max_steps=5).bar.progress.tasks if "Epoch" in one.description)
+    assert (bar.completed, bar.total) == (5, 7)
+
+
+def test_the_bar_counts_batches_and_no_epochs_if_only_the_number_of_steps_is_known(tmp_path):
+    seen = fit(tmp_path, max_epochs=-1, max_steps=3, accumulate_grad_batches=2)
+    (bar,) = (one for one in seen.bar.progress.tasks if "Epoch" in one.description)
+    assert (bar.completed, bar.total, bar.description.split("]")[-1].rstrip()) == (6, 7, "Epoch 0")
+
+
 def test_after_each_validation_the_bar_shows_its_metrics(tmp_path):
     seen = fit(tmp_path)
     for shown, values in seen.after:

@@ -31,6 +31,20 @@ class Progress(RichProgressBar):
             self.moved = now
         self.due = True
 
+    def on_train_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
+        """Move the bar to the last batch: a run may end in the middle of an epoch."""
+        self._update(self.train_progress_bar_id, trainer.fit_loop.batch_idx + 1)
+        super().on_train_epoch_end(trainer, task)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Return the batches of an epoch. With `max_steps` alone, Lightning counts the steps left as batches."""
+        return self.trainer.num_training_batches
+
+    def _get_train_description(self, epoch: int) -> str:
+        """Return the number of the epoch, without Lightning's "/-2" if the run has no number of epochs."""
+        return super()._get_train_description(epoch).replace("/-2", "   ")
+
     def get_metrics(self, trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         """Return the numbers beside the bar."""
         if self.due:
