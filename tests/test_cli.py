@@ -308,11 +308,19 @@ def test_best_ckpt_is_a_copy_of_last_ckpt_until_the_first_validation(tmp_path, c
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
     printed = capsys.readouterr().err
     assert "before its first validation" not in printed
-    assert printed.count("training ended after its last validation: best.ckpt is of an earlier step than 12,") == 1
+    assert printed.count("the last steps were not validated: best.ckpt is of an earlier step than last.ckpt (12)") == 1
     steps = [torch.load(path, weights_only=True)["global_step"] for path in (best, last)]
     assert steps == [9, 12]  # a validated checkpoint replaces the copy
     assert fit(*coarse, "--ckpt_path", "last", "--trainer.max_epochs", "5", "--final_test", "false") == 0
     assert torch.load(best, weights_only=True)["global_step"] == 9  # the run remembers that it was validated
+
+
+def test_best_ckpt_is_not_one_of_another_run_that_this_one_continues(tmp_path, capsys):
+    assert fit("--run", "other", "--trainer.max_epochs", "1") == 0
+    more = ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "3"]
+    assert fit("--run", "mine", "--ckpt_path", "other/checkpoints/last.ckpt", *more) == 0
+    assert "training ended before its first validation: best.ckpt is a copy of last.ckpt" in capsys.readouterr().err
+    assert (tmp_path / "mine/test.json").is_file()
 
 
 def test_testing_a_run_killed_before_its_first_validation_is_refused(tmp_path, capsys):

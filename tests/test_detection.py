@@ -796,7 +796,7 @@ def test_heads_must_have_a_row_for_each_anchor():
 def test_default_boxes_in_pixels_are_refused():
     network = Corners()
     network.anchors *= 8
-    with pytest.raises(UserError, match="anchors that do not overlap the image; expected each as centre"):
+    with pytest.raises(UserError, match="anchors with numbers up to 6; expected centre, width and height as fractions"):
         detector(network).check()
 
 

@@ -290,7 +290,7 @@ def test_after_a_complete_epoch_a_resumed_run_starts_at_the_first_batch(monkeypa
         check_val_every_n_epoch=1,
         global_step=6,
         should_stop=False,
-        fit_loop=SimpleNamespace(restarted_on_epoch_end=False),
+        fit_loop=SimpleNamespace(restarted_on_epoch_end=False, epoch_loop=SimpleNamespace(restarted_on_last=False)),
         accumulate_grad_batches=1,
         default_root_dir=tmp_path,
         train_dataloader=SimpleNamespace(load_state_dict=told.append, sampler=StepSampler(Shuffled(6, 1))),
@@ -790,11 +790,13 @@ def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_o
     stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}
     kept = {"run": "mine", "trainer.max_epochs": 3, "trainer.log_every_n_steps": 1}
     assert fit(**kept, **stopping) == 0
-    assert fit(**kept, ckpt_path="last") == 0
+    rates = {"trainer.callbacks+": "lightning.pytorch.callbacks.LearningRateMonitor"}  # logs before all other callbacks
+    assert fit(**kept, ckpt_path="last", **rates, **{"trainer.callbacks.logging_interval": "step"}) == 0
     logged = families.rows(tmp_path / "mine")
-    assert [int(row["step"]) for row in logged if row["train/loss"]] == list(range(18))
-    assert [int(row["step"]) for row in logged if row["val/accuracy"]] == [5, 7, 11, 17]
-    assert "training ended" not in capsys.readouterr().err  # its last step is validated
+    (rate,) = (name for name in logged[0] if name.startswith("lr-"))
+    for column, steps in (("train/loss", range(18)), ("val/accuracy", [5, 7, 11, 17]), (rate, range(8, 18))):
+        assert [int(row["step"]) for row in logged if row[column]] == list(steps)
+    assert "not validated" not in capsys.readouterr().err
 
 
 def test_validation_between_two_optimiser_steps_is_refused(capsys):

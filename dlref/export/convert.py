@@ -108,7 +108,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
             raise UserError(f"{source.stem}: recurrent layers stay float32; expected a graph without them")
         if unbounded and (whole or is_calibrated(source, target)):
             raise UserError(
-                f"{source.stem}: {', '.join(unbounded)} may have any size; expected inputs of a known range"
+                f"{source.stem}: the values of {', '.join(unbounded)} have no bound; expected inputs of a known range"
             )
         if plan.precision == "float16":
             save(in_float16(model, plan.kept.get(source.stem, ())), path)

@@ -34,7 +34,7 @@ class Graph:
             count. All but a few elements must be within the tolerance.
         unbounded: inputs whose values may differ in size without bound within a call, such as those of several series.
             Dynamic quantisation has one range per call, so the layers that read these inputs stay float; where ranges
-            come from calibration, or in float16, the whole graph does.
+            come from calibration, or in float16, the whole bundle does.
         calls: number of calls per prediction, for the measurement.
     """
 

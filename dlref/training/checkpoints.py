@@ -196,7 +196,9 @@ class Last(Checkpoint):
         leave_finished_epoch(trainer.fit_loop)
         if self.stopping and any(isinstance(one, EarlyStopping) for one in trainer.callbacks):
             trainer.should_stop = True
+        number_step(trainer)
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        self.validated = self.validated and self.path.with_name("best.ckpt").is_file()  # not if of another run
         self.saved, self.step = time.monotonic(), trainer.global_step
         self.kept = self.step
         listen(self.on_sigterm)  # Lightning restores the earlier handler
@@ -234,8 +236,6 @@ class Last(Checkpoint):
         """End here rather than after the previous step, so that its losses are logged."""
         if self.ending:
             raise Interrupted(self.path, self.kept)
-        # Lightning's logged step, which is one too low after a validation that a stop, not the interval, brought about.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -272,7 +272,7 @@ class Last(Checkpoint):
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
         """End after a SIGTERM in the last step; without any validation, make the last checkpoint the best.
 
-        Print a line if steps were not validated.
+        Print a line if the last steps were not validated.
         """
         if self.ending:
             raise Interrupted(self.path, self.kept)
@@ -284,8 +284,8 @@ class Last(Checkpoint):
                 part.unlink(missing_ok=True)
             print("training ended before its first validation: best.ckpt is a copy of last.ckpt", file=sys.stderr)
         elif trainer.is_global_zero and trainer.global_step > self.scored:
-            where = f"best.ckpt is of an earlier step than {trainer.global_step}, that of last.ckpt"
-            print(f"training ended after its last validation: {where}", file=sys.stderr)
+            where = f"best.ckpt is of an earlier step than last.ckpt ({trainer.global_step})"
+            print(f"the last steps were not validated: {where}", file=sys.stderr)
         trainer.strategy.barrier("best.ckpt")
 
     def agreed(self, trainer: Trainer) -> bool:
@@ -367,6 +367,16 @@ def ends_here(trainer: Trainer) -> bool:
     """Return whether a fit ends with this batch."""
     stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
     return trainer.global_step == trainer.max_steps or stopped
+
+
+def number_step(trainer: Trainer) -> None:
+    """Correct the number of the next step in the logs after a validation that a stop, not the interval, brought about.
+
+    Lightning counts the step before a validation when it resumes at one, and would not take this step for such.
+    """
+    loop = trainer.fit_loop
+    if loop.epoch_loop.restarted_on_last and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def validates_next(trainer: Trainer) -> bool:

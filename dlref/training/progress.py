@@ -1,5 +1,6 @@
 """The progress bar of a run."""
 
+import math
 import time
 from typing import Any
 
@@ -38,8 +39,12 @@ class Progress(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Return the batches of an epoch. With `max_steps` alone, Lightning counts the steps left as batches."""
-        return self.trainer.num_training_batches
+        """Return the batches of this epoch. Lightning would take the steps left of `max_steps` for batches."""
+        batches, added = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if self.trainer.max_steps < 0:
+            return batches
+        before = self.trainer.current_epoch * math.ceil(batches / added)
+        return min(batches, (self.trainer.max_steps - before) * added)
 
     def _get_train_description(self, epoch: int) -> str:
         """Return the number of the epoch, without Lightning's "/-2" if the run has no number of epochs."""
