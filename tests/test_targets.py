@@ -174,8 +174,16 @@ class Summing(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+class Shifted(nn.Module):
+    """ReLU around -3. The constant is shared by nodes that are quantised, and by one that stays in float."""
+
+    def forward(self, x):
+        return (x + 3).relu() - 3
+
+
 SUMMING = {
     "Conv": (nn.Sequential(*[nn.Conv1d(32, 32, 1)] * 2), [1, 32, 3]),
+    "Add": (nn.Sequential(*[nn.Conv1d(32, 32, 1), Shifted()] * 2, nn.Conv1d(32, 32, 1)), [1, 32, 3]),
     "MatMul": (nn.Sequential(*[nn.Linear(32, 32)] * 2), [1, 3, 32]),
     "LSTM": (nn.LSTM(32, 2, batch_first=True), [1, 3, 32]),
 }

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is n
 # Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
 # Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
-QUANTISED = {*WEIGHTED, *DYNAMIC}
+QUANTISED = {*STATIC, *DYNAMIC}
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
 # of a series' mean per step, and the metric hardly showed it.
@@ -197,20 +198,20 @@ def prepare(source: Path, path: Path, target: Target) -> None:
 
 
 def own_weights(graph: onnx.GraphProto) -> None:
-    """Give each layer its own copy of shared weights.
+    """Give each quantised node its own copy of shared weights and constants, such as the 3 of a hard swish's additions.
 
-    Without VNNI, onnxruntime cannot make the integer sums of layers with shared weights exact.
+    Without VNNI, onnxruntime cannot make the integer sums of graphs with shared ones exact.
     """
-    weights, taken = {tensor.name: tensor for tensor in graph.initializer}, set()
+    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    readers = Counter(name for node in graph.node for name in node.input)
     for node in graph.node:
         for place, name in enumerate(node.input):
-            if node.op_type not in QUANTISED or name not in weights:
+            if node.op_type not in QUANTISED or name not in weights or readers[name] == 1:
                 continue
-            if name in taken:
-                node.input[place] = f"{name}_of_{node.name}"
-                graph.initializer.add().CopyFrom(weights[name])
-                graph.initializer[-1].name = node.input[place]
-            taken.add(name)
+            readers[name] -= 1
+            node.input[place] = f"{name}_{place}_of_{node.name}"
+            graph.initializer.add().CopyFrom(weights[name])
+            graph.initializer[-1].name = node.input[place]
 
 
 def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds) -> StaticQuantConfig:
