@@ -756,6 +756,21 @@ def test_worst_nodes_starts_with_the_nodes_around_the_noisiest_activation(tmp_pa
     assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to c", "to a"]
 
 
+def test_what_a_fused_relu_cuts_off_is_not_noise(tmp_path):
+    """Of the three activations, only the input is noisy: its range is that of one large sample."""
+    network = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False), nn.ReLU6(), nn.Conv1d(1, 1, 1, bias=False)).eval()
+    for weights in network.parameters():
+        nn.init.ones_(weights)
+    x = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
+    feeds = [{"x": x.numpy()}] * 4 + [{"x": 10 * x.numpy()}]
+    target, path = TARGETS["x86-64"], tmp_path / "g.onnx"
+    write_onnx(Graph(network, {"x": x}, ["y"], {}, {}), path, target)
+    convert(path, tmp_path / "int8.onnx", target, Plan("int8", "MinMax"), feeds)
+    kinds = {node.name: node.op_type for node in onnx.load(tmp_path / "g.prepared.onnx").graph.node}
+    found = worst_nodes(path, tmp_path / "int8.onnx", feeds)
+    assert [kinds[name] for name in found] == ["Conv", "Clip", "Conv"]
+
+
 def test_data_whose_labels_differ_from_the_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match="labels of the data and of the checkpoint differ"):
         export(classifier(Linear()).eval(), Pixels(labels="xyz"), CPU, tmp_path / "bundle")

@@ -319,9 +319,11 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
     prepared = source.with_suffix(".prepared.onnx")
     with quietly(quantised.name):
         float_activations, quantised_activations = (activations_of(model, feeds) for model in (prepared, quantised))
-        errors = qdq_loss_debug.compute_activation_error(
-            qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
-        )
+        matched = qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
+        for values in matched.values():  # a fused ReLU is part of the quantisation: what it cuts off is not noise
+            pairs = zip(values["pre_qdq"], values["float"], strict=True)
+            values["pre_qdq"] = [found.clip(exact.min(), exact.max()) for found, exact in pairs]
+        errors = qdq_loss_debug.compute_activation_error(matched)
     # The signal-to-noise ratio in decibels of each activation's own quantisation.
     worst_first = sorted(errors, key=lambda name: errors[name]["qdq_err"])
     graph = onnx.load(prepared).graph
