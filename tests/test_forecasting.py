@@ -479,6 +479,16 @@ def test_no_calibrated_range_or_float16_is_chosen_for_the_values_of_series(targe
         convert(*arguments, graph.unbounded)
 
 
+def test_a_layer_that_reads_the_values_of_series_is_not_quantised_dynamically(tmp_path):
+    """Of one row per series, such as the features of a step: these layers are `Gemm`, not `MatMul`."""
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    graph = Graph(layers.eval(), {"features": torch.rand(2, 4)}, ["value"], {}, {}, unbounded=("features",))
+    write_onnx(graph, tmp_path / "step.onnx", TARGETS["x86-64"])
+    convert(tmp_path / "step.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], Plan("int8"), [], graph.unbounded)
+    products = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node if "MatMul" in node.op_type]
+    assert products == ["MatMul", "MatMulInteger"]
+
+
 def served_operators(path):
     return {node.op_type for node in onnx.load(path).graph.node}
 

@@ -121,11 +121,12 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
             quantize(prepared, path, static_configuration(prepared, target, plan, feeds))
         else:
             scheme = target.quantisation
+            floats = nodes_behind(onnx.load(prepared).graph, unbounded, BOUNDED)
             quantize_dynamic(
                 prepared,
                 path,
                 op_types_to_quantize=DYNAMIC,
-                nodes_to_exclude=nodes_behind(onnx.load(prepared).graph, unbounded, BOUNDED),
+                nodes_to_exclude=[*floats, *(f"{name}_MatMul" for name in floats)],  # it first splits each Gemm in two
                 per_channel=scheme.per_channel,
                 reduce_range=scheme.reduce_range,
                 weight_type=QuantType[scheme.weight],
