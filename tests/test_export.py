@@ -721,6 +721,18 @@ def test_nodes_with_values_above_an_eighth_of_the_largest_float16_stay_float32(v
     assert len(nodes_beyond_float16(tmp_path / "step.onnx", [feed])) == kept
 
 
+def test_a_layer_whose_weights_are_too_large_for_float16_stays_float32(tmp_path):
+    """The converter would cut the weights off at 65504, though the layer's inputs and outputs are small."""
+    layer, feed = nn.Linear(4, 2, bias=False), {"x": np.full((2, 4), 1e-3, np.float32)}
+    nn.init.constant_(layer.weight, 1e5)
+    graph = Graph(layer.eval(), {"x": torch.ones(2, 4)}, ["y"], {}, {})
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    plan = Plan("float16", kept={"step": tuple(nodes_beyond_float16(tmp_path / "step.onnx", [feed]))})
+    convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], plan, [])
+    answer = OnnxGraph(tmp_path / "half.onnx", CPU.provider)(**feed)
+    np.testing.assert_allclose(answer["y"], np.full((2, 2), 400), rtol=1e-2)
+
+
 def test_the_saved_example_stays_in_the_range_of_each_input():
     """Each categorical input may have its own range, so all become the smallest, which reveals no category."""
     inputs = {"categories": torch.tensor([[7, 1], [3, 0]]), "target": torch.arange(6.0).reshape(2, 3)}

@@ -298,18 +298,21 @@ def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
     """Return the nodes of a float32 graph that read or write numbers too large for float16, or nearly so.
 
     Running the graph in float16 on a CPU would not show them: a CPU has few float16 kernels and computes in float32.
+    Larger weights would be cut off without a word.
     """
+    graph = onnx.load(source).graph
+    values = {tensor.name: [onnx.numpy_helper.to_array(tensor)] for tensor in graph.initializer}
     with quietly(source.name):
-        activations = activations_of(source, feeds)
+        values |= activations_of(source, feeds)
     for feed in feeds[:DEBUGGED]:
-        activations |= {name: [*activations.get(name, ()), array] for name, array in feed.items()}
+        values |= {name: [*values.get(name, ()), array] for name, array in feed.items()}
     large = {
         name
-        for name, arrays in activations.items()
+        for name, arrays in values.items()
         for array in arrays
         if array.dtype.kind == "f" and np.abs(array[np.isfinite(array)]).max(initial=0) > LARGE
     }
-    return [node.name for node in onnx.load(source).graph.node if large.intersection([*node.input, *node.output])]
+    return [node.name for node in graph.node if large.intersection([*node.input, *node.output])]
 
 
 def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
