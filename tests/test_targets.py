@@ -265,6 +265,32 @@ def test_dynamically_quantised_weights_have_one_scale_per_output(tmp_path):
         assert largest - 1 <= np.abs(eight.astype(int)).max() <= largest
 
 
+class Normalised(nn.Module):
+    """Between two convolutions, operators that only an NPU runs in integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(nn.functional.normalize(self.first(x).softmax(1), dim=-1))
+
+
+def test_between_the_layers_of_a_graph_for_an_npu_every_value_is_quantised(tmp_path):
+    """A node in float would run on the CPU; a normalisation is one operator, as the NPU has it."""
+    graph, target = Graph(Normalised().eval(), {"x": torch.rand(1, 3, 8)}, ["y"], {}, {}), TARGETS["qualcomm"]
+    write_onnx(graph, tmp_path / "step.onnx", target)
+    feeds = [{"x": np.random.default_rng(0).random((1, 3, 8), np.float32)}]
+    convert(tmp_path / "step.onnx", tmp_path / "int16.onnx", target, Plan("int16", "MinMax"), feeds)
+    nodes = onnx.load(tmp_path / "int16.onnx").graph.node
+    writers = {output: node.op_type for node in nodes for output in node.output}
+    computing = [node for node in nodes if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    assert [node.op_type for node in computing] == ["Conv", "Softmax", "LpNormalization", "Conv"]
+    assert {writers[name] for node in computing for name in node.input} == {"DequantizeLinear"}
+    answer = OnnxGraph(tmp_path / "int16.onnx", "CPUExecutionProvider")(**feeds[0])
+    np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], atol=0.02)
+
+
 # The fallback to float32
 
 
