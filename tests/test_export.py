@@ -721,6 +721,24 @@ def test_nodes_with_values_above_an_eighth_of_the_largest_float16_stay_float32(v
     assert len(nodes_beyond_float16(tmp_path / "step.onnx", [feed])) == kept
 
 
+def test_nodes_that_read_or_write_large_numbers_stay_float32_and_those_of_a_mask_do_not(tmp_path):
+    """A large number may come from outside, in any sample, or arise on the way; float16 has infinities of its own."""
+    constants = {"thousandth": 1e-3, "hidden": -np.inf}
+    pairs = [("x", "thousandth"), ("small", "small"), ("large",), ("root", "hidden")]
+    steps = zip(["Mul", "Mul", "Sqrt", "Add"], pairs, ["small", "large", "root", "y"], strict=True)
+    nodes = [helper.make_node(operator, names, [name], name=f"to {name}") for operator, names, name in steps]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    weights = [helper.make_tensor(name, TensorProto.FLOAT, [1], [value]) for name, value in constants.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], weights),
+        opset_imports=[helper.make_opsetid("", CPU.opset)],
+        ir_version=CPU.ir_version,
+    )
+    onnx.save(model, tmp_path / "g.onnx")
+    feeds = [{"x": np.float32([value])} for value in (0, 1e5)]
+    assert nodes_beyond_float16(tmp_path / "g.onnx", feeds) == ["to small", "to large", "to root"]
+
+
 def test_a_layer_whose_weights_are_too_large_for_float16_stays_float32(tmp_path):
     """The converter would cut the weights off at 65504, though the layer's inputs and outputs are small."""
     layer, feed = nn.Linear(4, 2, bias=False), {"x": np.full((2, 4), 1e-3, np.float32)}

@@ -286,7 +286,7 @@ class Reader(CalibrationDataReader):
 
 
 def activations_of(model: Path, feeds: Feeds) -> dict[str, list[np.ndarray]]:
-    """Return the values of every tensor between the nodes of a graph, for the first DEBUGGED samples."""
+    """Return the values of all float inputs and activations of a graph, for the first DEBUGGED samples."""
     augmented = model.with_suffix(".augmented.onnx")
     qdq_loss_debug.modify_model_output_intermediate_tensors(model, augmented)
     activations = qdq_loss_debug.collect_activations(augmented, Reader(feeds[:DEBUGGED]))
@@ -304,8 +304,6 @@ def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
     values = {tensor.name: [onnx.numpy_helper.to_array(tensor)] for tensor in graph.initializer}
     with quietly(source.name):
         values |= activations_of(source, feeds)
-    for feed in feeds[:DEBUGGED]:
-        values |= {name: [*values.get(name, ()), array] for name, array in feed.items()}
     large = {
         name
         for name, arrays in values.items()
