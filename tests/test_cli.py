@@ -321,6 +321,8 @@ def test_best_ckpt_is_not_one_of_another_run_that_this_one_continues(tmp_path, c
     assert fit("--run", "mine", "--ckpt_path", "other/checkpoints/last.ckpt", *more) == 0
     assert "training ended before its first validation: best.ckpt is a copy of last.ckpt" in capsys.readouterr().err
     assert (tmp_path / "mine/test.json").is_file()
+    # Lightning would train one more batch of the epoch whose validation this run does not have.
+    assert torch.load(tmp_path / "mine/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_testing_a_run_killed_before_its_first_validation_is_refused(tmp_path, capsys):

@@ -786,6 +786,25 @@ def test_worst_nodes_starts_with_the_nodes_around_the_noisiest_activation(tmp_pa
     assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to c", "to a"]
 
 
+@pytest.mark.parametrize("upstream", [1, 2])  # factor by which the nodes before change the activation
+def test_neither_what_a_fused_relu_cuts_off_nor_what_comes_from_upstream_is_noise(upstream, tmp_path, monkeypatch):
+    x, b = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xb")
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="to a"),
+        helper.make_node("Add", ["a", "a"], ["b"], name="to b"),
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [b])), tmp_path / "g.prepared.onnx")
+    every, empty = np.linspace(-1, 1, 9, dtype=np.float32), np.zeros(0, np.float32)
+    exact = every.clip(0)
+    found = {
+        "a": {"pre_qdq": [upstream * every, empty], "post_qdq": [upstream * exact, empty], "float": [exact, empty]},
+        "b": {"pre_qdq": [every], "post_qdq": [every.round(1)], "float": [every]},
+    }
+    monkeypatch.setattr("dlref.export.convert.activations_of", lambda *_: {})
+    monkeypatch.setattr("dlref.export.convert.qdq_loss_debug.create_activation_matching", lambda *_: found)
+    assert worst_nodes(tmp_path / "g.onnx", tmp_path / "int8.onnx", []) == ["to b", "to a"]
+
+
 def test_what_a_fused_relu_cuts_off_is_not_noise(tmp_path):
     """Of the three activations, only the input is noisy: its range is that of one large sample."""
     network = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False), nn.ReLU6(), nn.Conv1d(1, 1, 1, bias=False)).eval()

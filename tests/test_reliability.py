@@ -784,19 +784,28 @@ def test_a_run_ended_by_early_stopping_after_its_minimum_can_be_continued(least,
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_once(tmp_path, capsys):
-    """The stop brings about a validation that the interval does not: after it, Lightning would log step 8 as 7."""
-    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy", "trainer.min_steps": 8}
+@pytest.mark.parametrize(
+    ("interval", "least", "validated"), [(6, 8, [5, 7, 11, 17]), (4, 12, [3, 9, 11, 15])], ids=["within", "at the end"]
+)
+def test_a_run_that_is_continued_in_the_epoch_it_was_stopped_in_logs_each_step_once(
+    interval, least, validated, tmp_path, capsys
+):
+    """The stop brings about a validation that the interval does not: after it, Lightning would log step 8 as 7.
+
+    At the end of an epoch, it would train one more batch there.
+    """
+    stopping = {"trainer.callbacks+": STOPPING, "trainer.callbacks.monitor": "val/accuracy", "trainer.min_steps": least}
     stopping |= {"trainer.callbacks.mode": "max", "trainer.callbacks.stopping_threshold": -1}
     kept = {"run": "mine", "trainer.max_epochs": 3, "trainer.log_every_n_steps": 1}
+    kept |= {"trainer.val_check_interval": interval}
     assert fit(**kept, **stopping) == 0
     rates = {"trainer.callbacks+": "lightning.pytorch.callbacks.LearningRateMonitor"}  # logs before all other callbacks
     assert fit(**kept, ckpt_path="last", **rates, **{"trainer.callbacks.logging_interval": "step"}) == 0
     logged = families.rows(tmp_path / "mine")
     (rate,) = (name for name in logged[0] if name.startswith("lr-"))
-    for column, steps in (("train/loss", range(18)), ("val/accuracy", [5, 7, 11, 17]), (rate, range(8, 18))):
+    for column, steps in (("train/loss", range(18)), ("val/accuracy", validated), (rate, range(least, 18))):
         assert [int(row["step"]) for row in logged if row[column]] == list(steps)
-    assert "not validated" not in capsys.readouterr().err
+    assert ("the last steps were not validated" in capsys.readouterr().err) == (validated[-1] < 17)
 
 
 def test_validation_between_two_optimiser_steps_is_refused(capsys):

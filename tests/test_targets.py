@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
-from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in
+from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in, prepare
 from dlref.export.graph import write_onnx
 from dlref.export.measure import can_time, provider, provider_works
 from dlref.export.targets import TARGETS
@@ -203,6 +203,30 @@ def test_sums_of_8_bit_products_do_not_saturate(operator, name, tmp_path):
     place_in(tmp_path / "bundle", tmp_path / "int8.onnx", TARGETS[name])
     answer = OnnxGraph(tmp_path / f"bundle/int8.{TARGETS[name].file_format}", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], rtol=0.02)
+
+
+class Masked(nn.Module):
+    """Layers with the same mask after each."""
+
+    def __init__(self, layers, shape):
+        super().__init__()
+        self.layers, self.mask = layers, nn.Parameter(torch.rand(shape))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = (layer(x) + self.mask).relu()
+        return x
+
+
+@pytest.mark.parametrize(("operator", "copies"), [("Conv", 2), ("MatMul", 1)])
+def test_a_constant_is_copied_only_for_nodes_that_are_quantised(operator, copies, tmp_path):
+    """Dynamic quantisation leaves additions in float: copies of a large mask could outweigh the layers."""
+    layers, shape = SUMMING[operator]
+    graph = Graph(Masked(layers, shape).eval(), {"x": torch.ones(shape)}, ["y"], {}, {})
+    write_onnx(graph, tmp_path / "sum.onnx", TARGETS["x86-64"])
+    prepare(tmp_path / "sum.onnx", tmp_path / "prepared.onnx", TARGETS["x86-64"])
+    constants = onnx.load(tmp_path / "prepared.onnx").graph.initializer
+    assert sum(list(tensor.dims) == shape for tensor in constants) == copies
 
 
 def test_the_saturation_check_runs_a_product_of_8_bit_numbers():

@@ -54,7 +54,6 @@ FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is n
 # Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
 # Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
-QUANTISED = {*STATIC, *DYNAMIC}
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
 # of a series' mean per step, and the metric hardly showed it.
@@ -194,12 +193,12 @@ def prepare(source: Path, path: Path, target: Target) -> None:
     # Symbolic inference mistakes ONNX's Attention for Microsoft's and fails; ONNX's own inference is enough.
     quant_pre_process(first, path, skip_symbolic_shape=True)
     model = onnx.load(path)
-    own_weights(model.graph)
+    own_weights(model.graph, STATIC if is_calibrated(source, target) else [*DYNAMIC, "Gemm"])
     onnx.save(model, path)
 
 
-def own_weights(graph: onnx.GraphProto) -> None:
-    """Give each quantised node its own copy of shared weights and constants, such as the 3 of a hard swish's additions.
+def own_weights(graph: onnx.GraphProto, quantised: Container[str]) -> None:
+    """Give each node of `quantised` operators its own copy of shared weights and constants, such as a hard swish's 3.
 
     Without VNNI, onnxruntime cannot make the integer sums of graphs with shared ones exact.
     """
@@ -207,7 +206,7 @@ def own_weights(graph: onnx.GraphProto) -> None:
     readers = Counter(name for node in graph.node for name in node.input)
     for node in graph.node:
         for place, name in enumerate(node.input):
-            if node.op_type not in QUANTISED or name not in weights or readers[name] == 1:
+            if node.op_type not in quantised or name not in weights or readers[name] == 1:
                 continue
             readers[name] -= 1
             node.input[place] = f"{name}_{place}_of_{node.name}"
@@ -300,10 +299,10 @@ def nodes_beyond_float16(source: Path, feeds: Feeds) -> list[str]:
     Running the graph in float16 on a CPU would not show them: a CPU has few float16 kernels and computes in float32.
     Larger weights would be cut off without a word.
     """
-    graph = onnx.load(source).graph
-    values = {tensor.name: [onnx.numpy_helper.to_array(tensor)] for tensor in graph.initializer}
     with quietly(source.name):
-        values |= activations_of(source, feeds)
+        values = activations_of(source, feeds)
+    graph = onnx.load(source).graph
+    values |= {tensor.name: [onnx.numpy_helper.to_array(tensor)] for tensor in graph.initializer}
     large = {
         name
         for name, arrays in values.items()
@@ -322,13 +321,15 @@ def worst_nodes(source: Path, quantised: Path, feeds: Feeds) -> list[str]:
     with quietly(quantised.name):
         float_activations, quantised_activations = (activations_of(model, feeds) for model in (prepared, quantised))
         matched = qdq_loss_debug.create_activation_matching(quantised_activations, float_activations)
-        for values in matched.values():  # a fused ReLU is part of the quantisation: what it cuts off is not noise
-            pairs = zip(values["pre_qdq"], values["float"], strict=True)
-            values["pre_qdq"] = [found.clip(exact.min(), exact.max()) for found, exact in pairs]
+        graph = onnx.load(prepared).graph
+        fused = {node.output[0] for node in graph.node if node.op_type in FUSED}
+        for values in (matched[name] for name in fused & matched.keys()):  # what a ReLU cuts off is not noise
+            for place in ("pre_qdq", "post_qdq"):
+                pairs = zip(values[place], values["float"], strict=True)
+                values[place] = [x.clip(exact.min(), exact.max()) if exact.size else x for x, exact in pairs]
         errors = qdq_loss_debug.compute_activation_error(matched)
     # The signal-to-noise ratio in decibels of each activation's own quantisation.
     worst_first = sorted(errors, key=lambda name: errors[name]["qdq_err"])
-    graph = onnx.load(prepared).graph
     return list(dict.fromkeys(node for name in worst_first for node in nodes_around(graph, name)))
 
 

@@ -353,11 +353,17 @@ def check_saves(callback: ModelCheckpoint, batches: int) -> None:
 
 
 def leave_finished_epoch(loop: _FitLoop) -> None:
-    """Begin the next epoch if the checkpoint is from the end of one without validation.
+    """Begin the next epoch if the checkpoint is from the end of one, and no validation would follow there now.
 
-    With `max_steps`, Lightning would train one more batch in the old epoch.
+    Lightning would train one more batch in the old epoch: with `max_steps`, or after a validation at its end that only
+    a stop or other settings brought about.
     """
-    if loop.restarted_on_epoch_end and loop.epoch_loop.restarted_on_last:
+    if not loop.epoch_loop.restarted_on_last:
+        return
+    validated = loop.restarted_mid_epoch and loop.epoch_loop._num_ready_batches_reached() and not validates_again(loop)
+    if validated:
+        loop.epoch_progress.increment_processed()
+    if validated or loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
         loop.epoch_loop.restarting = False
@@ -375,8 +381,13 @@ def number_step(trainer: Trainer) -> None:
     Lightning counts the step before a validation when it resumes at one, and would not take this step for such.
     """
     loop = trainer.fit_loop
-    if loop.epoch_loop.restarted_on_last and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+    if loop.epoch_loop.restarted_on_last and not validates_again(loop):
         loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def validates_again(loop: _FitLoop) -> bool:
+    """Return whether a resumed fit begins at a validation, which Lightning then skips."""
+    return loop.epoch_loop.restarting and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def validates_next(trainer: Trainer) -> bool:
