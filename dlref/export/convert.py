@@ -54,7 +54,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is n
 # Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
 # Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU.
 DYNAMIC = ["MatMul", "LSTM"]
-PRODUCTS = {*DYNAMIC, "Gemm"}  # it splits each Gemm into a MatMul and an Add
+PRODUCTS = {*DYNAMIC, "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
 # of a series' mean per step, and the metric hardly showed it.
@@ -126,7 +126,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
                 prepared,
                 path,
                 op_types_to_quantize=DYNAMIC,
-                nodes_to_exclude=[*floats, *(f"{name}_MatMul" for name in floats)],  # it first splits each Gemm in two
+                nodes_to_exclude=[*floats, *(f"{name}_MatMul" for name in floats)],  # as for PRODUCTS
                 per_channel=scheme.per_channel,
                 reduce_range=scheme.reduce_range,
                 weight_type=QuantType[scheme.weight],

@@ -295,8 +295,8 @@ class _Decode(nn.Module):
         length: Int[Tensor, "B"],
         *past: Float[Tensor, "B H P D"],
     ) -> tuple[Float[Tensor, "B W V"], Float[Tensor, "L 2 B H T D"]]:
-        # Not by calling the network, which may be compiled: samples in training would recompile it for every past.
         length = length.clamp(max=past[0].shape[2])  # verification cuts the past below the example's length
+        # Not by calling the network, which may be compiled: samples in training would recompile it for every past.
         hidden, keys, values = self.network.forward(tokens, Past(past[::2], past[1::2], length))
         place = tokens.shape[1] - 1 - back
         asked = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
