@@ -150,6 +150,8 @@ def check_trainer(options) -> None:
     if options.use_distributed_sampler:
         words = "expected false: the data modules share batches out between devices themselves"
         raise UserError(f"trainer.use_distributed_sampler: true; {words}")
+    if options.barebones:
+        raise UserError("trainer.barebones: true; expected false: a run logs, and has checkpoints")
     if str(options.precision) not in PRECISIONS:
         words = "expected 32-true, or bf16-mixed, which keeps weights, losses and metrics in float32"
         raise UserError(f"trainer.precision: {options.precision}; {words}")

@@ -418,7 +418,9 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
     figures |= {"anonymous_mb": None, "first_answer_s": 0.456, "model_mb": 1.5, "installed_mb": 120.4}
     score = {"name": "accuracy", "split": "validation", "n": 48, "pytorch": 0.9, "bundle": 0.87654}
     plan = {"precision": "int8", "calibration": "MinMax", "kept_float": {}, "refused": "3 points lost"}
-    kept = plan | {"calibration": "Entropy", "kept_float": {"classify": ["a", "b"]}, "refused": "slow"}
+    one = plan | {"calibration": "Entropy", "kept_float": {"classify": ["a"]}}
+    kept = one | {"kept_float": {"classify": ["a", "b"]}, "refused": "slow"}
+    taken = plan | {"kept_float": {"classify": ["a", "b"], "head": ["c"]}, "refused": ""}
     row = {"graph": "classify", "shape": {"image": [2, 8, 9, 1]}}
     exact = {"precision": "float32", "max_abs_error": 3e-6, "flipped": 1, "rows": 40, "tolerance": 1e-4}
     rough = {"precision": "int8", "max_abs_error": 0.25, "flipped": 0, "rows": 0, "tolerance": None}
@@ -435,7 +437,7 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
             "metric": score | known,
             "test": score | {"split": "test", "n": 50, "max_abs_error": None, "flipped": 1, "rows": 300},
             "parity": [row | exact, row | rough],
-            "attempts": [plan, kept, kept | {"kept_float": {"classify": ["a", "b"], "head": ["c"]}, "refused": ""}],
+            "attempts": [plan, one, kept, taken],
         },
         "measurement": {
             "threads": 2,
@@ -450,7 +452,8 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
         "| classify.onnx | 1.50 | image uint8 (batch, height, width, 1) | probability float32 (batch, 2) |",
         "| accuracy | validation | 48 | 0.9000 | 0.8765 | 1.0e-05 |\n| accuracy | test | 50 | 0.9000 | 0.8765 | – |",
         "Rounding changed 2 of 400 (validation) and 1 of 300 (test).",
-        "Tried for int8 and refused:\n\n- int8 MinMax: 3 points lost.\n- int8 Entropy with 2 nodes in float: slow.\n",
+        "Tried for int8 and refused:\n\n- int8 MinMax: 3 points lost.\n"
+        "- int8 Entropy with 1 node in float: 3 points lost.\n- int8 Entropy with 2 nodes in float: slow.\n",
         "Kept in float: a, b, c.\n",
         "abacus, 2 threads;",
         "| bundle | 1.23 | 2.35 | 812 | 90 | – | 0.46 | 1.50 | 120 |",

@@ -793,10 +793,19 @@ def test_heads_must_have_a_row_for_each_anchor():
         detector(Fewer()).check()
 
 
-def test_default_boxes_in_pixels_are_refused():
+@pytest.mark.parametrize(
+    ("scale", "found"),
+    [
+        ([8, 8, 8, 8], "numbers up to 6 and sides from 4"),  # pixels
+        ([1, 1, 0, 1], "numbers up to 0.75 and sides from 0"),
+        ([1, 1, -1, 1], "numbers up to 0.75 and sides from -0.5"),  # corners in the wrong order
+        ([1, 1, torch.nan, 1], "numbers up to nan and sides from nan"),
+    ],
+)
+def test_default_boxes_that_nothing_can_match_are_refused(scale, found):
     network = Corners()
-    network.anchors *= 8
-    with pytest.raises(UserError, match="anchors with numbers up to 6; expected centre, width and height as fractions"):
+    network.anchors *= torch.tensor(scale)
+    with pytest.raises(UserError, match=f"anchors with {found}; expected centre, width and height as fractions"):
         detector(network).check()
 
 

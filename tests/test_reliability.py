@@ -929,6 +929,7 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
         ),
         ({"model.init_args.optimizer.init_args.foreach": "true"}, "optimizer or lr_scheduler: `fused` and `foreach`"),
         ({"trainer.use_distributed_sampler": "true"}, "trainer.use_distributed_sampler: true; expected false"),
+        ({"trainer.barebones": "true"}, "trainer.barebones: true; expected false"),
         ({"trainer.gradient_clip_val": -1}, "trainer.gradient_clip_val: -1; expected 0 or more"),
         ({"trainer.max_time": "00:00:00:00"}, "no step was trained; expected more time, trainer.max_time"),
         ({"trainer.accumulate_grad_batches": -2}, "trainer.accumulate_grad_batches: -2; expected more"),

@@ -87,7 +87,7 @@ def metrics(verification: dict, target: dict) -> list[str]:
 def kept_float(kept: dict) -> str:
     """Describe how many nodes an attempt kept in float."""
     count = sum(map(len, kept.values()))
-    return f" with {count} nodes in float" if count else ""
+    return f" with {count} node{'s' * (count > 1)} in float" if count else ""
 
 
 def measurement(measured: dict, spread: bool) -> list[str]:

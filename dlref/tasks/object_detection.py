@@ -92,11 +92,11 @@ class ObjectDetector(ImageTask):
                 f"network returns {found}; expected offsets (B, {boxes}, 4) and logits (B, {boxes}, {classes + 1}) for "
                 f"its {boxes} anchors"
             )
-        largest = self.network.anchors.abs().max().item()
-        if not largest <= LARGEST:
+        largest, narrowest = self.network.anchors.abs().max().item(), self.network.anchors[:, 2:].min().item()
+        if not (largest <= LARGEST and narrowest > 0):
             raise UserError(
-                f"network has anchors with numbers up to {largest:g}; expected centre, width and height as fractions "
-                "of the image"
+                f"network has anchors with numbers up to {largest:g} and sides from {narrowest:g}; expected centre, "
+                "width and height as fractions of the image"
             )
 
     def setup(self, stage: str) -> None:
