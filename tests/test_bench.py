@@ -18,6 +18,7 @@ from handmade import METADATA, SIGNATURE, write_manifest
 from test_tasks import Pixels, classifier
 from torch import nn
 
+from dlref.export import contender
 from dlref.export.bundle import export
 from dlref.export.graph import write_program
 from dlref.export.measure import CONTENDERS, Contenders, threads, weights_mb
@@ -58,7 +59,7 @@ def test_every_contender_is_measured_in_its_own_process(exported):
     if LINUX:
         assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
         assert bundle["waited"] >= 0
-    assert bundle["installed_mb"] < eager["installed_mb"]
+    assert bundle["installed_mb"] < eager["installed_mb"] == pytest.approx(bench.installed_mb("torch"))
     assert bundle["model_mb"] == pytest.approx((folder / "classify.onnx").stat().st_size / 1e6)
     report = (folder / "report.md").read_text()
     assert f"| bundle | {bundle['latency_ms']:.2f} |" in report
@@ -288,6 +289,18 @@ def test_the_pytorch_contender_runs_torchvisions_operators_and_counts_its_size(b
     assert figures["installed_mb"] > bench.installed_mb("torch")
 
 
+def test_the_pytorch_contender_has_the_given_threads_and_is_compiled_in_that_mode_only(tmp_path, monkeypatch):
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(2),)), tmp_path / "g.pt2")
+    threads, compiled = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    for mode in ("eager", "compiled"):
+        assert not compiled
+        answer = contender.programs(tmp_path, mode, 3, "cpu")["g"]
+        np.testing.assert_array_equal(answer(x=np.float32([-1, 1])), [[0, 1]])
+    assert (threads, len(compiled)) == ([3, 3], 1)
+
+
 def test_a_manifest_without_the_number_of_calls_of_a_graph_is_refused():
     with pytest.raises(UserError, match=r"^manifest.json: a graph without 'calls'; expected one that export.py wrote$"):
         bench.repeating({"classify": dict}, {"classify": {"dynamic_axes": {}}})
@@ -295,9 +308,10 @@ def test_a_manifest_without_the_number_of_calls_of_a_graph_is_refused():
 
 def test_weights_shared_by_several_graphs_count_once():
     shared = nn.Linear(10, 10, bias=False)
+    shared.register_buffer("mean", torch.zeros(10))
     modules = {"encode": nn.Sequential(shared), "step": nn.Sequential(shared, nn.Linear(10, 5, bias=False))}
     graphs = {name: SimpleNamespace(module=module) for name, module in modules.items()}
-    assert weights_mb(graphs) == pytest.approx(4 * (10 * 10 + 10 * 5) / 1e6)
+    assert weights_mb(graphs) == pytest.approx(4 * (10 * 10 + 10 + 10 * 5) / 1e6)
 
 
 def test_pytorch_is_measured_with_the_given_python_interpreter(tmp_path, monkeypatch):
@@ -307,6 +321,42 @@ def test_pytorch_is_measured_with_the_given_python_interpreter(tmp_path, monkeyp
         found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path, **options).pytorch("eager")
         assert found == {"model_mb": 0}
     assert [command[0] for command in commands] == [sys.executable, "another"]
+
+
+@pytest.mark.parametrize(
+    ("target", "works", "device"),
+    [("cuda", True, "cuda"), ("tensorrt", True, "cuda"), ("cuda", False, "cpu"), ("mobile", True, "cpu")],
+)
+def test_pytorch_is_measured_in_its_mode_with_the_devices_threads_where_the_bundle_runs(
+    target, works, device, tmp_path, monkeypatch
+):
+    commands = []
+    monkeypatch.setattr("dlref.export.measure.in_process", lambda command: commands.append(command) or {})
+    monkeypatch.setattr("dlref.export.measure.provider_works", lambda *_: works)
+    monkeypatch.setattr("dlref.export.measure.cores", lambda: 8)
+    for mode in ("eager", "compiled"):
+        Contenders(TARGETS[target], {}, tmp_path, tmp_path / "float32").pytorch(mode)
+    given = [str(tmp_path), str(tmp_path / "float32")]
+    threads = "2" if target == "mobile" else "8"
+    assert [command[3:] for command in commands] == [[*given, mode, threads, device] for mode in ("eager", "compiled")]
+
+
+def test_a_contender_that_fails_is_listed_with_its_reason_and_without_paths_of_this_machine(tmp_path, monkeypatch):
+    found = Contenders(TARGETS["cpu"], {}, tmp_path / "programs", tmp_path / "float32")
+    monkeypatch.setattr("dlref.export.measure.can_time", lambda target: True)
+    monkeypatch.setattr("dlref.export.measure.cores", lambda: 8)
+    monkeypatch.setattr(found, "measured", lambda folder: {"waited": 0.0})
+
+    def fails(mode):
+        raise UserError(f"{tmp_path / 'programs' / 'classify.pt2'}: no {mode}")
+
+    monkeypatch.setattr(found, "pytorch", fails)
+    measured = found.measurement(tmp_path / "int8", ("pytorch-eager", "bundle"))
+    assert measured["contenders"] == {"bundle": {"waited": 0.0}}
+    assert measured["not_run"] == {"pytorch-eager": f"{Path('programs', 'classify.pt2')}: no eager"}
+    assert measured["threads"] == 8
+    monkeypatch.setattr("dlref.export.measure.can_time", lambda target: False)
+    assert [*found.measurement(tmp_path / "int8", ("bundle",))["not_run"]] == ["bundle"]
 
 
 def test_in_process_passes_the_start_time_to_the_new_process():
@@ -357,6 +407,10 @@ def test_pytorch_and_the_bundle_use_the_devices_thread_count(tmp_path, monkeypat
         Contenders(target, {}, tmp_path, tmp_path).measured(tmp_path)
         asked.append(threads(target))
     assert asked == [0, 8, 2, 2, 1, 1]  # 0 for a bundle: `load`'s default, all cores
+    asked.clear()
+    monkeypatch.setattr("dlref.export.measure.cores", lambda: 1)
+    Contenders(TARGETS["mobile"], {}, tmp_path, tmp_path).measured(tmp_path)
+    assert [*asked, threads(TARGETS["mobile"])] == [1, 1]
 
 
 def test_warm_up_calls_are_not_timed(monkeypatch):
@@ -468,6 +522,20 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
     plain = {"attempts": [plan | {"refused": ""}], "test": score | {"max_abs_error": None, "rows": None}}
     text = report(manifest | {"verification": manifest["verification"] | plain}, {"classify.onnx": 1})
     assert not any(words in text for words in ("Rounding changed", "refused:", "Kept in float"))
+    last = plan | {"precision": "float32", "refused": ""}
+    fallen = manifest | {"precision": "float32", "verification": manifest["verification"] | {"attempts": [plan, last]}}
+    text = report(fallen, {"classify.onnx": 1})
+    assert f"a board: float32, {CPU}" in text
+    assert "Tried for int8 and refused:" in text
+    for kind, provider, alone in (
+        ("translation", CPU, True),
+        ("translation", "CUDA", False),
+        (manifest["kind"], CPU, False),
+    ):
+        text = report(
+            manifest | {"kind": kind, "target": manifest["target"] | {"provider": provider}}, {"classify.onnx": 1}
+        )
+        assert ("has one thread" in text) is alone
 
 
 def contenders(tmp_path, monkeypatch, waits):
@@ -475,7 +543,7 @@ def contenders(tmp_path, monkeypatch, waits):
     monkeypatch.setattr("dlref.export.measure.TURNS", 3)
     runs = [{"latency_ms": float(i), "waited": share} for i, share in enumerate(waits)]
     found = Contenders(TARGETS["cpu"], {}, tmp_path, tmp_path)
-    monkeypatch.setattr(found, "measured", lambda folder: runs.pop(0))
+    monkeypatch.setattr(found, "measured", lambda folder: runs.pop(0) | {"of": folder.name})
     return found, runs
 
 
@@ -498,8 +566,14 @@ def test_each_contender_is_measured_from_its_own_folder(tmp_path, monkeypatch):
 
 
 def test_latencies_measures_two_bundles_in_turns(tmp_path, monkeypatch):
-    found, _ = contenders(tmp_path, monkeypatch, [0.0] * 6)
-    assert found.latencies(tmp_path / "one", tmp_path / "other") == [2.0, 3.0]
+    one, other = tmp_path / "one", tmp_path / "other"
+    found, runs = contenders(tmp_path, monkeypatch, [0.0] * 6 + [0.4, 0.0])
+    runs[:6] = [runs[i] for i in (2, 5, 4, 1, 0, 3)]  # 2, 4 and 0 ms for one, 5, 1 and 3 for the other
+    assert found.latencies(one, other) == [2.0, 3.0]
+    assert [found.known[folder]["of"] for folder in (one, other)] == ["one", "other"]
+    assert found.undisturbed("bundle", one)["latency_ms"] == 2.0  # as known
+    found.known[one]["waited"] = 0.5
+    assert found.undisturbed("bundle", one)["latency_ms"] == 7.0  # measured again until nothing holds it up
 
 
 FIFTY_MEGABYTES = """

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.attempts import Attempt, Attempts, Recorder
+from dlref.export.attempts import FLOAT32, Attempt, Attempts, Recorder
 from dlref.export.convert import (
+    DEBUGGED,
     SAMPLES,
     Plan,
     convert,
@@ -306,18 +307,43 @@ def test_outputs_that_differ_from_pytorchs_are_refused(change, message):
         parity("step", graph, graph, Skewed(graph, change), graph.tolerance, False)
 
 
+def test_the_tolerance_is_relative_above_1_and_absolute_below_and_the_largest_difference_is_kept():
+    answers = [{"large": [1000.0], "small": [0.001]}, {"large": [1000.0], "small": [0.0]}]
+    asked, given = iter(answers), iter([{"large": [1000.5], "small": [0.0015]}, answers[1]])
+
+    def exported():
+        return {name: np.array(values) for name, values in next(given).items()}
+
+    exported.shape = exported.declared = {}
+    graph = Compared("g", PLAIN, lambda: {n: np.array(v) for n, v in next(asked).items()}, exported, 1e-3)
+    assert graph()["large"] == 1000.5  # the bundle's own, for its metric
+    graph()
+    assert graph.max_abs_error == 0.5
+    with pytest.raises(Refused, match=r"large: differs from PyTorch by 0\.002"):
+        graph.difference("large", np.array([1002.0]), np.array([1000.0]))
+    with pytest.raises(Refused, match=r"small: differs from PyTorch by 0\.002"):
+        graph.difference("small", np.array([0.003]), np.array([0.001]))
+
+
+def test_flips_at_any_declared_size_are_refused():
+    graph = recurrent(discrete=["context"])
+    changes = iter([0] * 4 + [1, 0])  # of two outputs at three sizes
+    with pytest.raises(Refused, match="'time': 11}, outputs context: 28 of 28 differ"):
+        parity("step", graph, graph, Skewed(graph, lambda array: array + next(changes)), graph.tolerance, False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda a: a + 2e-4, None),
-        (lambda a: a[:, :1], None),  # fewer boxes
+        (lambda a: a[:, :3], None),  # fewer boxes
         (lambda a: a * np.inf, "not a finite number"),
         (lambda a: a[0], "expected float32"),
         (lambda a: a.astype(np.float16), "float16"),
     ],
 )
 def test_lower_precision_may_change_values_and_lengths_but_not_rank_type_or_finiteness(change, message):
-    graph = recurrent()
+    graph = recurrent(discrete=["next_state"])
     arguments = ("step", graph, graph, Skewed(graph, change), np.inf, False)
     if message is None:
         assert all(row["tolerance"] is None for row in parity(*arguments))
@@ -341,10 +367,11 @@ def test_reference_caches_pytorchs_outputs_while_it_has_room():
     for token in (first, second, first, first.copy(), first[:, None], first.astype(np.float64)):
         np.testing.assert_array_equal(reference(token=token)["twice"], 2 * token)
     assert len(asked) == 4
-    reference.room = 0  # nothing more is cached
+    reference.room = first.nbytes  # one more answer is cached
     for _ in range(2):
-        reference(token=np.float32([5]))
-    assert len(asked) == 6
+        for token in (np.float32([5, 6]), np.float32([7, 8])):
+            reference(token=token)
+    assert len(asked) == 7
 
 
 def test_outputs_on_real_data_are_compared_with_pytorchs_as_well(tmp_path, monkeypatch):
@@ -407,24 +434,26 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
     monkeypatch.setattr(
         "dlref.export.attempts.worst_nodes", lambda source, converted, feeds: [str(i) for i in range(nodes)]
     )
-    losses = iter([3.0, 1.0, 2.0, 0.9, 0.8])
+    losses = iter([3.0, 1.0, 2.0, 0.9, 0.8, 0.0])
     attempts = SimpleNamespace(
         target=TARGETS["x86-64"],
         made=[],
-        deployable=SimpleNamespace(graphs={"classify": None}),
-        calibrated=lambda name: True,
+        deployable=SimpleNamespace(graphs={"classify": None, "dynamic": None}),
+        calibrated=lambda name: name == "classify",
+        quantised_plans=lambda: Attempts.quantised_plans(attempts),
         source=lambda name: None,
         converted=lambda name, plan: None,
         feeds={"classify": []},
     )
     plans = []
-    for plan in Attempts.quantised_plans(attempts):
+    for plan in Attempts.plans(attempts):
         plans.append(plan)
         attempts.made.append(
             Attempt(plan, Path(), "refused", slower=len(plan.kept.get("classify", ())) > 1, degradation=next(losses))
         )
-    assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2]
-    assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, *kept]
+    assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2, None]
+    assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, *kept, 0]
+    assert plans[-1] == FLOAT32
 
 
 def test_an_attempt_is_refused_as_too_slow_unless_it_is_faster_than_float32(monkeypatch):
@@ -456,6 +485,151 @@ def test_inputs_are_recorded_one_sample_at_a_time_along_their_own_batch_axes():
         np.testing.assert_array_equal(feed["x"], inputs["x"][[row]])
         np.testing.assert_array_equal(feed["state"], inputs["state"][:, [row]])
         assert feed["noise"] is inputs["noise"]
+    recorder = Recorder(SimpleNamespace(dynamic_axes={}), exported, enough=3)
+    recorder(**inputs)
+    assert recorder.feeds == [inputs]
+
+
+def test_calibration_data_are_the_same_in_every_export_and_enough_for_each_graph():
+    """Of a shuffled training set; the second graph is called with every third batch."""
+    seen, dataset = [], TensorDataset(torch.arange(100.0))
+
+    def exported(**inputs):
+        return inputs
+
+    def evaluate(graphs, batches):
+        for number, (batch,) in enumerate(batches):
+            for name in ("each", "third")[: 1 + (number % 3 == 2)]:
+                graphs[name](x=batch.numpy())
+
+    exported.shape, axes = None, SimpleNamespace(dynamic_axes={"x": {0: "batch"}})
+    attempts = SimpleNamespace(
+        target=CPU,
+        deployable=SimpleNamespace(graphs={"each": axes, "third": axes}, runner=lambda graphs: graphs),
+        opened=lambda plan: {"each": exported, "third": exported},
+        data=SimpleNamespace(setup=seen.append, train_dataloader=lambda: DataLoader(dataset, 2, shuffle=True)),
+        task=SimpleNamespace(evaluate=evaluate),
+    )
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(Attempts.feeds.func(attempts))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+    assert [len(feeds) for feeds in found[0].values()] == [DEBUGGED, DEBUGGED]
+    assert seen == ["fit", "fit"]
+
+
+@pytest.mark.parametrize(("plan", "where", "opened"), [(FLOAT32, CPU.provider, []), (Plan("float16"), "NPU", ["NPU"])])
+def test_float32_is_verified_on_the_cpu_and_lower_precision_where_the_target_runs_it(plan, where, opened, monkeypatch):
+    tried = []
+    monkeypatch.setattr("dlref.export.attempts.provider", lambda target: "NPU")
+    monkeypatch.setattr("dlref.export.attempts.read_manifest", lambda folder: {})
+    monkeypatch.setattr("dlref.export.attempts.open_graphs", lambda folder, manifest, provider: provider)
+    monkeypatch.setattr("dlref.export.attempts.smoke_test", lambda folder, provider: tried.append(provider))
+    attempts = SimpleNamespace(target=CPU, bundle=lambda plan: Path(), made=[], metric=lambda *_: {})
+    assert Attempts.opened(attempts, plan) == where
+    assert Attempts.verification(attempts, Attempt(plan, Path()))["provider"] == where
+    assert tried == opened
+
+
+def test_the_verification_lists_each_attempt_and_tests_the_chosen_one():
+    plans = Plan("int8", "MinMax", {"g": ("a",)}), Plan("int8", "Entropy")
+    scores = [{"pytorch": 0.9, "bundle": 0.6}, {"pytorch": 0.9, "bundle": 0.8}]
+    refused = Attempt(plans[0], Path(), "30 points lost", degradation=30.0, metric=scores[0])
+    chosen = Attempt(plans[1], Path(), degradation=0.1, metric=scores[1], parity=["equal"])
+    attempts = SimpleNamespace(target=CPU, made=[refused, chosen], metric=lambda *asked: asked)
+    found = Attempts.verification(attempts, chosen)
+    assert (found["metric"], found["test"], found["parity"]) == (scores[1], (plans[1], "test"), ["equal"])
+    assert [list(attempt.values()) for attempt in found["attempts"]] == [
+        ["int8", "MinMax", {"g": ("a",)}, 0.6, "30 points lost"],
+        ["int8", "Entropy", {}, 0.8, ""],
+    ]
+
+
+def two_graphs(flips):
+    """Attempts whose second graph is 0.5 off in float32, and whose graphs both choose other elements `flips` times."""
+    asked = {"y": np.zeros(40), "chosen": np.zeros(40)}
+    graph = SimpleNamespace(selected=(), discrete=("chosen",), tolerance=1.0)
+
+    def exported(error):
+        def answer():
+            return {"y": asked["y"] + error, "chosen": asked["chosen"] + 2 * (np.arange(40) < flips)}
+
+        answer.shape = answer.declared = {}
+        return answer
+
+    return SimpleNamespace(
+        opened=lambda plan: {"one": exported(0.5), "other": exported(0.25)},
+        references=dict.fromkeys(("one", "other"), lambda: asked),
+        deployable=SimpleNamespace(graphs={"one": graph, "other": graph}, runner=lambda graphs: graphs.values()),
+        loader=lambda split: DataLoader(range(7), batch_size=2),
+        task=SimpleNamespace(
+            metric="sum", evaluate=lambda graphs, batches: sum(float(graph()["y"][0]) for graph in graphs)
+        ),
+        pytorch={"validation": 1.0, "test": 2.0},
+    )
+
+
+def test_the_metric_of_a_bundle_is_that_of_its_own_outputs_and_differences_are_of_all_graphs():
+    shared = {"name": "sum", "pytorch": 2.0, "bundle": 0.75, "split": "test", "n": 7}
+    found = Attempts.metric(two_graphs(flips=1), FLOAT32, "test")
+    assert found == shared | {"max_abs_error": 0.5, "flipped": 2, "rows": 80}
+    found = Attempts.metric(two_graphs(flips=3), Plan("int8"), "test")  # judged by its metric
+    assert found == shared | dict.fromkeys(("max_abs_error", "flipped", "rows"))
+    with pytest.raises(Refused, match="one, outputs chosen: 3 of 40 differ"):
+        Attempts.metric(two_graphs(flips=3), FLOAT32, "test")
+
+
+def test_the_score_that_a_bundle_is_compared_with_is_pytorchs():
+    attempts = two_graphs(flips=0)
+    Attempts.score_pytorch(attempts, "test")
+    assert attempts.pytorch == {"validation": 1.0, "test": 0.0}
+    attempts.task.evaluate = lambda *_: np.inf
+    with pytest.raises(UserError, match="sum of PyTorch on test is inf; expected a finite number"):
+        Attempts.score_pytorch(attempts, "test")
+
+
+def test_an_attempt_is_compared_after_float32_and_refused_without_paths_of_this_machine(tmp_path):
+    attempts = SimpleNamespace(
+        place=tmp_path,
+        exact=["float32"],
+        parity=lambda plan: [str(plan)],
+        metric=lambda plan, split: {"pytorch": split, "bundle": plan},
+        task=SimpleNamespace(degradation=lambda reference, score: 0.25 if reference == "validation" else np.nan),
+        deployable=SimpleNamespace(graphs={}),
+        too_much_lost=lambda attempt: "",
+        not_faster=lambda attempt: "",
+    )
+    found = Attempts.judged(attempts, Plan("int8"))
+    assert (found.parity, found.degradation, found.refused) == (["float32", "int8"], 0.25, "")
+
+    def refuse(plan):
+        raise UserError(f"{tmp_path / 'bundles' / 'int8' / 'g.onnx'}: invalid")
+
+    attempts.parity = refuse
+    assert Attempts.judged(attempts, Plan("int8")).refused == "g.onnx: invalid"
+
+
+@pytest.mark.parametrize("quantised", ["one", ""])
+def test_one_quantised_graph_makes_a_bundle_int8(quantised, tmp_path, monkeypatch):
+    monkeypatch.setattr("dlref.export.attempts.is_quantised", lambda path: path.stem == quantised)
+    monkeypatch.setattr("dlref.export.attempts.write_manifest", lambda *_: None)
+    (tmp_path / "bundles").mkdir()
+    attempts = SimpleNamespace(
+        place=tmp_path,
+        target=CPU,
+        deployable=SimpleNamespace(graphs={}),
+        references={"one": None, "other": None},
+        converted=lambda name, plan: Path(name),
+        example=dict,
+    )
+    if quantised:
+        assert Attempts.bundle(attempts, Plan("int8")) == tmp_path / "bundles/int8"
+        return
+    with pytest.raises(UserError, match="onnxruntime quantised no node of any graph"):
+        Attempts.bundle(attempts, Plan("int8"))
 
 
 def test_a_refused_export_leaves_no_files_and_keeps_the_earlier_bundle(tmp_path, monkeypatch):
@@ -897,6 +1071,7 @@ def test_in_lower_precision_each_row_is_compared_with_its_nearest_match():
         ([np.inf, 1, 1], [np.inf, np.nan, 1], 1),
         ([np.inf, 7, 1], [5, 7, np.inf], 2),
         ([np.nan, 1, 1], [3, 1 + 1e-4, 1 + 1e-6], 2),
+        ([1000, 1000, 0.001], [1000.005, 1000.02, 0.00102], 2),  # relative above 1, absolute below
     ],
 )
 def test_elements_beyond_the_tolerance_or_not_finite_count_as_different_unless_they_are_equal(expected, actual, unlike):
@@ -922,10 +1097,37 @@ def test_selected_rows_may_change_their_order_and_a_single_row_may_differ():
     graph = compared(changed(boxes=swapped, scores=swapped, labels=swapped))
     assert (graph.rows, graph.flipped, graph.max_abs_error) == (300, 0, 0)
     graph = compared(changed(labels=one_row_else))
-    assert (graph.rows, graph.flipped) == (300, 1)
-    graph = compared(changed(scores=lambda s: s + np.float32(5e-5) * (s > 0)))
+    assert (graph.rows, graph.flipped, graph.max_abs_error) == (300, 1, 0)  # of the rows that match
+    graph = compared(changed(scores=lambda s: s + np.float32(5e-5) * (s > 0) * (np.arange(10) == 0)[:, None]))
     assert graph.flipped == 0
     assert graph.max_abs_error == pytest.approx(5e-5, rel=0.1)
+    graph = compared(changed(boxes=lambda b: b + np.float32(1e-2) * (b > 200)))  # relative above 1
+    assert (graph.flipped, graph.max_abs_error) == (0, pytest.approx(1e-2, rel=0.1))
+
+
+@pytest.mark.parametrize(("order", "unlike"), [([2, 0, 1], 0), ([1, 2, 0], 0), ([3, 0, 1, 2], 1), ([1, 2, 3, 0], 1)])
+def test_a_row_that_moves_by_more_than_two_places_counts_as_different(order, unlike):
+    def moved(array):
+        array[0, : len(order)] = array[0, order]
+        return array
+
+    assert compared(changed(**dict.fromkeys(ROWS, moved))).flipped == unlike
+
+
+def test_rows_that_move_up_because_others_are_missing_do_not_count():
+    fewer = changed(**dict.fromkeys(ROWS, lambda a: np.concatenate([a[:, 5:], a[:, -5:]], axis=1)))
+    assert compared(fewer | {"count": fewer["count"] - 5}, np.inf).flipped == 50
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("selected", 20), ("discrete", 10)])
+def test_the_share_that_may_differ_depends_on_the_kind_of_choice(kind, allowed):
+    chosen = SimpleNamespace(**{"selected": (), "discrete": (), kind: ("y",)})
+    graph = Compared("g", chosen, lambda: None, SimpleNamespace(shape={}, declared={}), 1e-5)
+    graph.rows, graph.flipped = 10_000, allowed
+    graph.check_flips()
+    graph.flipped += 1
+    with pytest.raises(Refused, match=f"{allowed + 1} of 10000 differ"):
+        graph.check_flips()
 
 
 ROWS = ("boxes", "scores", "labels")

@@ -68,6 +68,7 @@ def test_every_targets_bundle_loads_and_matches_pytorch(name, network, tmp_path)
     assert manifest["precision"] == target.precision
     assert manifest["target"]["name"] == name
     assert manifest["verification"]["attempts"][-1]["refused"] == ""
+    assert {row["precision"] for row in manifest["verification"]["parity"]} == {"float32", target.precision}
     described = manifest["graphs"]["classify"]
     assert described["file"] == f"classify.{target.file_format}"
     assert {value["type"] for value in described["outputs"]} == {"float32"}
@@ -412,8 +413,8 @@ def test_export_falls_back_to_float32_if_the_worst_nodes_cannot_be_found(spiked,
 
 def test_a_vendors_simulation_on_the_cpu_is_not_used_as_its_npu(monkeypatch):
     kinds = onnxruntime.OrtHardwareDeviceType
-    for kind, expected in ((kinds.CPU, "CPUExecutionProvider"), (kinds.NPU, "QNNExecutionProvider")):
-        found = [SimpleNamespace(device=SimpleNamespace(type=kind))]
+    for there, expected in (([kinds.CPU], "CPUExecutionProvider"), ([kinds.CPU, kinds.NPU], "QNNExecutionProvider")):
+        found = [SimpleNamespace(device=SimpleNamespace(type=kind)) for kind in there]
         monkeypatch.setattr("dlref.export.measure.plugin_devices", lambda provider, found=found: found)
         monkeypatch.setattr("dlref.export.measure.OnnxGraph", lambda *_: None)
         provider_works.cache_clear()
@@ -476,10 +477,15 @@ def test_export_falls_back_to_float32_if_onnxruntime_cannot_convert_the_graph(tm
     def refuse(*_, **__):
         raise RuntimeError("no such\nscheme")
 
+    measured = {"threads": 1, "processor": "", "contenders": {}}
     monkeypatch.setattr("dlref.export.convert.quantize", refuse)
+    monkeypatch.setattr(
+        "dlref.export.measure.Contenders.measurement",
+        lambda self, bundle, names: measured | {"not_run": {"bundle": bundle.name}},
+    )
     task, data = NETWORKS["lenet5"]()
     manifest = made(task, data, TARGETS["x86-64"], tmp_path / "bundle")
-    assert manifest["precision"] == "float32"
+    assert manifest["precision"] == manifest["measurement"]["not_run"]["bundle"] == "float32"
     assert manifest["verification"]["attempts"][0]["refused"].endswith("cannot convert it (no such scheme)")
     assert json.loads((tmp_path / "bundle/manifest.json").read_text()) == manifest
 
