@@ -648,8 +648,9 @@ def test_a_refused_export_leaves_no_files_and_keeps_the_earlier_bundle(tmp_path,
 def test_exporting_into_another_bundle_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "Attempts", None)
     outer = make_bundle(tmp_path / "outer")
-    with pytest.raises(UserError, match=r"outer, which holds only its own files; expected another place"):
-        export(classifier().eval(), Pixels(), CPU, outer / "arm64")
+    for name in ("arm64", "edge/arm64"):
+        with pytest.raises(UserError, match=r"outer, which holds only its own files; expected another place"):
+            export(classifier().eval(), Pixels(), CPU, outer / name)
     assert not (outer / "arm64").exists()
 
 
@@ -674,19 +675,22 @@ def test_a_full_disk_during_export_is_reported_and_leaves_no_files(tmp_path, mon
 
 def test_an_output_path_that_cannot_be_accessed_is_refused_before_the_export(tmp_path):
     (tmp_path / "round").symlink_to("round")
-    for name in ("a" * 300, "round"):
+    for name in ("a" * 300, f"new/{'a' * 300}/bundle", "round"):
         with pytest.raises(UserError, match=r"; expected a folder for the bundle"), bundles.staged(tmp_path / name):
             pytest.fail("it was not refused before the work")
+    assert [path.name for path in tmp_path.iterdir()] == ["round"]
 
 
-@pytest.mark.parametrize("name", ["empty", "new", "new/folder/inside"])
+@pytest.mark.parametrize("name", ["empty", "link", "new", "new/folder/inside"])
 def test_a_bundle_may_be_written_to_an_empty_or_new_folder(name, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
     with bundles.staged(tmp_path / name) as place:
         (place / "bundle").mkdir()
         (place / "bundle" / "made").touch()
     assert [path.name for path in (tmp_path / name).iterdir()] == ["made"]
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", name.partition("/")[0]}  # nothing else is left
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link", name.partition("/")[0]}  # no other is left
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
