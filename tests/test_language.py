@@ -867,6 +867,7 @@ def test_the_runner_computes_the_same_bits_per_byte_as_the_task(exported):
     for one in runners(served, path):
         assert task.evaluate(one, [batch]) == pytest.approx(expected, rel=1e-4)
     assert task.degradation(2.0, 2.1) == pytest.approx(5)
+    assert (task.degradation(0.0, 0.0), task.degradation(0.0, 0.1)) == (0, math.inf)  # a text known by heart
 
 
 def test_int8_quantises_weights_and_leaves_attention_in_float(exported, tmp_path):

@@ -5,7 +5,6 @@ sample paths, P parameters of the distribution, U uniform numbers of a draw, Y r
 levels, N values of all series.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +21,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.losses import or_one
-from dlref.tasks.task import PROBED, Task
+from dlref.tasks.task import PROBED, Task, increase
 from dlref.training.devices import widest_float
 
 SHOWN = 8  # series in the figure of forecasts
@@ -322,10 +321,8 @@ class Forecaster(Task):
         return scores.compute()[self.metric].item()
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the increase in percent of the reference, as the metric has no bound; infinite for one from 0."""
-        if not reference:
-            return math.inf if score else 0.0
-        return 100 * (score / reference - 1)
+        """Return the increase in percent, as the metric has no bound."""
+        return increase(reference, score)
 
     def draw(self, folder: Path) -> None:
         """Draw forecasts over history, nominal against observed coverage, and the loss by time ahead."""

@@ -24,7 +24,7 @@ from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.task import Task
+from dlref.tasks.task import Task, increase
 
 IGNORE = -1  # stands for tokens beyond the end of a split
 NEW = 2  # tokens after the past in the example inputs
@@ -230,8 +230,8 @@ class LanguageModel(Task):
         return float(nats / math.log(2) / size)
 
     def degradation(self, reference: float, score: float) -> float:
-        """Return the increase in percent of the reference."""
-        return 100 * (score - reference) / reference
+        """Return the increase in percent, as the metric has no bound."""
+        return increase(reference, score)
 
     def draw(self, folder: Path) -> None:
         """Draw the loss by position in the context and the attention of every head, and write samples."""

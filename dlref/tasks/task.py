@@ -309,3 +309,10 @@ class Task(LightningModule):
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def increase(reference: float, score: float) -> float:
+    """Return by how many percent of a `reference` a `score` is above it; infinite for one from 0."""
+    if not reference:
+        return math.inf if score else 0.0
+    return 100 * (score / reference - 1)
