@@ -478,6 +478,44 @@ def test_every_head_must_have_a_logit_for_each_class_of_each_image(network, mess
         classifier(network=network).check()
 
 
+class Attentive(nn.Module):
+    """Attends to the rows of an image; without batch_first, to the same row of the other images."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=batch_first)
+        self.fc = nn.Linear(32, 3)
+
+    def forward(self, x):
+        rows = x.squeeze(1)
+        return self.fc((rows + self.attention(rows, rows, rows)[0]).mean(1))
+
+
+class Dropped(Headed):
+    """A classifier that drops logits in evaluation mode, too."""
+
+    def forward(self, x):
+        return F.dropout(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Attentive(batch_first=False),
+        nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(1024, 3)),
+        Dropped(),
+    ],
+)
+def test_an_image_must_be_answered_the_same_alone_and_in_a_batch(network):
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="outputs for an image change with the other images in its batch"):
+        classifier(network=network).check()
+
+
+def test_attention_within_each_image_is_accepted():
+    classifier(network=Attentive(batch_first=True)).check()
+
+
 def test_probing_a_network_restores_its_mode_and_buffers():
     task = classifier(network=torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout().eval()))
     with task.probing("three numbers", "expected another"):

@@ -12,6 +12,8 @@ from dlref.runtime.errors import one_line
 from dlref.tasks.preprocess import Normalise
 from dlref.tasks.task import Task
 
+MIXED = 0.01  # relative difference of an image's outputs, alone and in a batch, that rounding does not explain
+
 
 class ImageTask(Task):
     """A task whose network takes normalised pixels and returns a tensor or a tuple of tensors.
@@ -33,14 +35,25 @@ class ImageTask(Task):
         return as_tuple(self.network(self.preprocess(images)))
 
     def probe(self, side: int, expected: str = "expected one that takes what preprocess gives") -> tuple[Tensor, ...]:
-        """Return the network's outputs for a black image. Raises UserError if the network rejects it."""
+        """Return the network's outputs for a black image.
+
+        Raises UserError if the network rejects it, or answers otherwise when a white image is in the same batch.
+        """
         channels = self.preprocess.channels
-        black = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.network_device)
+        images = torch.zeros(2, channels, side, side, dtype=torch.uint8, device=self.network_device)
+        images[1] = 255
         with self.probing(f"an image of {side}×{side} pixels and {channels} channels", expected):
-            answers = self(black)
+            answers, batch = self(images[:1]), self(images)
         for answer in answers:
             if not isinstance(answer, Tensor):
                 raise UserError(f"network returns {type(answer).__name__}; expected tensors, alone or in a tuple")
+        for alone, among in zip(answers, batch, strict=True):
+            # Scores would be those of the evaluation's batches; a bundle mostly sees one image at a time.
+            if alone.shape == among[:1].shape and (among[:1] - alone).float().norm() > MIXED * alone.float().norm():
+                raise UserError(
+                    "network's outputs for an image change with the other images in its batch; expected the same in "
+                    "evaluation mode: attention with batch_first, batch norm with running statistics, no random numbers"
+                )
         return answers
 
 
