@@ -103,12 +103,14 @@ def test_extreme_network_outputs_have_a_finite_likelihood_and_gradient(distribut
     assert raw.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("factor", [1e-22, 1000.0, 1e20])
 @pytest.mark.parametrize("distribution", [StudentT(), Gaussian(), Deterministic()])
-def test_log_likelihood_of_rescaled_values_differs_by_the_log_of_the_factor(distribution):
+def test_log_likelihood_of_rescaled_values_differs_by_the_log_of_the_factor(distribution, factor):
+    """Also for values whose squares are beyond float32."""
     raw, values = torch.randn(6, distribution.parameters), torch.randn(6)
     one = distribution.log_prob(values, distribution.domain(raw, torch.ones(6)))
-    thousand = distribution.log_prob(1000 * values, distribution.domain(raw, torch.full((6,), 1000.0)))
-    torch.testing.assert_close(thousand + np.log(1000), one, rtol=1e-4, atol=1e-4)
+    rescaled = distribution.log_prob(factor * values, distribution.domain(raw, torch.full((6,), factor)))
+    torch.testing.assert_close(rescaled + np.log(factor), one, rtol=1e-4, atol=1e-4)
 
 
 DRAWS = 40_000

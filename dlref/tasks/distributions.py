@@ -1,9 +1,9 @@
 """Distributions of the values of a series, parameterised by a network's outputs.
 
 Each class maps a network's P outputs to the domains of the parameters, in the units of the series, computes the
-log-likelihood of values (with torch's densities, except for the one that waits for the device) and draws a value. A
-draw is a function of given uniform numbers: the same numbers give the same value in PyTorch and in an exported graph,
-which has no random generator and no gamma function.
+log-likelihood of values (with torch's densities, except for two: one waits for the device, the other leaves the range
+of float32) and draws a value. A draw is a function of given uniform numbers: the same numbers give the same value in
+PyTorch and in an exported graph, which has no random generator and no gamma function.
 
 Legend of shapes: ... any, N values, P parameters of the distribution, U uniform numbers of a draw.
 """
@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Beta as TorchBeta
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
-from torch.distributions import Normal
 from torch.nn import functional as F
 
 from dlref.training.devices import widest_float
@@ -97,7 +96,8 @@ class Gaussian(Distribution):
 
     def log_prob(self, values: Float[Tensor, "*shape"], parameters: tuple[Tensor, ...]) -> Float[Tensor, "*shape"]:
         """Return the log-likelihood of `values`."""
-        return Normal(*parameters, validate_args=False).log_prob(values)
+        mean, deviation = parameters  # torch's own class squares the deviation, which may leave the range of float32
+        return -0.5 * ((values - mean) / deviation).square() - deviation.log() - 0.5 * math.log(2 * math.pi)
 
     def sample(self, parameters: tuple[Tensor, ...], noise: Float[Tensor, "*shape U"]) -> Float[Tensor, "*shape"]:
         """Draw values by the Box-Muller transform."""
