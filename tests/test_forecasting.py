@@ -1157,6 +1157,30 @@ def test_a_network_that_confuses_axes_is_refused(tmp_path, kind, layers, found, 
         fit(tmp_path, task, data(count=12))
 
 
+class Mixed(DeepAR):
+    """A network whose parameters are also those of other times (axis 1), or of other series (axis 0)."""
+
+    axis = 1
+
+    def forward(self, *inputs):
+        answer, state = super().forward(*inputs)
+        return answer + answer.mean(self.axis, keepdim=True), state
+
+
+class Forgetful(DeepAR):
+    """A network that starts afresh in each call."""
+
+    def forward(self, lagged, features, categories, scale, state=None):
+        return super().forward(lagged, features, categories, scale)
+
+
+@pytest.mark.parametrize("kind", [Mixed, type("Across", (Mixed,), {"axis": 0}), Forgetful])
+def test_a_network_that_looks_ahead_or_at_other_series_or_forgets_its_state_is_refused(tmp_path, kind):
+    task = Forecaster(StudentT(), network=kind(40, 6, [4]), optimizer=sgd)
+    with pytest.raises(UserError, match="network's parameters change with later times, other series or a state"):
+        fit(tmp_path, task, data(count=12))
+
+
 def test_a_network_with_the_wrong_number_of_parameters_is_refused(tmp_path):
     network = DeepAR(40, 6, [4], parameters=2)
     with pytest.raises(UserError, match=r"network returns 2 parameters; expected .*parameters: 3"):

@@ -750,6 +750,34 @@ def test_logits_that_differ_from_those_of_the_training_loss_are_refused(kind, op
         task.check()
 
 
+class Mixed(GPT):
+    """A GPT whose hidden states are also those of other tokens (axis 1), or of other texts (axis 0)."""
+
+    axis = 1
+
+    def forward(self, tokens, past=None):
+        hidden, keys, values = super().forward(tokens, past)
+        return hidden + hidden.mean(self.axis, keepdim=True), keys, values
+
+
+class Forgetful(GPT):
+    """A GPT that does not read its past."""
+
+    def forward(self, tokens, past=None):
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16])
+@pytest.mark.parametrize("kind", [GPT, Mixed, type("Across", (Mixed,), {"axis": 0}), Forgetful])
+def test_a_network_that_looks_ahead_or_at_other_texts_or_forgets_its_past_is_refused(kind, length):
+    task = LanguageModel(network=kind(300, 16, 1, 2, 8), optimizer=sgd)
+    task.remember({"vocabulary": BYTE, "context_length": length})
+    refused = kind is not GPT and length > 1  # a single token has no past
+    words = "network's hidden states change with later tokens, other texts or a past"
+    with pytest.raises(UserError, match=words) if refused else nullcontext():
+        task.check()
+
+
 def test_hidden_matrices_embeddings_and_vectors_are_separate_parameter_groups():
     task = model()
     groups = task.parameter_groups(list(task.network.parameters()))

@@ -305,9 +305,36 @@ class BatchFirst(Seq2Seq):
         return self.decode(target, memory._replace(state=memory.state.transpose(0, 1)))
 
 
+class Mixed(Seq2Seq):
+    """A network whose logits are also those of other tokens (axis 1), or of other sentences (axis 0)."""
+
+    axis = 1
+
+    def forward(self, *inputs):
+        logits = super().forward(*inputs)
+        return logits + logits.mean(self.axis, keepdim=True)
+
+
+class Across(Mixed):
+    axis = 0
+
+
+class Unmasked(Seq2Seq):
+    """A network that reads padding like tokens."""
+
+    def encode(self, source, lengths):
+        return super().encode(source, torch.full_like(lengths, source.shape[1]))
+
+
+CHANGED = "network's logits change with padding, later tokens or other sentences; expected them to depend on"
+
+
 @pytest.mark.parametrize(
     ("network", "task", "complaint"),
     [
+        (Mixed(64, 64, **SIZES), {}, CHANGED),
+        (Across(64, 64, **SIZES), {}, CHANGED),
+        (Unmasked(64, 64, **SIZES), {}, CHANGED),
         (BatchFirst(64, 64, **SIZES), {}, "expected encode and step as docs/translation.md describes them"),
         (Conditioned(64, 64, **SIZES), {}, "expected encode and step as docs/translation.md describes them"),
         (Unpacked(64, 64, **SIZES), {}, "'tuple' object has no attribute 'values'"),

@@ -21,7 +21,7 @@ from dlref.tasks.deployable import Deployable, Graph
 from dlref.tasks.distributions import Distribution
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, quantiles_of
 from dlref.tasks.losses import or_one
-from dlref.tasks.task import PROBED, Task, increase
+from dlref.tasks.task import PROBED, Task, increase, unlike
 from dlref.training.devices import widest_float
 
 SHOWN = 8  # series in the figure of forecasts
@@ -64,7 +64,7 @@ class Forecaster(Task):
         self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
 
     def check(self) -> None:
-        """Run windows of zeros through the network, so that one made for other series is refused before training."""
+        """Run windows through the network: one for other series, or that looks ahead, is refused before training."""
         cardinality = self.facts["cardinality"]
         features = len(self.frequency.cycles) + 1 + self.facts["static_features"] + self.facts["dynamic_features"]
         lags, parameters = len(self.lags), self.distribution.parameters
@@ -74,9 +74,10 @@ class Forecaster(Task):
             f"expected model.init_args.network.init_args of lags: {lags}, features: {features}, "
             f"cardinality: {cardinality}, parameters: {parameters}"
         )
-        zeros = torch.zeros(PROBED, 3, max(lags, features), device=self.network_device)
+        numbers = torch.ones(PROBED, 3, max(lags, features), device=self.network_device)
+        numbers[0, :2] = 0
         largest = torch.tensor([cardinality] * PROBED, device=self.network_device).reshape(PROBED, -1).long() - 1
-        window = zeros[..., :lags], zeros[..., :features], largest, zeros[:, 0, 0] + 1
+        window = numbers[..., :lags], numbers[..., :features], largest, torch.ones_like(numbers[:, 0, 0])
         with self.probing("windows of this data", expected):
             answers = self.network(*window)
         state = state_in(answers)
@@ -84,6 +85,19 @@ class Forecaster(Task):
             answer, _ = self.network(*window, state)
         if answer.shape[-1] != parameters:
             raise UserError(f"network returns {answer.shape[-1]} parameters; {expected}")
+        self.check_past(window, answers[0])
+
+    def check_past(self, window: tuple[Tensor, ...], parameters: Float[Tensor, "B T P"]) -> None:
+        """Run the first of the windows alone, its last time from a state. Raises UserError if its parameters differ."""
+        first, last = (
+            [part[:1, steps] if part.ndim == 3 else part[:1] for part in window] for steps in (slice(2), slice(2, None))
+        )
+        expected = "expected them to depend on the times before, in the window or the state, and on no other series"
+        with self.probing("its own state of one series", expected):
+            before, state = self.network(*first)
+            after, _ = self.network(*last, state)
+        if unlike(torch.cat([before, after], dim=1), parameters[:1]):
+            raise UserError(f"network's parameters change with later times, other series or a state; {expected}")
 
     def setup(self, stage: str) -> None:
         """Check the series and create their scores, once they are known."""

@@ -24,7 +24,7 @@ from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.task import Task, increase
+from dlref.tasks.task import Task, increase, unlike
 
 IGNORE = -1  # stands for tokens beyond the end of a split
 NEW = 2  # tokens after the past in the example inputs
@@ -88,6 +88,23 @@ class LanguageModel(Task):
         room, context = logits.shape[-1], self.network.context_length
         if room < vocabulary or context < length:
             raise UserError(f"network has room for {room} tokens and a context of {context}; {expected}")
+        if length > 1:
+            self.check_past(min(length, 3), vocabulary - 1)
+
+    def check_past(self, length: int, token: int) -> None:
+        """Run two texts of `length` tokens that differ in `token`: a network that looks ahead has a loss near 0.
+
+        Raises UserError.
+        """
+        expected = "expected them to depend on the tokens before, in the text or the past, and on no other text"
+        texts = torch.zeros(2, length, dtype=torch.long, device=self.network_device)
+        texts[1] = texts[0, -1] = token
+        with self.probing("a past of its own keys and values", expected):
+            whole = self.network(texts)[0][:1]
+            before, keys, values = self.network(texts[:1, :-1])
+            after = self.network(texts[:1, -1:], Past(keys, values, texts.new_tensor([length - 1])))[0]
+        if unlike(torch.cat([before, after], dim=1), whole):
+            raise UserError(f"network's hidden states change with later tokens, other texts or a past; {expected}")
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:
         """Return the groups of hidden matrices, of embedding tables and the output layer, and of vectors."""

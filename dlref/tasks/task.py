@@ -23,6 +23,7 @@ from dlref.training.devices import is_distributed, scaler_of, scales_itself
 from dlref.training.facts import check_rows
 from dlref.training.weights import freeze, load_weights, read_checkpoint
 
+UNLIKE = 0.01  # relative difference between two calls that rounding does not explain
 PROBED = 13  # series or sentences of a trial call: hardly any other axis has this size, so exchanged axes show
 
 
@@ -316,3 +317,8 @@ def increase(reference: float, score: float) -> float:
     if not reference:
         return math.inf if score else 0.0
     return 100 * (score / reference - 1)
+
+
+def unlike(one: Tensor, other: Tensor) -> bool:
+    """Return whether the outputs of two calls, of one shape, differ by more than rounding explains."""
+    return bool((one - other).float().norm() > UNLIKE * other.float().norm())

@@ -23,7 +23,7 @@ from dlref.runtime.runner import plain
 from dlref.runtime.runners.translation import Runner, Sentence
 from dlref.runtime.text import BEGIN, END, PAD, make_tokenizer
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.task import PROBED, Task
+from dlref.tasks.task import PROBED, Task, unlike
 from dlref.training.devices import gather_objects
 
 WIDEST = 16  # next tokens that a step returns, so the widest beam
@@ -113,7 +113,19 @@ class Translator(Task):
             raise UserError(f"network returns {type(logits).__name__}; expected logits (B, T, V)")
         if logits.shape[-1] < target:
             raise UserError(f"network returns {logits.shape[-1]} tokens; {expected}")
+        self.check_padding(source - 1, target - 1)
         self.check_step(one.repeat(PROBED, 4), target)
+
+    def check_padding(self, source: int, target: int) -> None:
+        """Run a sentence alone and padded beside another: one that looks ahead has a loss near 0. Raises UserError."""
+        expected = "expected them to depend on the source and the target tokens before, and on no other sentence"
+        sources = torch.tensor([[source, PAD], [source, source]], device=self.network_device)
+        before = torch.tensor([[source, target], [target, target]], device=self.network_device).clamp(max=target)
+        with self.probing("a padded sentence", expected):
+            alone = self.network(sources[:1, :1], torch.ones_like(sources[0, :1]), before[:1, :1])
+            among = self.network(sources, (sources != PAD).sum(1), before)
+        if unlike(among[:1, :1], alone):
+            raise UserError(f"network's logits change with padding, later tokens or other sentences; {expected}")
 
     def check_step(self, source: Int[Tensor, "B S"], target: int) -> None:
         """Run one step of three hypotheses of each source: a wrong layout would fail only when texts are translated."""
