@@ -632,6 +632,13 @@ def test_one_quantised_graph_makes_a_bundle_int8(quantised, tmp_path, monkeypatc
         Attempts.bundle(attempts, Plan("int8"))
 
 
+def test_a_trained_network_whose_answers_depend_on_the_batch_is_refused(tmp_path):
+    mixed = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(1024, 3))
+    with pytest.raises(UserError, match="outputs for an image change with the other images in its batch"):
+        export(classifier(network=mixed).eval(), Pixels(), CPU, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_refused_export_leaves_no_files_and_keeps_the_earlier_bundle(tmp_path, monkeypatch):
     earlier = json.loads((make_bundle(tmp_path / "bundle") / "manifest.json").read_text())
     monkeypatch.setattr(

@@ -30,6 +30,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     data.setup("validate")
     data.setup("test")
     task.take_facts(data)
+    task.check()  # now that it is trained: layers that start from zeros hide what comes before them
     batch = next(iter(data.val_dataloader()), None)
     if batch is None:
         raise UserError("no validation data; expected some, to verify the bundle on")
