@@ -429,6 +429,7 @@ BROKEN_TABLES = [
     ("wide", text("1,2", "3"), "H", ":2: 1 cells; expected 2, as in the first row"),
     ("wide", text("1,2", "3,4,"), "H", ":2: 3 cells; expected 2, as in the first row"),
     ("wide", text("a,b", "1,2"), "H", ":1: column 1: 'a'" + VALUE),
+    ("wide", text(",0,1", "0,3,4"), "H", ":1: pandas' numbers of columns; expected values, as with"),
     ("wide", text("1;2", "3;4"), "H", ":1: column 1: '1;2'" + VALUE),
     ("wide", text("1,2", "", "3,4"), "H", ":2: blank line" + COMMAS),
     ("wide", text("1,inf"), "H", ":1: column 2: 'inf'" + VALUE),

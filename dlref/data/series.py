@@ -162,6 +162,8 @@ def read_wide(path: str | Path, start: str, frequency: Frequency) -> Series:
     first = parse_start(start, "start", frequency)
     rows = []
     for line, cells in _read_rows(path):
+        if not rows and len(cells) > 1 and cells == ["", *map(str, range(len(cells) - 1))]:
+            raise UserError(f"{path}:1: pandas' numbers of columns; expected values, as with header and index False")
         _check_width(cells, len(rows[0]) if rows else len(cells), f"{path}:{line}")
         rows.append(_parse_cells(cells, f"{path}:{line}", lambda i: f"column {i + 1}"))
     columns = np.array(rows, np.float32).T
