@@ -34,7 +34,7 @@ from dlref.runtime import UserError, make_runner
 from dlref.runtime.__main__ import main
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.runners.semantic_segmentation import PALETTE, answer
-from dlref.tasks import Normalise, SemanticSegmenter
+from dlref.tasks import Normalise, SemanticSegmenter, figures
 from dlref.tasks.semantic_segmentation import VOID, Confusion, classes_of, enlarged, pixel_loss, scores
 from dlref.training.run_folder import written_pictures
 
@@ -665,6 +665,16 @@ def test_the_figure_shows_pictures_from_the_whole_split(tmp_path):
     places = [i for image, _, _ in task.pictures for i in range(30) if torch.equal(image, data.splits["val"][i][0])]
     assert len(set(places)) >= 12
     assert max(places) >= 26
+
+
+@pytest.mark.parametrize("size", [(1, 60), (60, 1)])
+def test_a_thin_first_picture_does_not_change_the_figures_size_much(tmp_path, size):
+    thin, square = (
+        (torch.zeros(3, *side, dtype=torch.uint8), *torch.zeros(2, *side, dtype=torch.uint8)) for side in (size, (9, 9))
+    )
+    figures.masks(tmp_path / "masks.png", [thin, square, square, square], ["background", "a"])
+    with Image.open(tmp_path / "masks.png") as figure:
+        assert 0.2 < figure.height / figure.width < 1.5
 
 
 NETWORKS = {

@@ -192,7 +192,8 @@ def masks(path: Path, pictures: list[tuple[Tensor, Tensor, Tensor]], labels: lis
     Ignored pixels stay uncovered, and so does a class called background.
     """
     height, width = pictures[0][1].shape if pictures else (1, 1)
-    figure, grid = _grid(3 * len(pictures), 6, width=2.5, height=2.5 * height / width, extra=0.6)
+    shape = min(max(height / width, 0.5), 2)  # a thin picture must not make the figure huge, or too small for titles
+    figure, grid = _grid(3 * len(pictures), 6, width=2.5, height=2.5 * shape, extra=0.6)
     seen: set[int] = set()
     for i, (image, true, found) in enumerate(pictures):
         shown = (("picture", None), ("true", true), ("found", found))
