@@ -103,8 +103,10 @@ def test_padding_rows_of_the_vocabulary_are_no_likelier_than_known_tokens(tmp_pa
         ({"positions": "rotary"}, "wpe.weight"),
     ],
 )
-def test_published_weights_of_another_architecture_are_refused(tmp_path, options, complaint):
-    torch.save(published(of_hugging_face(**SMALL, eos_token_id=0)), tmp_path / "gpt2.pt")
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_published_weights_of_another_architecture_are_refused(tmp_path, options, complaint, prefix):
+    state = published(of_hugging_face(**SMALL, eos_token_id=0))
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "gpt2.pt")
     with pytest.raises(UserError, match=complaint):
         load_weights(network(**{"n_layer": 2} | options), tmp_path / "gpt2.pt")
 
