@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from pydoc import locate
+from types import NoneType
+from typing import Any, get_args
 
 from jsonargparse import Namespace, _optionals, set_parsing_settings
 from lightning import LightningModule, Trainer
@@ -120,6 +122,8 @@ def check_part(part: dict) -> None:
     path, folder, name, last = (part.get(key) for key in ("class_path", "dirpath", "filename", "save_last"))
     if isinstance(path, str) and not for_configs(path):
         raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
+    if isinstance(path, str):
+        check_values(path, part.get("init_args") or {})
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
     if last or os.path.normpath(named) in RESERVED:
         what = f"save_last {last}" if last else f"filename {name}"
@@ -128,6 +132,19 @@ def check_part(part: dict) -> None:
         raise UserError(
             f"dirpath {folder}, filename {name}: a run writes into its own folder; expected none, see --run"
         )
+
+
+def check_values(path: str, arguments: Namespace | dict) -> None:
+    """Raise UserError for an argument without a value that needs one, such as `lr:`, which jsonargparse accepts."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(locate(path).__mro__):  # arguments may be passed on to a base class
+        parameters |= inspect.signature(base.__init__).parameters
+    for name, parameter in parameters.items():
+        kind = parameter.annotation
+        optional = parameter.default is None or isinstance(kind, str) or kind in (Any, object, parameter.empty)
+        optional = optional or any(one in (None, NoneType) for one in get_args(kind))
+        if not optional and name in arguments and arguments[name] is None:
+            raise UserError(f"{path}: {name}: null; expected a value")
 
 
 def check_schedule(path: str) -> None:

@@ -929,6 +929,8 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
         ),
         ({"model.init_args.optimizer.init_args.foreach": "true"}, "optimizer or lr_scheduler: `fused` and `foreach`"),
         ({"trainer.use_distributed_sampler": "true"}, "trainer.use_distributed_sampler: true; expected false"),
+        ({"data.init_args.batch_size": "null"}, "batch_size: null; expected a value"),
+        ({"model.init_args.label_smoothing": "null"}, "label_smoothing: null; expected a value"),
         ({"trainer.barebones": "true"}, "trainer.barebones: true; expected false"),
         ({"trainer.gradient_clip_val": -1}, "trainer.gradient_clip_val: -1; expected 0 or more"),
         ({"trainer.max_time": "00:00:00:00"}, "no step was trained; expected more time, trainer.max_time"),
