@@ -778,6 +778,21 @@ def test_a_network_that_looks_ahead_or_at_other_texts_or_forgets_its_past_is_ref
         task.check()
 
 
+class TimeFirst(GPT):
+    """A GPT whose hidden states have the tokens as the first axis."""
+
+    def forward(self, *inputs):
+        hidden, keys, values = super().forward(*inputs)
+        return hidden.transpose(0, 1), keys, values
+
+
+def test_a_network_that_returns_time_first_is_refused():
+    task = LanguageModel(network=TimeFirst(300, 16, 1, 2, 8), optimizer=sgd)
+    task.remember({"vocabulary": BYTE, "context_length": 16})
+    with pytest.raises(UserError, match=re.escape("network returns [3, 13, 8]; expected hidden states (B, T, E)")):
+        task.check()
+
+
 def test_hidden_matrices_embeddings_and_vectors_are_separate_parameter_groups():
     task = model()
     groups = task.parameter_groups(list(task.network.parameters()))

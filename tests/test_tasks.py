@@ -465,9 +465,18 @@ class Headed(nn.Module):
         return (logits, self.auxiliary(x.flatten(1))) if self.auxiliary else logits.squeeze()
 
 
+class Regularised(Headed):
+    """A classifier that also returns a loss of its own."""
+
+    def forward(self, x):
+        logits = self.fc(x.flatten(1))
+        return logits, logits.square().mean()
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
+        (Regularised(), r"network returns \[\]; expected logits \(B, 3\)"),
         (Headed(5), "network returns 5 classes, the data has 3"),
         (Headed(2), "network returns 2 classes, the data has 3"),
         (Headed(), r"network returns \[3\]; expected logits \(B, 3\)"),

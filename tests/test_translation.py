@@ -319,6 +319,13 @@ class Across(Mixed):
     axis = 0
 
 
+class TimeFirst(Seq2Seq):
+    """A network whose logits have the tokens as the first axis."""
+
+    def forward(self, *inputs):
+        return super().forward(*inputs).transpose(0, 1)
+
+
 class Unmasked(Seq2Seq):
     """A network that reads padding like tokens."""
 
@@ -332,6 +339,7 @@ CHANGED = "network's logits change with padding, later tokens or other sentences
 @pytest.mark.parametrize(
     ("network", "task", "complaint"),
     [
+        (TimeFirst(64, 64, **SIZES), {}, "network returns [2, 13, 64]; expected logits (B, T, V)"),
         (Mixed(64, 64, **SIZES), {}, CHANGED),
         (Across(64, 64, **SIZES), {}, CHANGED),
         (Unmasked(64, 64, **SIZES), {}, CHANGED),

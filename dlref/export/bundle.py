@@ -63,9 +63,9 @@ def staged(output: Path) -> Iterator[Path]:
         if nearest == output and any(output.iterdir()) and not is_bundle(output):
             raise UserError(f"{output}: holds other files; expected a new folder, an empty one or an earlier bundle")
         beside = output.parent if nearest == output else nearest
-        for name in output.relative_to(beside).parts:  # one may be too long
+        for path in (output, *(beside / name for name in output.relative_to(beside).parts)):  # one may be too long
             with suppress(FileNotFoundError):
-                os.lstat(beside / name)
+                os.lstat(path)
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); expected a folder for the bundle") from None

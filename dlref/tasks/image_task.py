@@ -47,7 +47,7 @@ class ImageTask(Task):
                 raise UserError(f"network returns {type(answer).__name__}; expected tensors, alone or in a tuple")
         for alone, among in zip(answers, batch, strict=False):
             # Scores would be those of the evaluation's batches; a bundle mostly sees one image at a time.
-            if alone.shape == among[:1].shape and unlike(among[:1], alone):
+            if alone.ndim and alone.shape == among[:1].shape and unlike(among[:1], alone):
                 raise UserError(
                     "network's outputs for an image change with the other images in its batch; expected the same in "
                     "evaluation mode: attention with batch_first, batch norm with running statistics, no random numbers"

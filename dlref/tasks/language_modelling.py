@@ -24,7 +24,7 @@ from dlref.runtime.runners.language import Runner
 from dlref.runtime.text import make_tokenizer
 from dlref.tasks.cross_entropy import linear_cross_entropy, nll_and_gradient
 from dlref.tasks.deployable import Deployable, Graph
-from dlref.tasks.task import Task, increase, unlike
+from dlref.tasks.task import PROBED, Task, increase, unlike
 
 IGNORE = -1  # stands for tokens beyond the end of a split
 NEW = 2  # tokens after the past in the example inputs
@@ -92,18 +92,20 @@ class LanguageModel(Task):
             self.check_past(min(length, 3), vocabulary - 1)
 
     def check_past(self, length: int, token: int) -> None:
-        """Run two texts of `length` tokens that differ in `token`: a network that looks ahead has a loss near 0.
+        """Run texts of `length` tokens that differ in `token`: a network that looks ahead has a loss near 0.
 
         Raises UserError.
         """
         expected = "expected them to depend on the tokens before, in the text or the past, and on no other text"
-        texts = torch.zeros(2, length, dtype=torch.long, device=self.network_device)
-        texts[1] = texts[0, -1] = token
+        texts = torch.full((PROBED, length), token, device=self.network_device)
+        texts[0, :-1] = 0
         with self.probing("a past of its own keys and values", expected):
-            whole = self.network(texts)[0][:1]
+            whole = self.network(texts)[0]
             before, keys, values = self.network(texts[:1, :-1])
             after = self.network(texts[:1, -1:], Past(keys, values, texts.new_tensor([length - 1])))[0]
-        if unlike(torch.cat([before, after], dim=1), whole):
+        if whole.ndim != 3 or whole.shape[:2] != texts.shape:
+            raise UserError(f"network returns {list(whole.shape)}; expected hidden states (B, T, E)")
+        if unlike(torch.cat([before, after], dim=1), whole[:1]):
             raise UserError(f"network's hidden states change with later tokens, other texts or a past; {expected}")
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[dict]:

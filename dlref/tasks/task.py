@@ -321,4 +321,4 @@ def increase(reference: float, score: float) -> float:
 
 def unlike(one: Tensor, other: Tensor) -> bool:
     """Return whether the outputs of two calls, of one shape, differ by more than rounding explains."""
-    return bool((one - other).float().norm() > UNLIKE * other.float().norm())
+    return bool((one.float() - other.float()).norm() > UNLIKE * other.float().norm())

@@ -117,13 +117,16 @@ class Translator(Task):
         self.check_step(one.repeat(PROBED, 4), target)
 
     def check_padding(self, source: int, target: int) -> None:
-        """Run a sentence alone and padded beside another: one that looks ahead has a loss near 0. Raises UserError."""
+        """Run a sentence alone, and padded among others: one that looks ahead has a loss near 0. Raises UserError."""
         expected = "expected them to depend on the source and the target tokens before, and on no other sentence"
-        sources = torch.tensor([[source, PAD], [source, source]], device=self.network_device)
-        before = torch.tensor([[source, target], [target, target]], device=self.network_device).clamp(max=target)
+        sources = torch.full((PROBED, 2), source, device=self.network_device)
+        before = torch.full_like(sources, target)
+        sources[0, 1], before[0, 0] = PAD, BEGIN
         with self.probing("a padded sentence", expected):
             alone = self.network(sources[:1, :1], torch.ones_like(sources[0, :1]), before[:1, :1])
             among = self.network(sources, (sources != PAD).sum(1), before)
+        if among.ndim != 3 or among.shape[:2] != before.shape:
+            raise UserError(f"network returns {list(among.shape)}; expected logits (B, T, V)")
         if unlike(among[:1, :1], alone):
             raise UserError(f"network's logits change with padding, later tokens or other sentences; {expected}")
 
