@@ -12,6 +12,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
+from refusals import one_line
 from safetensors.torch import save_file
 from sklearn import metrics as sklearn_metrics
 from torch import nn
@@ -937,6 +938,12 @@ def test_grey_images_are_repeated_to_three_channels_and_rgb_for_one_channel_is_r
     torch.testing.assert_close(three(grey), three(rgb))
     with pytest.raises(UserError, match="3 channels"):
         ImagePreprocess(4, **GREY)(rgb)
+
+
+def test_images_already_scaled_are_refused(unchecked):
+    with pytest.raises(UserError, match=r"images are torch.float32; expected torch.uint8") as caught:
+        ImagePreprocess(4, **GREY)(torch.zeros(1, 1, 4, 4, dtype=torch.uint8) / 255)
+    one_line(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (300, 260), (257, 401), (512, 300)])

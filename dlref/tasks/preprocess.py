@@ -26,7 +26,12 @@ class Normalise(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(std))[:, None, None], persistent=False)
 
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Return the network's input; a single channel is repeated if the network has more."""
+        """Return the network's input; a single channel is repeated if the network has more.
+
+        Raises UserError for pixels already scaled or normalised, which the bundle will not get, and other channels.
+        """
+        if images.dtype != torch.uint8:
+            raise UserError(f"images are {images.dtype}; expected torch.uint8, 0 to 255, as preprocess normalises them")
         if images.shape[1] not in (1, self.channels):
             raise UserError(
                 f"images have {images.shape[1]} channels; expected {self.channels}, the number of preprocess's "
