@@ -946,6 +946,23 @@ def test_images_already_scaled_are_refused(unchecked):
     one_line(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (list(np.array(["a", "b", "c"])), "labels of the data: .*; expected plain values of Python"),
+        (np.array(["a", "b", "c"]), "expected plain values of Python"),
+        ([0, 1, 2], r"labels of the data: \[0, 1, 2\]; expected texts"),
+        (..., "labels of the data: none; expected"),
+    ],
+)
+def test_labels_that_a_checkpoint_or_a_figure_cannot_take_are_refused(labels, message):
+    task = ImageClassifier(preprocess=ImagePreprocess(32, **GREY), network=LeNet5(3), optimizer=sgd)
+    data = SimpleNamespace(multi_label=False, crop=None, **({} if labels is ... else {"labels": labels}))
+    with pytest.raises(UserError, match=message) as caught:
+        task.take_facts(data)
+    one_line(caught.value)
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (300, 260), (257, 401), (512, 300)])
 def test_centre_crop_at_the_edge_matches_resize_and_crop_in_evaluation(shape):
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dlref.runtime import UserError
-from dlref.runtime.errors import one_line
+from dlref.runtime.errors import one_line, shortened
 from dlref.tasks.preprocess import Normalise
 from dlref.tasks.task import Task, unlike
 
@@ -27,6 +27,12 @@ class ImageTask(Task):
         self.preprocess = preprocess
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
+
+    def take_facts(self, datamodule) -> None:
+        """Also check the names of the classes, which figures and answers write as texts."""
+        super().take_facts(datamodule)
+        if not all(isinstance(name, str) for name in self.facts["labels"]):
+            raise UserError(f"labels of the data: {shortened(self.facts['labels'])}; expected texts, the class names")
 
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
         """Return the network's outputs for these pixels."""

@@ -147,8 +147,13 @@ class Task(LightningModule):
     # Facts of the data
 
     def take_facts(self, datamodule) -> None:
-        """Take the facts of the data, or check them against those that came with the checkpoint."""
-        self.remember({name: getattr(datamodule, name) for name in self.fact_names})
+        """Take the facts of the data, or check them against those that came with the checkpoint. Raises UserError."""
+        for name in self.fact_names:
+            value = getattr(datamodule, name, self)  # not None, which is a fact
+            if value is self or not is_plain(value):
+                found = "none" if value is self else shortened(value)
+                raise UserError(f"{name} of the data: {found}; expected plain values of Python, kept in checkpoints")
+            self.remember({name: value})
 
     def remember(self, facts: dict[str, object]) -> None:
         """Add `facts` to the known facts. Raises UserError if they contradict each other."""
@@ -317,6 +322,15 @@ def increase(reference: float, score: float) -> float:
     if not reference:
         return math.inf if score else 0.0
     return 100 * (score / reference - 1)
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a checkpoint can hold a value: numpy's texts and numbers would make it unreadable."""
+    if isinstance(value, dict):
+        return all(is_plain(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def unlike(one: Tensor, other: Tensor) -> bool:
