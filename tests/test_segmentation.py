@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
+from refusals import one_line
 from sklearn import metrics as sklearn_metrics
 from test_detection import fit
 from test_export import export
@@ -62,6 +63,17 @@ def segmenter(network=None, labels=LABELS, **options):
     task = SemanticSegmenter(**options)
     task.remember({"labels": list(labels)})
     return task
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+@pytest.mark.parametrize("change", [lambda masks: masks / 255, torch.Tensor.long, lambda masks: masks[:, ::2, ::2]])
+def test_masks_of_another_type_or_size_are_refused(change, step, unchecked):
+    task = segmenter()
+    task.val_confusion = Confusion(3)
+    batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), change(torch.zeros(2, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"^masks are torch") as caught:
+        getattr(task, step)(batch, 0)
+    assert "expected torch.uint8 [2, 8, 8]" in one_line(caught.value)
 
 
 def sighted(**options):

@@ -74,6 +74,7 @@ class SemanticSegmenter(ImageTask):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of all heads."""
         images, masks = batch
+        check_masks(images, masks)
         with enough_to_normalise(images):
             outputs = self(images)
         return self.log_train_loss(self.losses(outputs, masks), counted(masks, self.class_weights))
@@ -81,6 +82,7 @@ class SemanticSegmenter(ImageTask):
     def judge(self, stage: str, batch: Batch, confusion: "Confusion") -> Int[Tensor, "B H W"]:
         """Add a batch to the loss and the confusion matrix of a stage; return the predicted classes."""
         images, masks = batch
+        check_masks(images, masks)
         logits = self(images)[0]
         self.log_eval_loss(stage, pixel_loss(logits, masks, self.class_weights), counted(masks, self.class_weights))
         found = classes_of(logits, masks.shape[1:])
@@ -183,6 +185,15 @@ class _Segment(nn.Module):
         logits = enlarged(logits, image.shape[1:3])
         mask = logits.argmax(dim=1).to(torch.uint8)
         return (mask, logits.softmax(dim=1)) if self.probabilities else mask
+
+
+def check_masks(images: Tensor, masks: Tensor) -> None:
+    """Raise UserError for masks of another type or size: fractions would be cut to 0, logits resized to any mask."""
+    expected = [len(images), *images.shape[2:]]
+    if masks.dtype != torch.uint8 or list(masks.shape) != expected:
+        raise UserError(
+            f"masks are {masks.dtype} {list(masks.shape)}; expected torch.uint8 {expected}, the class of each pixel"
+        )
 
 
 def enlarged(logits: Float[Tensor, "B K h w"], size: torch.Size) -> Float[Tensor, "B K H W"]:
