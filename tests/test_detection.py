@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ import yaml
 from conftest import ROOT
 from lightning import Trainer
 from PIL import Image
+from refusals import one_line
 from scipy.spatial.transform import Rotation
 from test_export import export
 from test_tasks import sgd
@@ -26,6 +28,7 @@ from torchvision.ops import box_convert
 from dlref.data import COCOBoxes, DigitScenes, ManifestBoxes, SageMakerBoxes, VOCBoxes
 from dlref.data.augment import photometric
 from dlref.data.box_listings import BoxListing, Picture
+from dlref.data.object_detection import ListedBoxes
 from dlref.export.convert import Plan, convert
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
@@ -312,6 +315,27 @@ def test_a_training_set_without_boxes_is_refused(tmp_path, crowds):
     crowd = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 1}
     with pytest.raises(UserError, match="train: no box in any of the pictures"):
         COCOBoxes(**coco(tmp_path, [crowd] * crowds)).setup()
+
+
+@pytest.mark.parametrize(
+    ("box", "label", "message"),
+    [
+        ([[0.1, 0.2, 0.5, 1.0]], [1], "train: boxes with numbers up to 1; expected pixels"),
+        ([[30, 20, 10, 8]], [1], "a.png: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2"),
+        ([[1, 2, 30, 20]], [2], r"a.png: labels \[2\]; expected 0 to 1"),
+        ([[1, 2, 30, 20]], [-1], r"a.png: labels \[-1\]; expected 0 to 1"),
+        ([[1, 2, 30, 20]], [1.0], "a.png: boxes, labels and ignored are of .*float32, torch.float32, torch.bool"),
+    ],
+)
+def test_objects_that_are_not_as_a_listing_describes_them_are_refused(box, label, message):
+    class Own(ListedBoxes):
+        def read(self, path, classes):
+            picture = Picture("a.png", torch.tensor(box).float(), torch.tensor(label), torch.zeros(1, dtype=torch.bool))
+            return BoxListing([picture], ["red", "blue"])
+
+    with pytest.raises(UserError, match=message) as caught, warnings.catch_warnings(action="ignore"):
+        Own(root=".", train="a", val="b").setup()
+    one_line(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")

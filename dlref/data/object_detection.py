@@ -7,6 +7,7 @@ picture in pixels. M is the largest number of boxes in a picture of the split, s
 shape. After `setup`, `labels` holds the K class names.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,8 @@ class ObjectDetectionData(AnnotatedPictures):
             raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to below 100")
         listings = self.list_splits()
         self.labels = listings["train"].classes
+        for name, listing in listings.items():
+            check_objects(name, listing.pictures, len(self.labels))
         learnt = (one.labels[self.keep_ignored | ~one.ignored] for one in listings["train"].pictures)
         there = {int(label) for labels in learnt for label in labels.unique()}
         if not there:
@@ -207,6 +210,23 @@ class ObjectDetectionData(AnnotatedPictures):
     def eval_transform(self) -> v2.Transform:
         """Return the transform of validation and test pictures."""
         return v2.Resize((self.image_size, self.image_size), antialias=True)
+
+
+def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
+    """Raise UserError for objects that are not as `Picture` describes them; most others would train all the same."""
+    types = [torch.float32, torch.int64, torch.bool]
+    for picture in pictures:
+        found = [getattr(part, "dtype", type(part).__name__) for part in picture[1:]]
+        if found != types:
+            raise UserError(f"{picture.path}: boxes, labels and ignored are of {found}; expected {types}")
+        boxes, labels = picture.boxes, picture.labels
+        if not (boxes[:, 2:] >= boxes[:, :2]).all():
+            raise UserError(f"{picture.path}: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2")
+        if ((labels < 0) | (labels >= classes)).any():
+            raise UserError(f"{picture.path}: labels {labels.tolist()}; expected 0 to {classes - 1}")
+    largest = max((picture.boxes.max().item() for picture in pictures if len(picture.boxes)), default=math.inf)
+    if largest <= 1:
+        raise UserError(f"{split}: boxes with numbers up to {largest:g}; expected pixels of the picture")
 
 
 class DigitScenes(ObjectDetectionData):
