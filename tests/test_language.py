@@ -17,13 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from refusals import one_line
 from test_detection import fit
 from test_tasks import sgd
 from torch import nn
 from torch.nn import functional as F
 
 from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
-from dlref.data.language import cut, split_of
+from dlref.data.language import Texts, cut, split_of
 from dlref.data.make_tokens import main
 from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of, unknown_in
 from dlref.data.vocabulary import make_exact, tokenizers_of_run
@@ -297,6 +298,16 @@ def test_the_last_tenth_of_a_text_is_held_out_for_validation(tmp_path):
     assert len(val) == math.ceil(len(SENTENCES) / 10)
     assert data.splits["val"].tokens[0] == END
     assert torch.equal(data.splits["val"].tokens, data.splits["test"].tokens)
+
+
+def test_a_text_in_place_of_a_list_of_texts_is_refused():
+    class Own(Texts):
+        def texts(self):
+            return dict.fromkeys(("train", "val", "test"), "a text of its own " * 9)
+
+    with pytest.raises(UserError) as caught:
+        Own(tokenizer="byte", context_length=8).setup()
+    assert one_line(caught.value) == "train: one text; expected a list of texts"
 
 
 def test_evaluation_batches_hold_at_least_two_windows():

@@ -150,6 +150,9 @@ class Texts(LanguageData):
         """Make the tokeniser and apply it."""
         check_at_least(1, vocabulary_size=self.vocabulary_size)
         texts = self.texts()
+        for split, known in texts.items():
+            if isinstance(known, str):  # each of its characters would be a text, between two tokens that end texts
+                raise UserError(f"{split}: one text; expected a list of texts")
         described = tokenizer_of(self.asked, texts["train"], self.vocabulary_size)
         tokenizer, splits = make_tokenizer(described), {}
         for split, known in texts.items():
