@@ -21,6 +21,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from PIL import Image
 from refusals import one_line
+from torch.nn.functional import one_hot
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2 import functional as F
 
@@ -28,6 +29,9 @@ from dlref import data
 from dlref.data import CIFAR10, MNIST, Digits, FashionMNIST, ImageFolder, ImageList, ImageManifest
 from dlref.data.augment import random_crop, random_erase, random_flip
 from dlref.data.images import read_image
+from dlref.data.listings import Listing
+from dlref.data.small_images import ImageTensors
+from dlref.data.streamed_images import StreamedImages
 from dlref.runtime.errors import UserError
 from dlref.runtime.images import read_image as on_a_device
 
@@ -305,6 +309,31 @@ def test_a_class_id_out_of_range_is_refused(wrong):
     assert one_line(caught.value) == f"val: label {wrong} of image 7; expected 0 to 9"
 
 
+@pytest.mark.parametrize(
+    ("several", "change", "message"),
+    [
+        (False, torch.Tensor.float, "train: targets are torch.float32 [1077]; expected torch.int64 [1077], class ids"),
+        (False, torch.Tensor.int, "targets are torch.int32 [1077]"),
+        (False, torch.Tensor.numpy, "targets are ndarray; expected torch.int64 [1077]"),
+        (False, lambda ids: ids[:-1], "targets are torch.int64 [1076]"),
+        (False, partial(one_hot, num_classes=10), "targets are torch.int64 [1077, 10]"),
+        (True, torch.Tensor.clone, "targets are torch.int64 [1077]; expected torch.float32 [1077, 10]"),
+        (True, lambda ids: 255 * one_hot(ids, 10).float(), "train: targets from 0 to 255; expected 0 or 1"),
+    ],
+)
+def test_targets_of_another_form_are_refused(several, change, message):
+    class Changed(Digits):
+        multi_label = several
+
+        def read(self):
+            labels, splits = super().read()
+            return labels, {name: ImageTensors(one.images, change(one.targets)) for name, one in splits.items()}
+
+    with pytest.raises(UserError) as caught:
+        setup(Changed())
+    assert message in one_line(caught.value)
+
+
 def test_missing_files_and_invalid_options_of_published_sets_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         setup(MNIST(tmp_path / "none"))
@@ -542,6 +571,19 @@ def test_read_image_refuses_broken_files_and_reads_16_bit_gif_and_turned_images(
     exif[0x0112] = 6  # to be turned by 90 degrees
     frames[0].save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(str(tmp_path / "turned.jpg")).shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([1, 2]), torch.tensor([-1, 0]), torch.tensor([0]), torch.eye(3)[:2]])
+def test_targets_of_a_listing_that_do_not_fit_its_images_and_classes_are_refused(targets):
+    class Own(StreamedImages):
+        lists = dict.fromkeys(("train", "val", "test"), "a")
+
+        def read(self, source, classes):
+            return Listing(["a.png", "b.png"], targets, ["cat", "dog"])
+
+    with pytest.raises(UserError, match=r"^train: (label|targets)") as caught, warnings.catch_warnings(action="ignore"):
+        setup(Own())
+    one_line(caught.value)
 
 
 def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(tmp_path):

@@ -15,9 +15,9 @@ from torchvision.datasets.utils import extract_archive
 from dlref.data.augment import random_crop, random_erase, random_flip
 from dlref.data.cifar import read_cifar_batch, read_class_names
 from dlref.data.download import fetch
-from dlref.data.files import SPLIT_SEED, check_class_ids
+from dlref.data.files import SPLIT_SEED
 from dlref.data.idx import read_idx_pair
-from dlref.data.image_classification import ImageClassificationData
+from dlref.data.image_classification import ImageClassificationData, check_targets
 from dlref.data.images import read_images
 from dlref.data.listings import read_folder
 from dlref.data.loader import check_at_least, sent
@@ -75,8 +75,7 @@ class InMemoryImages(ImageClassificationData):
         if not self.splits:
             self.labels, self.splits = self.read()
             for name, split in self.splits.items():
-                if split.targets.ndim == 1:  # multi-hot targets contain no class ids
-                    check_class_ids(name, split.targets.cpu().numpy(), len(self.labels))
+                check_targets(name, split.targets, len(split), len(self.labels), self.multi_label)
         self.splits = {name: split.to(self.device) for name, split in self.splits.items()}
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:

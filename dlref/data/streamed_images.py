@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from dlref.data.files import read_splits
-from dlref.data.image_classification import ImageClassificationData
+from dlref.data.image_classification import ImageClassificationData, check_targets
 from dlref.data.images import read_image
 from dlref.data.listings import Listing, read_folder, read_image_manifest, read_lst
 from dlref.data.loader import check_at_least
@@ -86,6 +86,8 @@ class StreamedImages(ImageClassificationData):
                 found, expected = forms[listing.multi_label], forms[train.multi_label]
                 raise UserError(f"{listing.images[0]}: {found} in its list; expected {expected}, as in training")
         self.labels, self.multi_label = train.classes, train.multi_label
+        for name, listing in listings.items():
+            check_targets(name, listing.targets, len(listing.images), len(self.labels), self.multi_label)
         times = train.targets.sum(0) if train.multi_label else train.targets.bincount(minlength=len(self.labels))
         if without := [name for name, count in zip(self.labels, times, strict=True) if not count]:
             rank_zero_warn(f"train: no image of {', '.join(without)}")
