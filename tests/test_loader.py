@@ -257,3 +257,9 @@ def test_batches_of_overlong_sentences_have_a_sentence_for_every_device():
     lengths = torch.full((7,), 100)
     batches = TokenBatches(lengths, lengths, 60, devices=2).draw(torch.Generator())
     assert [len(batch) for batch in batches] in ([2, 2, 3], [2, 3, 2], [3, 2, 2])
+
+
+@pytest.mark.parametrize("loader_of", ["test_dataloader", "predict_dataloader"])
+def test_a_split_that_the_data_lacks_is_refused(loader_of):
+    with pytest.raises(UserError, match="no split test; expected train, val and test"):
+        getattr(Data(), loader_of)()

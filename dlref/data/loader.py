@@ -240,8 +240,10 @@ class SplitData(LightningDataModule):
         """Return each sample of a split once, in batches that each belong to a single device.
 
         Lightning's own sampler would repeat some samples if they do not divide evenly among the devices. Raises
-        UserError if there are fewer samples than devices.
+        UserError if there are fewer samples than devices, or no such split.
         """
+        if split not in self.splits:
+            raise UserError(f"the data has no split {split}; expected train, val and test")
         samples, (rank, devices) = self.samples(split), processes()
         if len(samples) < devices and devices > 1:
             raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
