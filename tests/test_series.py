@@ -785,3 +785,18 @@ def test_real_tables_have_their_known_sizes():
     assert set(np.diff(series.offsets)) == {700, 960}
     assert not np.isnan(series.target).any()
     assert len(read_rows(root / "m4/Hourly-test.csv.gz", "1750-01-01", H).target) == 414 * 48
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_value_of_a_series_made_elsewhere_is_refused(tmp_path, value):
+    series = of({"target": MANY}, {"target": MANY}, where=tmp_path)
+    series.target[len(MANY) + 3] = value
+    assert f"{series.names[1]}: target: an infinite value" in error_of(check, series)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize(("field", "shown"), [("dynamic", "dynamic_feat"), ("static", "feat_static_real")])
+def test_a_feature_without_a_value_of_a_series_made_elsewhere_is_refused(tmp_path, field, shown, value):
+    series = of({"target": MANY * 2, "dynamic_feat": [MANY * 2], "feat_static_real": [1.0]}, where=tmp_path)
+    getattr(series, field)[-1] = value
+    assert f"{shown}: {value} among the values" in error_of(check, series)

@@ -397,6 +397,9 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
         The cardinality, G numbers.
     """
     _check_target(series, train=ahead is None)
+    for field, values in (("dynamic_feat", series.dynamic), ("feat_static_real", series.static)):
+        if not np.isfinite(values).all():  # the readers name the value; this is for series from elsewhere
+            raise UserError(f"{field}: {values[~np.isfinite(values)][0]} among the values; expected finite numbers")
     if series.dynamic.shape[1]:
         more = ahead or 0
         lengths, expected = np.diff(series.dynamic_offsets), np.diff(series.offsets) + more
@@ -408,6 +411,9 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
 
 
 def _check_target(series: Series, train: bool) -> None:
+    if (infinite := np.isinf(series.target)).any():
+        i = int(np.searchsorted(series.offsets, infinite.argmax(), side="right")) - 1
+        raise UserError(f"{series.names[i]}: target: an infinite value; expected numbers, or NaN where missing")
     observed = np.append(0, np.cumsum(~np.isnan(series.target)))
     counts = np.diff(observed[series.offsets])
     if not counts.all():
