@@ -321,17 +321,18 @@ def test_a_training_set_without_boxes_is_refused(tmp_path, crowds):
     ("box", "label", "message"),
     [
         ([[0.1, 0.2, 0.5, 1.0]], [1], "train: boxes with numbers up to 1; expected pixels"),
-        ([[30, 20, 10, 8]], [1], "a.png: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2"),
-        ([[1, 2, 30, 20]], [2], r"a.png: labels \[2\]; expected 0 to 1"),
-        ([[1, 2, 30, 20]], [-1], r"a.png: labels \[-1\]; expected 0 to 1"),
-        ([[1, 2, 30, 20]], [1.0], "a.png: boxes, labels and ignored are of .*float32, torch.float32, torch.bool"),
+        ([[30, 20, 10, 8]], [1], "b.png: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2"),
+        ([[1, 2, 30, 20]], [2], "b.png: label 2; expected 0 to 1"),
+        ([[1, 2, 30, 20]], [-1], "b.png: label -1; expected 0 to 1"),
+        ([[1, 2, 30, 20]], [1.0], "b.png: boxes, labels and ignored are of .*float32, torch.float32, torch.bool"),
     ],
 )
 def test_objects_that_are_not_as_a_listing_describes_them_are_refused(box, label, message):
     class Own(ListedBoxes):
         def read(self, path, classes):
-            picture = Picture("a.png", torch.tensor(box).float(), torch.tensor(label), torch.zeros(1, dtype=torch.bool))
-            return BoxListing([picture], ["red", "blue"])
+            empty = Picture("a.png", torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0) > 0)
+            picture = Picture("b.png", torch.tensor(box).float(), torch.tensor(label), torch.zeros(1) > 0)
+            return BoxListing([empty, picture], ["red", "blue"])
 
     with pytest.raises(UserError, match=message) as caught, warnings.catch_warnings(action="ignore"):
         Own(root=".", train="a", val="b").setup()

@@ -7,7 +7,6 @@ picture in pixels. M is the largest number of boxes in a picture of the split, s
 shape. After `setup`, `labels` holds the K class names.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -214,19 +213,25 @@ class ObjectDetectionData(AnnotatedPictures):
 
 def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
     """Raise UserError for objects that are not as `Picture` describes them; most others would train all the same."""
+    if not pictures:
+        raise UserError(f"{split}: no pictures; expected at least one")
     types = [torch.float32, torch.int64, torch.bool]
     for picture in pictures:
         found = [getattr(part, "dtype", type(part).__name__) for part in picture[1:]]
         if found != types:
             raise UserError(f"{picture.path}: boxes, labels and ignored are of {found}; expected {types}")
-        boxes, labels = picture.boxes, picture.labels
-        if not (boxes[:, 2:] >= boxes[:, :2]).all():
-            raise UserError(f"{picture.path}: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2")
-        if ((labels < 0) | (labels >= classes)).any():
-            raise UserError(f"{picture.path}: labels {labels.tolist()}; expected 0 to {classes - 1}")
-    largest = max((picture.boxes.max().item() for picture in pictures if len(picture.boxes)), default=math.inf)
-    if largest <= 1:
-        raise UserError(f"{split}: boxes with numbers up to {largest:g}; expected pixels of the picture")
+    boxes = torch.cat([picture.boxes for picture in pictures])
+    labels = torch.cat([picture.labels for picture in pictures])
+    of = torch.arange(len(pictures)).repeat_interleave(torch.tensor([len(picture.labels) for picture in pictures]))
+    turned, unknown = (boxes[:, 2:] < boxes[:, :2]).any(dim=1), (labels < 0) | (labels >= classes)
+    if turned.any():
+        path = pictures[of[turned][0]].path
+        raise UserError(f"{path}: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2")
+    if unknown.any():
+        path, label = pictures[of[unknown][0]].path, labels[unknown][0]
+        raise UserError(f"{path}: label {label}; expected 0 to {classes - 1}")
+    if len(boxes) and boxes.max() <= 1:
+        raise UserError(f"{split}: boxes with numbers up to {boxes.max():g}; expected pixels of the picture")
 
 
 class DigitScenes(ObjectDetectionData):
