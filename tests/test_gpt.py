@@ -106,9 +106,11 @@ def test_padding_rows_of_the_vocabulary_are_no_likelier_than_known_tokens(tmp_pa
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_published_weights_of_another_architecture_are_refused(tmp_path, options, complaint, prefix):
     state = published(of_hugging_face(**SMALL, eos_token_id=0))
+    state |= {f"h.{i}.attn.{mask}": torch.ones(1, 1, 16, 16) for i in range(2) for mask in ("bias", "masked_bias")}
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "gpt2.pt")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
         load_weights(network(**{"n_layer": 2} | options), tmp_path / "gpt2.pt")
+    assert "attn.masked_bias" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("positions", "qk_norm", "bias"), list(product(POSITIONS, [False, True], [False, True])))

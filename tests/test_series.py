@@ -271,6 +271,11 @@ def test_wide_tables_are_read_with_missing_values(tmp_path, name):
     assert series.start.tolist() == [datetime(2020, 1, 31)] * 3
 
 
+def test_a_wide_table_may_begin_as_pandas_numbers_of_columns_do(tmp_path):
+    series = well_formed_or_none(read, tmp_path, "wide", "a.csv", text(",0", ",2", "5,4"))
+    same(targets(series), [[NAN, NAN, 5], [0, 2, 4]])
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_dated_tables_are_read_and_missing_rows_are_counted(tmp_path, name):
     rows = ["2020-01-31 23:00:00,1,2", "2020-02-01 00:00:00,,4", "2020-02-01 03:00:00,5,6"]
@@ -429,7 +434,7 @@ BROKEN_TABLES = [
     ("wide", text("1,2", "3"), "H", ":2: 1 cells; expected 2, as in the first row"),
     ("wide", text("1,2", "3,4,"), "H", ":2: 3 cells; expected 2, as in the first row"),
     ("wide", text("a,b", "1,2"), "H", ":1: column 1: 'a'" + VALUE),
-    ("wide", text(",0,1", "0,3,4"), "H", ":1: pandas' numbers of columns; expected values, as with"),
+    ("wide", text(",0,1", "0,3,4", "1,5,6"), "H", ": pandas' numbers of rows and columns; expected values, as with"),
     ("wide", text("1;2", "3;4"), "H", ":1: column 1: '1;2'" + VALUE),
     ("wide", text("1,2", "", "3,4"), "H", ":2: blank line" + COMMAS),
     ("wide", text("1,inf"), "H", ":1: column 2: 'inf'" + VALUE),

@@ -38,6 +38,7 @@ from dlref.tasks import (
 )
 from dlref.tasks.averaging import Average
 from dlref.tasks.image_classification import mixing, worst_mistakes
+from dlref.tasks.image_task import ImageTask
 from dlref.tasks.task import MeanLoss, freeze
 from dlref.training.devices import fast_steps
 from dlref.training.weights import load_weights, read_checkpoint
@@ -486,6 +487,12 @@ class Regularised(Headed):
 def test_every_head_must_have_a_logit_for_each_class_of_each_image(network, message):
     with pytest.raises(UserError, match=message):
         classifier(network=network).check()
+
+
+def test_an_image_task_without_classes_needs_no_labels():
+    task = ImageTask(preprocess=ImagePreprocess(32, **GREY), network=LeNet5(3), optimizer=sgd)
+    task.take_facts(SimpleNamespace())
+    assert task.facts == {}
 
 
 class Attentive(nn.Module):

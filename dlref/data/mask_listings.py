@@ -240,11 +240,8 @@ def _to_listing(
     ids = _class_ids(label_map, classes, void)
     sizes, counts = _inspect_all(pairs, ids, MAX_CLASSES if classes is None else len(classes))
     found = counts.any(axis=0)
-    shared = np.flatnonzero(found[:VOID] & (ids[:VOID] == ids[VOID]))
-    if found[VOID] and ids[VOID] != VOID and len(shared):
-        # 255 would be void in training, but a class in validation, which is read with the classes of training.
-        both = f"the values {shared[-1]} and 255 of the masks are both class {ids[VOID]}"
-        raise UserError(f'{label_map}: {both}; expected a label_map with "map", where 255 is void unless it is named')
+    if (found[:VOID] & (ids[:VOID] == ids[VOID])).any():
+        ids[VOID] = VOID  # with {"scale": 64}, class 3 is 192
     if classes is None:
         highest = ids[:VOID][found[:VOID] & (ids[:VOID] != VOID)].max(initial=-1)
         if label_map is not None and "scale" in read_json(label_map) and ids[VOID] != highest + 1:

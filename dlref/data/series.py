@@ -162,12 +162,16 @@ def read_wide(path: str | Path, start: str, frequency: Frequency) -> Series:
     first = parse_start(start, "start", frequency)
     rows = []
     for line, cells in _read_rows(path):
-        if not rows and len(cells) > 1 and cells == ["", *map(str, range(len(cells) - 1))]:
-            raise UserError(f"{path}:1: pandas' numbers of columns; expected values, as with header and index False")
         _check_width(cells, len(rows[0]) if rows else len(cells), f"{path}:{line}")
         rows.append(_parse_cells(cells, f"{path}:{line}", lambda i: f"column {i + 1}"))
     columns = np.array(rows, np.float32).T
+    if len(columns) > 1 and np.isnan(columns[0, 0]) and _counts(columns[0, 1:]) and _counts(columns[1:, 0]):
+        raise UserError(f"{path}: pandas' numbers of rows and columns; expected values, as with header and index False")
     return _to_series(path, [Record(f"column {i}", first, values) for i, values in enumerate(columns, start=1)])
+
+
+def _counts(values: np.ndarray) -> bool:
+    return np.array_equal(values, np.arange(len(values)))
 
 
 def read_dated(path: str | Path, frequency: Frequency) -> Series:

@@ -31,8 +31,9 @@ class ImageTask(Task):
     def take_facts(self, datamodule) -> None:
         """Also check the names of the classes, which figures and answers write as texts."""
         super().take_facts(datamodule)
-        if not all(isinstance(name, str) for name in self.facts["labels"]):
-            raise UserError(f"labels of the data: {shortened(self.facts['labels'])}; expected texts, the class names")
+        labels = self.facts.get("labels", [])  # a regression has none
+        if not all(isinstance(name, str) for name in labels):
+            raise UserError(f"labels of the data: {shortened(labels)}; expected texts, the class names")
 
     def forward(self, images: UInt8[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
         """Return the network's outputs for these pixels."""

@@ -123,14 +123,15 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
 def _state_for(network: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors to load, and whether they are a published classifier's, renamed for the backbone.
 
-    Of tensors that do not fit under either name, return those with more names in common: only they say what differs.
+    Of tensors that do not fit under either name, return those with more names in common and fewer others: they say what
+    differs.
     """
     fits = all(key in own and value.shape == own[key].shape for key, value in state.items())
     if hasattr(network, "of_base") and not fits:
         renamed = network.of_base(state)
         if renamed and renamed.keys() <= own.keys():
             return renamed, True
-        state = max(state, renamed, key=lambda named: len(named.keys() & own.keys()))
+        state = max(state, renamed or state, key=lambda named: (len(named.keys() & own.keys()), -len(named)))
     return state, False
 
 
