@@ -59,7 +59,7 @@ def test_every_contender_is_measured_in_its_own_process(exported):
     if LINUX:
         assert bundle["peak_rss_mb"] < eager["peak_rss_mb"] / 3  # neither process holds the other's libraries
         assert bundle["waited"] >= 0
-    assert bundle["installed_mb"] < eager["installed_mb"] == pytest.approx(bench.installed_mb("torch"))
+    assert bundle["installed_mb"] < eager["installed_mb"] == pytest.approx(bench.installed_mb("torch"), rel=0.01)
     assert bundle["model_mb"] == pytest.approx((folder / "classify.onnx").stat().st_size / 1e6)
     report = (folder / "report.md").read_text()
     assert f"| bundle | {bundle['latency_ms']:.2f} |" in report
