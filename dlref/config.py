@@ -120,9 +120,9 @@ def for_configs(path: str) -> bool:
 def check_part(part: dict) -> None:
     """Raise UserError for a class that is not for configs, and for a place to write."""
     path, folder, name, last = (part.get(key) for key in ("class_path", "dirpath", "filename", "save_last"))
-    if isinstance(path, str) and not for_configs(path):
-        raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
     if isinstance(path, str):
+        if not for_configs(path):
+            raise UserError(f"{path}: not a class for configs; expected one exported by {ALLOWED}")
         check_values(path, part.get("init_args") or {})
     named = FIELD.sub(r"\1", name) if isinstance(name, str) else ""
     if last or os.path.normpath(named) in RESERVED:

@@ -467,19 +467,23 @@ def test_the_report_states_that_the_machine_was_busy():
     assert not held_up(figures | {"waited": None})
 
 
-def test_the_report_has_every_number_of_the_manifest_in_its_place():
+SCORE = {"name": "accuracy", "split": "validation", "n": 48, "pytorch": 0.9, "bundle": 0.87654}
+PLAN = {"precision": "int8", "calibration": "MinMax", "kept_float": {}, "refused": "3 points lost"}
+SIZES = {"classify.onnx": 1_500_000}
+
+
+def described():
+    """Return the manifest of a bundle whose last of four attempts was taken."""
     figures = {"latency_ms": 1.234, "latency_p95_ms": 2.346, "throughput": 812.4, "peak_rss_mb": 90.4, "waited": None}
     figures |= {"anonymous_mb": None, "first_answer_s": 0.456, "model_mb": 1.5, "installed_mb": 120.4}
-    score = {"name": "accuracy", "split": "validation", "n": 48, "pytorch": 0.9, "bundle": 0.87654}
-    plan = {"precision": "int8", "calibration": "MinMax", "kept_float": {}, "refused": "3 points lost"}
-    one = plan | {"calibration": "Entropy", "kept_float": {"classify": ["a"]}}
+    one = PLAN | {"calibration": "Entropy", "kept_float": {"classify": ["a"]}}
     kept = one | {"kept_float": {"classify": ["a", "b"]}, "refused": "slow"}
-    taken = plan | {"kept_float": {"classify": ["a", "b"], "head": ["c"]}, "refused": ""}
+    taken = PLAN | {"kept_float": {"classify": ["a", "b"], "head": ["c"]}, "refused": ""}
     row = {"graph": "classify", "shape": {"image": [2, 8, 9, 1]}}
     exact = {"precision": "float32", "max_abs_error": 3e-6, "flipped": 1, "rows": 40, "tolerance": 1e-4}
     rough = {"precision": "int8", "max_abs_error": 0.25, "flipped": 0, "rows": 0, "tolerance": None}
     known = {"max_abs_error": 1e-5, "flipped": 2, "rows": 400}
-    manifest = {
+    return {
         "kind": "image-classification",
         "target": {"name": "arm64", "description": "a board", "provider": CPU, "opset": 20, "precision": "int8"},
         "precision": "int8",
@@ -488,10 +492,10 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
         "versions": {"dlref": "1.0", "torch": "2.11"},
         "verification": {
             "provider": "this CPU",
-            "metric": score | known,
-            "test": score | {"split": "test", "n": 50, "max_abs_error": None, "flipped": 1, "rows": 300},
+            "metric": SCORE | known,
+            "test": SCORE | {"split": "test", "n": 50, "max_abs_error": None, "flipped": 1, "rows": 300},
             "parity": [row | exact, row | rough],
-            "attempts": [plan, one, kept, taken],
+            "attempts": [PLAN, one, kept, taken],
         },
         "measurement": {
             "threads": 2,
@@ -500,7 +504,10 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
             "not_run": {"pytorch-eager": "no torch", "onnx-float32": "gone", "pytorch-compiled": "no torch"},
         },
     }
-    text = report(manifest, {"classify.onnx": 1_500_000})
+
+
+def test_the_report_has_every_number_of_the_manifest_in_its_place():
+    text = report(described(), SIZES)
     for line in (
         f"a board: int8, {CPU}, opset 20.",
         "| classify.onnx | 1.50 | image uint8 (batch, height, width, 1) | probability float32 (batch, 2) |",
@@ -519,23 +526,28 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
         "Made with dlref 1.0, torch 2.11.\n",
     ):
         assert line in text
-    plain = {"attempts": [plan | {"refused": ""}], "test": score | {"max_abs_error": None, "rows": None}}
-    text = report(manifest | {"verification": manifest["verification"] | plain}, {"classify.onnx": 1})
+
+
+def test_the_report_leaves_out_what_did_not_happen_and_lists_the_attempts_before_a_fallback():
+    manifest = described()
+    plain = {"attempts": [PLAN | {"refused": ""}], "test": SCORE | {"max_abs_error": None, "rows": None}}
+    text = report(manifest | {"verification": manifest["verification"] | plain}, SIZES)
     assert not any(words in text for words in ("Rounding changed", "refused:", "Kept in float"))
-    last = plan | {"precision": "float32", "refused": ""}
-    fallen = manifest | {"precision": "float32", "verification": manifest["verification"] | {"attempts": [plan, last]}}
-    text = report(fallen, {"classify.onnx": 1})
+    last = PLAN | {"precision": "float32", "refused": ""}
+    fallen = manifest | {"precision": "float32", "verification": manifest["verification"] | {"attempts": [PLAN, last]}}
+    text = report(fallen, SIZES)
     assert f"a board: float32, {CPU}" in text
     assert "Tried for int8 and refused:" in text
-    for kind, provider, alone in (
-        ("translation", CPU, True),
-        ("translation", "CUDA", False),
-        (manifest["kind"], CPU, False),
-    ):
-        text = report(
-            manifest | {"kind": kind, "target": manifest["target"] | {"provider": provider}}, {"classify.onnx": 1}
-        )
-        assert ("has one thread" in text) is alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "provider", "alone"),
+    [("translation", CPU, True), ("translation", "CUDA", False), ("image-classification", CPU, False)],
+)
+def test_the_report_says_where_each_graph_has_one_thread(kind, provider, alone):
+    manifest = described()
+    text = report(manifest | {"kind": kind, "target": manifest["target"] | {"provider": provider}}, SIZES)
+    assert ("has one thread" in text) is alone
 
 
 def contenders(tmp_path, monkeypatch, waits):
