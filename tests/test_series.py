@@ -15,16 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import answer_or_none, error_of, one_line
 
-from dlref.data.series import (
-    Series,
-    check,
-    check_seen_in_training,
-    read_dated,
-    read_json_lines,
-    read_long,
-    read_rows,
-    read_wide,
-)
+from dlref.data.series import Series, check, check_seen_in_training
+from dlref.data.series_files import read_dated, read_json_lines, read_long, read_rows, read_wide
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.errors import UserError
 

@@ -22,17 +22,8 @@ from torch.utils.data import DataLoader
 
 from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
-from dlref.data.series import (
-    Series,
-    check,
-    check_seen_in_training,
-    read_dated,
-    read_json_lines,
-    read_long,
-    read_rows,
-    read_wide,
-    to_series,
-)
+from dlref.data.series import Series, check, check_seen_in_training, to_series
+from dlref.data.series_files import read_dated, read_json_lines, read_long, read_rows, read_wide
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows
 from dlref.runtime.calendar import Frequency

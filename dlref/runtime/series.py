@@ -48,7 +48,7 @@ def first_differences(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndar
 
 
 def parse_record(entry: Mapping[str, Any], where: str, frequency: Frequency) -> Record:
-    """Parse a series in the format of SageMaker's DeepAR, `feat_static_real` as in GluonTS; see `dlref.data.series`."""
+    """Parse a series in SageMaker's format for DeepAR, as described in `dlref.data.series_files`."""
     for theirs, ours in OF_GLUONTS.items():
         if theirs in entry:
             raise UserError(f"{where}: {theirs}; expected {ours}, its name in SageMaker's DeepAR")
