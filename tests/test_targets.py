@@ -23,6 +23,7 @@ from dlref.export.graph import write_onnx
 from dlref.export.measure import can_time, provider, provider_works
 from dlref.export.targets import TARGETS
 from dlref.models import CifarResNet
+from dlref.models.pspnet import averages
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.machine import PRODUCT, saturates
@@ -314,6 +315,30 @@ def test_between_the_layers_of_a_graph_for_an_npu_every_value_is_quantised(tmp_p
     assert {writers[name] for node in computing for name in node.input} == {"DequantizeLinear"}
     answer = OnnxGraph(tmp_path / "int16.onnx", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], atol=0.02)
+
+
+class Averaged(nn.Module):
+    """PSPNet's average over the image, between two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+        for weights in self.parameters():
+            nn.init.ones_(weights)
+
+    def forward(self, x):
+        return self.last(averages(self.first(x), 1))
+
+
+def test_the_average_of_a_smaller_image_than_in_training_is_as_exact_in_int8(tmp_path):
+    """One of its factors is 1 / n, n the number of rows or columns: a calibrated range would cut it off."""
+    graph = Graph(Averaged().eval(), {"x": torch.ones(1, 1, 8, 8)}, ["y"], {"x": {2: "height"}}, {"height": (8, 2)})
+    write_onnx(graph, tmp_path / "mean.onnx", TARGETS["arm64"])
+    feeds = [{"x": graph.inputs["x"].numpy()}]
+    convert(tmp_path / "mean.onnx", tmp_path / "int8.onnx", TARGETS["arm64"], Plan("int8", "MinMax"), feeds)
+    assert is_quantised(tmp_path / "int8.onnx")
+    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(x=np.ones((1, 1, 2, 8), np.float32))
+    np.testing.assert_allclose(answer["y"], 3, rtol=0.02)
 
 
 # The fallback to float32

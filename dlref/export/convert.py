@@ -221,7 +221,8 @@ def static_configuration(source: Path, target: Target, plan: Plan, feeds: Feeds)
     reader, method = Reader(feeds[: SAMPLES[plan.calibration]]), CalibrationMethod[plan.calibration]
     activation, weight = QuantType[scheme.activation], QuantType[scheme.weight]
     graph = onnx.load(source).graph
-    kept = [*plan.kept.get(source.name.split(".")[0], ()), *postprocessing_nodes(graph), *infinity_mask_nodes(graph)]
+    floats = [*postprocessing_nodes(graph), *infinity_mask_nodes(graph), *nodes_with_sizes(graph)]
+    kept = [*plan.kept.get(source.name.split(".")[0], ()), *floats]
     if scheme.qnn:
         return get_qnn_qdq_config(source, reader, method, activation, weight, scheme.per_channel, nodes_to_exclude=kept)
     return StaticQuantConfig(
@@ -262,6 +263,16 @@ def infinity_mask_nodes(graph: onnx.GraphProto) -> list[str]:
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     infinite = {name for name, value in values.items() if value.dtype.kind == "f" and np.isinf(value).any()}
     return nodes_behind(graph, infinite, FINITE)
+
+
+def nodes_with_sizes(graph: onnx.GraphProto) -> list[str]:
+    """Return the nodes that read what is computed from the sizes of inputs alone, such as 1/n for an average of n.
+
+    Its range in the calibration data is that of their sizes: at others, it would be cut off.
+    """
+    behind = set(nodes_behind(graph, [value.name for value in graph.input], {"Shape"}))
+    sizes = {name for node in graph.node if node.name not in behind or node.op_type == "Shape" for name in node.output}
+    return [node.name for node in graph.node if sizes.intersection(node.input)]
 
 
 def nodes_behind(graph: onnx.GraphProto, tensors: Iterable[str], ends: Container[str]) -> list[str]:
