@@ -231,6 +231,53 @@ def test_a_constant_is_copied_only_for_nodes_that_are_quantised(operator, copies
     assert sum(list(tensor.dims) == shape for tensor in constants) == copies
 
 
+def written(nodes, weights, shapes, path):
+    """Write a graph from `x` to `y` for x86-64."""
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]) for name in "xy")
+    constants = [numpy_helper.from_array(np.full(shape, 0.1, np.float32), name) for name, shape in weights.items()]
+    opsets = [helper.make_opsetid("", TARGETS["x86-64"].opset)]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def test_between_the_layers_of_a_graph_for_a_cpu_every_value_is_8_bits(tmp_path):
+    """An operator left in float, such as a pooling, costs a conversion before and after it."""
+    steps = {
+        "Conv": {},
+        "MaxPool": {"kernel_shape": [2, 2]},
+        "AveragePool": {"kernel_shape": [2, 2]},
+        "Add": {},
+        "Concat": {"axis": 1},
+        "GlobalAveragePool": {},
+        "Flatten": {},
+        "MatMul": {},
+        "Gemm": {},
+    }
+    second = {"Conv": "kernel", "MatMul": "first", "Gemm": "last", "Add": "AveragePool", "Concat": "AveragePool"}
+    nodes, before = [], "x"
+    for kind, options in steps.items():
+        after = "y" if kind == "Gemm" else kind
+        inputs = [before, *([second[kind]] if kind in second else [])]
+        nodes.append(helper.make_node(kind, inputs, [after], name=kind, **options))
+        before = after
+    weights = {"kernel": (4, 3, 1, 1), "first": (8, 5), "last": (5, 2)}
+    written(nodes, weights, {"x": [1, 3, 8, 8], "y": [1, 2]}, tmp_path / "g.onnx")
+    feeds = [{"x": np.random.default_rng(0).random((1, 3, 8, 8), np.float32)}]
+    convert(tmp_path / "g.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], Plan("int8", "MinMax"), feeds)
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    writers = {output: node.op_type for node in graph.node for output in node.output}
+    read = {node.op_type: {writers[name] for name in node.input} for node in graph.node if node.op_type in steps}
+    assert read == {kind: {"DequantizeLinear"} for kind in steps}
+
+
+def test_a_phones_graph_has_only_operators_of_any_processor(tmp_path):
+    """onnxruntime's optimiser writes layers with blocked channels for x86-64, which no phone has."""
+    conv = helper.make_node("Conv", ["x", "kernel"], ["y"], name="Conv")
+    written([conv], {"kernel": (32, 32, 1, 1)}, {name: [1, 32, 8, 8] for name in "xy"}, tmp_path / "g.onnx")
+    place_in(tmp_path, tmp_path / "g.onnx", TARGETS["mobile"])
+    assert (tmp_path / "g.required_operators.config").read_text().splitlines() == ["ai.onnx;11;Conv"]
+
+
 def test_the_saturation_check_runs_a_product_of_8_bit_numbers():
     types = {
         "a": (onnx.TensorProto.UINT8, "mk"),
@@ -315,6 +362,11 @@ def test_between_the_layers_of_a_graph_for_an_npu_every_value_is_quantised(tmp_p
     assert {writers[name] for node in computing for name in node.input} == {"DequantizeLinear"}
     answer = OnnxGraph(tmp_path / "int16.onnx", "CPUExecutionProvider")(**feeds[0])
     np.testing.assert_allclose(answer["y"], graph(**feeds[0])["y"], atol=0.02)
+
+
+def test_no_two_calibration_methods_share_a_folder():
+    """Otherwise the second one would be judged by the bundle of the first."""
+    assert len({str(Plan("int8", method)) for method in SAMPLES}) == len(SAMPLES)
 
 
 class Averaged(nn.Module):
