@@ -63,6 +63,8 @@ from dlref.training.weights import read_checkpoint
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 # Tasks log such short epochs at their end.
 warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+# Lightning advises to reduce scores over the devices: those that tasks log at the end of an epoch are so already.
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 # Lightning recommends another product of its makers at every start.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
