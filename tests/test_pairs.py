@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_translation import batch_of, translator
 
 from dlref.data import PairFiles, ParallelText, SageMakerTokens, SyntheticDates, synthetic_dates
-from dlref.data.pairs import Corpus, TokenBatches, read_parallel, read_records, read_table
+from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
 from dlref.data.synthetic_dates import LANGUAGES, STYLES, WITHHELD, make_dates
-from dlref.data.translation import as_text
+from dlref.data.translation import TranslationData, as_text
 from dlref.data.vocabulary import make_vocabulary, read_vocabulary
 from dlref.runtime import UserError
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, make_tokenizer
@@ -508,3 +508,42 @@ def test_batch_order_counts_the_tokens_that_training_reads():
     assert torch.equal(order.source, train.source.lengths)
     assert torch.equal(order.target, train.target.lengths - 1)
     assert train[torch.arange(9)].target[:, :-1].shape[1] == order.target[:9].max()
+
+
+OWN = Pairs(["ja", "nein"], ["yes", "no"], ["own 1", "own 2"])
+OWN_TOKENS = Pairs([[4], [5, 4]], [[5], [4]], ["own 1", "own 2"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"train": OWN._replace(target=["yes"])}, "train: 2 sources, 1 targets and 2 names; expected one of each"),
+        ({"val": OWN._replace(names=["own 1"])}, "val: 2 sources, 2 targets and 1 names; expected one of each"),
+        (
+            {"train": Pairs([], [], [])},
+            "train: 0 sources, 0 targets and 0 names; expected one of each for every pair, and at least",
+        ),
+        ({"test": tuple(OWN)}, "test: tuple; expected Pairs of sources, targets and names"),
+        ({"train": OWN._replace(source="ja")}, "train: source: one text; expected a list of texts"),
+        ({"train": OWN._replace(target=["yes", None])}, "own 2: target: NoneType; expected a text or a list of tokens"),
+        ({"val": OWN._replace(source=[b"ja", "nein"])}, "own 1: source: bytes; expected a text or a list of tokens"),
+        ({"train": OWN_TOKENS}, "train: tokens; expected texts, or a data module whose vocabularies names the tokens"),
+        ({"val": OWN_TOKENS._replace(source=[[4], [5, 99]])}, "own 2: source: token 99; expected 1 or 4 to "),
+        ({"val": OWN_TOKENS._replace(target=[[PAD], [5]])}, "own 1: target: token 0; expected 1 or 4 to "),
+        ({"test": OWN_TOKENS._replace(source=[[4.5], [5]])}, "own 1: source: token 4.5; expected 1 or 4 to "),
+    ],
+)
+def test_pairs_of_ones_own_that_do_not_fit_together_are_refused(changes, complaint):
+    class Own(TranslationData):
+        def read(self):
+            return dict.fromkeys(("train", "val", "test"), OWN) | changes
+
+    refused(Own(tokenizer="character", vocabulary_size=20).setup, complaint)
+
+
+def test_a_missing_split_of_pairs_is_refused():
+    class Own(TranslationData):
+        def read(self):
+            return {"train": OWN, "val": OWN}
+
+    refused(Own(tokenizer="character").setup, "the data has no split test; expected train, val and test")

@@ -6,6 +6,7 @@ B sentences, S source tokens, T target tokens, P tokens of all sentences.
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch.utils.data import Dataset
 from dlref.data.loader import sent
 from dlref.runtime.errors import UserError
 from dlref.runtime.lines import numbered, opened, parse_object
-from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN, check_unicode
+from dlref.runtime.runner import whole_number
+from dlref.runtime.text import PAD, SPECIAL, UNKNOWN, check_unicode
 
 MAGIC = 0xCED7230A  # begins each record of RecordIO
 # The part of SageMaker's record.proto that these files use. Its values are int32, but are read as int64 so that a value
@@ -60,6 +62,30 @@ class Pairs(NamedTuple):
     source: Sequence
     target: Sequence
     names: Sequence[str]
+
+
+def check_pairs(split: str, pairs: object) -> None:
+    """Raise UserError unless `pairs` are `Pairs`, as many sources as targets and names, and some of each."""
+    if not isinstance(pairs, Pairs):
+        raise UserError(f"{split}: {type(pairs).__name__}; expected Pairs of sources, targets and names")
+    sources, targets, names = map(len, pairs)
+    if not sources == targets == names or not names:
+        counts = f"{sources} sources, {targets} targets and {names} names"
+        raise UserError(f"{split}: {counts}; expected one of each for every pair, and at least one pair")
+    for side, given in (("source", pairs.source), ("target", pairs.target)):
+        if isinstance(given, str):  # each of its characters would be a sentence
+            raise UserError(f"{split}: {side}: one text; expected a list of texts, or of lists of tokens")
+        for name, one in zip(pairs.names, given, strict=True):
+            if isinstance(one, bytes) or not hasattr(one, "__len__"):
+                raise UserError(f"{name}: {side}: {type(one).__name__}; expected a text or a list of tokens")
+
+
+def check_tokens(tokens: Iterable[object], size: int, where: str) -> None:
+    """Raise UserError for the first of the tokens that is not in a vocabulary of `size`, or only frames sentences."""
+    for token in tokens:
+        number = whole_number(token)
+        if number is None or not (number == UNKNOWN or len(SPECIAL) <= number < size):
+            raise UserError(f"{where}: token {shorten(token)}; expected {UNKNOWN} or {len(SPECIAL)} to {size - 1}")
 
 
 # Files
@@ -133,11 +159,7 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
             values = list(features[side].int32_tensor.values)
             if not values:
                 raise UserError(f"{where}: {side}: empty; expected tokens")
-            for value in values:
-                if not 0 <= value < size or value in (PAD, BEGIN, END):
-                    raise UserError(
-                        f"{where}: {side}: token {value}; expected {UNKNOWN} or {len(SPECIAL)} to {size - 1}"
-                    )
+            check_tokens(values, size, f"{where}: {side}")
             tokens.append(values)
         names.append(where)
     if not names:

@@ -14,7 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
-from dlref.data.pairs import Corpus, Pairs, TokenBatches, read_parallel, read_records, read_table
+from dlref.data.pairs import (
+    Corpus,
+    Pairs,
+    TokenBatches,
+    check_pairs,
+    check_tokens,
+    read_parallel,
+    read_records,
+    read_table,
+)
 from dlref.data.synthetic_dates import make_dates
 from dlref.data.vocabulary import KINDS, make_vocabulary, read_vocabulary, tokenizers_of_run
 from dlref.runtime.errors import UserError
@@ -61,6 +70,8 @@ class TranslationData(SplitData):
                 raise UserError(f"tokenizer: {self.tokenizer}; expected {', '.join(KINDS)} or a run's folder")
             return tuple(tokenizers_of_run(Path(self.tokenizer), "source_vocabulary", "target_vocabulary"))
         sides = [train.source, train.target]
+        if not all(isinstance(text, str) for side in sides for text in side):
+            raise UserError("train: tokens; expected texts, or a data module whose vocabularies names the tokens")
         if self.shared:
             both = make_vocabulary([text for side in sides for text in side], self.tokenizer, self.vocabulary_size)
             return both, both
@@ -72,6 +83,10 @@ class TranslationData(SplitData):
             check_at_least(1, vocabulary_size=self.vocabulary_size, batch_size=self.batch_size)
             check_at_least(2, longest=self.longest)
             pairs = self.read()
+            for split in ("train", "val", "test"):
+                if split not in pairs:
+                    raise UserError(f"the data has no split {split}; expected train, val and test")
+                check_pairs(split, pairs[split])
             self.source_vocabulary, self.target_vocabulary = self.vocabularies(pairs["train"])
             self.splits = {split: self.encoded(split, pairs[split]) for split in ("train", "val", "test")}
             # A translation may be longer than the longest training target by a quarter and 5 tokens.
@@ -88,6 +103,8 @@ class TranslationData(SplitData):
         for name, described in (("source", self.source_vocabulary), ("target", self.target_vocabulary)):
             tokenizer, rows = make_tokenizer(described), []
             for where, given in zip(pairs.names, getattr(pairs, name), strict=True):
+                if not isinstance(given, str):
+                    check_tokens(given, len(tokenizer), f"{where}: {name}")
                 tokens = tokenizer.encode(given) if isinstance(given, str) else list(given)
                 # A target of an evaluated split is compared as text and never cut.
                 if len(tokens) >= self.longest and (name == "source" or split == "train"):
