@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 from lightning import Trainer
+from refusals import error_of
 from scipy import integrate
 from sklearn.metrics import mean_pinball_loss
 from test_detection import fit
@@ -22,6 +23,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlref.data import DatedSeries, LongSeries, RowSeries, SageMakerSeries, SyntheticSeries, WideSeries
+from dlref.data.forecasting import Channels, ForecastingData
+from dlref.data.series import to_series
 from dlref.data.windows import Draws, SeriesStore, Window
 from dlref.export.contender import program
 from dlref.export.convert import Plan, convert, is_quantised
@@ -33,7 +36,7 @@ from dlref.runtime.bundle import OnnxGraph
 from dlref.runtime.calendar import Frequency
 from dlref.runtime.lines import Line
 from dlref.runtime.runners.forecasting import LEVELS, Past, prediction
-from dlref.runtime.series import first_differences
+from dlref.runtime.series import Record, first_differences
 from dlref.tasks import Beta, Deterministic, Forecaster, Gaussian, NegativeBinomial, StudentT, figures
 from dlref.tasks.deployable import Graph
 from dlref.tasks.forecast_scores import BASELINES, QuantileScores, SampleScores, crps, last_value, seasonal_naive
@@ -1426,3 +1429,55 @@ def test_series_outside_the_distributions_support_are_refused(tmp_path):
     fit(tmp_path, task, known)  # series to predict are neither trained on nor scored, so they need no likelihood
     with pytest.raises(UserError, match=r"^test: target: values that NegativeBinomial assigns no likelihood to"):
         fit(tmp_path, task, counts)
+
+
+def own_series(**changes):
+    """Return three series of 200 hours, made without a reader."""
+    start = np.datetime64("2024-01-01", "s")
+    return to_series([Record(f"s{i}", start, np.arange(200, dtype=np.float32)) for i in range(3)])._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"offsets": np.array([0, 200, 400])},
+            "train: offsets: int64 [3]; expected an array for 3 names, as in Series",
+        ),
+        ({"offsets": np.array([0, 200, 400, 500])}, "train: offsets: [0, 200, 400, 500]; expected them to rise from 0"),
+        ({"offsets": np.array([0, 400, 200, 600])}, "train: offsets: [0, 400, 200, 600]; expected them to rise from 0"),
+        ({"offsets": np.array([1, 200, 400, 600])}, "train: offsets: [1, 200, 400, 600]; expected them to rise from 0"),
+        ({"dynamic": np.ones((600, 1))}, "train: dynamic_offsets: [0, 0, 0, 0]; expected them to rise from 0 to 600"),
+        ({"target": [1.0] * 600}, "train: target: list; expected an array for 3 names"),
+        ({"start": ["2024-01-01"] * 3}, "train: start: list; expected an array for 3 names"),
+        ({"start": np.array(["NaT"] * 3, "datetime64[s]")}, "s0: start: no time; expected one"),
+        ({"names": ["s0", "s1"]}, "train: offsets: int64 [4]; expected an array for 2 names"),
+        ({"names": [0, 1, 2]}, "train: names [0, 1, 2]; expected texts"),
+        ({"cat": np.arange(3)}, "train: cat: int64 [3]; expected an array for 3 names"),
+        ({"cat": np.arange(3.0)[:, None]}, "train: cat: float64 [3, 1]; expected an array for 3 names"),
+        ({"cat": np.arange(3)[:, None] - 1}, "s0: cat[0]: -1; expected 0 or more"),
+        ({"static": np.ones((2, 1))}, "train: static: float64 [2, 1]; expected an array for 3 names"),
+    ],
+)
+def test_series_of_ones_own_whose_arrays_do_not_fit_together_are_refused(changes, message):
+    class Own(ForecastingData):
+        def read(self, frequency):
+            return Channels(own_series(**changes), own_series(**changes))
+
+    assert error_of(Own("1H", 6, 12).setup).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ((own_series(), own_series()), "the series read: tuple; expected Channels of train and test"),
+        (Channels(own_series(), None), "test: NoneType; expected a Series"),
+        (Channels(own_series(), own_series(), truth=np.ones((600, 3))), "truth: [600, 3]; expected [600, 9]"),
+    ],
+)
+def test_channels_of_ones_own_of_another_kind_are_refused(found, message):
+    class Own(ForecastingData):
+        def read(self, frequency):
+            return found
+
+    assert error_of(Own("1H", 6, 12).setup).startswith(message)

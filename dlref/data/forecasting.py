@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from dlref.data.files import warn_of_shared
 from dlref.data.loader import SplitData, check_at_least
-from dlref.data.series import Series, check, check_seen_in_training, to_series
+from dlref.data.series import Series, check, check_layout, check_seen_in_training, to_series
 from dlref.data.series_files import read_dated, read_json_lines, read_long, read_rows, read_wide
 from dlref.data.synthetic_series import make_series, quantiles
 from dlref.data.windows import Draws, SeriesStore, Windows
@@ -99,12 +99,20 @@ class ForecastingData(SplitData):
 
     def checked(self, channels: Channels) -> Channels:
         """Check the channels against SageMaker's rules and each other, and set the attributes that a model needs."""
+        if not isinstance(channels, Channels):
+            raise UserError(f"the series read: {type(channels).__name__}; expected Channels of train and test")
+        for name in ("train", "test", "predict"):
+            if (series := getattr(channels, name)) is not None or name != "predict":
+                check_layout(name, series)
         horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
             words = "expected none, since test or predict are separate series"
             raise UserError(f"--data.init_args.points: {self.points}; {words}")
         train = channels.train if self.points is None else first_points(channels.train, self.points)
         test = train if together else channels.test
+        points = [len(test.target), len(LEVELS)]
+        if channels.truth is not None and list(channels.truth.shape) != points:
+            raise UserError(f"truth: {list(channels.truth.shape)}; expected {points}, quantiles of test's points")
         self.cardinality = check(train, self.asked_cardinality)
         values = zip(self.cardinality, train.cat.T.tolist(), strict=True)
         self.unseen = [sorted(set(range(size)) - set(column)) for size, column in values]

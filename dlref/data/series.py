@@ -94,6 +94,37 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
     return _check_cat(series, cardinality)
 
 
+def check_layout(split: str, series: object) -> None:
+    """Raise UserError unless the arrays are as `Series` describes them; the readers' always are."""
+    if not isinstance(series, Series):
+        raise UserError(f"{split}: {type(series).__name__}; expected a Series")
+    if not all(isinstance(name, str) for name in series.names):
+        raise UserError(f"{split}: names {shorten(list(series.names))}; expected texts")
+    count = len(series.names)
+    layout = {  # kinds of numpy's types, and the shape; None: any size
+        "target": ("fiu", (None,)),
+        "offsets": ("iu", (count + 1,)),
+        "start": ("M", (count,)),
+        "cat": ("iu", (count, None)),
+        "dynamic": ("fiu", (None, None)),
+        "dynamic_offsets": ("iu", (count + 1,)),
+        "static": ("fiu", (count, None)),
+    }
+    for field, (kinds, shape) in layout.items():
+        array = getattr(series, field)
+        kind, sizes = (array.dtype.kind, array.shape) if isinstance(array, np.ndarray) else ("", ())
+        known = tuple(None if size is None else own for own, size in zip(sizes, shape, strict=False))
+        if kind not in kinds or len(sizes) != len(shape) or known != shape:
+            shown = f"{array.dtype} {list(sizes)}" if kind else type(array).__name__
+            raise UserError(f"{split}: {field}: {shown}; expected an array for {count} names, as in Series")
+    for field, values in (("offsets", series.target), ("dynamic_offsets", series.dynamic)):
+        places, last = getattr(series, field), len(values)
+        if places[0] != 0 or places[-1] != last or (np.diff(places) < 0).any():
+            raise UserError(f"{split}: {field}: {shorten(places.tolist())}; expected them to rise from 0 to {last}")
+    if np.isnat(series.start).any():
+        raise UserError(f"{series.names[int(np.isnat(series.start).argmax())]}: start: no time; expected one")
+
+
 def _check_target(series: Series, train: bool) -> None:
     if (infinite := np.isinf(series.target)).any():
         i = int(np.searchsorted(series.offsets, infinite.argmax(), side="right")) - 1
@@ -112,6 +143,8 @@ def _check_target(series: Series, train: bool) -> None:
 
 
 def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list[int]:
+    for i, column in enumerate(series.cat.T):
+        _refuse_cat(series, i, column < 0, "0 or more")
     if cardinality == "auto":
         return (series.cat.max(axis=0) + 1).tolist()
     count = series.cat.shape[1]
