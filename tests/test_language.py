@@ -17,14 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from refusals import one_line
+from refusals import error_of
 from test_detection import fit
 from test_tasks import sgd
 from torch import nn
 from torch.nn import functional as F
 
 from dlref.data import PythonSources, TextFiles, TokenFiles, tokens
-from dlref.data.language import Texts, cut, split_of
+from dlref.data.language import LanguageData, Texts, cut, split_of
 from dlref.data.make_tokens import main
 from dlref.data.tokens import RandomStarts, Windows, open_tokens, texts_of, tokenizer_of, unknown_in
 from dlref.data.vocabulary import make_exact, tokenizers_of_run
@@ -35,7 +35,7 @@ from dlref.export.verify import Reference, parity
 from dlref.models import GPT
 from dlref.runtime import UserError, make_runner
 from dlref.runtime.bundle import OnnxGraph
-from dlref.runtime.text import END, UNKNOWN, make_tokenizer
+from dlref.runtime.text import END, SPECIAL, UNKNOWN, make_tokenizer
 from dlref.tasks import LanguageModel, MuonAdamW
 from dlref.tasks.cross_entropy import nll_and_gradient
 from dlref.tasks.language_modelling import IGNORE, TokenNLL
@@ -300,14 +300,54 @@ def test_the_last_tenth_of_a_text_is_held_out_for_validation(tmp_path):
     assert torch.equal(data.splits["val"].tokens, data.splits["test"].tokens)
 
 
-def test_a_text_in_place_of_a_list_of_texts_is_refused():
+OWN = "a text of its own " * 9
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        ({"train": OWN}, "train: one text; expected a list of texts"),
+        ({"train": iter([OWN, OWN])}, "train: list_iterator; expected a list of texts"),
+        ({"train": [OWN], "val": [OWN, OWN.encode()]}, "val: text 2: bytes; expected a text"),
+        ({"val": [OWN]}, "the data has no split train; expected train, val and test"),
+    ],
+)
+def test_texts_of_ones_own_in_another_form_are_refused(texts, complaint):
     class Own(Texts):
         def texts(self):
-            return dict.fromkeys(("train", "val", "test"), "a text of its own " * 9)
+            return texts
 
-    with pytest.raises(UserError) as caught:
-        Own(tokenizer="byte", context_length=8).setup()
-    assert one_line(caught.value) == "train: one text; expected a list of texts"
+    assert error_of(Own(tokenizer="byte", context_length=8).setup) == complaint
+
+
+ROW = torch.arange(4, 44)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"val": ROW + 217}, "val: token 39 is 260; expected 0 to 259, the tokens of its tokeniser"),
+        ({"train": ROW - 5}, "train: token 0 is -1; expected 0 to 259, the tokens of its tokeniser"),
+        ({"train": ROW.tolist()}, "train: list; expected a tensor of whole numbers (N), one row of tokens"),
+        ({"test": ROW.float()}, "test: torch.float32 [40]; expected a tensor of whole numbers (N), one row of tokens"),
+        ({"test": ROW[None]}, "test: torch.int64 [1, 40]; expected a tensor of whole numbers (N), one row of tokens"),
+    ],
+)
+def test_tokens_of_ones_own_outside_the_vocabulary_or_in_another_form_are_refused(changes, complaint):
+    class Own(LanguageData):
+        def read(self):
+            return BYTE, dict.fromkeys(("train", "val", "test"), ROW) | changes
+
+    assert error_of(Own(context_length=8).setup) == complaint
+
+
+@pytest.mark.parametrize("kind", ["word", "character"])
+def test_a_tokeniser_of_ones_own_that_changes_texts_is_refused(kind):
+    class Own(LanguageData):
+        def read(self):
+            return {"kind": kind, "tokens": [*SPECIAL, "a"]}, dict.fromkeys(("train", "val", "test"), ROW * 0 + 4)
+
+    assert error_of(Own(context_length=8).setup).startswith("vocabulary: a tokeniser that changes texts; expected one")
 
 
 def test_evaluation_batches_hold_at_least_two_windows():

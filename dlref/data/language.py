@@ -26,6 +26,7 @@ from dlref.data.tokens import (
     BLOCK,
     RandomStarts,
     Windows,
+    check_range,
     open_tokens,
     read_whole,
     rows_of,
@@ -72,7 +73,11 @@ class LanguageData(SplitData):
             check_at_least(8, context_length=self.context_length)
             self.vocabulary, splits = self.read()
             self.tokenizer = make_tokenizer(self.vocabulary)
+            exact = self.vocabulary["kind"] == "byte" or self.vocabulary.get("exact") is True
+            if not exact or not hasattr(self.tokenizer, "spelling"):
+                raise UserError("vocabulary: a tokeniser that changes texts; expected one with exact: true")
             for split, tokens in splits.items():
+                self.check_row(split, tokens)
                 needed = self.context_length + 1 if split == "train" else 2
                 if len(tokens) < needed:
                     raise UserError(f"{self.where(split)}: {len(tokens)} tokens; expected at least {needed}")
@@ -80,6 +85,15 @@ class LanguageData(SplitData):
         if self.resident:
             for windows in self.splits.values():
                 windows.to(self.device)
+
+    def check_row(self, split: str, tokens: object) -> None:
+        """Raise UserError unless these are tokens of this data's tokeniser; those on disk are checked as they open."""
+        there = isinstance(tokens, torch.Tensor)
+        if not there or tokens.ndim != 1 or tokens.is_floating_point():
+            found = f"{tokens.dtype} {list(tokens.shape)}" if there else type(tokens).__name__
+            raise UserError(f"{self.where(split)}: {found}; expected a tensor of whole numbers (N), one row of tokens")
+        if self.resident:
+            check_range(self.where(split), tokens.numpy(), len(self.tokenizer))
 
     def where(self, split: str) -> str:
         """Return the name of a split for error messages."""
@@ -150,9 +164,10 @@ class Texts(LanguageData):
         """Make the tokeniser and apply it."""
         check_at_least(1, vocabulary_size=self.vocabulary_size)
         texts = self.texts()
+        if "train" not in texts:
+            raise UserError("the data has no split train; expected train, val and test")
         for split, known in texts.items():
-            if isinstance(known, str):  # each of its characters would be a text, between two tokens that end texts
-                raise UserError(f"{split}: one text; expected a list of texts")
+            check_texts(split, known)
         described = tokenizer_of(self.asked, texts["train"], self.vocabulary_size)
         tokenizer, splits = make_tokenizer(described), {}
         for split, known in texts.items():
@@ -276,6 +291,16 @@ class TokenFiles(LanguageData):
         described = read_exact(path)
         tokenizer = make_tokenizer(described)
         return described, {split: open_tokens(self.root / name, tokenizer) for split, name in self.names.items()}
+
+
+def check_texts(split: str, texts: object) -> None:
+    """Raise UserError unless these are texts in a list: a generator's would be gone after the first look at them."""
+    if not isinstance(texts, list | tuple):  # each character of a single text would be a text of its own
+        found = "one text" if isinstance(texts, str) else type(texts).__name__
+        raise UserError(f"{split}: {found}; expected a list of texts")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UserError(f"{split}: text {number}: {type(text).__name__}; expected a text")
 
 
 def split_of(name: str) -> str:

@@ -155,13 +155,18 @@ def open_tokens(path: Path, tokenizer) -> Integer[Tensor, "N"]:
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror}); expected a file of tokens") from None
     check_layout(path, tokens[:HEAD])
+    check_range(path, tokens, len(tokenizer))
+    return torch.from_numpy(tokens)
+
+
+def check_range(where: str | Path, tokens: Integer[np.ndarray, "N"], size: int) -> None:
+    """Raise UserError for the first token that is not in a vocabulary of `size`."""
     for start in range(0, len(tokens), BLOCK):
         block = tokens[start : start + BLOCK]
-        if block.min() < 0 or block.max() >= len(tokenizer):
-            wrong = int(np.flatnonzero((block < 0) | (block >= len(tokenizer)))[0])
-            known = f"expected 0 to {len(tokenizer) - 1}, the tokens of its tokeniser"
-            raise UserError(f"{path}: token {start + wrong} is {block[wrong]}; {known}")
-    return torch.from_numpy(tokens)
+        if block.min() < 0 or block.max() >= size:
+            wrong = int(np.flatnonzero((block < 0) | (block >= size))[0])
+            known = f"expected 0 to {size - 1}, the tokens of its tokeniser"
+            raise UserError(f"{where}: token {start + wrong} is {block[wrong]}; {known}")
 
 
 def check_layout(path: Path, head: Integer[np.ndarray, "N"]) -> None:
