@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
-from refusals import one_line
+from refusals import error_of, one_line
 from sklearn import metrics as sklearn_metrics
 from test_detection import fit
 from test_export import export
@@ -27,6 +27,7 @@ from torchvision import tv_tensors
 from dlref.cli import TrainCLI
 from dlref.data import DigitSceneMasks, DigitScenes, MaskFolders, MaskLists, VOCMasks
 from dlref.data.scenes import make_scenes
+from dlref.data.semantic_segmentation import ListedMasks, MaskedPictures, SegmentationData
 from dlref.export.graph import write_onnx
 from dlref.export.targets import TARGETS
 from dlref.export.verify import Compared, Refused, parity
@@ -791,3 +792,31 @@ def test_the_segmentation_configs_exist_and_have_a_class_name_per_class():
         data, classes = config["data"]["init_args"], config["model"]["init_args"]["network"]["init_args"]["num_classes"]
         if "class_names" in data:
             assert len(data["class_names"]) == classes == 11
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_of_ones_own_with_a_value_that_is_no_class_is_refused(workers):
+    class Own(MaskedPictures):
+        def read(self, index):
+            return torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), [0, 255, 2][index], dtype=torch.uint8)
+
+    class OwnData(SegmentationData):
+        def make_splits(self):
+            self.labels = ["sky", "sea"]
+            return dict.fromkeys(("train", "val", "test"), Own(["a", "b", "c"], [(8, 8)] * 3))
+
+    data = OwnData(batch_size=1, num_workers=workers)
+    data.setup()
+    batches = iter(data.val_dataloader())
+    assert [int(next(batches)[1].max()) for _ in range(2)] == [0, 255]
+    with pytest.raises(UserError) as caught:
+        next(batches)
+    assert one_line(caught.value) == "c: value 2 in 64 pixels of its mask; expected 0 to 1, or 255 for void"
+
+
+def test_a_listing_of_ones_own_as_a_plain_tuple_is_refused():
+    class Own(ListedMasks):
+        def read(self, name, classes):
+            return (["a.png"], ["a.png"])
+
+    assert error_of(Own(root=".", train="a").setup).startswith("pictures read as tuple; expected a listing")

@@ -1,5 +1,6 @@
 """Base class for pictures with boxes or masks: worker processes decode them, and the device changes their colours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ class AnnotatedPictures(SplitData):
     The constructor of a subclass sets `photometric`.
     """
 
-    labels: list[str]
+    labels: Sequence[str] = ()
     photometric: bool
     decoded_singly = True
 

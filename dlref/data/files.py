@@ -49,8 +49,10 @@ def read_splits(
         share: share of the training pictures to hold out.
         what: what messages call the pictures.
     """
-    train = read(lists["train"], classes)
-    splits = {name: read(lists[name], train.classes) for name in ("val", "test") if lists[name] is not None}
+    train = as_listing(read(lists["train"], classes), what)
+    splits = {
+        name: as_listing(read(lists[name], train.classes), what) for name in ("val", "test") if lists[name] is not None
+    }
     if "val" not in splits:
         places, out = range(len(train.images)), held_out_indices(len(train.images), share)
         splits["val"] = train.take([i for i in places if i in out])
@@ -61,6 +63,13 @@ def read_splits(
     splits = {"train": train, **splits}
     warn_of_shared({name: listing.images for name, listing in splits.items()}, what)
     return splits
+
+
+def as_listing(listing: Any, what: str) -> Any:
+    """Return a listing. Raises UserError for something else, such as a plain tuple, from a `read` of one's own."""
+    if not hasattr(listing, "classes"):
+        raise UserError(f"{what} read as {type(listing).__name__}; expected a listing like those of dlref's readers")
+    return listing
 
 
 def warn_of_shared(splits: Mapping[str, Iterable[str]], what: str) -> None:

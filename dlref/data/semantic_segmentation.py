@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.files import read_splits
-from dlref.data.images import read_image
+from dlref.data.images import UnreadableImage, read_image
 from dlref.data.loader import check_at_least
 from dlref.data.mask_listings import (
     OF_255,
@@ -61,6 +61,8 @@ class MaskedPictures(Dataset):
         transform: transforms an image and its mask.
     """
 
+    classes = VOID  # their number, if it is known
+
     def __init__(self, names: list[str], sizes: list[tuple[int, int]], transform: Callable[[Pair], Pair] | None = None):
         self.names, self.sizes, self.transform = names, sizes, transform
 
@@ -73,6 +75,10 @@ class MaskedPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = self.read(index)
+        wrong = (mask >= self.classes) & (mask != VOID)
+        if wrong.any():  # of a data set of one's own: the readers have checked theirs
+            found = f"value {mask[wrong][0]} in {int(wrong.sum())} pixels of its mask"
+            raise UnreadableImage(f"{self.names[index]}: {found}; expected 0 to {self.classes - 1}, or {VOID} for void")
         if self.transform is None:
             return image, mask
         image, mask = self.transform((tv_tensors.Image(image), tv_tensors.Mask(mask)))
@@ -151,6 +157,8 @@ class SegmentationData(AnnotatedPictures):
                 f"--data.init_args.scales: {list(self.scales)}; expected two factors, the smaller one first"
             )
         self.splits = self.make_splits()
+        for pictures in self.splits.values():
+            pictures.classes = len(self.labels)
 
     def train_transform(self) -> v2.Transform:
         """Return the transform of training pictures and masks, except for changes of brightness and colours."""
