@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT
 from lightning import Trainer
 from PIL import Image
-from refusals import one_line
+from refusals import error_of, one_line
 from scipy.spatial.transform import Rotation
 from test_export import export
 from test_tasks import sgd
@@ -321,7 +321,12 @@ def test_a_training_set_without_boxes_is_refused(tmp_path, crowds):
     ("box", "label", "message"),
     [
         ([[0.1, 0.2, 0.5, 1.0]], [1], "train: boxes with numbers up to 1; expected pixels"),
-        ([[30, 20, 10, 8]], [1], "b.png: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2"),
+        ([[30, 20, 10, 8]], [1], r"b.png: a box \[30.0, 20.0, 10.0, 8.0\]; expected x1 y1 x2 y2 in pixels"),
+        ([[30, 20, 30, 40]], [1], r"b.png: a box \[30.0, 20.0, 30.0, 40.0\]; expected x1 y1 x2 y2 in pixels"),
+        ([[1, 2, float("nan"), 40]], [1], r"b.png: a box \[1.0, 2.0, nan, 40.0\]; expected x1 y1 x2 y2 in pixels"),
+        ([[1, 2, float("inf"), 40]], [1], r"b.png: a box \[1.0, 2.0, inf, 40.0\]; expected x1 y1 x2 y2 in pixels"),
+        ([[1, 2, 30, 20]], [1, 0], r"b.png: .* are \[\[1, 4\], \[2\], \[1\]\]; expected \[N, 4\], \[N\] and \[N\]"),
+        ([[1], [2], [30], [20]], [1], r"b.png: .* are \[\[4, 1\], \[1\], \[1\]\]; expected \[N, 4\], \[N\] and \[N\]"),
         ([[1, 2, 30, 20]], [2], "b.png: label 2; expected 0 to 1"),
         ([[1, 2, 30, 20]], [-1], "b.png: label -1; expected 0 to 1"),
         ([[1, 2, 30, 20]], [1.0], "b.png: boxes, labels and ignored are of .*float32, torch.float32, torch.bool"),
@@ -337,6 +342,17 @@ def test_objects_that_are_not_as_a_listing_describes_them_are_refused(box, label
     with pytest.raises(UserError, match=message) as caught, warnings.catch_warnings(action="ignore"):
         Own(root=".", train="a", val="b").setup()
     one_line(caught.value)
+
+
+def test_pictures_of_ones_own_in_plain_tuples_are_refused():
+    empty = ("a.png", torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0) > 0)
+    for listing in (([Picture(*empty)], ["red"]), BoxListing([empty], ["red"])):
+
+        class Own(ListedBoxes):
+            def read(self, path, classes, found=listing):
+                return found
+
+        assert error_of(Own(root=".", train="a").setup).endswith("; expected a BoxListing of Pictures")
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")

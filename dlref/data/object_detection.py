@@ -10,6 +10,7 @@ shape. After `setup`, `labels` holds the K class names.
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from reprlib import repr as shorten
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -173,7 +174,7 @@ class ObjectDetectionData(AnnotatedPictures):
         check_at_least(0, num_workers=self.num_workers)
         if not 1 <= self.zoom_out < 100:
             raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to below 100")
-        listings = self.list_splits()
+        listings = {name: as_listing(listing) for name, listing in self.list_splits().items()}
         self.labels = listings["train"].classes
         for name, listing in listings.items():
             check_objects(name, listing.pictures, len(self.labels))
@@ -211,6 +212,13 @@ class ObjectDetectionData(AnnotatedPictures):
         return v2.Resize((self.image_size, self.image_size), antialias=True)
 
 
+def as_listing(listing: object) -> BoxListing:
+    """Return a listing. Raises UserError for something else, such as plain tuples, from a `read` of one's own."""
+    if not isinstance(listing, BoxListing) or not all(isinstance(one, Picture) for one in listing.pictures):
+        raise UserError(f"pictures read as {shorten(listing)}; expected a BoxListing of Pictures")
+    return listing
+
+
 def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
     """Raise UserError for objects that are not as `Picture` describes them; most others would train all the same."""
     if not pictures:
@@ -220,13 +228,18 @@ def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
         found = [getattr(part, "dtype", type(part).__name__) for part in picture[1:]]
         if found != types:
             raise UserError(f"{picture.path}: boxes, labels and ignored are of {found}; expected {types}")
+        shapes, count = [list(part.shape) for part in picture[1:]], len(picture.labels) if picture.labels.ndim else 0
+        if shapes != [[count, 4], [count], [count]]:
+            raise UserError(f"{picture.path}: boxes, labels and ignored are {shapes}; expected [N, 4], [N] and [N]")
     boxes = torch.cat([picture.boxes for picture in pictures])
     labels = torch.cat([picture.labels for picture in pictures])
     of = torch.arange(len(pictures)).repeat_interleave(torch.tensor([len(picture.labels) for picture in pictures]))
-    turned, unknown = (boxes[:, 2:] < boxes[:, :2]).any(dim=1), (labels < 0) | (labels >= classes)
+    # Also those of NaN: augmentation would remove a box without an area, and training call its object background.
+    turned = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1) | ~boxes.isfinite().all(dim=1)
+    unknown = (labels < 0) | (labels >= classes)
     if turned.any():
-        path = pictures[of[turned][0]].path
-        raise UserError(f"{path}: a box with x2 below x1, or y2 below y1; expected x1 y1 x2 y2")
+        path, box = pictures[of[turned][0]].path, boxes[turned][0].tolist()
+        raise UserError(f"{path}: a box {box}; expected x1 y1 x2 y2 in pixels, x1 below x2 and y1 below y2")
     if unknown.any():
         path, label = pictures[of[unknown][0]].path, labels[unknown][0]
         raise UserError(f"{path}: label {label}; expected 0 to {classes - 1}")
@@ -324,7 +337,7 @@ class ListedBoxes(ObjectDetectionData):
         """Read the lists of a split and concatenate them."""
         pictures: list[Picture] = []
         for name in [lists] if isinstance(lists, str) else lists:
-            listing = self.read(self.root / name, classes)
+            listing = as_listing(self.read(self.root / name, classes))
             classes = listing.classes
             pictures += listing.pictures
         if not pictures:
