@@ -12,7 +12,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
-from refusals import one_line
+from refusals import error_of, one_line
 from safetensors.torch import save_file
 from sklearn import metrics as sklearn_metrics
 from torch import nn
@@ -41,6 +41,7 @@ from dlref.tasks.image_classification import mixing, worst_mistakes
 from dlref.tasks.image_task import ImageTask
 from dlref.tasks.task import MeanLoss, freeze
 from dlref.training.devices import fast_steps
+from dlref.training.preflight import Preflight
 from dlref.training.weights import load_weights, read_checkpoint
 
 GREY = {"mean": [0.5], "std": [0.25]}
@@ -1079,3 +1080,17 @@ def test_the_most_certain_mistakes_are_kept():
     for part in torch.stack([sure, 1 - sure], 1).split(20):
         kept = worst_mistakes(kept, torch.zeros(20, 1, 2, 2), part, torch.ones(20).long())
     assert [certainty for certainty, *_ in kept] == pytest.approx(sure.flip(0)[:25].tolist())
+
+
+def test_a_metric_that_validation_does_not_log_is_refused_before_training():
+    task = classifier()
+    task.metric = "acc"
+    logged = {name: torch.tensor(0.5) for name in ("val/accuracy", "val/loss")}
+    fit = SimpleNamespace(callbacks=[], callback_metrics=logged)
+    preflight = Preflight("val/accuracy", claim=None, tests=False)
+    message = error_of(preflight.on_sanity_check_end, fit, task)
+    assert message == (
+        "ImageClassifier: metric 'val/acc' is not logged in validation; expected one of val/accuracy, val/loss"
+    )
+    task.metric = "accuracy"
+    preflight.on_sanity_check_end(fit, task)

@@ -15,7 +15,9 @@ class Preflight(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: LightningModule) -> None:
         """Check that validation logs the monitored metrics, now rather than after an epoch. Raises UserError."""
-        monitored = [("best.metric", self.metric)]
+        # `val/METRIC` and `test/METRIC` belong to the contract: export reports its score under that name.
+        name = type(task).__name__
+        monitored = [("best.metric", self.metric), (f"{name}: metric", f"val/{getattr(task, 'metric', None)}")]
         for one in trainer.callbacks:
             if isinstance(one, EarlyStopping) and one.strict:
                 monitored.append(("EarlyStopping: monitor", one.monitor))
