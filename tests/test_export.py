@@ -13,12 +13,13 @@ import torch
 from handmade import make_bundle
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from refusals import error_of
 from test_tasks import Linear, Pixels, classifier, sgd
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export import bundle as bundles
-from dlref.export.attempts import FLOAT32, Attempt, Attempts, Recorder
+from dlref.export.attempts import FLOAT32, Attempt, Attempts, Recorder, score
 from dlref.export.convert import (
     DEBUGGED,
     SAMPLES,
@@ -39,7 +40,7 @@ from dlref.models import AlexNet, GoogLeNet, LeNet5, ResNet
 from dlref.runtime import UserError, load
 from dlref.runtime.bundle import OnnxGraph
 from dlref.tasks import ImageClassifier, ImagePreprocess
-from dlref.tasks.deployable import Graph
+from dlref.tasks.deployable import Deployable, Graph
 
 CPU = TARGETS["cpu"]
 
@@ -1275,3 +1276,71 @@ def test_postprocessing_after_the_last_weights_is_not_quantised(tmp_path):
     assert {"Conv", "Relu"} <= kept
     adds = [node.name for node in model.graph.node if node.op_type == "Add"]
     assert sum(name in postprocessing_nodes(model.graph) for name in adds) == len(adds) - 1 == 1
+
+
+@pytest.mark.parametrize("found", [0.5, np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])])
+def test_a_score_may_be_any_number(found):
+    value = score(SimpleNamespace(evaluate=lambda runner, batches: found), None, [])
+    assert (value, type(value)) == (0.5, float)
+
+
+@pytest.mark.parametrize("found", [None, {"accuracy": 0.5}, torch.ones(2), "good"])
+def test_a_score_that_is_no_number_is_refused(found):
+    message = error_of(score, SimpleNamespace(evaluate=lambda runner, batches: found), None, [])
+    assert message == f"evaluate of SimpleNamespace returns {type(found).__name__}; expected a number, its metric"
+
+
+def sound():
+    """Return a graph of two inputs that share two axes."""
+    axes = {"x": {0: "batch", 1: "time"}, "y": {0: "batch", 1: "time"}}
+    inputs = {"x": torch.ones(2, 3), "y": torch.ones(2, 3)}
+    return Graph(nn.Identity(), inputs, ["z"], axes, {"batch": (1, 2), "time": (3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dynamic_axes": {"image": {0: "batch"}}}, "dynamic_axes image; expected names among x, y"),
+        ({"unbounded": ["z"]}, "unbounded z; expected names among x, y"),
+        ({"selected": ["x"]}, "selected x; expected names among z"),
+        ({"discrete": ["mask"]}, "discrete mask; expected names among z"),
+        ({"outputs": ["x"]}, "inputs and outputs x, y, x; expected names that differ"),
+        ({"dynamic_axes": {"x": {2: "batch"}}}, "axis 2 (batch) of x: [2, 3]; expected an axis from 0 to 1"),
+        ({"dynamic_axes": {"x": {-1: "batch"}}}, "axis -1 (batch) of x: [2, 3]; expected an axis from 0 to 1"),
+        ({"sizes": {"batch": (1, 2)}}, "axis 1 (time) of x: no sizes; expected those at which to verify it"),
+        (
+            {"sizes": {"batch": (1, 2), "time": ()}},
+            "axis 1 (time) of x: no sizes; expected those at which to verify it",
+        ),
+        (
+            {"inputs": {"x": torch.ones(2, 3), "y": torch.ones(2, 5)}},
+            "axis 1 (time) of y: 5; expected 3, as another axis of that name",
+        ),
+    ],
+)
+def test_names_and_axes_that_do_not_fit_together_are_refused(changes, message):
+    kind, metadata = "image-classification", {}
+    Deployable(kind, {"g": sound()}, metadata).checked()
+    made = Deployable(kind, {"g": replace(sound(), **changes)}, metadata)
+    assert error_of(made.checked) == f"graph g: {message}"
+
+
+def test_a_network_with_another_number_of_outputs_is_refused():
+    graph = Graph(nn.Identity(), {"x": torch.ones(2, 3)}, ["y", "state"], {}, {})
+    assert error_of(graph, x=np.ones((2, 3))) == "the network returns 1 tensors; expected y, state"
+
+
+@pytest.mark.parametrize("value", [{1}, np.float32(1), torch.ones(2), float("nan")])
+def test_metadata_that_json_does_not_have_is_refused(value):
+    made = Deployable("image-classification", {}, {"labels": ["a"], "mean": value})
+    assert error_of(made.checked).startswith("metadata of deployable: ")
+
+
+def test_metadata_is_verified_as_a_device_reads_it():
+    made = Deployable("image-classification", {}, {"names": {0: "a"}, "size": (2, 3)}).checked()
+    assert made.metadata == {"names": {"0": "a"}, "size": [2, 3]}
+
+
+def test_an_unknown_kind_of_runner_is_refused():
+    with pytest.raises(UserError, match="bundle kind 'my-kind' is unknown"):
+        Deployable("my-kind", {}, {}).checked()

@@ -270,7 +270,7 @@ class Attempts:
     def score_pytorch(self, split: str) -> None:
         """Compute PyTorch's metric on a whole split. Raises UserError if the metric is not a finite number."""
         batches = watched(self.loader(split), f"PyTorch on {split}")
-        self.pytorch[split] = self.task.evaluate(self.deployable.runner(self.references), batches)
+        self.pytorch[split] = score(self.task, self.deployable.runner(self.references), batches)
         if not np.isfinite(self.pytorch[split]):
             found = f"{self.task.metric} of PyTorch on {split} is {self.pytorch[split]}"
             raise UserError(f"{found}; expected a finite number, from data on which the metric is defined")
@@ -284,7 +284,8 @@ class Attempts:
                 name: Compared(name, graph, self.references[name], graphs[name], graph.tolerance)
                 for name, graph in self.deployable.graphs.items()
             }
-        bundle = self.task.evaluate(self.deployable.runner(compared), watched(loader, f"the bundle on {split}"))
+        batches = watched(loader, f"the bundle on {split}")
+        bundle = score(self.task, self.deployable.runner(compared), batches)
         found = {
             "name": self.task.metric,
             "pytorch": self.pytorch[split],
@@ -337,6 +338,16 @@ class Attempts:
             batches = takewhile(lambda _: not all(recorder.full for recorder in recorders.values()), loader)
             self.task.evaluate(self.deployable.runner(recorders), watched(batches, "calibrating"))
         return {name: recorder.feeds for name, recorder in recorders.items()}
+
+
+def score(task, runner, batches: Iterable) -> float:
+    """Return the metric of a task's runner over batches. Raises UserError unless it is a number."""
+    found = task.evaluate(runner, batches)
+    try:
+        return float(found)  # also of a tensor of one element
+    except (TypeError, ValueError, RuntimeError):
+        owner, kind = type(task).__name__, type(found).__name__
+        raise UserError(f"evaluate of {owner} returns {kind}; expected a number, its metric") from None
 
 
 class Recorder:

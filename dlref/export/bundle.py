@@ -34,7 +34,7 @@ def export(task, data, target: Target, output: Path, contenders: tuple[str, ...]
     batch = next(iter(data.val_dataloader()), None)
     if batch is None:
         raise UserError("no validation data; expected some, to verify the bundle on")
-    deployable = task.deployable(batch)
+    deployable = task.deployable(batch).checked()
     with staged(output) as place:
         attempts = Attempts(task, data, deployable, target, place)
         chosen = attempts.find_best()

@@ -3,14 +3,16 @@
 The export step also uses a task's `metric`, `evaluate` and `degradation`, and passes it the data by `take_facts`.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlref.runtime import make_runner
+from dlref.runtime import UserError, make_runner, runner_of
+from dlref.runtime.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,36 @@ class Graph:
             for name, tensor in self.inputs.items()
         }
 
+    def check(self, name: str) -> None:
+        """Raise UserError if the names, axes and sizes of this graph, called `name`, do not fit together."""
+        every = [*self.inputs, *self.outputs]
+        if len(set(every)) < len(every):
+            raise UserError(f"graph {name}: inputs and outputs {', '.join(every)}; expected names that differ")
+        of_inputs, of_outputs = ("dynamic_axes", "unbounded"), ("selected", "discrete")
+        for field in (*of_inputs, *of_outputs):
+            known = self.inputs if field in of_inputs else self.outputs
+            if unknown := [key for key in getattr(self, field) if key not in known]:
+                raise UserError(f"graph {name}: {field} {', '.join(unknown)}; expected names among {', '.join(known)}")
+        found: dict[str, int] = {}
+        for key, axes in self.dynamic_axes.items():
+            shape = self.inputs[key].shape
+            for axis, symbol in axes.items():
+                where = f"graph {name}: axis {axis} ({symbol}) of {key}"
+                if axis not in range(len(shape)):
+                    raise UserError(f"{where}: {list(shape)}; expected an axis from 0 to {len(shape) - 1}")
+                if not self.sizes.get(symbol):
+                    raise UserError(f"{where}: no sizes; expected those at which to verify it")
+                if shape[axis] and found.setdefault(symbol, shape[axis]) != shape[axis]:  # a past may still be empty
+                    raise UserError(f"{where}: {shape[axis]}; expected {found[symbol]}, as another axis of that name")
+
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs of the module, the reference that every exported form is checked against."""
         device = next(self.module.parameters(), torch.empty(0)).device
         results = self.module(*(torch.from_numpy(arrays[name]).to(device) for name in self.inputs))
         results = results if isinstance(results, tuple) else (results,)
+        if len(results) != len(self.outputs):
+            raise UserError(f"the network returns {len(results)} tensors; expected {', '.join(self.outputs) or 'none'}")
         return {name: result.cpu().numpy() for name, result in zip(self.outputs, results, strict=True)}
 
 
@@ -79,6 +105,17 @@ class Deployable:
     kind: str
     graphs: Mapping[str, Graph]
     metadata: Mapping[str, object]
+
+    def checked(self) -> "Deployable":
+        """Return the same with its metadata as a device reads it. Raises UserError for what export cannot write."""
+        runner_of(self.kind)
+        for name, graph in self.graphs.items():
+            graph.check(name)
+        try:
+            metadata = json.loads(json.dumps(dict(self.metadata), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"metadata of deployable: {one_line(error)}; expected values that JSON has") from None
+        return replace(self, metadata=metadata)
 
     def runner(self, graphs: Mapping[str, Callable] | None = None):
         """Return the runner that a device uses, over these graphs in PyTorch, or over others of the same names."""
