@@ -174,7 +174,8 @@ def judged(event: str, arguments: tuple, own: Path) -> tuple[str, str] | None:
     """Return the kind and description of the problem that an event is, or None if it is harmless."""
     if event in RUNS_CODE and arguments[1:2] != (ASKS_WHERE,):
         return "executed", f"{event} {arguments[:2]}"
-    if event == "compile" and "canary" in str(arguments[0]):
+    named = event == "compile" and "canary" in str(arguments[0])
+    if named and not below(arguments[1] or "", LIBRARIES):  # rich knows the flag of the Canary Islands
         return "executed", f"compile {arguments[0]!r}"
     if event == "ctypes.dlopen" and os.sep in str(arguments[0]) and not below(arguments[0], LIBRARIES):  # a file
         return "executed", f"ctypes.dlopen {arguments[0]}"
