@@ -881,6 +881,28 @@ def test_nodes_whose_values_exceed_the_range_of_float16_stay_float32(tmp_path):
     np.testing.assert_allclose(graph(**feed)["y"], 0.8, rtol=1e-3)
 
 
+class Directions(nn.Module):
+    """Divides by the L2 norm, as SSD does, before a layer that adds up."""
+
+    def __init__(self):
+        super().__init__()
+        self.sum = nn.Linear(16, 1, bias=False)
+        nn.init.ones_(self.sum.weight)
+
+    def forward(self, x):
+        return self.sum(nn.functional.normalize(x))
+
+
+@pytest.mark.parametrize("value", [1e-4, 1.0, 100.0])
+def test_the_squares_under_a_norm_may_exceed_the_range_of_float16(value, tmp_path):
+    """TensorRT computes a norm as ONNX defines it, with squares in the input's type: 0 of 1e-4, infinite for 100."""
+    graph = Graph(Directions().eval(), {"x": torch.ones(2, 16)}, ["y"], {}, {})
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["tensorrt"], Plan("float16"), [])
+    (answer,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, {"x": np.full((2, 16), value, np.float32)})
+    np.testing.assert_allclose(answer, 4, rtol=1e-2)
+
+
 def test_only_casts_to_float16_and_back_are_left_out():
     """A cast to an integer and back truncates, and one to float16 and on to an integer rounds."""
     half, whole, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT

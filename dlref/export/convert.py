@@ -67,6 +67,8 @@ BOUNDED = {*RECURRENT, "Tanh", "Sigmoid", "Softmax", "LayerNormalization"}
 SAMPLES = {"MinMax": 256, "Percentile": 32, "Entropy": 32}
 DEBUGGED = 4  # samples on which to look for the worst nodes, and for values too large for float16
 KEPT_FLOAT = (0.05, 0.15, 0.4)  # shares of the nodes to keep in float, tried in turn
+# A norm of 256 is the root of 65536, infinite in float16; numbers below 1.7e-4 have squares of 0.
+NEVER_FLOAT16 = [*DEFAULT_OP_BLOCK_LIST, "ReduceL2"]
 LARGE = 65504 / 8  # an eighth of float16's largest number: other data may have larger values
 
 
@@ -137,7 +139,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
 def in_float16(model: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     """Convert a float32 model to float16, except for its inputs and outputs, decoding nodes and the nodes `kept`."""
     blocked = [*kept, *postprocessing_nodes(model.graph)]
-    lists = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": blocked}
+    lists = {"op_block_list": NEVER_FLOAT16, "node_block_list": blocked}
     half = ONNXModel(convert_float_to_float16(model, keep_io_types=True, **lists))
     half.topological_sort()  # the converter appends the casts of the inputs
     del half.model.graph.value_info[:]  # outdated types around the nodes that stay float
