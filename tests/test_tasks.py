@@ -402,12 +402,18 @@ def test_mean_loss_includes_the_loss_of_a_batch_with_count_zero():
     assert mean.compute().item() == pytest.approx((6 + 2 * 4) / 2)
 
 
-def test_blended_images_count_equally_regardless_of_class_weights():
-    """Like torch's mean for probabilistic targets."""
-    task = classifier(class_weights=[1.0, 3.0, 0.5])
-    logits, targets = torch.randn(2, 3), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
-    assert task.counted(targets) == 2
-    torch.testing.assert_close(task.loss(logits, targets), F.cross_entropy(logits, targets, weight=task.class_weights))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_only_the_ratios_of_class_weights_matter_even_if_images_are_blended(smoothing):
+    """Otherwise weights of 0.01 with mixup would train like a learning rate divided by a hundred: not at all."""
+    task = classifier(class_weights=[1.0, 3.0, 0.5], label_smoothing=smoothing)
+    small = classifier(class_weights=[0.01, 0.03, 0.005], label_smoothing=smoothing)
+    logits, classes = torch.randn(2, 3), torch.tensor([0, 2])
+    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
+    shares = (1 - smoothing) * targets + smoothing / 3
+    expected = -(shares * task.class_weights * logits.log_softmax(-1)).sum() / (0.5 * 1 + 0.7 * 3 + 0.8 * 0.5)
+    torch.testing.assert_close(task.loss(logits, targets), expected)
+    torch.testing.assert_close(small.loss(logits, targets), expected)
+    torch.testing.assert_close(task.loss(logits, F.one_hot(classes, 3).float()), task.loss(logits, classes))
 
 
 # Schedules

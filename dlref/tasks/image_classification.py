@@ -100,9 +100,15 @@ class ImageClassifier(ImageTask):
         return total / or_one(weight)
 
     def counted(self, targets: Tensor) -> Tensor | int:
-        """Return the number of images that the loss is a mean over, or the sum of their class weights."""
-        by_class = self.class_weights is not None and not targets.is_floating_point()
-        return self.class_weights[targets].sum() if by_class else len(targets)
+        """Return the number of images that the loss is a mean over, or the sum of their class weights.
+
+        The weight of a blended image is that of its classes by their shares, unlike in torch's mean for probabilities:
+        weights of 0.01 would divide the loss, and the learning rate with it, by a hundred once images are blended.
+        """
+        if self.class_weights is None or self.facts["multi_label"]:
+            return len(targets)
+        weights = targets * self.class_weights if targets.is_floating_point() else self.class_weights[targets]
+        return weights.sum()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of the head plus the weighted losses of the auxiliary heads."""
