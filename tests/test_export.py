@@ -13,6 +13,7 @@ import torch
 from handmade import make_bundle
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from refusals import error_of
 from test_tasks import Linear, Pixels, classifier, sgd
 from torch import nn
@@ -900,6 +901,42 @@ def test_the_squares_under_a_norm_may_exceed_the_range_of_float16(value, tmp_pat
     write_onnx(graph, tmp_path / "step.onnx", CPU)
     convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["tensorrt"], Plan("float16"), [])
     (answer,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, {"x": np.full((2, 16), value, np.float32)})
+    np.testing.assert_allclose(answer, 4, rtol=1e-2)
+
+
+class ReduceMean(OpRun):
+    """The mean as onnxruntime's CUDA provider computes it: the sum, in the input's type, divided by the number."""
+
+    op_domain = ""
+
+    def _run(self, x, axes, **_):
+        number = np.prod([x.shape[axis] for axis in axes], dtype=np.float32)
+        return (x.sum(tuple(axes), dtype=np.float32, keepdims=True).astype(x.dtype) / number.astype(x.dtype),)
+
+
+class Pooled(nn.Module):
+    """Averages whole maps, as DeepLabV3 does, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+        for value in self.parameters():
+            nn.init.ones_(value)
+
+    def forward(self, x):
+        return self.after(self.before(x).mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize(("height", "width"), [(135, 240), (270, 480)])
+def test_the_sum_under_a_mean_may_exceed_the_range_of_float16(height, width, tmp_path):
+    """At an eighth of their resolution, pictures in Full HD have 135x240 positions, and those in 4K 270x480."""
+    x = torch.full((1, 1, height, width), 2.0)
+    graph = Graph(Pooled().eval(), {"x": x}, ["y"], {}, {})
+    write_onnx(graph, tmp_path / "step.onnx", CPU)
+    convert(tmp_path / "step.onnx", tmp_path / "half.onnx", TARGETS["cuda"], Plan("float16"), [])
+    with np.errstate(over="ignore", invalid="ignore"):
+        evaluator = ReferenceEvaluator(str(tmp_path / "half.onnx"), new_ops=[ReduceMean])
+        (answer,) = evaluator.run(None, {"x": x.numpy()})
     np.testing.assert_allclose(answer, 4, rtol=1e-2)
 
 
