@@ -802,11 +802,12 @@ def test_a_mask_of_ones_own_with_a_value_that_is_no_class_is_refused(workers):
 
     class OwnData(SegmentationData):
         def make_splits(self):
-            self.labels = ["sky", "sea"]
+            self.labels = Own.classes = ["sky", "sea"]
             return dict.fromkeys(("train", "val", "test"), Own(["a", "b", "c"], [(8, 8)] * 3))
 
     data = OwnData(batch_size=1, num_workers=workers)
     data.setup()
+    assert data.splits["val"].classes == data.labels  # an attribute of its own stays
     batches = iter(data.val_dataloader())
     assert [int(next(batches)[1].max()) for _ in range(2)] == [0, 255]
     with pytest.raises(UserError) as caught:

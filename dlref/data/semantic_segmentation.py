@@ -61,7 +61,7 @@ class MaskedPictures(Dataset):
         transform: transforms an image and its mask.
     """
 
-    classes = VOID  # their number, if it is known
+    num_classes = VOID  # if it is known
 
     def __init__(self, names: list[str], sizes: list[tuple[int, int]], transform: Callable[[Pair], Pair] | None = None):
         self.names, self.sizes, self.transform = names, sizes, transform
@@ -75,10 +75,12 @@ class MaskedPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = self.read(index)
-        wrong = (mask >= self.classes) & (mask != VOID)
+        values = mask.numpy()  # torch takes ten times as long
+        wrong = (values >= self.num_classes) & (values != VOID)
         if wrong.any():  # of a data set of one's own: the readers have checked theirs
-            found = f"value {mask[wrong][0]} in {int(wrong.sum())} pixels of its mask"
-            raise UnreadableImage(f"{self.names[index]}: {found}; expected 0 to {self.classes - 1}, or {VOID} for void")
+            found = f"value {values[wrong][0]} in {wrong.sum()} pixels of its mask"
+            known = f"expected 0 to {self.num_classes - 1}, or {VOID} for void"
+            raise UnreadableImage(f"{self.names[index]}: {found}; {known}")
         if self.transform is None:
             return image, mask
         image, mask = self.transform((tv_tensors.Image(image), tv_tensors.Mask(mask)))
@@ -158,7 +160,7 @@ class SegmentationData(AnnotatedPictures):
             )
         self.splits = self.make_splits()
         for pictures in self.splits.values():
-            pictures.classes = len(self.labels)
+            pictures.num_classes = len(self.labels)
 
     def train_transform(self) -> v2.Transform:
         """Return the transform of training pictures and masks, except for changes of brightness and colours."""
