@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import re
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -318,6 +319,17 @@ def test_texts_of_ones_own_in_another_form_are_refused(texts, complaint):
             return texts
 
     assert error_of(Own(tokenizer="byte", context_length=8).setup) == complaint
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, deque, lambda texts: dict(enumerate(texts)).values()])
+def test_texts_of_ones_own_may_be_in_any_collection(kind):
+    class Own(Texts):
+        def texts(self):
+            return dict.fromkeys(("train", "val", "test"), kind([OWN, OWN]))
+
+    data = Own(tokenizer="byte", context_length=8)
+    data.setup()
+    assert len(data.splits["train"].tokens) == 2 * (1 + len(OWN))
 
 
 ROW = torch.arange(4, 44)

@@ -11,7 +11,7 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +294,9 @@ class TokenFiles(LanguageData):
 
 
 def check_texts(split: str, texts: object) -> None:
-    """Raise UserError unless these are texts in a list: a generator's would be gone after the first look at them."""
-    if not isinstance(texts, list | tuple):  # each character of a single text would be a text of its own
+    """Raise UserError unless these are texts in order: a generator's would be gone after the first look at them."""
+    # Each character of a single text would be a text of its own, and so would each key of a dict.
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Collection):
         found = "one text" if isinstance(texts, str) else type(texts).__name__
         raise UserError(f"{split}: {found}; expected a list of texts")
     for number, text in enumerate(texts, start=1):
