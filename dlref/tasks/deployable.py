@@ -60,7 +60,10 @@ class Graph:
         }
 
     def check(self, name: str) -> None:
-        """Raise UserError if the names, axes and sizes of this graph, called `name`, do not fit together."""
+        """Raise UserError if the names, axes and sizes of this graph, called `name`, do not fit together.
+
+        Examples may differ in the size of a shared axis: export cuts or repeats each of them.
+        """
         every = [*self.inputs, *self.outputs]
         if len(set(every)) < len(every):
             raise UserError(f"graph {name}: inputs and outputs {', '.join(every)}; expected names that differ")
@@ -69,7 +72,6 @@ class Graph:
             known = self.inputs if field in of_inputs else self.outputs
             if unknown := [key for key in getattr(self, field) if key not in known]:
                 raise UserError(f"graph {name}: {field} {', '.join(unknown)}; expected names among {', '.join(known)}")
-        found: dict[str, int] = {}
         for key, axes in self.dynamic_axes.items():
             shape = self.inputs[key].shape
             for axis, symbol in axes.items():
@@ -78,8 +80,6 @@ class Graph:
                     raise UserError(f"{where}: {list(shape)}; expected an axis from 0 to {len(shape) - 1}")
                 if not self.sizes.get(symbol):
                     raise UserError(f"{where}: no sizes; expected those at which to verify it")
-                if shape[axis] and found.setdefault(symbol, shape[axis]) != shape[axis]:  # a past may still be empty
-                    raise UserError(f"{where}: {shape[axis]}; expected {found[symbol]}, as another axis of that name")
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
