@@ -1457,6 +1457,7 @@ def own_series(**changes):
         ({"cat": np.arange(3.0)[:, None]}, "train: cat: float64 [3, 1]; expected an array for 3 names"),
         ({"cat": np.arange(3)[:, None] - 1}, "s0: cat[0]: -1; expected 0 or more"),
         ({"static": np.ones((2, 1))}, "train: static: float64 [2, 1]; expected an array for 3 names"),
+        ({"names": []}, "train: no series; expected some"),
     ],
 )
 def test_series_of_ones_own_whose_arrays_do_not_fit_together_are_refused(changes, message):
@@ -1481,3 +1482,13 @@ def test_channels_of_ones_own_of_another_kind_are_refused(found, message):
             return found
 
     assert error_of(Own("1H", 6, 12).setup).startswith(message)
+
+
+def test_series_of_ones_own_without_categories_may_have_an_empty_array_of_any_type():
+    class Own(ForecastingData):
+        def read(self, frequency):
+            return Channels(series := own_series(cat=np.empty((3, 0))), series)
+
+    data = Own("1H", 6, 12)
+    data.setup()
+    assert data.cardinality == []

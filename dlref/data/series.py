@@ -101,7 +101,9 @@ def check_layout(split: str, series: object) -> None:
     if not all(isinstance(name, str) for name in series.names):
         raise UserError(f"{split}: names {shorten(list(series.names))}; expected texts")
     count = len(series.names)
-    layout = {  # kinds of numpy's types, and the shape; None: any size
+    if not count:
+        raise UserError(f"{split}: no series; expected some")
+    layout = {  # kinds of numpy's types, unless there are no values, and the shape; None: any size
         "target": ("fiu", (None,)),
         "offsets": ("iu", (count + 1,)),
         "start": ("M", (count,)),
@@ -114,7 +116,7 @@ def check_layout(split: str, series: object) -> None:
         array = getattr(series, field)
         kind, sizes = (array.dtype.kind, array.shape) if isinstance(array, np.ndarray) else ("", ())
         known = tuple(None if size is None else own for own, size in zip(sizes, shape, strict=False))
-        if kind not in kinds or len(sizes) != len(shape) or known != shape:
+        if len(sizes) != len(shape) or known != shape or (array.size and kind not in kinds):
             shown = f"{array.dtype} {list(sizes)}" if kind else type(array).__name__
             raise UserError(f"{split}: {field}: {shown}; expected an array for {count} names, as in Series")
     for field, values in (("offsets", series.target), ("dynamic_offsets", series.dynamic)):
