@@ -524,6 +524,7 @@ OWN_TOKENS = Pairs([[4], [5, 4]], [[5], [4]], ["own 1", "own 2"])
             "train: 0 sources, 0 targets and 0 names; expected one of each for every pair, and at least",
         ),
         ({"test": tuple(OWN)}, "test: tuple; expected Pairs of sources, targets and names"),
+        ({"val": OWN._replace(target=iter(["yes"]))}, "val: list_iterator; expected lists of sources, targets"),
         ({"train": OWN._replace(source="ja")}, "train: source: one text; expected a list of texts"),
         ({"train": OWN._replace(target=["yes", None])}, "own 2: target: NoneType; expected a text or a list of tokens"),
         ({"val": OWN._replace(source=[b"ja", "nein"])}, "own 1: source: bytes; expected a text or a list of tokens"),

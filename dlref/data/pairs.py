@@ -68,6 +68,8 @@ def check_pairs(split: str, pairs: object) -> None:
     """Raise UserError unless `pairs` are `Pairs`, as many sources as targets and names, and some of each."""
     if not isinstance(pairs, Pairs):
         raise UserError(f"{split}: {type(pairs).__name__}; expected Pairs of sources, targets and names")
+    if kinds := [type(part).__name__ for part in pairs if not hasattr(part, "__len__")]:
+        raise UserError(f"{split}: {kinds[0]}; expected lists of sources, targets and names")
     sources, targets, names = map(len, pairs)
     if not sources == targets == names or not names:
         counts = f"{sources} sources, {targets} targets and {names} names"
