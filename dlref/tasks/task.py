@@ -50,7 +50,7 @@ class Task(LightningModule):
     row_facts: ClassVar[dict[str, str]] = {}
     # Attributes that the network must have besides `forward`.
     needs: tuple[str, ...] = ()
-    # The metric by which an exported bundle is compared with this task: a key of test.json.
+    # The metric by which an exported bundle is compared with this task: a key of test.json, logged in validation, too.
     metric: str
     train_loss: Tensor | None = None  # of the last step; a resumed run starts without one
     # The config's optimiser, as returned by `described`, and that of the run that is resumed.
