@@ -10,7 +10,6 @@ shape. After `setup`, `labels` holds the K class names.
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from reprlib import repr as shorten
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +21,7 @@ from torchvision.transforms import v2
 from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.box_listings import BoxListing, OnBadBox, Picture
 from dlref.data.coco_boxes import read_coco
-from dlref.data.files import read_splits
+from dlref.data.files import as_listing, read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
@@ -174,7 +173,7 @@ class ObjectDetectionData(AnnotatedPictures):
         check_at_least(0, num_workers=self.num_workers)
         if not 1 <= self.zoom_out < 100:
             raise UserError(f"--data.init_args.zoom_out: {self.zoom_out}; expected 1 to below 100")
-        listings = {name: as_listing(listing) for name, listing in self.list_splits().items()}
+        listings = self.list_splits()
         self.labels = listings["train"].classes
         for name, listing in listings.items():
             check_objects(name, listing.pictures, len(self.labels))
@@ -212,13 +211,6 @@ class ObjectDetectionData(AnnotatedPictures):
         return v2.Resize((self.image_size, self.image_size), antialias=True)
 
 
-def as_listing(listing: object) -> BoxListing:
-    """Return a listing. Raises UserError for something else, such as plain tuples, from a `read` of one's own."""
-    if not isinstance(listing, BoxListing) or not all(isinstance(one, Picture) for one in listing.pictures):
-        raise UserError(f"pictures read as {shorten(listing)}; expected a BoxListing of Pictures")
-    return listing
-
-
 def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
     """Raise UserError for objects that are not as `Picture` describes them; most others would train all the same."""
     if not pictures:
@@ -228,7 +220,7 @@ def check_objects(split: str, pictures: list[Picture], classes: int) -> None:
         found = [getattr(part, "dtype", type(part).__name__) for part in picture[1:]]
         if found != types:
             raise UserError(f"{picture.path}: boxes, labels and ignored are of {found}; expected {types}")
-        shapes, count = [list(part.shape) for part in picture[1:]], len(picture.labels) if picture.labels.ndim else 0
+        shapes, count = [list(part.shape) for part in picture[1:]], picture.labels.numel()
         if shapes != [[count, 4], [count], [count]]:
             raise UserError(f"{picture.path}: boxes, labels and ignored are {shapes}; expected [N, 4], [N] and [N]")
     boxes = torch.cat([picture.boxes for picture in pictures])
@@ -337,7 +329,7 @@ class ListedBoxes(ObjectDetectionData):
         """Read the lists of a split and concatenate them."""
         pictures: list[Picture] = []
         for name in [lists] if isinstance(lists, str) else lists:
-            listing = as_listing(self.read(self.root / name, classes))
+            listing = as_listing(self.read(self.root / name, classes), "pictures")
             classes = listing.classes
             pictures += listing.pictures
         if not pictures:

@@ -67,9 +67,9 @@ class Graph:
         every = [*self.inputs, *self.outputs]
         if len(set(every)) < len(every):
             raise UserError(f"graph {name}: inputs and outputs {', '.join(every)}; expected names that differ")
-        of_inputs, of_outputs = ("dynamic_axes", "unbounded"), ("selected", "discrete")
-        for field in (*of_inputs, *of_outputs):
-            known = self.inputs if field in of_inputs else self.outputs
+        names = {"dynamic_axes": self.inputs, "unbounded": self.inputs}
+        names |= {"selected": self.outputs, "discrete": self.outputs}
+        for field, known in names.items():
             if unknown := [key for key in getattr(self, field) if key not in known]:
                 raise UserError(f"graph {name}: {field} {', '.join(unknown)}; expected names among {', '.join(known)}")
         for key, axes in self.dynamic_axes.items():
