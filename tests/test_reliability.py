@@ -820,7 +820,7 @@ def test_validation_between_two_optimiser_steps_is_refused(capsys):
         ({"trainer.val_check_interval": "00:00:10:00"}, "trainer.val_check_interval: a time; expected a number"),
         (
             {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 8},
-            "validation every 8 batches, an optimiser step every 4",
+            "check_val_every_n_epoch: null, with epochs of 6 batches, an optimiser step every 4; expected a multiple",
         ),
         ({"trainer.limit_val_batches": 0.00001}, "limit_val_batches"),
         ({"trainer.max_epochs": -1, "trainer.max_time": "00:00:10:00"}, "expected trainer.max_epochs or max_steps"),

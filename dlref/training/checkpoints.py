@@ -312,11 +312,11 @@ def check_interval(trainer: Trainer) -> None:
     if every is None:
         raise UserError("trainer.val_check_interval: a time; expected a number of batches, or a share of an epoch")
     through = trainer.check_val_every_n_epoch is None  # across epochs, whose last step may have fewer batches
-    if (every % added and (through or every < batches)) or (through and batches % added):
-        raise UserError(
-            f"trainer.val_check_interval: validation every {every} batches, an optimiser step every {added}; "
-            "expected a multiple, because a checkpoint has no accumulated gradients"
-        )
+    words = f"an optimiser step every {added}; expected a multiple, because a checkpoint has no accumulated gradients"
+    if every % added and (through or every < batches):
+        raise UserError(f"trainer.val_check_interval: validation every {every} batches, {words}")
+    if through and batches % added:
+        raise UserError(f"trainer.check_val_every_n_epoch: null, with epochs of {batches} batches, {words}")
 
 
 def make_resumable(trainer: Trainer) -> None:
