@@ -286,7 +286,8 @@ class TrainCLI(LightningCLI):
                 self.trainer.fit(model, datamodule=datamodule, **arguments)
             if not self.trainer.global_step:
                 raise UserError("no step was trained; expected more time, trainer.max_time")
-            self.claim.commit()  # a complete run that is resumed has no first batch to commit it
+            self.last.find_place(self.trainer)  # a complete run that is resumed has no first batch to check it
+            self.claim.commit()  # nor to commit it
             if self.options.final_test and self.trainer.state.finished:
                 # Only the weights: restoring callbacks too would overwrite EMA's average with its current weights.
                 model.restore(checkpoint_of(self.run, None))

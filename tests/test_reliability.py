@@ -611,6 +611,30 @@ def test_resuming_with_another_optimiser_is_refused(tmp_path, capsys):
         assert (tmp_path / "mine/config.yaml").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "complaint"),
+    [
+        (
+            {"max_epochs": 2},
+            {"max_epochs": 1},
+            "max_epochs: 1, the checkpoint has 2; expected at least as many",
+        ),
+        ({"max_steps": 3}, {"max_steps": 2}, "max_steps: 2, the checkpoint has 3; expected at least as many"),
+        ({"max_steps": 3}, {"max_steps": 3}, "seed_everything: 5, the checkpoint has 0"),
+        ({"max_epochs": 2}, {"max_epochs": 2}, "seed_everything: 5, the checkpoint has 0"),
+    ],
+)
+def test_resuming_a_run_that_has_no_step_left_does_not_change_its_config(first, then, complaint, tmp_path, capsys):
+    """Lightning skips the training, and with it the checks at its start."""
+    assert fit(run="mine", **{f"trainer__{key}": value for key, value in first.items()}) == 0
+    before = (tmp_path / "mine/config.yaml").read_text()
+    capsys.readouterr()
+    longer = {f"trainer__{key}": value for key, value in then.items()}
+    assert fit(run="mine", ckpt_path="last", seed_everything=5, **longer) == 2
+    assert complaint in capsys.readouterr().err
+    assert (tmp_path / "mine/config.yaml").read_text() == before
+
+
 def test_resuming_with_another_freeze_of_as_many_parameters_is_refused(capsys):
     assert fit(run="mine", model__init_args__freeze="c3") == 0
     assert fit(run="mine", model__init_args__freeze="c1", ckpt_path="last", trainer__max_epochs=2) == 2

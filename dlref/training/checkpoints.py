@@ -177,6 +177,7 @@ class Last(Checkpoint):
             self.validated, self.seed = bool(known["validated"]), int(known["seed"])
             self.stopping = bool(known.get("stopping"))
             self.size = int(known["size"]) if "size" in known else None  # earlier checkpoints do not have it
+            epochs = int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
             for one in trainer.callbacks:
                 if isinstance(one, EarlyStopping) and one.state_key in checkpoint["callbacks"]:
                     state = checkpoint["callbacks"][one.state_key]
@@ -187,6 +188,11 @@ class Last(Checkpoint):
                 f"loops and callbacks: {one_line(repr(error))}; expected a checkpoint that train.py of this version "
                 "wrote, or model.init_args.weights for a new run that starts from the weights"
             ) from None
+        for name, trained in (("max_epochs", epochs), ("max_steps", checkpoint["global_step"])):
+            most = getattr(trainer, name)
+            # Lightning would skip the training, and with it the checks below, and config.yaml would name a shorter run.
+            if most is not None and 0 <= most < trained:
+                raise UserError(f"trainer.{name}: {most}, the checkpoint has {trained}; expected at least as many")
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Find the position in the epoch, and handle SIGTERM: save and end between two steps."""

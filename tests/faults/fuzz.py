@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dlref.data import cifar, idx, listings, mask_listings, pairs, series, tokens, vocabulary
+from dlref.data import cifar, idx, listings, mask_listings, pairs, tokens, vocabulary
+from dlref.data import series_files as series
 from dlref.data.coco_boxes import read_coco
 from dlref.data.images import read_image
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
