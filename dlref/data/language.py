@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dlref.data.files import warn_of_shared
-from dlref.data.loader import SplitData, check_at_least
+from dlref.data.loader import SplitData, check_at_least, check_split
 from dlref.data.tokens import (
     BLOCK,
     RandomStarts,
@@ -164,8 +164,7 @@ class Texts(LanguageData):
         """Make the tokeniser and apply it."""
         check_at_least(1, vocabulary_size=self.vocabulary_size)
         texts = self.texts()
-        if "train" not in texts:
-            raise UserError("the data has no split train; expected train, val and test")
+        check_split("train", texts)
         for split, known in texts.items():
             check_texts(split, known)
         described = tokenizer_of(self.asked, texts["train"], self.vocabulary_size)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -242,8 +242,7 @@ class SplitData(LightningDataModule):
         Lightning's own sampler would repeat some samples if they do not divide evenly among the devices. Raises
         UserError if there are fewer samples than devices, or no such split.
         """
-        if split not in self.splits:
-            raise UserError(f"the data has no split {split}; expected train, val and test")
+        check_split(split, self.splits)
         samples, (rank, devices) = self.samples(split), processes()
         if len(samples) < devices and devices > 1:
             raise UserError(f"{split}: {len(samples)} samples for {devices} devices; expected one for each")
@@ -292,6 +291,12 @@ def end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def check_split(split: str, found: Container[str]) -> None:
+    """Raise UserError if data of one's own lacks a split."""
+    if split not in found:
+        raise UserError(f"the data has no split {split}; expected train, val and test")
 
 
 def check_at_least(minimum: int, **arguments: int) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dlref.data.files import warn_of_shared
-from dlref.data.loader import SplitData, check_at_least
+from dlref.data.loader import SplitData, check_at_least, check_split
 from dlref.data.pairs import (
     Corpus,
     Pairs,
@@ -84,8 +84,7 @@ class TranslationData(SplitData):
             check_at_least(2, longest=self.longest)
             pairs = self.read()
             for split in ("train", "val", "test"):
-                if split not in pairs:
-                    raise UserError(f"the data has no split {split}; expected train, val and test")
+                check_split(split, pairs)
                 check_pairs(split, pairs[split])
             self.source_vocabulary, self.target_vocabulary = self.vocabularies(pairs["train"])
             self.splits = {split: self.encoded(split, pairs[split]) for split in ("train", "val", "test")}
