@@ -85,15 +85,16 @@ class Pictures(Dataset):
         pictures: paths or numbers, boxes in pixels, labels.
         transform: maps a dict with `image`, `boxes`, `labels` and `ignored` to one with a square image.
         keep_ignored: whether to keep boxes that evaluation ignores.
+        images: uint8 (N, 3, H, W) if the pictures are in memory; then no paths are read.
     """
 
-    images: Tensor | None = None  # uint8 (N, 3, H, W) if the pictures are in memory; then no paths are read
-
-    def __init__(self, pictures: list[Picture], transform: Callable[[dict], dict], keep_ignored: bool = True):
+    def __init__(
+        self, pictures: list[Picture], transform: Callable[[dict], dict], keep_ignored: bool, images: Tensor | None
+    ):
         # Arrays: a worker that is not forked receives one open file per tensor, and open files are limited.
         self.objects = [tuple(part.numpy() for part in picture[1:]) for picture in pictures]
         self.names = [picture.path for picture in pictures]
-        self.transform, self.keep_ignored = transform, keep_ignored
+        self.transform, self.keep_ignored, self.images = transform, keep_ignored, images
         self.places = max([1, *(len(picture.labels) for picture in pictures)])
 
     def __len__(self) -> int:
@@ -160,6 +161,7 @@ class ObjectDetectionData(AnnotatedPictures):
         super().__init__(batch_size, num_workers)
         self.image_size, self.photometric = image_size, photometric
         self.zoom_out, self.crop, self.flip = zoom_out, crop, flip
+        self.images: dict[str, Tensor] = {}  # of the splits in memory, uint8 (N, 3, H, W)
 
     def list_splits(self) -> dict[str, BoxListing]:
         """List "train", "val" and "test", with the classes of "train"."""
@@ -187,9 +189,9 @@ class ObjectDetectionData(AnnotatedPictures):
 
     def dataset(self, name: str, listing: BoxListing) -> Pictures:
         """Return the data set of a split."""
-        if name == "train":
-            return Pictures(listing.pictures, self.train_transform(), self.keep_ignored)
-        return Pictures(listing.pictures, self.eval_transform())
+        train = name == "train"
+        transform = self.train_transform() if train else self.eval_transform()
+        return Pictures(listing.pictures, transform, self.keep_ignored or not train, self.images.get(name))
 
     def train_transform(self) -> v2.Transform:
         """Return the transform of training pictures, except for changes of brightness and colours."""
@@ -284,12 +286,6 @@ class DigitScenes(ObjectDetectionData):
                 [str(digit) for digit in range(10)],
             )
         return listings
-
-    def dataset(self, name: str, listing: BoxListing) -> Pictures:
-        """Return the data set of a split, with its scenes in memory."""
-        dataset = super().dataset(name, listing)
-        dataset.images = self.images[name]
-        return dataset
 
 
 class ListedBoxes(ObjectDetectionData):
