@@ -154,12 +154,9 @@ class PublishedImages(InMemoryImages):
             raise UserError(f"--data.init_args.validation: {held_out}; expected 0 to {count - 1}, of {count} images")
         # NumPy never changes the numbers of RandomState: later versions must hold out the same images.
         order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
-        images, targets = torch.as_tensor(train[0]), torch.as_tensor(train[1]).long()
-        return {
-            "train": ImageTensors(images[order[held_out:]], targets[order[held_out:]]),
-            "val": ImageTensors(images[order[:held_out]], targets[order[:held_out]]),
-            "test": ImageTensors(torch.as_tensor(test[0]), torch.as_tensor(test[1]).long()),
-        }
+        whole, test = (ImageTensors(torch.as_tensor(x), torch.as_tensor(y).long()) for x, y in (train, test))
+        val, train = (ImageTensors(*whole[index]) for index in (order[:held_out], order[held_out:]))
+        return {"train": train, "val": val, "test": test}
 
 
 class MNIST(PublishedImages):
