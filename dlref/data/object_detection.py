@@ -277,14 +277,12 @@ class DigitScenes(ObjectDetectionData):
         for seed, (name, pool) in enumerate(digit_pools().items()):
             scenes = make_scenes(*pool, self.counts[name], self.image_size, seed, self.most)
             self.images[name] = scenes.images
-            listings[name] = BoxListing(
-                [
-                    Picture(str(i), boxes[there], labels[there], torch.zeros(int(there.sum()), dtype=torch.bool))
-                    for i, (boxes, labels) in enumerate(zip(scenes.boxes, scenes.labels, strict=True))
-                    for there in [labels >= 0]
-                ],
-                [str(digit) for digit in range(10)],
-            )
+            pictures = []
+            for i, (boxes, labels) in enumerate(zip(scenes.boxes, scenes.labels, strict=True)):
+                there = labels >= 0
+                ignored = torch.zeros(int(there.sum()), dtype=torch.bool)
+                pictures.append(Picture(str(i), boxes[there], labels[there], ignored))
+            listings[name] = BoxListing(pictures, [str(digit) for digit in range(10)])
         return listings
 
 
