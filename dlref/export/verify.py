@@ -50,10 +50,11 @@ class Reference:
 class Compared:
     """An exported graph that compares each of its outputs with PyTorch's.
 
-    `tolerance` is relative to outputs above 1 and absolute below. It is infinite for a graph of lower precision, which
-    is judged by the task's metric: only a wrong rank, type or padding, or a value that is not finite, is then refused,
-    since rounding can change the number of boxes or tokens. Outputs that are a choice (`Graph.selected`) are compared
-    as a set of rows, discrete outputs such as argmax (`Graph.discrete`) by the number of elements that differ.
+    `tolerance` is relative to outputs above 1 and absolute below, in a choice to the largest of a column. It is
+    infinite for a graph of lower precision, which is judged by the task's metric: only a wrong rank, type or
+    padding, or a value that is not finite, is then refused, since rounding can change the number of boxes or
+    tokens. Outputs that are a choice (`Graph.selected`) are compared as a set of rows, discrete outputs such as
+    argmax (`Graph.discrete`) by the number of elements that differ.
     """
 
     def __init__(self, name: str, graph, reference: Callable, exported: OnnxGraph, tolerance: float):
@@ -108,9 +109,11 @@ class Compared:
             self.rows += len(wanted)
             unlike = abs(len(found) - len(wanted))
             if len(found) and len(wanted):
+                # A corner is no more exact near the edge of an image than elsewhere: relative to all of its column.
+                size = np.abs(np.where(np.isfinite(wanted), wanted, 0)).max(axis=0).clip(min=1)
                 with np.errstate(invalid="ignore"):  # inf - inf; equal infinities count as 0
                     error = np.where(found[:, None] == wanted, 0, np.abs(found[:, None] - wanted))  # (found, wanted, F)
-                    relative = (error / np.maximum(np.abs(wanted), 1)).max(axis=2)
+                    relative = (error / size).max(axis=2)
                 nearest, places = relative.argmin(axis=0), np.arange(len(wanted))
                 same = relative[nearest, places] <= self.tolerance
                 if self.tolerance == inf:  # rows match if each is the other's nearest; others come or go

@@ -27,7 +27,8 @@ class Graph:
             listed is fixed to the size of the example.
         sizes: symbol -> sizes at which the exported graph must equal the module. The first size is that of
             a single prediction, which is timed and which a device that needs fixed shapes gets.
-        tolerance: largest allowed error, relative for outputs above 1 and absolute below.
+        tolerance: largest allowed error, relative for outputs above 1 and absolute below. In `selected` outputs it is
+            relative to the largest number in the same place of all rows of a sample.
         selected: outputs that result from a selection, such as the boxes left by suppression: rounding can change which
             rows (second axis) there are and their order. These outputs are compared together, as a set of rows for each
             sample, and all but a few rows must be found again near their places. Trailing rows of zeros are padding; an
