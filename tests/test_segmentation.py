@@ -607,9 +607,17 @@ def test_a_bundle_of_another_task_is_refused(metadata):
 )
 def test_invalid_probability_outputs_are_refused(probability):
     shape = {"image": ["batch", "height", "width", 3]}
-    segment = type("Graph", (), {"shape": shape, "__call__": lambda self, image: {"probability": probability}})()
+    members = {"shape": shape, "outputs": ["mask", "probability"]}
+    segment = type("Graph", (), {**members, "__call__": lambda self, image: {"probability": probability}})()
     runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
     with pytest.raises(UserError, match=r"expected finite float32 \(3, 4, 5\)"):
+        runner.probability(np.zeros((4, 5, 3), np.uint8))
+
+
+def test_a_bundle_without_probabilities_says_how_to_get_them():
+    deployable = deployed(sighted())
+    runner = make_runner(deployable.kind, deployable.graphs, deployable.metadata)
+    with pytest.raises(UserError, match=r"no probabilities .* expected .* model\.init_args\.probabilities"):
         runner.probability(np.zeros((4, 5, 3), np.uint8))
 
 

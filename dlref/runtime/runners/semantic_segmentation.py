@@ -47,6 +47,8 @@ class Runner(ImageRunner):
 
     def probability(self, source: Source) -> np.ndarray:
         """Return probabilities float32 (K, H, W) for one image. Raises UserError if the graph has none of that size."""
+        if "probability" not in self.segment.outputs:
+            raise UserError("no probabilities in this bundle; expected one of a run with model.init_args.probabilities")
         image = self.read(source)
         probability = ask(self.segment, image[None], "probability")[0][0]
         expected = (len(self.metadata["labels"]), *image.shape[:2])
