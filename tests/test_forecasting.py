@@ -55,7 +55,7 @@ def forecaster(distribution=None, cardinality=(), dynamic=0, static=0, context=6
     sizes = {"lags": len(H.lags), "features": features, "parameters": distribution.parameters}
     network = DeepAR(**sizes, cardinality=list(cardinality), cell=cell, num_cells=8)
     task = Forecaster(distribution, **{"network": network, "optimizer": sgd} | task)
-    known = {"cardinality": list(cardinality), "unseen": [[] for _ in cardinality], "category_names": []}
+    known = {"cardinality": list(cardinality), "unseen": [[] for _ in cardinality], "category_names": ()}
     lengths = {"context_length": context, "prediction_length": horizon}
     task.remember({"frequency": str(H), **lengths, **known, "dynamic_features": dynamic, "static_features": static})
     return task.eval()
@@ -111,7 +111,25 @@ def test_scale_is_the_mean_absolute_value_of_observed_points():
         [[2.0, -4.0, 99.0], [0.0, 0.0, 0.0], [0.0, -7.0, -7.0], [0.0, 0.0, 0.0], [2e-12, 4e-12, 3e-12]]
     )
     observed = torch.tensor([[True, True, False], [True] * 3, [False] * 3, [False] * 3, [True] * 3])
-    assert scale_of(target, observed).tolist() == [3, 1, 7, 1, pytest.approx(3e-12)]
+    assert scale_of(target, observed, torch.tensor(5.0)).tolist() == [3, 5, 7, 5, pytest.approx(3e-12)]
+
+
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("unit", [1, 1024])
+def test_a_context_without_a_scale_has_the_typical_one_of_the_training_series(tmp_path, difference, unit):
+    """Means 2 and 8 of values, 4 and 0 of changes; neither zeros nor held-out or unused values count."""
+    targets = [[0, 4] * 200 + [1e6] * 8, [8] * 400 + [1e6] * 8, [0] * 408, [1e6] * 12]
+    rows = [{"start": START, "target": [unit * value for value in target]} for target in targets]
+    (tmp_path / "series.json").write_text("\n".join(map(json.dumps, rows)))
+    series = SageMakerSeries(str(tmp_path / "series.json"), **SIZES, batches=1)
+    task = forecaster(difference=difference)
+    fit(tmp_path, task, series)
+    assert task.typical_scale.item() == pytest.approx(4 * unit)
+    again = forecaster(difference=difference)
+    again.load_state_dict(task.state_dict())
+    encode = again.deployable(window_of(torch.zeros(1, 10))).graphs["encode"]
+    inputs = {name: tensor.numpy() for name, tensor in encode.inputs.items()}
+    assert encode(**inputs | {"target": np.zeros((1, 6), np.float32)})["scale"] == pytest.approx(4 * unit)
 
 
 def test_scale_and_forecast_do_not_depend_on_future_values():

@@ -143,7 +143,7 @@ class ForecastingData(SplitData):
         }
         for name, windows in self.splits.items():
             self.report_short(name, windows, {"val": self.val_windows, "test": self.test_windows}.get(name, 1))
-        self.weight = mean_absolute(store, store.length - held) if self.by_scale else torch.ones(len(store.length))
+        self.weight = store.mean_absolute(store.length - held) if self.by_scale else torch.ones(len(store.length))
         if not (self.weight * (self.splits["train"].count > 0)).any():
             raise UserError("by_scale: only zeros to train from; expected other values, or by_scale false")
         self.report_idle(train.cat, ((self.weight > 0) & (self.splits["train"].count > 0)).numpy())
@@ -212,14 +212,6 @@ def each_end(store: SeriesStore, last: Tensor, horizon: int) -> tuple[Tensor, Te
     """Return the first end of a window with a known point before its forecast, and the number of ends up to `last`."""
     first = store.lead + horizon + 1
     return first, (last - first + 1).clamp(min=0)
-
-
-def mean_absolute(store: SeriesStore, length: Tensor) -> Tensor:
-    """Return the mean absolute value of the observed points among the first `length` of each series, (N,)."""
-    both = torch.stack([store.values.abs().where(store.observed, 0).double(), store.observed.double()])
-    total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
-    begin, end = store.begin, store.begin + length.clamp(min=0)
-    return (total[end] - total[begin]) / (count[end] - count[begin]).clamp(min=1)
 
 
 class SyntheticSeries(ForecastingData):

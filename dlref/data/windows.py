@@ -6,6 +6,7 @@ N series, P points in all, B windows, T times of a window (history, context and 
 have features (context and prediction), F features of a time, G categories, H times to forecast, Q quantile levels.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -90,13 +91,28 @@ class SeriesStore(nn.Module):
             categories=self.categories[item],
         )
 
-    def outcomes(self, difference: bool) -> Float[Tensor, "P"]:
-        """Return all observed values, or all changes between neighbouring points of a series that are both observed."""
+    def outcomes(self, difference: bool) -> tuple[Float[Tensor, "P"], Bool[Tensor, "P"]]:
+        """Return each value, or its change from the point before, and which are observed; a change if both points are.
+
+        The first point of a series has no change.
+        """
         if not difference:
-            return self.values[self.observed]
-        both = self.observed[1:] & self.observed[:-1]
-        both[self.begin[1:] - 1] = False  # changes from one series to the next
-        return self.values.diff()[both]
+            return self.values, self.observed
+        both = self.observed & self.observed.roll(1)
+        both[self.begin] = False
+        return self.values - self.values.roll(1), both
+
+    def mean_absolute(self, end: Int[Tensor, "N"], difference: bool = False) -> Float[Tensor, "N"]:
+        """Return the mean absolute value, or change, observed before time `end` of each series; 0 if there is none.
+
+        The result is on the CPU: not every device has float64.
+        """
+        values, observed = (tensor.cpu() for tensor in self.outcomes(difference))
+        both = torch.stack([values.abs().where(observed, 0).double(), observed.double()])
+        total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
+        begin = self.begin.cpu()
+        end = begin + end.cpu().clamp(min=0)
+        return (total[end] - total[begin]) / (count[end] - count[begin]).clamp(min=1)
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return the mean absolute difference of values a season apart before time `end` of each series; 0: none."""
@@ -170,6 +186,16 @@ class Windows(Dataset):
         """Return the series of each window and the time in it at which the window ends."""
         item = torch.searchsorted(self.stop, number, right=True)
         return item, self.first[item] + self.stride * (number - self.stop[item] + self.count[item])
+
+    def typical(self, difference: bool) -> float:
+        """Return the geometric mean, over series, of the mean absolute value, or change, before the last window's end.
+
+        Series with zeros alone, or without windows, have no part in it; if there are no others, it is 1.
+        """
+        end = (self.first + self.count - 1).where(self.count > 0, 0)
+        means = self.store.mean_absolute(end, difference)
+        logs = means[means > 0].log()
+        return math.exp(logs.sum().item() / max(1, len(logs)))
 
     def __getitem__(self, number: Int[Tensor, "B"]) -> Window:
         item, end = self.ends(sent(number, self.stop.device))

@@ -62,6 +62,7 @@ class Forecaster(Task):
     def __init__(self, distribution: Distribution, longest_lag: int | None = None, difference: bool = False, **task):
         super().__init__(**task)
         self.distribution, self.longest_lag, self.difference = distribution, longest_lag, difference
+        self.register_buffer("typical_scale", torch.ones(()))  # of the training series
 
     def check(self) -> None:
         """Run windows through the network: one for other series, or that looks ahead, is refused before training."""
@@ -102,12 +103,15 @@ class Forecaster(Task):
     def setup(self, stage: str) -> None:
         """Check the series and create their scores, once they are known."""
         super().setup(stage)
+        if stage == "fit":
+            self.typical_scale.fill_(self.trainer.datamodule.splits["train"].typical(self.difference))
         if stage != "predict":
             checked = set()  # validation and test may use the series of training, or their own
             for name, split in self.trainer.datamodule.splits.items():
                 if name != "predict" and split.store not in checked:
                     checked.add(split.store)
-                    self.check_outcomes(name, split.store.outcomes(self.difference))
+                    values, observed = split.store.outcomes(self.difference)
+                    self.check_outcomes(name, values[observed])
         dtype = widest_float(self.trainer.strategy.root_device)
         self.scores = nn.ModuleDict({name: SampleScores(self.horizon, dtype) for name in (OWN, *BASELINES)})
         if any(split.store.truth is not None for split in self.trainer.datamodule.splits.values()):
@@ -155,7 +159,7 @@ class Forecaster(Task):
         """Return the parameters (B, T + H), in their domains, of a modelled window's context and prediction."""
         context, times = self.context, self.context + self.horizon
         values, observed = window.values[:, -times:], window.observed[:, -times:]
-        scale = scale_of(values[:, :context], observed[:, :context])[:, None]
+        scale = scale_of(values[:, :context], observed[:, :context], self.typical_scale)[:, None]
         history = window.values[:, -times - max(self.lags) :] / scale
         device, places = history.device, torch.from_numpy(lag_indices(self.lags, times))
         places = places.to(device, non_blocking=device.type != "mps")  # as in `dlref.data.loader.sent`
@@ -297,7 +301,8 @@ class Forecaster(Task):
         }
         axes = {name: {0: "batch", 1: "context"} for name in inputs} | {"categories": {0: "batch"}}
         sizes = {"batch": (1, 2, 7), "context": (context, context + 5, max(1, context // 2))}
-        return Graph(_Encode(self.network), inputs, ["scale", "state"], axes, sizes, unbounded=("lagged", "features"))
+        encode = _Encode(self.network, self.typical_scale)
+        return Graph(encode, inputs, ["scale", "state"], axes, sizes, unbounded=("lagged", "features"))
 
     def step_graph(self, past: Past, encode: Graph) -> Graph:
         """Return the graph from earlier values of each path and noise to its next value and state."""
@@ -361,9 +366,10 @@ def state_in(answers: object) -> Tensor:
 class _Encode(nn.Module):
     """The graph that reads the context, from which sampling starts."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, typical_scale: Float[Tensor, ""]):
         super().__init__()
         self.network = network
+        self.register_buffer("typical_scale", typical_scale)
 
     def forward(
         self,
@@ -373,7 +379,7 @@ class _Encode(nn.Module):
         features: Float[Tensor, "B T F"],
         categories: Int[Tensor, "B G"],
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "Y B D"]]:
-        scale = scale_of(target, observed)
+        scale = scale_of(target, observed, self.typical_scale)
         _, state = self.network(lagged / scale[:, None, None], features, categories, scale)
         return scale, state.float()
 
@@ -413,12 +419,15 @@ def finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if value.isfinite()}
 
 
-def scale_of(target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """Return the mean absolute value of the observed context, or of the last value if there is none; 1 if that is 0.
+def scale_of(
+    target: Float[Tensor, "B T"], observed: Bool[Tensor, "B T"], typical: Float[Tensor, ""]
+) -> Float[Tensor, "B"]:
+    """Return the mean absolute value of the observed context, or of the last value if there is none.
 
-    This is GluonTS's scale except in the last two cases: there it has the batch's mean scale if nothing is observed,
-    and 1e-10 instead of 0. The paper's is 1 + the mean (section 3.3), which can be 0 if values are negative.
+    If that is 0, it is `typical`, which has the unit of the values, as 1 would not. This is GluonTS's scale except in
+    the last two cases: there it has the batch's mean scale if nothing is observed, and 1e-10 instead of 0. The paper's
+    is 1 + the mean (section 3.3), which can be 0 if values are negative.
     """
     mean = target.abs().where(observed, 0).sum(1) / observed.sum(1).clamp(min=1)
     mean = mean.where(observed.any(1), target[:, -1].abs())  # missing values repeat the last one
-    return mean.where(mean > 0, 1)
+    return mean.where(mean > 0, typical)
