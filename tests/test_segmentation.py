@@ -621,6 +621,17 @@ def test_a_bundle_without_probabilities_says_how_to_get_them():
         runner.probability(np.zeros((4, 5, 3), np.uint8))
 
 
+def test_probabilities_of_a_bundle_of_fixed_size_are_for_images_of_that_size():
+    """The masks are resized to the image; maps of probabilities are not, and the graph is not to blame."""
+    answer = {"probability": np.zeros((1, 3, 4, 5), np.float32)}
+    members = {"shape": {"image": [1, 4, 5, 3]}, "outputs": ["mask", "probability"]}
+    segment = type("Graph", (), {**members, "__call__": lambda self, image: answer})()
+    runner = make_runner("semantic-segmentation", {"segment": segment}, {"labels": LABELS, "channels": 3})
+    assert runner.probability(np.zeros((4, 5, 3), np.uint8)).shape == (3, 4, 5)
+    with pytest.raises(UserError, match="an image of 7×6 pixels; expected 5×4, the fixed size of this bundle"):
+        runner.probability(np.zeros((6, 7, 3), np.uint8))
+
+
 def write_pictures(*given):
     with written_pictures(*given):
         pass

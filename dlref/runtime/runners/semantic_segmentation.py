@@ -49,7 +49,12 @@ class Runner(ImageRunner):
         """Return probabilities float32 (K, H, W) for one image. Raises UserError if the graph has none of that size."""
         if "probability" not in self.segment.outputs:
             raise UserError("no probabilities in this bundle; expected one of a run with model.init_args.probabilities")
-        image = self.read(source)
+        image, fixed = self.read(source), self.segment.shape["image"][1:3]
+        if all(isinstance(side, int) for side in fixed) and fixed != list(image.shape[:2]):  # masks alone are resized
+            raise UserError(
+                f"an image of {image.shape[1]}×{image.shape[0]} pixels; expected {fixed[1]}×{fixed[0]}, the fixed size "
+                "of this bundle, for its probabilities"
+            )
         probability = ask(self.segment, image[None], "probability")[0][0]
         expected = (len(self.metadata["labels"]), *image.shape[:2])
         if probability.shape != expected or probability.dtype != np.float32 or not np.isfinite(probability).all():
