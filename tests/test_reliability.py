@@ -386,6 +386,18 @@ def test_sigterm_ends_validate_test_and_predict_at_once(tmp_path, monkeypatch, c
         assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
 
 
+def test_the_loop_for_spot_instances_goes_on_after_sigterm_at_any_time_and_ends_after_errors(tmp_path):
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    loop = page.partition("```bash\n")[2].partition("```")[0]
+    (tmp_path / "python").write_text('echo "$@" >> starts; exit $(sed -n "$(wc -l < starts)p" statuses)')
+    (tmp_path / "python").chmod(0o755)
+    for statuses, starts in (("143 75 0 2", 3), ("75 2 0", 2), ("1 0", 1)):  # 143: a shell's for SIGTERM's default
+        (tmp_path / "starts").unlink(missing_ok=True)
+        (tmp_path / "statuses").write_text(statuses.replace(" ", "\n"))
+        subprocess.run(["bash", "-c", f"PATH=.:$PATH; {loop}"], cwd=tmp_path, check=False)
+        assert len((tmp_path / "starts").read_text().splitlines()) == starts
+
+
 def test_sigterm_is_passed_on_to_the_processes_of_other_devices(monkeypatch):
     killed = []
     launcher = SimpleNamespace(kill=killed.append)
