@@ -132,6 +132,15 @@ def test_a_context_without_a_scale_has_the_typical_one_of_the_training_series(tm
     assert encode(**inputs | {"target": np.zeros((1, 6), np.float32)})["scale"] == pytest.approx(4 * unit)
 
 
+def test_a_small_series_after_a_large_one_counts_in_the_typical_scale(tmp_path):
+    rows = [{"start": START, "target": [value] * 400} for value in (1e13, 1e-3)]
+    (tmp_path / "series.json").write_text("\n".join(map(json.dumps, rows)))
+    series = SageMakerSeries(str(tmp_path / "series.json"), **SIZES, by_scale=True)
+    series.setup()
+    assert series.weight.tolist() == pytest.approx([1e13, 1e-3])
+    assert series.splits["train"].typical(False) == pytest.approx(1e5)
+
+
 def test_scale_and_forecast_do_not_depend_on_future_values():
     task = forecaster(network=Recorder())
     one, other = window_of(torch.ones(1, 10)), window_of(torch.tensor([[1.0] * 6 + [1e6] * 4]))

@@ -107,12 +107,13 @@ class SeriesStore(nn.Module):
 
         The result is on the CPU: not every device has float64.
         """
-        values, observed = (tensor.cpu() for tensor in self.outcomes(difference))
-        both = torch.stack([values.abs().where(observed, 0).double(), observed.double()])
-        total, count = torch.cat([both.new_zeros(2, 1), both], dim=1).cumsum(1)
-        begin = self.begin.cpu()
-        end = begin + end.cpu().clamp(min=0)
-        return (total[end] - total[begin]) / (count[end] - count[begin]).clamp(min=1)
+        values, observed, begin = (tensor.cpu() for tensor in (*self.outcomes(difference), self.begin))
+        item = torch.arange(len(begin)).repeat_interleave(self.length.cpu())
+        known = observed & (torch.arange(len(values)) - begin[item] < end.cpu()[item])
+        # One sum per series: in a running sum over all series, small values would be lost beside large ones.
+        none = torch.zeros(len(begin), dtype=torch.float64)
+        total = none.index_add(0, item, values.abs().where(known, 0).double())
+        return total / none.index_add(0, item, known.double()).clamp(min=1)
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return the mean absolute difference of values a season apart before time `end` of each series; 0: none."""
