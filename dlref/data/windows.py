@@ -111,9 +111,9 @@ class SeriesStore(nn.Module):
         item = torch.arange(len(begin)).repeat_interleave(self.length.cpu())
         known = observed & (torch.arange(len(values)) - begin[item] < end.cpu()[item])
         # One sum per series: in a running sum over all series, small values would be lost beside large ones.
-        none = torch.zeros(len(begin), dtype=torch.float64)
-        total = none.index_add(0, item, values.abs().where(known, 0).double())
-        return total / none.index_add(0, item, known.double()).clamp(min=1)
+        zeros = torch.zeros(len(begin), dtype=torch.float64)
+        total = zeros.index_add(0, item, values.abs().where(known, 0).double())
+        return total / zeros.index_add(0, item, known.double()).clamp(min=1)
 
     def seasonal_error(self, item: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return the mean absolute difference of values a season apart before time `end` of each series; 0: none."""
