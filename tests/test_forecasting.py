@@ -132,6 +132,21 @@ def test_a_context_without_a_scale_has_the_typical_one_of_the_training_series(tm
     assert encode(**inputs | {"target": np.zeros((1, 6), np.float32)})["scale"] == pytest.approx(4 * unit)
 
 
+def test_training_divides_a_context_without_a_scale_by_the_typical_one():
+    task = forecaster(network=Recorder())
+    task.typical_scale.fill_(5)
+    task(window_of(torch.zeros(1, 10)))
+    assert task.network.scale.tolist() == [5]
+
+
+def test_changes_beside_missing_values_have_no_part_in_the_typical_change(tmp_path):
+    row = {"start": START, "target": [0, 2, None, 100, 102] + [102 + 2 * place for place in range(1, 400)]}
+    (tmp_path / "series.json").write_text(json.dumps(row))
+    series = SageMakerSeries(str(tmp_path / "series.json"), **SIZES)
+    series.setup()
+    assert series.splits["train"].typical(True) == pytest.approx(2)
+
+
 def test_a_small_series_after_a_large_one_counts_in_the_typical_scale(tmp_path):
     rows = [{"start": START, "target": [value] * 400} for value in (1e13, 1e-3)]
     (tmp_path / "series.json").write_text("\n".join(map(json.dumps, rows)))
@@ -139,6 +154,15 @@ def test_a_small_series_after_a_large_one_counts_in_the_typical_scale(tmp_path):
     series.setup()
     assert series.weight.tolist() == pytest.approx([1e13, 1e-3])
     assert series.splits["train"].typical(False) == pytest.approx(1e5)
+
+
+def test_the_typical_scale_reaches_to_the_end_of_the_last_window_whatever_their_distance(tmp_path):
+    """Two windows of validation, a prediction apart: 392 times 1, then 101 to the end of both; 1e6 is for the test."""
+    row = {"start": START, "target": [1] * 392 + [101] * 8 + [1e6] * 4}
+    (tmp_path / "series.json").write_text(json.dumps(row))
+    series = SageMakerSeries(str(tmp_path / "series.json"), **SIZES, val_windows=2)
+    series.setup()
+    assert series.splits["val"].typical(False) == pytest.approx(3)
 
 
 def test_scale_and_forecast_do_not_depend_on_future_values():

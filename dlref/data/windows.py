@@ -193,7 +193,7 @@ class Windows(Dataset):
 
         Series with zeros alone, or without windows, have no part in it; if there are no others, it is 1.
         """
-        end = (self.first + self.count - 1).where(self.count > 0, 0)
+        end = (self.first + self.stride * (self.count - 1)).where(self.count > 0, 0)
         means = self.store.mean_absolute(end, difference)
         logs = means[means > 0].log()
         return math.exp(logs.sum().item() / max(1, len(logs)))
