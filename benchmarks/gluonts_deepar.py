@@ -66,7 +66,7 @@ def scored(data: ForecastingData, paths: torch.Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Train, forecast and print the scores."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.gluonts_deepar", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run of a forecasting config")
     parser.add_argument("--seed", type=int, default=0)
     options, overrides = parser.parse_known_args()

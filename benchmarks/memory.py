@@ -58,7 +58,7 @@ def measured(folder: Path, path: Path, lever: str, threads: int) -> dict:
 
 def main() -> None:
     """Run every lever several times and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", type=int, default=5)

@@ -52,7 +52,7 @@ def measure(device: str) -> dict:
 
 def main() -> None:
     """Measure, save, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--draw", action="store_true", help="only draw the pictures and tables again")
     options = parser.parse_args()
