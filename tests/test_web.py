@@ -60,6 +60,8 @@ def test_the_javascript_program_in_the_docs_predicts_like_the_runner(place):
     assert npm, "npm and node have to be installed"
     (folder / "package.json").write_text("{}")
     subprocess.run([npm, "install", "--no-audit", "--no-fund", "onnxruntime-web"], cwd=folder, check=True)
+    imports = json.loads(re.sub("<[^>]*>", "", program("html")))["imports"]  # where a browser finds the package
+    assert (folder / imports["onnxruntime-web"]).is_file()
     (folder / "consumer.mjs").write_text(program("javascript"))
     (folder / "run.mjs").write_text(NODE)
     run = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, check=True)
