@@ -352,6 +352,26 @@ def test_a_listing_of_ones_own_as_a_plain_tuple_is_refused():
     assert error_of(Own(root=".", train="a").setup).startswith("pictures read as tuple; expected a listing")
 
 
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train": "ab", "val": "b"}, "b: pictures read with the classes ['b']; expected those given, ['a', 'b']"),
+        ({"train": ["ab", "b"]}, "b: pictures read with the classes ['b']; expected those given, ['a', 'b']"),
+        ({"train": "ab", "class_names": ["b", "a"]}, "ab: pictures read with the classes ['a', 'b']; expected those "
+         "given, ['b', 'a']"),
+    ],
+)  # fmt: skip
+def test_a_listing_of_ones_own_that_ignores_the_classes_given_is_refused(lists, message):
+    """Class 0 would be "a" in training and "b" in validation."""
+
+    class Own(ListedBoxes):
+        def read(self, path, classes):
+            box, ignored = torch.tensor([[0.0, 0, 8, 8]]), torch.zeros(1) > 0
+            return BoxListing([Picture(f"{path}.png", box, torch.tensor([0]), ignored)], list(path.name))
+
+    assert error_of(Own(root=".", **lists).setup) == message
+
+
 @pytest.mark.filterwarnings("ignore:.* are among those of train")
 def test_coco_pictures_can_be_in_another_folder(tmp_path):
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20], "iscrowd": 0}

@@ -49,9 +49,9 @@ def read_splits(
         share: share of the training pictures to hold out.
         what: what messages call the pictures.
     """
-    train = as_listing(read(lists["train"], classes), what)
+    train = listing_of(read, lists["train"], classes, what)
     splits = {
-        name: as_listing(read(lists[name], train.classes), what) for name in ("val", "test") if lists[name] is not None
+        name: listing_of(read, lists[name], train.classes, what) for name in ("val", "test") if lists[name] is not None
     }
     if "val" not in splits:
         places, out = range(len(train.images)), held_out_indices(len(train.images), share)
@@ -65,10 +65,18 @@ def read_splits(
     return splits
 
 
-def as_listing(listing: Any, what: str) -> Any:
-    """Return a listing. Raises UserError for something else, such as a plain tuple, from a `read` of one's own."""
+def listing_of(read: Callable[[Any, list[str] | None], Any], source: Any, classes: list[str] | None, what: str) -> Any:
+    """Return the listing that a `read` returns, perhaps one of one's own.
+
+    Raises UserError for something else, such as a plain tuple, and for other classes than those it was given: ids would
+    have another meaning in each split.
+    """
+    listing = read(source, classes)
     if not hasattr(listing, "classes"):
         raise UserError(f"{what} read as {type(listing).__name__}; expected a listing like those of dlref's readers")
+    if classes and list(listing.classes) != list(classes):
+        found = shorten(list(listing.classes))
+        raise UserError(f"{source}: {what} read with the classes {found}; expected those given, {shorten(classes)}")
     return listing
 
 

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.box_listings import BoxListing, OnBadBox, Picture
 from dlref.data.coco_boxes import read_coco
-from dlref.data.files import as_listing, read_splits
+from dlref.data.files import listing_of, read_splits
 from dlref.data.images import read_image
 from dlref.data.loader import check_at_least
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
@@ -316,14 +316,14 @@ class ListedBoxes(ObjectDetectionData):
         self.class_names, self.on_bad_box, self.held_out = class_names, on_bad_box, held_out
 
     def read(self, path: Path, classes: list[str] | None) -> BoxListing:
-        """Read one list."""
+        """Read one list. `classes`, if given, are the class names that its ids are the places of."""
         raise NotImplementedError
 
     def read_all(self, lists: str | list[str], classes: list[str] | None) -> BoxListing:
         """Read the lists of a split and concatenate them."""
         pictures: list[Picture] = []
         for name in [lists] if isinstance(lists, str) else lists:
-            listing = as_listing(self.read(self.root / name, classes), "pictures")
+            listing = listing_of(self.read, self.root / name, classes, "pictures")
             classes = listing.classes
             pictures += listing.pictures
         if not pictures:

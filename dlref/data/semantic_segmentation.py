@@ -245,7 +245,7 @@ class ListedMasks(SegmentationData):
         self.class_names, self.held_out = class_names, held_out
 
     def read(self, name: str, classes: list[str] | None) -> MaskListing:
-        """Read one split."""
+        """Read one split. `classes`, if given, are the class names that its ids are the places of."""
         raise NotImplementedError
 
     def make_splits(self) -> dict[str, MaskedPictures]:
