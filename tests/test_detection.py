@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -370,6 +371,22 @@ def test_a_listing_of_ones_own_that_ignores_the_classes_given_is_refused(lists, 
             return BoxListing([Picture(f"{path}.png", box, torch.tensor([0]), ignored)], list(path.name))
 
     assert error_of(Own(root=".", **lists).setup) == message
+
+
+@pytest.mark.parametrize("box", [[0.0, 0, 9, 8], [0, -0.1, 8, 8]])
+def test_a_box_of_ones_own_that_is_not_within_its_picture_is_refused(box, tmp_path):
+    """Of boxes in the pixels of another size, training would learn places without the objects."""
+
+    class Own(ListedBoxes):
+        def read(self, path, classes):
+            Image.new("RGB", (8, 8)).save(path)
+            return BoxListing([Picture(str(path), torch.tensor([box]), torch.tensor([0]), torch.zeros(1) > 0)], ["red"])
+
+    data = Own(root=tmp_path, train="a.png", val="b.png", num_workers=0)
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        message = error_of(lambda loader=loader: next(iter(loader)))
+        assert re.fullmatch(r".*\.png: a box \[.*\]; expected it within 0, 0, 8, 8", message)
 
 
 @pytest.mark.filterwarnings("ignore:.* are among those of train")

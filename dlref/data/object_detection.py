@@ -22,7 +22,7 @@ from dlref.data.annotated_pictures import MEAN, AnnotatedPictures
 from dlref.data.box_listings import BoxListing, OnBadBox, Picture
 from dlref.data.coco_boxes import read_coco
 from dlref.data.files import listing_of, read_splits
-from dlref.data.images import read_image
+from dlref.data.images import UnreadableImage, read_image
 from dlref.data.loader import check_at_least
 from dlref.data.sagemaker_boxes import read_box_manifest, read_sagemaker
 from dlref.data.scenes import make_scenes
@@ -104,6 +104,10 @@ class Pictures(Dataset):
         boxes, labels, ignored = map(torch.from_numpy, self.objects[index])
         image = read_image(self.names[index]) if self.images is None else self.images[index]
         height, width = image.shape[-2:]
+        outside = ((boxes < 0) | (boxes > torch.tensor([width, height] * 2))).any(dim=1)
+        if outside.any():  # of a data set of one's own: the readers have checked theirs
+            box = boxes[outside][0].tolist()
+            raise UnreadableImage(f"{self.names[index]}: a box {box}; expected it within 0, 0, {width}, {height}")
         kept = torch.ones_like(ignored) if self.keep_ignored else ~ignored
         sample = self.transform(
             {
