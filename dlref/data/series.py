@@ -146,7 +146,8 @@ def _check_target(series: Series, train: bool) -> None:
 
 def _check_cat(series: Series, cardinality: Literal["auto"] | list[int]) -> list[int]:
     for i, column in enumerate(series.cat.T):
-        _refuse_cat(series, i, column < 0, "0 or more")
+        unlike = (column < 0) | (column >= MAX_CATEGORIES)  # the readers have checked theirs
+        _refuse_cat(series, i, unlike, f"0 to {MAX_CATEGORIES - 1}")
     if cardinality == "auto":
         return (series.cat.max(axis=0) + 1).tolist()
     count = series.cat.shape[1]
