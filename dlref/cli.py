@@ -40,7 +40,7 @@ from dlref.runtime.runner import plain
 from dlref.tasks.task import Task
 from dlref.training.checkpoints import BestCheckpoint, Interrupted, Last, SealedCheckpointIO, make_resumable
 from dlref.training.debug import PRESET, Overfit
-from dlref.training.devices import fast_steps, lost_another, warn_of_slow_bfloat16
+from dlref.training.devices import check_started, fast_steps, lost_another, warn_of_slow_bfloat16
 from dlref.training.finite import StopOnNonFiniteLoss
 from dlref.training.preflight import Preflight
 from dlref.training.profile import PRESET as PROFILE
@@ -267,6 +267,7 @@ class TrainCLI(LightningCLI):
             TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)
+        check_started(built)
         make_resumable(built)
         warn_of_slow_bfloat16(built)
         if self.profile:
@@ -364,6 +365,8 @@ def mendable(error: Exception) -> str | None:
             where = error.filename or "the run's folder"
             return f"{where}: {error.strerror}; expected free space; earlier checkpoints are intact"
         case ValueError() if "`val_check_interval`" in str(error):  # Lightning's error for an interval that is too long
+            return f"trainer: {one_line(error)}"
+        case ValueError() if "does not match the world size" in str(error):  # of torchrun
             return f"trainer: {one_line(error)}"
         case RuntimeError() if "in loading state_dict" in str(error):  # of a checkpoint to resume from
             return str(UserError(f"{one_line(error)}; expected the network of the checkpoint's run"))

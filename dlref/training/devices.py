@@ -6,7 +6,10 @@ from typing import TypeVar
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.optim import Optimizer
+
+from dlref.runtime import UserError
 
 Mine = TypeVar("Mine")
 
@@ -17,6 +20,17 @@ def warn_of_slow_bfloat16(trainer: Trainer) -> None:
     if slow and trainer.precision.startswith("bf16") and trainer.is_global_zero:
         words = "this processor emulates bfloat16, which is many times slower than 32-true"
         print(f"trainer.precision {trainer.precision}: {words}", file=sys.stderr)
+
+
+def check_started(trainer: Trainer) -> None:
+    """Raise UserError if torchrun started more processes than train together: each would train and write a run alone.
+
+    Lightning checks this, but not for a strategy of a single device, which it takes by default on a CPU.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if TorchElasticEnvironment.detect() else trainer.world_size
+    if started != trainer.world_size:
+        words = "expected trainer.devices as many as torchrun's --nproc_per_node, and trainer.strategy ddp"
+        raise UserError(f"torchrun started {started} processes, of which {trainer.world_size} trains; {words}")
 
 
 def fast_steps(device: torch.device) -> None:
