@@ -840,3 +840,12 @@ def test_a_listing_of_ones_own_as_a_plain_tuple_is_refused():
             return (["a.png"], ["a.png"])
 
     assert error_of(Own(root=".", train="a").setup).startswith("pictures read as tuple; expected a listing")
+
+
+def test_a_split_of_ones_own_without_pictures_is_refused():
+    class OwnData(SegmentationData):
+        def make_splits(self):
+            self.labels = ["sky", "sea"]
+            return {"train": MaskedPictures(["a"], [(8, 8)]), "val": MaskedPictures([], [])}
+
+    assert error_of(OwnData().setup) == "val: no pictures; expected at least one"

@@ -159,7 +159,9 @@ class SegmentationData(AnnotatedPictures):
                 f"--data.init_args.scales: {list(self.scales)}; expected two factors, the smaller one first"
             )
         self.splits = self.make_splits()
-        for pictures in self.splits.values():
+        for name, pictures in self.splits.items():
+            if not len(pictures):
+                raise UserError(f"{name}: no pictures; expected at least one")
             pictures.num_classes = len(self.labels)
 
     def train_transform(self) -> v2.Transform:
