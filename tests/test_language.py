@@ -308,6 +308,7 @@ OWN = "a text of its own " * 9
     ("texts", "complaint"),
     [
         ({"train": OWN}, "train: one text; expected a list of texts"),
+        ({"train": [OWN, "\ud800"]}, "train: text 2: half of a surrogate pair, or not UTF-8; expected Unicode text"),
         ({"train": iter([OWN, OWN])}, "train: list_iterator; expected a list of texts"),
         ({"train": [OWN], "val": [OWN, OWN.encode()]}, "val: text 2: bytes; expected a text"),
         ({"val": [OWN]}, "the data has no split train; expected train, val and test"),

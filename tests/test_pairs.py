@@ -527,6 +527,7 @@ OWN_TOKENS = Pairs([[4], [5, 4]], [[5], [4]], ["own 1", "own 2"])
         ({"val": OWN._replace(target=iter(["yes"]))}, "val: list_iterator; expected lists of sources, targets"),
         ({"train": OWN._replace(source="ja")}, "train: source: one text; expected a list of texts"),
         ({"train": OWN._replace(target=["yes", None])}, "own 2: target: NoneType; expected a text or a list of tokens"),
+        ({"test": OWN._replace(source=["ja", "\ud800"])}, "own 2: source: half of a surrogate pair, or not UTF-8"),
         ({"val": OWN._replace(source=[b"ja", "nein"])}, "own 1: source: bytes; expected a text or a list of tokens"),
         ({"train": OWN_TOKENS}, "train: tokens; expected texts, or a data module whose vocabularies names the tokens"),
         ({"val": OWN_TOKENS._replace(source=[[4], [5, 99]])}, "own 2: source: token 99; expected 1 or 4 to "),

@@ -36,7 +36,7 @@ from dlref.data.tokens import (
 )
 from dlref.data.vocabulary import read_exact
 from dlref.runtime.errors import UserError
-from dlref.runtime.text import make_tokenizer
+from dlref.runtime.text import check_unicode, make_tokenizer
 
 EVALUATED = 8192  # tokens in an evaluation batch
 PROMPTS = 8  # windows of the test split whose beginnings are the default prompts
@@ -301,6 +301,7 @@ def check_texts(split: str, texts: object) -> None:
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise UserError(f"{split}: text {number}: {type(text).__name__}; expected a text")
+        check_unicode(text, f"{split}: text {number}")
 
 
 def split_of(name: str) -> str:

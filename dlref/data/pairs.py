@@ -80,6 +80,8 @@ def check_pairs(split: str, pairs: object) -> None:
         for name, one in zip(pairs.names, given, strict=True):
             if isinstance(one, bytes) or not hasattr(one, "__len__"):
                 raise UserError(f"{name}: {side}: {type(one).__name__}; expected a text or a list of tokens")
+            if isinstance(one, str):  # a surrogate would be met only after training, by the figures' file
+                check_unicode(one, f"{name}: {side}")
 
 
 def check_tokens(tokens: Iterable[object], size: int, where: str) -> None:
