@@ -1520,6 +1520,18 @@ def test_series_of_ones_own_whose_arrays_do_not_fit_together_are_refused(changes
     assert error_of(Own("1H", 6, 12).setup).startswith(message)
 
 
+def test_a_series_of_ones_own_that_starts_at_a_weekend_is_refused_for_business_days():
+    start = np.array(["2024-01-05", "2024-01-06", "2024-01-05"], "datetime64[s]")
+
+    class Own(ForecastingData):
+        def read(self, frequency):
+            return Channels(*2 * [own_series(start=start)])
+
+    message = "s1: start: 2024-01-06 00:00:00 is a weekend; expected a business day"
+    assert error_of(Own("1B", 6, 12).setup) == message
+    Own("1D", 6, 12).setup()
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

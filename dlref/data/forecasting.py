@@ -94,16 +94,16 @@ class ForecastingData(SplitData):
             check_at_least(1, **{name: getattr(self, name) for name in sizes}, points=self.points or 1)
             frequency = Frequency.parse(self.frequency)
             self.frequency = str(frequency)
-            self.cut(self.checked(self.read(frequency)))
+            self.cut(self.checked(self.read(frequency), frequency))
         self.splits = {name: windows.to(self.device) for name, windows in self.splits.items()}
 
-    def checked(self, channels: Channels) -> Channels:
+    def checked(self, channels: Channels, frequency: Frequency) -> Channels:
         """Check the channels against SageMaker's rules and each other, and set the attributes that a model needs."""
         if not isinstance(channels, Channels):
             raise UserError(f"the series read: {type(channels).__name__}; expected Channels of train and test")
         for name in ("train", "test", "predict"):
             if (series := getattr(channels, name)) is not None or name != "predict":
-                check_layout(name, series)
+                check_layout(name, series, frequency)
         horizon, together = self.prediction_length, channels.test is channels.train
         if self.points and (not together or channels.predict is not None):
             words = "expected none, since test or predict are separate series"

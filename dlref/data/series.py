@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dlref.runtime.calendar import Frequency, show
 from dlref.runtime.errors import UserError
-from dlref.runtime.series import MAX_CATEGORIES, Record
+from dlref.runtime.series import LARGEST, MAX_CATEGORIES, Record
 
 MIN_OBSERVATIONS = 300  # SageMaker's minimum for all training series together
 
@@ -82,8 +83,9 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
     """
     _check_target(series, train=ahead is None)
     for field, values in (("dynamic_feat", series.dynamic), ("feat_static_real", series.static)):
-        if not np.isfinite(values).all():  # the readers name the value; this is for series from elsewhere
-            raise UserError(f"{field}: {values[~np.isfinite(values)][0]} among the values; expected finite numbers")
+        unlike = ~(np.abs(values) <= LARGEST)  # the readers name the value; this is for series from elsewhere
+        if unlike.any():
+            raise UserError(f"{field}: {values[unlike][0]} among the values; expected finite numbers of float32")
     if series.dynamic.shape[1]:
         more = ahead or 0
         lengths, expected = np.diff(series.dynamic_offsets), np.diff(series.offsets) + more
@@ -94,7 +96,7 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
     return _check_cat(series, cardinality)
 
 
-def check_layout(split: str, series: object) -> None:
+def check_layout(split: str, series: object, frequency: Frequency) -> None:
     """Raise UserError unless the arrays are as `Series` describes them; the readers' always are."""
     if not isinstance(series, Series):
         raise UserError(f"{split}: {type(series).__name__}; expected a Series")
@@ -125,12 +127,17 @@ def check_layout(split: str, series: object) -> None:
             raise UserError(f"{split}: {field}: {shorten(places.tolist())}; expected them to rise from 0 to {last}")
     if np.isnat(series.start).any():
         raise UserError(f"{series.names[int(np.isnat(series.start).argmax())]}: start: no time; expected one")
+    if frequency.unit == "B" and not (working := np.is_busday(series.start.astype("datetime64[D]"))).all():
+        i = int(working.argmin())
+        raise UserError(f"{series.names[i]}: start: {show(series.start[i])} is a weekend; expected a business day")
 
 
 def _check_target(series: Series, train: bool) -> None:
-    if (infinite := np.isinf(series.target)).any():
-        i = int(np.searchsorted(series.offsets, infinite.argmax(), side="right")) - 1
-        raise UserError(f"{series.names[i]}: target: an infinite value; expected numbers, or NaN where missing")
+    if (unlike := np.abs(series.target) > LARGEST).any():
+        at = int(unlike.argmax())
+        name = series.names[int(np.searchsorted(series.offsets, at, side="right")) - 1]
+        expected = "finite numbers of float32, or NaN where missing"
+        raise UserError(f"{name}: target: {series.target[at]}; expected {expected}")
     observed = np.append(0, np.cumsum(~np.isnan(series.target)))
     counts = np.diff(observed[series.offsets])
     if not counts.all():
