@@ -20,7 +20,7 @@ import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from PIL import Image
-from refusals import one_line
+from refusals import error_of, one_line
 from torch.nn.functional import one_hot
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2 import functional as F
@@ -217,6 +217,11 @@ def test_each_option_enables_its_own_augmentation(option, augment):
     torch.manual_seed(5)
     torch.testing.assert_close(augmented, augment(images))
     assert not torch.equal(augmented, images)
+
+
+@pytest.mark.parametrize("option", ["pad_crop", "cutout"])
+def test_an_augmentation_of_less_than_nothing_is_refused(option):
+    assert error_of(Digits(**{option: -1}).setup) == f"--data.init_args.{option}: -1; expected at least 0"
 
 
 def test_trivial_augment_is_applied_only_if_requested():
