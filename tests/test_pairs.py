@@ -108,7 +108,7 @@ def test_records_written_by_protobuf_are_read(tmp_path):
     """Includes numbers of several bytes and fields that are not read."""
     sources, targets = [[4, 5, 200, 70_000], [1]], [[6], [4] * 300]
     data = recordio(*(packed(*pair, uid="some") for pair in zip(sources, targets, strict=True)))
-    pairs = read_records(write(tmp_path / "train.rec", data), (70_001, 7))
+    pairs = read_records(write(tmp_path / "train.rec", data))
     assert (pairs.source, pairs.target) == (sources, targets)
 
 
@@ -173,7 +173,10 @@ def test_invalid_tables_are_refused(tmp_path, name, text, complaint):
 
 @pytest.mark.parametrize(("data", "complaint"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))
 def test_invalid_records_are_refused(tmp_path, data, complaint):
-    refused(lambda: read_records(write(tmp_path / "a.rec", data), (7, 7)), complaint)
+    for side in ("src", "trg"):
+        write(tmp_path / f"vocab.{side}.json", json.dumps(VOCABULARY))
+    paths = [str(write(tmp_path / name, data)) for name in ("a.rec", "b.rec")]
+    refused(SageMakerTokens(*paths, str(tmp_path)).setup, f"a.rec: {complaint}")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def refused(read, complaint):
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("bytes") / "a"
-    for name, read in (("a.rec", lambda p: read_records(p, (7, 7))), ("a.tsv", read_table), ("a.jsonl", read_table)):
+    for name, read in (("a.rec", read_records), ("a.tsv", read_table), ("a.jsonl", read_table)):
         for content in (data, recordio(data), GOOD + data):
             message = ""
             try:

@@ -144,11 +144,11 @@ def _check_text(text: str, where: str) -> None:
 # SageMaker's records
 
 
-def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
+def read_records(path: Path) -> Pairs:
     """Read a RecordIO file of protobuf records, as written by SageMaker's create_vocab_proto.py.
 
-    Each record has the features `source` and `target`, lists of int32 tokens below `sizes`, without the tokens that
-    begin and end a sentence.
+    Each record has the features `source` and `target`, lists of int32 tokens without those that begin and end a
+    sentence. `check_tokens` checks them against a vocabulary.
     """
     with opened(path, "RecordIO") as file:
         data = file.read()
@@ -160,11 +160,10 @@ def read_records(path: Path, sizes: tuple[int, int]) -> Pairs:
             features = Record.FromString(record).features
         except DecodeError:
             raise UserError(f"{where}: broken; expected a protobuf Record of int32 tensors") from None
-        for side, size, tokens in zip(("source", "target"), sizes, sides, strict=True):
+        for side, tokens in zip(("source", "target"), sides, strict=True):
             values = list(features[side].int32_tensor.values)
             if not values:
                 raise UserError(f"{where}: {side}: empty; expected tokens")
-            check_tokens(values, size, f"{where}: {side}")
             tokens.append(values)
         names.append(where)
     if not names:

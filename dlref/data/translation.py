@@ -256,12 +256,10 @@ class SageMakerTokens(TranslationData):
         self.paths, self.vocab = {"train": train, "val": validation, "test": test or validation}, Path(vocab)
 
     def read(self) -> dict[str, Pairs]:
-        """Read the vocabularies, then the records, whose tokens must be in them."""
+        """Read the records."""
         warn_of_shared({split: [path] for split, path in self.paths.items()}, "files")
-        self.read_vocabularies = tuple(read_vocabulary(self.vocab / f"vocab.{side}.json") for side in ("src", "trg"))
-        sizes = tuple(len(described["tokens"]) for described in self.read_vocabularies)
-        return {split: read_records(Path(path), sizes) for split, path in self.paths.items()}
+        return {split: read_records(Path(path)) for split, path in self.paths.items()}
 
     def vocabularies(self, train: Pairs) -> tuple[dict, dict]:
-        """Return the vocabularies that `read` has read."""
-        return self.read_vocabularies
+        """Read the vocabularies, which must have all tokens of the records."""
+        return tuple(read_vocabulary(self.vocab / f"vocab.{side}.json") for side in ("src", "trg"))

@@ -167,7 +167,7 @@ READERS = {
             lambda file: pairs.read_table(Path(file)),
         ),
         Reader("read_table, objects", corpus.objects, "train.jsonl", lambda file: pairs.read_table(Path(file))),
-        Reader("read_records", corpus.records, "train.rec", lambda file: pairs.read_records(Path(file), (7, 7))),
+        Reader("read_records", corpus.records, "train.rec", lambda file: pairs.read_records(Path(file))),
         Reader(
             "read_vocabulary", corpus.records, "vocab.src.json", lambda file: vocabulary.read_vocabulary(Path(file))
         ),

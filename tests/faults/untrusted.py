@@ -65,6 +65,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # found however this module is 
 
 from handmade import LABELS, METADATA, make_bundle, write_manifest
 from test_damaged_bundles import DAMAGE
+from test_pairs import packed, recordio
 
 import export
 
@@ -887,7 +888,7 @@ def vocabulary(numbers: object) -> Callable[[Place], list[str]]:
     def make(place: Place) -> list[str]:
         for side in ("src", "trg"):
             (place.folder / f"vocab.{side}.json").write_text(json.dumps(numbers))
-        (place.folder / "a.rec").write_bytes(b"")
+        (place.folder / "a.rec").write_bytes(recordio(packed([9], [9])))
         data = named("dlref.data.SageMakerTokens", train="a.rec", validation="a.rec", vocab=".")
         base = str(ROOT / "configs" / "seq2seq_dates.yaml")
         return ["fit", "--config", base, "--run", "new", *SHORTLY, "--data", json.dumps(data)]
@@ -932,7 +933,7 @@ def tokenizers() -> Iterator[Attack]:
         "numbers that leave some out": FIRST | {"a": 1 << 60},
         "numbers below zero": FIRST | {"a": -1},
         "numbers that are texts": FIRST | {"a": "os.system"},
-        "names that are paths, and no records": FIRST | {"../../outside/new": 4},
+        "names that are paths, without the records' tokens": FIRST | {"../../outside/new": 4},
     }.items():
         yield Attack("tokeniser", f"a vocabulary with {name}", vocabulary(numbers))
 
