@@ -168,7 +168,8 @@ def test_invalid_parallel_files_are_refused(tmp_path, source, target, complaint)
 
 @pytest.mark.parametrize(("name", "text", "complaint"), BAD_TABLES, ids=range(len(BAD_TABLES)))
 def test_invalid_tables_are_refused(tmp_path, name, text, complaint):
-    refused(lambda: read_table(write(tmp_path / name, text)), complaint)
+    paths = [str(write(tmp_path / name, text)) for name in (name, f"other {name}")]
+    refused(PairFiles(*paths).setup, complaint)
 
 
 @pytest.mark.parametrize(("data", "complaint"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))

@@ -135,10 +135,9 @@ def read_table(path: Path) -> Pairs:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Raise UserError for a text that is blank or that Unicode cannot encode."""
+    """Raise UserError for a blank text."""
     if not text.strip():
         raise UserError(f"{where}: empty; expected a text")
-    check_unicode(text, where)
 
 
 # SageMaker's records
