@@ -84,7 +84,7 @@ def warn_of_shared(splits: Mapping[str, Iterable[str]], what: str) -> None:
     """Warn about validation and test paths that are also trained on, which makes the scores too good."""
     train = set(map(os.path.normpath, splits["train"]))
     for name in ("val", "test"):
-        paths = [os.path.normpath(path) for path in splits[name]]
+        paths = [os.path.normpath(path) for path in splits.get(name, ())]
         if shared := sum(path in train for path in paths):
             rank_zero_warn(f"{name}: {shared} of {len(paths)} {what} are among those of train")
 

@@ -258,7 +258,7 @@ class SageMakerSeries(ForecastingData):
 
     def read(self, frequency: Frequency) -> Channels:
         """Read the channels that are given."""
-        warn_of_shared({"train": [self.train], "val": (), "test": filter(None, [self.test])}, "files")
+        warn_of_shared({"train": [self.train], "test": filter(None, [self.test])}, "files")
         train = read_json_lines(self.train, frequency)
         test = train if self.test is None else read_json_lines(self.test, frequency)
         return Channels(train, test, self.to_predict and read_json_lines(self.to_predict, frequency))

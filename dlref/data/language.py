@@ -208,8 +208,7 @@ class TextFiles(Texts):
     def texts(self) -> dict[str, list[str]]:
         """Read the files."""
         given = {split: list(texts_of(self.place(pattern))) for split, pattern in self.patterns.items() if pattern}
-        names = {split: [name for name, _ in texts] for split, texts in given.items()}
-        warn_of_shared({"val": (), "test": (), **names}, "texts")
+        warn_of_shared({split: [name for name, _ in texts] for split, texts in given.items()}, "texts")
         found = {split: [text for _, text in texts] for split, texts in given.items()}
         if "val" not in found:
             found["train"], found["val"] = cut(found["train"], HELD_OUT)

@@ -75,8 +75,7 @@ def make(asked: argparse.Namespace) -> None:
             patterns = {"train": asked.train, "val": asked.val}
             for split, pattern in patterns.items():
                 write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), tokenizer)
-            files = {split: map(str, files_of(pattern)) for split, pattern in patterns.items()}
-            warn_of_shared({"test": (), **files}, "files")
+            warn_of_shared({split: map(str, files_of(pattern)) for split, pattern in patterns.items()}, "files")
             Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
             for path in Path(part).iterdir():
                 path.replace(asked.folder / path.name)
