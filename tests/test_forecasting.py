@@ -1548,6 +1548,17 @@ def test_channels_of_ones_own_of_another_kind_are_refused(found, message):
     assert error_of(Own("1H", 6, 12).setup).startswith(message)
 
 
+def test_training_series_of_ones_own_to_forecast_need_dynamic_features_that_reach_beyond_their_ends():
+    features = {"dynamic": np.ones((600, 1), np.float32), "dynamic_offsets": np.arange(4) * 200}
+
+    class Own(ForecastingData):
+        def read(self, frequency):
+            return Channels(*3 * [own_series(**features)])
+
+    message = "s0: dynamic_feat: 200 values; expected 206, as many as target and 6 more"
+    assert error_of(Own("1H", 6, 12).setup) == message
+
+
 def test_series_of_ones_own_without_categories_may_have_an_empty_array_of_any_type():
     class Own(ForecastingData):
         def read(self, frequency):

@@ -1,7 +1,6 @@
 """Windows of increasing integers, in which each value shows where it comes from."""
 
 import numpy as np
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,11 +87,6 @@ def test_seasonal_error_of_small_values_is_exact_after_a_series_of_large_ones():
     found = SeriesStore(series, H).seasonal_error(torch.tensor([1, 2, 2]), torch.tensor([100, 100, 30]))
     apart = np.abs(np.float32(small[24:]).astype(float) - np.float32(small[:-24]))
     np.testing.assert_allclose(found, [apart.mean(), apart.mean(), apart[:6].mean()], rtol=1e-6)
-
-
-def test_dynamic_features_that_end_before_the_forecast_are_refused():
-    with pytest.raises(ValueError, match="a: dynamic features of 5 times; expected 7"):
-        SeriesStore(counting(), H, future=2)
 
 
 class Counted(TorchDispatchMode):

@@ -120,7 +120,7 @@ class ForecastingData(SplitData):
         # Without dynamic features, whose future must be known, the points after the test series can be forecast.
         predict = test if channels.predict is None and not self.dynamic_features else channels.predict
         for series, ahead in ((test, 0), (predict, horizon if self.dynamic_features else 0)):
-            if series is not None and series is not train:
+            if series is not None and (series is not train or ahead):
                 check(series, self.cardinality, ahead)
                 check_seen_in_training(train, series)
         return Channels(train, test, predict, channels.truth)

@@ -138,13 +138,8 @@ def leads(observed: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def features(series: Series, frequency: Frequency, future: int) -> np.ndarray:
     """Return the features of each time of each series and of `future` more, float32 (P + N * future, F)."""
-    parts = []
-    for one in series.records():
-        steps = np.arange(len(one.target) + future)
-        if one.dynamic.shape[1] and len(one.dynamic) < len(steps):
-            raise ValueError(f"{one.name}: dynamic features of {len(one.dynamic)} times; expected {len(steps)}")
-        parts.append(features_at(frequency, one, steps))
-    return np.concatenate(parts)
+    records = series.records()
+    return np.concatenate([features_at(frequency, one, np.arange(len(one.target) + future)) for one in records])
 
 
 def seasonal_errors(series: Series, season: int) -> np.ndarray:
