@@ -257,7 +257,7 @@ class SplitData(LightningDataModule):
         """Return the arguments of a DataLoader that concern worker processes."""
         several = self.num_workers > 0
         # A batch made in this process may already be on the device, and then cannot be pinned.
-        pinned = several and self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        pinned = several and self.device.type == "cuda"
         # Python 3.14 would start each worker from scratch, which costs seconds and a gigabyte, and such workers outlive
         # a killed fit.
         start = "fork" if several and sys.platform == "linux" else None
