@@ -72,6 +72,7 @@ def manifest(picture: str, *boxes: dict) -> str:
     return json.dumps({"source-ref": picture, "pets": value, "pets-metadata": {"class-map": {"0": "cat", "1": "dog"}}})
 
 
+MANIFEST = "JPEGImages/a.manifest"
 BOXES = {
     "two.png": (sides(1, 1, 2, 10, 20), sides(0, 5.5, 0, 34.5, 30)),
     "none.jpg": (),
@@ -97,13 +98,13 @@ GOOD = {
     },
     "coco": {"coco.json": json.dumps(COCO)},
     "sagemaker": {f"json/{i}.json": sagemaker(name, *boxes) for i, (name, boxes) in enumerate(BOXES.items())},
-    "manifest": {"a.manifest": "\n".join(manifest(name, *boxes) for name, boxes in BOXES.items())},
+    "manifest": {MANIFEST: "\n".join(manifest(name, *boxes) for name, boxes in BOXES.items())},
 }
 READERS = {
     "voc": lambda root, **options: read_voc(root, root / "train.txt", **options),
     "coco": lambda root, **options: read_coco(root / "coco.json", root / "JPEGImages", **options),
     "sagemaker": lambda root, **options: read_sagemaker(root / "JPEGImages", root / "json", **options),
-    "manifest": lambda root, **options: read_box_manifest(root / "a.manifest", root / "JPEGImages", **options),
+    "manifest": lambda root, **options: read_box_manifest(root / MANIFEST, **options),
 }
 FORMATS = list(READERS)
 
@@ -241,7 +242,7 @@ def test_coco_is_read_without_its_optional_fields(tmp_path):
 
 def test_a_manifest_next_to_its_pictures_and_with_two_attributes_is_read(tmp_path):
     root = write(tmp_path, "manifest")
-    text = GOOD["manifest"]["a.manifest"].replace('"pets":', '"other": 1, "pets":')
+    text = GOOD["manifest"][MANIFEST].replace('"pets":', '"other": 1, "pets":')
     (root / "JPEGImages/b.manifest").write_text(text)
     assert "attributes ['other', 'pets']" in error_of(read_box_manifest, root / "JPEGImages/b.manifest")
     listing = read_box_manifest(root / "JPEGImages/b.manifest", label_attribute="pets")
@@ -283,10 +284,10 @@ def test_the_expected_size_is_that_of_the_upright_picture(tmp_path, suffix):
         Image.new("RGB", (40, 30)).save(path, exif=exif, **frames)
         _, height, width = read_image(str(path)).shape
         value = {"image_size": [{"width": width, "height": height}], "annotations": [sides(0, 0, 0, width, height)]}
-        mutate(root, "a.manifest", None, json.dumps({"source-ref": path.name, "c": value}))
+        mutate(root, MANIFEST, None, json.dumps({"source-ref": path.name, "c": value}))
         assert READERS["manifest"](root).pictures[0].boxes.tolist() == [[0, 0, width, height]]
         value["image_size"] = [{"width": height, "height": width}]
-        mutate(root, "a.manifest", None, json.dumps({"source-ref": path.name, "c": value}))
+        mutate(root, MANIFEST, None, json.dumps({"source-ref": path.name, "c": value}))
         assert f"size {height} x {width}; expected {width} x {height}" in error_of(READERS["manifest"], root)
 
 
@@ -317,7 +318,7 @@ BAD_BOXES = [  # x1 y1 x2 y2 in one.png (20 × 10), the clipped box, the complai
 
 def mended(kind: str, root: Path, on_bad_box: str, counted: str):
     """Read the set; check that a single warning counts the bad boxes."""
-    source = {"voc": "train.txt", "coco": "coco.json", "sagemaker": "json", "manifest": "a.manifest"}[kind]
+    source = {"voc": "train.txt", "coco": "coco.json", "sagemaker": "json", "manifest": MANIFEST}[kind]
     message = f"{root}/{source}: boxes that stick out of their picture or have no area: {counted}"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as told:
         listing = READERS[kind](root, on_bad_box=on_bad_box)
@@ -372,7 +373,7 @@ def test_a_bad_box_is_refused_skipped_or_clipped(tmp_path, kind, corners, clippe
         "voc": "Annotations/one.xml: object 1: box ",
         "coco": "coco.json: annotations[1]: box ",
         "sagemaker": "json/2.json: annotations[0]: box ",
-        "manifest": "a.manifest:3: annotations[0]: box ",
+        "manifest": f"{MANIFEST}:3: annotations[0]: box ",
     }
     message = error_of(READERS[kind], root)
     assert f"{root}/{place[kind]}" in message
@@ -567,66 +568,66 @@ BROKEN = [
         '"class_id": 0',
         "categories[1]: class 0: 'dog'; expected 'cat', as before",
     ),
-    ("manifest", "a.manifest", None, b"", "a.manifest: no lines; expected a picture on each"),
-    ("manifest", "a.manifest", None, b"\xff", "a.manifest:1: byte 0 is 0xff, not UTF-8"),
-    ("manifest", "a.manifest", None, b"[" * 100_000, "a.manifest:1: '[[[[["),
+    ("manifest", MANIFEST, None, b"", "a.manifest: no lines; expected a picture on each"),
+    ("manifest", MANIFEST, None, b"\xff", "a.manifest:1: byte 0 is 0xff, not UTF-8"),
+    ("manifest", MANIFEST, None, b"[" * 100_000, "a.manifest:1: '[[[[["),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"none.jpg"',
         '"s3://a/none.jpg"',
         "a.manifest:2: source-ref 's3://a/none.jpg'; expected a",
     ),
-    ("manifest", "a.manifest", '"none.jpg"', '"a\\nb"', "a.manifest:2: image 'a\\nb'; expected a path"),
-    ("manifest", "a.manifest", '"none.jpg"', '"no.jpg"', "a.manifest:2: {root}/JPEGImages/no.jpg: no such file"),
+    ("manifest", MANIFEST, '"none.jpg"', '"a\\nb"', "a.manifest:2: image 'a\\nb'; expected a path"),
+    ("manifest", MANIFEST, '"none.jpg"', '"no.jpg"', "a.manifest:2: {root}/JPEGImages/no.jpg: no such file"),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"one.png"',
         '"two.png"',
         "a.manifest:3: {root}/JPEGImages/two.png again, after",
     ),
-    ("manifest", "a.manifest", '"height": 10,', '"height": 20,', "a.manifest:3: size 20 x 20; expected 20 x 10"),
-    ("manifest", "a.manifest", '"annotations": []', '"boxes": []', "a.manifest:2: annotations None; expected a list"),
+    ("manifest", MANIFEST, '"height": 10,', '"height": 20,', "a.manifest:3: size 20 x 20; expected 20 x 10"),
+    ("manifest", MANIFEST, '"annotations": []', '"boxes": []', "a.manifest:2: annotations None; expected a list"),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"pets": {',
         '"pet": {',
         "a.manifest:2: 'pet' None; expected an object with annotations",
     ),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '{"0": "cat", "1": "dog"}',
         "[]",
         "a.manifest:1: metadata {'class-map': []}; expected an",
     ),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"1": "dog"',
         '"x": "dog"',
         "a.manifest:1: class 'x'; expected a class id from 0 to 99999",
     ),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"1": "dog"',
         '"²": "dog"',
         "a.manifest:1: class '²'; expected a class id from 0 to 99999",
     ),
-    ("manifest", "a.manifest", '"1": "dog"', '"1": "cat"', "a.manifest:2: class 1: 'dog'; expected 'cat', as before"),
+    ("manifest", MANIFEST, '"1": "dog"', '"1": "cat"', "a.manifest:2: class 1: 'dog'; expected 'cat', as before"),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"class_id": 0',
         '"class_id": 0.0',
         "a.manifest:1: annotations[1]: class_id 0.0; expected",
     ),
     (
         "manifest",
-        "a.manifest",
+        MANIFEST,
         '"top": 0',
         '"top": "0"',
         "a.manifest:1: annotations[1]: left, top, width and height [5.5",
@@ -657,10 +658,10 @@ def test_sets_without_classes_or_records_are_refused(tmp_path):
     assert "train.txt: no objects; expected at least one, to know the classes" in error_of(READERS["voc"], root)
     assert len(READERS["voc"](root, classes=["cat"]).pictures) == 1
     bare = {"source-ref": "two.png", "c": {"annotations": []}}
-    mutate(write(tmp_path, "manifest"), "a.manifest", None, json.dumps(bare))
+    mutate(write(tmp_path, "manifest"), MANIFEST, None, json.dumps(bare))
     assert "a.manifest: no classes; expected at least one box or name" in error_of(READERS["manifest"], root)
     bare["c-metadata"] = {"class-map": {"0": "cat", "2": "cat"}}
-    mutate(root, "a.manifest", None, json.dumps(bare))
+    mutate(root, MANIFEST, None, json.dumps(bare))
     assert "a.manifest: 2 classes called 'cat'; expected a unique name" in error_of(READERS["manifest"], root)
     (root / "json").mkdir()
     (root / "json/readme.txt").touch()

@@ -398,4 +398,4 @@ class ManifestBoxes(ListedBoxes):
 
     def read(self, path: Path, classes: list[str] | None) -> BoxListing:
         """Read one manifest."""
-        return read_box_manifest(path, None, self.label_attribute, classes, self.on_bad_box)
+        return read_box_manifest(path, self.label_attribute, classes, self.on_bad_box)

@@ -64,7 +64,6 @@ def read_sagemaker(
 
 def read_box_manifest(
     path: str | Path,
-    root: str | Path | None = None,
     label_attribute: str | None = None,
     classes: list[str] | None = None,
     on_bad_box: OnBadBox = "error",
@@ -72,14 +71,12 @@ def read_box_manifest(
     """Read an augmented manifest of Ground Truth: one JSON object per line, with `source-ref` and the boxes.
 
     Args:
-        path: the manifest.
-        root: the folder that `source-ref` is relative to; None: the manifest's own folder.
+        path: the manifest; `source-ref` is relative to its folder.
         label_attribute: the key of the boxes; None: the only key besides `source-ref` and `*-metadata`.
         classes: the class names of the training pictures, by class id; None: the names in the metadata's `class-map`,
             or the ids if no line has names. If any class has a name, a box of a class without one is an error.
         on_bad_box: how to treat a box that has no area or is not within its picture.
     """
-    root = Path(path).parent if root is None else root
     names = dict(enumerate(classes or []))
     limit = MAX_CLASSES if classes is None else len(classes)
     records = []
@@ -93,7 +90,7 @@ def read_box_manifest(
                 f"{where}: {shorten(label_attribute)} {shorten(boxes)}; expected an object with annotations"
             )
         _add_class_map(names, entry.get(f"{label_attribute}-metadata", {}), where, limit)
-        image = image_path(root, parse_source(entry, where), where)
+        image = image_path(Path(path).parent, parse_source(entry, where), where)
         records.append(Record(where, image, _image_size(boxes, where), _parse_boxes(boxes, where, limit)))
     if not records:
         raise UserError(f"{path}: no lines; expected a picture on each")

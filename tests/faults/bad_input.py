@@ -341,7 +341,7 @@ def sagemaker_boxes() -> None:
 def box_manifest() -> None:
     """Write an augmented manifest next to its pictures."""
     boxes.write(Path(), "manifest")
-    Path("a.manifest").rename("JPEGImages/train.manifest")
+    Path(boxes.MANIFEST).rename("JPEGImages/train.manifest")
 
 
 def detect(config: str, make: Callable[[], None], listed: str, **data: object) -> Source:
