@@ -189,13 +189,11 @@ class ObjectDetectionData(AnnotatedPictures):
             raise UserError("train: no box in any of the pictures; expected some, to learn from")
         if without := [name for k, name in enumerate(self.labels) if k not in there]:
             rank_zero_warn(f"train: no box of {', '.join(without)}")
-        self.splits = {name: self.dataset(name, listing) for name, listing in listings.items()}
-
-    def dataset(self, name: str, listing: BoxListing) -> Pictures:
-        """Return the data set of a split."""
-        train = name == "train"
-        transform = self.train_transform() if train else self.eval_transform()
-        return Pictures(listing.pictures, transform, self.keep_ignored or not train, self.images.get(name))
+        for name, listing in listings.items():
+            train = name == "train"
+            transform = self.train_transform() if train else self.eval_transform()
+            kept = self.keep_ignored or not train
+            self.splits[name] = Pictures(listing.pictures, transform, kept, self.images.get(name))
 
     def train_transform(self) -> v2.Transform:
         """Return the transform of training pictures, except for changes of brightness and colours."""
