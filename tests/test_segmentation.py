@@ -281,6 +281,12 @@ def test_no_two_splits_share_a_digit(module, monkeypatch):
     assert not train & val | train & test | val & test
 
 
+@pytest.mark.parametrize("module", [DigitSceneMasks, DigitScenes])
+def test_scenes_too_small_for_a_digit_are_refused(module):
+    with pytest.raises(UserError, match=r"image_size: 4; expected at least 16"):
+        module(image_size=4).setup()
+
+
 # Loss and metrics
 
 

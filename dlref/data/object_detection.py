@@ -275,6 +275,7 @@ class DigitScenes(ObjectDetectionData):
     def list_splits(self) -> dict[str, BoxListing]:
         """Draw the scenes; each split has its own seed."""
         check_at_least(1, train=self.counts["train"], held_out=self.counts["val"], most=self.most)
+        check_at_least(16, image_size=self.image_size)
         listings = {}
         for seed, (name, pool) in enumerate(digit_pools().items()):
             scenes = make_scenes(*pool, self.counts[name], self.image_size, seed, self.most)
