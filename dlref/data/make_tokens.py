@@ -25,25 +25,25 @@ from dlref.runtime.errors import UserError
 from dlref.runtime.text import make_tokenizer
 
 
-def write_tokens(path: Path, texts: Iterable[tuple[str, str]], tokenizer) -> None:
+def write_tokens(path: Path, texts: Iterable[str], tokenizer) -> None:
     """Write texts as tokens and print the number of tokens."""
     count = unknown = 0
     with path.open("wb") as file:
-        for row in rows_of((text for _, text in texts), tokenizer):
+        for row in rows_of(texts, tokenizer):
             row.tofile(file)
             count, unknown = count + len(row), unknown + unknown_in(row, tokenizer)
     strange = f", {unknown} of them for characters that are not in the vocabulary" if unknown else ""
     print(f"{path.stem}: {count} tokens{strange}")
 
 
-def watched(texts: Iterable[tuple[str, str]], title: str) -> Iterator[tuple[str, str]]:
-    """Yield the texts, showing on a terminal how many characters have been read."""
+def watched(pattern: str, title: str) -> Iterator[str]:
+    """Yield the texts of files, showing on a terminal how many characters have been read."""
     console, shown = Console(stderr=True), "{task.description}: {task.completed:.1f} million characters"
     hidden = not (console.is_terminal or console.is_jupyter)  # elsewhere rich would leave an empty line
     with Progress(shown, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(title, total=None)
-        for name, text in texts:
-            yield name, text
+        for _, text in texts_of(pattern):
+            yield text
             progress.advance(task, len(text) / 1e6)
 
 
@@ -69,12 +69,11 @@ def make(asked: argparse.Namespace) -> None:
     try:
         asked.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=asked.folder, prefix=".part-") as part:
-            texts = (text for _, text in watched(texts_of(asked.train), "tokeniser"))
-            described = tokenizer_of(asked.tokenizer, texts, asked.vocabulary_size)
+            described = tokenizer_of(asked.tokenizer, watched(asked.train, "tokeniser"), asked.vocabulary_size)
             tokenizer = make_tokenizer(described)
             patterns = {"train": asked.train, "val": asked.val}
             for split, pattern in patterns.items():
-                write_tokens(Path(part, f"{split}.bin"), watched(texts_of(pattern), split), tokenizer)
+                write_tokens(Path(part, f"{split}.bin"), watched(pattern, split), tokenizer)
             warn_of_shared({split: map(str, files_of(pattern)) for split, pattern in patterns.items()}, "files")
             Path(part, "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
             for path in Path(part).iterdir():
