@@ -94,7 +94,7 @@ class ForecastingData(SplitData):
             check_at_least(1, **{name: getattr(self, name) for name in sizes}, points=self.points or 1)
             frequency = Frequency.parse(self.frequency)
             self.frequency = str(frequency)
-            self.cut(self.checked(self.read(frequency), frequency))
+            self.cut(self.checked(self.read(frequency), frequency), frequency)
         self.splits = {name: windows.to(self.device) for name, windows in self.splits.items()}
 
     def checked(self, channels: Channels, frequency: Frequency) -> Channels:
@@ -125,10 +125,10 @@ class ForecastingData(SplitData):
                 check_seen_in_training(train, series)
         return Channels(train, test, predict, channels.truth)
 
-    def cut(self, channels: Channels) -> None:
+    def cut(self, channels: Channels, frequency: Frequency) -> None:
         """Cut checked series into the windows of each split."""
         train, test, predict, truth = channels
-        frequency, horizon, together = Frequency.parse(self.frequency), self.prediction_length, test is train
+        horizon, together = self.prediction_length, test is train
         ahead = horizon if predict is test else 0  # the same series are forecast beyond their ends
         store = SeriesStore(train, frequency, ahead if together else 0, truth if together else None)
         tested = store if together else SeriesStore(test, frequency, ahead, truth)
