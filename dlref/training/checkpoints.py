@@ -248,12 +248,11 @@ class Last(Checkpoint):
     ) -> None:
         """Save if a save is due, only between two optimiser steps: accumulated gradients are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
-        validates = validates_next(trainer)
-        stops = ends_here(trainer) and not validates
-        if validates or not (stepped or stops):
+        stops = ends_here(trainer)
+        if validates_next(trainer) or not (stepped or stops):
             return
         self.ending = self.agreed(trainer)
-        if stops or self.ending or self.step == trainer.max_steps or self.due(trainer):
+        if stops or self.ending or self.due(trainer):
             self.save(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:
