@@ -168,20 +168,16 @@ class TrainCLI(LightningCLI):
 
     def settle_checkpoint(self, command: str) -> None:
         """Find the checkpoint to resume from, with its step and optimiser, or the one to evaluate. Raises UserError."""
-        self.checkpoint = self.checkpoint_asked_for(command)
-        self.step, self.resumed = 0, None
-        if command == "fit" and self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
-            self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
-
-    def checkpoint_asked_for(self, command: str) -> Path | None:
-        """Return the checkpoint to resume from or to evaluate, or None for a fit from scratch. Raises UserError."""
-        asked = self.options.ckpt_path
-        scratch = command == "fit" and asked is None
-        taken = SLURMEnvironment.detect() and (scratch or command != "fit")
+        asked, fits = self.options.ckpt_path, command == "fit"
+        resumes = fits and asked is not None
+        taken = SLURMEnvironment.detect() and not resumes
         if taken and (path := next(self.run.glob("hpc_ckpt_*.ckpt"), None)):
             raise UserError(f"{path}: Lightning would load it unasked under SLURM; expected it in another folder")
-        return None if scratch else checkpoint_of(self.run, asked)
+        self.checkpoint = checkpoint_of(self.run, asked) if resumes or not fits else None
+        self.step, self.resumed = 0, None
+        if resumes:
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.step, self.resumed = checkpoint["global_step"], checkpoint["optimizer"]
 
     def prepare_profile(self) -> None:
         """Set the options of a profile: a short run in a folder of its own. Raises UserError."""
