@@ -138,7 +138,7 @@ class TrainCLI(LightningCLI):
         check_trainer(options.trainer)
         if not 0 <= options.seed_everything < 2**32:  # a bool is a number, too
             raise UserError(f"seed_everything: {options.seed_everything}; expected 0 to {2**32 - 1}")
-        self.records = self.profile = False
+        self.records = False
         if command == "fit":
             self.settle_fit()
         else:
@@ -155,12 +155,11 @@ class TrainCLI(LightningCLI):
         options.weights_only = True  # a checkpoint is data; never unpickle code from one
 
     def settle_fit(self) -> None:
-        """Check the options of a fit; find out if it writes files and if it is a profile. Raises UserError."""
+        """Check the options of a fit; find out if it writes files. Raises UserError."""
         options = self.options
         check_fit(options)
         self.records = not (options.debug or options.trainer.fast_dev_run)
-        self.profile = options.profile
-        if self.profile:
+        if options.profile:
             self.prepare_profile()
         check_sharding(options, self.records)
         if self.records and options.final_test and options.trainer.limit_test_batches == 0:
@@ -254,7 +253,7 @@ class TrainCLI(LightningCLI):
             self.last,  # after BestCheckpoint: last.ckpt records the best score
             Preflight(best.metric, self.claim, self.options.final_test),
         ]
-        if self.profile:
+        if self.options.profile:
             kwargs["profiler"] = StepProfile(self.run, self.options.checkpoint_minutes)
         elif self.options.trainer.profiler is None:
             kwargs["profiler"] = Unprofiled()
@@ -266,7 +265,7 @@ class TrainCLI(LightningCLI):
         check_started(built)
         make_resumable(built)
         warn_of_slow_bfloat16(built)
-        if self.profile:
+        if self.options.profile:
             built.profiler.trainer = built
         return built
 
