@@ -258,7 +258,7 @@ class TrainCLI(LightningCLI):
         elif self.options.trainer.profiler is None:
             kwargs["profiler"] = Unprofiled()
         loggers = [
-            metrics_file(self.run, before=self.step if self.checkpoint else None),
+            metrics_file(self.run, before=self.step),
             TensorBoardLogger(self.run, name="", version="", purge_step=self.step or None),
         ]
         built = super().instantiate_trainer(logger=loggers, **kwargs)

@@ -193,16 +193,16 @@ def remove(paths: Iterable[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def metrics_file(run: Path, before: int | None) -> CSVLogger:
+def metrics_file(run: Path, before: int) -> CSVLogger:
     """Return the logger of metrics.csv. A new CSVLogger deletes the file; a resumed run keeps rows `before` a step.
 
     Rows of later steps, logged by a process that was killed, are logged again.
     """
     logger = CSVLogger(run, name="", version="")
-    if rank_zero_only.rank == 0 and run.exists():
+    if rank_zero_only.rank == 0:
         path = run / "metrics.csv"
         earlier = []
-        if before is not None and path.is_file():
+        if path.is_file():
             with path.open(newline="") as file:
                 complete = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be cut off
             earlier = [row for row in complete if row.get("step", "").isdigit() and int(row["step"]) < before]
