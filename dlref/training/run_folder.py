@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -72,7 +72,7 @@ def intact(last: Path, previous: Path) -> Path:
     return previous
 
 
-class Claim:
+class Claim(AbstractContextManager):
     """Reserve a run's folder for a fit. Until training starts, `roll_back` restores it exactly.
 
     Args:
@@ -145,9 +145,6 @@ class Claim:
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "checkpoints"):
             remove([self.run / path.name])
             path.rename(self.run / path.name)
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, *_: object) -> None:
         self.roll_back()
