@@ -1,6 +1,5 @@
 """The checkpoints of a run: when and how best.ckpt and last.ckpt, from which a run resumes, are written."""
 
-import os
 import shutil
 import sys
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from dlref.runtime import UserError
 from dlref.runtime.errors import one_line, shortened
-from dlref.training.seal import write_sealed
+from dlref.training.seal import replacing, write_sealed
 from dlref.training.sigterm import listen
 
 # Callbacks that lose their state when a run resumes, or that train with settings found in no config.
@@ -282,11 +281,8 @@ class Last(Checkpoint):
         if self.ending:
             raise Interrupted(self.path, self.kept)
         if trainer.is_global_zero and not self.validated and self.path.is_file():
-            part = self.path.with_name("best.ckpt.part")
-            try:
-                os.replace(shutil.copy(self.path, part), self.path.with_name("best.ckpt"))
-            finally:
-                part.unlink(missing_ok=True)
+            with replacing(self.path.with_name("best.ckpt")) as part:
+                shutil.copy(self.path, part)
             print("training ended before its first validation: best.ckpt is a copy of last.ckpt", file=sys.stderr)
         elif trainer.is_global_zero and trainer.global_step > self.scored:
             where = f"best.ckpt is of an earlier step than last.ckpt ({trainer.global_step})"

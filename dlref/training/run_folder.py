@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dlref.runtime import UserError
 from dlref.runtime.machine import comparable
-from dlref.training.seal import damage
+from dlref.training.seal import damage, replacing
 
 OWN = (
     "checkpoints",
@@ -112,13 +112,13 @@ class Claim(AbstractContextManager):
 
     def copy_config(self) -> None:
         """Copy back the config set aside: the machine's other processes start later and may be told to read it."""
-        config, part = self.aside / "config.yaml", self.run / "config.yaml.part"
+        config = self.aside / "config.yaml"
         if not config.is_file():
             return
         try:
-            os.replace(shutil.copy(config, part), self.run / config.name)
+            with replacing(self.run / config.name) as part:
+                shutil.copy(config, part)
         except OSError:
-            part.unlink(missing_ok=True)
             self.roll_back()
             raise
 
@@ -218,13 +218,8 @@ def check_writable(run: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file completely or not at all, in a folder that is made if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ torch.load ignores data after the archive, so other programs can read these file
 
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,14 +37,25 @@ class HashingWriter:
         self.file.flush()
 
 
-def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
-    """Write a checkpoint beside `path` and move it there once complete; nothing is left of an incomplete one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, and move it there once complete; nothing is left of an incomplete file.
 
-    An existing file is moved to `before`, if given. Raises OSError.
+    The folder is made if there is none. Raises OSError.
     """
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
+    """Write a checkpoint completely or not at all. An existing file is moved to `before`, if given. Raises OSError."""
+    with replacing(path) as part:
         with part.open("wb") as file:
             hashed = HashingWriter(file)
             try:
@@ -57,10 +69,6 @@ def write_sealed(state: dict, path: Path, before: Path | None = None) -> None:
             os.fsync(file.fileno())  # after a power cut, the renamed file must be complete
         if before is not None:
             os.replace(path, before)
-        os.replace(part, path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def seal_of(path: Path) -> bytes:
