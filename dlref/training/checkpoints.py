@@ -105,11 +105,9 @@ class BestCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(bool(better or unscored))
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Forget the best score if best.ckpt is missing, or if the run resumes from another run's checkpoint."""
+        """Forget the best score if best.ckpt is missing: lost, or set aside because the checkpoint is another run's."""
         super().on_train_start(trainer, task)
-        path = Path(self.format_checkpoint_name({}))
-        own = trainer.ckpt_path is not None and path.parents[1] in Path(trainer.ckpt_path).resolve().parents
-        if not trainer.strategy.broadcast(own and path.is_file()):
+        if not trainer.strategy.broadcast(Path(self.format_checkpoint_name({})).is_file()):
             self.best_k_models = {}
 
 
