@@ -32,8 +32,8 @@ OWN = (
     "not_finite.pt",
 )
 LOCK = ".lock"  # reserves a folder for a fit, and shows later that there was a fit
-# Files left by a fit that ended before its first checkpoint: these alone are no run, and the next fit starts anew.
-BEGUN = ("config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt")
+# A fit that ended before its first checkpoint leaves none of these: that is no run yet, and the next fit starts anew.
+RESULTS = set(OWN) - {"config.yaml", "hparams.yaml", "metrics.csv", "not_finite.pt"}
 
 
 def run_folder(options) -> Path:
@@ -93,8 +93,7 @@ class Claim(AbstractContextManager):
         self.created = [path for path in (run, *run.parents) if not os.path.exists(path)]
         self.first = not os.path.exists(run / LOCK)
         self.take()
-        begun = () if self.first else BEGUN
-        there = [path.name for path in self.own() if path.name not in begun and (self.first or path.name in OWN)]
+        there = [path.name for path in self.own() if self.first or path.name in RESULTS]
         if there and not (resume or overwrite):
             self.leave()
             raise UserError(
