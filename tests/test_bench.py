@@ -379,7 +379,7 @@ def test_latency_is_that_of_the_median_call_and_throughput_counts_all_its_rows(a
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [0.5, 0.5, 2.0])
     calls = []
-    figures = bench.measure(lambda: {"g": lambda x: calls.append(len(x))}, tmp_path, 0.0)
+    figures = bench.measure({"g": lambda x: calls.append(len(x))}, tmp_path, 0.0)
     assert (figures["throughput"], figures["latency_ms"]) == (rows / 0.5, 500)
     assert calls == [1, 1, 1]  # the first answer, which calls the graph three times
 
@@ -389,7 +389,7 @@ def test_measure_reports_the_p95_latency_and_the_share_of_time_spent_waiting(tmp
     np.savez(tmp_path / "example.npz", **{"g/x": np.ones((1, 2))})
     monkeypatch.setattr(bench, "clock", lambda call: [i / 1000 for i in range(101)])
     monkeypatch.setattr(bench, "scheduled", iter([(1.0, 2.0), (4.0, 3.0)]).__next__)
-    figures = bench.measure(lambda: {"g": lambda x: None}, tmp_path, 0.0)
+    figures = bench.measure({"g": lambda x: None}, tmp_path, 0.0)
     assert figures["latency_p95_ms"] == pytest.approx(95)
     assert figures["waited"] == 0.25  # 3 seconds running, 1 waiting
 

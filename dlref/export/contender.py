@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     folder, bundle, mode, threads, device, started = arguments
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # Windows cannot delete loaded libraries
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # the default cache may hold an earlier process's code
-        figures = measure(lambda: programs(Path(folder), mode, int(threads), device), Path(bundle), float(started))
+        figures = measure(programs(Path(folder), mode, int(threads), device), Path(bundle), float(started))
     package = "torchvision" if "torchvision" in sys.modules else "torch"
     print(json.dumps(figures | {"installed_mb": installed_mb(package)}))
 

@@ -59,9 +59,8 @@ def in_process(command: list[str]) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(open_contender: Callable[[], Graphs], folder: Path, started: float) -> dict:
+def measure(graphs: Graphs, folder: Path, started: float) -> dict:
     """Measure the speed and memory of this process on the example of the bundle in `folder`."""
-    graphs = open_contender()
     described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
     graphs = repeating(graphs, described)
     one = example(folder)
@@ -269,18 +268,15 @@ def installed_mb(package: str) -> float | None:
 def main(arguments: list[str]) -> int:
     """Run the measured process. Arguments: FOLDER THREADS PROVIDER [once] STARTED."""
     place, threads, provider, *once, started = arguments
-    folder, manifest = Path(place), {}
-
-    def contender() -> Graphs:
-        manifest.update(read_manifest(folder))
-        return open_bundle(folder, manifest, int(threads), provider)
-
+    folder = Path(place)
     try:
+        manifest = read_manifest(folder)
+        graphs = open_bundle(folder, manifest, int(threads), provider)
         if once:
-            answer(contender(), example(folder))
+            answer(graphs, example(folder))
             print("{}")
             return 0
-        figures = measure(contender, folder, float(started))
+        figures = measure(graphs, folder, float(started))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
