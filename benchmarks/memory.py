@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlref.runtime.bench import example, memory
+from dlref.runtime.bench import EXAMPLE, arrays, memory
 from dlref.runtime.bundle import read_manifest
 from dlref.runtime.memory import returned_to_the_system
 
@@ -42,7 +42,7 @@ def measured(folder: Path, path: Path, lever: str, threads: int) -> dict:
         options.add_session_config_entry(key, value)
     with returned_to_the_system() if leave else nullcontext():
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (inputs,) = example(folder).values()
+    (inputs,) = arrays(folder / EXAMPLE).values()
     times = []
     for _ in range(100):
         start = time.perf_counter()

@@ -37,7 +37,7 @@ from dlref.export.progress import say, watched
 from dlref.export.targets import Target
 from dlref.export.verify import Compared, Reference, Refused, parity
 from dlref.runtime import UserError
-from dlref.runtime.bench import ANSWERS, EXAMPLE, example, open_bundle, smoke_test
+from dlref.runtime.bench import ANSWERS, EXAMPLE, arrays, open_bundle, smoke_test
 from dlref.runtime.bundle import OnnxGraph, open_graphs, read_manifest
 
 FLOAT32 = Plan("float32")
@@ -239,7 +239,7 @@ class Attempts:
         """
         folder = self.bundle(plan)
         graphs = open_bundle(folder, read_manifest(folder), self.target.threads, provider(self.target))
-        inputs = example(folder)
+        inputs = arrays(folder / EXAMPLE)
         answers = {name: graph(**inputs[name]) for name, graph in graphs.items()}
         named = {f"{name}/{output}": a for name, outputs in answers.items() for output, a in outputs.items()}
         np.savez(folder / ANSWERS, **named)

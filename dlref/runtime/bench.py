@@ -63,7 +63,7 @@ def measure(graphs: Graphs, folder: Path, started: float) -> dict:
     """Measure the speed and memory of this process on the example of the bundle in `folder`."""
     described = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["graphs"]
     graphs = repeating(graphs, described)
-    one = example(folder)
+    one = arrays(folder / EXAMPLE)
     answer(graphs, one)
     figures: dict[str, float | None] = {"first_answer_s": time.monotonic() - started}
     before = scheduled()
@@ -177,11 +177,6 @@ def unmatched(found: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray], 
     return float((nearest.sum() + abs(len(given) - len(wanted))) / max(len(given), len(wanted)))
 
 
-def example(folder: Path) -> Arrays:
-    """Load the example inputs of each graph. Raises UserError."""
-    return arrays(folder / EXAMPLE)
-
-
 def arrays(path: Path) -> Arrays:
     """Load arrays by graph and name from a file that calls them GRAPH/NAME. Raises UserError."""
     found: Arrays = {}
@@ -273,7 +268,7 @@ def main(arguments: list[str]) -> int:
         manifest = read_manifest(folder)
         graphs = open_bundle(folder, manifest, int(threads), provider)
         if once:
-            answer(graphs, example(folder))
+            answer(graphs, arrays(folder / EXAMPLE))
             print("{}")
             return 0
         figures = measure(graphs, folder, float(started))
