@@ -29,7 +29,8 @@ class Words:
     def __init__(self, tokens: list[str], exact: bool = False):
         self.names, self.normal = tokens, str if exact else normal
         names = tokens if exact else [unicodedata.normalize("NFC", name) for name in tokens]
-        self.numbers = {name: number for number, name in reversed([*enumerate(names)])}  # the first equal name wins
+        known = [*enumerate(names)][len(SPECIAL) :]  # a special token's name in a text is plain text
+        self.numbers = {name: number for number, name in reversed(known)}  # the first equal name wins
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,9 +45,7 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         """Return the number of each token."""
-        numbers, known = self.numbers, range(len(SPECIAL), len(self))
-        found = (numbers.get(part, UNKNOWN) for part in self.parts(self.normal(text)))
-        return [number if number in known else UNKNOWN for number in found]
+        return [self.numbers.get(part, UNKNOWN) for part in self.parts(self.normal(text))]
 
     def pieces(self, numbers: list[int]) -> list[str]:
         """Return each token in readable form."""
@@ -126,7 +125,7 @@ class BytePairs:
     def encode(self, text: str) -> list[int]:
         """Return the number of each token. Raises UserError if an exact tokeniser changes the text."""
         try:
-            found = self.tokenizer.encode(text if self.exact else normal(text), add_special_tokens=False).ids
+            found = self.tokenizer.encode(self.written(text), add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises plain exceptions
             raise UserError(f"tokeniser of byte pairs: {one_line(error)}; expected tokens") from None
         if self.exact:
@@ -211,10 +210,9 @@ def make_tokenizer(described: Any) -> Words | Bytes | BytePairs:
         raise UserError(
             f"tokeniser of kind {kind!r}; expected word or character with tokens, bpe with its model, or byte"
         )
-    made = Words(tokens) if kind == "word" else Characters(tokens, exact is True)
     if tuple(tokens[: len(SPECIAL)]) != SPECIAL or len(set(tokens)) < len(tokens):
         raise UserError(
             f"tokeniser of kind {kind!r}: duplicate tokens, or wrong special tokens at the start; expected unique "
             f"tokens, the first {' '.join(SPECIAL)}"
         )
-    return made
+    return Words(tokens) if kind == "word" else Characters(tokens, exact is True)
