@@ -88,8 +88,6 @@ class Writing:
         self.prompt_length, self.generator = len(prompt), np.random.default_rng(settings.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.returned, self.reason = "", 0, ""
-        if not settings.max_new_tokens:
-            self.reason = "length"
 
     @property
     def new_tokens(self) -> int:
