@@ -98,7 +98,7 @@ def test_attention_scores_follow_the_equations_of_the_papers():
     query, values = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
     for score in ATTENTION[:3]:
         attention = Attention(score, 4)
-        memory = Memory(values, attention.keys(values), torch.ones(1, 3, dtype=torch.bool), values[None, :, 0])
+        memory = Memory(values, attention.key(values), torch.ones(1, 3, dtype=torch.bool), values[None, :, 0])
         expected = []
         for annotation in values[0]:
             if score == "mlp":

@@ -35,7 +35,7 @@ class Memory(NamedTuple):
 
     Attributes:
         values: (B, S, D), an annotation of each source token (Bahdanau et al., section 3.2).
-        keys: (B, S, D), which queries are compared with.
+        keys: (B, S, D), which queries are compared with; computed once per source, not per query.
         mask: (B, S), False for padding.
         state: (Y, B, D), initial state of the decoder; None in `step`, which gets the state of each hypothesis.
     """
@@ -138,7 +138,7 @@ class Seq2Seq(nn.Module):
             state = state.transpose(0, 1).contiguous()  # cuDNN requires it
         if self.input_feeding:  # there is no attentional vector before the first token
             state = torch.cat([state, torch.zeros_like(state[:1])])
-        keys = values if self.attention is None else self.attention.keys(values)
+        keys = values if self.attention is None else self.attention.key(values)
         return Memory(values, keys, mask, state)
 
     def decode(self, target: Int[Tensor, "B T"], memory: Memory) -> Float[Tensor, "B T V"]:
@@ -195,10 +195,6 @@ class Attention(nn.Module):
         self.key = nn.Identity() if score == "dot" else nn.Linear(size, size, bias=score == "mlp")
         self.query = nn.Linear(size, size, bias=False) if score == "mlp" else None
         self.score = nn.Linear(size, 1, bias=False) if score == "mlp" else None
-
-    def keys(self, values: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Return the keys that queries are compared with; computed once per source, not per query."""
-        return self.key(values)
 
     def forward(
         self, query: Float[Tensor, "B Q D"], memory: Memory
