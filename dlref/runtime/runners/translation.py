@@ -137,8 +137,7 @@ class Runner(Base):
         instances = source["instances"]
         if not isinstance(instances, list) or not instances:
             raise UserError(f"{where}: instances: expected a list of objects with data")
-        places = (f"{where}: instances[{i}]" for i in range(len(instances)))
-        asked = [self.asked(one, "data", place) for one, place in zip(instances, places, strict=True)]
+        asked = [self.asked(one, "data", f"{where}: instances[{i}]") for i, one in enumerate(instances)]
         return Request(asked, single=False)
 
     def asked(self, instance: object, key: str, where: str) -> Sentence:
