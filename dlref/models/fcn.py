@@ -164,19 +164,18 @@ class FCNVGG16(nn.Module):
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K H W"]:
         """Return the logits of each pixel."""
-        height, width = x.shape[-2:]
-        pools = []
+        maps, pools = x, []
         for layer in self.features:
-            x = layer(x)
+            maps = layer(maps)
             if isinstance(layer, nn.MaxPool2d):
-                pools.append(x)
-        _, _, pool3, pool4, _ = pools
-        score = self.score_fr(self.drop(self.fc7(self.drop(self.fc6(x)))))
+                pools.append(maps)
+        _, _, pool3, pool4, pool5 = pools
+        score = self.score_fr(self.drop(self.fc7(self.drop(self.fc6(pool5)))))
         if self.stride <= 16:
-            score = _cropped(self.upscore2(score), *pool4.shape[-2:]) + self.score_pool4(pool4)
+            score = _cropped(self.upscore2(score), pool4) + self.score_pool4(pool4)
         if self.stride == 8:
-            score = _cropped(self.upscore_pool4(score), *pool3.shape[-2:]) + self.score_pool3(pool3)
-        return _cropped(self.upscore(score), height, width)
+            score = _cropped(self.upscore_pool4(score), pool3) + self.score_pool3(pool3)
+        return _cropped(self.upscore(score), x)
 
     def of_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename torchvision's VGG-16 to this network's keys, its linear layers as convolutions (section 3.1)."""
@@ -214,9 +213,10 @@ def _score(channels: int, num_classes: int) -> nn.Conv2d:
     return layer
 
 
-def _cropped(x: Float[Tensor, "B K h w"], height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """Crop to the first rows and columns: if the stride does not divide the size, cells extend beyond the border.
+def _cropped(score: Float[Tensor, "B K h w"], like: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K H W"]:
+    """Crop to the size of `like`: if the stride does not divide it, cells extend beyond the border.
 
     `narrow` gives the length explicitly: torch 2.11's export cannot infer the size of a slice with a dynamic end.
     """
-    return x.narrow(2, 0, height).narrow(3, 0, width)
+    height, width = like.shape[-2:]
+    return score.narrow(2, 0, height).narrow(3, 0, width)
