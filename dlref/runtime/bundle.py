@@ -62,12 +62,10 @@ def read_manifest(folder: Path) -> dict:
         if path.is_symlink():
             raise UserError(f"{path}: a symbolic link; expected the file itself, inside the bundle")
         if not path.is_file():
-            raise FileNotFoundError
+            raise UserError(f"{path}: not found; expected the folder of a bundle that export.py wrote")
         if path.stat().st_size > LARGEST_MANIFEST:
             raise UserError(f"{path}: {path.stat().st_size} bytes; expected at most {LARGEST_MANIFEST}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected the folder of a bundle that export.py wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); expected JSON") from None
     if not isinstance(manifest, dict) or not all(type(manifest.get(key)) is KEYS[key] for key in KEYS):
