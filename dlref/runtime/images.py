@@ -154,15 +154,20 @@ def as_picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
 
 
+def fixed_size(graph) -> tuple[int, int] | None:
+    """Return the height and width to which `ask` resizes images for `graph`; None if it takes any size."""
+    height, width = graph.shape["image"][1:3]
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
 def ask(graph, image: np.ndarray, *outputs: str) -> list[np.ndarray]:
     """Run `graph` on `image` uint8 (B, H, W, C), resized if the graph's size is fixed, and return its `outputs`.
 
     A graph with a fixed batch runs on one image at a time. Raises UserError unless there is an output for each image.
     """
-    batch, height, width, _ = graph.shape["image"]
-    if isinstance(height, int) and isinstance(width, int):
-        image = resize(image, height, width)
-    rows = [image] if not isinstance(batch, int) else [row[None] for row in image]
+    if size := fixed_size(graph):
+        image = resize(image, *size)
+    rows = [row[None] for row in image] if isinstance(graph.shape["image"][0], int) else [image]
     answers = [graph(image=row) for row in rows]
     return [
         np.concatenate([answered(a, output, len(r)) for a, r in zip(answers, rows, strict=True)]) for output in outputs

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ImageRunner, Source, as_picture, ask
+from dlref.runtime.images import ImageRunner, Source, as_picture, ask, fixed_size
 
 OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int64}
 SHOWN = 0.3  # lowest score of a box that is drawn
@@ -33,10 +33,8 @@ class Runner(ImageRunner):
         """Return boxes (n, 4) in pixels, scores (n,) and labels (n,) for each image of uint8 (B, H, W, C)."""
         boxes, scores, labels, count = ask(self.detect, image, *OUTPUTS)
         check(boxes, scores, labels, count, len(self.metadata["labels"]))
-        given = image.shape[2], image.shape[1]
-        fixed = self.detect.shape["image"][2], self.detect.shape["image"][1]
-        if all(isinstance(side, int) for side in fixed):  # the image was resized to the size of the graph
-            boxes = boxes * np.tile(np.divide(given, fixed, dtype=np.float32), 2)
+        if size := fixed_size(self.detect):  # the image was resized to it
+            boxes = boxes * np.tile(np.divide(image.shape[1:3], size, dtype=np.float32)[::-1], 2)
         return [(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count)]
 
     def sagemaker(self, answer: dict) -> dict:

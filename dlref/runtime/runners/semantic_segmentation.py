@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dlref.runtime.errors import UserError
-from dlref.runtime.images import ImageRunner, Source, as_picture, ask
+from dlref.runtime.images import ImageRunner, Source, as_picture, ask, fixed_size
 
 BACKGROUND = "background"  # a class of this name is not painted over pictures
 PAINT = 0.6  # share of a class's colour in a pixel that is painted over
@@ -39,8 +39,7 @@ class Runner(ImageRunner):
             raise UserError(f"graph returns class {masks.max()}; expected 0 to {classes - 1}, one per label")
         if masks.shape[1:] == image.shape[1:3]:
             return masks
-        fixed = self.segment.shape["image"][1:3]  # the image was resized to the size of the graph
-        if list(masks.shape[1:]) != list(fixed):
+        if masks.shape[1:] != fixed_size(self.segment):  # to which the image was resized
             raise UserError(f"graph returns a mask of {masks.shape[1:]}; expected {image.shape[1:3]}, the image's size")
         size = image.shape[2], image.shape[1]
         return np.stack([np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks])
@@ -49,8 +48,8 @@ class Runner(ImageRunner):
         """Return probabilities float32 (K, H, W) for one image. Raises UserError if the graph has none of that size."""
         if "probability" not in self.segment.outputs:
             raise UserError("no probabilities in this bundle; expected one of a run with model.init_args.probabilities")
-        image, fixed = self.read(source), self.segment.shape["image"][1:3]
-        if all(isinstance(side, int) for side in fixed) and fixed != list(image.shape[:2]):  # masks alone are resized
+        image, fixed = self.read(source), fixed_size(self.segment)
+        if fixed and fixed != image.shape[:2]:  # masks alone are resized
             raise UserError(
                 f"an image of {image.shape[1]}×{image.shape[0]} pixels; expected {fixed[1]}×{fixed[0]}, the fixed size "
                 "of this bundle, for its probabilities"
