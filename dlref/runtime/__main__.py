@@ -236,7 +236,7 @@ def files(given: str) -> list[str]:
 
     Linked folders are followed, and no folder is listed twice. Raises UserError.
     """
-    if not given or not os.path.isdir(given):  # Path.is_dir raises for a text longer than a file name may be
+    if not os.path.isdir(given):  # Path.is_dir raises for a text longer than a file name may be
         return [given]
     found, seen = [], set()
     for folder, folders, names in os.walk(given, onerror=refuse_folder, followlinks=True):
