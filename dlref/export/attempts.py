@@ -210,6 +210,8 @@ class Attempts:
             raise UserError("onnxruntime quantised no node of any graph; expected at least one")
         np.savez(folder / EXAMPLE, **self.example())
         write_manifest(folder, self.deployable, self.target, plan.precision, self.place / "converted" / str(plan))
+        if plan != FLOAT32:
+            smoke_test(folder, provider(self.target))
         return folder
 
     def converted(self, name: str, plan: Plan) -> Path:
@@ -249,8 +251,6 @@ class Attempts:
     def opened(self, plan: Plan) -> dict[str, OnnxGraph]:
         """Open the graphs of a bundle as a device does; float32 always on the CPU, since a GPU rounds differently."""
         folder = self.bundle(plan)
-        if plan != FLOAT32:
-            smoke_test(folder, provider(self.target))
         return open_graphs(folder, read_manifest(folder), CPU if plan == FLOAT32 else provider(self.target))
 
     # Comparison with PyTorch
