@@ -646,20 +646,15 @@ def test_photometric_changes_differ_by_image_and_keep_greys_grey():
     assert len({tuple(c) for c in colours[:, :, 0, 0].tolist()}) > 40
 
 
-def test_the_metric_is_nan_when_there_is_no_box_to_find(monkeypatch):
-    task = detector()
-    for found, expected in ((-1.0, math.nan), (0.25, 0.25)):
-        monkeypatch.setattr(task, "scores", lambda runner, batches, found=found: {"map": found})
-        assert task.evaluate(None, []) == pytest.approx(expected, nan_ok=True)
-
-
-def test_evaluate_takes_a_runners_boxes_in_pixels_of_its_images():
+@pytest.mark.parametrize(("labels", "expected"), [([0, 1], 0.5), ([-1, -1], math.nan)])
+def test_evaluate_takes_a_runners_boxes_in_pixels_of_its_images_and_is_nan_without_a_box_to_find(labels, expected):
     boxes, none = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]]), torch.zeros(1, 2, dtype=torch.bool)
-    targets = {"boxes": boxes, "labels": torch.tensor([[0, 1]]), "ignored": none, "sizes": torch.tensor([[40, 80]])}
+    targets = {"boxes": boxes, "labels": torch.tensor([labels]), "ignored": none, "sizes": torch.tensor([[40, 80]])}
     red = np.float32([[0, 0, 4, 4]]), np.float32([0.9]), np.int64([0])
     runner = SimpleNamespace(detections=lambda image: [red])
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    assert detector().evaluate(runner, [(images, targets)]) == pytest.approx(0.5)  # red is found, blue is not
+    score = detector().evaluate(runner, [(images, targets)])  # red is found, blue is not
+    assert score == pytest.approx(expected, nan_ok=True)
 
 
 def test_validation_without_boxes_logs_nan_scores():

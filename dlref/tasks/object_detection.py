@@ -208,19 +208,14 @@ class ObjectDetector(ImageTask):
 
     def evaluate(self, runner, batches: Iterable[Batch]) -> float:
         """Return the mean average precision of a runner's detections over `batches`; NaN if there is no box to find."""
-        score = self.scores(runner, batches)[self.metric]
-        return score if score >= 0 else math.nan  # COCO's -1
-
-    def scores(self, runner, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return all of COCO's scores of a runner's detections over `batches`."""
         metric = average_precision()
         for images, targets in batches:
             found = runner.detections(nhwc(images).numpy())
             side = np.float32(images.shape[-1])
             shares = [(boxes / side, scores, labels) for boxes, scores, labels in found]
             metric.update(predictions(shares, targets["sizes"]), truth(targets))
-        values = metric.compute()
-        return {name: values[name].item() for name in SUMMARY}
+        score = metric.compute()[self.metric].item()
+        return score if score >= 0 else math.nan  # COCO's -1
 
     def draw(self, folder: Path) -> None:
         """Draw pictures with true and predicted boxes, and the precision-recall curve of each class."""
