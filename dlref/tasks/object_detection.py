@@ -280,11 +280,8 @@ def predictions(found: list[Found], sizes: Int[Tensor, "B 2"]) -> list[dict[str,
 
 def truth(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return the true boxes in torchmetrics' format; ignored boxes count neither as found nor as missed."""
-    targets = {name: value.cpu() for name, value in targets.items()}
-    rows = []
-    for boxes, labels, ignored, size in zip(
-        *(targets[n] for n in ("boxes", "labels", "ignored", "sizes")), strict=True
-    ):
+    columns, rows = (targets[name].cpu() for name in ("boxes", "labels", "ignored", "sizes")), []
+    for boxes, labels, ignored, size in zip(*columns, strict=True):
         there = labels != PADDED
         found = pixels(boxes[there], size)
         area = box_area(found).round(decimals=1)  # exactly 32² and 96² count in two sizes: undo rounding
