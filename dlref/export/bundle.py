@@ -70,25 +70,17 @@ def staged(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); expected a folder for the bundle") from None
     try:
-        with space_for(output):
-            yield part
+        yield part
         output.parent.mkdir(parents=True, exist_ok=True)
         replace(part / BUNDLE, output, part / BEFORE)
-    finally:
-        if output.exists() or not (part / BEFORE).exists():
-            shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def space_for(output: Path) -> Iterator[None]:
-    """Raise UserError if the disk runs out of space while files are written beside `output`."""
-    try:
-        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         reason = f"cannot be written ({error.strerror}); expected free space for several times the bundle"
         raise UserError(f"{output}: {reason}") from error
+    finally:
+        if output.exists() or not (part / BEFORE).exists():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def replace(made: Path, output: Path, aside: Path) -> None:
