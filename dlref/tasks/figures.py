@@ -335,13 +335,11 @@ def by_length(path: Path, lengths: list[int], texts: list[str], references: list
     bounds = np.unique(np.quantile(lengths, np.linspace(0, 1, GROUPS + 1)).astype(int))
     places = np.clip(np.searchsorted(bounds, lengths, side="right") - 1, 0, max(len(bounds) - 2, 0))
     names, values, counts = [], [], []
-    for group in range(max(len(bounds) - 1, 1)):
+    for group in np.unique(places):
         inside = np.flatnonzero(places == group)
-        if len(inside):
-            longest = max(lengths[i] for i in inside)
-            names.append(f"{min(lengths[i] for i in inside)}–{longest}")
-            values.append(score([texts[i] for i in inside], [references[i] for i in inside]))
-            counts.append(len(inside))
+        names.append(f"{min(lengths[i] for i in inside)}–{max(lengths[i] for i in inside)}")
+        values.append(score([texts[i] for i in inside], [references[i] for i in inside]))
+        counts.append(len(inside))
     figure, (axes,) = _grid(1, 1, width=6.5, height=4)
     bars = axes.bar(range(len(names)), values, color="tab:blue")
     axes.bar_label(bars, [f"{value:.1f}\n({count})" for value, count in zip(values, counts, strict=True)], fontsize=8)
