@@ -91,13 +91,12 @@ class ImageClassifier(ImageTask):
         """
         if self.facts["multi_label"]:
             return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weights)
-        options = {"weight": self.class_weights, "label_smoothing": self.label_smoothing}
+        smoothing = self.label_smoothing
         if self.class_weights is None:
-            return F.cross_entropy(logits.float(), targets, **options)
+            return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         # With weights and smoothing torch's own mean waits for the GPU.
-        total = F.cross_entropy(logits.float(), targets, **options, reduction="sum")
-        weight = self.counted(targets) * torch.ones_like(total)
-        return total / or_one(weight)
+        total = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing, reduction="sum")
+        return total / or_one(self.counted(targets))
 
     def counted(self, targets: Tensor) -> Tensor | int:
         """Return the number of images that the loss is a mean over, or the sum of their class weights.
