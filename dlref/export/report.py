@@ -100,11 +100,15 @@ def measurement(measured: dict, spread: bool) -> list[str]:
     parts = ["## Measured"]
     alone = " Each graph of a bundle has one thread here; the runner spreads a batch over several threads."
     if measured["contenders"]:
+        rows = [
+            [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
+            for name, figures in measured["contenders"].items()
+        ]
         parts += [
             f"{measured['processor']}, {measured['threads']} threads; one answer at a time, throughput with eight at "
             "once. Each contender runs in its own process. PyTorch runs the program that torch.export saved, with only "
             "torch loaded; the size of its model is that of its weights." + (alone if spread else ""),
-            table(["contender", *(title for title, _ in FIGURES.values())], contenders(measured["contenders"])),
+            table(["contender", *(title for title, _ in FIGURES.values())], rows),
         ]
     for name, figures in measured["contenders"].items():
         if held_up(figures):
@@ -120,14 +124,6 @@ def measurement(measured: dict, spread: bool) -> list[str]:
 def held_up(figures: dict) -> bool:
     """Return whether other programs on the machine held a contender up."""
     return (figures["waited"] or 0) > BUSY
-
-
-def contenders(measured: dict) -> list[list[str]]:
-    """Return a row for each contender: its name, and every figure as text."""
-    return [
-        [name, *("–" if figures[key] is None else text.format(figures[key]) for key, (_, text) in FIGURES.items())]
-        for name, figures in measured.items()
-    ]
 
 
 def parity(verification: dict) -> list[str]:
