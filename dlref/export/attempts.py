@@ -202,7 +202,7 @@ class Attempts:
             feeds = self.feeds.get(name, []) if plan.calibration else []
             convert(self.source(name), path, self.target, plan, feeds, graph.unbounded)
             place_in(folder, path, self.target)
-            if self.target.static and (free := describe(path, "")["dynamic_axes"]):
+            if self.target.static and (free := describe(path)["dynamic_axes"]):
                 raise UserError(f"{name}: axes {free} are free; expected fixed ones")
         if plan.precision.startswith("int") and not any(
             is_quantised(self.converted(name, plan)) for name in self.references

@@ -33,7 +33,8 @@ def write_manifest(
         "target": asdict(target),
         "precision": precision,
         "graphs": {
-            name: describe(signatures / f"{name}.onnx", f"{name}.{target.file_format}")
+            name: {"file": f"{name}.{target.file_format}"}
+            | describe(signatures / f"{name}.onnx")
             | {"calls": graph.calls, "selected": list(graph.selected)}
             for name, graph in deployable.graphs.items()
         },
@@ -56,7 +57,7 @@ def write_manifest(
     return json.loads(text)
 
 
-def describe(path: Path, file: str) -> dict:
+def describe(path: Path) -> dict:
     """Return the signature of the graph in an ONNX file; each axis is a size, or a name if it is dynamic."""
     graph = onnx.load(path, load_external_data=False).graph
 
@@ -73,7 +74,6 @@ def describe(path: Path, file: str) -> dict:
     inputs = side(graph.input)
     axes = {v["name"]: {str(a): s for a, s in enumerate(v["shape"]) if isinstance(s, str)} for v in inputs}
     return {
-        "file": file,
         "inputs": inputs,
         "outputs": side(graph.output),
         "dynamic_axes": {name: symbols for name, symbols in axes.items() if symbols},
