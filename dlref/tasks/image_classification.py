@@ -158,9 +158,9 @@ class ImageClassifier(ImageTask):
         self.confusion = values.pop("test/confusion").cpu()
         areas = values.pop("test/roc_auc").cpu().flatten()  # torchmetrics returns a scalar for one class
         # A class that no test image has, or all have, has no curve.
-        matrix = self.confusion  # (K, K), or with several labels (K, 2, 2)
-        positives = matrix[:, 1].sum(-1) if matrix.ndim == 3 else matrix.sum(-1)
-        has_curve = (positives > 0) & (positives < matrix[0].sum() if matrix.ndim == 3 else positives < matrix.sum())
+        true = self.confusion.sum(-1)  # (K,), or with several labels (K, 2): images without and with each
+        positives, images = (true, true.sum()) if true.ndim == 1 else (true[:, 1], true[0].sum())
+        has_curve = (positives > 0) & (positives < images)
         if has_curve.any():
             values["test/roc_auc"] = areas[has_curve].mean()
         self.log_dict(values)
