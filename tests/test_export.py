@@ -695,6 +695,15 @@ def test_a_full_disk_during_export_is_reported_and_leaves_no_files(tmp_path, mon
     assert not any(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_when_the_bundle_is_to_be_moved_is_reported(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="expected free space"), bundles.staged(tmp_path / "new" / "bundle"):
+        monkeypatch.setattr(Path, "mkdir", full)
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_output_path_that_cannot_be_accessed_is_refused_before_the_export(tmp_path):
     (tmp_path / "round").symlink_to("round")
     for name in ("a" * 300, f"new/{'a' * 300}/bundle", "/".join(["a" * 200] * 25), "round"):
