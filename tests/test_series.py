@@ -784,10 +784,13 @@ def test_real_tables_have_their_known_sizes():
     assert len(read_rows(root / "m4/Hourly-test.csv.gz", "1750-01-01", H).target) == 414 * 48
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e39])
-def test_a_value_of_a_series_made_elsewhere_that_is_infinite_in_float32_is_refused(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "kind"), [(np.inf, np.float64), (-np.inf, np.float64), (1e39, np.float64), (np.inf, np.float16)]
+)
+def test_a_value_of_a_series_made_elsewhere_that_is_infinite_in_float32_is_refused(tmp_path, value, kind):
     series = of({"target": MANY}, {"target": MANY}, where=tmp_path)
-    series = series._replace(target=series.target.astype(np.float64))
+    series = series._replace(target=series.target.astype(kind))
+    check(series)
     series.target[len(MANY) + 3] = value
     assert f"{series.names[1]}: target: {value}; expected finite numbers of float32" in error_of(check, series)
 
@@ -796,5 +799,8 @@ def test_a_value_of_a_series_made_elsewhere_that_is_infinite_in_float32_is_refus
 @pytest.mark.parametrize(("field", "shown"), [("dynamic", "dynamic_feat"), ("static", "feat_static_real")])
 def test_a_feature_without_a_value_of_a_series_made_elsewhere_is_refused(tmp_path, field, shown, value):
     series = of({"target": MANY * 2, "dynamic_feat": [MANY * 2], "feat_static_real": [1.0]}, where=tmp_path)
-    getattr(series, field)[-1] = value
-    assert f"{shown}: {value} among the values" in error_of(check, series)
+    for kind in (np.float32, np.float16):
+        own = series._replace(**{field: getattr(series, field).astype(kind)})
+        check(own)
+        getattr(own, field)[-1] = value
+        assert f"{shown}: {value} among the values" in error_of(check, own)

@@ -83,7 +83,8 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
     """
     _check_target(series, train=ahead is None)
     for field, values in (("dynamic_feat", series.dynamic), ("feat_static_real", series.static)):
-        unlike = ~(np.abs(values) <= LARGEST)  # the readers name the value; this is for series from elsewhere
+        # The readers name the value; this is for series from elsewhere. Beside float16 a Python float is infinite.
+        unlike = ~(np.abs(values) <= np.float32(LARGEST))
         if unlike.any():
             raise UserError(f"{field}: {values[unlike][0]} among the values; expected finite numbers of float32")
     if series.dynamic.shape[1]:
@@ -133,7 +134,7 @@ def check_layout(split: str, series: object, frequency: Frequency) -> None:
 
 
 def _check_target(series: Series, train: bool) -> None:
-    if (unlike := np.abs(series.target) > LARGEST).any():
+    if (unlike := np.abs(series.target) > np.float32(LARGEST)).any():
         at = int(unlike.argmax())
         name = series.names[int(np.searchsorted(series.offsets, at, side="right")) - 1]
         expected = "finite numbers of float32, or NaN where missing"
