@@ -591,6 +591,18 @@ def test_targets_of_a_listing_that_do_not_fit_its_images_and_classes_are_refused
     one_line(caught.value)
 
 
+def test_the_class_names_of_a_listing_in_an_array_are_left_to_the_task_to_refuse():
+    class Own(StreamedImages):
+        def __init__(self):
+            super().__init__()
+            self.lists = {"train": "a", "val": "b", "test": "c"}
+
+        def read(self, source, classes):
+            return Listing([f"{source}1.png", f"{source}2.png"], torch.tensor([0, 1]), np.array(["cat", "dog"]))
+
+    assert list(setup(Own()).labels) == ["cat", "dog"]
+
+
 def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(tmp_path):
     gradient = torch.arange(60, dtype=torch.uint8).expand(3, 40, 60)
     transform = ImageFolder(tmp_path, image_size=16, resize=20).eval_transform()

@@ -74,7 +74,7 @@ def listing_of(read: Callable[[Any, list[str] | None], Any], source: Any, classe
     listing = read(source, classes)
     if not hasattr(listing, "classes"):
         raise UserError(f"{what} read as {type(listing).__name__}; expected a listing like those of dlref's readers")
-    if classes and list(listing.classes) != list(classes):
+    if classes is not None and list(listing.classes) != list(classes):
         found = shorten(list(listing.classes))
         raise UserError(f"{source}: {what} read with the classes {found}; expected those given, {shorten(classes)}")
     return listing
