@@ -98,7 +98,10 @@ def check(series: Series, cardinality: Literal["auto"] | list[int] = "auto", ahe
 
 
 def check_layout(split: str, series: object, frequency: Frequency) -> None:
-    """Raise UserError unless the arrays are as `Series` describes them; the readers' always are."""
+    """Raise UserError unless the arrays are as `Series` describes them and, counted in business days, begin on one.
+
+    The readers' always do.
+    """
     if not isinstance(series, Series):
         raise UserError(f"{split}: {type(series).__name__}; expected a Series")
     if not all(isinstance(name, str) for name in series.names):
