@@ -238,10 +238,18 @@ class Task(LightningModule):
         if self.trainer.should_stop:
             self.log("train/loss", self.train_loss)
 
+    def optimizer_zero_grad(self, epoch: int, batch_index: int, optimizer) -> None:
+        """Drop the gradients without the label for profilers that torch sets around it in each step."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip like Lightning, but allow fused optimisers in mixed precision: bf16 has no scale to undo first."""
+        if not gradient_clip_val:
+            return
         plugin, norm = self.trainer.precision_plugin, gradient_clip_algorithm or "norm"
-        if gradient_clip_val and scales_itself(optimizer) and isinstance(plugin, MixedPrecision):
+        if scales_itself(optimizer) and isinstance(plugin, MixedPrecision):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, GradClipAlgorithmType(norm))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -246,10 +246,11 @@ class Last(Checkpoint):
         """Save if a save is due, only between two optimiser steps: accumulated gradients are in no checkpoint."""
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         stops = ends_here(trainer)
-        if validates_next(trainer) or not (stepped or stops):
+        if not (stepped or stops):
             return
-        self.ending = self.agreed(trainer)
-        if stops or self.ending or self.due(trainer):
+        ending = self.agreed(trainer)
+        if (stops or ending or self.due(trainer)) and not validates_next(trainer):
+            self.ending = ending
             self.save(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: LightningModule) -> None:

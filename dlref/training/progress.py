@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-DRAWN = 4  # times a second
+DRAWN = 2  # times a second
 
 
 class Progress(RichProgressBar):
