@@ -40,7 +40,7 @@ from dlref.training.sigterm import EndAtSigterm
 WARMUP = 3  # steps before the clock starts
 PIECES = 6  # of a turn; after each of them the other loop continues
 STEPS = {  # steps of a turn, which then takes a few seconds
-    "lenet5_digits": 600,
+    "lenet5_digits": 180,
     "lenet5_fashion_mnist": 80,
     "resnet20_cifar10": 20,
     "ssd_digit_scenes": 12,
@@ -198,16 +198,23 @@ def piece(config: str) -> int:
 
 
 def beside_a_bare_loop(
-    config: str, turns: int, parts: int, trainer: Callable = under_trainer, changed: dict | None = None, **named
+    config: str,
+    turns: int,
+    parts: int,
+    overrides: tuple[str, ...] = (),
+    trainer: Callable = under_trainer,
+    changed: dict | None = None,
+    **named,
 ) -> tuple[list[float], list[float]]:
     """Return the steps per second of the Trainer and of a bare loop, in each of `parts` parts.
 
-    `changed` overrides options of the Trainer.
+    `overrides` are arguments of `train.py` for both; `changed` overrides options of the Trainer.
     """
     steps, said, clock = piece(config) * PIECES * turns, options(config), Clock()
-    bare = bare_steps(*made(config, roots(config)), steps, said, clock)
+    overrides = (*roots(config), *overrides)
+    bare = bare_steps(*made(config, overrides), steps, said, clock)
     in_turns = InTurns(bare, piece(config))
-    trainer(*made(config, roots(config)), steps - WARMUP, said | (changed or {}), clock=in_turns, **named)
+    trainer(*made(config, overrides), steps - WARMUP, said | (changed or {}), clock=in_turns, **named)
     return in_turns.rates(parts), clock.rates(parts)
 
 
