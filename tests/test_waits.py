@@ -25,7 +25,10 @@ from dlref.training.progress import Progress
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {  # one config of each family, with little data since a CPU may have to emulate bfloat16
-    "lenet5_digits": ["--data.init_args.flip", "true", "--data.init_args.cutout", "4"],
+    "lenet5_digits": [
+        *("--data.init_args.batch_size", "32"),  # 33 steps an epoch
+        *("--data.init_args.flip", "true", "--data.init_args.cutout", "4"),
+    ],
     "ssd_digit_scenes": [
         *("--data.init_args.train", "40", "--data.init_args.held_out", "2", "--data.init_args.batch_size", "2"),
         *("--data.init_args.photometric", "true", "--data.init_args.crop", "true"),

@@ -759,7 +759,7 @@ CASES: dict[str, dict[str, list[Row]]] = {
             ("an unknown key", swap("mine.yaml", "pad_crop", "crop_pad"), "crop_pad"),
             ("a class that is code", swap("mine.yaml", "dlref.models.LeNet5", "os.system"), "os.system"),
             ("a class that is not there", swap("mine.yaml", "models.LeNet5", "models.LeNet6"), "LeNet6"),
-            ("text for a number", swap("mine.yaml", "max_epochs: 60", "max_epochs: many"), "trainer.max_epochs",
+            ("text for a number", swap("mine.yaml", "max_epochs: 100", "max_epochs: many"), "trainer.max_epochs",
              "many"),
             ("a network for a task", swap("mine.yaml", "tasks.ImageClassifier", "models.LeNet5"), "LeNet5"),
         ],
