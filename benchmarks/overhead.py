@@ -6,7 +6,7 @@ in one process. The Trainer has the callbacks and loggers of `train.py fit`, wit
 EMA, and draws its progress bar; the bare loop does only what the mathematics requires. The two alternate every few
 steps, because the speed of a machine changes within seconds by more than the difference to be measured. All steps of an
 epoch except its first are timed, without the time between epochs. 0.952 times the steps of a bare loop are an overhead
-of 5%. Steps of less than 20 ms show what the Trainer adds, 0.2 to 1.2 ms; in most longer steps the spread of the turns
+of 5%. Steps of less than 25 ms show what the Trainer adds, about 1 ms; in most longer steps the spread of the turns
 hides it.
 """
 

@@ -342,7 +342,8 @@ def test_rows_of_techniques_have_the_technique_on_the_own_side(monkeypatch):
             clock.seconds.append(1.0 if task[-1] == "true" else 2.0)
             yield
 
-    def both(config, turns, parts, overrides, slow=False):
+    def both(config, turns, parts, overrides, changed, slow=False):
+        assert (overrides[-1], changed) == ("32", {"log_every_n_steps": 30})
         return [1 / 9, *[1 / 4 if slow else 1 / 2] * (parts - 1)], [1.0] * parts
 
     monkeypatch.setattr(techniques, "made", lambda config, arguments: (arguments, None))

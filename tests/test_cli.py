@@ -221,7 +221,7 @@ AVERAGE = '{"class_path": "dlref.tasks.EMA", "init_args": {"decay": 0.9}}'
 def test_fit_and_the_test_command_test_the_same_checkpoint(tmp_path):
     """Both test the averaged weights of best.ckpt, here the one with the largest loss, and not last.ckpt."""
     worst = ["--best.metric", "val/loss", "--best.mode", "max", "--trainer.callbacks+", AVERAGE]
-    worst += ["--trainer.limit_train_batches", "20"]
+    worst += ["--data.init_args.batch_size", "32", "--trainer.limit_train_batches", "20"]
     assert fit("--run", "mine", *worst) == 0
     by_fit = json.loads((tmp_path / "mine/test.json").read_text())
     assert train(["test", "--config", "mine/config.yaml"]) == 0

@@ -362,13 +362,14 @@ def test_the_docstrings_command_stops_a_run_with_exploding_gradients(tmp_path, c
 @pytest.mark.usefixtures("elsewhere")
 def test_the_command_line_refuses_unknown_rules_and_a_healthy_run_reports_nothing(tmp_path, capsys):
     digits = ["fit", "--config", str(ROOT / "configs/lenet5_digits.yaml"), "--trainer.callbacks+"]
-    digits += ["dlref.tasks.Monitor", *SHORT, "--final_test", "false", "--trainer.callbacks.stop"]
+    digits += ["dlref.tasks.Monitor", *SHORT, "--data.init_args.batch_size", "32"]
+    digits += ["--final_test", "false", "--trainer.callbacks.stop"]
     assert train([*digits, "[exploding]"]) == 2
     assert "exploding_gradient" in capsys.readouterr().err
     assert train([*digits, "[exploding_gradient, vanishing_gradient]"]) == 0
     assert told(capsys) == []
     last = torch.load(tmp_path / "runs/lenet5_digits/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == 3 * 8  # the last, incomplete batch of the 1,077 digits is dropped
+    assert last["global_step"] == 3 * 33  # the last, incomplete batch of the 1,077 digits is dropped
 
 
 def test_the_monitor_does_not_undo_another_callbacks_stop():

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dlref.cli import build
 from dlref.training import progress
-from dlref.training.progress import DRAWN, Progress
+from dlref.training.progress import MOVED, Progress
 
 DIGITS = Path(__file__).parents[1] / "configs" / "lenet5_digits.yaml"
 
@@ -61,21 +61,21 @@ def test_the_bar_moves_at_logged_steps_and_at_the_end_of_an_epoch(tmp_path, cloc
     assert fit(tmp_path).far == [0, 0, 3, 3, 3, 6, 7, 0, 2, 2, 2, 5, 5, 7]
 
 
-def test_between_logged_steps_the_bar_moves_as_often_as_it_is_drawn(tmp_path, clock):
-    clock(1 / DRAWN)
+def test_between_logged_steps_the_bar_moves_every_half_second(tmp_path, clock):
+    clock(1 / MOVED)
     assert fit(tmp_path).far == 2 * [1, 2, 3, 4, 5, 6, 7]
-    clock(0.5 / DRAWN)
+    clock(0.5 / MOVED)
     assert fit(tmp_path, log_every_n_steps=50, max_epochs=1).far == [0, 2, 2, 4, 4, 6, 7]
 
 
 def test_the_loss_beside_the_bar_is_that_of_the_last_logged_step(tmp_path, clock):
-    clock(1 / DRAWN)
+    clock(1 / MOVED)
     seen = fit(tmp_path, max_epochs=1)
     assert seen.shown[2:] == [seen.losses[i] for i in (2, 2, 2, 5, 5)]
 
 
 def test_the_loss_is_read_once_a_step_of_several_batches(tmp_path, clock):
-    clock(1 / DRAWN)
+    clock(1 / MOVED)
     seen = fit(tmp_path, log_every_n_steps=1, accumulate_grad_batches=2, limit_train_batches=6, max_epochs=1)
     assert seen.shown[1:] == [seen.losses[i] for i in (1, 1, 3, 3, 5)]
 

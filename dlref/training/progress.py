@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-DRAWN = 2  # times a second
+DRAWN, MOVED = 4, 2  # times a second at most; the bar also moves in logged steps and at the ends of epochs
 
 
 class Progress(RichProgressBar):
@@ -23,11 +23,11 @@ class Progress(RichProgressBar):
         self.due, self.shown, self.moved, self.stepped = True, {}, 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        """Move the bar when the loss is due or an epoch ends, otherwise at most as often as it is drawn."""
+        """Move the bar when the loss is due or an epoch ends, otherwise at most every half second."""
         self.due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and trainer.global_step > self.stepped
         self.stepped = trainer.global_step  # the same for several batches whose gradients are accumulated
         now = time.monotonic()
-        if self.due or trainer.is_last_batch or now - self.moved >= 1 / DRAWN:
+        if self.due or trainer.is_last_batch or now - self.moved >= 1 / MOVED:
             super().on_train_batch_end(trainer, task, outputs, batch, index)
             self.moved = now
         self.due = True
