@@ -346,7 +346,7 @@ def train(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (line := mendable(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        sys.stderr.write(f"error: {line}\n")  # at once: other processes may write the same line
         return 2
     return 0
 

@@ -458,6 +458,23 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
     assert plans[-1] == FLOAT32
 
 
+@pytest.mark.parametrize("slower", [False, True])
+def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float_unless_it_is_slower_anyway(slower, monkeypatch):
+    monkeypatch.setattr("dlref.export.attempts.embeddings", {"encode": ("lookup",), "step": ()}.get)
+    attempts = SimpleNamespace(
+        target=TARGETS["x86-64"],
+        made=[],
+        deployable=SimpleNamespace(graphs=dict.fromkeys(("encode", "step"))),
+        calibrated=lambda name: False,
+        source=lambda name: name,
+    )
+    plans = []
+    for plan in Attempts.plans(attempts):
+        plans.append(plan)
+        attempts.made.append(Attempt(plan, Path(), "refused", slower))
+    assert plans == [Plan("int8"), *[Plan("int8", kept={"encode": ("lookup",)})] * (not slower), FLOAT32]
+
+
 def test_an_attempt_is_refused_as_too_slow_unless_it_is_faster_than_float32(monkeypatch):
     monkeypatch.setattr("dlref.export.attempts.can_time", lambda target: True)
     speed = {"int8": 3.0, "float32": 2.0}

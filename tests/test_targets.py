@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlref.export.bundle import export
-from dlref.export.convert import SAMPLES, Plan, convert, is_quantised, place_in, prepare
+from dlref.export.convert import SAMPLES, Plan, convert, embeddings, is_quantised, place_in, prepare
 from dlref.export.graph import write_onnx
 from dlref.export.measure import can_time, provider, provider_works
 from dlref.export.targets import TARGETS
@@ -336,6 +336,36 @@ def test_dynamically_quantised_weights_have_one_scale_per_output(tmp_path):
     for name, largest in (("int8", 127), ("int7", 64)):
         (eight,) = (c for c in constants(onnx.load(tmp_path / f"{name}.onnx")).values() if c.shape == weight.shape)
         assert largest - 1 <= np.abs(eight.astype(int)).max() <= largest
+
+
+class Embedded(nn.Module):
+    """A layer over embedded tokens and places, which two tables hold."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places, self.layer = nn.Embedding(50, 8), nn.Embedding(16, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.layer(self.tokens(tokens) + self.places(torch.arange(tokens.shape[1])))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_of_a_dynamically_quantised_graphs_tables_those_of_tokens_become_integers(kept, tmp_path):
+    tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    graph = Graph(Embedded().eval(), {"tokens": tokens}, ["y"], {}, {})
+    write_onnx(graph, tmp_path / "step.onnx", TARGETS["x86-64"])
+    (lookup,) = embeddings(tmp_path / "step.onnx")
+    plan = Plan("int8", kept={"step": (lookup,)} if kept else {})
+    convert(tmp_path / "step.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], plan, [])
+    tables = {c.shape: c for c in constants(onnx.load(tmp_path / "int8.onnx")).values() if c.ndim == 2}
+    assert {shape: table.dtype for shape, table in tables.items()} == {
+        (50, 8): np.float32 if kept else np.uint8,
+        (16, 8): np.float32,
+        (8, 4): np.int8,
+    }
+    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(tokens=tokens.numpy())
+    np.testing.assert_allclose(answer["y"], graph(tokens=tokens.numpy())["y"], atol=0.05)
 
 
 class Normalised(nn.Module):

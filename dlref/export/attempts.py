@@ -2,8 +2,8 @@
 
 Each attempt is a whole bundle, opened and judged as a device would open it. A lower precision is refused if the task's
 metric worsens by more than the target's gate, or if the bundle is not faster than float32. If it worsens too much,
-other ways to find the ranges are tried, then the worst nodes stay float. The last resort is a float32 bundle, whose
-report lists the refused attempts and the reasons.
+other ways to find the ranges are tried, then the worst nodes or the embeddings stay float. The last resort is a float32
+bundle, whose report lists the refused attempts and the reasons.
 """
 
 import os
@@ -24,6 +24,7 @@ from dlref.export.convert import (
     Feeds,
     Plan,
     convert,
+    embeddings,
     is_calibrated,
     is_quantised,
     nodes_beyond_float16,
@@ -103,8 +104,13 @@ class Attempts:
         """Yield the next plan to try, given the attempts refused so far."""
         if any(map(self.calibrated, self.deployable.graphs)):
             yield from self.quantised_plans()
+        elif self.target.precision == "float16":
+            yield Plan("float16", kept=self.too_large())
         elif self.target.precision != "float32":
-            yield Plan(self.target.precision, kept=self.too_large() if self.target.precision == "float16" else {})
+            yield Plan(self.target.precision)
+            kept = {name: found for name in self.deployable.graphs if (found := embeddings(self.source(name)))}
+            if kept and not self.made[-1].slower:
+                yield Plan(self.target.precision, kept=kept)
         yield FLOAT32
 
     def quantised_plans(self) -> Iterator[Plan]:

@@ -52,8 +52,9 @@ STATIC = [
 WEIGHTED = {*CONVOLUTIONS, "Gemm", "MatMul"}
 FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is never quantised
 # Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
-# Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU.
-DYNAMIC = ["MatMul", "LSTM"]
+# Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU. Of Gather,
+# only embeddings are quantised: they can be half of a language model.
+DYNAMIC = ["MatMul", "LSTM", "Gather"]
 PRODUCTS = {*DYNAMIC, "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
@@ -95,6 +96,14 @@ def is_calibrated(path: Path, target: Target) -> bool:
     return bool(kinds & CONVOLUTIONS) or (target.quantisation.qnn and not kinds & RECURRENT)
 
 
+def embeddings(path: Path) -> tuple[str, ...]:
+    """Return the nodes that look up an input of a graph, such as tokens, in a table of weights."""
+    graph = onnx.load(path).graph
+    inputs, weights = {value.name for value in graph.input}, {tensor.name for tensor in graph.initializer}
+    gathers = [node for node in graph.node if node.op_type == "Gather"]
+    return tuple(node.name for node in gathers if node.input[0] in weights and node.input[1] in inputs)
+
+
 def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, unbounded: Sequence[str] = ()) -> None:
     """Convert the float32 graph `source` by `plan` and write it to `path` as ONNX. Raises UserError.
 
@@ -123,13 +132,15 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
         if is_calibrated(source, target):
             quantize(prepared, path, static_configuration(prepared, target, plan, feeds))
         else:
-            scheme = target.quantisation
-            floats = nodes_behind(onnx.load(prepared).graph, unbounded, BOUNDED)
+            scheme, graph = target.quantisation, onnx.load(prepared).graph
+            lookups = {node.name for node in graph.node if node.op_type == "Gather"}.difference(embeddings(prepared))
+            kept = [*lookups, *plan.kept.get(source.stem, ())]
+            floats = nodes_behind(graph, unbounded, BOUNDED)
             quantize_dynamic(
                 prepared,
                 path,
                 op_types_to_quantize=DYNAMIC,
-                nodes_to_exclude=[*floats, *(f"{name}_MatMul" for name in floats)],  # as for PRODUCTS
+                nodes_to_exclude=[*kept, *floats, *(f"{name}_MatMul" for name in floats)],  # as for PRODUCTS
                 per_channel=scheme.per_channel,
                 reduce_range=scheme.reduce_range,
                 weight_type=QuantType[scheme.weight],
