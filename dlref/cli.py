@@ -229,7 +229,9 @@ class TrainCLI(LightningCLI):
         given = self.config_init[self.subcommand].trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
         kwargs["callbacks"] = [one for one in given if not isinstance(one, Checkpoint)]  # they write files
-        return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        built = super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        check_started(built)
+        return built
 
     def recording_trainer(self, **kwargs) -> Trainer:
         """Claim the run's folder for this process, and build a trainer that writes into it."""

@@ -690,17 +690,20 @@ def test_slurm_requeueing_is_off_and_a_checkpoint_it_left_is_refused(during, tmp
     assert "hpc_ckpt_1.ckpt: Lightning would load it unasked under SLURM" in capsys.readouterr().err
 
 
-def test_more_processes_of_torchrun_than_train_together_are_refused(tmp_path, monkeypatch, capsys):
-    """Each would train alone with all of the data, and the first one's run would pass for that of all."""
+def test_more_processes_of_torchrun_than_work_together_are_refused(tmp_path, monkeypatch, capsys):
+    """Each would work alone with all of the data, and the first one's run would pass for that of all."""
     for name, value in {"TORCHELASTIC_RUN_ID": 1, "WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     assert fit(run="mine") == 2
-    assert "torchrun started 2 processes, of which 1 trains; expected trainer.devices" in capsys.readouterr().err
+    assert "torchrun started 2 processes, of which 1 would work; expected trainer.devices" in capsys.readouterr().err
     assert fit(run="mine", **{"trainer.devices": 3, "trainer.strategy": "ddp"}) == 2
     assert "does not match the world size (2)." in capsys.readouterr().err
     assert not (tmp_path / "mine").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert fit(run="mine") == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(["test", "--config", "mine/config.yaml"]) == 2
+    assert "torchrun started 2 processes, of which 1 would work" in capsys.readouterr().err
 
 
 def test_two_fits_cannot_write_to_the_same_folder(tmp_path, capsys):

@@ -23,14 +23,14 @@ def warn_of_slow_bfloat16(trainer: Trainer) -> None:
 
 
 def check_started(trainer: Trainer) -> None:
-    """Raise UserError if torchrun started more processes than train together: each would train and write a run alone.
+    """Raise UserError if torchrun started more processes than work together: each would do and write everything alone.
 
     Lightning checks this, but not for a strategy of a single device, which it takes by default on a CPU.
     """
     started = int(os.environ.get("WORLD_SIZE", 1)) if TorchElasticEnvironment.detect() else trainer.world_size
     if started != trainer.world_size:
         words = "expected trainer.devices as many as torchrun's --nproc_per_node, and trainer.strategy ddp"
-        raise UserError(f"torchrun started {started} processes, of which {trainer.world_size} trains; {words}")
+        raise UserError(f"torchrun started {started} processes, of which {trainer.world_size} would work; {words}")
 
 
 def fast_steps(device: torch.device) -> None:
