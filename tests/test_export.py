@@ -458,8 +458,11 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
     assert plans[-1] == FLOAT32
 
 
-@pytest.mark.parametrize("slower", [False, True])
-def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float_unless_it_is_slower_anyway(slower, monkeypatch):
+@pytest.mark.parametrize(
+    ("slower", "metric", "again"), [(False, {"bundle": 0}, 1), (True, {"bundle": 0}, 0), (False, {}, 0)]
+)
+def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float(slower, metric, again, monkeypatch):
+    """But not one that is slower anyway, or that cannot be converted and so has no metric."""
     monkeypatch.setattr("dlref.export.attempts.embeddings", {"encode": ("lookup",), "step": ()}.get)
     attempts = SimpleNamespace(
         target=TARGETS["x86-64"],
@@ -471,8 +474,8 @@ def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float_unless_it_is_
     plans = []
     for plan in Attempts.plans(attempts):
         plans.append(plan)
-        attempts.made.append(Attempt(plan, Path(), "refused", slower))
-    assert plans == [Plan("int8"), *[Plan("int8", kept={"encode": ("lookup",)})] * (not slower), FLOAT32]
+        attempts.made.append(Attempt(plan, Path(), "refused", slower, metric=metric))
+    assert plans == [Plan("int8"), *[Plan("int8", kept={"encode": ("lookup",)})] * again, FLOAT32]
 
 
 def test_an_attempt_is_refused_as_too_slow_unless_it_is_faster_than_float32(monkeypatch):

@@ -58,7 +58,7 @@ def made(task, data, target, folder):
 @pytest.mark.parametrize(
     ("name", "network"),
     [
-        (name, "resnet20" if name in ("x86-64", "x86-64-avx2", "arm64", "qualcomm", "cuda") else "lenet5")
+        (name, "resnet20" if name in ("x86-64", "x86-64-avx2", "arm64", "qualcomm", "cuda", "web") else "lenet5")
         for name in TARGETS
     ],
 )
@@ -82,7 +82,7 @@ def test_every_targets_bundle_loads_and_matches_pytorch(name, network, tmp_path)
     assert len(runner([image, image[:20, :25]])) == 2  # images are resized for a graph with fixed shapes
     structure = {"qualcomm": fixed_and_16_bits, "mobile": small_build, "cuda": half, "tensorrt": half}
     structure |= {"arm64": eight_bits(np.int8), "x86-64": eight_bits(np.uint8), "x86-64-avx2": seven_bit_weights}
-    structure |= {"cpu": plain, "web": plain}
+    structure |= {"cpu": plain, "web": eight_bits(np.uint8)}
     structure[name](tmp_path / "bundle")
     assert f"`{name}`" in (ROOT / "docs" / "edge.md").read_text()
 
@@ -133,6 +133,7 @@ def half(bundle):
 
 def eight_bits(activation):
     def check(bundle):
+        plain(bundle)
         model = loaded(bundle)
         assert activation_types(model) == {activation}
         assert {weight.dtype for weight, _ in weights(model)} == {np.dtype(np.int8)}

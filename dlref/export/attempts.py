@@ -109,7 +109,7 @@ class Attempts:
         elif self.target.precision != "float32":
             yield Plan(self.target.precision)
             kept = {name: found for name in self.deployable.graphs if (found := embeddings(self.source(name)))}
-            if kept and not self.made[-1].slower:
+            if kept and self.made[-1].metric and not self.made[-1].slower:  # it lost too much
                 yield Plan(self.target.precision, kept=kept)
         yield FLOAT32
 

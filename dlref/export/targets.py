@@ -111,6 +111,13 @@ TARGETS = {
             file_format="ort",
             threads=2,  # the large cores
         ),
-        Target("web", "browsers and Node: onnxruntime-web with WebAssembly", machines=("wasm",), threads=1),
+        Target(
+            "web",
+            "browsers and Node: onnxruntime-web with WebAssembly",
+            machines=("wasm",),
+            precision="int8",
+            quantisation=Quantisation("QUInt8"),
+            threads=1,
+        ),
     ]
 }
