@@ -53,8 +53,9 @@ WEIGHTED = {*CONVOLUTIONS, "Gemm", "MatMul"}
 FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is never quantised
 # Other graphs are quantised dynamically. The operators are listed because quantize_dynamic would otherwise rewrite
 # Attention (opset 23) into an operator that nothing runs. GRU is missing: onnxruntime has no integer GRU. Of Gather,
-# only embeddings are quantised: they can be half of a language model.
+# only large embeddings are quantised, which can be half of a language model: each call dequantises what it looks up.
 DYNAMIC = ["MatMul", "LSTM", "Gather"]
+EMBEDDING = 2**20  # numbers in the smallest table to quantise; that of gpt_python, 3 MB, would cost 1.4% of a call
 PRODUCTS = {*DYNAMIC, "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
@@ -97,11 +98,12 @@ def is_calibrated(path: Path, target: Target) -> bool:
 
 
 def embeddings(path: Path) -> tuple[str, ...]:
-    """Return the nodes that look up an input of a graph, such as tokens, in a table of weights."""
+    """Return the nodes that look up an input of a graph, such as tokens, in a large table of weights."""
     graph = onnx.load(path).graph
-    inputs, weights = {value.name for value in graph.input}, {tensor.name for tensor in graph.initializer}
+    inputs = {value.name for value in graph.input}
+    tables = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims) >= EMBEDDING}
     gathers = [node for node in graph.node if node.op_type == "Gather"]
-    return tuple(node.name for node in gathers if node.input[0] in weights and node.input[1] in inputs)
+    return tuple(node.name for node in gathers if node.input[0] in tables and node.input[1] in inputs)
 
 
 def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, unbounded: Sequence[str] = ()) -> None:
