@@ -310,7 +310,8 @@ class TrainCLI(LightningCLI):
         write_text(self.run / "test.json", json.dumps(values, indent=2) + "\n")
         print(f"test.json is in {self.run}")
         if self.trainer.world_size > 1:
-            print("no figures: each device saw only a part of the data; run test with --trainer.devices 1")
+            words = "run test without torchrun, with --trainer.devices 1"
+            print(f"no figures: each device saw only a part of the data; {words}")
             return
         model.draw(self.run / "figures")
         if (self.run / "metrics.csv").is_file():
@@ -322,7 +323,8 @@ class TrainCLI(LightningCLI):
     def predict(self, model: Task, datamodule: LightningDataModule, **arguments) -> None:
         """Write one JSON line for each input to predictions.jsonl, and predictions that are pictures beside it."""
         if self.trainer.world_size > 1:
-            raise UserError(f"predict on {self.trainer.world_size} devices; expected --trainer.devices 1")
+            words = "expected --trainer.devices 1, without torchrun"
+            raise UserError(f"predict on {self.trainer.world_size} devices; {words}")
         batches = self.trainer.predict(model, datamodule=datamodule, return_predictions=True)
         answers, names = [answer for batch in batches or [] for answer in batch], datamodule.sources()
         if len(answers) < len(names):

@@ -515,7 +515,7 @@ def test_the_report_has_every_number_of_the_manifest_in_its_place():
         "Rounding changed 2 of 400 (validation) and 1 of 300 (test).",
         "Tried for int8 and refused:\n\n- int8 MinMax: 3 points lost.\n"
         "- int8 Entropy with 1 node in float: 3 points lost.\n- int8 Entropy with 2 nodes in float: slow.\n",
-        "Kept in float: a, b, c.\n",
+        "Kept in float: classify/a, classify/b, head/c.\n",
         "abacus, 2 threads;",
         "| bundle | 1.23 | 2.35 | 812 | 90 | – | 0.46 | 1.50 | 120 |",
         "Not run: pytorch-eager, pytorch-compiled (no torch).",

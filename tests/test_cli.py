@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -161,6 +162,16 @@ def test_a_mistake_ends_in_one_line_with_status_2_and_writes_nothing(mistake, tm
 def test_a_few_batches_are_not_evaluated_in_place_of_a_split(command, arguments, message, capsys):
     assert train([command, "--config", DIGITS, "--run", "mine", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_error_is_written_at_once(monkeypatch):
+    """Other processes may write the same line."""
+    pieces = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    assert train(["predict", "--config", "missing/config.yaml"]) == 2
+    (piece,) = pieces
+    assert piece.startswith("error: ")
+    assert piece.endswith("\n")
 
 
 def test_validating_nothing_is_refused(capsys):

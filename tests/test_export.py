@@ -443,6 +443,7 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
         deployable=SimpleNamespace(graphs={"classify": None, "dynamic": None}),
         calibrated=lambda name: name == "classify",
         quantised_plans=lambda: Attempts.quantised_plans(attempts),
+        lookups=lambda: {"dynamic": ("lookup",)},
         source=lambda name: None,
         converted=lambda name, plan: None,
         feeds={"classify": []},
@@ -455,6 +456,7 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
         )
     assert [plan.calibration for plan in plans] == [*SAMPLES, *[list(SAMPLES)[1]] * 2, None]
     assert [len(plan.kept.get("classify", ())) for plan in plans] == [0, 0, 0, *kept, 0]
+    assert [plan.kept.get("dynamic") for plan in plans] == [None] * 3 + [("lookup",)] * 2 + [None]
     assert plans[-1] == FLOAT32
 
 
@@ -463,6 +465,7 @@ def test_the_best_calibration_keeps_more_nodes_in_float_until_the_graph_is_slowe
 )
 def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float(slower, metric, again, monkeypatch):
     """But not one that is slower anyway, or that cannot be converted and so has no metric."""
+    monkeypatch.setattr("dlref.export.attempts.onnx.load", lambda name: SimpleNamespace(graph=name))
     monkeypatch.setattr("dlref.export.attempts.embeddings", {"encode": ("lookup",), "step": ()}.get)
     attempts = SimpleNamespace(
         target=TARGETS["x86-64"],
@@ -470,6 +473,7 @@ def test_a_graph_that_loses_too_much_keeps_its_embeddings_in_float(slower, metri
         deployable=SimpleNamespace(graphs=dict.fromkeys(("encode", "step"))),
         calibrated=lambda name: False,
         source=lambda name: name,
+        lookups=lambda: Attempts.lookups(attempts),
     )
     plans = []
     for plan in Attempts.plans(attempts):

@@ -340,31 +340,51 @@ def test_dynamically_quantised_weights_have_one_scale_per_output(tmp_path):
 
 
 class Embedded(nn.Module):
-    """A layer over embedded tokens and what is computed from them, each with a table of the same size."""
+    """A layer over two embedded inputs, which share a table, and what is computed from them, which has its own."""
 
     def __init__(self, rows):
         super().__init__()
         torch.manual_seed(0)
         self.tokens, self.others, self.layer = nn.Embedding(rows, 8), nn.Embedding(rows, 8), nn.Linear(8, 4)
 
-    def forward(self, tokens):
-        return self.layer(self.tokens(tokens) + self.others(tokens.clamp(max=9)))
+    def forward(self, tokens, before):
+        return self.layer(self.tokens(tokens) + self.tokens(before) + self.others(tokens.clamp(max=9)))
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(2**17, False), (2**17, True), (2**17 - 1, False)])
 def test_of_a_dynamically_quantised_graphs_tables_the_large_ones_of_tokens_become_integers(rows, kept, tmp_path):
     tokens = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
-    graph = Graph(Embedded(rows).eval(), {"tokens": tokens}, ["y"], {}, {})
+    graph = Graph(Embedded(rows).eval(), inputs := {"tokens": tokens, "before": tokens.flip(1)}, ["y"], {}, {})
     write_onnx(graph, tmp_path / "step.onnx", TARGETS["x86-64"])
-    lookups = embeddings(tmp_path / "step.onnx")
-    assert len(lookups) == (rows == 2**17)
+    lookups = embeddings(onnx.load(tmp_path / "step.onnx").graph)
+    assert len(lookups) == 2 * (rows == 2**17)
     plan = Plan("int8", kept={"step": lookups} if kept else {})
     convert(tmp_path / "step.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], plan, [])
     tables = [c for c in constants(onnx.load(tmp_path / "int8.onnx")).values() if c.shape == (rows, 8)]
     small = rows < 2**17
     assert sorted(table.dtype.name for table in tables) == ["float32", "float32" if kept or small else "uint8"]
-    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(tokens=tokens.numpy())
-    np.testing.assert_allclose(answer["y"], graph(tokens=tokens.numpy())["y"], atol=0.05)
+    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    answer = OnnxGraph(tmp_path / "int8.onnx", "CPUExecutionProvider")(**feeds)
+    np.testing.assert_allclose(answer["y"], graph(**feeds)["y"], atol=0.08)
+
+
+class Alike(nn.Module):
+    """How alike two embedded inputs are."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(2**17, 8)
+
+    def forward(self, one, other):
+        return (self.table(one) * self.table(other)).sum(1)
+
+
+def test_a_graph_of_embeddings_alone_is_quantised(tmp_path):
+    graph = Graph(Alike().eval(), dict.fromkeys(("one", "other"), torch.arange(3)), ["y"], {}, {})
+    write_onnx(graph, tmp_path / "step.onnx", TARGETS["x86-64"])
+    convert(tmp_path / "step.onnx", tmp_path / "int8.onnx", TARGETS["x86-64"], Plan("int8"), [])
+    assert not is_quantised(tmp_path / "step.onnx")
+    assert is_quantised(tmp_path / "int8.onnx")
 
 
 class Normalised(nn.Module):
@@ -477,7 +497,7 @@ def test_int8_that_loses_accuracy_is_refused_until_the_worst_nodes_stay_in_float
     assert metric["pytorch"] - metric["bundle"] <= 0.005
     report = (tmp_path / "bundle/report.md").read_text()
     assert "Tried for int8 and refused:" in report
-    assert f"Kept in float: {', '.join(kept)}." in report
+    assert f"Kept in float: {', '.join(f'classify/{name}' for name in kept)}." in report
     assert "int8-MinMax refused: accuracy" in capsys.readouterr().err.replace("\n", " ")
 
 

@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 
 from dlref.export.convert import (
@@ -108,7 +109,7 @@ class Attempts:
             yield Plan("float16", kept=self.too_large())
         elif self.target.precision != "float32":
             yield Plan(self.target.precision)
-            kept = {name: found for name in self.deployable.graphs if (found := embeddings(self.source(name)))}
+            kept = self.lookups()
             if kept and self.made[-1].metric and not self.made[-1].slower:  # it lost too much
                 yield Plan(self.target.precision, kept=kept)
         yield FLOAT32
@@ -134,13 +135,19 @@ class Attempts:
             say(f"cannot find the nodes that lose the most precision: {error}")
             return
         for share in KEPT_FLOAT:
-            kept = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
+            worst = {name: tuple(nodes[: max(1, round(share * len(nodes)))]) for name, nodes in ranked.items()}
+            kept = worst | self.lookups()
             plan = Plan(self.target.precision, best.plan.calibration, kept)
             if plan == self.made[-1].plan:  # with few nodes, two shares can round to the same number
                 continue
             yield plan
             if self.made[-1].slower:
                 return
+
+    def lookups(self) -> dict[str, tuple[str, ...]]:
+        """Return the nodes of each dynamically quantised graph that look up large embeddings."""
+        sources = {name: self.source(name) for name in self.deployable.graphs if not self.calibrated(name)}
+        return {name: found for name, path in sources.items() if (found := embeddings(onnx.load(path).graph))}
 
     def too_large(self) -> dict[str, tuple[str, ...]]:
         """Return the nodes of each graph whose values are too large for float16."""

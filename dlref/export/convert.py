@@ -56,7 +56,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is n
 # only large embeddings are quantised, which can be half of a language model: each call dequantises what it looks up.
 DYNAMIC = ["MatMul", "LSTM", "Gather"]
 EMBEDDING = 2**20  # numbers in the smallest table to quantise; that of gpt_python, 3 MB, would cost 1.4% of a call
-PRODUCTS = {*DYNAMIC, "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
+PRODUCTS = {"MatMul", "LSTM", "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
 # of a series' mean per step, and the metric hardly showed it.
@@ -97,9 +97,8 @@ def is_calibrated(path: Path, target: Target) -> bool:
     return bool(kinds & CONVOLUTIONS) or (target.quantisation.qnn and not kinds & RECURRENT)
 
 
-def embeddings(path: Path) -> tuple[str, ...]:
+def embeddings(graph: onnx.GraphProto) -> tuple[str, ...]:
     """Return the nodes that look up an input of a graph, such as tokens, in a large table of weights."""
-    graph = onnx.load(path).graph
     inputs = {value.name for value in graph.input}
     tables = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims) >= EMBEDDING}
     gathers = [node for node in graph.node if node.op_type == "Gather"]
@@ -135,7 +134,7 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
             quantize(prepared, path, static_configuration(prepared, target, plan, feeds))
         else:
             scheme, graph = target.quantisation, onnx.load(prepared).graph
-            lookups = {node.name for node in graph.node if node.op_type == "Gather"}.difference(embeddings(prepared))
+            lookups = {node.name for node in graph.node if node.op_type == "Gather"}.difference(embeddings(graph))
             kept = [*lookups, *plan.kept.get(source.stem, ())]
             floats = nodes_behind(graph, unbounded, BOUNDED)
             quantize_dynamic(
@@ -176,8 +175,8 @@ def casts(node: onnx.NodeProto, kind: int) -> bool:
 
 
 def is_quantised(path: Path) -> bool:
-    """Return whether any node of a graph is quantised."""
-    return any("Quantize" in node.op_type or "Integer" in node.op_type for node in onnx.load(path).graph.node)
+    """Return whether any node of a graph is quantised, or dequantised after a lookup in a table of integers."""
+    return any(word in node.op_type for node in onnx.load(path).graph.node for word in ("uantize", "Integer"))
 
 
 def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:

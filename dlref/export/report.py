@@ -80,7 +80,7 @@ def metrics(verification: dict, target: dict) -> list[str]:
         parts += [f"Tried for {target['precision']} and refused:", "\n".join(refused)]
     kept = verification["attempts"][-1]["kept_float"]
     if kept:
-        parts += [f"Kept in float: {', '.join(name for names in kept.values() for name in names)}."]
+        parts += [f"Kept in float: {', '.join(f'{graph}/{name}' for graph in kept for name in kept[graph])}."]
     return parts
 
 
