@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sacrebleu import corpus_bleu, corpus_chrf
 from test_detection import fit
+from test_targets import SUMMING, Summing
 from test_tasks import sgd
 from torch.nn import functional as F
 
@@ -33,6 +34,7 @@ from dlref.runtime.decoding import beam_search
 from dlref.runtime.runner import plain
 from dlref.runtime.text import BEGIN, END, PAD, SPECIAL, UNKNOWN
 from dlref.tasks import EMA, Translator
+from dlref.tasks.deployable import Graph
 from dlref.tasks.translation import WIDEST, bleu, chrf, exact_match
 
 LETTERS = make_vocabulary(["abcdefghijklmnopqrstuvwxyzü .", "0123456789-"], "character", 100)
@@ -510,6 +512,16 @@ def test_translations_are_the_same_with_several_workers(exported):
     alone = [one["target"] for one in runner(texts)]
     runner.workers = 3
     assert [one["target"] for one in runner(texts)] == alone
+
+
+def test_a_translator_is_exported_after_an_lstm_of_fixed_size(tmp_path):
+    """torch compares a loop with what it has compiled of earlier exports, and that had failed."""
+    layer, shape = SUMMING["LSTM"]
+    for graph in (
+        Graph(Summing(layer).eval(), {"x": torch.ones(shape)}, ["y"], {}, {}),
+        translator().deployable(batch_of(*PAIRS)).graphs["encode"],
+    ):
+        write_onnx(graph, tmp_path / "graph.onnx", TARGETS["cpu"])
 
 
 def test_int8_quantises_the_step_graph_and_keeps_probabilities_finite(exported, tmp_path):

@@ -27,6 +27,7 @@ def write_onnx(graph, path: Path, target: Target) -> None:
     """
     axes = {name: {} if target.static else dict(graph.dynamic_axes.get(name, {})) for name in graph.inputs}
     inputs = example_at(graph, first_sizes(graph) if target.static else trace_sizes(graph))
+    torch.compiler.reset()  # torch 2.14 compiles an LSTM's loop, and fails to compare it with those of earlier exports
     try:
         with warnings_silenced(), recurrent_layers_whole(graph.module):
             exported = torch.onnx.export(
