@@ -517,11 +517,14 @@ def test_translations_are_the_same_with_several_workers(exported):
 def test_a_translator_is_exported_after_an_lstm_of_fixed_size(tmp_path):
     """torch compares a loop with what it has compiled of earlier exports, and that had failed."""
     layer, shape = SUMMING["LSTM"]
-    for graph in (
-        Graph(Summing(layer).eval(), {"x": torch.ones(shape)}, ["y"], {}, {}),
-        translator().deployable(batch_of(*PAIRS)).graphs["encode"],
-    ):
-        write_onnx(graph, tmp_path / "graph.onnx", TARGETS["cpu"])
+    fixed = Graph(Summing(layer).eval(), {"x": torch.ones(shape)}, ["y"], {}, {})
+    encode = translator().deployable(batch_of(*PAIRS)).graphs["encode"]
+    for name, graph in {"fixed": fixed, "encode": encode}.items():
+        write_onnx(graph, tmp_path / f"{name}.onnx", TARGETS["cpu"])
+        feeds = {key: tensor.numpy() for key, tensor in graph.inputs.items()}
+        answer = OnnxGraph(tmp_path / f"{name}.onnx", "CPUExecutionProvider")(**feeds)
+        for output, expected in graph(**feeds).items():
+            np.testing.assert_allclose(answer[output], expected, atol=1e-5)
 
 
 def test_int8_quantises_the_step_graph_and_keeps_probabilities_finite(exported, tmp_path):

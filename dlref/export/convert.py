@@ -56,6 +56,7 @@ FUSED = {"Relu", "Clip"}  # into the node before: the activation in between is n
 # only large embeddings are quantised, which can be half of a language model: each call dequantises what it looks up.
 DYNAMIC = ["MatMul", "LSTM", "Gather"]
 EMBEDDING = 2**20  # numbers in the smallest table to quantise; that of gpt_python, 3 MB, would cost 1.4% of a call
+QUANTISED = ("Quantize", "Dequantize", "Integer")  # in the names of quantised graphs' operators
 PRODUCTS = {"MatMul", "LSTM", "Gemm"}  # quantize_dynamic splits each Gemm into a MatMul and an Add
 # For float16 and NPU targets, graphs with these operators stay float32: few kernels support them in a lower precision,
 # and converting only the nodes around them gains nothing. For an NPU, forecasts with 8-bit weights were off by a tenth
@@ -134,8 +135,8 @@ def convert(source: Path, path: Path, target: Target, plan: Plan, feeds: Feeds, 
             quantize(prepared, path, static_configuration(prepared, target, plan, feeds))
         else:
             scheme, graph = target.quantisation, onnx.load(prepared).graph
-            lookups = {node.name for node in graph.node if node.op_type == "Gather"}.difference(embeddings(graph))
-            kept = [*lookups, *plan.kept.get(source.stem, ())]
+            gathers = {node.name for node in graph.node if node.op_type == "Gather"}
+            kept = [*gathers.difference(embeddings(graph)), *plan.kept.get(source.stem, ())]
             floats = nodes_behind(graph, unbounded, BOUNDED)
             quantize_dynamic(
                 prepared,
@@ -176,7 +177,7 @@ def casts(node: onnx.NodeProto, kind: int) -> bool:
 
 def is_quantised(path: Path) -> bool:
     """Return whether any node of a graph is quantised, or dequantised after a lookup in a table of integers."""
-    return any(word in node.op_type for node in onnx.load(path).graph.node for word in ("uantize", "Integer"))
+    return any(word in node.op_type for node in onnx.load(path).graph.node for word in QUANTISED)
 
 
 def tidy(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
